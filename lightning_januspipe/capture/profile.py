@@ -1,0 +1,54 @@
+"""Measure what every operation of a traced potential costs, and how large its value is, on one example batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.cut import Profile, Regions
+from lightning_januspipe.capture.program import PlaceholderValues, Program, new_leaf, replace_refs, target_function
+
+
+def measure(
+    program: Program, regions: Regions, potential: nn.Module, tensors: Sequence[Tensor], repeats: int = 3
+) -> Profile:
+    """Seconds (least of ``repeats``) and bytes of every operation of body and geometry.
+
+    Args:
+        program: the traced potential.
+        regions: its classification.
+        potential: the live potential, for parameters and buffers.
+        tensors: the call's tensors.
+        repeats: how often the forward pass is run; the first run, which warms up, is not counted.
+    """
+    wanted = {*regions.body, *regions.geometry}
+    nodes = [n for n in program.nodes if n.name in wanted]
+    functions = [target_function(n.target) for n in nodes]
+    coordinates = set(program.coordinates)
+    names = [n.name for n in program.nodes if n.op == "placeholder"]
+    start_values = dict(zip(names, PlaceholderValues(program, potential, names).values(tensors), strict=True))
+    on_cuda = any(t.is_cuda for t in tensors)
+    seconds: dict[str, float] = {}
+    num_bytes: dict[str, int] = {}
+    for repeat in range(repeats + 1):
+        values = {k: new_leaf(v) if k in coordinates else v for k, v in start_values.items()}
+        with torch.enable_grad():
+            for node, function in zip(nodes, functions, strict=True):
+                args = replace_refs(node.args, values.__getitem__)
+                kwargs = replace_refs(node.kwargs, values.__getitem__)
+                began = time.perf_counter()
+                value = function(*args, **kwargs)
+                if on_cuda:
+                    torch.cuda.synchronize()
+                spent = time.perf_counter() - began
+                if node.name in coordinates and isinstance(value, Tensor) and not value.requires_grad:
+                    value = new_leaf(value)
+                values[node.name] = value
+                if repeat:
+                    seconds[node.name] = min(seconds.get(node.name, spent), spent)
+                if isinstance(value, Tensor):
+                    num_bytes[node.name] = value.numel() * value.element_size()
+    return Profile(seconds, num_bytes)

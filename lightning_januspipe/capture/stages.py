@@ -1,0 +1,219 @@
+"""From a program and its cut to the stages and the epilogue that the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from lightning_januspipe.capture.cut import Cut, Regions
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
+
+
+@dataclass(frozen=True)
+class CapturedPotential:
+    """Everything about a captured potential, as data that can be sent to the other ranks.
+
+    Attributes:
+        path: dotted name of the potential inside the LightningModule.
+        program: the traced potential.
+        regions: what of it is what.
+        cut: the chain of stages.
+        constants: leaves of the call that are no tensors; they are part of the graph.
+    """
+
+    path: str
+    program: Program
+    regions: Regions
+    cut: Cut
+    constants: list[object]
+
+    @property
+    def chain(self) -> ChainSpec:
+        """Specs of derivative and observables."""
+        owner = {n: s for s, names in enumerate(self.cut.bodies) for n in names}
+        return ChainSpec(
+            coordinates=tuple(_spec(self.program, n) for n in self.program.coordinates),
+            observables=tuple(_spec(self.program, n) for n in self.regions.observables),
+            observable_stage=tuple(owner[n] for n in self.regions.observables),
+        )
+
+    def parameter_stages(self) -> dict[str, set[int]]:
+        """Name of each parameter inside the potential -> the stages that read it.
+
+        Parameters that the epilogue reads are read by every stage.
+        """
+        everywhere = set(range(self.cut.num_stages))
+        stages: dict[str, set[int]] = {name: set() for name in self.program.parameters.values()}
+        for stage in everywhere:
+            for placeholder in _placeholders(self.program, self._stage_nodes(stage), self._stage_outputs(stage)):
+                if placeholder in self.program.parameters:
+                    stages[self.program.parameters[placeholder]].add(stage)
+        for placeholder in self.regions.epilogue_parameters:
+            stages[self.program.parameters[placeholder]] |= everywhere
+        return stages
+
+    def _stage_nodes(self, stage: int) -> list[str]:
+        return [*self.regions.geometry, *self.cut.replicated[stage], *self.cut.bodies[stage]]
+
+    def _stage_outputs(self, stage: int) -> list[str]:
+        body = set(self.cut.bodies[stage])
+        sent = self.cut.boundaries[stage] if stage < len(self.cut.boundaries) else []
+        energies = [n for n in self.program.energies if n in body]
+        observables = [n for n in self.regions.observables if n in body]
+        return [*sent, *energies, *observables, *self.program.coordinates]
+
+
+class CapturedStage:
+    """One stage of a captured potential (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
+
+    Args:
+        captured: the captured potential.
+        index: position of this stage in the chain.
+        potential: the live potential, whose parameters and buffers are read at every call.
+    """
+
+    def __init__(self, captured: CapturedPotential, index: int, potential: nn.Module) -> None:
+        program, cut = captured.program, captured.cut
+        outputs = captured._stage_outputs(index)
+        received = cut.boundaries[index - 1] if index else []
+        self.index = index
+        names = _placeholders(program, captured._stage_nodes(index), outputs, received)
+        self._placeholders = PlaceholderValues(program, potential, names)
+        self._module = build_module(
+            program,
+            captured._stage_nodes(index),
+            [*names, *received],
+            outputs,
+            leaves=independent_coordinates(program),
+        )
+        own = set(cut.bodies[index])
+        sent = cut.boundaries[index] if index < len(cut.boundaries) else []
+        self._num_energies = sum(n in own for n in program.energies)
+        self.observables = [i for i, n in enumerate(captured.regions.observables) if n in own]
+        self.boundary_in = [_spec(program, n) for n in received]
+        self.boundary_out = [_spec(program, n) for n in sent]
+        live = dict(potential.named_parameters(remove_duplicate=False))
+        used = [live[program.parameters[n]] for n in names if n in program.parameters]
+        self.parameters = [p for p in dict.fromkeys(used) if p.requires_grad]
+
+    def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
+        """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
+        out = self._module(*self._placeholders.values(tensors), *boundary)
+        first = len(self.boundary_out) + self._num_energies
+        second = first + len(self.observables)
+        num_sent = len(self.boundary_out)
+        return StageOutput(list(out[:num_sent]), list(out[num_sent:first]), list(out[first:second]), list(out[second:]))
+
+
+class Epilogue:
+    """What the potential's forward does after differentiating: from derivative and observables to its return value."""
+
+    def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
+        program, regions = captured.program, captured.regions
+        self._program, self._kept = program, regions.outputs
+        wanted = [program.outputs[i] for i in regions.outputs]
+        given = [program.gradient, *regions.observables]
+        names = _placeholders(program, regions.epilogue, wanted, given)
+        self._placeholders = PlaceholderValues(program, potential, names)
+        self._module = build_module(program, regions.epilogue, [*names, *given], wanted)
+        live = dict(potential.named_parameters(remove_duplicate=False))
+        used = [live[program.parameters[n]] for n in regions.epilogue_parameters]
+        self.parameters: list[nn.Parameter] = [p for p in dict.fromkeys(used) if p.requires_grad]
+
+    def __call__(
+        self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
+    ) -> object:
+        """The potential's return value.
+
+        Args:
+            call_tensors: the call's own tensors (returned as they are where the forward passes them through).
+            observables: leaves for the observables.
+            derivatives: leaves for ∂E/∂x.
+        """
+        program = self._program
+        inputs = dict(zip(program.inputs, call_tensors, strict=True))
+        computed = dict(zip(self._kept, self.tensors(call_tensors, observables, derivatives), strict=True))
+        leaves = list(program.output_constants)
+        for position, name in enumerate(program.outputs):
+            value = inputs[name] if name in inputs else computed.get(position, _Unavailable(position))
+            leaves[program.output_slots[position]] = value
+        return pytree.tree_unflatten(leaves, program.output_spec)
+
+    def tensors(
+        self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The outputs that are available, as a list (``regions.outputs`` has their positions)."""
+        return list(self._module(*self._placeholders.values(call_tensors), list(derivatives), *observables))
+
+
+class _Unavailable:
+    """Stands where the potential returns a value that the step did not read when it was captured."""
+
+    def __init__(self, position: int) -> None:
+        self._position = position
+
+    def __getattr__(self, name: str) -> object:
+        raise CaptureError(
+            f"output {self._position} of the potential is read now, but was not read by the step on which the potential "
+            "was captured, so it is not computed. Read it in training_step too, or train with pipeline_size=1."
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, _Unavailable):
+                leaf.__getattr__("read")
+        raise AssertionError("called without an unavailable output")
+
+
+def independent_coordinates(program: Program) -> list[str]:
+    """Differentiation inputs that depend on no other one: these become leaves of autograd.
+
+    Strained positions that depend on the strain stay what they are.
+    """
+    found: list[str] = []
+    reached: set[str] = set()
+    for node in program.nodes:
+        if node.op != "placeholder" and any(i in reached for i in node.inputs()):
+            reached.add(node.name)
+        elif node.name in program.coordinates:
+            found.append(node.name)
+            reached.add(node.name)
+    return found
+
+
+def stage_module(captured: CapturedPotential, index: int, potential: nn.Module) -> fx.GraphModule:
+    """The graph of one stage, to look at."""
+    return CapturedStage(captured, index, potential)._module
+
+
+def _spec(program: Program, name: str) -> TensorSpec:
+    spec = program.by_name[name].spec
+    assert spec is not None, f"{name} is no tensor"
+    return spec
+
+
+def _placeholders(
+    program: Program, nodes: Sequence[str], outputs: Sequence[str], given: Sequence[str] = ()
+) -> list[str]:
+    """Placeholders that the outputs need, in the program's order."""
+    allowed, stop = set(nodes), set(given)
+    found: set[str] = set()
+    seen: set[str] = set()
+    stack = list(outputs)
+    while stack:
+        name = stack.pop()
+        if name in seen or name in stop:
+            continue
+        seen.add(name)
+        node = program.by_name[name]
+        if node.op == "placeholder":
+            found.add(name)
+        elif name in allowed:
+            stack.extend(node.inputs())
+    return [n.name for n in program.nodes if n.name in found]

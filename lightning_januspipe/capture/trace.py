@@ -1,0 +1,178 @@
+"""Trace a potential, its ``torch.autograd.grad`` call included, to one functional graph with symbolic sizes.
+
+The call is replaced by one opaque operator while tracing, so the graph shows what is differentiated with respect to
+what; everything before it is the energy, everything after it the epilogue (signs, volumes, packing of outputs).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental import _config as symbolic_config
+from torch.overrides import TorchFunctionMode
+
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
+from lightning_januspipe.capture.program import Program, program_from_export
+
+_LIBRARY = "januspipe"
+
+
+@torch.library.custom_op(f"{_LIBRARY}::energy_gradient", mutates_args=())
+def energy_gradient(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Stands for ``torch.autograd.grad(outputs, inputs)`` in a traced graph; it is cut out and never run."""
+    raise NotImplementedError("energy_gradient marks a place in a traced graph and is never run")
+
+
+@energy_gradient.register_fake
+def _(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in inputs]
+
+
+class _MarkGrad(TorchFunctionMode):
+    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            given = grad_arguments(args, kwargs)
+            outputs = as_sequence(given["outputs"])
+            seeds = given.get("grad_outputs")
+            if seeds is not None:
+                outputs = [
+                    o if s is None else (o * s.detach()).sum() for o, s in zip(outputs, as_sequence(seeds), strict=True)
+                ]
+            return tuple(torch.ops.januspipe.energy_gradient(outputs, as_sequence(given["inputs"])))
+        return func(*args, **kwargs)
+
+
+class _Call(nn.Module):
+    """The potential as a function of the tensor leaves of its call only, so that nothing else is an input."""
+
+    def __init__(self, potential: nn.Module, call: PotentialCall, record: Callable[..., None]) -> None:
+        super().__init__()
+        self.potential = potential
+        leaves, self._spec = pytree.tree_flatten((call.args, call.kwargs))
+        self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
+        self._is_tensor = [isinstance(x, Tensor) for x in leaves]
+        # Export puts attributes back as they were, so the record is an object of its own.
+        self._record = record
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        leaves = [next(given) if t else c for t, c in zip(self._is_tensor, self._constants, strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        with _MarkGrad():
+            output = self.potential(*args, **kwargs)
+        out_leaves, spec = pytree.tree_flatten(output)
+        slots = [i for i, x in enumerate(out_leaves) if isinstance(x, Tensor)]
+        self._record(spec, [None if isinstance(x, Tensor) else x for x in out_leaves], slots)
+        return [x for x in out_leaves if isinstance(x, Tensor)]
+
+
+def call_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensor leaves of a call of the potential, in the order of the traced graph's inputs."""
+    return [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+
+
+def call_constants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Leaves of a call of the potential that are no tensors: part of the traced graph, so equal in every batch."""
+    return [x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
+
+
+def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
+    """Trace one call of ``potential``.
+
+    Args:
+        potential: the submodule found by :func:`find_potential`, left as it is.
+        call: arguments with at least two structures of different sizes, so that no size looks like a constant.
+
+    Returns:
+        The functional program of energy and epilogue.
+
+    Raises:
+        CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
+    """
+    returned: list[tuple[pytree.TreeSpec, list[Any], list[int]]] = []
+    wrapper = _Call(potential, call, lambda *record: returned.append(record))
+    wrapper.train(potential.training)
+    # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
+    tensors = tuple(t.detach() for t in call_tensors(call.args, call.kwargs))
+    shapes = (tuple({d: Dim.AUTO for d in range(t.dim())} for t in tensors),)
+    try:
+        with _quiet(), torch.enable_grad(), symbolic_config.patch(backed_size_oblivious=True):
+            exported = export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
+            if _needs_functionalization(exported):
+                exported = exported.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(
+            f"the potential {call.path!r} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
+            f"{type(error).__name__}: {_first_line(error)}. Usual causes: int(tensor) or tensor.item() for a size "
+            "(use tensor.shape), Python branches on tensor values, or TorchScript functions."
+        ) from error
+    _refuse_state(exported, call.path)
+    return program_from_export(exported, *returned[-1], prefix="potential.")
+
+
+def _needs_functionalization(exported: ExportedProgram) -> bool:
+    """Whether the graph mutates a tensor or nests graphs; a cut that follows data flow would drop such nodes."""
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return True
+    return False
+
+
+def _refuse_state(exported: ExportedProgram, path: str) -> None:
+    mutated = list(exported.graph_signature.buffers_to_mutate.values())
+    if mutated:
+        raise CaptureError(
+            f"the potential {path!r} updates buffers in its forward ({', '.join(mutated[:3])}), which has no meaning "
+            "while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
+        )
+    for node in _all_nodes(exported.graph_module):
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            if _is_disabled_dropout(node):
+                continue
+            raise CaptureError(
+                f"the potential {path!r} draws random numbers in its forward ({node.target}); the phases of a stage "
+                "would not see the same numbers. Set dropout to 0, or draw the numbers in the dataset."
+            )
+
+
+def _is_disabled_dropout(node: fx.Node) -> bool:
+    return "dropout" in str(node.target) and len(node.args) >= 2 and node.args[1] in (0, 0.0)
+
+
+def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule):
+            yield from child.graph.nodes
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else "no message"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export logs each dimension that it specializes; here the validation on other sizes judges that."""
+    logger = logging.getLogger("torch._export.non_strict_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

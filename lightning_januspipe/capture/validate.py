@@ -1,0 +1,193 @@
+"""Prove a captured potential before it is used: against the eager module, on a batch of other sizes.
+
+Energies and forces that agree prove nothing about training, so the parameter gradient of a force loss is compared too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
+from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage, Epilogue
+from lightning_januspipe.capture.trace import call_tensors
+from lightning_januspipe.engine.executor import LossGradients
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.local import PhaseSeconds, run_local
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The eager module's energy, derivatives, outputs and parameter gradients of :func:`_probe_loss`."""
+
+    derivatives: list[Tensor]
+    outputs: list[Tensor]
+    gradients: dict[nn.Parameter, Tensor]
+
+
+class _KeepGrad(TorchFunctionMode):
+    """Keeps what ``torch.autograd.grad`` was called with and what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.derivatives: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            inputs = as_sequence(grad_arguments(args, kwargs or {})["inputs"])
+            self.derivatives = [torch.zeros_like(x) if g is None else g for g, x in zip(result, inputs, strict=True)]
+        return result
+
+
+def _weights(tensor: Tensor) -> Tensor:
+    flat = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return (0.3 + 0.8 * torch.frac(flat * 0.6180339887)).reshape(tensor.shape).to(tensor.dtype)
+
+
+def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
+    """A loss that reads every floating-point output that carries a gradient, quadratic so that no term is constant."""
+    total: Tensor | None = None
+    for value in outputs:
+        if value.is_floating_point() and value.requires_grad:
+            scale = value.detach().abs().max().clamp_min(1e-3)
+            term = ((value / scale - _weights(value)) ** 2).mean()
+            total = term if total is None else total + term
+    if total is None:
+        raise CaptureError(
+            "no output of the potential depends on its parameters in a differentiable way. A detach() or "
+            "torch.no_grad() on the way from the energy to the forces cuts the gradient; remove it in training."
+        )
+    return total
+
+
+def run_eager(potential: nn.Module, call: PotentialCall, wanted: Sequence[int]) -> Eager:
+    """The eager module on one call, with the parameter gradient of a loss of the wanted outputs and the forces."""
+    parameters = [p for p in potential.parameters() if p.requires_grad]
+    with torch.enable_grad(), _KeepGrad() as keep:
+        returned = potential(*call.args, **call.kwargs)
+    leaves = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
+    outputs = [leaves[i] for i in wanted]
+    with torch.enable_grad():
+        _refuse_first_order(potential, call.path, keep.derivatives)
+        loss = _probe_loss(outputs)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+    return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
+
+
+def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[Tensor]) -> None:
+    """A force loss has to have a parameter gradient, or forces would not be trained, without a word."""
+    parameters = [p for p in potential.parameters() if p.requires_grad]
+    if not parameters:
+        raise CaptureError(f"the potential {path!r} has no trainable parameters (requires_grad is False for all)")
+    trainable = [d for d in derivatives if d.requires_grad]
+    found: Sequence[Tensor | None] = []
+    if trainable:
+        loss = sum(((d - _weights(d)) ** 2).sum() for d in trainable)
+        assert isinstance(loss, Tensor)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    if not any(g is not None and bool((g != 0).any()) for g in found):
+        raise CaptureError(
+            f"the potential {path!r} ({type(potential).__name__}) is not twice differentiable: a loss of its forces "
+            "has zero or missing gradients for every parameter. Look for a detach(), a torch.no_grad() or a "
+            "non-differentiable operation between positions and energy, or create_graph=False."
+        )
+
+
+def run_captured(
+    captured: CapturedPotential, potential: nn.Module, call: PotentialCall
+) -> tuple[Eager, list[PhaseSeconds]]:
+    """The same through the four phases of all stages, in this process."""
+    stages = [CapturedStage(captured, i, potential) for i in range(captured.cut.num_stages)]
+    epilogue = Epilogue(captured, potential)
+    tensors = call_tensors(call.args, call.kwargs)
+    outputs: list[Tensor] = []
+    outside = GradientBuffers()
+
+    def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+        y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
+        x = [d.detach().requires_grad_() for d in derivatives]
+        with torch.enable_grad():
+            outputs.extend(epilogue.tensors(tensors, y, x))
+            inputs = [v for v in (*y, *x) if v.requires_grad]
+            found = torch.autograd.grad(_probe_loss(outputs), [*inputs, *epilogue.parameters], allow_unused=True)
+        outside.add(epilogue.parameters, found[len(inputs) :])
+        given = iter(found[: len(inputs)])
+        seeds = [next(given) if v.requires_grad else None for v in (*y, *x)]
+        return LossGradients(
+            seeds[: len(y)],
+            [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)],
+        )
+
+    result = run_local(stages, captured.chain, tensors, loss)
+    gradients: dict[nn.Parameter, Tensor] = {}
+    for parameter in potential.parameters():
+        for found in (result.gradients.get(parameter), outside.get(parameter)):
+            if found is not None:
+                gradients[parameter] = gradients[parameter] + found if parameter in gradients else found
+    return Eager(result.derivatives, [x.detach() for x in outputs], gradients), result.seconds
+
+
+def validate(
+    captured: CapturedPotential, potential: nn.Module, call: PotentialCall
+) -> list[PhaseSeconds]:
+    """Compare a captured potential with the eager module.
+
+    Args:
+        captured: the captured potential.
+        potential: the live potential.
+        call: a call with other numbers of atoms, edges and structures than the one that was traced.
+
+    Returns:
+        Measured phase times of each stage.
+
+    Raises:
+        CaptureError: a quantity differs; the message names the first one and the usual cause.
+    """
+    names = {p: n for n, p in potential.named_parameters()}
+    eager = run_eager(potential, call, captured.regions.outputs)
+    found, seconds = run_captured(captured, potential, call)
+    pairs = [
+        *(("∂E/∂x", a, b) for a, b in zip(eager.derivatives, found.derivatives, strict=True)),
+        *((f"output {k}", a, b) for k, a, b in zip(captured.regions.outputs, eager.outputs, found.outputs, strict=True)),
+    ]
+    scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
+    for what, a, b in pairs:
+        _compare(what, a, b, float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0, captured.path)
+    for parameter, name in names.items():
+        a, b = eager.gradients.get(parameter), found.gradients.get(parameter)
+        if a is None and b is None:
+            continue
+        a = torch.zeros_like(parameter) if a is None else a
+        b = torch.zeros_like(parameter) if b is None else b
+        _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, captured.path)
+    return seconds
+
+
+def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str) -> None:
+    if eager.shape != captured.shape:
+        reason = f"shape {tuple(captured.shape)} instead of {tuple(eager.shape)}"
+    elif not eager.is_floating_point():
+        if torch.equal(eager, captured):
+            return
+        reason = "other values"
+    else:
+        # Double differentiation in float32 loses digits; a wrong graph is off by far more than this.
+        tolerance = 1e-8 if eager.dtype == torch.float64 else 2e-3 if eager.dtype == torch.float32 else 0.1
+        error = float((eager - captured).abs().max()) if eager.numel() else 0.0
+        if error <= tolerance * max(scale, 1e-12):
+            return
+        reason = f"largest difference {error:.2e} at a scale of {scale:.2e}"
+    raise CaptureError(
+        f"the captured potential {path!r} differs from the module itself on a batch of other sizes: {what} has "
+        f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
+        "depends on the batch, or state that the forward changes. Train with pipeline_size=1, or rewrite that part."
+    )

@@ -1,0 +1,25 @@
+"""Atomic structures with energies, forces and stress, as batches of tensors."""
+
+from lightning_januspipe.data.collate import collate_structures
+from lightning_januspipe.data.datamodule import ASEDataModule, StructureDataModule, split_indices
+from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.emt import EMTDataModule, emt_structures, label_with_emt
+from lightning_januspipe.data.neighbors import neighbor_list
+from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
+from lightning_januspipe.data.structures import atoms_to_sample, read_structures
+
+__all__ = [
+    "ASEDataModule",
+    "DatasetStatistics",
+    "EMTDataModule",
+    "StructureDataModule",
+    "StructureDataset",
+    "atoms_to_sample",
+    "collate_structures",
+    "dataset_statistics",
+    "emt_structures",
+    "label_with_emt",
+    "neighbor_list",
+    "read_structures",
+    "split_indices",
+]

@@ -1,0 +1,261 @@
+"""Data that needs no download: metals and alloys labelled by ASE's effective medium theory (EMT).
+
+EMT is a classical potential of a few parameters for seven fcc metals. It is fast, smooth and many-body, which makes
+its data good for tests, examples and throughput measurements, and for nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from lightning_januspipe.data.datamodule import SampleDataset, Split, StructureDataModule
+from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.structures import check_species
+
+EMT_METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
+
+# Cubic lattice constants of fcc in Å (experiment, as in ase.data.reference_states).
+_LATTICE_CONSTANTS = {"Al": 4.05, "Ni": 3.52, "Cu": 3.61, "Pd": 3.89, "Ag": 4.09, "Pt": 3.92, "Au": 4.08}
+
+_ATOMS_PER_CELL = 4  # of the cubic fcc cell
+
+
+def label_with_emt(atoms: Atoms) -> Atoms:
+    """Return a copy of a structure with the energy (eV), forces (eV/Å) and stress (eV/Å³) of EMT.
+
+    Stress is left out where the structure is not periodic in all directions.
+    """
+    labelled = atoms.copy()
+    labelled.calc = EMT()
+    results = {"energy": labelled.get_potential_energy(), "forces": labelled.get_forces()}
+    if labelled.pbc.all():
+        results["stress"] = labelled.get_stress()
+    labelled.calc = SinglePointCalculator(labelled, **results)
+    return labelled
+
+
+def emt_structures(
+    num_structures: int,
+    *,
+    species: Sequence[str] = ("Cu", "Ni", "Al"),
+    sizes: Sequence[int] = (4, 8, 16, 32),
+    rattle: float = 0.12,
+    strain: float = 0.04,
+    vacancy_probability: float = 0.2,
+    seed: int = 0,
+    stream: int = 0,
+) -> list[Atoms]:
+    """Make periodic fcc crystals, randomly occupied, strained and rattled, with EMT's labels.
+
+    Each structure has a random size, a random set of elements in random order, a lattice constant between theirs,
+    a symmetric strain, normally distributed displacements, and sometimes a vacancy. Structure n depends on ``seed``,
+    ``stream`` and n only, not on how many are made.
+
+    Args:
+        num_structures: How many to make.
+        species: Elements to choose from, out of ``EMT_METALS``.
+        sizes: Numbers of atoms (without vacancy) to choose from, multiples of 4.
+        rattle: Largest standard deviation of the displacements in Å; each structure has its own, between 0 and this.
+        strain: Largest strain component.
+        vacancy_probability: Probability that a structure of at least 8 atoms lacks one.
+        seed: Seed of all random choices.
+        stream: Streams of one seed are independent, as for training and validation data.
+
+    Returns:
+        Structures with energy, forces and stress in a ``SinglePointCalculator``.
+
+    Raises:
+        ValueError: An element is not one of EMT's metals, a size is not a positive multiple of 4, or a number is out
+            of its range.
+    """
+    symbols = check_species(species)
+    _check_options(symbols, sizes, num_structures, rattle, strain, vacancy_probability)
+    return [
+        label_with_emt(
+            _random_alloy(
+                np.random.default_rng([seed, stream, number]), symbols, sizes, rattle, strain, vacancy_probability
+            )
+        )
+        for number in range(num_structures)
+    ]
+
+
+def _check_options(
+    symbols: list[str], sizes: Sequence[int], num_structures: int, rattle: float, strain: float, vacancy: float
+) -> None:
+    foreign = [symbol for symbol in symbols if symbol not in EMT_METALS]
+    if foreign:
+        raise ValueError(f"EMT has no fcc metal {foreign}; expected species out of {list(EMT_METALS)}")
+    if not sizes or any(size < 1 or size % _ATOMS_PER_CELL for size in sizes):
+        raise ValueError(f"sizes={list(sizes)}; expected numbers of atoms that are multiples of {_ATOMS_PER_CELL}")
+    if num_structures < 0:
+        raise ValueError(f"{num_structures} structures asked for; expected 0 or more")
+    if rattle < 0 or not 0 <= strain < 0.5 or not 0 <= vacancy <= 1:
+        raise ValueError(
+            f"rattle={rattle} Å, strain={strain}, vacancy_probability={vacancy}; expected rattle >= 0, "
+            "0 <= strain < 0.5 and a probability between 0 and 1"
+        )
+
+
+def _random_alloy(
+    rng: np.random.Generator,
+    symbols: list[str],
+    sizes: Sequence[int],
+    rattle: float,
+    strain: float,
+    vacancy_probability: float,
+) -> Atoms:
+    size = int(rng.choice(list(sizes)))
+    elements = rng.choice(symbols, size=int(rng.integers(1, len(symbols) + 1)), replace=False)
+    occupation = [str(symbol) for symbol in rng.choice(elements, size=size)]
+    lattice_constant = float(np.mean([_LATTICE_CONSTANTS[symbol] for symbol in occupation]))
+    atoms = bulk("Cu", "fcc", a=lattice_constant, cubic=True).repeat(_repeats(size // _ATOMS_PER_CELL))
+    atoms.set_chemical_symbols(occupation)
+
+    components = rng.uniform(-strain, strain, size=(3, 3))
+    deformation = np.eye(3) + (components + components.T) / 2
+    atoms.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
+    atoms.positions += rng.normal(size=(size, 3)) * rng.uniform(0.0, rattle)
+    if rng.random() < vacancy_probability and size >= 2 * _ATOMS_PER_CELL:
+        del atoms[int(rng.integers(size))]
+    return atoms
+
+
+def _repeats(num_cells: int) -> tuple[int, int, int]:
+    """The factors of a number of cells that make the most cubic block."""
+    triples = [
+        (num_cells // (b * c), b, c)
+        for c in range(1, num_cells + 1)
+        for b in range(c, num_cells + 1)
+        if num_cells % (b * c) == 0 and num_cells // (b * c) >= b
+    ]
+    return min(triples, key=lambda repeats: repeats[0] - repeats[2])
+
+
+class EMTDataModule(StructureDataModule):
+    """Data made on the spot with ASE's EMT: rattled, strained alloys with energies, forces and stress.
+
+    Every process makes the same data from ``seed``, a few hundred structures in a few seconds. Nothing is written
+    unless ``save_dir`` is given. The prediction data is the test data.
+
+    .. code-block:: yaml
+
+        data:
+          class_path: lightning_januspipe.data.EMTDataModule
+          init_args:
+            num_train: 200
+            cutoff: 5.0
+            batch_size: 8
+    """
+
+    def __init__(
+        self,
+        num_train: int = 200,
+        num_val: int = 40,
+        num_test: int = 40,
+        *,
+        species: Sequence[str] = ("Cu", "Ni", "Al"),
+        sizes: Sequence[int] = (4, 8, 16, 32),
+        rattle: float = 0.12,
+        strain: float = 0.04,
+        vacancy_probability: float = 0.2,
+        seed: int = 0,
+        cutoff: float = 5.0,
+        dtype: Literal["float32", "float64"] | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        save_dir: str | None = None,
+    ) -> None:
+        """Keep the options; structures are made in ``setup``.
+
+        Args:
+            num_train: Number of training structures.
+            num_val: Number of validation structures.
+            num_test: Number of test structures.
+            species: Elements, out of ``EMT_METALS``; their order is that of the species index.
+            sizes: Numbers of atoms (without vacancy) to choose from, multiples of 4.
+            rattle: Largest standard deviation of the displacements in Å.
+            strain: Largest strain component.
+            vacancy_probability: Probability that a structure of at least 8 atoms lacks one.
+            seed: Seed of the structures.
+            cutoff: Cutoff of the neighbour lists in Å.
+            dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
+            batch_size: Structures per batch and process.
+            num_workers: Worker processes of each loader.
+            shuffle: Whether the training structures come in random order.
+            drop_last: Whether an incomplete last training batch is left out.
+            save_dir: Folder for ``train.extxyz``, ``val.extxyz`` and ``test.extxyz``; None to write nothing.
+
+        Raises:
+            ValueError: An option is out of its range (see :func:`emt_structures`).
+        """
+        super().__init__(batch_size=batch_size, num_workers=num_workers, shuffle=shuffle, drop_last=drop_last)
+        if num_train < 1 or num_val < 0 or num_test < 0:
+            raise ValueError(
+                f"num_train={num_train}, num_val={num_val}, num_test={num_test}; expected at least one training "
+                "structure and no negative number"
+            )
+        self._species = check_species(species)
+        _check_options(self._species, sizes, num_train, rattle, strain, vacancy_probability)
+        self._numbers = {"train": num_train, "val": num_val, "test": num_test}
+        self._sizes = tuple(sizes)
+        self._rattle = rattle
+        self._strain = strain
+        self._vacancy_probability = vacancy_probability
+        self._seed = seed
+        self._cutoff = cutoff
+        self._dtype = dtype
+        self._save_dir = save_dir
+
+    @property
+    def species(self) -> list[str]:
+        """Chemical symbols in the order of the species index."""
+        return list(self._species)
+
+    def prepare_data(self) -> None:
+        """Write the structures to ``save_dir``, where it is given."""
+        if self._save_dir is None:
+            return
+        import ase.io
+
+        folder = Path(self._save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in self._numbers:
+            ase.io.write(folder / f"{split}.extxyz", self.structures(split), format="extxyz")
+
+    def structures(self, split: str) -> list[Atoms]:
+        """Make the labelled structures of ``"train"``, ``"val"`` or ``"test"``."""
+        return emt_structures(
+            self._numbers[split],
+            species=self._species,
+            sizes=self._sizes,
+            rattle=self._rattle,
+            strain=self._strain,
+            vacancy_probability=self._vacancy_probability,
+            seed=self._seed,
+            stream=list(self._numbers).index(split),  # changing the size of one split changes no other
+        )
+
+    def build_dataset(self, split: Split) -> SampleDataset | None:
+        """Make the dataset of one split."""
+        if split == "predict":
+            return self.dataset("test")
+        if self._numbers[split] == 0:
+            return None
+        return StructureDataset(
+            self.structures(split),
+            cutoff=self._cutoff,
+            species=self._species,
+            dtype=self._dtype,
+            precompute=self._num_workers > 0,
+        )

@@ -1,0 +1,78 @@
+"""Parameter gradients of one optimizer step: added up privately, reduced over the mesh, then published.
+
+Lightning calls ``zero_grad`` between ``training_step`` and ``backward``, so nothing may reach ``p.grad`` before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class GradientBuffers:
+    """Sums of gradients, by parameter."""
+
+    def __init__(self) -> None:
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._owned: set[nn.Parameter] = set()
+
+    def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient to each parameter's sum (None adds nothing)."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            total = self._sums.get(parameter)
+            if total is None:
+                self._sums[parameter] = gradient.detach()
+            elif parameter in self._owned:
+                total.add_(gradient.detach())
+            else:  # what autograd returned may be shared with another gradient
+                self._sums[parameter] = total + gradient.detach()
+                self._owned.add(parameter)
+
+    def get(self, parameter: nn.Parameter) -> Tensor | None:
+        """The sum so far."""
+        return self._sums.get(parameter)
+
+    def publish(self, scale: float) -> None:
+        """Add the sums, times ``scale``, to ``p.grad``, and forget them."""
+        for parameter, total in self._sums.items():
+            scaled = (total * scale).to(parameter.dtype)
+            parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all sums."""
+        self._sums.clear()
+        self._owned.clear()
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:
+    """Sum ``p.grad`` over a group (a missing gradient counts as zero), and divide.
+
+    One collective for each dtype: all gradients travel in one buffer. A parameter that has no gradient on any rank
+    keeps none, as in one process.
+
+    Args:
+        parameters: the same on every rank of the group, in the same order.
+        group: the ranks that hold a copy.
+        divide_by: 1 for a sum, the group's size for a mean.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return
+    device = parameters[0].device
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+    dist.all_reduce(present, group=group)
+    used = [p for p, n in zip(parameters, present.tolist(), strict=True) if n > 0]
+    for dtype in dict.fromkeys(p.dtype for p in used):
+        same = [p for p in used if p.dtype == dtype]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).detach().reshape(-1) for p in same])
+        dist.all_reduce(flat, group=group)
+        if divide_by != 1:
+            flat /= divide_by
+        for p, g in zip(same, flat.split([p.numel() for p in same]), strict=True):
+            p.grad = g.view_as(p).clone() if p.grad is None else p.grad.copy_(g.view_as(p))

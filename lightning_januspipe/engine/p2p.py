@@ -1,0 +1,109 @@
+"""Point-to-point messages between neighbouring stages.
+
+One process group for each direction, so that messages between two ranks match in the order in which they are sent,
+which is what NCCL needs. A message is one buffer of bytes; its length is known to the receiver beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_ALIGNMENT = 16
+
+
+class PipelineError(RuntimeError):
+    """A rank could not go on; the message names phase, stage and micro-batch."""
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of any dtype as one buffer of bytes."""
+    parts = []
+    for tensor in tensors:
+        part = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        parts.append(part)
+        padding = -part.numel() % _ALIGNMENT
+        if padding:
+            parts.append(part.new_zeros(padding))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def packed_size(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Bytes of the buffer that :func:`pack` makes of tensors with these shapes and dtypes."""
+    sizes = [torch.Size(s).numel() * d.itemsize for s, d in shapes]
+    return sizes[0] if len(sizes) == 1 and sizes[0] % _ALIGNMENT == 0 else sum(n + -n % _ALIGNMENT for n in sizes)
+
+
+def unpack(buffer: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    """The tensors of a buffer, as views of it."""
+    tensors, start = [], 0
+    for shape, dtype in shapes:
+        num = torch.Size(shape).numel() * dtype.itemsize
+        tensors.append(buffer[start : start + num].view(dtype).view(shape))
+        start += num + -num % _ALIGNMENT
+    return tensors
+
+
+@dataclass
+class Receive:
+    """A receive that was posted."""
+
+    shapes: list[tuple[tuple[int, ...], torch.dtype]]
+    buffer: Tensor
+    work: dist.Work | None
+
+    def wait(self, timeout: timedelta | None) -> list[Tensor]:
+        """The message's tensors, once they are here."""
+        if self.work is not None:
+            if timeout is None or self.buffer.is_cuda:
+                self.work.wait()
+            else:
+                self.work.wait(timeout)
+        return unpack(self.buffer, self.shapes)
+
+
+class Channel:
+    """Messages from one rank to its neighbour in one direction.
+
+    Args:
+        group: process group of this direction.
+        peer: global rank of the neighbour.
+        device: where buffers live.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device) -> None:
+        self.peer = peer
+        self._group, self._device = group, device
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self.bytes_sent = 0
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Start sending; the buffer is kept until it has left."""
+        self._sent = [(w, b) for w, b in self._sent if not w.is_completed()]
+        buffer = pack(tensors)
+        if buffer.numel() == 0:
+            return
+        work = dist.isend(buffer, self.peer, group=self._group)
+        assert work is not None
+        self.bytes_sent += buffer.numel()
+        self._sent.append((work, buffer))
+
+    def receive(self, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Receive:
+        """Post the receive of the next message of this direction."""
+        buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._device)
+        work = dist.irecv(buffer, self.peer, group=self._group) if buffer.numel() else None
+        return Receive(shapes, buffer, work)
+
+    def flush(self, timeout: timedelta | None) -> None:
+        """Wait until everything sent has left."""
+        for work, buffer in self._sent:
+            if timeout is None or buffer.is_cuda:
+                work.wait()
+            else:
+                work.wait(timeout)
+        self._sent.clear()

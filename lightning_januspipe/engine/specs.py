@@ -1,0 +1,106 @@
+"""What the engine needs to know of a stage: a pure function, and the symbolic shapes of what crosses its borders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape (numbers, or expressions of the inputs' size symbols) and dtype of one tensor.
+
+    All ranks of a pipeline hold the same batch, so each evaluates the shape of what it will receive by itself.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+    def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for given values of the symbols."""
+        return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
+
+    def empty(self, symbols: Mapping[str, int], device: torch.device) -> Tensor:
+        """An uninitialized tensor of this shape and dtype."""
+        return torch.empty(self.sizes(symbols), dtype=self.dtype, device=device)
+
+
+def _evaluate(expression: str, symbols: Mapping[str, int]) -> int:
+    if expression in symbols:
+        return symbols[expression]
+    names, function = _compiled(expression)
+    return int(function(*(symbols[n] for n in names)))
+
+
+@lru_cache(maxsize=1024)
+def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
+    """An expression of torch's symbolic shapes as a function; sympy is slow, so each is compiled once."""
+    import sympy
+    from torch.utils import _sympy
+
+    known = {name: getattr(_sympy.functions, name) for name in dir(_sympy.functions) if name[0].isupper()}
+    parsed = sympy.sympify(expression, locals=known)
+    names = tuple(sorted(str(s) for s in parsed.free_symbols))
+
+    def function(*values: int) -> int:
+        return int(parsed.subs(dict(zip(names, values, strict=True))))
+
+    return names, function
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What one forward pass of a stage gives.
+
+    Attributes:
+        boundary: values for the next stage.
+        energies: differentiated energies computed in this stage (usually in the last only), one number each.
+        observables: values that the loss reads (per-structure energies, charges), those computed in this stage.
+        coordinates: differentiation inputs (positions, strain), as this stage made them.
+    """
+
+    boundary: list[Tensor]
+    energies: list[Tensor]
+    observables: list[Tensor]
+    coordinates: list[Tensor]
+
+
+class StageFunction(Protocol):
+    """A stage as a pure function ``(h_out, y) = f(h_in, x, batch; θ)``, captured or written by hand.
+
+    Attributes:
+        index: position in the chain.
+        parameters: the trainable parameters that this stage reads.
+        boundary_in: specs of the values received from the stage before.
+        boundary_out: specs of the values sent to the next stage.
+        observables: positions (among all observables) of those computed here.
+    """
+
+    index: int
+    parameters: Sequence[nn.Parameter]
+    boundary_in: Sequence[TensorSpec]
+    boundary_out: Sequence[TensorSpec]
+    observables: Sequence[int]
+
+    def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
+        """Evaluate the stage on the batch's tensors and the values received."""
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """What all stages of a chain share.
+
+    Attributes:
+        coordinates: specs of the differentiation inputs; the derivative has the same.
+        observables: specs of all observables, in order.
+        observable_stage: the stage that computes each observable.
+    """
+
+    coordinates: tuple[TensorSpec, ...]
+    observables: tuple[TensorSpec, ...]
+    observable_stage: tuple[int, ...]

@@ -1,0 +1,34 @@
+"""Names of the tensors in a batch: ``dict[str, torch.Tensor]`` with N atoms, E edges and B structures."""
+
+POSITIONS = "positions"
+"""(N, 3) float: atomic positions in Å."""
+
+SPECIES = "species"
+"""(N,) int64: index of each atom's species in the model's species list."""
+
+ATOMIC_NUMBERS = "atomic_numbers"
+"""(N,) int64: atomic numbers."""
+
+EDGE_INDEX = "edge_index"
+"""(2, E) int64: row 0 is the source j, row 1 the target i; messages go from j to i."""
+
+CELL_SHIFTS = "cell_shifts"
+"""(E, 3) float: integer multiples S of the cell vectors; the edge vector is r_j + S @ cell - r_i."""
+
+CELL = "cell"
+"""(B, 3, 3) float: cell vectors in Å as rows; zeros for a structure without a cell."""
+
+PBC = "pbc"
+"""(B, 3) bool: periodicity along each cell vector."""
+
+BATCH = "batch"
+"""(N,) int64: index of the structure that each atom belongs to."""
+
+ENERGY = "energy"
+"""(B,) float: energy in eV."""
+
+FORCES = "forces"
+"""(N, 3) float: forces in eV/Å."""
+
+STRESS = "stress"
+"""(B, 3, 3) float: (1/V) dE/d(strain) in eV/Å³, positive under tension; NaN for a structure without a label."""

@@ -1,0 +1,6 @@
+"""Reference potentials, each usable without the strategy."""
+
+from lightning_januspipe.models.lightning_module import PotentialModule
+from lightning_januspipe.models.potential import ConservativePotential, EnergyModel, EquivariantPotential
+
+__all__ = ["ConservativePotential", "EnergyModel", "EquivariantPotential", "PotentialModule"]

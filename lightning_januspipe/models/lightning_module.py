@@ -1,0 +1,201 @@
+"""LightningModule that trains a conservative potential on energies, forces and stresses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe import keys
+from lightning_januspipe.models.errors import MaskedError, masked_loss
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+else:
+    try:
+        from lightning.pytorch import LightningModule
+    except ModuleNotFoundError:
+        from pytorch_lightning import LightningModule
+
+Batch = dict[str, Tensor]
+
+
+class PotentialModule(LightningModule):
+    """Training, validation, test and prediction of a potential.
+
+    Logs ``{train,val,test}_loss`` and, for each of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³),
+    ``…_mae`` and ``…_rmse``. Labels that are NaN are left out of losses and metrics.
+
+    Args:
+        potential: Module that maps a batch (see :mod:`lightning_januspipe.keys`) to a dict with ``energy`` (B,) in eV,
+            ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3) in eV/Å³.
+        energy_weight: Weight of the loss of energies per atom.
+        force_weight: Weight of the loss of force components.
+        stress_weight: Weight of the loss of stress components; with 0 a batch needs no stress labels.
+        loss: Mean squared error or Huber loss.
+        huber_delta: Error at which the Huber loss turns linear, in the unit of each quantity.
+        optimizer: Adam or AdamW.
+        learning_rate: Initial learning rate.
+        weight_decay: Weight decay of the optimizer.
+        lr_scheduler: Lower the rate on a plateau of ``monitor``, along a cosine to zero over the fit, or not at all.
+        monitor: Logged value that the plateau scheduler watches.
+        plateau_factor: Factor on the rate at a plateau.
+        plateau_patience: Epochs without improvement before the rate is lowered.
+
+    Raises:
+        ValueError: An unknown name, a negative weight, or only zero weights.
+
+    Example:
+        >>> from lightning_januspipe.models import EquivariantPotential
+        >>> potential = EquivariantPotential(species=["Cu"], cutoff=5.0, num_layers=2, num_features=8)
+        >>> module = PotentialModule(potential, force_weight=10.0, lr_scheduler="plateau")
+
+    In a recipe::
+
+        model:
+          class_path: lightning_januspipe.models.PotentialModule
+          init_args: {learning_rate: 0.005, force_weight: 10.0, stress_weight: 100.0, lr_scheduler: plateau}
+    """
+
+    def __init__(
+        self,
+        potential: nn.Module,
+        *,
+        energy_weight: float = 1.0,
+        force_weight: float = 1.0,
+        stress_weight: float = 0.0,
+        loss: Literal["mse", "huber"] = "mse",
+        huber_delta: float = 0.01,
+        optimizer: Literal["adam", "adamw"] = "adam",
+        learning_rate: float = 5e-3,
+        weight_decay: float = 0.0,
+        lr_scheduler: Literal["plateau", "cosine"] | None = None,
+        monitor: str = "val_loss",
+        plateau_factor: float = 0.5,
+        plateau_patience: int = 25,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("loss", loss, ("mse", "huber")),
+            ("optimizer", optimizer, ("adam", "adamw")),
+            ("lr_scheduler", lr_scheduler, ("plateau", "cosine", None)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        weights = {keys.ENERGY: energy_weight, keys.FORCES: force_weight, keys.STRESS: stress_weight}
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise ValueError(f"loss weights must not be negative, and one must be positive; got {weights}")
+        self.save_hyperparameters(ignore=["potential"])
+        self.potential = potential
+        self.weights = weights
+        self.huber_delta = huber_delta if loss == "huber" else None
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{quantity}_{name}": MaskedError(squared=name == "rmse")
+                for stage in ("train", "val", "test")
+                for quantity in weights
+                for name in ("mae", "rmse")
+            }
+        )
+
+    def forward(self, batch: Batch) -> Batch:
+        """Predict energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
+        return self.potential(batch)
+
+    def loss(self, prediction: Batch, batch: Batch) -> Tensor:
+        """Weighted sum of the losses of energies per atom, forces and stresses.
+
+        Raises:
+            ValueError: A label with a positive weight is missing from the batch.
+        """
+        pairs = self._pairs(prediction, batch)
+        if missing := [name for name, weight in self.weights.items() if weight and name not in pairs]:
+            raise ValueError(
+                f"the batch has no label {missing}, only {sorted(batch)}; add it (NaN where a structure has none), "
+                "or give its loss the weight 0"
+            )
+        losses = [
+            weight * masked_loss(*pairs[name], self.huber_delta) for name, weight in self.weights.items() if weight
+        ]
+        return torch.stack(losses).sum()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        return self._evaluate(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss and errors of one validation batch."""
+        with gradients_enabled(batch) as batch:
+            self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss and errors of one test batch."""
+        with gradients_enabled(batch) as batch:
+            self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Predictions of one batch, detached."""
+        with gradients_enabled(batch) as batch:
+            return {name: value.detach() for name, value in self(batch).items()}
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, if asked for, its learning rate scheduler."""
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams["optimizer"]]
+        optimizer = kind(self.parameters(), lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
+        if self.hparams["lr_scheduler"] is None:
+            return optimizer
+        scheduler: Any
+        if self.hparams["lr_scheduler"] == "cosine":
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=self.hparams["plateau_factor"], patience=self.hparams["plateau_patience"]
+        )
+        config = {"scheduler": scheduler, "interval": "epoch", "monitor": self.hparams["monitor"]}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _pairs(self, prediction: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Prediction and label of each quantity that the batch has labels of, energies per atom."""
+        pairs = {name: (prediction[name], batch[name]) for name in self.weights if name in batch}
+        if keys.ENERGY in pairs:
+            energy, label = pairs[keys.ENERGY]
+            structure = batch[keys.BATCH]
+            num_atoms = torch.zeros_like(label).index_add(0, structure, torch.ones_like(structure, dtype=label.dtype))
+            num_atoms = num_atoms.clamp(min=1)
+            pairs[keys.ENERGY] = (energy / num_atoms, label / num_atoms)
+        return pairs
+
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+        """Loss of a batch; the loss and the errors are logged under ``stage``."""
+        prediction = self(batch)
+        loss = self.loss(prediction, batch)
+        num_structures = batch[keys.CELL].shape[0]
+        self.log(
+            f"{stage}_loss",
+            loss.detach(),
+            batch_size=num_structures,
+            prog_bar=True,
+            on_step=stage == "train",
+            on_epoch=stage != "train",
+            sync_dist=stage != "train",
+        )
+        for quantity, (value, label) in self._pairs(prediction, batch).items():
+            for name in ("mae", "rmse"):
+                key = f"{stage}_{quantity}_{name}"
+                metric = self.metrics[key]
+                assert isinstance(metric, MaskedError)
+                metric.update(value.detach(), label)
+                self.log(key, metric, batch_size=num_structures, on_step=False, on_epoch=True)
+        return loss
+
+
+@contextmanager
+def gradients_enabled(batch: Batch) -> Iterator[Batch]:
+    """Enable gradients inside evaluation, where Lightning disables them or enters inference mode.
+
+    Tensors made in inference mode cannot take part in a differentiation, so the batch is cloned.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield {name: value.clone() if value.is_inference() else value for name, value in batch.items()}

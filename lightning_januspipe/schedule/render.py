@@ -1,0 +1,80 @@
+"""Draws a schedule as a text grid: one row per rank, one column per time slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_januspipe.schedule.actions import Schedule
+
+if TYPE_CHECKING:
+    from lightning_januspipe.schedule.simulate import Report
+
+IDLE = "."
+RUNNING = "-"
+
+
+def render(
+    schedule: Schedule,
+    report: Report | None = None,
+    *,
+    marked: tuple[int, int] | None = None,
+    max_columns: int | None = None,
+) -> str:
+    """Draw a schedule as a grid with ranks as rows and time slots as columns.
+
+    Without a report the slots are the places in each rank's order, which any schedule has, valid or not. With the
+    report of a simulation a slot is as long as the shortest action: an action is written where it starts, ``-`` goes
+    on for as long as it runs, and ``.`` is a bubble.
+
+    Args:
+        schedule: The schedule to draw.
+        report: The result of `simulate` for this schedule, for slots of time.
+        marked: Rank and place of an action to be marked as ``>FE0.3<``.
+        max_columns: Most columns to draw, around the marked action or else from the start; None draws all.
+    """
+    rows = _places(schedule) if report is None else _time_slots(schedule, report)
+    column = 0
+    if marked is not None:
+        rank, place = marked
+        text = str(schedule.actions[rank][place])
+        column = place if report is None else rows[rank].index(text)
+        rows[rank][column] = f">{text}<"
+    num_columns = max(map(len, rows), default=0)
+    first, last = _window(num_columns, column, max_columns)
+    header = [str(number) for number in range(first, last)]
+    cells = [[*row[first:last], *[""] * (last - max(first, len(row)))] for row in rows]
+    width = max((len(cell) for row in [header, *cells] for cell in row), default=1)
+    label = len(f"rank {schedule.num_ranks - 1}")
+    lines = [" ".join([" " * label, *(cell.rjust(width) for cell in header)])]
+    lines += [
+        " ".join([f"rank {rank}".ljust(label), *(cell.rjust(width) for cell in row)]) for rank, row in enumerate(cells)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _places(schedule: Schedule) -> list[list[str]]:
+    return [[str(action) for action in order] for order in schedule.actions]
+
+
+def _time_slots(schedule: Schedule, report: Report) -> list[list[str]]:
+    slot = min(report.end[action] - report.start[action] for action in report.end if report.end[action])
+    num_slots = max(1, round(report.makespan / slot))
+    rows = []
+    for order in schedule.actions:
+        row = [IDLE] * num_slots
+        free = 0
+        for action in order:
+            # Starts are at least one slot apart, but rounding may put two into one slot.
+            begin = max(free, round(report.start[action] / slot))
+            free = max(begin + 1, round(report.end[action] / slot))
+            row += [IDLE] * (free - len(row))
+            row[begin:free] = [str(action), *[RUNNING] * (free - begin - 1)]
+        rows.append(row)
+    return rows
+
+
+def _window(num_columns: int, centre: int, max_columns: int | None) -> tuple[int, int]:
+    if max_columns is None or num_columns <= max_columns:
+        return 0, num_columns
+    first = min(max(0, centre - max_columns // 2), num_columns - max_columns)
+    return first, first + max_columns

@@ -1,0 +1,239 @@
+"""Proves that a schedule is complete, keeps its dependencies and cannot deadlock.
+
+The executor that a valid schedule is safe with is this one, and it may do more but not less:
+
+1. Every ordered pair of neighbouring ranks has a channel of its own (a process group per direction whose sends and
+   receives with different peers do not wait for one another). A channel matches sends with receives strictly in
+   order, without looking at what they carry.
+2. A rank runs its actions in order. Before an action it has posted the receive of that action's message, if there is
+   one, and waits for the message. It may post receives earlier, in the sender's order.
+3. After an action a rank issues the send of the result, if there is one. The send has rendezvous semantics: it is
+   complete only when the receiver has posted the receive. The rank does not wait for that (isend) and keeps the
+   tensor until then.
+
+Point 3 is as weak as it can be. Were a send to block its rank, even plain 1F1B would deadlock: in its steady state
+two neighbours send to one another at the same time. How many unmatched sends a channel must be able to hold
+is therefore a parameter, ``max_pending_sends``: None for an executor that holds as many as come, 0 for blocking sends
+(``gpipe`` passes), 1 for one buffer per channel. A receive that is always posted n messages ahead counts as n buffers.
+
+Two rules follow from these points. First, messages may not cross: a receiver must use a channel's messages
+in the order in which they are sent, or receives posted right before use would match the wrong messages. Second, the
+waits must have no cycle. Waiting is monotone (a step that can be taken stays possible until it is taken), so
+running the schedule once, in any order of ranks, decides for every timing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import zip_longest
+
+from lightning_januspipe.schedule.actions import (
+    CHAIN_PHASES,
+    DEFERRED_PHASES,
+    Action,
+    Schedule,
+    dependencies,
+    predecessor,
+)
+from lightning_januspipe.schedule.render import render
+
+_GRID_COLUMNS = 15
+
+_Channel = tuple[int, int]
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot run.
+
+    Args:
+        message: What is wrong.
+        schedule: The schedule, drawn in the message with the failing action marked.
+        rank: The rank of the failing action.
+        place: The place of the failing action in the rank's order.
+
+    Attributes:
+        action: The failing action.
+        rank: The rank that holds it, or lacks it.
+    """
+
+    def __init__(self, message: str, schedule: Schedule, rank: int, place: int) -> None:
+        self._arguments = (message, schedule, rank, place)
+        self.action = schedule.actions[rank][place]
+        self.rank = rank
+        grid = render(schedule, marked=(rank, place), max_columns=_GRID_COLUMNS)
+        super().__init__(f"Schedule {schedule.name!r} cannot run: {message}\n{grid}")
+
+    def __reduce__(self) -> tuple[type[ScheduleError], tuple[str, Schedule, int, int]]:
+        return type(self), self._arguments
+
+
+def validate(schedule: Schedule, *, max_pending_sends: int | None = None) -> None:
+    """Prove a schedule, for the executor described at the top of this module.
+
+    Args:
+        schedule: The schedule to prove.
+        max_pending_sends: Most sends per channel that may be issued and not yet matched by a receive while the sender
+            goes on; None for no limit, 0 for blocking sends.
+
+    Raises:
+        ScheduleError: If an action is missing, repeated or on the wrong rank, comes before one that it depends on,
+            receives its message out of order, or waits in a cycle. The error names the action and draws the grid.
+    """
+    if max_pending_sends is not None and max_pending_sends < 0:
+        raise ValueError(f"max_pending_sends is {max_pending_sends}, expected None or a number >= 0.")
+    _check_complete(schedule)
+    _check_local_order(schedule)
+    _check_message_order(schedule)
+    _check_progress(schedule, max_pending_sends)
+
+
+def _check_complete(schedule: Schedule) -> None:
+    """Every phase of every stage and micro-batch is there once, on the rank of the stage."""
+    seen: dict[Action, int] = {}
+    for rank, order in enumerate(schedule.actions):
+        for place, action in enumerate(order):
+            if not 0 <= action.stage < schedule.num_stages:
+                message = f"{action} on rank {rank} is of a stage outside 0 to {schedule.num_stages - 1}."
+            elif not 0 <= action.microbatch < schedule.num_microbatches:
+                message = f"{action} on rank {rank} is of a micro-batch outside 0 to {schedule.num_microbatches - 1}."
+            elif schedule.rank_of(action) != rank:
+                message = f"{action} is on rank {rank}, but its stage lives on rank {schedule.rank_of(action)}."
+            elif action in seen:
+                message = f"{action} on rank {rank} is there twice."
+            else:
+                seen[action] = rank
+                continue
+            raise ScheduleError(message, schedule, rank, place)
+    phases = (*CHAIN_PHASES, *(phase for phase in DEFERRED_PHASES if phase in schedule.phases))
+    if len(seen) == len(phases) * schedule.num_stages * schedule.num_microbatches:
+        return
+    for stage, rank in enumerate(schedule.placement):
+        for microbatch in range(schedule.num_microbatches):
+            for phase in phases:
+                action = Action(phase, stage, microbatch)
+                if action not in seen:
+                    order = schedule.actions[rank]
+                    with_missing = (*schedule.actions[:rank], (*order, action), *schedule.actions[rank + 1 :])
+                    message = f"{action} is missing on rank {rank} (drawn at the end of its row)."
+                    raise ScheduleError(message, replace(schedule, actions=with_missing), rank, len(order))
+
+
+def _check_local_order(schedule: Schedule) -> None:
+    """An action comes after everything on its own rank that it depends on."""
+    for rank, order in enumerate(schedule.actions):
+        place_of = {action: place for place, action in enumerate(order)}
+        for place, action in enumerate(order):
+            for needed in dependencies(action, schedule.num_stages):
+                if place_of.get(needed, -1) > place:
+                    message = f"{action} on rank {rank} comes before {needed}, which it depends on."
+                    raise ScheduleError(message, schedule, rank, place)
+
+
+def _check_message_order(schedule: Schedule) -> None:
+    """The messages of every channel are used in the order in which they are sent."""
+    sent: dict[_Channel, list[Action]] = {}
+    used: dict[_Channel, list[tuple[Action, int]]] = {}
+    for rank, order in enumerate(schedule.actions):
+        for place, action in enumerate(order):
+            receiver = schedule.receiver(action)
+            if receiver is not None:
+                sent.setdefault((rank, receiver), []).append(action)
+            sender = schedule.sender(action)
+            if sender is not None:
+                source = predecessor(action, schedule.num_stages)
+                assert source is not None
+                used.setdefault((sender, rank), []).append((source, place))
+    for channel, sources in used.items():
+        for message, (source, place) in zip_longest(sent[channel], sources):
+            if message != source:
+                sender, rank = channel
+                text = (
+                    f"{schedule.actions[rank][place]} on rank {rank} takes the message of {source}, but the next one "
+                    f"that rank {sender} sends is of {message}: the orders of messages cross."
+                )
+                raise ScheduleError(text, schedule, rank, place)
+
+
+class _Run:
+    """The ranks of a schedule as they send, wait and go on, without regard to time."""
+
+    def __init__(self, schedule: Schedule, max_pending_sends: int | None) -> None:
+        self.schedule = schedule
+        self.max_pending_sends = max_pending_sends
+        self.place = [0] * schedule.num_ranks
+        self.has_sent = [False] * schedule.num_ranks
+        self.has_posted = [False] * schedule.num_ranks
+        self.sent: Counter[_Channel] = Counter()
+        self.posted: Counter[_Channel] = Counter()
+
+    def head(self, rank: int) -> Action | None:
+        """The action that a rank is at; None at its end."""
+        order = self.schedule.actions[rank]
+        return order[self.place[rank]] if self.place[rank] < len(order) else None
+
+    def advance(self, rank: int) -> set[int]:
+        """Let a rank go as far as it can; return the ranks that this may have set free."""
+        touched: set[int] = set()
+        while (action := self.head(rank)) is not None:
+            sender = self.schedule.sender(action)
+            if sender is not None and not self.has_posted[rank]:
+                self.posted[sender, rank] += 1
+                self.has_posted[rank] = True
+                touched.add(sender)
+            receiver = self.schedule.receiver(action)
+            if self.waits_for(rank) is not None and not self.has_sent[rank]:
+                break
+            if receiver is not None and not self.has_sent[rank]:
+                self.sent[rank, receiver] += 1
+                self.has_sent[rank] = True
+                touched.add(receiver)
+            if self.waits_for(rank) is not None:
+                break
+            self.place[rank] += 1
+            self.has_posted[rank] = self.has_sent[rank] = False
+        return touched
+
+    def waits_for(self, rank: int) -> int | None:
+        """The rank that must do something before this one can go on with the action it is at."""
+        action = self.head(rank)
+        assert action is not None
+        if not self.has_sent[rank]:
+            sender = self.schedule.sender(action)
+            is_here = sender is None or self.sent[sender, rank] >= self.posted[sender, rank]
+            return None if is_here else sender
+        receiver = self.schedule.receiver(action)
+        if receiver is None or self.max_pending_sends is None:
+            return None
+        pending = self.sent[rank, receiver] - self.posted[rank, receiver]
+        return receiver if pending > self.max_pending_sends else None
+
+
+def _check_progress(schedule: Schedule, max_pending_sends: int | None) -> None:
+    """All ranks reach the end of their orders."""
+    run = _Run(schedule, max_pending_sends)
+    runnable = set(range(schedule.num_ranks))
+    while runnable:
+        runnable |= run.advance(runnable.pop())
+    stuck = [rank for rank in range(schedule.num_ranks) if run.head(rank) is not None]
+    if not stuck:
+        return
+    path: list[int] = []
+    rank: int | None = stuck[0]
+    while rank is not None and rank not in path:
+        path.append(rank)
+        rank = run.waits_for(rank)
+    assert rank is not None, "a rank that waits for none is not stuck"
+    cycle = path[path.index(rank) :]
+    waits = ", ".join(_describe_wait(run, member) for member in cycle)
+    message = f"{run.head(rank)} on rank {rank} waits for itself: {waits}."
+    raise ScheduleError(message, schedule, rank, run.place[rank])
+
+
+def _describe_wait(run: _Run, rank: int) -> str:
+    action = run.head(rank)
+    assert action is not None
+    if run.has_sent[rank]:
+        return f"rank {rank} cannot send the result of {action} until rank {run.waits_for(rank)} receives more"
+    needed = predecessor(action, run.schedule.num_stages)
+    return f"rank {rank} needs {needed} of rank {run.waits_for(rank)} for {action}"
