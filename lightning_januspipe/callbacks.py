@@ -1,0 +1,273 @@
+"""Callbacks: training throughput in the progress bar, and a table of the errors before and after training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from lightning_januspipe import keys
+from lightning_januspipe.engine.microbatch import MicroBatches
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback
+
+POSITION_KEYS = (keys.POSITIONS, "pos", "_positions", "positions")
+"""Names under which batches of different projects hold the (N, 3) positions."""
+
+
+class Throughput(Callback):
+    """Logs how many atoms and structures are trained on per second, over all replicas.
+
+    The values are means over a moving window of optimizer-visible batches. Validation, checkpoints at its end, and the
+    first batch (which may include compilation or the capture of a potential) are not counted.
+
+    Args:
+        window: Number of batches in the window.
+
+    Raises:
+        ValueError: ``window`` is below 1.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: lightning_januspipe.callbacks.Throughput
+              init_args: {window: 20}
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        super().__init__()
+        if window < 1:
+            raise ValueError(f"window={window}; expected a number of batches of at least 1")
+        self._batches: deque[tuple[float, int, int]] = deque(maxlen=window)
+        self._last_end: float | None = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new interval."""
+        self._last_end = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the time of the validation out."""
+        self._last_end = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start a new interval where there is none."""
+        if self._last_end is None and trainer.global_step > 0:
+            self._last_end = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the throughput up to this batch."""
+        now = time.perf_counter()
+        if self._last_end is not None:
+            atoms, structures = count_atoms(batch), count_structures(batch)
+            self._batches.append((now - self._last_end, atoms, structures))
+            seconds = sum(interval for interval, _, _ in self._batches)
+            # Under JanusPipe the world size that the Trainer reports is that of the replicas.
+            for name, total in (
+                ("atoms_per_s", sum(atoms for _, atoms, _ in self._batches)),
+                ("structures_per_s", sum(structures for _, _, structures in self._batches)),
+            ):
+                rate = trainer.world_size * total / seconds if seconds > 0 else 0.0
+                pl_module.log(name, rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        self._last_end = now
+
+
+def count_atoms(batch: Any) -> int:
+    """N of a batch, summed over its micro-batches; 0 where no positions are found."""
+    if isinstance(batch, MicroBatches):
+        return sum(count_atoms(part) for part in batch.batches)
+    for name in POSITION_KEYS:
+        positions = _get(batch, name)
+        if positions is not None:
+            return int(positions.shape[0])
+    return 0
+
+
+def count_structures(batch: Any) -> int:
+    """B of a batch, summed over its micro-batches; 1 where nothing tells."""
+    if isinstance(batch, MicroBatches):
+        return sum(batch.num_samples)
+    for name in (keys.CELL, keys.ENERGY):
+        value = _get(batch, name)
+        if value is not None and value.dim() > 0:
+            return int(value.shape[0])
+    num_graphs = getattr(batch, "num_graphs", None)  # PyG batches
+    if num_graphs is not None:
+        return int(num_graphs)
+    structure = _get(batch, keys.BATCH)
+    return 1 if structure is None or not len(structure) else int(structure.max()) + 1
+
+
+def _get(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A row of the table.
+
+    Attributes:
+        metric: Name of the logged value without the prefix of its stage.
+        label: What the table calls it.
+        unit: Unit in the table, a thousandth of that of the logged value.
+    """
+
+    metric: str
+    label: str
+    unit: str
+
+
+QUANTITIES = tuple(
+    Quantity(f"{name}_{kind}", f"{label} {kind.upper()}", unit)
+    for name, label, unit in (
+        (keys.ENERGY, "energy", "meV/atom"),
+        (keys.FORCES, "force", "meV/Å"),
+        (keys.STRESS, "stress", "meV/Å³"),
+    )
+    for kind in ("mae", "rmse")
+)
+
+
+@dataclass
+class Errors:
+    """Logged values by stage of a run, each a mapping from a metric's name without prefix to its value.
+
+    Attributes:
+        before: Of the validation data before training (from Lightning's sanity check).
+        after: Of the validation data, at the last validation.
+        test: Of the test data.
+    """
+
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+
+
+class ErrorReport(Callback):
+    """Collects the errors that a module logs as ``{val,test}_{energy,forces,stress}_{mae,rmse}``, for a table.
+
+    The errors before training are those of Lightning's sanity check, which covers all of the validation data with
+    ``Trainer(num_sanity_val_steps=-1)`` and its first batches else.
+
+    Args:
+        print_after_fit: Print the table when ``fit`` ends. The command line turns it off and prints the table itself,
+            after the test.
+
+    Attributes:
+        errors: What was collected so far.
+    """
+
+    def __init__(self, print_after_fit: bool = True) -> None:
+        super().__init__()
+        self.print_after_fit = print_after_fit
+        self.errors = Errors()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the errors of the validation data."""
+        values = _logged(trainer, "val_")
+        if trainer.sanity_checking:
+            self.errors.before = values
+        else:
+            self.errors.after = values
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the errors of the test data."""
+        self.errors.test = _logged(trainer, "test_")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, on the first process."""
+        if self.print_after_fit:
+            self.print(trainer)
+
+    def print(self, trainer: Trainer) -> None:
+        """Print the table and the path of the best or last checkpoint, on the first process only."""
+        if not trainer.is_global_zero:
+            return
+        console = Console()
+        if self.errors.after or self.errors.test:
+            console.print(error_table(self.errors))
+            if drop := describe_drop(self.errors):
+                console.print(drop)
+        path = checkpoint_path(trainer)
+        if path:
+            console.print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
+
+
+def error_table(errors: Errors) -> Table:
+    """Table of the collected errors; columns and rows without values are left out."""
+    columns = {
+        "validation, before training": errors.before,
+        "validation, after training": errors.after,
+        "test": errors.test,
+    }
+    columns = {name: values for name, values in columns.items() if values}
+    table = Table(title="Errors")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    with_ratio = bool(errors.before and errors.after)
+    if with_ratio:
+        table.add_column("validation error, times lower", justify="right")
+    for quantity in QUANTITIES:
+        values = [column.get(quantity.metric, math.nan) for column in columns.values()]
+        if all(math.isnan(value) for value in values):
+            continue
+        row: list[RenderableType] = [f"{quantity.label} ({quantity.unit})", *(_format(1000 * v) for v in values)]
+        if with_ratio:
+            row.append(_format(_ratio(errors, quantity.metric)))
+        table.add_row(*row)
+    return table
+
+
+def describe_drop(errors: Errors) -> str:
+    """One sentence on the drop of the force error over the training; empty where it is not known."""
+    metric = f"{keys.FORCES}_mae"
+    ratio = _ratio(errors, metric)
+    if math.isnan(ratio):
+        return ""
+    before, after = 1000 * errors.before[metric], 1000 * errors.after[metric]
+    change = f"{_format(ratio)} times lower" if ratio >= 1 else f"{_format(1 / ratio)} times HIGHER"
+    return f"Force error (MAE) on the validation data: {_format(before)} → {_format(after)} meV/Å, {change}."
+
+
+def checkpoint_path(trainer: Trainer) -> str:
+    """Path of the best checkpoint, of the last one where none is best; empty where there is none."""
+    callback = trainer.checkpoint_callback
+    return str(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
+
+
+def _logged(trainer: Trainer, prefix: str) -> dict[str, float]:
+    return {
+        name.removeprefix(prefix): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(prefix)
+    }
+
+
+def _ratio(errors: Errors, metric: str) -> float:
+    before, after = errors.before.get(metric, math.nan), errors.after.get(metric, math.nan)
+    return before / after if after > 0 else math.nan
+
+
+def _format(value: float) -> str:
+    """Three significant digits; a dash where there is no value."""
+    if math.isnan(value):
+        return "–"
+    if value == 0 or math.isinf(value):
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"

@@ -1,0 +1,154 @@
+"""From a LightningModule and a few samples to a captured, cut and validated potential."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
+from lightning_januspipe.capture.profile import measure
+from lightning_januspipe.capture.stages import CapturedPotential
+from lightning_januspipe.capture.step import shallow_copy, silent_log
+from lightning_januspipe.capture.trace import call_constants, call_tensors, trace_potential
+from lightning_januspipe.capture.validate import validate
+from lightning_januspipe.engine.local import PhaseSeconds
+
+log = logging.getLogger(__name__)
+_REFINEMENTS = 3
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured potential and the measured phase times of its stages."""
+
+    potential: CapturedPotential
+    seconds: list[PhaseSeconds]
+
+
+def capture_module(
+    module: nn.Module,
+    step: Callable[[Any], Any],
+    traced_batch: Any,
+    other_batch: Any,
+    num_stages: int,
+    potential: str | None = None,
+) -> Capture:
+    """Find, trace, cut and validate the potential of a module.
+
+    Args:
+        module: the LightningModule, left as it was.
+        step: its training (or evaluation) step, from a batch to what it returns.
+        traced_batch: at least two structures.
+        other_batch: other numbers of atoms, edges and structures, about a micro-batch's size: the potential is
+            validated and profiled on it.
+        num_stages: into how many stages to cut.
+        potential: dotted name of the potential, where the user gave one.
+
+    Raises:
+        CaptureError: see its message.
+    """
+    began = time.perf_counter()
+    with _unchanged(module):
+        found = find_potential(module, lambda: step(shallow_copy(traced_batch)), potential)
+        other = PotentialCall(
+            found.path, *call_arguments(module, found.path, lambda: step(shallow_copy(other_batch))), found.read_outputs
+        )
+        constants = call_constants(found.args, found.kwargs)
+        if constants != call_constants(other.args, other.kwargs):
+            raise CaptureError(
+                f"the potential {found.path!r} is called with values that are no tensors and change with the batch: "
+                f"{constants} and {call_constants(other.args, other.kwargs)}. Pass them as tensors."
+            )
+        submodule = module.get_submodule(found.path)
+        program = trace_potential(submodule, found)
+        traced = time.perf_counter() - began
+        regions = find_regions(program, found.read_outputs)
+        profile = measure(program, regions, submodule, call_tensors(other.args, other.kwargs))
+        captured = CapturedPotential(found.path, program, regions, find_cut(program, regions, profile, num_stages), constants)
+        captured, seconds = _balance(captured, profile, submodule, other)
+    log.info(
+        "captured %s in %.1f s (%.1f s tracing): %d operations, %d stages of %s ms, boundaries of %s kB",
+        found.path,
+        time.perf_counter() - began,
+        traced,
+        len(program.nodes),
+        num_stages,
+        [round(1e3 * s.total, 1) for s in seconds],
+        [round(b / 1e3) for b in captured.cut.boundary_bytes],
+    )
+    return Capture(captured, seconds)
+
+
+def _balance(
+    captured: CapturedPotential, profile: Profile, potential: nn.Module, call: PotentialCall
+) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+    """Validate, measure all four phases, and move the cut to where these are balanced.
+
+    A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
+    measured sum of its phases and the cut is sought again.
+    """
+    validate(captured, potential, call)
+    best, best_seconds = captured, validate(captured, potential, call)  # the second run is warm
+    seen, current, seconds = {_key(captured.cut)}, captured, best_seconds
+    for _ in range(_REFINEMENTS if captured.cut.num_stages > 1 else 0):
+        profile = _scaled(profile, current.cut, seconds)
+        cut = find_cut(current.program, current.regions, profile, current.cut.num_stages)
+        if _key(cut) in seen:
+            break
+        seen.add(_key(cut))
+        current = replace(current, cut=cut)
+        validate(current, potential, call)
+        seconds = validate(current, potential, call)
+        if max(s.total for s in seconds) < max(s.total for s in best_seconds):
+            best, best_seconds = current, seconds
+    return best, best_seconds
+
+
+def _key(cut: Cut) -> tuple[int, ...]:
+    return tuple(len(b) for b in cut.bodies)
+
+
+def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
+    scaled = dict(profile.seconds)
+    for names, cost, measured in zip(cut.bodies, cut.costs, seconds, strict=True):
+        for name in names:
+            scaled[name] = profile.seconds.get(name, 0.0) * measured.total / max(cost, 1e-9)
+    return Profile(scaled, profile.num_bytes)
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Capture runs the user's step a few times; buffers, metrics, gradients and random numbers stay as they were."""
+    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+    metrics = {m: _metric_state(m) for m in module.modules() if hasattr(m, "_copy_state_dict")}
+    gradients = {p: p.grad for p in module.parameters()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), silent_log(module):
+        try:
+            yield
+        finally:
+            for name, buffer in module.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
+            for metric, state in metrics.items():
+                metric.__dict__.update(state)
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+
+def _metric_state(metric: Any) -> dict[str, Any]:
+    """A torchmetrics metric's states and counters."""
+    kept = {**metric._copy_state_dict()}
+    for name in ("_update_count", "_computed", "_forward_cache"):
+        if name in metric.__dict__:
+            kept[name] = metric.__dict__[name]
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}

@@ -1,0 +1,251 @@
+"""The user's step around a captured potential: up to its call of the potential, and from its result to the loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.find import call_arguments
+from lightning_januspipe.capture.stages import CapturedPotential, Epilogue
+from lightning_januspipe.capture.trace import call_constants, call_tensors
+from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
+
+StepFunction = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one micro-batch's step gave.
+
+    Attributes:
+        output: what the user's step returned.
+        gradients: what the phases need.
+    """
+
+    output: Any
+    gradients: LossGradients
+
+
+class CapturedStep:
+    """Runs the user's step with the potential replaced.
+
+    Args:
+        captured: the captured potential.
+        module: the LightningModule.
+        add_gradients: called with the parameters outside the stages and their gradients. Every rank computes the same
+            ones, so only one rank of a pipeline may pass them on.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedPotential,
+        module: nn.Module,
+        add_gradients: Callable[[list[nn.Parameter], list[Tensor | None]], None],
+    ) -> None:
+        self._captured, self._module, self._add = captured, module, add_gradients
+        self._potential = module.get_submodule(captured.path)
+        self._epilogue = Epilogue(captured, self._potential)
+        inside = set(self._potential.parameters())
+        others = [p for p in module.parameters() if p.requires_grad and p not in inside]
+        self.outside_parameters: list[nn.Parameter] = [*others, *self._epilogue.parameters]
+        self._calls: dict[int, list[Tensor]] = {}
+        self._random: dict[int, _RandomState] = {}
+
+    def prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
+        """Run the step up to the potential, and return what the stages get.
+
+        Args:
+            index: the micro-batch.
+            step: the user's step, from a batch to its output.
+            batch: the micro-batch's batch; the step gets a shallow copy.
+
+        Raises:
+            CaptureError: the step does not call the potential, or calls it with other constants than it was traced with.
+        """
+        state = _RandomState.now()
+        with silent_log(self._module), torch.enable_grad():
+            args, kwargs = call_arguments(self._module, self._captured.path, lambda: step(shallow_copy(batch)))
+        constants = call_constants(args, kwargs)
+        if len(constants) != len(self._captured.constants) or any(
+            not _same(a, b) for a, b in zip(constants, self._captured.constants, strict=True)
+        ):
+            raise CaptureError(
+                f"the potential {self._captured.path!r} was captured with the constants {self._captured.constants}, "
+                f"but this batch calls it with {constants}. Values that change with the batch have to be tensors."
+            )
+        tensors = call_tensors(args, kwargs)
+        self._calls[index], self._random[index] = tensors, state
+        return MicrobatchInput(tensors, self._captured.program.bind(tensors))
+
+    def loss(
+        self, index: int, step: StepFunction, batch: Any, weight: float, observables: list[Tensor], derivatives: list[Tensor]
+    ) -> StepResult:
+        """Run the whole step on energies and forces, and differentiate its loss.
+
+        Args:
+            index: the micro-batch, prepared before.
+            step: the user's step.
+            batch: its batch.
+            weight: factor of this micro-batch's loss.
+            observables: values of the potential that the loss reads.
+            derivatives: complete ∂E/∂x.
+
+        Raises:
+            CaptureError: the loss does not depend on energy or forces.
+            FloatingPointError: the loss is not finite.
+        """
+        y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
+        x = [d.detach().requires_grad_() for d in derivatives]
+        with torch.enable_grad():
+            output = self._replay(index, step, batch, y, x)
+        loss = loss_of(output, type(self._module).__name__)
+        require_finite(loss, index)
+        inputs = [v for v in (*y, *x) if v.requires_grad]
+        if not loss.requires_grad:
+            raise CaptureError(_UNTRAINED.format(type(self._module).__name__))
+        found = torch.autograd.grad(loss * weight, [*inputs, *self.outside_parameters], allow_unused=True)
+        self._add(self.outside_parameters, list(found[len(inputs) :]))
+        given = iter(found[: len(inputs)])
+        seeds = [next(given) if v.requires_grad else None for v in (*y, *x)]
+        if all(s is None for s in seeds):
+            raise CaptureError(_UNTRAINED.format(type(self._module).__name__))
+        tangents = [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)]
+        return StepResult(output, LossGradients(seeds[: len(y)], tangents))
+
+    def finish(
+        self, index: int, step: StepFunction, batch: Any, observables: list[Tensor], derivatives: list[Tensor]
+    ) -> Any:
+        """Run a step of evaluation on energies and forces, and return its output."""
+        return self._replay(index, step, batch, observables, derivatives)
+
+    def clear(self) -> None:
+        """Forget prepared micro-batches."""
+        self._calls.clear()
+        self._random.clear()
+
+    def _replay(self, index: int, step: StepFunction, batch: Any, y: list[Tensor], x: list[Tensor]) -> Any:
+        tensors = self._calls.pop(index)
+
+        def replaced(*_: Any, **__: Any) -> object:
+            return self._epilogue(tensors, y, x)
+
+        with self._random.pop(index).again(), _forward_replaced(self._potential, replaced):
+            return step(shallow_copy(batch))
+
+
+_UNTRAINED = (
+    "the loss of {0} depends on no energy and no derivative of the potential, so nothing can be trained. Look for a "
+    "detach(), a no_grad(), or a loss that reads other values than the potential returns."
+)
+
+
+def loss_of(output: Any, name: str) -> Tensor:
+    """The loss in what a training step returned.
+
+    Raises:
+        CaptureError: there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise CaptureError(
+            f"training_step of {name} returned {type(output).__name__}; expected a loss (a tensor with one number), or "
+            "a dict with the key 'loss'. Skipping a step by returning None is not possible in a pipeline."
+        )
+    return loss
+
+
+def require_finite(loss: Tensor, index: int) -> None:
+    """Refuse a loss that is NaN or infinite: every parameter would be lost with the next optimizer step.
+
+    Raises:
+        FloatingPointError: it is.
+    """
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise FloatingPointError(
+            f"the loss of micro-batch {index} is {loss.detach().item()}. Look at the batch's labels and structures "
+            "(overlapping atoms, missing labels), or lower the learning rate."
+        )
+
+
+def shallow_copy(batch: Any) -> Any:
+    """A copy that a step can write new entries to; tensors are shared."""
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(shallow_copy(b) for b in batch)
+    return batch if isinstance(batch, Tensor) else copy.copy(batch)
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a is b or a == b)
+    except Exception:  # noqa: BLE001 - objects that cannot be compared count as different
+        return False
+
+
+@contextmanager
+def _forward_replaced(potential: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = potential.__dict__.get("forward")
+    potential.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del potential.forward
+        else:
+            potential.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def silent_log(module: nn.Module) -> Iterator[None]:
+    """Nothing is logged inside the block: its step is run again later."""
+
+    def log(*_: Any, **__: Any) -> None: ...
+
+    with replaced_log(module, log):
+        yield
+
+
+@contextmanager
+def replaced_log(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
+    """Send the module's ``self.log`` (and so ``self.log_dict``) elsewhere."""
+    own = module.__dict__.get("log")
+    module.log = log  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.log
+        else:
+            module.log = own
+
+
+class _RandomState:
+    """States of torch's generators: a step that is run twice draws the same numbers twice."""
+
+    def __init__(self, cpu: Tensor, cuda: Tensor | None) -> None:
+        self._cpu, self._cuda = cpu, cuda
+
+    @classmethod
+    def now(cls) -> _RandomState:
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if used else None)
+
+    def _set(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        later = _RandomState.now()
+        self._set()
+        try:
+            yield
+        finally:
+            later._set()

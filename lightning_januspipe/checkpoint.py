@@ -1,0 +1,87 @@
+"""Optimizers of one stage, and consolidated checkpoints with the user's own keys.
+
+A checkpoint is what plain Lightning writes: it loads with ``strategy="auto"`` and the reverse. Optimizer state travels
+between ranks by parameter, never by index, since indices of different stages collide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.pipeline import Pipeline
+
+
+class StageOptimizer:
+    """Keeps in an optimizer only what this rank trains, and puts the whole together again for a checkpoint.
+
+    Args:
+        optimizer: made by the user over the whole module, with the state of a checkpoint if one was loaded.
+        pipeline: this rank's stage.
+    """
+
+    def __init__(self, optimizer: Optimizer, pipeline: Pipeline) -> None:
+        self.optimizer, self._pipeline = optimizer, pipeline
+        self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
+        known = set(pipeline.stages_of)
+        for group in self._groups:
+            if any(p not in known for p in group):
+                raise ValueError(
+                    "the optimizer holds parameters that are not parameters of the LightningModule; return from "
+                    "configure_optimizers an optimizer over self.parameters() or a part of it"
+                )
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if pipeline.holds(p)]
+        for parameter in [p for p in optimizer.state if not pipeline.holds(p)]:
+            del optimizer.state[parameter]
+
+    def full_state_dict(self, mesh: Mesh) -> dict[str, Any]:
+        """The state dict that the optimizer over the whole module would have; every rank of a pipeline takes part."""
+        order = [p for group in self._groups for p in group]
+        mine = {
+            i: _to_cpu(self.optimizer.state[p])
+            for i, p in enumerate(order)
+            if p in self.optimizer.state and self._pipeline.owns(p)
+        }
+        found: list[Any] = [None] * mesh.shape.pipeline
+        dist.all_gather_object(found, mine, group=mesh.control_group)
+        state: dict[int, Any] = {}
+        for part in found:
+            state.update(part)
+        groups, start = [], 0
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            rest = {k: v for k, v in group.items() if k != "params"}
+            groups.append({**rest, "params": list(range(start, start + len(parameters)))})
+            start += len(parameters)
+        return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def restore_groups(self) -> None:
+        """Give the optimizer its whole parameter groups back (after training)."""
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = parameters
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    return value
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of global rank 0, as data-parallel training does at its start."""
+    tensors = [*module.parameters(), *module.buffers()]
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        same = [t for t in tensors if t.dtype == dtype and t.numel()]
+        if not same:
+            continue
+        flat = torch.cat([t.detach().reshape(-1) for t in same])
+        dist.broadcast(flat, 0)
+        for tensor, values in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.data.copy_(values.view_as(tensor))

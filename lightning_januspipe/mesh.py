@@ -1,0 +1,135 @@
+"""Pipeline × data × graph: sizes from what the user asked, and the process groups of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("pp", "dp", "gp")
+Size = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the three axes; graph innermost, so that its ranks are neighbours.
+
+    Attributes:
+        pipeline: stages of the pipeline, P.
+        data: replicas, D.
+        graph: ranks that share the atoms of a micro-batch, G.
+    """
+
+    pipeline: int
+    data: int
+    graph: int = 1
+
+    @classmethod
+    def resolve(cls, pipeline: Size, data: Size, graph: int, world_size: int) -> MeshShape:
+        """Sizes for a number of processes.
+
+        ``"auto"`` for pipeline is the world size over data × graph; ``"auto"`` for data is 1 if pipeline is "auto"
+        too, else what is left.
+
+        Raises:
+            ValueError: the product is not the world size.
+        """
+        for name, size in (("pipeline_size", pipeline), ("data_size", data), ("graph_size", graph)):
+            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"{name}={size!r}; expected a positive number" + (" or 'auto'" * (name[0] != "g")))
+        num_data = (1 if pipeline == "auto" else max(world_size // (pipeline * graph), 1)) if data == "auto" else data
+        num_pipeline = max(world_size // (num_data * graph), 1) if pipeline == "auto" else pipeline
+        if num_pipeline * num_data * graph != world_size:
+            raise ValueError(
+                f"pipeline_size × data_size × graph_size = {num_pipeline} × {num_data} × {graph} = "
+                f"{num_pipeline * num_data * graph}, but there are {world_size} processes (asked for: "
+                f"pipeline_size={pipeline!r}, data_size={data!r}, graph_size={graph}). Change the sizes, or "
+                "Trainer(devices=..., num_nodes=...), so that they agree."
+            )
+        return cls(num_pipeline, num_data, graph)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.pipeline * self.data * self.graph
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(pipeline, data, graph) position of a global rank."""
+        return rank // (self.data * self.graph), rank // self.graph % self.data, rank % self.graph
+
+    def rank(self, pipeline: int, data: int, graph: int) -> int:
+        """Global rank at a position."""
+        return (pipeline * self.data + data) * self.graph + graph
+
+
+class Mesh:
+    """The process groups of one rank. In one process there are none.
+
+    Args:
+        shape: sizes of the axes.
+        rank: global rank.
+        device: this rank's device.
+        timeout: how long a rank waits for a message of its pipeline.
+    """
+
+    def __init__(self, shape: MeshShape, rank: int, device: torch.device, timeout: timedelta | None = None) -> None:
+        self.shape, self.rank, self.device, self.timeout = shape, rank, device, timeout
+        self.pipeline_rank, self.data_rank, self.graph_rank = shape.coordinates(rank)
+        self.device_mesh: DeviceMesh | None = None
+        self.down_group = self.up_group = self.control_group = self.data_group = self.alone_group = None
+        if shape.size == 1:
+            return
+        self.device_mesh = init_device_mesh(
+            device.type, (shape.pipeline, shape.data, shape.graph), mesh_dim_names=AXES
+        )
+        self.pipeline_group = self.device_mesh["pp"].get_group()
+        self.data_group = self.device_mesh["dp"].get_group()
+        # Every rank takes part in the creation of every group, in the same order.
+        for data in range(shape.data):
+            for graph in range(shape.graph):
+                ranks = [shape.rank(p, data, graph) for p in range(shape.pipeline)]
+                down, up = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout)
+                control = dist.new_group(ranks, backend="gloo")
+                if (data, graph) == (self.data_rank, self.graph_rank):
+                    self.down_group, self.up_group, self.control_group = down, up, control
+        for other in range(shape.size):
+            group = dist.new_group([other])
+            if other == rank:
+                self.alone_group = group
+
+    @property
+    def pipeline_ranks(self) -> list[int]:
+        """Global ranks of this rank's pipeline, first stage first."""
+        return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
+
+    def neighbour(self, step: int) -> int | None:
+        """Global rank of the next (1) or previous (-1) stage, or None at an end."""
+        position = self.pipeline_rank + step
+        return self.pipeline_ranks[position] if 0 <= position < self.shape.pipeline else None
+
+
+@contextmanager
+def as_world(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Make a group the default one for the duration of the block.
+
+    Modules call collectives in their steps without naming a group (metrics that reduce on every step, losses that
+    all-reduce). Ranks of one pipeline reach a step at different times, so over all ranks such a call would hang, and
+    would count every sample P times: it has to reduce over the data-parallel replicas only.
+    """
+    if group is None:
+        yield
+        return
+    from torch.distributed import distributed_c10d
+
+    before = distributed_c10d.GroupMember.WORLD
+    distributed_c10d._update_default_pg(group)
+    try:
+        yield
+    finally:
+        distributed_c10d._update_default_pg(before)

@@ -1,0 +1,568 @@
+"""The Lightning hooks: what the Trainer calls, in the order of a run. No autograd and no messages in here."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_januspipe.capture import Capture, capture_module
+from lightning_januspipe.capture.step import loss_of, replaced_log
+from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
+from lightning_januspipe.engine.microbatch import MicroBatches
+from lightning_januspipe.loading import (
+    example_batches,
+    require_samples,
+    seed_workers,
+    split_batches,
+    unsplit_batches,
+)
+from lightning_januspipe.mesh import Mesh, MeshShape, Size
+from lightning_januspipe.metrics import LogRecorder
+from lightning_januspipe.pipeline import Pipeline, Undivided
+from lightning_januspipe.precision import SUPPORTED, mesh_aware
+from lightning_januspipe.schedule.build import build_schedule
+from lightning_januspipe.schedule import PhaseCosts
+
+NAMESPACES = ("lightning", "pytorch_lightning")
+
+
+class JanusPipeBody:
+    """Everything of the strategy that does not depend on which Lightning it is bound to.
+
+    Args:
+        pipeline_size: stages of the pipeline; "auto": the processes over data_size × graph_size.
+        data_size: replicas; "auto": 1 if pipeline_size is "auto" too, else what is left.
+        graph_size: ranks that share the atoms of a micro-batch; only 1 is available.
+        num_microbatches: into how many micro-batches each batch is split; "auto": twice the stages, and 1 in one
+            process. Fewer where a batch has fewer samples. The gradient is that of gradient accumulation over the
+            micro-batches.
+        schedule: order of phases: "gpipe", "1f1b-fold" or "wavek".
+        wave_size: micro-batches in a wave of "wavek"; "auto" searches it.
+        potential: dotted name of the submodule that differentiates the energy; found by itself if not given.
+        activation: what is kept between phases; only "keep" is available.
+        save_distributed_checkpoint: a folder of shards instead of one file; not available.
+        process_group_backend: backend of torch.distributed; by default the device's.
+        timeout: how long a rank waits for a message of another (a timedelta, or seconds).
+    """
+
+    def __init__(
+        self,
+        pipeline_size: Size = "auto",
+        data_size: Size = "auto",
+        graph_size: int = 1,
+        num_microbatches: Size = "auto",
+        schedule: str = "wavek",
+        wave_size: Size = "auto",
+        potential: str | None = None,
+        activation: Literal["keep"] = "keep",
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | float = timedelta(minutes=30),
+    ) -> None:
+        super().__init__()
+        if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
+            raise ValueError(f"num_microbatches={num_microbatches!r}; expected a positive number or 'auto'")
+        for name, given, available in (
+            ("graph_size", graph_size, 1),
+            ("activation", activation, "keep"),
+            ("save_distributed_checkpoint", save_distributed_checkpoint, False),
+        ):
+            if given != available:
+                raise ValueError(f"{name}={given!r} is not available; use {name}={available!r}")
+        build_schedule(schedule, 2, 2, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
+        self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
+        self._num_microbatches, self._schedule, self._wave_size = num_microbatches, schedule, wave_size
+        self._potential = potential
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+        self._num_nodes = 1
+        self._reduce_gradients = True
+        self._train_loader: Any = None
+        self._stage_optimizers: dict[int, StageOptimizer] = {}
+        self.mesh: Mesh | None = None
+        self.runner: Undivided | Pipeline | None = None
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the Trainer has to inject distributed samplers and honour ``sync_dist``."""
+        return self.num_processes * self._num_nodes > 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this machine."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 1
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """Sizes of the three axes.
+
+        Raises:
+            ValueError: they do not multiply to the number of processes.
+        """
+        world = self._num_nodes * self.num_processes
+        return MeshShape.resolve(self._pipeline_size, self._data_size, self._graph_size, world)
+
+    @property
+    def world_size(self) -> int:
+        """Number of data-parallel replicas.
+
+        Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``: ranks of one pipeline see the
+        same samples, so only replicas count.
+        """
+        return self.mesh_shape.data
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Backend of torch.distributed."""
+        return self._process_group_backend
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks of one pipeline draw the same samples."""
+        shape = self.mesh_shape
+        return {"num_replicas": shape.data, "rank": shape.coordinates(self.global_rank)[1]}
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment and Lightning's rank-zero helpers who this process is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self._num_nodes * self.num_processes)
+        for module in (self.lib.rank_zero, self.lib.utils_rank_zero):
+            module.rank_zero_only.rank = self.global_rank
+
+    def _configure_launcher(self) -> None:
+        self.mesh_shape  # noqa: B018 - an error here comes before any process is started
+        assert self.cluster_environment is not None
+        if self.is_distributed and not self.cluster_environment.creates_processes_externally:
+            self._launcher = self.lib.launcher._SubprocessScriptLauncher(
+                self.cluster_environment, self.num_processes, self._num_nodes
+            )
+
+    def setup_environment(self) -> None:
+        """Start torch.distributed and lay the mesh."""
+        super().setup_environment()  # type: ignore[misc]
+        self.lib.seed.reset_seed()
+        self.set_world_ranks()
+        if self.is_distributed:
+            cuda = self.root_device.type != "cpu"
+            self._process_group_backend = (
+                self._process_group_backend
+                or self.lib.distributed._get_default_process_group_backend_for_device(self.root_device)
+            )
+            self.lib.distributed._init_dist_connection(
+                self.cluster_environment, self._process_group_backend, device_id=self.root_device if cuda else None
+            )
+        if self.mesh is None:
+            self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
+        self.lightning_module._device_mesh = self.mesh.device_mesh
+
+    # -- module and data ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any) -> None:
+        """Check what the strategy cannot train, then set up as every strategy does."""
+        assert self.mesh is not None
+        self.runner = Undivided(self.lightning_module, self.mesh) if self.mesh.shape.pipeline == 1 else None
+        if _is_fitting(trainer):
+            self._refuse(self.lightning_module)
+        super().setup(trainer)  # type: ignore[misc]
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Make the user's optimizer over the whole module; it is pruned once the stages are known."""
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)  # type: ignore[misc]
+        if len(self.optimizers) > 1:
+            raise ValueError(
+                f"configure_optimizers returned {len(self.optimizers)} optimizers; one is supported. Use parameter groups "
+                "of one optimizer for different learning rates."
+            )
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("LBFGS needs inner products over all parameters; use an element-wise optimizer like Adam")
+
+    def model_to_device(self) -> None:
+        """Move the module to this rank's device."""
+        self.model.to(self.root_device)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        assert self.mesh is not None
+        if self.is_distributed:
+            broadcast_module(model)
+            for module in model.modules():
+                if hasattr(module, "dist_sync_on_step") and hasattr(module, "process_group"):
+                    module.process_group = self.mesh.data_group  # torchmetrics: the ranks of a pipeline count once
+        return model
+
+    def _refuse(self, module: Any) -> None:
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"{type(module).__name__} uses manual optimization (automatic_optimization=False); a pipeline has to own "
+                "the backward pass. Use automatic optimization, or another strategy."
+            )
+        if self.lib.helpers.is_overridden("backward", module):
+            raise ValueError(
+                f"{type(module).__name__} overrides backward(); a pipeline has to own the backward pass. Move what it "
+                "does to on_after_backward(), or use another strategy."
+            )
+        precision = str(self.precision_plugin.precision)
+        if precision not in SUPPORTED:
+            raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision plugin, clipping gradients over the mesh."""
+        return self._precision_plugin if self._precision_plugin is not None else self.lib.precision.Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:
+        self._precision_plugin = None if plugin is None else mesh_aware(plugin, self)
+
+    def num_microbatches(self) -> int:
+        """Into how many micro-batches a training batch is split, where it has as many samples."""
+        if self._num_microbatches != "auto":
+            return int(self._num_microbatches)
+        return 1 if self.mesh_shape.pipeline == 1 else 2 * self.mesh_shape.pipeline
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Split training batches into micro-batches, and seed workers by replica."""
+        seed_workers(dataloader, self.lib.seed.pl_worker_init_function, self.mesh_shape.coordinates(self.global_rank)[1])
+        trainer = self.lightning_module.trainer
+        if trainer.training:
+            require_samples(dataloader)
+            split_batches(dataloader, self.num_microbatches(), required=self._num_microbatches != "auto")
+            self._train_loader = dataloader
+        else:
+            self._eval_loader = dataloader
+        return dataloader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch, or each of its micro-batches, with the module's own hooks."""
+        move = super().batch_to_device  # type: ignore[misc]
+        if isinstance(batch, MicroBatches):
+            return MicroBatches([move(b, device, dataloader_idx) for b in batch], batch.num_samples)
+        return move(batch, device, dataloader_idx)
+
+    # -- capture -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Capture the potential and keep only this rank's part of the optimizer."""
+        if self.runner is None:
+            self._capture(self._train_loader, self.lightning_module.training_step, self.num_microbatches(), train=True)
+        if isinstance(self.runner, Pipeline):
+            self._same_random_state()
+            self._stage_optimizers = {id(o): StageOptimizer(o, self.runner) for o in self.optimizers}
+
+    def on_validation_start(self) -> None:
+        """Outside fit, capture the potential from the evaluation step."""
+        self._capture_for_evaluation("validation_step")
+
+    def on_test_start(self) -> None:
+        """See :meth:`on_validation_start`."""
+        self._capture_for_evaluation("test_step")
+
+    def on_predict_start(self) -> None:
+        """See :meth:`on_validation_start`."""
+        self._capture_for_evaluation("predict_step")
+
+    def _capture_for_evaluation(self, name: str) -> None:
+        # The sanity check comes before training; every rank still holds the whole module then.
+        if self.runner is None and not _is_fitting(self.lightning_module.trainer):
+            self._capture(self._eval_loader, getattr(self.lightning_module, name), 1, train=False)
+
+    def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int, train: bool) -> None:
+        """One rank captures, all get the same result or the same error."""
+        module, result = self.lightning_module, None
+        if self.global_rank == 0:
+            modes = {m: m.training for m in module.modules()}
+            module.train(train)
+            try:
+                with _differentiable():
+                    traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
+                    result = capture_module(
+                        module, _with_batch(step), traced, other, self.mesh_shape.pipeline, self._potential
+                    )
+            except Exception as error:  # noqa: BLE001 - raised again on every rank
+                result = error
+            finally:
+                for m, mode in modes.items():
+                    m.training = mode
+        result = self.broadcast(_portable(result))
+        if isinstance(result, Exception):
+            raise result
+        assert isinstance(result, Capture) and self.mesh is not None
+        self.runner = Pipeline(module, self.mesh, result, self._schedule, self._wave_size)
+
+    def _moved(self, batch: Any) -> Any:
+        batch = self.precision_plugin.convert_input(batch)
+        return self.batch_to_device(self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0))
+
+    def _same_random_state(self) -> None:
+        """Give all ranks of a pipeline the generators' states of its first stage: they run the same steps."""
+        assert self.mesh is not None
+        states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
+        dist.broadcast_object_list(states, self.mesh.pipeline_ranks[0], group=self.mesh.control_group)
+        torch.set_rng_state(states[0][0])
+        random.setstate(states[0][1])
+        np.random.set_state(states[0][2])
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """All phases of all micro-batches; the gradients wait for :meth:`backward`."""
+        assert self.runner is not None
+        module = self.lightning_module
+        split = isinstance(batch, MicroBatches)
+        batches, sizes = (batch.batches, batch.num_samples) if split else ([batch], [None])
+        recorder = LogRecorder()
+
+        def step_of(num_samples: int | None) -> Callable[[Any], Any]:
+            def step(microbatch: Any) -> Any:
+                recorder.num_samples = num_samples
+                return module.training_step(microbatch, *args, **kwargs)
+
+            return step
+
+        with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
+            outputs = self.runner.train_step([step_of(n) for n in sizes], batches)
+        recorder.replay(module.log)
+        return _merge_outputs(outputs, type(module).__name__)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Publish the step's gradients, with all hooks of a backward pass.
+
+        Automatic optimization zeroes gradients between ``training_step`` and this, so they could not be published before.
+        """
+        assert self.runner is not None
+        module = self.lightning_module
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.runner.gradients.publish(1 / module.trainer.accumulate_grad_batches)
+        if self._reduce_gradients:
+            self.runner.reduce()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """No reduction while batches are accumulated."""
+        self._reduce_gradients = False
+        try:
+            yield
+        finally:
+            self._reduce_gradients = True
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """FE and FF, then the user's step on every rank."""
+        with self.precision_plugin.val_step_context():
+            return self._evaluate(self.lightning_module.validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`validation_step`."""
+        with self.precision_plugin.test_step_context():
+            return self._evaluate(self.lightning_module.test_step, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`validation_step`."""
+        with self.precision_plugin.predict_step_context():
+            return self._evaluate(self.lightning_module.predict_step, *args, **kwargs)
+
+    def _evaluate(self, function: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self.mesh is not None
+        runner = self.runner or Undivided(self.lightning_module, self.mesh)
+        # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
+        with _differentiable():
+            return runner.evaluate_step(lambda b: function(b, *args, **kwargs), _without_inference(batch))
+
+    # -- collectives for Lightning -----------------------------------------------------------------------------------
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        if self.is_distributed and dist.is_initialized():
+            if self.root_device.type == "cuda":
+                dist.barrier(device_ids=[self.root_device.index])
+            else:
+                dist.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """An object of one global rank, on all ranks."""
+        if not self.is_distributed or not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the data-parallel replicas: the ranks of one pipeline hold the same values."""
+        if not isinstance(tensor, Tensor) or self.mesh is None or (group is None and self.mesh.shape.data == 1):
+            return tensor
+        return self.lib.distributed._sync_ddp_if_available(tensor, group or self.mesh.data_group, reduce_op=reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over the data-parallel replicas, as ``(D, ...)``; in one replica the tensor itself."""
+        if self.mesh is None or (group is None and self.mesh.shape.data == 1):
+            return tensor
+        return self.lib.distributed._all_gather_ddp_if_available(
+            tensor, group=group or self.mesh.data_group, sync_grads=sync_grads
+        )
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """A decision of all ranks of the mesh."""
+        if not self.is_distributed or not dist.is_initialized():
+            return decision
+        count = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(count)
+        return bool(count == dist.get_world_size()) if all else bool(count > 0)
+
+    # -- checkpoints and the end -------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole module's state, the same on every rank; every rank takes part."""
+        if isinstance(self.runner, Pipeline):
+            self.runner.synchronize()
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The whole optimizer's state, as plain Lightning would save it; every rank takes part."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        stage = self._stage_optimizers.get(id(optimizer))
+        if stage is None:
+            return super().optimizer_state(optimizer)  # type: ignore[misc]
+        assert self.mesh is not None
+        return stage.full_state_dict(self.mesh)
+
+    def on_train_end(self) -> None:
+        """Leave the whole trained module on every rank."""
+        if isinstance(self.runner, Pipeline):
+            self.runner.synchronize()
+
+    def teardown(self) -> None:
+        """Undo what was changed in objects of the user."""
+        unsplit_batches(self._train_loader)
+        for stage in self._stage_optimizers.values():
+            stage.restore_groups()
+        self._stage_optimizers, self._train_loader, self._eval_loader, self.runner = {}, None, None, None
+        super().teardown()  # type: ignore[misc]
+
+
+def strategy_class(namespace: str = "lightning") -> type:
+    """The strategy bound to ``"lightning"`` or ``"pytorch_lightning"``.
+
+    The two are the same code under two names, with base classes and registries of their own; an instance of one is
+    refused by the other.
+
+    Raises:
+        ValueError: another name.
+        ModuleNotFoundError: that Lightning is not installed.
+    """
+    if namespace not in NAMESPACES:
+        raise ValueError(f"namespace={namespace!r}; expected one of {', '.join(NAMESPACES)}")
+    return _bound(namespace)
+
+
+class Library:
+    """The modules of one Lightning that the strategy needs."""
+
+    def __init__(self, namespace: str) -> None:
+        pytorch, fabric = ("lightning.pytorch", "lightning.fabric") if namespace == "lightning" else (
+            "pytorch_lightning",
+            "lightning_fabric",
+        )
+        load = importlib.import_module
+        self.strategies = load(f"{pytorch}.strategies")
+        self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
+        self.precision = load(f"{pytorch}.plugins.precision")
+        self.helpers = load(f"{pytorch}.utilities.model_helpers")
+        self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
+        self.utils_rank_zero = load("lightning_utilities.core.rank_zero")
+        self.distributed = load(f"{fabric}.utilities.distributed")
+        self.seed = load(f"{fabric}.utilities.seed")
+
+
+@lru_cache
+def _bound(namespace: str) -> type:
+    library = Library(namespace)
+    bases = (JanusPipeBody, library.strategies.ParallelStrategy)
+    attributes = {"lib": library, "__doc__": JanusPipeBody.__doc__, "__module__": __name__, "strategy_name": "januspipe"}
+    return type("JanusPipeStrategy", bases, attributes)
+
+
+def register(namespace: str) -> None:
+    """Register the strategy's names with one Lightning; twice is as good as once."""
+    cls = strategy_class(namespace)
+    registry = cls.lib.strategies.StrategyRegistry  # type: ignore[attr-defined]
+    names = {"januspipe": {}, "januspipe_gpipe": {"schedule": "gpipe"}}
+    for name, arguments in names.items():
+        if name not in registry:
+            registry.register(name, cls, description="Pipeline × data parallel training of potentials", **arguments)
+
+
+def _is_fitting(trainer: Any) -> bool:
+    return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+
+
+def _with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A step of the user as a function of the batch alone."""
+    names = inspect.signature(step).parameters
+    indices = {n: 0 for n in ("batch_idx", "dataloader_idx") if n in names}
+    return lambda batch: step(batch, **indices)
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    with torch.inference_mode(False):
+        yield
+
+
+def _without_inference(value: Any) -> Any:
+    """The same batch with tensors that autograd accepts."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping) and type(value) is dict:
+        return {k: _without_inference(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_without_inference(v) for v in value)
+    if hasattr(value, "apply") and not isinstance(value, nn.Module):  # PyG data
+        return value.apply(_without_inference)
+    return value
+
+
+def _merge_outputs(outputs: list[Any], name: str) -> Any:
+    """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
+    loss = torch.stack([loss_of(o, name).detach().reshape(()) for o in outputs]).mean()
+    return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss
+
+
+def _portable(result: Any) -> Any:
+    """An error that survives pickling: of foreign types only the message does."""
+    if isinstance(result, Exception):
+        known = type(result).__module__.split(".")[0] in ("builtins", "lightning_januspipe")
+        return result if known and len(result.args) == 1 else RuntimeError(f"{type(result).__name__}: {result}")
+    return result
