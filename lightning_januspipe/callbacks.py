@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from lightning_januspipe import keys
@@ -23,15 +23,15 @@ else:
     except ModuleNotFoundError:
         from pytorch_lightning import Callback
 
-POSITION_KEYS = (keys.POSITIONS, "pos", "_positions", "positions")
-"""Names under which batches of different projects hold the (N, 3) positions."""
+POSITION_KEYS = (keys.POSITIONS, "pos", "_positions")
+"""Names under which batches hold the (N, 3) positions: here and in ASE's ways, in PyG and NequIP, in SchNetPack."""
 
 
 class Throughput(Callback):
     """Logs how many atoms and structures are trained on per second, over all replicas.
 
-    The values are means over a moving window of optimizer-visible batches. Validation, checkpoints at its end, and the
-    first batch (which may include compilation or the capture of a potential) are not counted.
+    The values are means over a moving window of batches. The time of validations is left out, and so is the first
+    batch of a run, which may include compilation or the capture of a potential.
 
     Args:
         window: Number of batches in the window.
@@ -53,6 +53,12 @@ class Throughput(Callback):
             raise ValueError(f"window={window}; expected a number of batches of at least 1")
         self._batches: deque[tuple[float, int, int]] = deque(maxlen=window)
         self._last_end: float | None = None
+        self._is_first = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier run measured."""
+        self._batches.clear()
+        self._is_first = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new interval."""
@@ -64,7 +70,7 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a new interval where there is none."""
-        if self._last_end is None and trainer.global_step > 0:
+        if self._last_end is None and not self._is_first:
             self._last_end = time.perf_counter()
 
     def on_train_batch_end(
@@ -84,6 +90,7 @@ class Throughput(Callback):
                 rate = trainer.world_size * total / seconds if seconds > 0 else 0.0
                 pl_module.log(name, rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
         self._last_end = now
+        self._is_first = False
 
 
 def count_atoms(batch: Any) -> int:
@@ -150,11 +157,17 @@ class Errors:
         before: Of the validation data before training (from Lightning's sanity check).
         after: Of the validation data, at the last validation.
         test: Of the test data.
+        before_is_partial: Whether ``before`` covers the first validation batches only.
     """
 
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
+    before_is_partial: bool = False
+
+    def known(self) -> list[Quantity]:
+        """The quantities that have a value."""
+        return [q for q in QUANTITIES if any(q.metric in values for values in (self.before, self.after, self.test))]
 
 
 class ErrorReport(Callback):
@@ -181,6 +194,7 @@ class ErrorReport(Callback):
         values = _logged(trainer, "val_")
         if trainer.sanity_checking:
             self.errors.before = values
+            self.errors.before_is_partial = trainer.num_sanity_val_batches != trainer.num_val_batches
         else:
             self.errors.after = values
 
@@ -198,38 +212,36 @@ class ErrorReport(Callback):
         if not trainer.is_global_zero:
             return
         console = Console()
-        if self.errors.after or self.errors.test:
+        if self.errors.known():
             console.print(error_table(self.errors))
             if drop := describe_drop(self.errors):
                 console.print(drop)
-        path = checkpoint_path(trainer)
-        if path:
+        if path := checkpoint_path(trainer):
             console.print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
 
 
 def error_table(errors: Errors) -> Table:
     """Table of the collected errors; columns and rows without values are left out."""
-    columns = {
-        "validation, before training": errors.before,
-        "validation, after training": errors.after,
-        "test": errors.test,
-    }
-    columns = {name: values for name, values in columns.items() if values}
-    table = Table(title="Errors")
-    table.add_column("")
+    columns: dict[str, dict[str, float]] = {}
+    if errors.before:
+        columns["before"] = errors.before
+    if errors.after:
+        columns["after"] = errors.after
+    if errors.before and errors.after:
+        columns["times lower"] = {q.metric: _ratio(errors, q.metric) / 1000 for q in QUANTITIES}
+    if errors.test:
+        columns["test"] = errors.test
+    caption = None
+    if errors.after:
+        extent = "its first batches" if errors.before_is_partial else "all of it"
+        caption = f"before ({extent}), after: validation data" if errors.before else "after: validation data"
+    table = Table(title="Errors before and after training", caption=caption)
+    table.add_column("", no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right")
-    with_ratio = bool(errors.before and errors.after)
-    if with_ratio:
-        table.add_column("validation error, times lower", justify="right")
-    for quantity in QUANTITIES:
-        values = [column.get(quantity.metric, math.nan) for column in columns.values()]
-        if all(math.isnan(value) for value in values):
-            continue
-        row: list[RenderableType] = [f"{quantity.label} ({quantity.unit})", *(_format(1000 * v) for v in values)]
-        if with_ratio:
-            row.append(_format(_ratio(errors, quantity.metric)))
-        table.add_row(*row)
+        table.add_column(name, justify="right", no_wrap=True)
+    for quantity in errors.known():
+        values = (1000 * column.get(quantity.metric, math.nan) for column in columns.values())
+        table.add_row(f"{quantity.label} ({quantity.unit})", *(_format(value) for value in values))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -313,7 +314,9 @@ class JanusPipeBody:
             finally:
                 for m, mode in modes.items():
                     m.training = mode
-        result = self.broadcast(_portable(result))
+        with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            result = self.broadcast(_portable(result))
         if isinstance(result, Exception):
             raise result
         assert isinstance(result, Capture) and self.mesh is not None

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.step import shallow_copy, silent_log
-from lightning_januspipe.capture.trace import call_constants, call_tensors, trace_potential
+from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.capture.validate import validate
 from lightning_januspipe.engine.local import PhaseSeconds
 
@@ -62,18 +63,15 @@ def capture_module(
         other = PotentialCall(
             found.path, *call_arguments(module, found.path, lambda: step(shallow_copy(other_batch))), found.read_outputs
         )
-        constants = call_constants(found.args, found.kwargs)
-        if constants != call_constants(other.args, other.kwargs):
-            raise CaptureError(
-                f"the potential {found.path!r} is called with values that are no tensors and change with the batch: "
-                f"{constants} and {call_constants(other.args, other.kwargs)}. Pass them as tensors."
-            )
+        form = CallFormat.of(found.args, found.kwargs)
+        tensors = form.bind(found.path, other.args, other.kwargs)
         submodule = module.get_submodule(found.path)
         program = trace_potential(submodule, found)
         traced = time.perf_counter() - began
         regions = find_regions(program, found.read_outputs)
-        profile = measure(program, regions, submodule, call_tensors(other.args, other.kwargs))
-        captured = CapturedPotential(found.path, program, regions, find_cut(program, regions, profile, num_stages), constants)
+        profile = measure(program, regions, submodule, tensors)
+        cut = find_cut(program, regions, profile, num_stages)
+        captured = CapturedPotential(found.path, program, regions, cut, form)
         captured, seconds = _balance(captured, profile, submodule, other)
     log.info(
         "captured %s in %.1f s (%.1f s tracing): %d operations, %d stages of %s ms, boundaries of %s kB",

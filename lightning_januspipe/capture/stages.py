@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
@@ -23,14 +24,14 @@ class CapturedPotential:
         program: the traced potential.
         regions: what of it is what.
         cut: the chain of stages.
-        constants: leaves of the call that are no tensors; they are part of the graph.
+        call: what a call of the potential looks like.
     """
 
     path: str
     program: Program
     regions: Regions
     cut: Cut
-    constants: list[object]
+    call: CallFormat
 
     @property
     def chain(self) -> ChainSpec:

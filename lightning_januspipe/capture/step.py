@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import call_arguments
 from lightning_januspipe.capture.stages import CapturedPotential, Epilogue
-from lightning_januspipe.capture.trace import call_constants, call_tensors
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 
 StepFunction = Callable[[Any], Any]
@@ -72,15 +71,7 @@ class CapturedStep:
         state = _RandomState.now()
         with silent_log(self._module), torch.enable_grad():
             args, kwargs = call_arguments(self._module, self._captured.path, lambda: step(shallow_copy(batch)))
-        constants = call_constants(args, kwargs)
-        if len(constants) != len(self._captured.constants) or any(
-            not _same(a, b) for a, b in zip(constants, self._captured.constants, strict=True)
-        ):
-            raise CaptureError(
-                f"the potential {self._captured.path!r} was captured with the constants {self._captured.constants}, "
-                f"but this batch calls it with {constants}. Values that change with the batch have to be tensors."
-            )
-        tensors = call_tensors(args, kwargs)
+        tensors = self._captured.call.bind(self._captured.path, args, kwargs)
         self._calls[index], self._random[index] = tensors, state
         return MicrobatchInput(tensors, self._captured.program.bind(tensors))
 
@@ -179,13 +170,6 @@ def shallow_copy(batch: Any) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(shallow_copy(b) for b in batch)
     return batch if isinstance(batch, Tensor) else copy.copy(batch)
-
-
-def _same(a: Any, b: Any) -> bool:
-    try:
-        return bool(a is b or a == b)
-    except Exception:  # noqa: BLE001 - objects that cannot be compared count as different
-        return False
 
 
 @contextmanager

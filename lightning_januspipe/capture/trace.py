@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.program import Program, program_from_export
@@ -60,15 +61,17 @@ class _Call(nn.Module):
     def __init__(self, potential: nn.Module, call: PotentialCall, record: Callable[..., None]) -> None:
         super().__init__()
         self.potential = potential
-        leaves, self._spec = pytree.tree_flatten((call.args, call.kwargs))
-        self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
-        self._is_tensor = [isinstance(x, Tensor) for x in leaves]
+        paths, self._spec = pytree.tree_flatten_with_path((call.args, call.kwargs))
+        places = CallFormat.of(call.args, call.kwargs).tensors
+        self._constants = [None if isinstance(x, Tensor) else x for _, x in paths]
+        self._positions = [
+            places.index(pytree.keystr(path)) if isinstance(x, Tensor) else None for path, x in paths
+        ]
         # Export puts attributes back as they were, so the record is an object of its own.
         self._record = record
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        given = iter(tensors)
-        leaves = [next(given) if t else c for t, c in zip(self._is_tensor, self._constants, strict=True)]
+        leaves = [c if i is None else tensors[i] for i, c in zip(self._positions, self._constants, strict=True)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         with _MarkGrad():
             output = self.potential(*args, **kwargs)
@@ -76,16 +79,6 @@ class _Call(nn.Module):
         slots = [i for i, x in enumerate(out_leaves) if isinstance(x, Tensor)]
         self._record(spec, [None if isinstance(x, Tensor) else x for x in out_leaves], slots)
         return [x for x in out_leaves if isinstance(x, Tensor)]
-
-
-def call_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensor leaves of a call of the potential, in the order of the traced graph's inputs."""
-    return [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-
-
-def call_constants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Leaves of a call of the potential that are no tensors: part of the traced graph, so equal in every batch."""
-    return [x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]
 
 
 def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
@@ -105,7 +98,8 @@ def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
     wrapper = _Call(potential, call, lambda *record: returned.append(record))
     wrapper.train(potential.training)
     # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
-    tensors = tuple(t.detach() for t in call_tensors(call.args, call.kwargs))
+    given = CallFormat.of(call.args, call.kwargs).bind(call.path, call.args, call.kwargs)
+    tensors = tuple(t.detach() for t in given)
     shapes = (tuple({d: Dim.AUTO for d in range(t.dim())} for t in tensors),)
     try:
         with _quiet(), torch.enable_grad(), symbolic_config.patch(backed_size_oblivious=True):
