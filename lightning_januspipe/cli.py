@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +32,7 @@ FROM_DATA: dict[str, Any] = {
     "per_species_scale": 1.0,
     "per_species_shift": 0.0,
 }
-"""Arguments of a potential that are taken from the data where they are left out, and what stands for them until then."""
+"""Arguments of a potential that come from the data where they are left out, and what stands for them until then."""
 
 
 class PotentialCLI(LightningCLI):
@@ -61,7 +62,11 @@ class PotentialCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             # All of the validation data before training, for the table.
             trainer_defaults={"callbacks": [self.report], "num_sanity_val_steps": -1},
-            parser_kwargs={"prog": "januspipe", "description": "Train interatomic potentials in a pipeline of devices."},
+            parser_kwargs={
+                "prog": "januspipe",
+                "description": "Train interatomic potentials in a pipeline of devices.",
+                "allow_abbrev": False,  # missing_arguments needs full names
+            },
             args=list(args),
         )
 
@@ -157,9 +162,8 @@ def given_arguments(args: Sequence[str]) -> dict[str, Any]:
         if not has_value and position < len(args) and not args[position].startswith("--"):
             value = args[position]
             position += 1
-        key = "" if option in ("-c", "--config") else option.lstrip("-")
-        root, _, rest = key.partition(".")
-        if root not in ("", "model", "data"):
+        key = "" if option in ("-c", "--config") else option.lstrip("-").removesuffix("+")
+        if key.partition(".")[0] not in ("", "model", "data"):
             continue
         if Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file():
             content = yaml.safe_load(Path(value).read_text()) or {}
@@ -167,10 +171,9 @@ def given_arguments(args: Sequence[str]) -> dict[str, Any]:
             if not key and isinstance(content.get(subcommand), dict):
                 content = content[subcommand]
             _flatten(content, key, given)
-        elif root and not rest and value:
-            _flatten({"class_path": value}, key, given)
         else:
             _flatten(value, key, given)
+            _flatten(value, f"{key}.class_path", given)  # "--model CLASS" is short for "--model.class_path CLASS"
     return given
 
 
@@ -224,9 +227,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command line without the name of the program; None for ``sys.argv``. A Trainer with several processes
             starts them by running ``sys.argv`` again, so that it needs None here.
     """
-    if args is None:
-        args = sys.argv[1:]
-    PotentialCLI(args)
+    warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")  # LightningCLI calls it
+    PotentialCLI(sys.argv[1:] if args is None else args)
 
 
 if __name__ == "__main__":

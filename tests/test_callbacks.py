@@ -210,9 +210,8 @@ class TestTable:
             after={"forces_mae": 0.1, "energy_mae": math.nan},
             test={"forces_mae": 0.2, "stress_rmse": 0.004},
         )
-        rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in render(error_table(errors)).splitlines()[4:-2]}
-        cells = {label: [cell.strip() for cell in row] for label, row in rows.items()}
-        assert cells == {
+        lines = [line.strip("│").split("│") for line in render(error_table(errors)).splitlines()[4:-2]]
+        assert {label.strip(): [cell.strip() for cell in cells] for label, *cells in lines} == {
             "energy MAE (meV/atom)": ["12.3", "–", "–", "–"],
             "force MAE (meV/Å)": ["500", "100", "5.00", "200"],
             "stress RMSE (meV/Å³)": ["–", "–", "–", "4.00"],

@@ -34,10 +34,10 @@ ALLOWED: dict[str, set[str]] = {
 }
 """What each part may import beside itself. Parts that are not listed are free: they are the ends of the graph."""
 
-FREE = {"cli", "testing", "plan", "bench"}
+FREE = {"benchmark", "cli", "plan", "testing"}
 
 LIGHTNING_ALLOWED = {
-    *("strategy", "precision", "callbacks", "checkpoint", "cli", "testing", "plan", "bench"),
+    *("strategy", "precision", "callbacks", "checkpoint", "cli", "testing", "plan", "benchmark"),
     *("data", "models.lightning_module"),
 }
 """Parts and modules that may import lightning or pytorch_lightning outside ``if TYPE_CHECKING``."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
-from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CapturedPotential

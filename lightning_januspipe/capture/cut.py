@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import Node, Program
@@ -263,7 +264,7 @@ def _balanced(
 
     def score(cuts: list[int]) -> float:
         edges = [0.0, *(prefix[c + 1] for c in cuts)]
-        shares = [(b - a) / total for a, b in zip(edges, edges[1:], strict=False)]
+        shares = [(b - a) / total for a, b in pairwise(edges)]
         if len(cuts) == num_stages - 1:
             shares.append(1.0 - edges[-1] / total)
         sent = sum(num_bytes[c] for c in cuts) / (heaviest * num_stages)
@@ -279,7 +280,7 @@ def _balanced(
 def _worth(prefix: Sequence[float], positions: Sequence[int], num_stages: int) -> bool:
     """Whether every stage does a fair share of the work."""
     edges = [0.0, *(prefix[p + 1] for p in positions), prefix[-1]]
-    return min(b - a for a, b in zip(edges, edges[1:], strict=False)) >= _LEAST_SHARE * prefix[-1] / num_stages
+    return min(b - a for a, b in pairwise(edges)) >= _LEAST_SHARE * prefix[-1] / num_stages
 
 
 def _assemble(
@@ -290,7 +291,7 @@ def _assemble(
     A value needed two stages later is sent through the stage between.
     """
     edges = [0, *(p + 1 for p in positions), len(regions.body)]
-    bodies = [regions.body[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    bodies = [regions.body[a:b] for a, b in pairwise(edges)]
     owner = {n: s for s, names in enumerate(bodies) for n in names}
     ends = _boundaries(program, regions, profile, cheap)
     boundaries = [sorted(ends[p][1], key=regions.body.index) for p in positions]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class PotentialCall:
     read_outputs: tuple[int, ...] = ()
 
 
-class ReachedPotential(Exception):  # noqa: N818 - control flow, not an error
+class ReachedPotential(Exception):
     """Unwinds the user's step at the call of the potential, carrying the call's arguments."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -50,7 +50,6 @@ class ReachedPotential(Exception):  # noqa: N818 - control flow, not an error
 class _GradCall:
     stack: tuple[str, ...]
     create_graph: bool
-    num_outputs: int
 
 
 def as_sequence(value: Any) -> list[Tensor]:
@@ -64,36 +63,57 @@ def grad_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-@dataclass
 class _Watch(TorchFunctionMode):
-    """Records calls of ``torch.autograd.grad`` and, after the potential returned, which of its outputs are read."""
+    """Records calls of ``torch.autograd.grad`` and, after the potential returned, which of its outputs are read.
 
-    stack: list[str]
-    grads: list[_GradCall] = field(default_factory=list)
-    output_ids: dict[int, int] = field(default_factory=dict)
-    read: set[int] = field(default_factory=set)
-    parameter_ids: dict[int, str] = field(default_factory=dict)
-    parameters_read_outside: set[str] = field(default_factory=set)
+    Args:
+        module: the LightningModule.
+        potential: dotted name of the potential, where the user gave one; else it is the outermost submodule.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, module: nn.Module, potential: str | None) -> None:
         super().__init__()
+        self._names = {id(m): name for name, m in module.named_modules() if name}
+        self._parameter_ids = {id(p): n for n, p in module.named_parameters()}
+        self._potential = potential
+        self._stack: list[str] = []
+        self._grads_before: list[int] = []  # for each entry of the stack, how many grad calls preceded it
+        self._output_ids: dict[int, int] = {}
+        self.grads: list[_GradCall] = []
+        self.returned: list[tuple[str, Any]] = []  # outputs are kept alive, so that their ids stay their own
+        self.read: set[int] = set()
+        self.parameters_read_outside: set[str] = set()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of every module."""
+        name = self._names.get(id(module))
+        if name is not None:
+            self._stack.append(name)
+            self._grads_before.append(len(self.grads))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of every module."""
+        name = self._names.get(id(module))
+        if name is None or not self._stack or self._stack[-1] != name:
+            return
+        self._stack.pop()
+        differentiated = len(self.grads) > self._grads_before.pop()
+        if differentiated and (name == self._potential if self._potential is not None else not self._stack):
+            leaves = pytree.tree_leaves(output)
+            self._output_ids = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+            self.returned.append((name, output))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             given = grad_arguments(args, kwargs)
-            self.grads.append(
-                _GradCall(tuple(self.stack), bool(given.get("create_graph")), len(as_sequence(given["outputs"])))
-            )
-        elif self.output_ids or not self.stack:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor):
-                    index = self.output_ids.get(id(leaf))
-                    if index is not None:
-                        self.read.add(index)
-                    name = self.parameter_ids.get(id(leaf))
-                    if name is not None and not self.stack:
-                        self.parameters_read_outside.add(name)
+            self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph"))))
+        elif self._output_ids or not self._stack:
+            for leaf in map(id, pytree.tree_leaves((args, kwargs))):
+                if leaf in self._output_ids:
+                    self.read.add(self._output_ids[leaf])
+                if leaf in self._parameter_ids and not self._stack:
+                    self.parameters_read_outside.add(self._parameter_ids[leaf])
         return func(*args, **kwargs)
 
 
@@ -109,39 +129,15 @@ def find_potential(module: nn.Module, run_step: Callable[[], Any], potential: st
         CaptureError: no energy is differentiated; two are; the call is in the step itself; it does not keep the graph
             for the second derivative; or ``potential`` names no submodule, or one that differentiates nothing.
     """
-    names = {id(m): name for name, m in module.named_modules() if name}
-    if potential is not None and potential not in names.values():
+    if potential is not None and potential not in dict(module.named_modules()):
         raise CaptureError(
             f"potential={potential!r} is not a submodule of {type(module).__name__}; its direct submodules are "
             f"{[n for n, _ in module.named_children()]}. Give the dotted name of the one that returns the forces."
         )
-    stack: list[str] = []
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
-    num_calls: dict[str, int] = {}
-    entered: list[tuple[int, tuple[Any, ...]]] = []
-    watch = _Watch(stack=stack, parameter_ids={id(p): n for n, p in module.named_parameters()})
-
-    def enter(m: nn.Module, args: tuple[Any, ...]) -> None:
-        name = names.get(id(m))
-        if name is not None:
-            stack.append(name)
-            entered.append((len(watch.grads), args))
-
-    def leave(m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        name = names.get(id(m))
-        if name is None or not stack or stack[-1] != name:
-            return
-        stack.pop()
-        grads_before, _ = entered.pop()
-        outermost = name == potential if potential is not None else not stack
-        if outermost and len(watch.grads) > grads_before:
-            num_calls[name] = num_calls.get(name, 0) + 1
-            watch.output_ids = {id(x): i for i, x in enumerate(pytree.tree_leaves(output)) if isinstance(x, Tensor)}
-            calls[name] = (args, {}, output)  # the output is kept alive so that its ids stay its own
-
-    with _global_hooks(enter, leave), watch:
+    watch = _Watch(module, potential)
+    with _global_hooks(watch.enter, watch.leave), watch:
         run_step()
-    path = _judge(module, watch.grads, calls, num_calls, potential)
+    path = _judge(module, watch.grads, [name for name, _ in watch.returned], potential)
     outside = watch.parameters_read_outside & {f"{path}.{n}" for n, _ in module.get_submodule(path).named_parameters()}
     if outside:
         raise CaptureError(
@@ -178,8 +174,7 @@ def call_arguments(
 def _judge(
     module: nn.Module,
     grads: list[_GradCall],
-    calls: dict[str, Any],
-    num_calls: dict[str, int],
+    called: list[str],
     potential: str | None,
 ) -> str:
     """The potential's path, or the error that says what is wrong with the calls that were seen."""
@@ -196,13 +191,12 @@ def _judge(
             f"{step} calls torch.autograd.grad itself, outside every submodule. Move the energy and its derivative "
             "into the forward of one submodule (an nn.Module that returns energy and forces) and call that."
         )
-    if potential is not None and potential not in calls:
+    if potential is not None and potential not in called:
         raise CaptureError(
             f"potential={potential!r} was named, but torch.autograd.grad is called in {grads[0].stack[0]!r}. "
             f"Pass potential={grads[0].stack[0]!r}, or leave it out to have it found."
         )
-    total_calls = sum(num_calls.values())
-    if len(grads) > 1 or total_calls > 1:
+    if len(grads) > 1:
         places = ", ".join(repr(g.stack[0]) for g in grads)
         raise CaptureError(
             f"{step} differentiates {len(grads)} times (in {places}); exactly one torch.autograd.grad call in one "
@@ -215,7 +209,7 @@ def _judge(
             "called without create_graph=True, so a force loss gives no parameter gradients. Pass "
             "create_graph=self.training."
         )
-    return next(iter(calls))
+    return called[0]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,7 +167,7 @@ def program_from_export(
     nodes = [n for n in nodes if not _is_assertion(n)]
     marks = [n for n in nodes if n.target == GRADIENT_OP]
     if len(marks) != 1:
-        raise CaptureError(f"the traced potential differentiates {len(marks)} times; exactly one derivative is expected")
+        raise CaptureError(f"the traced potential differentiates {len(marks)} times; exactly one is expected")
     user_outputs = [s.arg.name for s in signature.output_specs if s.kind.name == "USER_OUTPUT"]
     placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     symbols: dict[str, tuple[int, int]] = {}

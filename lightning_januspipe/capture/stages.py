@@ -160,8 +160,8 @@ class _Unavailable:
 
     def __getattr__(self, name: str) -> object:
         raise CaptureError(
-            f"output {self._position} of the potential is read now, but was not read by the step on which the potential "
-            "was captured, so it is not computed. Read it in training_step too, or train with pipeline_size=1."
+            f"output {self._position} of the potential is read now, but was not read by the step on which the "
+            "potential was captured, so it is not computed. Read it in training_step too, or train with pipeline_size=1."
         )
 
     @classmethod

@@ -66,17 +66,24 @@ class CapturedStep:
             batch: the micro-batch's batch; the step gets a shallow copy.
 
         Raises:
-            CaptureError: the step does not call the potential, or calls it with other constants than it was traced with.
+            CaptureError: the step does not call the potential, or calls it with other constants or sizes than it was
+                traced for.
         """
         state = _RandomState.now()
         with silent_log(self._module), torch.enable_grad():
             args, kwargs = call_arguments(self._module, self._captured.path, lambda: step(shallow_copy(batch)))
         tensors = self._captured.call.bind(self._captured.path, args, kwargs)
         self._calls[index], self._random[index] = tensors, state
-        return MicrobatchInput(tensors, self._captured.program.bind(tensors))
+        return MicrobatchInput(tensors, self._captured.bind_sizes(tensors))
 
     def loss(
-        self, index: int, step: StepFunction, batch: Any, weight: float, observables: list[Tensor], derivatives: list[Tensor]
+        self,
+        index: int,
+        step: StepFunction,
+        batch: Any,
+        weight: float,
+        observables: list[Tensor],
+        derivatives: list[Tensor],
     ) -> StepResult:
         """Run the whole step on energies and forces, and differentiate its loss.
 

@@ -61,7 +61,7 @@ class Stage:
         self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """FE: values for the next stage, and this stage's observables, both detached."""
-        leaves = [h.detach().requires_grad_(h.is_floating_point()) for h in boundary]
+        leaves = [h.detach().requires_grad_(_is_differentiable(h)) for h in boundary]
         with torch.enable_grad():
             out = self.function(tensors, leaves)
         self._inflight[microbatch] = _Inflight(leaves, out.boundary, out.energies, out.observables, out.coordinates)
@@ -80,7 +80,7 @@ class Stage:
         state = self._inflight[microbatch]
         if boundary_gradients:
             # Of a boundary that takes no gradient (frozen parameters before it, no geometry) the seed is not used.
-            state.seeds = [g.detach().requires_grad_(create_graph) for g in boundary_gradients]
+            state.seeds = [g.detach().requires_grad_(create_graph and _is_differentiable(g)) for g in boundary_gradients]
         roots = [e for e in state.energies if e.requires_grad]
         seeds = [torch.ones_like(e) for e in roots]
         for value, seed in zip(state.boundary_out, state.seeds, strict=True):
@@ -123,15 +123,17 @@ class Stage:
                 roots.append(value)
                 cotangents.append(cotangent)
         parameters = self.function.parameters
-        inputs = [*state.seeds, *(h for h in state.boundary_in if h.requires_grad), *parameters]
+        seeds = [g for g in state.seeds if g.requires_grad]
+        inputs = [*seeds, *(h for h in state.boundary_in if h.requires_grad), *parameters]
         forward_roots = [v for v in (*state.boundary_out, *state.energies) if v.grad_fn is not None]
         entering, remove = _hold_back(roots, forward_roots)
         try:
             found = _grad(roots, inputs, cotangents, retain_graph=True)
         finally:
             remove()
-        num = len(state.seeds)
-        sent = [_or_zeros(u, g) for u, g in zip(found[:num], state.seeds, strict=True)]
+        num = len(seeds)
+        given_back = iter(found[:num])
+        sent = [_or_zeros(next(given_back) if g.requires_grad else None, g) for g in state.seeds]
         num_boundary = len(inputs) - num - len(parameters)
         state.boundary_part = found[num : num + num_boundary]
         self._gradients.add(parameters, found[num + num_boundary :])
@@ -247,6 +249,10 @@ def _reachable(roots: Iterable[GraphNode]) -> set[GraphNode]:
             seen.add(node)
             stack.extend(n for n, _ in node.next_functions if n is not None and n not in seen)
     return seen
+
+
+def _is_differentiable(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _or_zeros(value: Tensor | None, like: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""The benchmarks of docs/benchmarks.md: compared in one call, on the same work, on this machine.
+
+Every configuration runs in fresh processes with one thread each; runs of the configurations alternate, so that what
+else the machine does meets all of them. Printed are medians over the runs, and ratios of them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_januspipe.testing import RankPool
+
+
+@dataclass(frozen=True)
+class Work:
+    """The same work for every configuration.
+
+    Attributes:
+        data: an extxyz file; None for boxes of metal made with ASE's EMT.
+        num_atoms: about how many atoms a box of EMT metal has.
+        batch_size: structures in a batch.
+        steps: timed optimizer steps of a run; two more warm up.
+        num_layers: layers of the potential.
+        num_features: channels of the potential.
+        l_max: largest degree of its features.
+        cutoff: its cutoff, in Å.
+        dtype: "float32" or "float64".
+    """
+
+    data: str | None = None
+    num_atoms: int = 108
+    batch_size: int = 8
+    steps: int = 3
+    num_layers: int = 4
+    num_features: int = 32
+    l_max: int = 1
+    cutoff: float = 5.0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One rank's measurement of one run.
+
+    Attributes:
+        step: median seconds of an optimizer step.
+        loss: of the last step, to see that the work was the same.
+        memory: peak resident memory above what the process had before training, in bytes.
+    """
+
+    step: float
+    loss: float
+    memory: int
+
+
+def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
+    """Train for a few steps on this rank; ``strategy`` None is plain Lightning."""
+    import lightning
+    import numpy as np
+
+    import lightning_januspipe
+    from lightning_januspipe.data import StructureDataset, collate_structures, dataset_statistics, emt_structures
+    from lightning_januspipe.models import EquivariantPotential, PotentialModule
+
+    torch.set_num_threads(1)
+    dtype = torch.float64 if work.dtype == "float64" else torch.float32
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(0)
+    size = work.batch_size * 2
+    structures: Any = work.data or emt_structures(size, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
+    dataset = StructureDataset(structures, cutoff=work.cutoff, dtype=dtype)
+    samples = [dataset[i % len(dataset)] for i in range(size)]
+    statistics_ = dataset_statistics(torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), len(dataset.species))
+    potential = EquivariantPotential(
+        dataset.species,
+        work.cutoff,
+        num_layers=work.num_layers,
+        num_features=work.num_features,
+        l_max=work.l_max,
+        avg_num_neighbors=max(statistics_.avg_num_neighbors, 1.0),
+        per_species_shift=list(statistics_.energy_shifts),
+    )
+    module = PotentialModule(potential, energy_weight=1.0, force_weight=1.0)
+    loader = torch.utils.data.DataLoader(samples, batch_size=work.batch_size, collate_fn=collate_structures)
+    times: list[float] = []
+    losses: list[float] = []
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            trainer.strategy.barrier()
+            self._began = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            trainer.strategy.barrier()
+            times.append(time.perf_counter() - self._began)
+            losses.append(float(outputs["loss"]))
+
+    bound = "auto" if strategy is None else lightning_januspipe.strategy_class("lightning")(**strategy)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=bound,
+        max_steps=work.steps + 2,
+        callbacks=[Clock()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    np.random.seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer.fit(module, loader)
+    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return Timing(statistics.median(times[2:]), losses[-1], memory)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one configuration over its runs."""
+
+    name: str
+    step: float
+    steps: list[float]
+    memory: list[int]
+    loss: float
+
+
+def compare(
+    configurations: dict[str, tuple[int, dict[str, Any] | None]],
+    work: Work,
+    runs: int = 5,
+    report: Callable[[str], None] = print,
+) -> list[Row]:
+    """Run every configuration ``runs`` times, in turn.
+
+    Args:
+        configurations: name -> (number of ranks, arguments of the strategy, or None for plain Lightning).
+        work: what each does.
+        runs: how often.
+        report: gets a line after each run.
+    """
+    found: dict[str, list[list[Timing]]] = {name: [] for name in configurations}
+    for run in range(runs):
+        for name, (ranks, strategy) in configurations.items():
+            with RankPool(ranks) as pool:
+                found[name].append(pool.run(run_once, work, strategy, timeout=1800))
+            report(f"run {run + 1} of {runs}: {name}: {found[name][-1][0].step:.3f} s per step")
+    rows = []
+    for name, results in found.items():
+        steps = [max(t.step for t in ranks) for ranks in results]
+        memory = [max(ranks[r].memory for ranks in results) for r in range(len(results[0]))]
+        rows.append(Row(name, statistics.median(steps), steps, memory, results[-1][0].loss))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table of rows; ratios are against the first."""
+    first = rows[0]
+    lines = [
+        "| configuration | step, median (s) | range (s) | speed against the first | peak memory per rank (MB) | last loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = ", ".join(f"{m / 1e6:.0f}" for m in row.memory)
+        lines.append(
+            f"| {row.name} | {row.step:.3f} | {min(row.steps):.3f} to {max(row.steps):.3f} | {first.step / row.step:.2f} | "
+            f"{memory} | {row.loss:.6g} |"
+        )
+    return "\n".join(lines)
+
+
+def single_process(work: Work, runs: int = 5) -> str:
+    """One process: the strategy against plain Lightning, the whole batch at once."""
+    return table(compare({"plain Lightning": (1, None), "januspipe, one process": (1, {})}, work, runs))
+
+
+def two_ranks(work: Work, runs: int = 5) -> str:
+    """Two ranks with one thread each against one rank with one thread, one structure in a micro-batch."""
+    split = {"num_microbatches": work.batch_size}
+    return table(
+        compare(
+            {
+                "one rank": (1, split),
+                "two ranks, wavek": (2, {**split, "schedule": "wavek"}),
+                "two ranks, 1f1b-fold": (2, {**split, "schedule": "1f1b-fold"}),
+                "two ranks, gpipe": (2, {**split, "schedule": "gpipe"}),
+            },
+            work,
+            runs,
+        )
+    )
+
+
+BENCHMARKS: dict[str, Callable[[Work, int], str]] = {"single": single_process, "two-ranks": two_ranks}

@@ -1,0 +1,301 @@
+"""The four phases against the undivided double backward: same numbers, each graph walked once, nothing left over."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_januspipe.engine.executor import LossGradients
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.local import run_local
+from lightning_januspipe.engine.stage import Stage
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_gradients_equal_the_undivided_ones(name: str) -> None:
+    functions, spec = chain(CHAINS[name])
+    tensors = microbatch(1).tensors
+    expected = undivided(functions, tensors)
+    assert expected.derivatives[1].abs().max() > 1e-3, "the strain has to matter for this test"
+
+    result = run_local(functions, spec, tensors, loss_gradients)
+
+    for i, (found, wanted) in enumerate(zip(result.observables, expected.observables, strict=True)):
+        assert_close(found, wanted, f"observable {i}")
+    for i, (found, wanted) in enumerate(zip(result.derivatives, expected.derivatives, strict=True)):
+        assert_close(found, wanted, f"derivative {i}")
+    for i, (parameter, wanted) in enumerate(expected.gradients.items()):
+        assert wanted.abs().max() > 1e-4, "a gradient of zero proves nothing"
+        assert_close(result.gradients.get(parameter), wanted, f"gradient {i}")
+    for function in functions:
+        for weight in function.weights.values():
+            assert weight.requires_grad or result.gradients.get(weight) is None, "a frozen weight got a gradient"
+
+
+@pytest.mark.parametrize("reads", ["energies", "forces"])
+def test_loss_of_energies_or_forces_alone(reads: str) -> None:
+    functions, spec = chain(CHAINS["three stages"])
+    tensors = microbatch(2).tensors
+
+    def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+        if reads == "energies":
+            return LossGradients([2 * y for y in observables], [torch.zeros_like(d) for d in derivatives])
+        return LossGradients([None for _ in observables], [2 * d for d in derivatives])
+
+    result = run_local(functions, spec, tensors, loss)
+
+    coordinates = [tensors[0].clone().requires_grad_(), tensors[4].clone().requires_grad_()]
+    boundary: list[Tensor] = []
+    for function in functions:
+        out = function.forward(coordinates, tensors, boundary)
+        boundary = out.boundary
+    derivatives = torch.autograd.grad(out.energies[0], coordinates, create_graph=True)
+    value = sum(v.square().sum() for v in (out.observables if reads == "energies" else derivatives))
+    parameters = [p for f in functions for p in f.parameters]
+    for parameter, wanted in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
+        assert_close(result.gradients.get(parameter), wanted, "gradient")
+
+
+def test_messages_have_the_shape_and_dtype_of_the_boundary() -> None:
+    functions, _ = chain(CHAINS["integers in the boundary"])
+    tensors = microbatch(3).tensors
+    gradients = GradientBuffers()
+    stages = [Stage(f, gradients) for f in functions]
+    boundaries: list[list[Tensor]] = [[]]
+    for stage in stages:
+        boundaries.append(stage.forward_energy(0, tensors, boundaries[-1])[0])
+
+    def same_form(message: list[Tensor], boundary: list[Tensor]) -> None:
+        assert [(t.shape, t.dtype, t.requires_grad) for t in message] == [(t.shape, t.dtype, False) for t in boundary]
+
+    message: list[Tensor] = []
+    for i, stage in reversed(list(enumerate(stages))):
+        message, derivatives = stage.forward_force(0, message)
+        same_form(message, boundaries[i])
+    message = []
+    for i, stage in enumerate(stages):
+        message = stage.backward_force(0, message, [torch.ones_like(d) for d in derivatives])
+        same_form(message, boundaries[i + 1])
+    message = []
+    for i, stage in reversed(list(enumerate(stages))):
+        message = stage.backward_energy(0, message, [torch.ones_like(tensors[4][:, 0, 0])] * len(stage.function.observables))
+        same_form(message, boundaries[i])
+
+
+def test_evaluation_keeps_nothing_and_gives_the_same_derivatives() -> None:
+    functions, _ = chain(CHAINS["energies in several stages"])
+    tensors = microbatch(4).tensors
+    stages = [Stage(f, GradientBuffers()) for f in functions]
+    boundary: list[Tensor] = []
+    for stage in stages:
+        boundary, _ = stage.forward_energy(7, tensors, boundary)
+    total, message = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[4])], []
+    for stage in reversed(stages):
+        message, parts = stage.forward_force(7, message, create_graph=False)
+        total = [a + b for a, b in zip(total, parts, strict=True)]
+        assert stage.num_inflight == 0
+    for found, wanted in zip(total, undivided(functions, tensors).derivatives, strict=True):
+        assert_close(found, wanted, "derivative")
+
+
+# -- work ------------------------------------------------------------------------------------------------------------
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_six_products_for_each_linear_layer() -> None:
+    functions, _ = chain(CHAINS["three stages"])
+    tensors = microbatch(5).tensors
+    stages = [Stage(f, GradientBuffers()) for f in functions]
+    counted = {}  # of the middle stage, which has two linear layers whose inputs depend on the coordinates
+    boundary, sent = [], []
+    for stage in stages:
+        with _Products() as products:
+            boundary, _ = stage.forward_energy(0, tensors, boundary)
+        counted.update({"FE": products.count} if stage is stages[1] else {})
+    for stage in reversed(stages):
+        with _Products() as products:
+            sent, derivatives = stage.forward_force(0, sent)
+        counted.update({"FF": products.count} if stage is stages[1] else {})
+    sent = []
+    for stage in stages:
+        with _Products() as products:
+            sent = stage.backward_force(0, sent, [torch.ones_like(d) for d in derivatives])
+        counted.update({"BF": products.count} if stage is stages[1] else {})
+    sent = []
+    for stage in reversed(stages):
+        with _Products() as products:
+            sent = stage.backward_energy(0, sent, [torch.ones(2, dtype=FLOAT)] * len(stage.function.observables))
+        counted.update({"BE": products.count} if stage is stages[1] else {})
+    assert counted == {"FE": 2 * 1, "FF": 2 * 1, "BF": 2 * 2, "BE": 2 * 2}
+
+
+@pytest.mark.parametrize("name", ["two stages", "four stages", "energies in several stages", "shared weights"])
+def test_as_many_products_as_the_undivided_double_backward(name: str) -> None:
+    functions, spec = chain(CHAINS[name])
+    tensors = microbatch(6).tensors
+    with _Products() as reference:
+        undivided(functions, tensors)
+    with _Products() as split:
+        run_local(functions, spec, tensors, loss_gradients)
+    assert split.count == reference.count > 0
+
+
+def test_no_hook_is_left_on_the_graph_of_the_forward_pass() -> None:
+    stage, derivatives = _after_forward_force()
+    state = stage._inflight[0]
+    stage.backward_force(0, [], [torch.ones_like(d) for d in derivatives])
+    weight = stage.function.parameters[0]
+    (gradient,) = torch.autograd.grad(state.observables[0].sum(), weight, retain_graph=True)
+    assert gradient.abs().max() > 0, "a hook still stops the gradient"
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Saved:
+    """Wraps a tensor saved for backward, so that its life can be watched."""
+
+    tensor: Tensor
+
+
+@contextmanager
+def _watched() -> Iterator[weakref.WeakSet[_Saved]]:
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor.detach())  # autograd attaches the graph again; else a saved output would hold its own node
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        yield alive
+
+
+def test_each_phase_frees_what_no_later_one_reads() -> None:
+    functions, _ = chain([CHAINS["two stages"][1]])
+    stage = Stage(functions[0], GradientBuffers())
+    tensors = microbatch(7).tensors
+    with _watched() as of_energy:
+        _, (energies,) = stage.forward_energy(0, tensors, [])
+    num_of_energy = len(of_energy)
+    with _watched() as of_force:
+        _, derivatives = stage.forward_force(0, [])
+    gc.collect()
+    assert num_of_energy > 0 and len(of_energy) == num_of_energy and len(of_force) > 0
+
+    stage.backward_force(0, [], [torch.ones_like(d) for d in derivatives])
+    gc.collect()
+    assert len(of_force) == 0, "the graph of FF outlives BF"
+    assert len(of_energy) == num_of_energy, "BE still has to walk the graph of FE"
+    assert stage.num_inflight == 1
+
+    stage.backward_energy(0, [], [torch.ones_like(energies)])
+    gc.collect()
+    assert len(of_energy) == 0, "the graph of FE outlives BE"
+    assert stage.num_inflight == 0
+
+
+def test_evaluation_frees_the_graph_of_the_forward_pass() -> None:
+    functions, _ = chain([CHAINS["two stages"][1]])
+    stage = Stage(functions[0], GradientBuffers())
+    with _watched() as saved:
+        stage.forward_energy(0, microbatch(8).tensors, [])
+        stage.forward_force(0, [], create_graph=False)
+    gc.collect()
+    assert len(saved) == 0
+
+
+def test_clear_forgets_what_is_in_flight() -> None:
+    stage, _ = _after_forward_force()
+    assert stage.num_inflight == 1
+    stage.clear()
+    assert stage.num_inflight == 0
+
+
+def _after_forward_force() -> tuple[Stage, list[Tensor]]:
+    functions, _ = chain([CHAINS["two stages"][1]])
+    stage = Stage(functions[0], GradientBuffers())
+    stage.forward_energy(0, microbatch(7).tensors, [])
+    return stage, stage.forward_force(0, [])[1]
+
+
+# -- several micro-batches in flight ---------------------------------------------------------------------------------
+
+
+class _Walk:
+    """One micro-batch on its way through the phases of all stages."""
+
+    def __init__(self, stages: list[Stage], index: int, tensors: list[Tensor]) -> None:
+        self._stages, self._index, self._tensors = stages, index, tensors
+        self._observables: list[Tensor] = []
+        self._derivatives = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[4])]
+        self._message: list[Tensor] = []
+
+    def run(self, phase: str) -> None:
+        """One phase of all stages."""
+        self._message = []
+        for stage in self._stages if phase in ("FE", "BF") else reversed(self._stages):
+            if phase == "FE":
+                self._message, found = stage.forward_energy(self._index, self._tensors, self._message)
+                self._observables += found
+            elif phase == "FF":
+                self._message, parts = stage.forward_force(self._index, self._message)
+                self._derivatives = [a + b for a, b in zip(self._derivatives, parts, strict=True)]
+            elif phase == "BF":
+                self._seeds = loss_gradients(self._observables, self._derivatives)
+                self._message = stage.backward_force(self._index, self._message, self._seeds.derivatives)
+            else:
+                own = [self._seeds.observables[i] for i in stage.function.observables]
+                self._message = stage.backward_energy(self._index, self._message, own)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "FE0 FE1 FF0 FF1 BF0 BF1 BE0 BE1",
+        "FE0 FE1 FF1 FF0 BF0 BF1 BE1 BE0",
+        "FE0 FF0 FE1 BF0 FF1 BF1 BE1 BE0",
+        "FE0 FF0 BF0 FE1 FF1 BE0 BF1 BE1",
+    ],
+)
+def test_micro_batches_in_flight_do_not_disturb_one_another(order: str) -> None:
+    functions, _ = chain(CHAINS["three stages"])
+    gradients = GradientBuffers()
+    stages = [Stage(f, gradients) for f in functions]
+    batches = [microbatch(9, num_atoms=6).tensors, microbatch(10, num_atoms=11, num_structures=3).tensors]
+    walks = [_Walk(stages, i, t) for i, t in enumerate(batches)]
+    for action in order.split():
+        walks[int(action[2])].run(action[:2])
+    assert [s.num_inflight for s in stages] == [0, 0, 0]
+    first, second = (undivided(functions, t).gradients for t in batches)
+    for parameter, gradient in first.items():
+        assert_close(gradients.get(parameter), gradient + second[parameter], "summed gradient")
+
+
+def test_toy_stage_is_a_stage_function() -> None:
+    functions, spec = chain(CHAINS["observables in several stages"])
+    assert isinstance(functions[0], ToyStage)
+    assert spec.observable_stage == (0, 1, 2, 2)
+    assert [f.observables for f in functions] == [[0], [1], [2, 3]]

@@ -1,0 +1,220 @@
+"""Small hand-written potentials and steps for the tests of capture, and the undivided double backward as reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from lightning_januspipe.capture.calls import CallFormat
+from lightning_januspipe.capture.cut import Profile, Regions, find_cut, find_regions
+from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
+from lightning_januspipe.capture.profile import measure
+from lightning_januspipe.capture.program import Program
+from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage
+from lightning_januspipe.capture.step import CapturedStep, shallow_copy
+from lightning_januspipe.capture.trace import trace_potential
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.local import run_local
+
+Batch = dict[str, Tensor]
+DTYPE = torch.float64
+
+
+def make_batch(sizes: Sequence[int], seed: int = 0) -> Batch:
+    """Structures of the given numbers of atoms with an edge for each pair; one atom alone has no edges."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    pairs = index[:, None] == index[None, :]
+    pairs.fill_diagonal_(False)
+    num_atoms, num_structures = sum(sizes), len(sizes)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=DTYPE)
+
+    return {
+        "positions": 2.0 * normal(num_atoms, 3),
+        "species": torch.randint(0, 3, (num_atoms,), generator=generator),
+        "edges": pairs.nonzero().T.contiguous(),
+        "index": index,
+        "cell": (torch.eye(3, dtype=DTYPE) * 9.0 + 0.3 * normal(num_structures, 3, 3)),
+        "energy": normal(num_structures),
+        "forces": normal(num_atoms, 3),
+        "stress": 0.1 * normal(num_structures, 3, 3),
+    }
+
+
+TRACED = (4, 3, 5)
+OTHER = (3, 4)
+
+
+class Layer(nn.Module):
+    """One message-passing layer; the filter network may belong to someone else."""
+
+    def __init__(self, width: int, filter_network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.filter = filter_network or filter_of(width)
+        self.mix = nn.Linear(width, width, dtype=DTYPE)
+
+    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
+        messages = h[edges[0]] * self.filter(radial)
+        return h + torch.tanh(self.mix(self.aggregate(h, edges[1], messages)))
+
+    def aggregate(self, h: Tensor, target: Tensor, messages: Tensor) -> Tensor:
+        """Sum of the messages that reach each atom."""
+        return torch.zeros_like(h).index_add(0, target, messages)
+
+
+def filter_of(width: int) -> nn.Module:
+    """A network from four radial functions to a weight for each channel."""
+    return nn.Sequential(nn.Linear(4, width, dtype=DTYPE), nn.SiLU(), nn.Linear(width, width, dtype=DTYPE))
+
+
+class Potential(nn.Module):
+    """A conservative potential with energy, forces, stress and charges; its parts are there to be overridden."""
+
+    layer: type[Layer] = Layer
+
+    def __init__(self, num_layers: int = 3, width: int = 6, share_filter: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(3, width, dtype=DTYPE)
+        shared = filter_of(width) if share_filter else None
+        self.layers = nn.ModuleList(self.layer(width, shared) for _ in range(num_layers))
+        self.readout = nn.Linear(width, 1, dtype=DTYPE)
+        self.charge = nn.Linear(width, 1, dtype=DTYPE)
+
+    def forward(self, batch: Batch) -> Any:
+        positions = batch["positions"].detach().requires_grad_()
+        strain = torch.zeros_like(batch["cell"]).requires_grad_()
+        energy, extra = self.energy(batch, positions, strain)
+        derivative, virial = self.differentiate(energy, [positions, strain])
+        volume = torch.linalg.det(batch["cell"]).abs()
+        return {"energy": energy, "forces": -derivative, "stress": virial / volume[:, None, None], **extra}
+
+    def differentiate(self, energy: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """The one call of ``torch.autograd.grad``."""
+        return grad([energy.sum()], inputs, create_graph=self.training)
+
+    def energy(self, batch: Batch, positions: Tensor, strain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Energies (B,), and charges (N,)."""
+        deformation = strain[batch["index"]]
+        strained = positions + torch.einsum("ni,nij->nj", positions, 0.5 * (deformation + deformation.mT))
+        vectors = strained[batch["edges"][1]] - strained[batch["edges"][0]]
+        h = self.features(batch, vectors)
+        return self.pool(self.readout(h)[:, 0], batch), {"charges": self.charge(h)[:, 0]}
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """Features (N, width) after all layers."""
+        distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
+        radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE, device=distance.device)) ** 2))
+        h = self.embedding(batch["species"])
+        for layer in self.layers:
+            h = layer(h, radial, batch["edges"])
+        return h
+
+    def pool(self, values: Tensor, batch: Batch) -> Tensor:
+        """Sum over the atoms of each structure."""
+        return values.new_zeros(batch["cell"].shape[0]).index_add(0, batch["index"], values)
+
+
+class Step(nn.Module):
+    """Stands for a LightningModule: capture needs a module with a step."""
+
+    def __init__(self, potential: nn.Module) -> None:
+        super().__init__()
+        self.potential = potential
+
+    def log(self, name: str, value: Any) -> None:
+        """Overridden where it matters."""
+
+    def training_step(self, batch: Batch) -> Any:
+        out = self.potential(batch)
+        loss = ((out["energy"] - batch["energy"]) ** 2).mean() + ((out["forces"] - batch["forces"]) ** 2).mean()
+        return loss + 10 * ((out["stress"] - batch["stress"]) ** 2).mean()
+
+
+def trace(module: nn.Module, sizes: Sequence[int] = TRACED) -> tuple[PotentialCall, Program, Regions]:
+    """Find and trace the potential of a module."""
+    call = find_potential(module, lambda: module.training_step(shallow_copy(make_batch(sizes))))
+    program = trace_potential(module.get_submodule(call.path), call)
+    return call, program, find_regions(program, call.read_outputs)
+
+
+class Traced:
+    """A module and its traced potential, to be cut into any number of stages.
+
+    Every operation costs the same, so that cuts do not depend on the load of the machine.
+    """
+
+    def __init__(self, module: nn.Module, sizes: Sequence[int] = TRACED) -> None:
+        self.module = module
+        self.call, self.program, self.regions = trace(module, sizes)
+        self.potential = module.get_submodule(self.call.path)
+        self.format = CallFormat.of(self.call.args, self.call.kwargs)
+        tensors = self.format.bind(self.call.path, self.call.args, self.call.kwargs)
+        measured = measure(self.program, self.regions, self.potential, tensors, repeats=1)
+        self.profile = Profile(dict.fromkeys(measured.seconds, 1e-6), measured.num_bytes)
+
+    def cut(self, num_stages: int) -> CapturedPotential:
+        """The potential in stages."""
+        cut = find_cut(self.program, self.regions, self.profile, num_stages)
+        return CapturedPotential(self.call.path, self.program, self.regions, cut, self.format)
+
+    def call_on(self, batch: Batch) -> PotentialCall:
+        """The call of the potential that the step makes on a batch."""
+        arguments = call_arguments(self.module, self.call.path, lambda: self.module.training_step(shallow_copy(batch)))
+        return PotentialCall(self.call.path, *arguments, self.call.read_outputs)
+
+
+def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and parameter gradients of the undivided double backward."""
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    loss = loss_in(module.training_step(shallow_copy(batch)))
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return loss.detach(), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def staged_gradients(
+    captured: CapturedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same through the four phases of all stages and the user's step around them."""
+    outside = GradientBuffers()
+    runner = CapturedStep(captured, module, outside.add)
+    step = step or module.training_step
+    potential = module.get_submodule(captured.path)
+    stages = [CapturedStage(captured, i, potential) for i in range(captured.cut.num_stages)]
+    losses = []
+
+    def loss(y: list[Tensor], x: list[Tensor]) -> Any:
+        result = runner.loss(0, step, batch, 1.0, y, x)
+        losses.append(loss_in(result.output).detach())
+        return result.gradients
+
+    result = run_local(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        parts = [g for g in (result.gradients.get(parameter), outside.get(parameter)) if g is not None]
+        if parts:
+            gradients[name] = torch.stack(parts).sum(0)
+    return losses[0], gradients
+
+
+def loss_in(output: Any) -> Tensor:
+    """The loss in what a step returned."""
+    return output["loss"] if isinstance(output, dict) else output
+
+
+def assert_parity(captured: CapturedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
+    """Loss and every parameter gradient equal those of the undivided double backward."""
+    expected_loss, expected = eager_gradients(module, batch)
+    loss, found = staged_gradients(captured, module, batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 1e-3
+    for name, parameter in module.named_parameters():
+        a, b = (g.get(name, torch.zeros_like(parameter)) for g in (expected, found))
+        assert float((a - b).abs().max()) <= tolerance * scale, name

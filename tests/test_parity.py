@@ -1,0 +1,96 @@
+"""Pipelined training equals training in one process: gradients, losses and parameters of three optimizer steps.
+
+The epoch has batches of 8, 8 and 4 structures of unequal size, so the last batch is smaller, and with eight
+micro-batches has fewer samples than these.
+"""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from lightning_januspipe.testing import RankPool, assert_matches_single_process
+
+SCHEDULES = ("gpipe", "1f1b-fold", "wavek")
+
+
+def check(pool: RankPool, devices: int, data: object = tiny.data, module: object = tiny.module, **strategy: object) -> None:
+    assert_matches_single_process(module, data, devices=devices, strategy=strategy, steps=3, pool=pool)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4, 8])
+def test_one_process(pool: RankPool, num_microbatches: int) -> None:
+    check(pool, 1, num_microbatches=num_microbatches)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4, 8])
+def test_two_stages(pool: RankPool, num_microbatches: int, schedule: str) -> None:
+    check(pool, 2, num_microbatches=num_microbatches, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("devices", [3, 4])
+def test_more_stages(pool: RankPool, devices: int, schedule: str) -> None:
+    check(pool, devices, num_microbatches=8, schedule=schedule)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
+@pytest.mark.parametrize("devices", [3, 4])
+def test_more_stages_and_fewer_microbatches(pool: RankPool, devices: int, num_microbatches: int) -> None:
+    check(pool, devices, num_microbatches=num_microbatches)
+
+
+@pytest.mark.parametrize(("num_microbatches", "schedule"), [(1, "wavek"), (2, "gpipe"), (4, "1f1b-fold"), (8, "wavek")])
+def test_two_stages_and_two_replicas(pool: RankPool, num_microbatches: int, schedule: str) -> None:
+    check(pool, 4, pipeline_size=2, num_microbatches=num_microbatches, schedule=schedule)
+
+
+def test_two_replicas_without_a_pipeline(pool: RankPool) -> None:
+    check(pool, 2, pipeline_size=1, data_size=2, num_microbatches=2)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_water(pool: RankPool, devices: int) -> None:
+    tiny.require("water.extxyz")
+    check(pool, devices, data=tiny.water, module=tiny.water_module, num_microbatches=2)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_ethanol(pool: RankPool, devices: int) -> None:
+    tiny.require("ethanol.extxyz")
+    check(pool, devices, data=tiny.ethanol, module=tiny.ethanol_module, num_microbatches=4)
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [{"gradient_clip_val": 0.05}, {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}],
+    ids=["norm", "value"],
+)
+def test_gradient_clipping(pool: RankPool, trainer: dict[str, object]) -> None:
+    assert_matches_single_process(tiny.module, tiny.data, devices=2, strategy={}, steps=3, pool=pool, trainer=trainer)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_accumulation_over_batches(pool: RankPool, devices: int) -> None:
+    """Three batches in an epoch, so the second optimizer step of an epoch accumulates one batch only."""
+    assert_matches_single_process(
+        tiny.module,
+        tiny.data,
+        devices=devices,
+        strategy={"pipeline_size": 2},
+        steps=3,
+        pool=pool,
+        trainer={"accumulate_grad_batches": 2},
+    )
+
+
+def test_parameters_that_several_stages_read(pool: RankPool) -> None:
+    """Trainable Bessel frequencies are read by every layer; clipping has to count them once."""
+    assert_matches_single_process(
+        tiny.shared_module, tiny.data, devices=3, strategy={}, steps=3, pool=pool, trainer={"gradient_clip_val": 0.05}
+    )
+
+
+def test_huber_loss(pool: RankPool) -> None:
+    check(pool, 2, module=tiny.huber_module)
