@@ -6,6 +6,7 @@ import importlib
 import inspect
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -90,6 +91,8 @@ class JanusPipeBody:
         self._num_nodes = 1
         self._reduce_gradients = True
         self._train_loader: Any = None
+        self._eval_loader: Any = None
+        self._captured: tuple[weakref.ref[Any], Capture] | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self.mesh: Mesh | None = None
         self.runner: Undivided | Pipeline | None = None
@@ -275,7 +278,7 @@ class JanusPipeBody:
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
         if self.runner is None:
-            self._capture(self._train_loader, self.lightning_module.training_step, self.num_microbatches(), train=True)
+            self._capture(self._train_loader, self.lightning_module.training_step, self.num_microbatches())
         if isinstance(self.runner, Pipeline):
             self._same_random_state()
             self._stage_optimizers = {id(o): StageOptimizer(o, self.runner) for o in self.optimizers}
@@ -295,14 +298,22 @@ class JanusPipeBody:
     def _capture_for_evaluation(self, name: str) -> None:
         # The sanity check comes before training; every rank still holds the whole module then.
         if self.runner is None and not _is_fitting(self.lightning_module.trainer):
-            self._capture(self._eval_loader, getattr(self.lightning_module, name), 1, train=False)
+            self._capture(self._eval_loader, getattr(self.lightning_module, name), 1)
 
-    def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int, train: bool) -> None:
-        """One rank captures, all get the same result or the same error."""
+    def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
+        """One rank captures, all get the same result or the same error.
+
+        A module that was captured before, as in a test after training, is not traced again.
+        """
+        assert self.mesh is not None
         module, result = self.lightning_module, None
+        if self._captured is not None and self._captured[0]() is module:
+            self.runner = Pipeline(module, self.mesh, self._captured[1], self._schedule, self._wave_size)
+            return
         if self.global_rank == 0:
             modes = {m: m.training for m in module.modules()}
-            module.train(train)
+            # In training mode also for an evaluation: many potentials detach their forces otherwise.
+            module.train()
             try:
                 with _differentiable():
                     traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
@@ -319,7 +330,8 @@ class JanusPipeBody:
             result = self.broadcast(_portable(result))
         if isinstance(result, Exception):
             raise result
-        assert isinstance(result, Capture) and self.mesh is not None
+        assert isinstance(result, Capture)
+        self._captured = weakref.ref(module), result
         self.runner = Pipeline(module, self.mesh, result, self._schedule, self._wave_size)
 
     def _moved(self, batch: Any) -> Any:

@@ -35,6 +35,7 @@ class Regions:
         epilogue: operations from derivative and observables to the forward's outputs.
         epilogue_parameters: placeholders of the parameters that the epilogue reads itself.
         outputs: positions of the outputs that the epilogue computes; the others are not available after capture.
+        derived: those of them that depend on the derivative (forces, stress).
     """
 
     body: list[str]
@@ -43,6 +44,7 @@ class Regions:
     epilogue: list[str]
     epilogue_parameters: list[str]
     outputs: list[int]
+    derived: list[int]
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
         epilogue=[n.name for n in program.nodes if n.name in epilogue],
         epilogue_parameters=sorted(direct),
         outputs=kept,
+        derived=[i for i in kept if program.outputs[i] in on_gradient],
     )
 
 

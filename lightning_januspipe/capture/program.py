@@ -16,6 +16,7 @@ from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.engine.specs import TensorSpec
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
+_LARGEST_SIZE = 2**62
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Program:
         output_constants: leaves of that pytree that are no tensors (None where a tensor is).
         output_slots: which leaf each tensor output is.
         symbols: size symbol -> (input position, dimension) that defines it.
+        limits: (input position, dimension) -> least and largest size that the program is right for.
     """
 
     nodes: list[Node]
@@ -74,6 +76,7 @@ class Program:
     output_constants: list[Any]
     output_slots: list[int]
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
+    limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.by_name = {n.name: n for n in self.nodes}
@@ -191,7 +194,31 @@ def program_from_export(
         output_slots=output_slots,
         symbols=symbols,
     )
-    return simplify(program)
+    simplify(program)
+    program.limits = _limits(program, exported)
+    return program
+
+
+def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
+    """Sizes for which the trace holds: a Python branch on a size, and a size made a constant, limit it.
+
+    Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
+    from models that branch for a single structure only to squeeze a dimension.
+    """
+    used = {name for node in program.nodes if node.op != "placeholder" for name in node.inputs()}
+    limits: dict[tuple[int, int], tuple[int, int]] = {}
+    for position, name in enumerate(program.inputs):
+        spec = program.by_name[name].spec
+        for dim, size in enumerate(spec.shape if spec is not None and name in used else ()):
+            if isinstance(size, int):
+                limits[position, dim] = (size, size)
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in program.symbols:
+            lower = int(bounds.lower) if bounds.lower > 2 else 0
+            upper = int(bounds.upper) if bounds.upper < _LARGEST_SIZE else _LARGEST_SIZE
+            if lower or upper < _LARGEST_SIZE:
+                limits[program.symbols[str(symbol)]] = (lower, upper)
+    return limits
 
 
 def simplify(program: Program) -> Program:
@@ -231,7 +258,7 @@ def _returns_its_input(program: Program, node: Node) -> bool:
         return False
     if node.target == "aten.slice.Tensor":
         start, stop, step = (*node.args[2:], None, None, None)[:3]
-        full = stop is None or (isinstance(stop, int) and stop >= 2**62)
+        full = stop is None or (isinstance(stop, int) and stop >= _LARGEST_SIZE)
         return start in (None, 0) and full and step in (None, 1)
     return node.target in ("aten.view.default", "aten._unsafe_view.default", "aten.alias.default")
 

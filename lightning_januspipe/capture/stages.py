@@ -43,6 +43,24 @@ class CapturedPotential:
             observable_stage=tuple(owner[n] for n in self.regions.observables),
         )
 
+    def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Values of the size symbols for one call's tensors.
+
+        Raises:
+            CaptureError: a size for which the traced forward would have done something else.
+        """
+        for (position, dim), (lower, upper) in self.program.limits.items():
+            shape = tensors[position].shape
+            if dim >= len(shape) or not lower <= shape[dim] <= upper:
+                expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
+                raise CaptureError(
+                    f"the potential {self.path!r} was captured for size {expected} of dimension {dim} of its input "
+                    f"{self.call.tensors[position]}, but this batch gives it the shape {tuple(shape)}. The forward "
+                    "turns that size into a constant (int(...), len(...)) or has a Python branch that depends on it: "
+                    "use tensor.shape and torch.where instead, or train with pipeline_size=1."
+                )
+        return self.program.bind(tensors)
+
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it.
 
@@ -95,12 +113,12 @@ class CapturedStage:
         own = set(cut.bodies[index])
         sent = cut.boundaries[index] if index < len(cut.boundaries) else []
         self._num_energies = sum(n in own for n in program.energies)
-        self.observables = [i for i, n in enumerate(captured.regions.observables) if n in own]
-        self.boundary_in = [_spec(program, n) for n in received]
-        self.boundary_out = [_spec(program, n) for n in sent]
+        self.observables: Sequence[int] = [i for i, n in enumerate(captured.regions.observables) if n in own]
+        self.boundary_in: Sequence[TensorSpec] = [_spec(program, n) for n in received]
+        self.boundary_out: Sequence[TensorSpec] = [_spec(program, n) for n in sent]
         live = dict(potential.named_parameters(remove_duplicate=False))
         used = [live[program.parameters[n]] for n in names if n in program.parameters]
-        self.parameters = [p for p in dict.fromkeys(used) if p.requires_grad]
+        self.parameters: Sequence[nn.Parameter] = [p for p in dict.fromkeys(used) if p.requires_grad]
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
@@ -161,7 +179,7 @@ class _Unavailable:
     def __getattr__(self, name: str) -> object:
         raise CaptureError(
             f"output {self._position} of the potential is read now, but was not read by the step on which the "
-            "potential was captured, so it is not computed. Read it in training_step too, or train with pipeline_size=1."
+            "potential was captured, so it is not computed. Read it in training_step too, or set pipeline_size=1."
         )
 
     @classmethod

@@ -6,10 +6,13 @@ what; everything before it is the energy, everything after it the epilogue (sign
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -100,17 +103,17 @@ def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
     # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
     given = CallFormat.of(call.args, call.kwargs).bind(call.path, call.args, call.kwargs)
     tensors = tuple(t.detach() for t in given)
-    shapes = (tuple({d: Dim.AUTO for d in range(t.dim())} for t in tensors),)
+    shapes = (tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in tensors),)
     try:
-        with _quiet(), torch.enable_grad(), symbolic_config.patch(backed_size_oblivious=True):
+        with _quiet(), torch.enable_grad(), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             exported = export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
             if _needs_functionalization(exported):
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(
             f"the potential {call.path!r} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
-            f"{type(error).__name__}: {_first_line(error)}. Usual causes: int(tensor) or tensor.item() for a size "
-            "(use tensor.shape), Python branches on tensor values, or TorchScript functions."
+            f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: int(tensor) or "
+            "tensor.item() for a size (use tensor.shape), Python branches on tensor values, or TorchScript functions."
         ) from error
     _refuse_state(exported, call.path)
     return program_from_export(exported, *returned[-1], prefix="potential.")
@@ -158,15 +161,28 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else "no message"
 
 
+def _place(error: BaseException) -> str:
+    """The innermost line of code that is neither torch's nor this package's."""
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f" (at {frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line!r})" if frames else ""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export logs each dimension that it specializes; here the validation on other sizes judges that."""
-    logger = logging.getLogger("torch._export.non_strict_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without export's logs of dimensions that it makes constant, and the whole graph that it prints on failure.
+
+    The sizes that a program accepts and the validation on other sizes judge the first; the error names the line.
+    """
+    names = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

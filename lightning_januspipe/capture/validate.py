@@ -24,7 +24,13 @@ from lightning_januspipe.engine.local import PhaseSeconds, run_local
 
 @dataclass(frozen=True)
 class Eager:
-    """The eager module's energy, derivatives, outputs and parameter gradients of :func:`_probe_loss`."""
+    """The eager module's derivatives, outputs and parameter gradients of :func:`_probe_loss`.
+
+    Attributes:
+        derivatives: ∂E/∂x.
+        outputs: the wanted outputs; in training they keep their graph.
+        gradients: by parameter; none in evaluation mode.
+    """
 
     derivatives: list[Tensor]
     outputs: list[Tensor]
@@ -69,17 +75,18 @@ def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
 
 def run_eager(potential: nn.Module, call: PotentialCall, wanted: Sequence[int]) -> Eager:
     """The eager module on one call, with the parameter gradient of a loss of the wanted outputs and the forces."""
-    parameters = [p for p in potential.parameters() if p.requires_grad]
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*call.args, **call.kwargs)
     leaves = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
     outputs = [leaves[i] for i in wanted]
-    with torch.enable_grad():
-        _refuse_first_order(potential, call.path, keep.derivatives)
-        loss = _probe_loss(outputs)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-    return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
+    gradients: dict[nn.Parameter, Tensor] = {}
+    if potential.training:
+        parameters = [p for p in potential.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            _refuse_first_order(potential, call.path, keep.derivatives)
+            found = torch.autograd.grad(_probe_loss(outputs), parameters, allow_unused=True)
+        gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+    return Eager([d.detach() for d in keep.derivatives], outputs, gradients)
 
 
 def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[Tensor]) -> None:
@@ -101,10 +108,24 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
         )
 
 
+def _refuse_detached(captured: CapturedPotential, call: PotentialCall, outputs: Sequence[Tensor]) -> None:
+    """Forces that the step reads have to carry their gradient out of the potential."""
+    named = zip(captured.regions.outputs, outputs, strict=False)
+    read = [x for i, x in named if i in captured.regions.derived and i in call.read_outputs]
+    if read and not any(x.requires_grad for x in read):
+        raise CaptureError(
+            f"the potential {call.path!r} returns detached derivatives in training (forces without a gradient), so a "
+            "force loss would train nothing. Remove the detach() after torch.autograd.grad, or do it in evaluation only."
+        )
+
+
 def run_captured(
     captured: CapturedPotential, potential: nn.Module, call: PotentialCall
 ) -> tuple[Eager, list[PhaseSeconds]]:
-    """The same through the four phases of all stages, in this process."""
+    """The same through the four phases of all stages, in this process.
+
+    In evaluation mode all phases run too, for their times, with cotangents of zero.
+    """
     stages = [CapturedStage(captured, i, potential) for i in range(captured.cut.num_stages)]
     epilogue = Epilogue(captured, potential)
     tensors = captured.call.bind(call.path, call.args, call.kwargs)
@@ -117,6 +138,8 @@ def run_captured(
         with torch.enable_grad():
             outputs.extend(epilogue.tensors(tensors, y, x))
             inputs = [v for v in (*y, *x) if v.requires_grad]
+            if not potential.training:
+                return LossGradients([None] * len(y), [torch.zeros_like(d) for d in x])
             found = torch.autograd.grad(_probe_loss(outputs), [*inputs, *epilogue.parameters], allow_unused=True)
         outside.add(epilogue.parameters, found[len(inputs) :])
         given = iter(found[: len(inputs)])
@@ -128,7 +151,7 @@ def run_captured(
 
     result = run_local(stages, captured.chain, tensors, loss)
     gradients: dict[nn.Parameter, Tensor] = {}
-    for parameter in potential.parameters():
+    for parameter in potential.parameters() if potential.training else ():
         for found in (result.gradients.get(parameter), outside.get(parameter)):
             if found is not None:
                 gradients[parameter] = gradients[parameter] + found if parameter in gradients else found
@@ -151,8 +174,10 @@ def validate(
     Raises:
         CaptureError: a quantity differs; the message names the first one and the usual cause.
     """
+    captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
     eager = run_eager(potential, call, captured.regions.outputs)
+    _refuse_detached(captured, call, eager.outputs if potential.training else ())
     found, seconds = run_captured(captured, potential, call)
     # A model may give its strain another shape for one structure than for several; what it returns decides.
     derivatives = [
@@ -162,18 +187,15 @@ def validate(
     ]
     pairs = [
         *derivatives,
-        *((f"output {k}", a, b) for k, a, b in zip(captured.regions.outputs, eager.outputs, found.outputs, strict=True)),
+        *zip((f"output {k}" for k in captured.regions.outputs), eager.outputs, found.outputs, strict=True),
     ]
     scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
     for what, a, b in pairs:
         _compare(what, a, b, float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0, captured.path)
     for parameter, name in names.items():
-        a, b = eager.gradients.get(parameter), found.gradients.get(parameter)
-        if a is None and b is None:
-            continue
-        a = torch.zeros_like(parameter) if a is None else a
-        b = torch.zeros_like(parameter) if b is None else b
-        _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, captured.path)
+        if parameter in eager.gradients or parameter in found.gradients:
+            a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
+            _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, captured.path)
     return seconds
 
 
@@ -194,5 +216,6 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str
     raise CaptureError(
         f"the captured potential {path!r} differs from the module itself on a batch of other sizes: {what} has "
         f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
-        "depends on the batch, or state that the forward changes. Train with pipeline_size=1, or rewrite that part."
+        "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Train with "
+        "pipeline_size=1, or rewrite that part."
     )

@@ -1,0 +1,216 @@
+"""What the ranks of the strategy's tests run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from torch import Tensor
+
+
+def library(namespace: str) -> Any:
+    """``lightning.pytorch`` or ``pytorch_lightning``."""
+    return importlib.import_module("lightning.pytorch" if namespace == "lightning" else "pytorch_lightning")
+
+
+def make_trainer(strategy: dict[str, Any] | None, namespace: str = "lightning", **arguments: Any) -> Any:
+    """A quiet Trainer; ``strategy`` None is plain Lightning in one process."""
+    import lightning_januspipe
+
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    bound = "auto" if strategy is None else lightning_januspipe.strategy_class(namespace)(**strategy)
+    devices = 1 if strategy is None else int(os.environ["WORLD_SIZE"])
+    return library(namespace).Trainer(**{**defaults, **arguments}, strategy=bound, devices=devices)
+
+
+def plain(values: Any) -> Any:
+    """Results without tensors, to compare and to send."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().tolist()
+    if isinstance(values, dict):
+        return {k: plain(v) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(v) for v in values]
+    return values
+
+
+class Losses:
+    """Keeps the loss of every batch."""
+
+    def __new__(cls, namespace: str = "lightning") -> Any:
+        class Callback(library(namespace).Callback):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.losses: list[float] = []
+
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+                self.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+
+        return Callback()
+
+
+def fit(
+    strategy: dict[str, Any] | None,
+    arguments: dict[str, Any],
+    save: str | None = None,
+    resume: str | None = None,
+    validate: bool = False,
+    num_microbatches: int = 1,
+) -> dict[str, Any]:
+    """Train on the tiny data; returns losses, metrics and the trained module's state."""
+    module, data = tiny.module(), tiny.data()
+    losses = Losses()
+    trainer = make_trainer(
+        strategy, callbacks=[losses], limit_val_batches=None if validate else 0, **arguments
+    )
+    trainer.fit(module, data, ckpt_path=resume)
+    if save:
+        trainer.save_checkpoint(save)
+    return {
+        "losses": losses.losses,
+        "metrics": plain(trainer.callback_metrics),
+        "state": {k: v.clone() for k, v in module.state_dict().items()},
+        "grouped": sum(len(g["params"]) for o in trainer.optimizers for g in o.param_groups),
+    }
+
+
+def evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Validate, test and predict with an untrained module."""
+    module, data = tiny.module(), tiny.data()
+    trainer = make_trainer(strategy, **arguments)
+    validated = trainer.validate(module, data, verbose=False)
+    tested = trainer.test(module, data, verbose=False)
+    predicted = trainer.predict(module, data)
+    return {"validate": validated, "test": tested, "predict": plain(predicted)}
+
+
+def fit_then_evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train, with validation in every epoch, and test the trained module with the same Trainer."""
+    module, data = tiny.module(), tiny.data()
+    trainer = make_trainer(strategy, **arguments)
+    trainer.fit(module, data)
+    metrics = plain(trainer.callback_metrics)
+    return {"fit": metrics, "test": trainer.test(module, data, verbose=False)}
+
+
+def namespaced_module(namespace: str) -> Any:
+    """The potential in a LightningModule of either Lightning, written by hand."""
+    base = library(namespace).LightningModule
+    potential = tiny.module().potential
+
+    class Module(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.potential = potential
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+            out = self.potential(batch)
+            energy = (out["energy"] - batch["energy"]).square().mean()
+            forces = (out["forces"] - batch["forces"]).square().mean()
+            self.log_dict({"energy": energy, "forces": forces}, on_step=True, on_epoch=True, batch_size=len(batch["energy"]))
+            return {"loss": energy + 10 * forces, "forces": forces.detach()}
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    return Module()
+
+
+def fit_namespace(namespace: str, strategy: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Three steps under either Lightning; a string is a registered name."""
+    import lightning_januspipe  # noqa: F401
+
+    module = namespaced_module(namespace)
+    losses = Losses(namespace)
+    if isinstance(strategy, str):
+        arguments = {"strategy": strategy, "devices": int(os.environ["WORLD_SIZE"])}
+        trainer = library(namespace).Trainer(
+            accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[losses], use_distributed_sampler=False, **arguments,
+        )  # fmt: skip
+    else:
+        trainer = make_trainer(strategy, namespace, max_steps=3, callbacks=[losses])
+    trainer.fit(module, tiny.data().train_dataloader())
+    return {
+        "losses": losses.losses,
+        "metrics": plain(trainer.callback_metrics),
+        "state": {k: v.clone() for k, v in module.state_dict().items()},
+        "schedule": trainer.strategy._schedule if strategy is not None else None,
+    }
+
+
+def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
+    """What a module sees of the mesh, and which samples a replica gets from Lightning's own sampler."""
+    seen: dict[str, Any] = {"energies": []}
+    module = tiny.module()
+    step = module.training_step
+
+    def training_step(batch: dict[str, Tensor], batch_idx: int) -> Any:
+        seen["energies"].extend(batch["energy"].tolist())
+        seen["world_inside"] = torch.distributed.get_world_size()
+        return step(batch, batch_idx)
+
+    module.training_step = training_step
+    trainer = make_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
+    trainer.fit(module, tiny.data())
+    mesh = module.device_mesh
+    seen.update(
+        axes=mesh.mesh_dim_names, shape=tuple(mesh.shape), world=trainer.world_size, outside=torch.distributed.get_world_size()
+    )
+    return seen
+
+
+def initial_parameters(strategy: dict[str, Any]) -> list[float]:
+    """Parameters after a step with learning rate 0, of modules that every rank initialized differently."""
+    module = tiny.module(learning_rate=0.0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
+    make_trainer(strategy, max_steps=1, limit_val_batches=0).fit(module, tiny.data())
+    return [float(p.detach().double().sum()) for p in module.parameters()]
+
+
+def error_of(case: str, strategy: dict[str, Any], arguments: dict[str, Any] | None = None) -> str:
+    """The type and message of the error that a bad case raises; empty if there is none."""
+    import bad_modules
+
+    module, data = bad_modules.CASES[case]()
+    try:
+        trainer = make_trainer(strategy, max_steps=2, limit_val_batches=0, **(arguments or {}))
+        trainer.fit(module, data)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def killed_and_told(path: str) -> None:
+    """Rank 1 ends in the middle of a step; the others write down what they are told."""
+    module = tiny.module()
+    step = module.training_step
+    calls = []
+
+    def training_step(batch: Any, batch_idx: int) -> Any:
+        calls.append(batch_idx)
+        # Each micro-batch calls the step twice: up to the potential, and with its result.
+        if int(os.environ["RANK"]) == 1 and batch_idx == 1 and calls.count(1) == 7:
+            Path(path).write_text("rank 1 was in the middle of a step")
+            os._exit(1)
+        return step(batch, batch_idx)
+
+    module.training_step = training_step
+    told = Path(path).parent / f"told-{os.environ['RANK']}"
+    try:
+        make_trainer({"num_microbatches": 4, "timeout": 20}, max_steps=4, limit_val_batches=0).fit(module, tiny.data())
+    except Exception as error:
+        told.write_text(f"{type(error).__name__}: {error}")
+        raise
