@@ -60,11 +60,6 @@ class StageOptimizer:
             start += len(parameters)
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
-    def restore_groups(self) -> None:
-        """Give the optimizer its whole parameter groups back (after training)."""
-        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
-            group["params"] = parameters
-
 
 def _to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):

@@ -41,7 +41,8 @@ class MeshShape:
             ValueError: the product is not the world size.
         """
         for name, size in (("pipeline_size", pipeline), ("data_size", data), ("graph_size", graph)):
-            if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            is_number = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+            if not is_number and (size != "auto" or name == "graph_size"):
                 raise ValueError(f"{name}={size!r}; expected a positive number" + (" or 'auto'" * (name[0] != "g")))
         num_data = (1 if pipeline == "auto" else max(world_size // (pipeline * graph), 1)) if data == "auto" else data
         num_pipeline = max(world_size // (num_data * graph), 1) if pipeline == "auto" else pipeline

@@ -201,6 +201,7 @@ class JanusPipeBody:
     def setup_optimizers(self, trainer: Any) -> None:
         """Make the user's optimizer over the whole module; it is pruned once the stages are known."""
         self._reset_optimizers_and_schedulers()
+        self._stage_optimizers = {}
         super().setup_optimizers(trainer)  # type: ignore[misc]
         if len(self.optimizers) > 1:
             raise ValueError(
@@ -461,7 +462,7 @@ class JanusPipeBody:
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole module's state, the same on every rank; every rank takes part."""
         if isinstance(self.runner, Pipeline):
-            self.runner.synchronize()
+            self.runner.synchronize()  # after training this was done already
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -479,11 +480,9 @@ class JanusPipeBody:
             self.runner.synchronize()
 
     def teardown(self) -> None:
-        """Undo what was changed in objects of the user."""
+        """Give the user's loader back as it was. Optimizers stay pruned, so that a checkpoint can still be saved."""
         unsplit_batches(self._train_loader)
-        for stage in self._stage_optimizers.values():
-            stage.restore_groups()
-        self._stage_optimizers, self._train_loader, self._eval_loader, self.runner = {}, None, None, None
+        self._train_loader, self._eval_loader, self.runner = None, None, None
         super().teardown()  # type: ignore[misc]
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.calls import CallFormat
@@ -17,7 +16,7 @@ from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.capture.step import shallow_copy, silent_log
+from lightning_januspipe.capture.step import RandomState, shallow_copy, silent_log
 from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.capture.validate import validate
 from lightning_januspipe.engine.local import PhaseSeconds
@@ -128,8 +127,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
     metrics = {m: _metric_state(m) for m in module.modules() if hasattr(m, "_copy_state_dict")}
     gradients = {p: p.grad for p in module.parameters()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), silent_log(module):
+    with RandomState().again(), silent_log(module):
         try:
             yield
         finally:

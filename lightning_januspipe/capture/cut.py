@@ -239,12 +239,14 @@ def _recompute(node: Node, cheap: set[str], profile: Profile, alive: set[str]) -
 def _small_boundaries(prefix: Sequence[float], num_bytes: Sequence[float]) -> list[int]:
     """Positions whose boundary is of the size found at layer borders, not inside layers."""
     total = prefix[-1]
-    middle = [b for i, b in enumerate(num_bytes) if b > 0 and 0.1 * total <= prefix[i + 1] <= 0.9 * total]
-    smallest = min(middle or [b for b in num_bytes if b > 0], default=0.0)
+    shares = [p / total for p in prefix[1:]]
+    # A long readout ends in one number per atom, far less than any layer border, so two parts have a say.
+    parts = [[b for b, s in zip(num_bytes, shares, strict=True) if b > 0 and a <= s <= a + 0.5] for a in (0.1, 0.4)]
+    smallest = max((min(p) for p in parts if p), default=min((b for b in num_bytes if b > 0), default=0.0))
     best: dict[int, int] = {}
     for i, b in enumerate(num_bytes[:-1]):
         if 0 < b <= _BYTES_SLACK * smallest:
-            bucket = int(200 * prefix[i + 1] / total)  # positions half a percent apart are as good as the same
+            bucket = int(200 * shares[i])  # positions half a percent apart are as good as the same
             if bucket not in best or b < num_bytes[best[bucket]]:
                 best[bucket] = i
     return sorted(best.values())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class CapturedStep:
         others = [p for p in module.parameters() if p.requires_grad and p not in inside]
         self.outside_parameters: list[nn.Parameter] = [*others, *self._epilogue.parameters]
         self._calls: dict[int, list[Tensor]] = {}
-        self._random: dict[int, _RandomState] = {}
+        self._random: dict[int, RandomState] = {}
 
     def prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
         """Run the step up to the potential, and return what the stages get.
@@ -69,7 +71,7 @@ class CapturedStep:
             CaptureError: the step does not call the potential, or calls it with other constants or sizes than it was
                 traced for.
         """
-        state = _RandomState.now()
+        state = RandomState()
         with silent_log(self._module), torch.enable_grad():
             args, kwargs = call_arguments(self._module, self._captured.path, lambda: step(shallow_copy(batch)))
         tensors = self._captured.call.bind(self._captured.path, args, kwargs)
@@ -216,25 +218,26 @@ def replaced_log(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
             module.log = own
 
 
-class _RandomState:
-    """States of torch's generators: a step that is run twice draws the same numbers twice."""
+class RandomState:
+    """States of the generators of torch, numpy and Python: a step that is run twice draws the same numbers twice."""
 
-    def __init__(self, cpu: Tensor, cuda: Tensor | None) -> None:
-        self._cpu, self._cuda = cpu, cuda
-
-    @classmethod
-    def now(cls) -> _RandomState:
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if used else None)
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        self._numpy = np.random.get_state()
+        self._python = random.getstate()
 
     def _set(self) -> None:
-        torch.set_rng_state(self._cpu)
+        torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        later = _RandomState.now()
+        """Draw from these states inside the block, and go on from the present ones after it."""
+        later = RandomState()
         self._set()
         try:
             yield

@@ -99,7 +99,7 @@ def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
     """
     returned: list[tuple[pytree.TreeSpec, list[Any], list[int]]] = []
     wrapper = _Call(potential, call, lambda *record: returned.append(record))
-    wrapper.train(potential.training)
+    wrapper.training = potential.training  # train() would also change submodules that the user froze
     # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
     given = CallFormat.of(call.args, call.kwargs).bind(call.path, call.args, call.kwargs)
     tensors = tuple(t.detach() for t in given)
@@ -116,7 +116,12 @@ def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
             "tensor.item() for a size (use tensor.shape), Python branches on tensor values, or TorchScript functions."
         ) from error
     _refuse_state(exported, call.path)
-    return program_from_export(exported, *returned[-1], prefix="potential.")
+    program = program_from_export(exported, *returned[-1], prefix="potential.")
+    # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
+    first = {p: name for name, p in potential.named_parameters()}
+    named = dict(potential.named_parameters(remove_duplicate=False))
+    program.parameters = {placeholder: first[named[name]] for placeholder, name in program.parameters.items()}
+    return program
 
 
 def _needs_functionalization(exported: ExportedProgram) -> bool:

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.cut import Regions
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage, Epilogue
@@ -28,7 +29,7 @@ class Eager:
 
     Attributes:
         derivatives: ∂E/∂x.
-        outputs: the wanted outputs; in training they keep their graph.
+        outputs: the outputs that the captured potential gives too.
         gradients: by parameter; none in evaluation mode.
     """
 
@@ -73,20 +74,21 @@ def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def run_eager(potential: nn.Module, call: PotentialCall, wanted: Sequence[int]) -> Eager:
-    """The eager module on one call, with the parameter gradient of a loss of the wanted outputs and the forces."""
+def run_eager(potential: nn.Module, call: PotentialCall, regions: Regions) -> Eager:
+    """The eager module on one call, with the parameter gradient of a loss of its outputs."""
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*call.args, **call.kwargs)
     leaves = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
-    outputs = [leaves[i] for i in wanted]
+    outputs = [leaves[i] for i in regions.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
     if potential.training:
         parameters = [p for p in potential.parameters() if p.requires_grad]
         with torch.enable_grad():
             _refuse_first_order(potential, call.path, keep.derivatives)
+            _refuse_detached(call, leaves, regions)
             found = torch.autograd.grad(_probe_loss(outputs), parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-    return Eager([d.detach() for d in keep.derivatives], outputs, gradients)
+    return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
 
 
 def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[Tensor]) -> None:
@@ -108,14 +110,13 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
         )
 
 
-def _refuse_detached(captured: CapturedPotential, call: PotentialCall, outputs: Sequence[Tensor]) -> None:
+def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], regions: Regions) -> None:
     """Forces that the step reads have to carry their gradient out of the potential."""
-    named = zip(captured.regions.outputs, outputs, strict=False)
-    read = [x for i, x in named if i in captured.regions.derived and i in call.read_outputs]
+    read = [outputs[i] for i in regions.derived if i in call.read_outputs]
     if read and not any(x.requires_grad for x in read):
         raise CaptureError(
             f"the potential {call.path!r} returns detached derivatives in training (forces without a gradient), so a "
-            "force loss would train nothing. Remove the detach() after torch.autograd.grad, or do it in evaluation only."
+            "force loss would train nothing. Remove the detach() after torch.autograd.grad, or do it in evaluation."
         )
 
 
@@ -176,8 +177,7 @@ def validate(
     """
     captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
-    eager = run_eager(potential, call, captured.regions.outputs)
-    _refuse_detached(captured, call, eager.outputs if potential.training else ())
+    eager = run_eager(potential, call, captured.regions)
     found, seconds = run_captured(captured, potential, call)
     # A model may give its strain another shape for one structure than for several; what it returns decides.
     derivatives = [

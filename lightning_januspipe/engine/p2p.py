@@ -25,18 +25,22 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of any dtype as one buffer of bytes."""
     parts = []
     for tensor in tensors:
-        part = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        part = tensor.detach().contiguous().reshape(-1)
+        # A slice with one number counts as contiguous whatever its stride, but not as viewable.
+        part = part.as_strided(part.shape, (1,)).view(torch.uint8)
         parts.append(part)
         padding = -part.numel() % _ALIGNMENT
         if padding:
             parts.append(part.new_zeros(padding))
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def packed_size(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
     """Bytes of the buffer that :func:`pack` makes of tensors with these shapes and dtypes."""
     sizes = [torch.Size(s).numel() * d.itemsize for s, d in shapes]
-    return sizes[0] if len(sizes) == 1 and sizes[0] % _ALIGNMENT == 0 else sum(n + -n % _ALIGNMENT for n in sizes)
+    return sum(n + -n % _ALIGNMENT for n in sizes)
 
 
 def unpack(buffer: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:

@@ -80,7 +80,9 @@ class Stage:
         state = self._inflight[microbatch]
         if boundary_gradients:
             # Of a boundary that takes no gradient (frozen parameters before it, no geometry) the seed is not used.
-            state.seeds = [g.detach().requires_grad_(create_graph and _is_differentiable(g)) for g in boundary_gradients]
+            state.seeds = [
+                g.detach().requires_grad_(create_graph and _is_differentiable(g)) for g in boundary_gradients
+            ]
         roots = [e for e in state.energies if e.requires_grad]
         seeds = [torch.ones_like(e) for e in roots]
         for value, seed in zip(state.boundary_out, state.seeds, strict=True):
@@ -93,9 +95,7 @@ class Stage:
         num = len(state.coordinates)
         state.derivatives = [_or_zeros(g, x) for g, x in zip(found[:num], inputs[:num], strict=True)]
         rest = iter(found[num:])
-        state.boundary_gradients = [
-            _or_zeros(next(rest) if h.requires_grad else None, h) for h in state.boundary_in
-        ]
+        state.boundary_gradients = [_or_zeros(next(rest) if h.requires_grad else None, h) for h in state.boundary_in]
         gradients = [g.detach() for g in state.boundary_gradients]
         derivatives = [g.detach() for g in state.derivatives]
         if not create_graph:
@@ -174,9 +174,7 @@ class Stage:
         leaves = [h for h in state.boundary_in if h.requires_grad]
         found = _grad(roots, [*leaves, *parameters], cotangents)
         self._gradients.add(parameters, found[len(leaves) :])
-        sums = iter(
-            [_sum(a, b) for a, b in zip(found[: len(leaves)], state.boundary_part, strict=True)]
-        )
+        sums = iter([_sum(a, b) for a, b in zip(found[: len(leaves)], state.boundary_part, strict=True)])
         return [_or_zeros(next(sums) if h.requires_grad else None, h) for h in state.boundary_in]
 
 
@@ -193,7 +191,12 @@ def _grad(
         return [None] * len(inputs)
     return list(
         torch.autograd.grad(
-            list(roots), list(inputs), list(cotangents), create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+            list(roots),  # type: ignore[arg-type]
+            list(inputs),
+            list(cotangents),
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
         )
     )
 

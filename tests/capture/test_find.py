@@ -9,10 +9,8 @@ import torch
 from capture_models import OTHER, TRACED, Potential, Step, make_batch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.capture import capture_module
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
-from lightning_januspipe.capture.validate import run_eager
 
 
 def find(module: nn.Module, potential: str | None = None) -> PotentialCall:
@@ -185,51 +183,10 @@ def test_parameters_of_the_potential_used_outside(functional: bool) -> None:
             penalty = nn.functional.mse_loss(weight, torch.zeros_like(weight)) if functional else weight.square().sum()
             return super().training_step(batch) + penalty
 
-    with pytest.raises(CaptureError, match=r"outside the potential's forward \(potential\.readout\.weight\).*weight_decay"):
+    with pytest.raises(CaptureError, match=r"outside the .* forward \(potential\.readout\.weight\).*weight_decay"):
         find(Regularized(Potential(1)))
 
 
 def test_step_without_the_potential() -> None:
     with pytest.raises(CaptureError, match="did not call its potential 'potential' for this batch"):
         call_arguments(Step(Potential(1)), "potential", lambda: None)
-
-
-class Detached(Potential):
-    """Energies keep their gradient, forces lose it."""
-
-    def differentiate(self, energy: Tensor, inputs: list[Tensor]) -> Any:
-        return [g.detach() for g in super().differentiate(energy, inputs)]
-
-
-class ConstantForces(Potential):
-    """The parameters act on detached positions, so forces do not depend on them."""
-
-    def energy(self, batch: Any, positions: Tensor, strain: Tensor) -> Any:
-        energy, extra = super().energy(batch, positions.detach(), strain.detach())
-        trap = positions.square().sum(-1) + strain[batch["index"]].square().sum((-1, -2))
-        return energy + self.pool(trap, batch), extra
-
-
-class NoGradFeatures(Potential):
-    """Features are made under no_grad, so nothing but the readout sees them."""
-
-    def features(self, batch: Any, vectors: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = super().features(batch, vectors)
-        return h + 0.01 * torch.zeros_like(h).index_add(0, batch["edges"][0], vectors.repeat(1, 2))
-
-
-class AllDetached(Potential):
-    def features(self, batch: Any, vectors: Tensor) -> Tensor:
-        return super().features(batch, vectors.detach())
-
-    def energy(self, batch: Any, positions: Tensor, strain: Tensor) -> Any:
-        energy, extra = super().energy(batch, positions, strain)
-        return energy + positions.sum() * 0 + strain.sum() * 0, extra
-
-
-@pytest.mark.parametrize("potential", [ConstantForces, AllDetached])
-def test_not_twice_differentiable(potential: type[Potential]) -> None:
-    module = Step(potential(1))
-    with pytest.raises(CaptureError, match=r"not twice differentiable.*detach\(\).*no_grad\(\)"):
-        run_eager(module.potential, find(module), [0, 1, 2])

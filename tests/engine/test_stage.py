@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
 
 from lightning_januspipe.engine.executor import LossGradients
 from lightning_januspipe.engine.gradients import GradientBuffers
@@ -88,7 +88,9 @@ def test_messages_have_the_shape_and_dtype_of_the_boundary() -> None:
         same_form(message, boundaries[i + 1])
     message = []
     for i, stage in reversed(list(enumerate(stages))):
-        message = stage.backward_energy(0, message, [torch.ones_like(tensors[4][:, 0, 0])] * len(stage.function.observables))
+        message = stage.backward_energy(
+            0, message, [torch.ones_like(tensors[4][:, 0, 0])] * len(stage.function.observables)
+        )
         same_form(message, boundaries[i])
 
 
@@ -185,7 +187,8 @@ def _watched() -> Iterator[weakref.WeakSet[_Saved]]:
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor.detach())  # autograd attaches the graph again; else a saved output would hold its own node
+        # Autograd attaches the graph again; with it, a saved output would hold its own node.
+        saved = _Saved(tensor.detach())
         alive.add(saved)
         return saved
 

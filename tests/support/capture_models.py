@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lightning_januspipe.capture.calls import CallFormat
-from lightning_januspipe.capture.cut import Profile, Regions, find_cut, find_regions
+from lightning_januspipe.capture.cut import Profile, find_cut, find_regions
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.program import Program
 from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage
 from lightning_januspipe.capture.step import CapturedStep, shallow_copy
 from lightning_januspipe.capture.trace import trace_potential
@@ -22,6 +21,8 @@ from lightning_januspipe.engine.local import run_local
 
 Batch = dict[str, Tensor]
 DTYPE = torch.float64
+TRACED = (4, 3, 5)
+OTHER = (3, 4)
 
 
 def make_batch(sizes: Sequence[int], seed: int = 0) -> Batch:
@@ -45,10 +46,6 @@ def make_batch(sizes: Sequence[int], seed: int = 0) -> Batch:
         "forces": normal(num_atoms, 3),
         "stress": 0.1 * normal(num_structures, 3, 3),
     }
-
-
-TRACED = (4, 3, 5)
-OTHER = (3, 4)
 
 
 class Layer(nn.Module):
@@ -137,23 +134,19 @@ class Step(nn.Module):
         return loss + 10 * ((out["stress"] - batch["stress"]) ** 2).mean()
 
 
-def trace(module: nn.Module, sizes: Sequence[int] = TRACED) -> tuple[PotentialCall, Program, Regions]:
-    """Find and trace the potential of a module."""
-    call = find_potential(module, lambda: module.training_step(shallow_copy(make_batch(sizes))))
-    program = trace_potential(module.get_submodule(call.path), call)
-    return call, program, find_regions(program, call.read_outputs)
-
-
 class Traced:
     """A module and its traced potential, to be cut into any number of stages.
 
     Every operation costs the same, so that cuts do not depend on the load of the machine.
     """
 
-    def __init__(self, module: nn.Module, sizes: Sequence[int] = TRACED) -> None:
+    def __init__(self, module: nn.Module, batch: Batch | None = None) -> None:
+        batch = batch or make_batch(TRACED)
         self.module = module
-        self.call, self.program, self.regions = trace(module, sizes)
+        self.call = find_potential(module, lambda: module.training_step(shallow_copy(batch)))
         self.potential = module.get_submodule(self.call.path)
+        self.program = trace_potential(self.potential, self.call)
+        self.regions = find_regions(self.program, self.call.read_outputs)
         self.format = CallFormat.of(self.call.args, self.call.kwargs)
         tensors = self.format.bind(self.call.path, self.call.args, self.call.kwargs)
         measured = measure(self.program, self.regions, self.potential, tensors, repeats=1)
@@ -218,3 +211,10 @@ def assert_parity(captured: CapturedPotential, module: nn.Module, batch: Batch, 
     for name, parameter in module.named_parameters():
         a, b = (g.get(name, torch.zeros_like(parameter)) for g in (expected, found))
         assert float((a - b).abs().max()) <= tolerance * scale, name
+
+
+def structures_of(data: Any, count: int) -> Batch:
+    """The first structures of a data module, collated by it."""
+    data.setup("fit")
+    loader = data.train_dataloader()
+    return loader.collate_fn([loader.dataset[i] for i in range(count)])

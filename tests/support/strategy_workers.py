@@ -81,7 +81,6 @@ def fit(
         "losses": losses.losses,
         "metrics": plain(trainer.callback_metrics),
         "state": {k: v.clone() for k, v in module.state_dict().items()},
-        "grouped": sum(len(g["params"]) for o in trainer.optimizers for g in o.param_groups),
     }
 
 
@@ -156,12 +155,15 @@ def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
     module = tiny.module()
     step = module.training_step
 
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        for microbatch in batch:
+            seen["energies"].extend(microbatch["energy"].tolist())
+
     def training_step(batch: dict[str, Tensor], batch_idx: int) -> Any:
-        seen["energies"].extend(batch["energy"].tolist())
         seen["world_inside"] = torch.distributed.get_world_size()
         return step(batch, batch_idx)
 
-    module.training_step = training_step
+    module.training_step, module.on_train_batch_start = training_step, on_train_batch_start
     trainer = make_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
     trainer.fit(module, tiny.data())
     mesh = module.device_mesh

@@ -72,7 +72,12 @@ class ToyStage:
     """
 
     def __init__(
-        self, index: int, layout: Layout, last: bool, first_observable: int, shared: dict[str, nn.Parameter] | None = None
+        self,
+        index: int,
+        layout: Layout,
+        last: bool,
+        first_observable: int,
+        shared: dict[str, nn.Parameter] | None = None,
     ) -> None:
         self.index, self.layout = index, layout
 
@@ -97,12 +102,16 @@ class ToyStage:
             boundary.append(TensorSpec(("n",), torch.int64))
         self.boundary_in = boundary if index else []
         self.boundary_out = [] if last else boundary
-        self.observable_specs = [TensorSpec(("b",), FLOAT)] * layout.energy + [TensorSpec(("n",), FLOAT)] * layout.charges
+        self.observable_specs = [TensorSpec(("b",), FLOAT)] * layout.energy + [
+            TensorSpec(("n",), FLOAT)
+        ] * layout.charges
         self.observables = list(range(first_observable, first_observable + len(self.observable_specs)))
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """As the engine calls it: with coordinates of its own."""
-        return self.forward([tensors[0].detach().requires_grad_(), tensors[4].detach().requires_grad_()], tensors, boundary)
+        return self.forward(
+            [tensors[0].detach().requires_grad_(), tensors[4].detach().requires_grad_()], tensors, boundary
+        )
 
     def forward(self, coordinates: list[Tensor], tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """The stage for given coordinates: positions (N, 3) and strain (B, 3, 3)."""
@@ -143,7 +152,9 @@ def chain(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[ToyStage], Cha
         stages: list[ToyStage] = []
         for index, layout in enumerate(layouts):
             num = sum(len(s.observables) for s in stages)
-            stages.append(ToyStage(index, layout, index == len(layouts) - 1, num, stages[0].weights if stages else None))
+            stages.append(
+                ToyStage(index, layout, index == len(layouts) - 1, num, stages[0].weights if stages else None)
+            )
     return stages, ChainSpec(
         coordinates=(TensorSpec(("n", 3), FLOAT), TensorSpec(("b", 3, 3), FLOAT)),
         observables=tuple(spec for s in stages for spec in s.observable_specs),
@@ -167,7 +178,9 @@ def microbatch(seed: int, num_atoms: int = 7, num_structures: int = 2) -> Microb
 def loss_value(observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> Tensor:
     """A loss without linear or constant terms in what it reads."""
     terms = [(y - 0.3).square().sum() * (1 + i) for i, y in enumerate(observables)]
-    return sum([*terms, *((d - 0.1).square().sum() * (2 + i) for i, d in enumerate(derivatives))], torch.zeros((), dtype=FLOAT))
+    return sum(
+        [*terms, *((d - 0.1).square().sum() * (2 + i) for i, d in enumerate(derivatives))], torch.zeros((), dtype=FLOAT)
+    )
 
 
 def loss_gradients(observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> LossGradients:

@@ -1,0 +1,144 @@
+"""The whole way from a module and two batches to validated stages, with the module left as it was."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from capture_models import DTYPE, OTHER, TRACED, Batch, Potential, Step, assert_parity, make_batch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture import Capture, CaptureError, capture_module
+
+
+class Busy(Step):
+    """Its step updates metrics and buffers, logs, draws random numbers and writes to its batch."""
+
+    def __init__(self, potential: nn.Module) -> None:
+        super().__init__(potential)
+        self.error = torchmetrics.MeanAbsoluteError()
+        self.norm = nn.BatchNorm1d(3, dtype=DTYPE)
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
+        self.logged: list[str] = []
+
+    def log(self, name: str, value: Any) -> None:
+        self.logged.append(name)
+
+    def training_step(self, batch: Batch) -> Any:
+        self.num_steps += 1
+        batch["positions"] = batch["positions"] + 0.01 * torch.randn_like(batch["positions"]) * np.random.rand()
+        random.random()
+        self.norm(batch["positions"])
+        out = self.potential(batch)
+        self.error(out["energy"].detach(), batch["energy"])
+        self.log("error", self.error)
+        batch["energy"] = out["energy"]
+        return (out["forces"] - batch["forces"]).square().mean()
+
+
+def capture(module: Step, num_stages: int, **arguments: Any) -> Capture:
+    return capture_module(
+        module, module.training_step, make_batch(TRACED), make_batch(OTHER), num_stages, **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def busy() -> tuple[Busy, Capture, dict[str, Any], dict[str, Any]]:
+    module = Busy(Potential(3))
+    module.error(torch.zeros(3), torch.ones(3))
+    module.norm(torch.randn(5, 3, dtype=DTYPE))
+    module.potential.layers[1].eval()
+    for parameter in module.potential.readout.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    before = state(module)
+    captured = capture(module, 2)
+    return module, captured, before, state(module)
+
+
+def state(module: Busy) -> dict[str, Any]:
+    found: dict[str, Any] = {f"state {k}": v.clone() for k, v in module.state_dict().items()}
+    found |= {f"buffer {k}": v.clone() for k, v in module.named_buffers()}
+    found |= {f"grad {k}": None if p.grad is None else p.grad.clone() for k, p in module.named_parameters()}
+    found |= {f"training {k}": m.training for k, m in module.named_modules()}
+    found |= {f"attributes {k}": sorted(m.__dict__) for k, m in module.named_modules()}
+    found |= {f"metric {k}": v.clone() for k, v in module.error.metric_state.items()}
+    found |= {"metric updates": module.error._update_count, "logged": list(module.logged)}
+    found |= {"torch": torch.get_rng_state(), "numpy": np.random.get_state()[1].copy(), "python": random.getstate()}
+    found |= {f"hooks {k}": len(m._forward_hooks) + len(m._forward_pre_hooks) for k, m in module.named_modules()}
+    return found
+
+
+def test_module_is_unchanged(busy: Any) -> None:
+    _, _, before, after = busy
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if isinstance(value, (Tensor, np.ndarray)):
+            assert (value == after[name]).all(), name
+        else:
+            assert value == after[name], name
+    assert before["buffer num_steps"] == 0
+    assert before["metric updates"] == 1
+
+
+def test_stages_are_right(busy: Any) -> None:
+    module, captured, _, _ = busy
+    potential = captured.potential
+    assert potential.path == "potential"
+    assert potential.cut.num_stages == len(captured.seconds) == 2
+    assert all(s.total > 0 for s in captured.seconds)
+    assert_parity(potential, Step(module.potential), make_batch((5, 1, 2)))
+
+
+def test_module_is_unchanged_after_an_error() -> None:
+    module = Busy(Potential(1))
+    before = state(module)
+    with pytest.raises(CaptureError, match="cuttable"):
+        capture(module, 50)
+    after = state(module)
+    assert torch.equal(before["torch"], after["torch"])
+    assert after["buffer num_steps"] == 0 and after["metric updates"] == 0
+    assert torch.equal(before["buffer norm.running_mean"], after["buffer norm.running_mean"])
+
+
+def test_named_potential() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, batch: Batch) -> Any:
+            return {k: 2 * v for k, v in self.inner(batch).items()}
+
+    module = Step(Wrapper(Potential(2)))
+    captured = capture(module, 2, potential="potential.inner").potential
+    assert captured.path == "potential.inner"
+    assert "embedding.weight" in captured.program.parameters.values()
+    assert_parity(captured, module, make_batch((2, 3, 4)))
+
+
+def test_log_message(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lightning_januspipe.capture.capture"):
+        capture(Step(Potential(1)), 1)
+    messages = [r.getMessage() for r in caplog.records if r.name == "lightning_januspipe.capture.capture"]
+    assert len(messages) == 1
+    assert messages[0].startswith("captured potential in ") and "1 stages" in messages[0]
+
+
+def test_batch_with_other_entries() -> None:
+    module = Step(Potential(1))
+    other = {k: v for k, v in make_batch(OTHER).items() if k != "stress"}
+    with pytest.raises(CaptureError, match=r"without .*'stress'.*same entries"):
+        capture_module(module, module.training_step, make_batch(TRACED), other, 1)
+
+
+def test_evaluation_step() -> None:
+    """Validation without fit: no second derivatives, no loss."""
+    module = Step(Potential(2)).eval()
+    captured = capture_module(module, module.potential, make_batch(TRACED), make_batch(OTHER), 2).potential
+    assert captured.cut.num_stages == 2
+    assert [captured.program.outputs[i] for i in captured.regions.outputs] == captured.program.outputs

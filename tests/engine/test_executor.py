@@ -1,0 +1,105 @@
+"""The executor on real ranks: every schedule gives the undivided gradients, and failures end with the cause named."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from engine_workers import (
+    evaluate_like_undivided,
+    make_executor_alone,
+    run_deferred_phase,
+    step_with_a_dead_rank,
+    step_with_a_hanging_rank,
+    train_like_undivided,
+    unequal_inputs,
+)
+from toy import assert_close, loss_gradients, undivided
+
+from lightning_januspipe.schedule import PhaseCosts, build_schedule
+from lightning_januspipe.testing import RankError, RankPool
+
+SCHEDULES = ("gpipe", "1f1b-fold", "wavek")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layout", ["two stages", "three stages", "everything"])
+def test_gradients_equal_the_undivided_ones(pool: RankPool, layout: str, schedule: str) -> None:
+    size = {"two stages": 2, "three stages": 3, "everything": 4}[layout]
+    largest = pool.run(train_like_undivided, layout, schedule, [1, 2, 3, 4, 5, 6, 7, 8], world_size=size)
+    assert all(len(of_rank) == 8 for of_rank in largest)
+    assert largest[0][-1] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "observables in several stages",
+        "energies in several stages",
+        "boundary without a gradient",
+        "integers in the boundary",
+        "frozen middle",
+    ],
+)
+def test_gradients_of_other_chains(pool: RankPool, layout: str) -> None:
+    pool.run(train_like_undivided, layout, "wavek", [5, 2], world_size=3)
+
+
+@pytest.mark.parametrize(("layout", "size"), [("two stages", 2), ("everything", 4)])
+def test_evaluate(pool: RankPool, layout: str, size: int) -> None:
+    assert pool.run(evaluate_like_undivided, layout, 3, world_size=size) == [6] * size
+
+
+def test_one_stage_in_one_process() -> None:
+    executor, functions, gradients = make_executor_alone()
+    inputs = unequal_inputs(3)
+    actions = build_schedule("gpipe", 1, 3, PhaseCosts(1, 1, 2, 2)).actions[0]
+    executor.run(actions, inputs, lambda _, y, x: loss_gradients(y, x))
+    expected = [undivided(functions, i.tensors).gradients for i in inputs]
+    for parameter in functions[0].parameters:
+        assert_close(gradients.get(parameter), sum(e[parameter] for e in expected), "gradient")
+
+
+def test_error_in_the_loss_leaves_nothing_in_flight() -> None:
+    executor, _, _ = make_executor_alone()
+    actions = build_schedule("gpipe", 1, 2, PhaseCosts(1, 1, 2, 2)).actions[0]
+
+    def loss(*_: object) -> None:
+        raise FloatingPointError("the loss is not finite")
+
+    with pytest.raises(FloatingPointError, match="the loss is not finite"):
+        executor.run(actions, unequal_inputs(2), loss)  # type: ignore[arg-type]
+    assert executor.stage.num_inflight == 0
+
+
+def test_unknown_phase_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"Phase\.WF"):
+        run_deferred_phase()
+
+
+def test_a_dead_rank_is_noticed_at_once() -> None:
+    """Far within the timeout of 60 s, both neighbours say what they waited for and from whom."""
+    with RankPool(3) as own:  # a dead rank ends its pool
+        own.run(abs, 1)  # start the processes; not part of the time
+        began = time.monotonic()
+        with pytest.raises(RankError, match="rank 1: rank 1 died") as error:
+            own.run(step_with_a_dead_rank, 1)
+        elapsed = time.monotonic() - began
+    assert elapsed < 20, f"the others ended after {elapsed:.0f} s"
+    first, _, last = ("\n" + str(error.value)).split("\nrank ")[1:]
+    for text, stage, message in (
+        (first, 0, "the BE message of micro-batch"),
+        (last, 2, "the BF message of micro-batch 1"),
+    ):
+        assert text.startswith(f"{stage}: "), text
+        assert f"PipelineError: stage {stage} waited for {message}" in text, text
+        assert "from global rank 1, which did not come" in text and "That rank has ended or hangs" in text, text
+
+
+def test_a_hanging_rank_is_noticed_after_the_timeout(pool: RankPool) -> None:
+    results = pool.run(step_with_a_hanging_rank, 1, 2.0, 4.0, world_size=2)
+    text, elapsed, empty = results[0]
+    assert "stage 0 waited for the BE message of micro-batch" in text
+    assert "from global rank 1" in text and "ended or hangs" in text
+    assert 1.5 < elapsed < 3.9
+    assert empty, "micro-batches are left in flight"

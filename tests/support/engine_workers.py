@@ -1,0 +1,314 @@
+"""What ranks do in the tests of the engine, the mesh and the clipping: run with ``RankPool.run``."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from toy import CHAINS, FLOAT, LAST, Layout, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
+
+from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
+from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
+from lightning_januspipe.engine.p2p import Channel, PipelineError
+from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.mesh import Mesh, MeshShape, as_world
+from lightning_januspipe.precision import clip_gradients_by_norm
+from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
+
+CPU = torch.device("cpu")
+LAYOUTS: dict[str, list[Layout]] = {
+    **CHAINS,
+    "one stage": [LAST],
+    "everything": [
+        Layout(species=True, vectors=True, charges=True),
+        Layout(species=True, vectors=True, energy=True, trainable=False),
+        Layout(species=True, vectors=True, geometry=False, charges=True),
+        Layout(species=True, vectors=True, energy=True),
+    ],
+}
+
+
+def _start() -> int:
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+# -- p2p -------------------------------------------------------------------------------------------------------------
+
+
+def exchange(messages: list[list[Tensor]]) -> tuple[list[list[Tensor]], int]:
+    """Rank 0 sends all messages, rank 1 sends them back; receives are posted before anything is sent."""
+    rank = _start()
+    there, back = dist.new_group([0, 1]), dist.new_group([0, 1])
+    out = Channel(there if rank == 0 else back, 1 - rank, CPU)
+    incoming = Channel(back if rank == 0 else there, 1 - rank, CPU)
+    shapes = [[(tuple(t.shape), t.dtype) for t in m] for m in messages]
+    posted = [incoming.receive(s) for s in shapes]
+    if rank == 0:
+        for message in messages:
+            out.send(message)
+    received = []
+    for receive in posted:
+        received.append(receive.wait(timedelta(seconds=20)))
+        if rank == 1:
+            out.send(received[-1])
+    out.flush(timedelta(seconds=20))
+    return received, out.bytes_sent
+
+
+# -- executor --------------------------------------------------------------------------------------------------------
+
+
+def make_executor(layouts: list[Layout], timeout: float = 30.0) -> tuple[Executor, list[ToyStage], GradientBuffers]:
+    """This rank's executor, the whole chain, and this rank's gradients."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    functions, spec = chain(layouts)
+    assert len(functions) == size
+    down, up = dist.new_group(), dist.new_group()
+
+    def channel(group: dist.ProcessGroup | None, peer: int) -> Channel | None:
+        assert group is not None
+        return Channel(group, peer, CPU) if 0 <= peer < size else None
+
+    gradients = GradientBuffers()
+    executor = Executor(
+        Stage(functions[rank], gradients),
+        spec,
+        size,
+        (channel(down, rank + 1), channel(down, rank - 1)),
+        (channel(up, rank - 1), channel(up, rank + 1)),
+        CPU,
+        timedelta(seconds=timeout),
+    )
+    return executor, functions, gradients
+
+
+def unequal_inputs(num: int) -> list[MicrobatchInput]:
+    """Micro-batches of different numbers of atoms, edges and structures."""
+    return [microbatch(20 + i, num_atoms=4 + 5 * i % 7, num_structures=1 + i % 3) for i in range(num)]
+
+
+def train_like_undivided(layout: str, schedule: str, numbers: list[int]) -> list[float]:
+    """Run steps with these numbers of micro-batches; returns the largest gradient of each step."""
+    rank = _start()
+    executor, functions, gradients = make_executor(LAYOUTS[layout])
+    size = executor.num_stages
+    largest = []
+    for num in numbers:
+        inputs = unequal_inputs(num)
+        expected = [undivided(functions, i.tensors) for i in inputs]
+        called: list[int] = []
+
+        def loss(
+            index: int,
+            observables: list[Tensor],
+            derivatives: list[Tensor],
+            expected: Any = expected,
+            called: Any = called,
+        ) -> LossGradients:
+            called.append(index)
+            for found, wanted in zip(observables, expected[index].observables, strict=True):
+                assert_close(found, wanted, f"observable of micro-batch {index}")
+            for found, wanted in zip(derivatives, expected[index].derivatives, strict=True):
+                assert_close(found, wanted, f"derivative of micro-batch {index}")
+            return loss_gradients(observables, derivatives)
+
+        # Costs of one rank and the next differ, as those of real stages do.
+        costs = [PhaseCosts(1.0 + 0.1 * r, 1.5, 2.5, 2.0 - 0.1 * r) for r in range(size)]
+        actions = build_schedule(schedule, size, num, costs).actions[rank]
+        executor.run(actions, inputs, loss)
+        assert sorted(called) == list(range(num)), f"the loss was evaluated for {called}"
+        assert executor.stage.num_inflight == 0
+        for i, parameter in enumerate(functions[rank].parameters):
+            wanted = torch.stack([e.gradients[parameter] for e in expected]).sum(0)
+            assert_close(gradients.get(parameter), wanted, f"rank {rank}, {num} micro-batches: gradient {i}")
+        found = [gradients.get(p) for p in functions[rank].parameters]
+        largest.append(max([float(g.abs().max()) for g in found if g is not None], default=0.0))
+        gradients.clear()
+    return largest
+
+
+def evaluate_like_undivided(layout: str, num: int) -> int:
+    """Evaluate, train and evaluate again; returns how many micro-batches were compared on this rank."""
+    rank = _start()
+    executor, functions, gradients = make_executor(LAYOUTS[layout])
+    inputs = unequal_inputs(num)
+    compared = 0
+    for attempt in range(2):
+        results = executor.evaluate(inputs)
+        assert len(results) == num and executor.stage.num_inflight == 0
+        for i, (observables, derivatives) in zip(inputs, results, strict=True):
+            expected = undivided(functions, i.tensors)
+            for found, wanted in zip(observables, expected.observables, strict=True):
+                assert_close(found, wanted, "observable")
+            if rank == 0:
+                for found, wanted in zip(derivatives, expected.derivatives, strict=True):
+                    assert_close(found, wanted, "derivative")
+            compared += 1
+        if attempt == 0:
+            assert not any(gradients.get(p) is not None for p in functions[rank].parameters)
+            actions = build_schedule("wavek", executor.num_stages, num, PhaseCosts(1, 1, 2, 2)).actions[rank]
+            executor.run(actions, inputs, lambda _, y, x: loss_gradients(y, x))
+    return compared
+
+
+def step_with_a_dead_rank(dead: int) -> None:
+    """Rank ``dead`` ends without a word, in its loss (before BF) of micro-batch 1."""
+    rank = _start()
+    executor, _, _ = make_executor(LAYOUTS["three stages"], 60.0)
+
+    def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+        if rank == dead and index == 1:
+            os._exit(1)
+        return loss_gradients(observables, derivatives)
+
+    actions = build_schedule("gpipe", 3, 3, PhaseCosts(1, 1, 2, 2)).actions[rank]
+    executor.run(actions, unequal_inputs(3), loss)
+
+
+def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple[str, float, bool]:
+    """Rank ``hanging`` sleeps in its loss of micro-batch 1; returns what this rank noticed, and after how long."""
+    rank = _start()
+    executor, _, _ = make_executor(LAYOUTS["two stages"], timeout)
+    executor.evaluate(unequal_inputs(1))  # all connections are made
+    dist.barrier()
+
+    def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+        if rank == hanging and index == 1:
+            time.sleep(hang)
+        return loss_gradients(observables, derivatives)
+
+    actions = build_schedule("gpipe", 2, 2, PhaseCosts(1, 1, 2, 2)).actions[rank]
+    began = time.monotonic()
+    try:
+        executor.run(actions, unequal_inputs(2), loss)
+    except PipelineError as error:
+        return str(error), time.monotonic() - began, executor.stage.num_inflight == 0
+    return "", time.monotonic() - began, executor.stage.num_inflight == 0
+
+
+def run_deferred_phase() -> None:
+    """An action that the executor does not know."""
+    executor, _, _ = make_executor_alone()
+    executor.run([Action(Phase.WF, 0, 0)], unequal_inputs(1), lambda _, y, x: loss_gradients(y, x))
+
+
+def make_executor_alone() -> tuple[Executor, list[ToyStage], GradientBuffers]:
+    """An executor of one stage, in one process without process groups."""
+    functions, spec = chain(LAYOUTS["one stage"])
+    gradients = GradientBuffers()
+    return Executor(Stage(functions[0], gradients), spec, 1), functions, gradients
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def reduce_some(divide_by: int) -> dict[str, Tensor | None]:
+    """Gradients that only some ranks have, in two dtypes; rank r has r + 1 in every entry."""
+    rank = _start()
+    parameters = {
+        "everywhere": nn.Parameter(torch.zeros(2, 3, dtype=torch.float64)),
+        "first only": nn.Parameter(torch.zeros(4, dtype=torch.float32)),
+        "last only": nn.Parameter(torch.zeros((), dtype=torch.float64)),
+        "nowhere": nn.Parameter(torch.zeros(5)),
+        "frozen": nn.Parameter(torch.zeros(2), requires_grad=False),
+        "single": nn.Parameter(torch.zeros(3, dtype=torch.float32)),
+        "transposed": nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)),
+    }
+    holders = {"first only": (0,), "last only": (dist.get_world_size() - 1,), "nowhere": (), "frozen": ()}
+    for name, parameter in parameters.items():
+        if rank in holders.get(name, range(dist.get_world_size())):
+            parameter.grad = torch.full_like(parameter, rank + 1.0)
+    parameters["transposed"].grad = (torch.arange(6.0, dtype=torch.float64) * (rank + 1)).view(2, 3).t()
+    group = dist.group.WORLD
+    assert group is not None
+    reduce_gradients(parameters.values(), group, divide_by)
+    reduce_gradients([], group)
+    return {n: p.grad for n, p in parameters.items()}
+
+
+# -- mesh ------------------------------------------------------------------------------------------------------------
+
+
+def inspect_mesh(pipeline: int, data: int) -> dict[str, Any]:
+    """What a rank sees of its mesh: neighbours, and the members of its groups by all-reduce."""
+    rank = _start()
+    mesh = Mesh(MeshShape(pipeline, data), rank, CPU, timedelta(seconds=30))
+
+    def members(group: Any) -> list[int]:
+        seen = torch.zeros(pipeline * data)
+        seen[rank] = 1
+        dist.all_reduce(seen, group=group)
+        return seen.nonzero().flatten().tolist()
+
+    groups = {n: getattr(mesh, f"{n}_group") for n in ("pipeline", "data", "down", "up", "control", "alone")}
+    found: dict[str, Any] = {n: members(g) for n, g in groups.items()}
+    found["neighbours"] = (mesh.neighbour(-1), mesh.neighbour(1))
+    found["position"] = (mesh.pipeline_rank, mesh.data_rank, mesh.graph_rank)
+    found["pipeline_ranks"] = mesh.pipeline_ranks
+    return found
+
+
+def use_groups_as_world() -> dict[str, Any]:
+    """Collectives that name no group, inside and outside of ``as_world``, on 2 × 2 ranks."""
+    rank = _start()
+    mesh = Mesh(MeshShape(2, 2), rank, CPU)
+
+    def world() -> tuple[int, float]:
+        total = torch.tensor(float(10**rank))
+        dist.all_reduce(total)
+        return dist.get_world_size(), total.item()
+
+    found: dict[str, Any] = {"before": world()}
+    with as_world(mesh.data_group):
+        found["data"] = world()
+        with as_world(mesh.alone_group):
+            found["alone"] = world()
+        found["data again"] = world()
+    found["after"] = world()
+    try:
+        with as_world(mesh.data_group):
+            raise KeyError("in the user's step")
+    except KeyError as error:
+        found["error"] = error.args
+    found["after an error"] = world()
+    with as_world(None):
+        found["none"] = world()
+    return found
+
+
+# -- clipping --------------------------------------------------------------------------------------------------------
+
+
+class _Owns:
+    def __init__(self, owned: set[nn.Parameter]) -> None:
+        self._owned = owned
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank counts the parameter."""
+        return parameter in self._owned
+
+
+def clip_in_pipeline(max_norm: float) -> tuple[float, dict[str, Tensor | None]]:
+    """Parameters 0 and 1 are held by the ranks of the same number, 2 (owned by rank 0) by both, 3 has no gradient."""
+    rank = _start()
+    mesh = Mesh(MeshShape(2, 1), rank, CPU)
+    parameters = clip_parameters()
+    held = [parameters[rank], parameters[2], parameters[3]]
+    owned = {parameters[rank], parameters[3]} | ({parameters[2]} if rank == 0 else set())
+    norm = clip_gradients_by_norm(held, max_norm, _Owns(owned), mesh)  # type: ignore[arg-type]
+    return float(norm), {str(i): p.grad for i, p in enumerate(parameters) if any(p is h for h in held)}
+
+
+def clip_parameters() -> list[nn.Parameter]:
+    """The same parameters and gradients on every rank; the last has no gradient."""
+    generator = torch.Generator().manual_seed(3)
+    parameters = [nn.Parameter(torch.zeros(n, dtype=FLOAT)) for n in (4, 6, 3, 2)]
+    for parameter in parameters[:3]:
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=FLOAT)
+    return parameters

@@ -1,0 +1,69 @@
+"""The parity check fails when the pipeline is broken: without this, that it passes would mean little."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mutants
+import pytest
+
+from lightning_januspipe.capture import CaptureError, capture_module
+from lightning_januspipe.loading import example_batches
+from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
+
+STAGES: dict[str, Any] = {"num_microbatches": 3}
+REPLICAS: dict[str, Any] = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
+
+
+def _check(name: str, pool: RankPool, devices: int, strategy: dict[str, Any]) -> None:
+    module = partial(mutants.mutated, name, "on_train_epoch_start")
+    assert_matches_single_process(module, mutants.data, devices=devices, strategy=strategy, steps=1, pool=pool)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "second-order term cut",
+        "BF message zero",
+        "BE message off by a millionth",
+        "weight of a micro-batch wrong",
+        "shared gradients not summed",
+        "cotangent of the strain dropped",
+    ],
+)
+def test_faults_between_stages_are_found(pool: RankPool, name: str) -> None:
+    with pytest.raises(AssertionError, match="differs by") as error:
+        _check(name, pool, 2, STAGES)
+    assert not isinstance(error.value, RankError), "the run itself failed"
+
+
+def test_faults_between_replicas_are_found(pool: RankPool) -> None:
+    with pytest.raises(AssertionError, match="differs by") as error:
+        _check("replicas summed instead of averaged", pool, 4, REPLICAS)
+    assert not isinstance(error.value, RankError), "the run itself failed"
+
+
+@pytest.mark.parametrize(("devices", "strategy"), [(2, STAGES), (4, REPLICAS)], ids=["stages", "replicas"])
+def test_without_a_fault_the_check_passes(pool: RankPool, devices: int, strategy: dict[str, Any]) -> None:
+    _check("unchanged", pool, devices, strategy)
+
+
+@pytest.mark.parametrize("name", ["second-order term cut", "cotangent of the strain dropped"])
+def test_capture_refuses_stages_that_are_wrong_before_training(name: str) -> None:
+    """A fault inside the stages does not get as far as a training step."""
+    module, data = mutants.mutated(name, "break_it"), mutants.data()
+    data.prepare_data()
+    data.setup("fit")
+    traced, other = example_batches(data.train_dataloader(), 2)
+    module.break_it()
+    try:
+        with pytest.raises(CaptureError, match="differs from the module itself"):
+            capture_module(module, lambda batch: module.training_step(batch, 0), traced, other, 2)
+    finally:
+        module.teardown("fit")
+    capture = capture_module(module, lambda batch: module.training_step(batch, 0), traced, other, 2)
+    shared = {n for n, stages in capture.potential.parameter_stages().items() if stages == {0, 1}}
+    assert any("self_connection" in n for n in shared) and any("radial_network" in n for n in shared), (
+        "nothing is shared"
+    )
