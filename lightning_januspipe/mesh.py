@@ -83,7 +83,10 @@ class Mesh:
         self.shape, self.rank, self.device, self.timeout = shape, rank, device, timeout
         self.pipeline_rank, self.data_rank, self.graph_rank = shape.coordinates(rank)
         self.device_mesh: DeviceMesh | None = None
-        self.down_group = self.up_group = self.control_group = self.data_group = self.alone_group = None
+        self.aborted = False
+        self.down_group = self.up_group = self.control_group = self.alone_group = None
+        self.pipeline_group: dist.ProcessGroup | None = None
+        self.data_group: dist.ProcessGroup | None = None
         if shape.size == 1:
             return
         self.device_mesh = init_device_mesh(
@@ -103,6 +106,15 @@ class Mesh:
             group = dist.new_group([other])
             if other == rank:
                 self.alone_group = group
+
+    def abort(self) -> None:
+        """Close this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
+        self.aborted = True
+        groups = self.down_group, self.up_group, self.control_group
+        self.down_group = self.up_group = self.control_group = None
+        for group in groups:
+            if group is not None:
+                dist.destroy_process_group(group)
 
     @property
     def pipeline_ranks(self) -> list[int]:

@@ -142,6 +142,9 @@ class Pipeline:
                 return result.gradients
 
             self.executor.run(actions, inputs, loss)
+        except BaseException:
+            self._abort()
+            raise
         finally:
             self.step.clear()
         return outputs
@@ -156,8 +159,16 @@ class Pipeline:
                 dist.broadcast(derivative, self._mesh.pipeline_ranks[0], group=self._mesh.pipeline_group)
             with as_world(self._mesh.data_group):
                 return self.step.finish(0, step, batch, observables, derivatives)
+        except BaseException:
+            self._abort()
+            raise
         finally:
             self.step.clear()
+
+    def _abort(self) -> None:
+        """This rank cannot go on: the others must not wait for it, even if its process lives on."""
+        self.executor.close()
+        self._mesh.abort()
 
     def reduce(self) -> None:
         """Sum the gradients of parameters that several stages read, then average over the replicas."""

@@ -184,7 +184,7 @@ class JanusPipeBody:
             self.lib.distributed._init_dist_connection(
                 self.cluster_environment, self._process_group_backend, device_id=self.root_device if cuda else None
             )
-        if self.mesh is None:
+        if self.mesh is None or self.mesh.aborted:
             self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
         self.lightning_module._device_mesh = self.mesh.device_mesh
 
@@ -203,11 +203,6 @@ class JanusPipeBody:
         self._reset_optimizers_and_schedulers()
         self._stage_optimizers = {}
         super().setup_optimizers(trainer)  # type: ignore[misc]
-        if len(self.optimizers) > 1:
-            raise ValueError(
-                f"configure_optimizers returned {len(self.optimizers)} optimizers; one is supported. Use parameter groups "
-                "of one optimizer for different learning rates."
-            )
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError("LBFGS needs inner products over all parameters; use an element-wise optimizer like Adam")

@@ -20,7 +20,8 @@ CASES = [
     ("derivative in the step", ["CaptureError", "itself", "forward of one submodule"]),
     ("manual optimization", ["ValueError", "automatic_optimization=False"]),
     ("own backward", ["ValueError", "overrides backward()", "on_after_backward"]),
-    ("two optimizers", ["ValueError", "2 optimizers", "parameter groups"]),
+    ("two optimizers", ["multiple optimizers is only supported with manual optimization"]),  # Lightning's own words
+    ("optimizer over all parameters at once", ["ValueError", "LBFGS", "element-wise"]),
     ("different batches", ["PipelineError", "got different batches", "micro-batch 0", "use_distributed_sampler"]),
     ("empty dataset", ["ValueError", "dataset", "is empty"]),
 ]
@@ -47,7 +48,7 @@ def test_loss_that_is_not_finite(pool: RankPool) -> None:
 
 
 def test_more_ranks_than_parts(pool: RankPool) -> None:
-    for message in pool.run(workers.error_of, "good", {}, world_size=4):
+    for message in pool.run(workers.error_of, "one spring", {}, world_size=4):
         assert "CaptureError" in message and "pipeline_size=4" in message and "cuttable part" in message
 
 

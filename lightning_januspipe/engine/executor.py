@@ -87,6 +87,13 @@ class Executor:
         self._device = device or torch.device("cpu")
         self._timeout = timeout
 
+    def close(self) -> None:
+        """Let go of all connections: neighbours that wait for this rank are told at once that it will not answer."""
+        self.stage.clear()
+        for channel in (self._to_next, self._from_previous, self._to_previous, self._from_next):
+            if channel is not None:
+                channel.close()
+
     @property
     def index(self) -> int:
         """Position of this rank's stage."""
@@ -109,6 +116,7 @@ class Executor:
                 step.run(action, loss)
             step.finish()
         finally:
+            step.forget()
             self.stage.clear()
 
     def evaluate(self, inputs: Sequence[MicrobatchInput]) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -125,6 +133,7 @@ class Executor:
                 step.run(action, None)
             step.finish()
         finally:
+            step.forget()
             self.stage.clear()
         return [(step.observables[m], step.derivatives[m]) for m in range(len(inputs))]
 
@@ -199,6 +208,13 @@ class _Step:
                         f"{error}. That rank has ended or hangs; its own output has the cause."
                     ) from error
 
+    def forget(self) -> None:
+        """Drop receives that were posted and never used, after an error."""
+        for posted in self._posted.values():
+            for _, receive in posted:
+                receive.work = None
+            posted.clear()
+
     def _source(self, phase: Phase) -> Channel | None:
         return self._x._from_previous if phase in (Phase.FE, Phase.BF) else self._x._from_next
 
@@ -211,9 +227,11 @@ class _Step:
             while coming and len(posted) < _RECEIVES_AHEAD:
                 following = coming.popleft()
                 posted.append((following, channel.receive(self._shapes(following))))
-            expected, receive = posted.popleft()
+            expected, receive = posted[0]
             assert expected == action, f"receives out of order: {expected} before {action}"
-            return receive.wait(self._x._timeout)
+            tensors = receive.wait(self._x._timeout)
+            posted.popleft()
+            return tensors
         except RuntimeError as error:
             raise PipelineError(
                 f"stage {self._x.index} waited for the {action.phase.value} message of micro-batch "

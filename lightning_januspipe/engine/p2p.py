@@ -82,7 +82,8 @@ class Channel:
 
     def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device) -> None:
         self.peer = peer
-        self._group, self._device = group, device
+        self._group: dist.ProcessGroup | None = group
+        self._device = device
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self.bytes_sent = 0
 
@@ -102,6 +103,11 @@ class Channel:
         buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._device)
         work = dist.irecv(buffer, self.peer, group=self._group) if buffer.numel() else None
         return Receive(shapes, buffer, work)
+
+    def close(self) -> None:
+        """Let go of the group and of everything under way, so that the connection can be closed."""
+        self._sent.clear()
+        self._group = None
 
     def flush(self, timeout: timedelta | None) -> None:
         """Wait until everything sent has left."""

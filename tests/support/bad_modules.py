@@ -84,6 +84,19 @@ class Detached(Energy):
         ) + self.mlp[-1].bias.sum()
 
 
+class Spring(Energy):
+    """One parameter and two operations: there is nothing to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Identity()
+        self.stiffness = nn.Parameter(torch.ones(()))
+
+    def energy(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
+        stretched = torch.zeros_like(batch["cell"][:, 0, 0]).index_add(0, batch["batch"], positions.square().sum(-1))
+        return stretched * self.stiffness
+
+
 class FirstOrder(Energy):
     """Forces without a graph."""
 
@@ -134,6 +147,13 @@ class TwoOptimizers(Module):
         return [torch.optim.Adam(self.parameters()), torch.optim.SGD(self.parameters(), lr=0.1)]
 
 
+class WholeVector(Module):
+    """An optimizer that needs inner products over all parameters."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
 def different_batches() -> tuple[Any, Any]:
     """Every rank shuffles with a seed of its own."""
     data = tiny.data()
@@ -158,6 +178,7 @@ def _with(module: type[Module], potential: type[Energy] = Energy) -> Callable[[]
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "good": _with(Module),
     "direct forces": _with(Module, Direct),
+    "one spring": _with(Module, Spring),
     "two derivatives": _with(Module, Twice),
     "no second derivative": _with(Module, Detached),
     "no graph of the derivative": _with(Module, FirstOrder),
@@ -166,6 +187,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "manual optimization": _with(Manual),
     "own backward": _with(OwnBackward),
     "two optimizers": _with(TwoOptimizers),
+    "optimizer over all parameters at once": _with(WholeVector),
     "different batches": different_batches,
     "empty dataset": empty_dataset,
     "tiny": lambda: (tiny.module(), tiny.data()),

@@ -124,7 +124,8 @@ class ToyStage:
             h = h * torch.cos(weights["embedding"][boundary[-1]])
         elif layout.species:
             passed.append(species)
-        message = h @ weights["message"]
+        # The square makes the derivative read h itself, not only what is computed from it.
+        message = (h + 0.1 * h.square()) @ weights["message"]
         if layout.geometry:
             if layout.vectors and self.index:
                 vectors = passed[0]
