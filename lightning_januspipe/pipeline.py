@@ -131,7 +131,7 @@ class Pipeline:
         try:
             inputs = [self._prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
             self._compare_batches(inputs)
-            actions = self.schedule(len(batches)).actions[self._mesh.pipeline_rank]
+            schedule = self.schedule(len(batches))
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 with as_world(self._mesh.data_group):
@@ -141,7 +141,7 @@ class Pipeline:
                 outputs[index] = result.output
                 return result.gradients
 
-            self.executor.run(actions, inputs, loss)
+            self.executor.run(schedule, inputs, loss)
         except BaseException:
             self._abort()
             raise

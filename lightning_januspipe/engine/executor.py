@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_januspipe.engine.p2p import Channel, PipelineError, Receive
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.schedule import Action, Phase
+from lightning_januspipe.schedule import Action, Phase, Schedule
 
 Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 _RECEIVES_AHEAD = 2
@@ -99,18 +99,20 @@ class Executor:
         """Position of this rank's stage."""
         return self.stage.function.index
 
-    def run(self, actions: Sequence[Action], inputs: Sequence[MicrobatchInput], loss: LossFunction) -> None:
-        """Run one step's actions; parameter gradients end in the stage's buffers.
+    def run(self, schedule: Schedule, inputs: Sequence[MicrobatchInput], loss: LossFunction) -> None:
+        """Run one step's actions of this rank; parameter gradients end in the stage's buffers.
 
         Args:
-            actions: this rank's actions, in order.
+            schedule: the actions of all ranks.
             inputs: the micro-batches.
             loss: called once for each micro-batch with (index, observables, derivatives).
 
         Raises:
             PipelineError: a message did not come, or could not be sent.
         """
+        actions = schedule.actions[self.index]
         step = _Step(self, actions, inputs)
+        step.follow({s: schedule.actions[s] for s in (self.index - 1, self.index + 1) if 0 <= s < self.num_stages})
         try:
             for action in actions:
                 step.run(action, loss)
@@ -159,6 +161,11 @@ class _Step:
             if channel is not None
         }
         self._posted: dict[Channel, deque[tuple[Action, Receive]]] = {c: deque() for c in self._coming}
+        self._positions: dict[Action, int] = {}
+
+    def follow(self, neighbours: Mapping[int, Sequence[Action]]) -> None:
+        """Know the neighbours' orders: a message from one tells how far it is, and so which sends it has read."""
+        self._positions = {a: i for actions in neighbours.values() for i, a in enumerate(actions)}
 
     def run(self, action: Action, loss: LossFunction | None) -> None:
         """One action, with its messages."""
@@ -231,6 +238,7 @@ class _Step:
             assert expected == action, f"receives out of order: {expected} before {action}"
             tensors = receive.wait(self._x._timeout)
             posted.popleft()
+            self._release(action, channel)
             return tensors
         except RuntimeError as error:
             raise PipelineError(
@@ -239,11 +247,19 @@ class _Step:
                 "ended or hangs; its own output has the cause."
             ) from error
 
+    def _release(self, action: Action, came_from: Channel) -> None:
+        before = came_from is self._x._from_previous
+        back = self._x._to_previous if before else self._x._to_next
+        sender = Action(action.phase, self._x.index + (-1 if before else 1), action.microbatch)
+        if back is not None and sender in self._positions:
+            back.release(self._positions[sender])
+
     def _send(self, action: Action, channel: Channel | None, tensors: Sequence[Tensor]) -> None:
         if channel is None:
             return
         try:
-            channel.send(tensors)
+            peer = self._x.index + (1 if channel is self._x._to_next else -1)
+            channel.send(tensors, self._positions.get(Action(action.phase, peer, action.microbatch)))
         except RuntimeError as error:
             raise PipelineError(
                 f"stage {self._x.index} could not send the {action.phase.value} message of micro-batch "

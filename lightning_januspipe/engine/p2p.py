@@ -6,6 +6,7 @@ which is what NCCL needs. A message is one buffer of bytes; its length is known 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,19 +85,35 @@ class Channel:
         self.peer = peer
         self._group: dist.ProcessGroup | None = group
         self._device = device
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: deque[tuple[int | None, dist.Work, Tensor]] = deque()
         self.bytes_sent = 0
 
-    def send(self, tensors: Sequence[Tensor]) -> None:
-        """Start sending; the buffer is kept until it has left."""
-        self._sent = [(w, b) for w, b in self._sent if not w.is_completed()]
+    def send(self, tensors: Sequence[Tensor], consumed_at: int | None = None) -> None:
+        """Start sending; the buffer is kept until it has left.
+
+        Args:
+            tensors: the message.
+            consumed_at: which of the neighbour's actions reads it; see :meth:`release`.
+        """
         buffer = pack(tensors)
         if buffer.numel() == 0:
             return
         work = dist.isend(buffer, self.peer, group=self._group)
         assert work is not None
         self.bytes_sent += buffer.numel()
-        self._sent.append((work, buffer))
+        self._sent.append((consumed_at, work, buffer))
+
+    def release(self, done: int) -> None:
+        """Free the buffers of messages that the neighbour has read.
+
+        gloo tells that a send is complete only to who waits for it, so this waits for just those of which it is known.
+
+        Args:
+            done: the neighbour has run its actions up to this one.
+        """
+        while self._sent and self._sent[0][0] is not None and self._sent[0][0] <= done:
+            _, work, _ = self._sent.popleft()
+            work.wait()
 
     def receive(self, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Receive:
         """Post the receive of the next message of this direction."""
@@ -111,7 +128,7 @@ class Channel:
 
     def flush(self, timeout: timedelta | None) -> None:
         """Wait until everything sent has left."""
-        for work, buffer in self._sent:
+        for _, work, buffer in self._sent:
             if timeout is None or buffer.is_cuda:
                 work.wait()
             else:

@@ -49,11 +49,10 @@ class DetachedInPlace(DetachedGate):
 
 
 class Averaged(Potential):
-    """Sizes taken part in the arithmetic, a tensor made in the forward, and dropout that is switched off."""
+    """Sizes take part in the arithmetic, and a tensor is made in the forward."""
 
     def pool(self, values: Tensor, batch: Batch) -> Tensor:
         num_structures, num_atoms = batch["cell"].shape[0], values.shape[0]
-        values = nn.functional.dropout(values, 0.0, self.training)
         shift = torch.tensor([0.25], dtype=DTYPE)
         return super().pool(values, batch) * num_structures / num_atoms + shift
 
@@ -140,8 +139,14 @@ def test_frozen_batch_norm_is_allowed() -> None:
 
 
 class Dropout(Potential):
+    probability = 0.1
+
     def features(self, batch: Batch, vectors: Tensor) -> Tensor:
-        return nn.functional.dropout(super().features(batch, vectors), 0.1, self.training)
+        return nn.functional.dropout(super().features(batch, vectors), self.probability, self.training)
+
+
+class DropoutOff(Dropout):
+    probability = 0.0
 
 
 class Noise(Potential):
@@ -158,6 +163,12 @@ class RandomRoll(Potential):
 def test_random_numbers(potential: type[Potential]) -> None:
     with pytest.raises(CaptureError, match="draws random numbers in its forward.*dropout to 0.*in the dataset"):
         Traced(Step(potential(1)))
+
+
+def test_dropout_that_is_switched_off() -> None:
+    traced = Traced(Step(DropoutOff(1)))
+    assert "aten.dropout.default" in [n.target for n in traced.program.nodes]
+    assert_parity(traced.cut(1), traced.module, make_batch(OTHER))
 
 
 class BranchOnValue(Potential):

@@ -53,8 +53,8 @@ def test_evaluate(pool: RankPool, layout: str, size: int) -> None:
 def test_one_stage_in_one_process() -> None:
     executor, functions, gradients = make_executor_alone()
     inputs = unequal_inputs(3)
-    actions = build_schedule("gpipe", 1, 3, PhaseCosts(1, 1, 2, 2)).actions[0]
-    executor.run(actions, inputs, lambda _, y, x: loss_gradients(y, x))
+    plan = build_schedule("gpipe", 1, 3, PhaseCosts(1, 1, 2, 2))
+    executor.run(plan, inputs, lambda _, y, x: loss_gradients(y, x))
     expected = [undivided(functions, i.tensors).gradients for i in inputs]
     for parameter in functions[0].parameters:
         assert_close(gradients.get(parameter), sum(e[parameter] for e in expected), "gradient")
@@ -62,13 +62,13 @@ def test_one_stage_in_one_process() -> None:
 
 def test_error_in_the_loss_leaves_nothing_in_flight() -> None:
     executor, _, _ = make_executor_alone()
-    actions = build_schedule("gpipe", 1, 2, PhaseCosts(1, 1, 2, 2)).actions[0]
+    plan = build_schedule("gpipe", 1, 2, PhaseCosts(1, 1, 2, 2))
 
     def loss(*_: object) -> None:
         raise FloatingPointError("the loss is not finite")
 
     with pytest.raises(FloatingPointError, match="the loss is not finite"):
-        executor.run(actions, unequal_inputs(2), loss)  # type: ignore[arg-type]
+        executor.run(plan, unequal_inputs(2), loss)  # type: ignore[arg-type]
     assert executor.stage.num_inflight == 0
 
 

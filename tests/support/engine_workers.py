@@ -120,8 +120,7 @@ def train_like_undivided(layout: str, schedule: str, numbers: list[int]) -> list
 
         # Costs of one rank and the next differ, as those of real stages do.
         costs = [PhaseCosts(1.0 + 0.1 * r, 1.5, 2.5, 2.0 - 0.1 * r) for r in range(size)]
-        actions = build_schedule(schedule, size, num, costs).actions[rank]
-        executor.run(actions, inputs, loss)
+        executor.run(build_schedule(schedule, size, num, costs), inputs, loss)
         assert sorted(called) == list(range(num)), f"the loss was evaluated for {called}"
         assert executor.stage.num_inflight == 0
         for i, parameter in enumerate(functions[rank].parameters):
@@ -152,8 +151,8 @@ def evaluate_like_undivided(layout: str, num: int) -> int:
             compared += 1
         if attempt == 0:
             assert not any(gradients.get(p) is not None for p in functions[rank].parameters)
-            actions = build_schedule("wavek", executor.num_stages, num, PhaseCosts(1, 1, 2, 2)).actions[rank]
-            executor.run(actions, inputs, lambda _, y, x: loss_gradients(y, x))
+            plan = build_schedule("wavek", executor.num_stages, num, PhaseCosts(1, 1, 2, 2))
+            executor.run(plan, inputs, lambda _, y, x: loss_gradients(y, x))
     return compared
 
 
@@ -167,8 +166,8 @@ def step_with_a_dead_rank(dead: int) -> None:
             os._exit(1)
         return loss_gradients(observables, derivatives)
 
-    actions = build_schedule("gpipe", 3, 3, PhaseCosts(1, 1, 2, 2)).actions[rank]
-    executor.run(actions, unequal_inputs(3), loss)
+    plan = build_schedule("gpipe", 3, 3, PhaseCosts(1, 1, 2, 2))
+    executor.run(plan, unequal_inputs(3), loss)
 
 
 def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple[str, float, bool]:
@@ -183,10 +182,10 @@ def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple
             time.sleep(hang)
         return loss_gradients(observables, derivatives)
 
-    actions = build_schedule("gpipe", 2, 2, PhaseCosts(1, 1, 2, 2)).actions[rank]
+    plan = build_schedule("gpipe", 2, 2, PhaseCosts(1, 1, 2, 2))
     began = time.monotonic()
     try:
-        executor.run(actions, unequal_inputs(2), loss)
+        executor.run(plan, unequal_inputs(2), loss)
     except PipelineError as error:
         return str(error), time.monotonic() - began, executor.stage.num_inflight == 0
     return "", time.monotonic() - began, executor.stage.num_inflight == 0
