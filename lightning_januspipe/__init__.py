@@ -5,7 +5,7 @@ Importing this package registers ``Trainer(strategy="januspipe")`` with every Li
 
 from importlib.util import find_spec
 
-from lightning_januspipe.strategy import NAMESPACES, register, strategy_class
+from lightning_januspipe.registry import NAMESPACES, register, strategy_class
 
 __version__ = "0.1.0"
 

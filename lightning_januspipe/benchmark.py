@@ -78,7 +78,9 @@ def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
     structures: Any = work.data or emt_structures(size, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
     dataset = StructureDataset(structures, cutoff=work.cutoff, dtype=dtype)
     samples = [dataset[i % len(dataset)] for i in range(size)]
-    statistics_ = dataset_statistics(torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), len(dataset.species))
+    statistics_ = dataset_statistics(
+        torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), len(dataset.species)
+    )
     potential = EquivariantPotential(
         dataset.species,
         work.cutoff,
@@ -89,7 +91,9 @@ def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
         per_species_shift=list(statistics_.energy_shifts),
     )
     module = PotentialModule(potential, energy_weight=1.0, force_weight=1.0)
-    loader = torch.utils.data.DataLoader(samples, batch_size=work.batch_size, collate_fn=collate_structures)
+    loader: Any = torch.utils.data.DataLoader(
+        _Samples(samples), batch_size=work.batch_size, collate_fn=collate_structures
+    )
     times: list[float] = []
     losses: list[float] = []
 
@@ -122,6 +126,17 @@ def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
     trainer.fit(module, loader)
     memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     return Timing(statistics.median(times[2:]), losses[-1], memory)
+
+
+class _Samples(torch.utils.data.Dataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[index]
 
 
 @dataclass(frozen=True)
@@ -167,14 +182,14 @@ def table(rows: list[Row]) -> str:
     """A Markdown table of rows; ratios are against the first."""
     first = rows[0]
     lines = [
-        "| configuration | step, median (s) | range (s) | speed against the first | peak memory per rank (MB) | last loss |",
+        "| configuration | step, median (s) | range (s) | speed | peak memory per rank (MB) | last loss |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         memory = ", ".join(f"{m / 1e6:.0f}" for m in row.memory)
         lines.append(
-            f"| {row.name} | {row.step:.3f} | {min(row.steps):.3f} to {max(row.steps):.3f} | {first.step / row.step:.2f} | "
-            f"{memory} | {row.loss:.6g} |"
+            f"| {row.name} | {row.step:.3f} | {min(row.steps):.3f} to {max(row.steps):.3f} "
+            f"| {first.step / row.step:.2f} | {memory} | {row.loss:.6g} |"
         )
     return "\n".join(lines)
 

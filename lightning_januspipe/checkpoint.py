@@ -29,16 +29,17 @@ class StageOptimizer:
         self.optimizer, self._pipeline = optimizer, pipeline
         self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
         known = set(pipeline.stages_of)
-        for group in self._groups:
-            if any(p not in known for p in group):
+        for parameters in self._groups:
+            if any(p not in known for p in parameters):
                 raise ValueError(
                     "the optimizer holds parameters that are not parameters of the LightningModule; return from "
                     "configure_optimizers an optimizer over self.parameters() or a part of it"
                 )
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if pipeline.holds(p)]
-        for parameter in [p for p in optimizer.state if not pipeline.holds(p)]:
-            del optimizer.state[parameter]
+        for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [p for p in parameters if pipeline.holds(p)]
+        for parameter in known:
+            if not pipeline.holds(parameter):
+                optimizer.state.pop(parameter, None)
 
     def full_state_dict(self, mesh: Mesh) -> dict[str, Any]:
         """The state dict that the optimizer over the whole module would have; every rank of a pipeline takes part."""

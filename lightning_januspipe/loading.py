@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_januspipe.engine.microbatch import MicroBatchCollate, sample_cost
@@ -32,12 +33,12 @@ def split_batches(loader: Any, num_microbatches: int, required: bool) -> None:
         loader.collate_fn = loader.collate_fn.collate
     if num_microbatches == 1:
         return
-    if not isinstance(loader, DataLoader) or loader.batch_sampler is None and loader.batch_size is None:
+    if not isinstance(loader, DataLoader) or (loader.batch_sampler is None and loader.batch_size is None):
         if required:
             raise ValueError(
-                f"num_microbatches={num_microbatches}, but the training loader ({type(loader).__name__}) gives ready-made "
-                "batches without collating samples, so they cannot be split. Use a torch DataLoader with a batch_size "
-                "or batch_sampler, or num_microbatches=1 with accumulate_grad_batches."
+                f"num_microbatches={num_microbatches}, but the training loader ({type(loader).__name__}) gives "
+                "ready-made batches without collating samples, so they cannot be split. Use a torch DataLoader "
+                "with a batch_size or batch_sampler, or num_microbatches=1 with accumulate_grad_batches."
             )
         return
     loader.collate_fn = MicroBatchCollate(loader.collate_fn, num_microbatches)
@@ -55,7 +56,12 @@ def require_samples(loader: Any) -> None:
         ValueError: it has none.
     """
     dataset = getattr(loader, "dataset", None)
-    if dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and not len(dataset):
+    if (
+        dataset is not None
+        and not isinstance(dataset, IterableDataset)
+        and hasattr(dataset, "__len__")
+        and not len(dataset)
+    ):
         raise ValueError(
             f"the training dataset ({type(dataset).__name__}) is empty; check its file, its split sizes and its filters"
         )
@@ -76,7 +82,7 @@ def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
         ValueError: the loader gives no samples.
     """
     with _same_random_numbers():
-        if not isinstance(loader, DataLoader) or loader.batch_size is None and loader.batch_sampler is None:
+        if not isinstance(loader, DataLoader) or (loader.batch_size is None and loader.batch_sampler is None):
             batches = list(islice(iter(loader), 2))
             if not batches:
                 raise ValueError("the loader gives no batches")
@@ -99,6 +105,19 @@ def _samples(dataset: Any) -> list[Any]:
         return list(islice(iter(dataset), _NUM_SAMPLES))
     num = len(dataset)
     return [dataset[i * num // min(num, _NUM_SAMPLES)] for i in range(min(num, _NUM_SAMPLES))]
+
+
+def without_inference(value: Any) -> Any:
+    """The same batch with tensors that autograd accepts."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping) and type(value) is dict:
+        return {k: without_inference(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(without_inference(v) for v in value)
+    if hasattr(value, "apply") and not isinstance(value, nn.Module):  # PyG data
+        return value.apply(without_inference)
+    return value
 
 
 @contextmanager

@@ -89,9 +89,7 @@ class Mesh:
         self.data_group: dist.ProcessGroup | None = None
         if shape.size == 1:
             return
-        self.device_mesh = init_device_mesh(
-            device.type, (shape.pipeline, shape.data, shape.graph), mesh_dim_names=AXES
-        )
+        self.device_mesh = init_device_mesh(device.type, (shape.pipeline, shape.data, shape.graph), mesh_dim_names=AXES)
         self.pipeline_group = self.device_mesh["pp"].get_group()
         self.data_group = self.device_mesh["dp"].get_group()
         # Every rank takes part in the creation of every group, in the same order.

@@ -6,11 +6,13 @@ makes of the same values; a ``reduce_fx`` of max, min or sum is applied likewise
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_januspipe.capture.step import loss_of
 
 
 class LogRecorder:
@@ -50,3 +52,9 @@ def _merge(values: list[Any], sizes: list[float], reduce_fx: Any) -> Any:
     weights = (weights / weights.sum()).reshape(-1, *[1] * (stacked.dim() - 1))
     floating = stacked if stacked.is_floating_point() else stacked.float()
     return (floating * weights.to(floating.dtype)).sum(0)
+
+
+def merge_outputs(outputs: list[Any], name: str) -> Any:
+    """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
+    loss = torch.stack([loss_of(o, name).detach().reshape(()) for o in outputs]).mean()
+    return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss

@@ -173,6 +173,7 @@ class Pipeline:
     def reduce(self) -> None:
         """Sum the gradients of parameters that several stages read, then average over the replicas."""
         shared = [p for p, stages in self.stages_of.items() if len(stages) > 1]
+        assert self._mesh.pipeline_group is not None
         reduce_gradients(shared, self._mesh.pipeline_group)
         for parameter in shared:
             if not self.holds(parameter):
@@ -238,9 +239,9 @@ class Pipeline:
                 raise PipelineError(
                     f"global ranks {first} and {second} of one pipeline got different batches (micro-batch {index}: "
                     f"{found[0][index : index + 1]} and {other[index : index + 1]}, as number of tensors, numbers, "
-                    f"checksum; {len(found[0])} and {len(other)} micro-batches). All ranks of a pipeline have to see the "
-                    "same samples: keep Trainer(use_distributed_sampler=True), or seed your sampler and your random "
-                    "transforms alike on every rank (lightning.seed_everything(..., workers=True))."
+                    f"checksum; {len(found[0])} and {len(other)} micro-batches). All ranks of a pipeline have to "
+                    "see the same samples: keep Trainer(use_distributed_sampler=True), or seed your sampler "
+                    "and your random transforms alike on every rank (lightning.seed_everything(..., workers=True))."
                 )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import Capture, capture_module
-from lightning_januspipe.capture.step import loss_of, replaced_log
+from lightning_januspipe.capture.step import replaced_log
 from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
 from lightning_januspipe.engine.microbatch import MicroBatches
 from lightning_januspipe.loading import (
@@ -28,15 +26,14 @@ from lightning_januspipe.loading import (
     seed_workers,
     split_batches,
     unsplit_batches,
+    without_inference,
 )
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
-from lightning_januspipe.metrics import LogRecorder
+from lightning_januspipe.metrics import LogRecorder, merge_outputs
 from lightning_januspipe.pipeline import Pipeline, Undivided
 from lightning_januspipe.precision import SUPPORTED, mesh_aware
-from lightning_januspipe.schedule.build import build_schedule
 from lightning_januspipe.schedule import PhaseCosts
-
-NAMESPACES = ("lightning", "pytorch_lightning")
+from lightning_januspipe.schedule.build import build_schedule
 
 
 class JanusPipeBody:
@@ -57,6 +54,8 @@ class JanusPipeBody:
         process_group_backend: backend of torch.distributed; by default the device's.
         timeout: how long a rank waits for a message of another (a timedelta, or seconds).
     """
+
+    lib: Any  # the modules of one Lightning (see registry.Library)
 
     def __init__(
         self,
@@ -163,7 +162,7 @@ class JanusPipeBody:
             module.rank_zero_only.rank = self.global_rank
 
     def _configure_launcher(self) -> None:
-        self.mesh_shape  # noqa: B018 - an error here comes before any process is started
+        _ = self.mesh_shape  # an error here comes before any process is started
         assert self.cluster_environment is not None
         if self.is_distributed and not self.cluster_environment.creates_processes_externally:
             self._launcher = self.lib.launcher._SubprocessScriptLauncher(
@@ -205,7 +204,9 @@ class JanusPipeBody:
         super().setup_optimizers(trainer)  # type: ignore[misc]
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError("LBFGS needs inner products over all parameters; use an element-wise optimizer like Adam")
+                raise ValueError(
+                    "LBFGS needs inner products over all parameters; use an element-wise optimizer, like Adam"
+                )
 
     def model_to_device(self) -> None:
         """Move the module to this rank's device."""
@@ -215,16 +216,17 @@ class JanusPipeBody:
         assert self.mesh is not None
         if self.is_distributed:
             broadcast_module(model)
-            for module in model.modules():
-                if hasattr(module, "dist_sync_on_step") and hasattr(module, "process_group"):
-                    module.process_group = self.mesh.data_group  # torchmetrics: the ranks of a pipeline count once
+            for metric in model.modules():
+                if hasattr(metric, "dist_sync_on_step") and hasattr(metric, "process_group"):
+                    # The ranks of a pipeline see the same samples: torchmetrics has to count them once.
+                    metric.__dict__["process_group"] = self.mesh.data_group
         return model
 
     def _refuse(self, module: Any) -> None:
         if not module.automatic_optimization:
             raise ValueError(
-                f"{type(module).__name__} uses manual optimization (automatic_optimization=False); a pipeline has to own "
-                "the backward pass. Use automatic optimization, or another strategy."
+                f"{type(module).__name__} uses manual optimization (automatic_optimization=False); a pipeline has to "
+                "own the backward pass. Use automatic optimization, or another strategy."
             )
         if self.lib.helpers.is_overridden("backward", module):
             raise ValueError(
@@ -252,7 +254,9 @@ class JanusPipeBody:
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Split training batches into micro-batches, and seed workers by replica."""
-        seed_workers(dataloader, self.lib.seed.pl_worker_init_function, self.mesh_shape.coordinates(self.global_rank)[1])
+        seed_workers(
+            dataloader, self.lib.seed.pl_worker_init_function, self.mesh_shape.coordinates(self.global_rank)[1]
+        )
         trainer = self.lightning_module.trainer
         if trainer.training:
             require_samples(dataloader)
@@ -302,9 +306,10 @@ class JanusPipeBody:
         A module that was captured before, as in a test after training, is not traced again.
         """
         assert self.mesh is not None
-        module, result = self.lightning_module, None
+        module: Any = self.lightning_module
+        result: Any = None
         if self._captured is not None and self._captured[0]() is module:
-            self.runner = Pipeline(module, self.mesh, self._captured[1], self._schedule, self._wave_size)
+            self.runner = self._pipeline(self._captured[1])
             return
         if self.global_rank == 0:
             modes = {m: m.training for m in module.modules()}
@@ -316,7 +321,7 @@ class JanusPipeBody:
                     result = capture_module(
                         module, _with_batch(step), traced, other, self.mesh_shape.pipeline, self._potential
                     )
-            except Exception as error:  # noqa: BLE001 - raised again on every rank
+            except Exception as error:  # raised again on every rank
                 result = error
             finally:
                 for m, mode in modes.items():
@@ -328,7 +333,11 @@ class JanusPipeBody:
             raise result
         assert isinstance(result, Capture)
         self._captured = weakref.ref(module), result
-        self.runner = Pipeline(module, self.mesh, result, self._schedule, self._wave_size)
+        self.runner = self._pipeline(result)
+
+    def _pipeline(self, capture: Capture) -> Pipeline:
+        assert self.mesh is not None
+        return Pipeline(self.lightning_module, self.mesh, capture, self._schedule, self._wave_size)
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)
@@ -363,12 +372,12 @@ class JanusPipeBody:
         with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
             outputs = self.runner.train_step([step_of(n) for n in sizes], batches)
         recorder.replay(module.log)
-        return _merge_outputs(outputs, type(module).__name__)
+        return merge_outputs(outputs, type(module).__name__)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Publish the step's gradients, with all hooks of a backward pass.
 
-        Automatic optimization zeroes gradients between ``training_step`` and this, so they could not be published before.
+        Automatic optimization zeroes gradients between ``training_step`` and this, so they could not come earlier.
         """
         assert self.runner is not None
         module = self.lightning_module
@@ -410,7 +419,7 @@ class JanusPipeBody:
         runner = self.runner or Undivided(self.lightning_module, self.mesh)
         # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
         with _differentiable():
-            return runner.evaluate_step(lambda b: function(b, *args, **kwargs), _without_inference(batch))
+            return runner.evaluate_step(lambda b: function(b, *args, **kwargs), without_inference(batch))
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------
 
@@ -481,58 +490,6 @@ class JanusPipeBody:
         super().teardown()  # type: ignore[misc]
 
 
-def strategy_class(namespace: str = "lightning") -> type:
-    """The strategy bound to ``"lightning"`` or ``"pytorch_lightning"``.
-
-    The two are the same code under two names, with base classes and registries of their own; an instance of one is
-    refused by the other.
-
-    Raises:
-        ValueError: another name.
-        ModuleNotFoundError: that Lightning is not installed.
-    """
-    if namespace not in NAMESPACES:
-        raise ValueError(f"namespace={namespace!r}; expected one of {', '.join(NAMESPACES)}")
-    return _bound(namespace)
-
-
-class Library:
-    """The modules of one Lightning that the strategy needs."""
-
-    def __init__(self, namespace: str) -> None:
-        pytorch, fabric = ("lightning.pytorch", "lightning.fabric") if namespace == "lightning" else (
-            "pytorch_lightning",
-            "lightning_fabric",
-        )
-        load = importlib.import_module
-        self.strategies = load(f"{pytorch}.strategies")
-        self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
-        self.precision = load(f"{pytorch}.plugins.precision")
-        self.helpers = load(f"{pytorch}.utilities.model_helpers")
-        self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
-        self.utils_rank_zero = load("lightning_utilities.core.rank_zero")
-        self.distributed = load(f"{fabric}.utilities.distributed")
-        self.seed = load(f"{fabric}.utilities.seed")
-
-
-@lru_cache
-def _bound(namespace: str) -> type:
-    library = Library(namespace)
-    bases = (JanusPipeBody, library.strategies.ParallelStrategy)
-    attributes = {"lib": library, "__doc__": JanusPipeBody.__doc__, "__module__": __name__, "strategy_name": "januspipe"}
-    return type("JanusPipeStrategy", bases, attributes)
-
-
-def register(namespace: str) -> None:
-    """Register the strategy's names with one Lightning; twice is as good as once."""
-    cls = strategy_class(namespace)
-    registry = cls.lib.strategies.StrategyRegistry  # type: ignore[attr-defined]
-    names = {"januspipe": {}, "januspipe_gpipe": {"schedule": "gpipe"}}
-    for name, arguments in names.items():
-        if name not in registry:
-            registry.register(name, cls, description="Pipeline × data parallel training of potentials", **arguments)
-
-
 def _is_fitting(trainer: Any) -> bool:
     return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
 
@@ -548,25 +505,6 @@ def _with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
 def _differentiable() -> Iterator[None]:
     with torch.inference_mode(False):
         yield
-
-
-def _without_inference(value: Any) -> Any:
-    """The same batch with tensors that autograd accepts."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {k: _without_inference(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_without_inference(v) for v in value)
-    if hasattr(value, "apply") and not isinstance(value, nn.Module):  # PyG data
-        return value.apply(_without_inference)
-    return value
-
-
-def _merge_outputs(outputs: list[Any], name: str) -> Any:
-    """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
-    loss = torch.stack([loss_of(o, name).detach().reshape(()) for o in outputs]).mean()
-    return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss
 
 
 def _portable(result: Any) -> Any:

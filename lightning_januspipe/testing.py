@@ -94,10 +94,10 @@ class RankPool:
             if not ready:
                 self.close()
                 raise RankError(f"ranks {sorted(pending.values())} did not finish within {timeout} s")
-            for pipe in ready:
-                rank = pending.pop(pipe)  # type: ignore[index, arg-type]
+            for pipe in [p for p in pending if p in ready]:
+                rank = pending.pop(pipe)
                 try:
-                    results[rank] = pipe.recv()  # type: ignore[union-attr]
+                    results[rank] = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     results[rank] = (False, f"rank {rank} died")
         failed = {r: text for r, (ok, text) in sorted(results.items()) if not ok}
@@ -325,7 +325,9 @@ def _train_loader(data: Any) -> Any:
 
 def _ordered_loader(loader: Any, num_replicas: int, replica: int) -> Any:
     """The same loader in the order of the dataset, with one replica's share of the samples."""
-    sampler = DistributedSampler(loader.dataset, num_replicas=num_replicas, rank=replica, shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        loader.dataset, num_replicas=num_replicas, rank=replica, shuffle=False
+    )
     return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
 
 

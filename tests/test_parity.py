@@ -14,7 +14,9 @@ from lightning_januspipe.testing import RankPool, assert_matches_single_process
 SCHEDULES = ("gpipe", "1f1b-fold", "wavek")
 
 
-def check(pool: RankPool, devices: int, data: object = tiny.data, module: object = tiny.module, **strategy: object) -> None:
+def check(
+    pool: RankPool, devices: int, data: object = tiny.data, module: object = tiny.module, **strategy: object
+) -> None:
     assert_matches_single_process(module, data, devices=devices, strategy=strategy, steps=3, pool=pool)  # type: ignore[arg-type]
 
 

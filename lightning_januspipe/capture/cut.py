@@ -288,9 +288,7 @@ def _worth(prefix: Sequence[float], positions: Sequence[int], num_stages: int) -
     return min(b - a for a, b in pairwise(edges)) >= _LEAST_SHARE * prefix[-1] / num_stages
 
 
-def _assemble(
-    program: Program, regions: Regions, profile: Profile, cheap: set[str], positions: Sequence[int]
-) -> Cut:
+def _assemble(program: Program, regions: Regions, profile: Profile, cheap: set[str], positions: Sequence[int]) -> Cut:
     """The stages for given cut positions: who owns, who computes again, what is sent on.
 
     A value needed two stages later is sent through the stage between.

@@ -149,9 +149,7 @@ def find_potential(module: nn.Module, run_step: Callable[[], Any], potential: st
     return PotentialCall(path, args, kwargs, tuple(sorted(watch.read)))
 
 
-def call_arguments(
-    module: nn.Module, path: str, run_step: Callable[[], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(module: nn.Module, path: str, run_step: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Run the user's step up to its call of the potential and return that call's arguments; nothing after it runs."""
     submodule = module.get_submodule(path)
 

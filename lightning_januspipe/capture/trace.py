@@ -67,9 +67,7 @@ class _Call(nn.Module):
         paths, self._spec = pytree.tree_flatten_with_path((call.args, call.kwargs))
         places = CallFormat.of(call.args, call.kwargs).tensors
         self._constants = [None if isinstance(x, Tensor) else x for _, x in paths]
-        self._positions = [
-            places.index(pytree.keystr(path)) if isinstance(x, Tensor) else None for path, x in paths
-        ]
+        self._positions = [places.index(pytree.keystr(path)) if isinstance(x, Tensor) else None for path, x in paths]
         # Export puts attributes back as they were, so the record is an object of its own.
         self._record = record
 

@@ -159,9 +159,7 @@ def run_captured(
     return Eager(result.derivatives, [x.detach() for x in outputs], gradients), result.seconds
 
 
-def validate(
-    captured: CapturedPotential, potential: nn.Module, call: PotentialCall
-) -> list[PhaseSeconds]:
+def validate(captured: CapturedPotential, potential: nn.Module, call: PotentialCall) -> list[PhaseSeconds]:
     """Compare a captured potential with the eager module.
 
     Args:

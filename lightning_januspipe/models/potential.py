@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class EnergyModel(nn.Module):
         self.couplings = nn.ModuleDict()
         self.layers = nn.ModuleList()
         self.coupling_names: list[str] = []
-        for l_in, l_out in zip(degrees[:-1], degrees[1:], strict=True):
+        for l_in, l_out in pairwise(degrees):
             name = f"{l_in}_{l_out}"
             if name not in self.couplings:
                 self.couplings[name] = Coupling(l_in, l_max, l_out)

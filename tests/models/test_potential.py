@@ -2,6 +2,7 @@ import copy
 import doctest
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_symbolic_trace_computes_other_batches(make_batch, make_structure, make_
         energy = torch.func.functional_call(model, parameters, (batch, positions, strain))
         return [energy, *torch.autograd.grad([energy.sum()], [positions, strain])]
 
-    def arguments(count: int) -> tuple[Batch, Tensor, Tensor, *tuple[Tensor, ...]]:
+    def arguments(count: int) -> tuple[Any, ...]:
         batch = make_batch([make_structure(i) for i in range(7 - count, 7)])
         positions, strain = batch[keys.POSITIONS].requires_grad_(), torch.zeros_like(batch[keys.CELL]).requires_grad_()
         return parameters, positions, strain, *(batch[name] for name in names)

@@ -79,9 +79,11 @@ class Detached(Energy):
     def energy(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
         with torch.no_grad():
             frozen = super().energy(batch, positions)
-        return frozen.detach() + 0.1 * torch.zeros_like(frozen).index_add(
-            0, batch["batch"], positions.square().sum(-1)
-        ) + self.mlp[-1].bias.sum()
+        return (
+            frozen.detach()
+            + 0.1 * torch.zeros_like(frozen).index_add(0, batch["batch"], positions.square().sum(-1))
+            + self.mlp[-1].bias.sum()
+        )
 
 
 class Spring(Energy):

@@ -71,9 +71,7 @@ def fit(
     """Train on the tiny data; returns losses, metrics and the trained module's state."""
     module, data = tiny.module(), tiny.data()
     losses = Losses()
-    trainer = make_trainer(
-        strategy, callbacks=[losses], limit_val_batches=None if validate else 0, **arguments
-    )
+    trainer = make_trainer(strategy, callbacks=[losses], limit_val_batches=None if validate else 0, **arguments)
     trainer.fit(module, data, ckpt_path=resume)
     if save:
         trainer.save_checkpoint(save)
@@ -117,7 +115,9 @@ def namespaced_module(namespace: str) -> Any:
             out = self.potential(batch)
             energy = (out["energy"] - batch["energy"]).square().mean()
             forces = (out["forces"] - batch["forces"]).square().mean()
-            self.log_dict({"energy": energy, "forces": forces}, on_step=True, on_epoch=True, batch_size=len(batch["energy"]))
+            self.log_dict(
+                {"energy": energy, "forces": forces}, on_step=True, on_epoch=True, batch_size=len(batch["energy"])
+            )
             return {"loss": energy + 10 * forces, "forces": forces.detach()}
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -168,7 +168,10 @@ def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(module, tiny.data())
     mesh = module.device_mesh
     seen.update(
-        axes=mesh.mesh_dim_names, shape=tuple(mesh.shape), world=trainer.world_size, outside=torch.distributed.get_world_size()
+        axes=mesh.mesh_dim_names,
+        shape=tuple(mesh.shape),
+        world=trainer.world_size,
+        outside=torch.distributed.get_world_size(),
     )
     return seen
 

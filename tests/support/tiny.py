@@ -24,7 +24,13 @@ def data(num_train: int = 20, batch_size: int = 8) -> Any:
     from lightning_januspipe.data import EMTDataModule
 
     return EMTDataModule(
-        num_train=num_train, num_val=4, num_test=4, sizes=(4, 8, 16), dtype="float64", batch_size=batch_size, shuffle=False
+        num_train=num_train,
+        num_val=4,
+        num_test=4,
+        sizes=(4, 8, 16),
+        dtype="float64",
+        batch_size=batch_size,
+        shuffle=False,
     )
 
 
@@ -35,7 +41,13 @@ def shared_module() -> Any:
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     potential = EquivariantPotential(
-        ["Cu", "Ni", "Al"], 5.0, num_layers=3, num_features=8, l_max=1, trainable_bessel=True, trainable_scale_shift=True
+        ["Cu", "Ni", "Al"],
+        5.0,
+        num_layers=3,
+        num_features=8,
+        l_max=1,
+        trainable_bessel=True,
+        trainable_scale_shift=True,
     )
     return PotentialModule(potential, stress_weight=1.0)
 
@@ -60,9 +72,15 @@ def _extxyz(name: str, num_train: int, batch_size: int) -> Any:
     from lightning_januspipe.data import ASEDataModule
 
     return ASEDataModule(
-        shared_data(name), train_size=num_train, val_size=2, test_size=2, cutoff=4.0, dtype="float64", batch_size=batch_size,
+        shared_data(name),
+        train_size=num_train,
+        val_size=2,
+        test_size=2,
+        cutoff=4.0,
+        dtype="float64",
+        batch_size=batch_size,
         shuffle=False,
-    )  # fmt: skip
+    )
 
 
 def water() -> Any:
