@@ -6,12 +6,14 @@ else the machine does meets all of them. Printed are medians over the runs, and 
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -217,3 +219,21 @@ def two_ranks(work: Work, runs: int = 5) -> str:
 
 
 BENCHMARKS: dict[str, Callable[[Work, int], str]] = {"single": single_process, "two-ranks": two_ranks}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """``januspipe bench NAME``: run a benchmark and print its table.
+
+    Args:
+        args: command line after ``bench``.
+    """
+    parser = argparse.ArgumentParser(prog="januspipe bench", description=__doc__)
+    parser.add_argument("name", choices=sorted(BENCHMARKS), help="which benchmark; see docs/benchmarks.md")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each configuration; medians are over these")
+    for field_ in fields(Work):
+        kind = str if field_.type in ("str", "str | None") else int if field_.type == "int" else float
+        parser.add_argument(f"--{field_.name}", type=kind, default=field_.default, help=f"default: {field_.default}")
+    given = vars(parser.parse_args(args))
+    name, runs = given.pop("name"), given.pop("runs")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    print(f"\n{BENCHMARKS[name](Work(**given), runs)}")

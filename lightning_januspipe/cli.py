@@ -227,8 +227,14 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command line without the name of the program; None for ``sys.argv``. A Trainer with several processes
             starts them by running ``sys.argv`` again, so that it needs None here.
     """
+    given = sys.argv[1:] if args is None else list(args)
+    if given[:1] == ["bench"]:
+        from lightning_januspipe.benchmark import main as bench
+
+        bench(given[1:])
+        return
     warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")  # LightningCLI calls it
-    PotentialCLI(sys.argv[1:] if args is None else args)
+    PotentialCLI(given)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,13 @@ def test_too_many_stages(four_layers: Traced, num_stages: int) -> None:
     assert four_layers.cut(most).cut.num_stages == most
 
 
+def test_stages_without_work_are_refused(four_layers: Traced) -> None:
+    traced = four_layers
+    seconds = dict.fromkeys(traced.profile.seconds, 1e-9) | {traced.regions.body[len(traced.regions.body) // 2]: 1.0}
+    with pytest.raises(CaptureError, match=r"pipeline_size=3, .* only 1 cuttable part\(s\) of comparable cost"):
+        find_cut(traced.program, traced.regions, Profile(seconds, traced.profile.num_bytes), 3)
+
+
 def test_one_layer_has_few_parts() -> None:
     class Linear(Potential):
         def features(self, batch: Any, vectors: Tensor) -> Tensor:
@@ -166,14 +173,28 @@ def test_shared_parameters(potential: nn.Module, shared: str) -> None:
         assert_parity(captured, traced.module, make_batch((3, 1, 4)))
 
 
-def test_cheap_values_are_computed_again_where_they_are_needed() -> None:
-    """The embedding of atoms, a share of what would be sent, is not sent when its cost is negligible."""
-    traced = Traced(Step(Embedded(4)))
-    seconds = {n: 1e-9 if "embedding" in n else s for n, s in traced.profile.seconds.items()}
-    cut = find_cut(traced.program, traced.regions, Profile(seconds, traced.profile.num_bytes), 2)
-    embedded = {n.name for n in traced.program.nodes if n.target == "aten.embedding.default"}
-    assert not {n for names in cut.boundaries for n in names} & embedded
-    assert_parity(dataclasses.replace(traced.cut(2), cut=cut), traced.module, make_batch((3, 1, 4)))
+class EmbeddedOnce(Potential):
+    """One embedding of the atoms, alive until the last layer."""
+
+    def features(self, batch: Any, vectors: Tensor) -> Tensor:
+        radial = torch.exp(-vectors.square().sum(-1, keepdim=True) / torch.arange(1, 5, dtype=vectors.dtype))
+        h = types = self.embedding(batch["species"])
+        for layer in self.layers:
+            h = layer(h, radial, batch["edges"]) * types + h
+        return h
+
+
+@pytest.mark.parametrize(("seconds", "sent"), [(1e-5, True), (1e-9, False)])
+def test_cheap_values_are_computed_again_instead_of_sent(seconds: float, sent: bool) -> None:
+    traced = Traced(Step(EmbeddedOnce(4)))
+    profile = Profile({**traced.profile.seconds, "embedding": seconds}, traced.profile.num_bytes)
+    cut = find_cut(traced.program, traced.regions, profile, 3)
+    assert traced.program.by_name["embedding"].target == "aten.embedding.default"
+    assert all(("embedding" in names) == sent for names in cut.boundaries)
+    assert cut.replicated == ([[], [], []] if sent else [[], ["embedding"], ["embedding"]])
+    captured = dataclasses.replace(traced.cut(3), cut=cut)
+    assert captured.parameter_stages()["embedding.weight"] == ({0} if sent else {0, 1, 2})
+    assert_parity(captured, traced.module, make_batch((3, 1, 4)))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")

@@ -107,11 +107,11 @@ class Strained(Potential):
 
 
 class GradOutputs(Potential):
-    """Differentiates the vector of energies with grad_outputs."""
+    """Differentiates the vector of energies, weighted by grad_outputs."""
 
     def differentiate(self, energy: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        ones = [torch.ones_like(energy)]
-        return torch.autograd.grad(outputs=[energy], inputs=inputs, grad_outputs=ones, create_graph=True)
+        weights = [1 + torch.arange(energy.shape[0], dtype=energy.dtype)]
+        return torch.autograd.grad(outputs=[energy], inputs=inputs, grad_outputs=weights, create_graph=True)
 
 
 def frozen(num_layers: int) -> nn.Module:

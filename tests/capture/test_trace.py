@@ -273,10 +273,11 @@ def test_branch_that_validation_does_not_reach() -> None:
 
 
 def test_unused_labels_may_have_any_size() -> None:
-    traced = Traced(Step(Potential(1)))
-    batch = {**make_batch(OTHER), "energy": torch.zeros(2, 7, dtype=DTYPE)[:, 0]}
-    assert len(TRACED) != len(OTHER)
-    assert traced.cut(1).bind_sizes(traced.format.bind("potential", (batch,), {}))
+    traced = Traced(Step(Potential(1)), {**make_batch(TRACED), "notes": torch.zeros(0, 1)})
+    for notes in (torch.zeros(0, 1), torch.zeros(5, 3)):
+        batch = {**make_batch(OTHER), "notes": notes}
+        assert traced.cut(1).bind_sizes(traced.format.bind("potential", (batch,), {}))
+        assert_parity(traced.cut(1), traced.module, batch)
 
 
 class NoGradGeometry(Potential):
