@@ -6,6 +6,7 @@ micro-batches has fewer samples than these.
 
 from __future__ import annotations
 
+import mutants
 import pytest
 import tiny
 
@@ -88,10 +89,14 @@ def test_accumulation_over_batches(pool: RankPool, devices: int) -> None:
 
 
 def test_parameters_that_several_stages_read(pool: RankPool) -> None:
-    """Trainable Bessel frequencies are read by every layer; clipping has to count them once."""
+    """Their gradients are summed over the stages, and clipping counts them once."""
     assert_matches_single_process(
-        tiny.shared_module, tiny.data, devices=3, strategy={}, steps=3, pool=pool, trainer={"gradient_clip_val": 0.05}
+        mutants.tied_module, tiny.data, devices=2, strategy={}, steps=3, pool=pool, trainer={"gradient_clip_val": 0.05}
     )
+
+
+def test_trainable_radial_basis_scale_and_shift(pool: RankPool) -> None:
+    check(pool, 3, module=tiny.shared_module)
 
 
 def test_huber_loss(pool: RankPool) -> None:

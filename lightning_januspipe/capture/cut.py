@@ -15,8 +15,9 @@ from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import Node, Program
 
 # A boundary value whose whole computation costs less than this share of the forward pass is computed again by the
-# stages that need it, instead of being sent four times.
-_CHEAP_SHARE = 0.01
+# A boundary value whose whole computation costs less than this share of a stage's work (a trainable radial basis, say) is
+# computed again by the stages that need it, instead of being sent four times.
+_CHEAP_SHARE = 0.15
 # A cut may carry at most this many times the bytes of the smallest boundary in the middle of the potential: layers
 # differ in width by less, while the inside of a layer holds values per edge, tens of times larger.
 _BYTES_SLACK = 4.0
@@ -146,7 +147,7 @@ def find_cut(program: Program, regions: Regions, profile: Profile, num_stages: i
     prefix = [0.0]
     for s in seconds:
         prefix.append(prefix[-1] + s)
-    cheap = _cheap(program, body, seconds, prefix[-1])
+    cheap = _cheap(program, body, seconds, _CHEAP_SHARE * prefix[-1] / num_stages)
     num_bytes = [b for b, _ in _boundaries(program, regions, profile, cheap)]
     candidates = _small_boundaries(prefix, num_bytes)
     positions = _balanced(prefix, num_bytes, candidates, num_stages)
@@ -185,7 +186,7 @@ def _is_small(program: Program, name: str) -> bool:
     return spec is not None and math.prod(s for s in spec.shape[1:] if isinstance(s, int)) <= 9
 
 
-def _cheap(program: Program, body: Sequence[str], seconds: Sequence[float], total: float) -> set[str]:
+def _cheap(program: Program, body: Sequence[str], seconds: Sequence[float], budget: float) -> set[str]:
     """Values of the body that cost next to nothing from the inputs on, or depend on parameters alone."""
     in_body = set(body)
     cost = dict(zip(body, seconds, strict=True))
@@ -199,7 +200,7 @@ def _cheap(program: Program, body: Sequence[str], seconds: Sequence[float], tota
                 above = closure[source]
                 parts = None if parts is None or above is None else parts | above
         batch_free = name not in on_batch
-        small = parts is not None and sum(cost[p] for p in parts) <= _CHEAP_SHARE * total
+        small = parts is not None and sum(cost[p] for p in parts) <= budget
         closure[name] = frozenset(parts) if parts is not None and (small or batch_free) else None
         if closure[name] is not None:
             cheap.add(name)

@@ -108,13 +108,16 @@ class _Watch(TorchFunctionMode):
         if func is torch.autograd.grad:
             given = grad_arguments(args, kwargs)
             self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph"))))
-        elif self._output_ids or not self._stack:
+        result = func(*args, **kwargs)
+        if self._output_ids or not self._stack:
+            # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
+            has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
             for leaf in map(id, pytree.tree_leaves((args, kwargs))):
                 if leaf in self._output_ids:
                     self.read.add(self._output_ids[leaf])
-                if leaf in self._parameter_ids and not self._stack:
+                if leaf in self._parameter_ids and not self._stack and has_values:
                     self.parameters_read_outside.add(self._parameter_ids[leaf])
-        return func(*args, **kwargs)
+        return result
 
 
 def find_potential(module: nn.Module, run_step: Callable[[], Any], potential: str | None = None) -> PotentialCall:

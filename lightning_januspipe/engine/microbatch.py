@@ -105,9 +105,11 @@ def fingerprint(tensors: Sequence[Tensor]) -> tuple[float, ...]:
     if not tensors:
         return (0.0,)
     checksums = []
-    for tensor in tensors:
+    for position, tensor in enumerate(tensors, start=1):
         flat = tensor.detach().reshape(-1).to(torch.float64)
-        weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device).remainder_(977.0).add_(1.0)
+        # Neither periodic in the place of a value nor the same for two tensors: exchanged values are seen.
+        places = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
+        weights = torch.frac(places.mul_(0.6180339887498949)).add_(position)
         finite = torch.nan_to_num(flat, nan=0.5, posinf=2.0**64, neginf=-(2.0**64))  # a batch has to equal itself
         checksums.append(finite.dot(weights))
     total = torch.stack(checksums).sum().item()

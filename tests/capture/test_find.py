@@ -187,6 +187,16 @@ def test_parameters_of_the_potential_used_outside(functional: bool) -> None:
         find(Regularized(Potential(1)))
 
 
+def test_device_and_shape_of_parameters_may_be_asked_for() -> None:
+    class Moves(Step):
+        def training_step(self, batch: Any) -> Any:
+            weight = next(self.potential.parameters())
+            assert weight.numel() == weight.shape.numel() and weight.grad is None and weight.requires_grad
+            return super().training_step({k: v.to(weight.device) for k, v in batch.items()})
+
+    assert find(Moves(Potential(1))).path == "potential"
+
+
 def test_step_without_the_potential() -> None:
     with pytest.raises(CaptureError, match="did not call its potential 'potential' for this batch"):
         call_arguments(Step(Potential(1)), "potential", lambda: None)

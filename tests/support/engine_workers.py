@@ -18,7 +18,7 @@ from lightning_januspipe.engine.p2p import Channel, PipelineError
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.precision import clip_gradients_by_norm
-from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
+from lightning_januspipe.schedule import Action, Phase, PhaseCosts, Schedule, build_schedule
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, list[Layout]] = {
@@ -194,7 +194,8 @@ def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple
 def run_deferred_phase() -> None:
     """An action that the executor does not know."""
     executor, _, _ = make_executor_alone()
-    executor.run([Action(Phase.WF, 0, 0)], unequal_inputs(1), lambda _, y, x: loss_gradients(y, x))
+    plan = Schedule("deferred", 1, 1, ((Action(Phase.WF, 0, 0),),))
+    executor.run(plan, unequal_inputs(1), lambda _, y, x: loss_gradients(y, x))
 
 
 def make_executor_alone() -> tuple[Executor, list[ToyStage], GradientBuffers]:

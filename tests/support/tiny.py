@@ -35,7 +35,7 @@ def data(num_train: int = 20, batch_size: int = 8) -> Any:
 
 
 def shared_module() -> Any:
-    """A module with parameters that several stages read: trainable radial basis, scale and shift."""
+    """A module with trainable radial basis, scale and shift."""
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
     torch.set_default_dtype(torch.float64)
