@@ -14,9 +14,8 @@ from itertools import pairwise
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import Node, Program
 
-# A boundary value whose whole computation costs less than this share of the forward pass is computed again by the
-# A boundary value whose whole computation costs less than this share of a stage's work (a trainable radial basis, say) is
-# computed again by the stages that need it, instead of being sent four times.
+# A boundary value whose whole computation costs less than this share of a stage's work, such as a trainable radial
+# basis, is computed again by the stages that need it, instead of being sent four times.
 _CHEAP_SHARE = 0.15
 # A cut may carry at most this many times the bytes of the smallest boundary in the middle of the potential: layers
 # differ in width by less, while the inside of a layer holds values per edge, tens of times larger.
