@@ -18,7 +18,7 @@ from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.step import RandomState, shallow_copy, silent_log
 from lightning_januspipe.capture.trace import trace_potential
-from lightning_januspipe.capture.validate import validate
+from lightning_januspipe.capture.validate import validate, validate_evaluation
 from lightning_januspipe.engine.local import PhaseSeconds
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def capture_module(
         cut = find_cut(program, regions, profile, num_stages)
         captured = CapturedPotential(found.path, program, regions, cut, form)
         captured, seconds = _balance(captured, profile, submodule, other)
+        validate_evaluation(captured, submodule, other)
     log.info(
         "captured %s in %.1f s (%.1f s tracing): %d operations, %d stages of %s ms, boundaries of %s kB",
         found.path,

@@ -197,6 +197,27 @@ def validate(captured: CapturedPotential, potential: nn.Module, call: PotentialC
     return seconds
 
 
+def validate_evaluation(captured: CapturedPotential, potential: nn.Module, call: PotentialCall) -> None:
+    """Compare what a potential that was captured in training mode returns with the eager module in evaluation mode.
+
+    The captured potential is used for evaluation too, so the two modes have to agree.
+
+    Raises:
+        CaptureError: an output differs.
+    """
+    found, _ = run_captured(captured, potential, call)
+    modes = {m: m.training for m in potential.modules()}
+    potential.eval()
+    try:
+        eager = run_eager(potential, call, captured.regions)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    for position, a, b in zip(captured.regions.outputs, eager.outputs, found.outputs, strict=True):
+        scale = float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0
+        _compare(f"in evaluation mode output {position}", a, b, scale, captured.path)
+
+
 def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str) -> None:
     if eager.shape != captured.shape:
         reason = f"shape {tuple(captured.shape)} instead of {tuple(eager.shape)}"

@@ -43,9 +43,7 @@ class Busy(Step):
 
 
 def capture(module: Step, num_stages: int, **arguments: Any) -> Capture:
-    return capture_module(
-        module, module.training_step, make_batch(TRACED), make_batch(OTHER), num_stages, **arguments
-    )
+    return capture_module(module, module.training_step, make_batch(TRACED), make_batch(OTHER), num_stages, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +141,18 @@ def test_evaluation_step() -> None:
     captured = capture_module(module, module.potential, make_batch(TRACED), make_batch(OTHER), 2).potential
     assert captured.cut.num_stages == 2
     assert [captured.program.outputs[i] for i in captured.regions.outputs] == captured.program.outputs
+
+
+class AnotherInEvaluation(Potential):
+    """Returns other energies in evaluation mode."""
+
+    def forward(self, batch: Batch) -> Any:
+        out = super().forward(batch)
+        return out if self.training else {**out, "energy": 2 * out["energy"]}
+
+
+def test_a_potential_that_differs_in_evaluation_is_refused() -> None:
+    module = Step(AnotherInEvaluation(2))
+    with pytest.raises(CaptureError, match="in evaluation mode output"):
+        capture(module, 2)
+    assert all(m.training for m in module.modules()), "the refusal left submodules in evaluation mode"

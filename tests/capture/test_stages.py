@@ -85,8 +85,9 @@ def test_every_parameter_is_in_a_stage(traced: Traced, num_stages: int) -> None:
     placed = captured.parameter_stages()
     for name, parameter in traced.potential.named_parameters():
         holders = {s.index for s in stages if any(p is parameter for p in s.parameters)}
-        assert holders == placed[name] and len(holders) == 1
-    assert placed["embedding.weight"] == {0}
+        assert holders == placed[name]
+        assert len(holders) == 1 or name == "embedding.weight"  # cheap, so it may be looked up again
+    assert 0 in placed["embedding.weight"]
     assert placed["readout.weight"] == {num_stages - 1}
 
 
