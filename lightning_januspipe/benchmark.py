@@ -228,7 +228,9 @@ def main(args: Sequence[str] | None = None) -> None:
         args: command line after ``bench``.
     """
     parser = argparse.ArgumentParser(prog="januspipe bench", description=__doc__)
-    parser.add_argument("name", choices=sorted(BENCHMARKS), help="which benchmark; see docs/benchmarks.md")
+    parser.add_argument(
+        "name", choices=sorted(BENCHMARKS), help=" ".join(f"{n}: {f.__doc__}" for n, f in BENCHMARKS.items())
+    )
     parser.add_argument("--runs", type=int, default=5, help="runs of each configuration; medians are over these")
     for field_ in fields(Work):
         kind = str if field_.type in ("str", "str | None") else int if field_.type == "int" else float

@@ -233,8 +233,10 @@ def error_table(errors: Errors) -> Table:
         columns["test"] = errors.test
     caption = None
     if errors.after:
-        extent = "its first batches" if errors.before_is_partial else "all of it"
-        caption = f"before ({extent}), after: validation data" if errors.before else "after: validation data"
+        partial = " (before: its first batches)" if errors.before_is_partial else ""
+        caption = f"before, after: validation data{partial}" if errors.before else "after: validation data"
+        if errors.test:
+            caption += "; test: test data"
     table = Table(title="Errors before and after training", caption=caption)
     table.add_column("", no_wrap=True)
     for name in columns:

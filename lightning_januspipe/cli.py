@@ -233,7 +233,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
         bench(given[1:])
         return
-    warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")  # LightningCLI calls it
+    # What Lightning and its own dependencies say to each other, and no user can mend.
+    warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    warnings.filterwarnings("ignore", message="Starting from v1.9.0, `tensorboardX` has been removed")
     PotentialCLI(given)
 
 

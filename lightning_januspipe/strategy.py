@@ -334,6 +334,9 @@ class JanusPipeBody:
         assert isinstance(result, Capture)
         self._captured = weakref.ref(module), result
         self.runner = self._pipeline(result)
+        self.lib.rank_zero.rank_zero_info(
+            f"januspipe: {result.describe()}; {self._schedule}, {num_microbatches} micro-batches"
+        )
 
     def _pipeline(self, capture: Capture) -> Pipeline:
         assert self.mesh is not None
@@ -495,10 +498,16 @@ def _is_fitting(trainer: Any) -> bool:
 
 
 def _with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A step of the user as a function of the batch alone."""
-    names = inspect.signature(step).parameters
-    indices = {n: 0 for n in ("batch_idx", "dataloader_idx") if n in names}
-    return lambda batch: step(batch, **indices)
+    """A step of the user as a function of the batch alone; indices are given by position, as Lightning does."""
+    following = list(inspect.signature(step).parameters.values())[1:3]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    indices = [
+        0
+        for p in following
+        if p.kind is inspect.Parameter.VAR_POSITIONAL
+        or (p.kind in positional and (p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")))
+    ]
+    return lambda batch: step(batch, *indices)
 
 
 @contextmanager

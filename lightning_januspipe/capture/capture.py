@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +20,32 @@ from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.capture.validate import validate, validate_evaluation
 from lightning_januspipe.engine.local import PhaseSeconds
 
-log = logging.getLogger(__name__)
 _REFINEMENTS = 3
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A captured potential and the measured phase times of its stages."""
+    """A captured potential.
+
+    Attributes:
+        potential: program and cut.
+        seconds: measured phase times of each stage.
+        elapsed: seconds that the capture took.
+    """
 
     potential: CapturedPotential
     seconds: list[PhaseSeconds]
+    elapsed: float
+
+    def describe(self) -> str:
+        """One line for a user: what was found, and how it is divided."""
+        total = sum(s.total for s in self.seconds)
+        shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
+        kilobytes = ", ".join(f"{b / 1e3:.0f}" for b in self.potential.cut.boundary_bytes)
+        return (
+            f"potential {self.potential.path!r} ({len(self.potential.program.nodes)} operations) in {len(self.seconds)} "
+            f"stages with {shares} of the work, boundaries of {kilobytes} kB, captured in {self.elapsed:.1f} s"
+        )
 
 
 def capture_module(
@@ -65,24 +80,13 @@ def capture_module(
         tensors = form.bind(found.path, other.args, other.kwargs)
         submodule = module.get_submodule(found.path)
         program = trace_potential(submodule, found)
-        traced = time.perf_counter() - began
         regions = find_regions(program, found.read_outputs)
         profile = measure(program, regions, submodule, tensors)
         cut = find_cut(program, regions, profile, num_stages)
         captured = CapturedPotential(found.path, program, regions, cut, form)
         captured, seconds = _balance(captured, profile, submodule, other)
         validate_evaluation(captured, submodule, other)
-    log.info(
-        "captured %s in %.1f s (%.1f s tracing): %d operations, %d stages of %s ms, boundaries of %s kB",
-        found.path,
-        time.perf_counter() - began,
-        traced,
-        len(program.nodes),
-        num_stages,
-        [round(1e3 * s.total, 1) for s in seconds],
-        [round(b / 1e3) for b in captured.cut.boundary_bytes],
-    )
-    return Capture(captured, seconds)
+    return Capture(captured, seconds, time.perf_counter() - began)
 
 
 def _balance(

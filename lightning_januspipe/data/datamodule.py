@@ -39,14 +39,14 @@ class StructureDataModule(LightningDataModule):
     distributed one where needed.
 
     Attributes:
-        batch_size: Structures per batch and process.
+        batch_size: Structures per batch and replica.
     """
 
     def __init__(self, *, batch_size: int, num_workers: int = 0, shuffle: bool = True, drop_last: bool = False) -> None:
         """Keep the options of the loaders.
 
         Args:
-            batch_size: Structures per batch and process.
+            batch_size: Structures per batch and replica.
             num_workers: Worker processes of each loader. With any, samples are made before the workers start, which
                 then share them.
             shuffle: Whether the training structures come in random order.
@@ -187,7 +187,7 @@ class ASEDataModule(StructureDataModule):
             forces_key: Name of the forces label (eV/Å).
             stress_key: Name of the stress label (eV/Å³); None to read no stress.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
-            batch_size: Structures per batch and process.
+            batch_size: Structures per batch and replica.
             num_workers: Worker processes of each loader.
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.

@@ -190,7 +190,7 @@ class EMTDataModule(StructureDataModule):
             seed: Seed of the structures.
             cutoff: Cutoff of the neighbour lists in Å.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
-            batch_size: Structures per batch and process.
+            batch_size: Structures per batch and replica.
             num_workers: Worker processes of each loader.
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -120,12 +120,11 @@ def test_named_potential() -> None:
     assert_parity(captured, module, make_batch((2, 3, 4)))
 
 
-def test_log_message(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lightning_januspipe.capture.capture"):
-        capture(Step(Potential(1)), 1)
-    messages = [r.getMessage() for r in caplog.records if r.name == "lightning_januspipe.capture.capture"]
-    assert len(messages) == 1
-    assert messages[0].startswith("captured potential in ") and "1 stages" in messages[0]
+def test_description() -> None:
+    text = capture(Step(Potential(3)), 2).describe()
+    assert text.startswith("potential 'potential' (") and "2 stages" in text and "captured in" in text
+    shares = [int(x) for x in re.findall(r"(\d+) %", text)]
+    assert len(shares) == 2 and 99 <= sum(shares) <= 101
 
 
 def test_batch_with_other_entries() -> None:
