@@ -233,10 +233,11 @@ def error_table(errors: Errors) -> Table:
         columns["test"] = errors.test
     caption = None
     if errors.after:
-        partial = " (before: its first batches)" if errors.before_is_partial else ""
-        caption = f"before, after: validation data{partial}" if errors.before else "after: validation data"
+        caption = "before, after: validation data" if errors.before else "after: validation data"
+        if errors.before_is_partial:
+            caption += "\nbefore: its first batches"
         if errors.test:
-            caption += "; test: test data"
+            caption += "\ntest: test data"
     table = Table(title="Errors before and after training", caption=caption)
     table.add_column("", no_wrap=True)
     for name in columns:

@@ -43,8 +43,8 @@ class Capture:
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
         kilobytes = ", ".join(f"{b / 1e3:.0f}" for b in self.potential.cut.boundary_bytes)
         return (
-            f"potential {self.potential.path!r} ({len(self.potential.program.nodes)} operations) in {len(self.seconds)} "
-            f"stages with {shares} of the work, boundaries of {kilobytes} kB, captured in {self.elapsed:.1f} s"
+            f"potential {self.potential.path!r} ({len(self.potential.program.nodes)} operations) in {len(self.seconds)}"
+            f" stages with {shares} of the work, boundaries of {kilobytes} kB, captured in {self.elapsed:.1f} s"
         )
 
 
