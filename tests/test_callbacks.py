@@ -210,7 +210,8 @@ class TestTable:
             after={"forces_mae": 0.1, "energy_mae": math.nan},
             test={"forces_mae": 0.2, "stress_rmse": 0.004},
         )
-        lines = [line.strip("│").split("│") for line in render(error_table(errors)).splitlines()[4:-2]]
+        rows = [line for line in render(error_table(errors)).splitlines() if line.startswith("│")]
+        lines = [line.strip("│").split("│") for line in rows]
         assert {label.strip(): [cell.strip() for cell in cells] for label, *cells in lines} == {
             "energy MAE (meV/atom)": ["12.3", "–", "–", "–"],
             "force MAE (meV/Å)": ["500", "100", "5.00", "200"],
