@@ -6,6 +6,7 @@ between ranks by parameter, never by index, since indices of different stages co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.pipeline import Pipeline
 
@@ -35,14 +37,36 @@ class StageOptimizer:
                     "the optimizer holds parameters that are not parameters of the LightningModule; return from "
                     "configure_optimizers an optimizer over self.parameters() or a part of it"
                 )
-        for group, parameters in zip(optimizer.param_groups, self._groups, strict=True):
-            group["params"] = [p for p in parameters if pipeline.holds(p)]
-        for parameter in known:
-            if not pipeline.holds(parameter):
-                optimizer.state.pop(parameter, None)
+        self._known = known
+        self._prune()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the optimizer over the whole module."""
+        self.make_whole()
+        self.optimizer.load_state_dict(dict(state))
+        self._prune()
+
+    def make_whole(self) -> None:
+        """Give the optimizer its own parameter groups back, as the user made them."""
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = parameters
+
+    def _prune(self) -> None:
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [p for p in parameters if self._pipeline.holds(p)]
+        for parameter in self._known:
+            if not self._pipeline.holds(parameter):
+                self.optimizer.state.pop(parameter, None)
 
     def full_state_dict(self, mesh: Mesh) -> dict[str, Any]:
         """The state dict that the optimizer over the whole module would have; every rank of a pipeline takes part."""
+        if mesh.aborted:
+            raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
+        if len(self.optimizer.param_groups) != len(self._groups):
+            raise ValueError(
+                f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, but had {len(self._groups)} "
+                "when training started. Make all groups in configure_optimizers, or train with pipeline_size=1."
+            )
         order = [p for group in self._groups for p in group]
         mine = {
             i: _to_cpu(self.optimizer.state[p])

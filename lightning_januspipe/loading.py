@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -18,21 +22,24 @@ from lightning_januspipe.engine.microbatch import MicroBatchCollate, sample_cost
 _NUM_SAMPLES = 12
 
 
-def split_batches(loader: Any, num_microbatches: int, required: bool) -> None:
-    """Make a loader give :class:`~lightning_januspipe.engine.microbatch.MicroBatches`.
+def split_batches(loader: Any, num_microbatches: int, required: bool) -> Any:
+    """A loader that gives :class:`~lightning_januspipe.engine.microbatch.MicroBatches`.
+
+    The user's loader is not changed: it may serve for validation too.
 
     Args:
-        loader: the loader; left as it is where it cannot be split.
+        loader: the user's loader.
         num_microbatches: into how many.
         required: whether the user asked for this number, so that a loader that cannot be split is an error.
+
+    Returns:
+        A copy that splits, or the loader itself where one micro-batch is wanted or it cannot be split.
 
     Raises:
         ValueError: the loader collates nothing, so that its batches cannot be split.
     """
-    if isinstance(loader, DataLoader) and isinstance(loader.collate_fn, MicroBatchCollate):
-        loader.collate_fn = loader.collate_fn.collate
     if num_microbatches == 1:
-        return
+        return loader
     if not isinstance(loader, DataLoader) or (loader.batch_sampler is None and loader.batch_size is None):
         if required:
             raise ValueError(
@@ -40,13 +47,11 @@ def split_batches(loader: Any, num_microbatches: int, required: bool) -> None:
                 "ready-made batches without collating samples, so they cannot be split. Use a torch DataLoader "
                 "with a batch_size or batch_sampler, or num_microbatches=1 with accumulate_grad_batches."
             )
-        return
-    loader.collate_fn = MicroBatchCollate(loader.collate_fn, num_microbatches)
-
-
-def unsplit_batches(loader: Any) -> None:
-    """Undo :func:`split_batches`."""
-    split_batches(loader, 1, required=False)
+        return loader
+    split = copy.copy(loader)
+    split._iterator = None  # workers that persist belong to the user's loader
+    split.collate_fn = MicroBatchCollate(loader.collate_fn, num_microbatches)
+    return split
 
 
 def require_samples(loader: Any) -> None:
@@ -111,8 +116,15 @@ def without_inference(value: Any) -> Any:
     """The same batch with tensors that autograd accepts."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {k: without_inference(v) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(without_inference(v) for v in value))
+    if isinstance(value, Mapping):
+        changed = copy.copy(value)
+        changed.update({k: without_inference(v) for k, v in value.items()})  # type: ignore[attr-defined]
+        return changed
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        return dataclasses.replace(value, **{n: without_inference(getattr(value, n)) for n in fields})
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(without_inference(v) for v in value)
     if hasattr(value, "apply") and not isinstance(value, nn.Module):  # PyG data
@@ -123,10 +135,6 @@ def without_inference(value: Any) -> Any:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """Looking at samples must not change which ones training sees."""
-    import random
-
-    import numpy as np
-
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

@@ -97,7 +97,7 @@ class Mesh:
             for graph in range(shape.graph):
                 ranks = [shape.rank(p, data, graph) for p in range(shape.pipeline)]
                 down, up = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout)
-                control = dist.new_group(ranks, backend="gloo")
+                control = dist.new_group(ranks, backend="gloo", timeout=timeout)
                 if (data, graph) == (self.data_rank, self.graph_rank):
                     self.down_group, self.up_group, self.control_group = down, up, control
         for other in range(shape.size):

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from lightning_januspipe.capture.step import loss_of
 
+_LOG_ARGUMENTS = (
+    *("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "sync_dist_group"),
+    *("add_dataloader_idx", "batch_size", "metric_attribute", "rank_zero_only"),
+)
+"""What may follow name and value in ``LightningModule.log``, in its order."""
+
 
 class LogRecorder:
     """Stands in for ``LightningModule.log`` while the micro-batches run."""
@@ -24,8 +30,7 @@ class LogRecorder:
 
     def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Record one call of ``self.log``."""
-        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
         size = given.get("batch_size") or self.num_samples or 1
         kept = value.detach().clone() if isinstance(value, Tensor) else value
         self._calls.setdefault(name, []).append((kept, float(size), given))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import Capture, CapturedStage, CapturedStep
@@ -76,9 +77,6 @@ class Undivided:
         """Whether this rank counts a parameter in norms and checkpoints: all of them."""
         return True
 
-    def synchronize(self) -> None:
-        """Bring all parameters up to date on every rank: they are."""
-
 
 class Pipeline:
     """One stage of a captured module, on one rank.
@@ -109,6 +107,7 @@ class Pipeline:
         self.executor = Executor(
             Stage(function, self.gradients), captured.chain, mesh.shape.pipeline, down, up, mesh.device, mesh.timeout
         )
+        self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self.stages_of = self._place(captured.parameter_stages(), dict(potential.named_parameters()))
 
     def schedule(self, num_microbatches: int) -> Schedule:
@@ -128,9 +127,10 @@ class Pipeline:
             FloatingPointError: a loss is not finite.
         """
         outputs: list[Any] = [None] * len(batches)
+        self._refuse_unfreezing()
         try:
             inputs = [self._prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
-            self._compare_batches(inputs)
+            self._compare_batches(inputs, batches)
             schedule = self.schedule(len(batches))
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
@@ -153,7 +153,7 @@ class Pipeline:
         """FE and FF of one batch, then the user's step on every rank."""
         try:
             inputs = [self._prepare(0, step, batch)]
-            self._compare_batches(inputs)
+            self._compare_batches(inputs, [batch])
             ((observables, derivatives),) = self.executor.evaluate(inputs)
             for derivative in derivatives:
                 dist.broadcast(derivative, self._mesh.pipeline_ranks[0], group=self._mesh.pipeline_group)
@@ -227,9 +227,18 @@ class Pipeline:
         with as_world(self._mesh.alone_group):
             return self.step.prepare(index, step, batch)
 
-    def _compare_batches(self, inputs: Sequence[MicrobatchInput]) -> None:
+    def _refuse_unfreezing(self) -> None:
+        changed = self._trainable ^ {n for n, p in self._module.named_parameters() if p.requires_grad}
+        if changed:
+            raise ValueError(
+                f"requires_grad of {', '.join(sorted(changed)[:3])} was changed after training had started, when the "
+                "stages were made. Freeze and unfreeze before Trainer.fit, or train with pipeline_size=1."
+            )
+
+    def _compare_batches(self, inputs: Sequence[MicrobatchInput], batches: Sequence[Any]) -> None:
         """Refuse to go on if the ranks of this pipeline hold different batches: nothing else would notice."""
-        mine = [fingerprint(i.tensors) for i in inputs]
+        labels = [[x for x in pytree.tree_leaves(b) if isinstance(x, Tensor)] for b in batches]
+        mine = [fingerprint([*i.tensors, *more]) for i, more in zip(inputs, labels, strict=True)]
         found: list[Any] = [None] * self._mesh.shape.pipeline
         dist.all_gather_object(found, mine, group=self._mesh.control_group)
         for stage, other in enumerate(found):
@@ -243,6 +252,3 @@ class Pipeline:
                     "see the same samples: keep Trainer(use_distributed_sampler=True), or seed your sampler "
                     "and your random transforms alike on every rank (lightning.seed_everything(..., workers=True))."
                 )
-
-
-Runner = Undivided | Pipeline

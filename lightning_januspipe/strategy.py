@@ -6,7 +6,7 @@ import inspect
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,12 +20,12 @@ from lightning_januspipe.capture import Capture, capture_module
 from lightning_januspipe.capture.step import replaced_log
 from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
 from lightning_januspipe.engine.microbatch import MicroBatches
+from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.loading import (
     example_batches,
     require_samples,
     seed_workers,
     split_batches,
-    unsplit_batches,
     without_inference,
 )
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
@@ -216,11 +216,14 @@ class JanusPipeBody:
         assert self.mesh is not None
         if self.is_distributed:
             broadcast_module(model)
-            for metric in model.modules():
-                if hasattr(metric, "dist_sync_on_step") and hasattr(metric, "process_group"):
-                    # The ranks of a pipeline see the same samples: torchmetrics has to count them once.
-                    metric.__dict__["process_group"] = self.mesh.data_group
+            self._set_metric_groups(model, self.mesh.data_group)
         return model
+
+    def _set_metric_groups(self, model: nn.Module, group: Any) -> None:
+        """The ranks of a pipeline see the same samples: torchmetrics has to count them once."""
+        for metric in model.modules():
+            if hasattr(metric, "dist_sync_on_step") and hasattr(metric, "process_group"):
+                metric.__dict__["process_group"] = group
 
     def _refuse(self, module: Any) -> None:
         if not module.automatic_optimization:
@@ -236,6 +239,23 @@ class JanusPipeBody:
         precision = str(self.precision_plugin.precision)
         if precision not in SUPPORTED:
             raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
+
+    def _refuse_in_pipeline(self, trainer: Any) -> None:
+        """What no rank could do right with one stage's parameters, or with micro-batches."""
+        if self.num_microbatches() == 1 and isinstance(self.runner, Undivided):
+            return
+        if len(trainer.fit_loop._combined_loader.flattened) != 1:
+            raise ValueError(
+                "train_dataloader gives several loaders; one is supported. Concatenate their datasets "
+                "(torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
+            )
+        averaging = ("WeightAveraging", "StochasticWeightAveraging")
+        for callback in trainer.callbacks:
+            if any(c.__name__ in averaging for c in type(callback).__mro__) and not isinstance(self.runner, Undivided):
+                raise ValueError(
+                    f"{type(callback).__name__} averages all parameters of the module on every rank, but a rank of a "
+                    "pipeline trains only its stage's. Leave it out, or train with pipeline_size=1."
+                )
 
     @property
     def precision_plugin(self) -> Any:
@@ -260,7 +280,8 @@ class JanusPipeBody:
         trainer = self.lightning_module.trainer
         if trainer.training:
             require_samples(dataloader)
-            split_batches(dataloader, self.num_microbatches(), required=self._num_microbatches != "auto")
+            required = self._num_microbatches != "auto"
+            dataloader = split_batches(dataloader, self.num_microbatches(), required)
             self._train_loader = dataloader
         else:
             self._eval_loader = dataloader
@@ -277,8 +298,18 @@ class JanusPipeBody:
 
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
+        module = self.lightning_module
+        self._refuse_in_pipeline(module.trainer)
+        # A batch transfer hook of the user gets batches, not the micro-batches' container.
+        transfer = module._on_before_batch_transfer
+        module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
+            MicroBatches([transfer(b, dataloader_idx) for b in batch], batch.num_samples)
+            if isinstance(batch, MicroBatches)
+            else transfer(batch, dataloader_idx)
+        )
         if self.runner is None:
-            self._capture(self._train_loader, self.lightning_module.training_step, self.num_microbatches())
+            self._captured = None  # an evaluation's capture knows nothing of training_step
+            self._capture(self._train_loader, module.training_step, self.num_microbatches())
         if isinstance(self.runner, Pipeline):
             self._same_random_state()
             self._stage_optimizers = {id(o): StageOptimizer(o, self.runner) for o in self.optimizers}
@@ -313,8 +344,8 @@ class JanusPipeBody:
             return
         if self.global_rank == 0:
             modes = {m: m.training for m in module.modules()}
-            # In training mode also for an evaluation: many potentials detach their forces otherwise.
-            module.train()
+            if not _is_fitting(module.trainer):
+                module.train()  # many potentials detach their forces otherwise
             try:
                 with _differentiable():
                     traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
@@ -468,8 +499,10 @@ class JanusPipeBody:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole module's state, the same on every rank; every rank takes part."""
-        if isinstance(self.runner, Pipeline):
-            self.runner.synchronize()  # after training this was done already
+        if isinstance(self.runner, Pipeline):  # after training this was done already
+            if self.mesh is not None and self.mesh.aborted:
+                raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
+            self.runner.synchronize()
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -481,14 +514,28 @@ class JanusPipeBody:
         assert self.mesh is not None
         return stage.full_state_dict(self.mesh)
 
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load whole optimizers' states; before training starts these are still whole."""
+        if not self._stage_optimizers:
+            super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self._stage_optimizers[id(optimizer)].load(state)
+
     def on_train_end(self) -> None:
         """Leave the whole trained module on every rank."""
         if isinstance(self.runner, Pipeline):
             self.runner.synchronize()
 
     def teardown(self) -> None:
-        """Give the user's loader back as it was. Optimizers stay pruned, so that a checkpoint can still be saved."""
-        unsplit_batches(self._train_loader)
+        """Leave nothing on the user's module and optimizers; a checkpoint can still be saved."""
+        for stage in self._stage_optimizers.values():
+            stage.make_whole()
+        module = self.lightning_module
+        if module is not None:
+            module.__dict__.pop("_on_before_batch_transfer", None)
+            module._device_mesh = None
+            self._set_metric_groups(module, None)
         self._train_loader, self._eval_loader, self.runner = None, None, None
         super().teardown()  # type: ignore[misc]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -114,12 +115,15 @@ class RankPool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+        atexit.unregister(self.close)
 
     def _start(self) -> None:
+        atexit.register(self.close)
         context = multiprocessing.get_context("spawn")
         while len(self._processes) < self.size:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            # Not daemonic: loaders with workers have to be able to start processes of their own.
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -285,8 +289,7 @@ def train_undivided(
     loaders = []
     for replica in range(shape.data):
         loader = _ordered_loader(_train_loader(data), shape.data, replica)
-        split_batches(loader, num_microbatches, required=False)
-        loaders.append(loader)
+        loaders.append(split_batches(loader, num_microbatches, required=False))
     step = module.training_step
 
     def mean_step(batch: tuple[Any, ...], batch_idx: int) -> Tensor:
@@ -325,7 +328,7 @@ def _train_loader(data: Any) -> Any:
 
 
 def _ordered_loader(loader: Any, num_replicas: int, replica: int) -> Any:
-    """The same loader in the order of the dataset, with one replica's share of the samples."""
+    """A loader over the same dataset in its order, with one replica's share of the samples, without workers."""
     sampler: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, num_replicas=num_replicas, rank=replica, shuffle=False
     )
@@ -363,7 +366,6 @@ def _recorder(module: Any, holds: Callable[[nn.Parameter], bool]) -> Any:
 
         def __init__(self) -> None:
             self.record = Record()
-            self._losses: list[float] = []
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             self.record.gradients.append(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from lightning_januspipe.engine.microbatch import MicroBatchCollate, MicroBatches
-from lightning_januspipe.loading import example_batches, require_samples, seed_workers, split_batches, unsplit_batches
+from lightning_januspipe.engine.microbatch import MicroBatches
+from lightning_januspipe.loading import example_batches, require_samples, seed_workers, split_batches
 
 
 class _Samples(Dataset[Tensor]):
@@ -55,39 +55,28 @@ def _values(batches: MicroBatches) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("dataset", [_Samples(10), _Stream(10)], ids=["map", "iterable"])
-def test_split_and_unsplit(dataset: Any) -> None:
-    loader = _loader(dataset)
-    plain = list(loader)
-    split_batches(loader, 2, required=True)
+def test_split(dataset: Any) -> None:
+    user = _loader(dataset)
+    plain = list(user)
+    loader = split_batches(user, 2, required=True)
     batches = list(loader)
     assert all(isinstance(b, MicroBatches) for b in batches)
     assert [len(b) for b in batches] == [2, 2, 2]
     assert [sorted(v for group in _values(b) for v in group) for b in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert _values(batches[0]) == [[0, 3], [1, 2]], "four samples of 1 to 4 numbers make two groups of 5"
-    unsplit_batches(loader)
-    assert list(loader) == plain and loader.collate_fn is _collate
-
-
-def test_splitting_again_replaces_the_number() -> None:
-    loader = _loader(_Samples(4))
-    for num in (2, 4, 3):
-        split_batches(loader, num, required=True)
-        assert isinstance(loader.collate_fn, MicroBatchCollate) and loader.collate_fn.collate is _collate
-        assert [len(b) for b in loader] == [num]
-    split_batches(loader, 1, required=True)
-    assert loader.collate_fn is _collate
+    assert list(user) == plain and user.collate_fn is _collate, "the user's loader was changed"
 
 
 def test_batch_sampler() -> None:
     sampler = BatchSampler(SequentialSampler(_Samples(5)), batch_size=3, drop_last=False)
     loader = DataLoader(_Samples(5), batch_sampler=sampler, collate_fn=_collate)
-    split_batches(loader, 2, required=True)
+    loader = split_batches(loader, 2, required=True)
     assert [b.num_samples for b in loader] == [[2, 1], [1, 1]]
 
 
 def test_workers_split_too() -> None:
     loader = _loader(_Samples(4), num_workers=1)
-    split_batches(loader, 2, required=True)
+    loader = split_batches(loader, 2, required=True)
     assert [_values(b) for b in loader] == [[[0, 3], [1, 2]]]
 
 
@@ -97,9 +86,8 @@ def test_loaders_that_collate_nothing(loader: Any) -> None:
     with pytest.raises(ValueError, match=rf"num_microbatches=3, but the training loader \({name}\) .*batch_sampler"):
         split_batches(loader, 3, required=True)
     before = [str(b) for b in loader]
-    split_batches(loader, 3, required=False)
-    split_batches(loader, 1, required=True)
-    unsplit_batches(loader)
+    assert split_batches(loader, 3, required=False) is loader
+    assert split_batches(loader, 1, required=True) is loader
     assert [str(b) for b in loader] == before
 
 
@@ -121,7 +109,7 @@ def test_empty_dataset() -> None:
 @pytest.mark.parametrize("dataset", [_Samples(20), _Stream(20), _Samples(2)], ids=["map", "iterable", "two samples"])
 def test_example_batches(dataset: Any, batch_size: int, num_microbatches: int) -> None:
     loader = _loader(dataset, batch_size)
-    split_batches(loader, num_microbatches, required=True)
+    loader = split_batches(loader, num_microbatches, required=True)
     traced, other = example_batches(loader, num_microbatches)
     assert isinstance(traced, list) and isinstance(other, list), "collated by the loader's own function"
     assert len(traced) >= 2

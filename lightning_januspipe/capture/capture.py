@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.capture.step import RandomState, shallow_copy, silent_log
+from lightning_januspipe.capture.step import kept_random_state, shallow_copy, silent_log
 from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.capture.validate import validate, validate_evaluation
 from lightning_januspipe.engine.local import PhaseSeconds
@@ -128,14 +129,20 @@ def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Capture runs the user's step a few times; buffers, metrics, gradients and random numbers stay as they were."""
+    """Capture runs the user's step a few times; all that a step may change stays as it was.
+
+    That is buffers, metrics, attributes of modules (lists that collect outputs, counters), gradients, random numbers.
+    """
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
     metrics = {m: _metric_state(m) for m in module.modules() if hasattr(m, "_copy_state_dict")}
     gradients = {p: p.grad for p in module.parameters()}
-    with RandomState().again(), silent_log(module):
+    attributes = {m: _attributes(m) for m in module.modules() if m not in metrics}
+    with kept_random_state(), silent_log(module):
         try:
             yield
         finally:
+            for owner, kept in attributes.items():
+                _restore_attributes(owner, kept)
             for name, buffer in module.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
@@ -143,6 +150,27 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
                 metric.__dict__.update(state)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+
+
+_CONTAINERS = (list, dict, set)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Public attributes that a step may change, containers with what they hold."""
+    names = [n for n in vars(module) if not n.startswith("_") and n not in ("training", "log", "forward")]
+    values = {n: vars(module)[n] for n in names}
+    return {n: (v, copy.copy(v)) if isinstance(v, _CONTAINERS) else (v, None) for n, v in values.items()}
+
+
+def _restore_attributes(module: nn.Module, kept: dict[str, Any]) -> None:
+    for name in [n for n in vars(module) if not n.startswith("_") and n not in ("training", "log", "forward")]:
+        if name not in kept:
+            del vars(module)[name]
+    for name, (value, held) in kept.items():
+        vars(module)[name] = value
+        if held is not None and len(value) != len(held):
+            value.clear()
+            value.extend(held) if isinstance(value, list) else value.update(held)
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:

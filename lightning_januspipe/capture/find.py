@@ -82,7 +82,7 @@ class _Watch(TorchFunctionMode):
         self.grads: list[_GradCall] = []
         self.returned: list[tuple[str, Any]] = []  # outputs are kept alive, so that their ids stay their own
         self.read: set[int] = set()
-        self.parameters_read_outside: set[str] = set()
+        self.parameters_read: set[tuple[str, tuple[str, ...]]] = set()  # with the modules that were running
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of every module."""
@@ -109,14 +109,13 @@ class _Watch(TorchFunctionMode):
             given = grad_arguments(args, kwargs)
             self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph"))))
         result = func(*args, **kwargs)
-        if self._output_ids or not self._stack:
-            # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
-            has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
-            for leaf in map(id, pytree.tree_leaves((args, kwargs))):
-                if leaf in self._output_ids:
-                    self.read.add(self._output_ids[leaf])
-                if leaf in self._parameter_ids and not self._stack and has_values:
-                    self.parameters_read_outside.add(self._parameter_ids[leaf])
+        # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
+        has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
+        for leaf in map(id, pytree.tree_leaves((args, kwargs))):
+            if leaf in self._output_ids:
+                self.read.add(self._output_ids[leaf])
+            if leaf in self._parameter_ids and has_values:
+                self.parameters_read.add((self._parameter_ids[leaf], tuple(self._stack)))
         return result
 
 
@@ -141,7 +140,8 @@ def find_potential(module: nn.Module, run_step: Callable[[], Any], potential: st
     with _global_hooks(watch.enter, watch.leave), watch:
         run_step()
     path = _judge(module, watch.grads, [name for name, _ in watch.returned], potential)
-    outside = watch.parameters_read_outside & {f"{path}.{n}" for n, _ in module.get_submodule(path).named_parameters()}
+    inside = {f"{path}.{n}" for n, _ in module.get_submodule(path).named_parameters()}
+    outside = {name for name, running in watch.parameters_read if name in inside and path not in running}
     if outside:
         raise CaptureError(
             f"the step of {type(module).__name__} uses parameters of its potential {path!r} outside the potential's "

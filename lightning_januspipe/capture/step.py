@@ -57,7 +57,7 @@ class CapturedStep:
         others = [p for p in module.parameters() if p.requires_grad and p not in inside]
         self.outside_parameters: list[nn.Parameter] = [*others, *self._epilogue.parameters]
         self._calls: dict[int, list[Tensor]] = {}
-        self._random: dict[int, RandomState] = {}
+        self._seeds: dict[int, int] = {}
 
     def prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
         """Run the step up to the potential, and return what the stages get.
@@ -71,11 +71,13 @@ class CapturedStep:
             CaptureError: the step does not call the potential, or calls it with other constants or sizes than it was
                 traced for.
         """
-        state = RandomState()
-        with silent_log(self._module), torch.enable_grad():
+        # One number of the shared generator for each micro-batch: it goes on by as much on every rank, whatever the
+        # step draws, and the step draws the same when it is run again.
+        seed = int(torch.randint(2**31, ()).item())
+        with _seeded(seed), silent_log(self._module), torch.enable_grad():
             args, kwargs = call_arguments(self._module, self._captured.path, lambda: step(shallow_copy(batch)))
         tensors = self._captured.call.bind(self._captured.path, args, kwargs)
-        self._calls[index], self._random[index] = tensors, state
+        self._calls[index], self._seeds[index] = tensors, seed
         return MicrobatchInput(tensors, self._captured.bind_sizes(tensors))
 
     def loss(
@@ -128,7 +130,7 @@ class CapturedStep:
     def clear(self) -> None:
         """Forget prepared micro-batches."""
         self._calls.clear()
-        self._random.clear()
+        self._seeds.clear()
 
     def _replay(self, index: int, step: StepFunction, batch: Any, y: list[Tensor], x: list[Tensor]) -> Any:
         tensors = self._calls.pop(index)
@@ -136,7 +138,7 @@ class CapturedStep:
         def replaced(*_: Any, **__: Any) -> object:
             return self._epilogue(tensors, y, x)
 
-        with self._random.pop(index).again(), _forward_replaced(self._potential, replaced):
+        with _seeded(self._seeds.pop(index)), _forward_replaced(self._potential, replaced):
             return step(shallow_copy(batch))
 
 
@@ -219,7 +221,7 @@ def replaced_log(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
 
 
 class RandomState:
-    """States of the generators of torch, numpy and Python: a step that is run twice draws the same numbers twice."""
+    """States of the generators of torch, numpy and Python."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
@@ -227,19 +229,30 @@ class RandomState:
         self._numpy = np.random.get_state()
         self._python = random.getstate()
 
-    def _set(self) -> None:
+    def restore(self) -> None:
+        """Set the generators to these states."""
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw from these states inside the block, and go on from the present ones after it."""
-        later = RandomState()
-        self._set()
-        try:
-            yield
-        finally:
-            later._set()
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """What is drawn inside the block is as if it had not been drawn."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from generators with a seed of their own."""
+    with kept_random_state():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield

@@ -160,16 +160,14 @@ def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
             seen["energies"].extend(microbatch["energy"].tolist())
 
     def training_step(batch: dict[str, Tensor], batch_idx: int) -> Any:
+        seen.update(axes=module.device_mesh.mesh_dim_names, shape=tuple(module.device_mesh.shape))
         seen["world_inside"] = torch.distributed.get_world_size()
         return step(batch, batch_idx)
 
     module.training_step, module.on_train_batch_start = training_step, on_train_batch_start
     trainer = make_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
     trainer.fit(module, tiny.data())
-    mesh = module.device_mesh
     seen.update(
-        axes=mesh.mesh_dim_names,
-        shape=tuple(mesh.shape),
         world=trainer.world_size,
         outside=torch.distributed.get_world_size(),
     )
