@@ -60,7 +60,8 @@ class CallFormat:
             if place not in leaves or not _same(leaves[place], value):
                 raise CaptureError(
                     f"the potential {path!r} was captured with {place} = {value!r}, but this batch calls it with "
-                    f"{leaves.get(place)!r}. Values that change with the batch have to be tensors."
+                    f"{leaves.get(place)!r}. Values that change with the batch have to be tensors, "
+                    "in dicts, lists or tuples; take them out of other objects before calling the potential."
                 )
         return [leaves[p] for p in self.tensors]
 

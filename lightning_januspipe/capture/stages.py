@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, Regions
@@ -204,11 +204,6 @@ def independent_coordinates(program: Program) -> list[str]:
             found.append(node.name)
             reached.add(node.name)
     return found
-
-
-def stage_module(captured: CapturedPotential, index: int, potential: nn.Module) -> fx.GraphModule:
-    """The graph of one stage, to look at."""
-    return CapturedStage(captured, index, potential)._module
 
 
 def _spec(program: Program, name: str) -> TensorSpec:

@@ -150,7 +150,7 @@ class _Step:
         inputs: Sequence[MicrobatchInput],
         create_graph: bool = True,
     ) -> None:
-        self._x, self._inputs, self._create_graph = executor, inputs, create_graph
+        self._executor, self._inputs, self._create_graph = executor, inputs, create_graph
         self.observables: dict[int, list[Tensor]] = {}
         self.derivatives: dict[int, list[Tensor]] = {}
         self._seeds: dict[int, LossGradients] = {}
@@ -170,7 +170,7 @@ class _Step:
     def run(self, action: Action, loss: LossFunction | None) -> None:
         """One action, with its messages."""
         received = self._receive(action)
-        stage, m = self._x.stage, action.microbatch
+        stage, m = self._executor.stage, action.microbatch
         own = stage.function.observables
         if action.phase is Phase.FE:
             num = len(stage.function.boundary_in)
@@ -178,41 +178,41 @@ class _Step:
             known = dict(zip(self._observables_before(), received[num:], strict=True))
             known.update(zip(own, values, strict=True))
             self.observables[m] = [known[i] for i in sorted(known)]
-            self._send(action, self._x._to_next, [*boundary, *self.observables[m]])
+            self._send(action, self._executor._to_next, [*boundary, *self.observables[m]])
         elif action.phase is Phase.FF:
-            num, num_x = len(stage.function.boundary_out), len(self._x.chain.coordinates)
+            num, num_x = len(stage.function.boundary_out), len(self._executor.chain.coordinates)
             gradients, derivatives = stage.forward_force(m, received[:num], create_graph=self._create_graph)
             if received:
                 derivatives = [a + b for a, b in zip(received[num : num + num_x], derivatives, strict=True)]
                 self.observables[m] = received[num + num_x :]
             self.derivatives[m] = derivatives
-            self._send(action, self._x._to_previous, [*gradients, *derivatives, *self.observables[m]])
+            self._send(action, self._executor._to_previous, [*gradients, *derivatives, *self.observables[m]])
         elif action.phase is Phase.BF:
             assert loss is not None
             num = len(stage.function.boundary_in)
-            if self._x.index > 0:
+            if self._executor.index > 0:
                 self.derivatives[m] = received[num:]
             complete = self.derivatives.pop(m)
             self._seeds[m] = seeds = loss(m, self.observables.pop(m), complete)
             cotangents = stage.backward_force(m, received[:num], seeds.derivatives)
-            self._send(action, self._x._to_next, [*cotangents, *complete])
+            self._send(action, self._executor._to_next, [*cotangents, *complete])
         elif action.phase is Phase.BE:
             seeds = self._seeds.pop(m)
             cotangents = stage.backward_energy(m, received, [seeds.observables[i] for i in own])
-            self._send(action, self._x._to_previous, cotangents)
+            self._send(action, self._executor._to_previous, cotangents)
         else:
             raise AssertionError(f"the executor does not run phase {action.phase}")
 
     def finish(self) -> None:
         """Wait until every message has left."""
-        for channel in (self._x._to_next, self._x._to_previous):
+        for channel in (self._executor._to_next, self._executor._to_previous):
             if channel is not None:
                 try:
-                    channel.flush(self._x._timeout)
+                    channel.flush(self._executor._timeout)
                 except RuntimeError as error:
                     raise PipelineError(
-                        f"stage {self._x.index} could not deliver its last messages to global rank {channel.peer}: "
-                        f"{error}. That rank has ended or hangs; its own output has the cause."
+                        f"stage {self._executor.index} could not deliver its last messages to global rank "
+                        f"{channel.peer}: {error}. That rank has ended or hangs; its own output has the cause."
                     ) from error
 
     def forget(self) -> None:
@@ -223,7 +223,7 @@ class _Step:
             posted.clear()
 
     def _source(self, phase: Phase) -> Channel | None:
-        return self._x._from_previous if phase in (Phase.FE, Phase.BF) else self._x._from_next
+        return self._executor._from_previous if phase in (Phase.FE, Phase.BF) else self._executor._from_next
 
     def _receive(self, action: Action) -> list[Tensor]:
         channel = self._source(action.phase)
@@ -236,21 +236,21 @@ class _Step:
                 posted.append((following, channel.receive(self._shapes(following))))
             expected, receive = posted[0]
             assert expected == action, f"receives out of order: {expected} before {action}"
-            tensors = receive.wait(self._x._timeout)
+            tensors = receive.wait(self._executor._timeout)
             posted.popleft()
             self._release(action, channel)
             return tensors
         except RuntimeError as error:
             raise PipelineError(
-                f"stage {self._x.index} waited for the {action.phase.value} message of micro-batch "
+                f"stage {self._executor.index} waited for the {action.phase.value} message of micro-batch "
                 f"{action.microbatch} from global rank {channel.peer}, which did not come: {error}. That rank has "
                 "ended or hangs; its own output has the cause."
             ) from error
 
     def _release(self, action: Action, came_from: Channel) -> None:
-        before = came_from is self._x._from_previous
-        back = self._x._to_previous if before else self._x._to_next
-        sender = Action(action.phase, self._x.index + (-1 if before else 1), action.microbatch)
+        before = came_from is self._executor._from_previous
+        back = self._executor._to_previous if before else self._executor._to_next
+        sender = Action(action.phase, self._executor.index + (-1 if before else 1), action.microbatch)
         if back is not None and sender in self._positions:
             back.release(self._positions[sender])
 
@@ -258,21 +258,21 @@ class _Step:
         if channel is None:
             return
         try:
-            peer = self._x.index + (1 if channel is self._x._to_next else -1)
+            peer = self._executor.index + (1 if channel is self._executor._to_next else -1)
             channel.send(tensors, self._positions.get(Action(action.phase, peer, action.microbatch)))
         except RuntimeError as error:
             raise PipelineError(
-                f"stage {self._x.index} could not send the {action.phase.value} message of micro-batch "
+                f"stage {self._executor.index} could not send the {action.phase.value} message of micro-batch "
                 f"{action.microbatch} to global rank {channel.peer}: {error}. That rank has ended; its own output has "
                 "the cause."
             ) from error
 
     def _observables_before(self) -> list[int]:
-        return [i for i, s in enumerate(self._x.chain.observable_stage) if s < self._x.index]
+        return [i for i, s in enumerate(self._executor.chain.observable_stage) if s < self._executor.index]
 
     def _shapes(self, action: Action) -> Shapes:
         """Shapes and dtypes of the message that ``action`` waits for."""
-        function, chain = self._x.stage.function, self._x.chain
+        function, chain = self._executor.stage.function, self._executor.chain
         specs: list[TensorSpec]
         if action.phase is Phase.FE:
             specs = [*function.boundary_in, *(chain.observables[i] for i in self._observables_before())]

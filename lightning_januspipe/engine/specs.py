@@ -25,10 +25,6 @@ class TensorSpec:
         """The shape for given values of the symbols."""
         return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
 
-    def empty(self, symbols: Mapping[str, int], device: torch.device) -> Tensor:
-        """An uninitialized tensor of this shape and dtype."""
-        return torch.empty(self.sizes(symbols), dtype=self.dtype, device=device)
-
 
 def _evaluate(expression: str, symbols: Mapping[str, int]) -> int:
     if expression in symbols:

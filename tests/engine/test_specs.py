@@ -55,11 +55,6 @@ def test_unknown_symbol() -> None:
         TensorSpec(("u0 + s0",), torch.float64).sizes(SYMBOLS)
 
 
-def test_empty() -> None:
-    tensor = TensorSpec(("s0", 3), torch.int64).empty(SYMBOLS, torch.device("cpu"))
-    assert tensor.shape == (7, 3) and tensor.dtype == torch.int64
-
-
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cat": lambda x, y: torch.cat([x, y, x]),
     "every second": lambda x, y: x[::2],

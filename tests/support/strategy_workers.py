@@ -101,7 +101,7 @@ def fit_then_evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]
     return {"fit": metrics, "test": trainer.test(module, data, verbose=False)}
 
 
-def namespaced_module(namespace: str) -> Any:
+def namespaced_module(namespace: str, learning_rate: float) -> Any:
     """The potential in a LightningModule of either Lightning, written by hand."""
     base = library(namespace).LightningModule
     potential = tiny.module().potential
@@ -121,16 +121,16 @@ def namespaced_module(namespace: str) -> Any:
             return {"loss": energy + 10 * forces, "forces": forces.detach()}
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=1e-3)
+            return torch.optim.SGD(self.parameters(), lr=learning_rate)
 
     return Module()
 
 
-def fit_namespace(namespace: str, strategy: str | dict[str, Any] | None) -> dict[str, Any]:
+def fit_namespace(namespace: str, strategy: str | dict[str, Any] | None, learning_rate: float = 1e-3) -> dict[str, Any]:
     """Three steps under either Lightning; a string is a registered name."""
     import lightning_januspipe  # noqa: F401
 
-    module = namespaced_module(namespace)
+    module = namespaced_module(namespace, learning_rate)
     losses = Losses(namespace)
     if isinstance(strategy, str):
         arguments = {"strategy": strategy, "devices": int(os.environ["WORLD_SIZE"])}
