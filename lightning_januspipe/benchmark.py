@@ -218,7 +218,18 @@ def two_ranks(work: Work, runs: int = 5) -> str:
     )
 
 
-BENCHMARKS: dict[str, Callable[[Work, int], str]] = {"single": single_process, "two-ranks": two_ranks}
+def contention(work: Work, runs: int = 5) -> str:
+    """Two replicas, which do twice the work of one rank and send almost nothing: what sharing the machine costs."""
+    split = {"num_microbatches": work.batch_size}
+    replicas = {**split, "pipeline_size": 1, "data_size": 2}
+    return table(compare({"one rank": (1, split), "two replicas, twice the work": (2, replicas)}, work, runs))
+
+
+BENCHMARKS: dict[str, Callable[[Work, int], str]] = {
+    "single": single_process,
+    "two-ranks": two_ranks,
+    "contention": contention,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
