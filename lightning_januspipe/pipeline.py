@@ -14,7 +14,7 @@ from lightning_januspipe.capture import Capture, CapturedStage, CapturedStep
 from lightning_januspipe.capture.step import StepFunction, loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
-from lightning_januspipe.engine.microbatch import fingerprint
+from lightning_januspipe.engine.microbatch import fingerprint, same_batch
 from lightning_januspipe.engine.p2p import Channel, PipelineError
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.mesh import Mesh, as_world
@@ -242,9 +242,12 @@ class Pipeline:
         found: list[Any] = [None] * self._mesh.shape.pipeline
         dist.all_gather_object(found, mine, group=self._mesh.control_group)
         for stage, other in enumerate(found):
-            if other != found[0]:
+            same = len(other) == len(found[0]) and all(map(same_batch, found[0], other))
+            if not same:
                 first, second = self._mesh.pipeline_ranks[0], self._mesh.pipeline_ranks[stage]
-                index = next((i for i, (a, b) in enumerate(zip(found[0], other, strict=False)) if a != b), 0)
+                index = next(
+                    (i for i, (a, b) in enumerate(zip(found[0], other, strict=False)) if not same_batch(a, b)), 0
+                )
                 raise PipelineError(
                     f"global ranks {first} and {second} of one pipeline got different batches (micro-batch {index}: "
                     f"{found[0][index : index + 1]} and {other[index : index + 1]}, as number of tensors, numbers, "

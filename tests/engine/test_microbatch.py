@@ -17,6 +17,7 @@ from lightning_januspipe.engine.microbatch import (
     MicroBatchCollate,
     MicroBatches,
     fingerprint,
+    same_batch,
     sample_cost,
     split_samples,
 )
@@ -173,3 +174,17 @@ def test_fingerprint_of_values_that_are_not_finite_equals_itself(values: list[fl
     first, second = fingerprint([torch.tensor(values)]), fingerprint([torch.tensor(values)])
     assert first == second
     assert first != fingerprint([torch.tensor([v + 0.0 for v in reversed(values)])])
+
+
+def test_rounding_is_no_difference() -> None:
+    """A sum depends on where in memory its terms lie; a batch has to be recognized all the same."""
+    values = torch.randn(20011, dtype=torch.float64) * 1e3
+    moved = torch.cat([torch.zeros(1, dtype=torch.float64), values])[1:]
+    nearly = values * (1 + 1e-15)
+    for other in (moved, nearly):
+        assert same_batch(fingerprint([values]), fingerprint([other]))
+    changed = values.clone()
+    changed[7] += 0.1
+    assert not same_batch(fingerprint([values]), fingerprint([changed]))
+    assert not same_batch(fingerprint([values]), fingerprint([values.flip(0)]))
+    assert not same_batch(fingerprint([]), fingerprint([values]))
