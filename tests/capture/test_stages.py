@@ -11,7 +11,7 @@ from capture_models import DTYPE, Batch, Potential, Step, Traced, make_batch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.stages import CapturedStage, Epilogue, stage_module
+from lightning_januspipe.capture.stages import CapturedStage, Epilogue
 
 
 class Wide(Potential):
@@ -94,7 +94,10 @@ def test_every_parameter_is_in_a_stage(traced: Traced, num_stages: int) -> None:
 def test_stage_graph_holds_only_its_share(traced: Traced) -> None:
     captured = traced.cut(3)
     tanh = [
-        sum(n.target is torch.ops.aten.tanh.default for n in stage_module(captured, i, traced.potential).graph.nodes)
+        sum(
+            n.target is torch.ops.aten.tanh.default
+            for n in CapturedStage(captured, i, traced.potential)._module.graph.nodes
+        )
         for i in range(3)
     ]
     assert tanh == [1, 1, 1]
