@@ -72,7 +72,7 @@ def _scaled_message(phase: Phase, factor: float) -> Mutation:
     def send(self: Any, action: Any, channel: Any, tensors: list[Tensor]) -> None:
         if action.phase is phase:
             down = phase in (Phase.FE, Phase.BF)
-            function = self._x.stage.function
+            function = self._executor.stage.function
             num = len(function.boundary_out if down else function.boundary_in)
             tensors = [t * factor if t.is_floating_point() else t for t in tensors[:num]] + tensors[num:]
         run(self, action, channel, tensors)
