@@ -1,23 +1,30 @@
 """The one loop that runs a schedule: messages in, phase, messages out.
 
-What travels with each phase (stage s of S):
+What travels between the actions of a micro-batch (stage s of S, in the order of the chain):
 
-======  ==========  ==========================================================================
-phase   direction   message
-======  ==========  ==========================================================================
-FE      s -> s + 1  boundary h, observables computed so far
-FF      s -> s - 1  ∂E/∂h, running ∂E/∂x, all observables
-BF      s -> s + 1  u = ∂L/∂(∂E/∂h), complete ∂E/∂x
-BE      s -> s - 1  λ = ∂L/∂h
-======  ==========  ==========================================================================
+============  ==============================================================================
+from → to     message
+============  ==============================================================================
+FE → next FE  boundary h, observables computed so far
+FF → next FF  ∂E/∂h, running ∂E/∂x, all observables
+BF → next BF  u = ∂L/∂(∂E/∂h), complete ∂E/∂x
+BE → next BE  λ = ∂L/∂h
+============  ==============================================================================
 
-So every rank has energies and forces before its BF, and evaluates the user's loss on the same numbers.
+So every rank has energies and forces before its first BF, and evaluates the user's loss on the same numbers. If FF and
+BF of a stage are apart from its FE and BE, two more messages keep them together:
+
+============  ==============================================================================
+FE → own FF   the boundary that the stage received; from the last stage also all observables
+BF → own BE   ∂L of that boundary by way of FF, complete ∂E/∂x, all observables
+============  ==============================================================================
+
+Where two neighbouring actions share a rank the same tensors are handed on without a message.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,12 +32,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from lightning_januspipe.engine.p2p import Channel, PipelineError, Receive
+from lightning_januspipe.engine.p2p import Links, PipelineError, Receive
+from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.timeline import Recorder
 from lightning_januspipe.schedule import Action, Phase, Schedule
+from lightning_januspipe.schedule.actions import Message, predecessor, successor
 
-Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 _RECEIVES_AHEAD = 2
 
 
@@ -62,45 +71,40 @@ class Executor:
     """Runs the actions of one rank.
 
     Args:
-        stage: this rank's stage.
+        rank: this rank's position in the pipeline.
+        stages: the stages of which this rank runs phases, by their position in the chain.
         chain: what all stages share.
-        num_stages: length of the chain.
-        down: channels to the next stage and from the previous one, for FE and BF messages (None at the ends).
-        up: channels to the previous stage and from the next one, for FF and BE messages (None at the ends).
+        links: the connections to other ranks; None where there is one rank.
         device: where messages live.
         timeout: how long to wait for one message.
+
+    Attributes:
+        recorder: notes when each action starts and ends, if set.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        rank: int,
+        stages: Mapping[int, Stage],
         chain: ChainSpec,
-        num_stages: int,
-        down: tuple[Channel | None, Channel | None] = (None, None),
-        up: tuple[Channel | None, Channel | None] = (None, None),
+        links: Links | None = None,
         device: torch.device | None = None,
         timeout: timedelta | None = None,
     ) -> None:
-        self.stage, self.chain, self.num_stages = stage, chain, num_stages
-        self._to_next, self._from_previous = down
-        self._to_previous, self._from_next = up
+        self.rank, self.stages, self.chain = rank, dict(stages), chain
+        self.recorder: Recorder | None = None
+        self._links, self._timeout = links, timeout
         self._device = device or torch.device("cpu")
-        self._timeout = timeout
+        self._routes: dict[int, tuple[Schedule, Route]] = {}
 
     def close(self) -> None:
-        """Let go of all connections: neighbours that wait for this rank are told at once that it will not answer."""
-        self.stage.clear()
-        for channel in (self._to_next, self._from_previous, self._to_previous, self._from_next):
-            if channel is not None:
-                channel.close()
-
-    @property
-    def index(self) -> int:
-        """Position of this rank's stage."""
-        return self.stage.function.index
+        """Let go of all connections: ranks that wait for this one are told at once that it will not answer."""
+        self._clear()
+        if self._links is not None:
+            self._links.close()
 
     def run(self, schedule: Schedule, inputs: Sequence[MicrobatchInput], loss: LossFunction) -> None:
-        """Run one step's actions of this rank; parameter gradients end in the stage's buffers.
+        """Run one step's actions of this rank; parameter gradients end in the stages' buffers.
 
         Args:
             schedule: the actions of all ranks.
@@ -110,177 +114,302 @@ class Executor:
         Raises:
             PipelineError: a message did not come, or could not be sent.
         """
-        actions = schedule.actions[self.index]
-        step = _Step(self, actions, inputs)
-        step.follow({s: schedule.actions[s] for s in (self.index - 1, self.index + 1) if 0 <= s < self.num_stages})
-        try:
-            for action in actions:
-                step.run(action, loss)
-            step.finish()
-        finally:
-            step.forget()
-            self.stage.clear()
+        self._run(_Step(self, self._route(schedule), inputs, loss))
 
-    def evaluate(self, inputs: Sequence[MicrobatchInput]) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """FE and FF only, one micro-batch after the other.
+    def evaluate(
+        self, schedule: Schedule, inputs: Sequence[MicrobatchInput]
+    ) -> list[tuple[list[Tensor], list[Tensor]] | None]:
+        """FE and FF only.
+
+        Args:
+            schedule: see :func:`~lightning_januspipe.engine.route.evaluation_schedule`.
+            inputs: the micro-batches.
 
         Returns:
-            For each micro-batch all observables, and this stage's running sum of ∂E/∂x: complete in stage 0.
+            For each micro-batch all observables and ∂E/∂x, on the rank of the first stage's FF; None on the others.
         """
-        pairs = itertools.product(range(len(inputs)), (Phase.FE, Phase.FF))
-        actions = [Action(phase, self.index, m) for m, phase in pairs]
-        step = _Step(self, actions, inputs, create_graph=False)
+        step = _Step(self, self._route(schedule), inputs, None)
+        self._run(step)
+        return [step.result(m) for m in range(len(inputs))]
+
+    def _run(self, step: _Step) -> None:
         try:
-            for action in actions:
-                step.run(action, None)
+            for action in step.route.order:
+                step.run(action)
             step.finish()
         finally:
             step.forget()
-            self.stage.clear()
-        return [(step.observables[m], step.derivatives[m]) for m in range(len(inputs))]
+            self._clear()
+
+    def _clear(self) -> None:
+        for stage in self.stages.values():
+            stage.clear()
+
+    def _route(self, schedule: Schedule) -> Route:
+        """What this rank has to know of a schedule; found once for each schedule."""
+        known = self._routes.get(id(schedule))
+        if known is None or known[0] is not schedule:
+            if len(self._routes) >= 8:
+                self._routes.clear()
+            known = schedule, Route(schedule, self.rank)
+            self._routes[id(schedule)] = known
+        return known[1]
 
 
 class _Step:
     """State of one step on one rank."""
 
     def __init__(
-        self,
-        executor: Executor,
-        actions: Sequence[Action],
-        inputs: Sequence[MicrobatchInput],
-        create_graph: bool = True,
+        self, executor: Executor, route: Route, inputs: Sequence[MicrobatchInput], loss: LossFunction | None
     ) -> None:
-        self._executor, self._inputs, self._create_graph = executor, inputs, create_graph
-        self.observables: dict[int, list[Tensor]] = {}
-        self.derivatives: dict[int, list[Tensor]] = {}
+        self.route = route
+        self._executor, self._inputs, self._loss = executor, inputs, loss
+        self._links = executor._links
+        self._posted = dict.fromkeys(route.incoming, 0)
+        self._receives: dict[Message, Receive] = {}
+        self._arrived: dict[Message, list[Tensor]] = {}
+        self._waited = dict.fromkeys(route.incoming, 0)
+        self._observables: dict[int, list[Tensor]] = {}
+        self._derivatives: dict[int, list[Tensor]] = {}
         self._seeds: dict[int, LossGradients] = {}
-        # Receives are posted ahead of use, in the order in which the neighbour sends.
-        self._coming = {
-            channel: deque(a for a in actions if self._source(a.phase) is channel)
-            for channel in (executor._from_previous, executor._from_next)
-            if channel is not None
-        }
-        self._posted: dict[Channel, deque[tuple[Action, Receive]]] = {c: deque() for c in self._coming}
-        self._positions: dict[Action, int] = {}
+        self._readers = Counter(a.microbatch for a in route.order if a.phase in (Phase.BF, Phase.BE))
 
-    def follow(self, neighbours: Mapping[int, Sequence[Action]]) -> None:
-        """Know the neighbours' orders: a message from one tells how far it is, and so which sends it has read."""
-        self._positions = {a: i for actions in neighbours.values() for i, a in enumerate(actions)}
-
-    def run(self, action: Action, loss: LossFunction | None) -> None:
+    def run(self, action: Action) -> None:
         """One action, with its messages."""
-        received = self._receive(action)
-        stage, m = self._executor.stage, action.microbatch
-        own = stage.function.observables
-        if action.phase is Phase.FE:
-            num = len(stage.function.boundary_in)
-            boundary, values = stage.forward_energy(m, self._inputs[m].tensors, received[:num])
-            known = dict(zip(self._observables_before(), received[num:], strict=True))
-            known.update(zip(own, values, strict=True))
-            self.observables[m] = [known[i] for i in sorted(known)]
-            self._send(action, self._executor._to_next, [*boundary, *self.observables[m]])
-        elif action.phase is Phase.FF:
-            num, num_x = len(stage.function.boundary_out), len(self._executor.chain.coordinates)
-            gradients, derivatives = stage.forward_force(m, received[:num], create_graph=self._create_graph)
-            if received:
-                derivatives = [a + b for a, b in zip(received[num : num + num_x], derivatives, strict=True)]
-                self.observables[m] = received[num + num_x :]
-            self.derivatives[m] = derivatives
-            self._send(action, self._executor._to_previous, [*gradients, *derivatives, *self.observables[m]])
-        elif action.phase is Phase.BF:
-            assert loss is not None
-            num = len(stage.function.boundary_in)
-            if self._executor.index > 0:
-                self.derivatives[m] = received[num:]
-            complete = self.derivatives.pop(m)
-            self._seeds[m] = seeds = loss(m, self.observables.pop(m), complete)
-            cotangents = stage.backward_force(m, received[:num], seeds.derivatives)
-            self._send(action, self._executor._to_next, [*cotangents, *complete])
-        elif action.phase is Phase.BE:
-            seeds = self._seeds.pop(m)
-            cotangents = stage.backward_energy(m, received, [seeds.observables[i] for i in own])
-            self._send(action, self._executor._to_previous, cotangents)
-        else:
-            raise AssertionError(f"the executor does not run phase {action.phase}")
+        stage = self._executor.stages[action.stage]
+        came = self._take(action)
+        recorder = self._executor.recorder
+        if recorder is not None:
+            recorder.start(action)
+        results = self._compute(action, stage, came)
+        if recorder is not None:
+            recorder.end(action)
+        for target, tensors in results:
+            self._hand_on(Message(action, target), tensors)
+
+    def result(self, microbatch: int) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Observables and derivative after FE and FF, where they are complete."""
+        if microbatch not in self._derivatives:
+            return None
+        return self._observables[microbatch], self._derivatives[microbatch]
 
     def finish(self) -> None:
         """Wait until every message has left."""
-        for channel in (self._executor._to_next, self._executor._to_previous):
-            if channel is not None:
-                try:
-                    channel.flush(self._executor._timeout)
-                except RuntimeError as error:
-                    raise PipelineError(
-                        f"stage {self._executor.index} could not deliver its last messages to global rank "
-                        f"{channel.peer}: {error}. That rank has ended or hangs; its own output has the cause."
-                    ) from error
+        if self._links is None:
+            return
+        for peer, channel in self._links.outgoing():
+            try:
+                channel.flush(self._executor._timeout)
+            except RuntimeError as error:
+                raise PipelineError(
+                    f"pipeline rank {self._executor.rank} could not deliver its last messages to global rank "
+                    f"{self._links.global_rank(peer)}: {error}. That rank has ended or hangs; its own output has the "
+                    "cause."
+                ) from error
 
     def forget(self) -> None:
         """Drop receives that were posted and never used, after an error."""
-        for posted in self._posted.values():
-            for _, receive in posted:
-                receive.work = None
-            posted.clear()
+        for receive in self._receives.values():
+            receive.work = None
+        self._receives.clear()
 
-    def _source(self, phase: Phase) -> Channel | None:
-        return self._executor._from_previous if phase in (Phase.FE, Phase.BF) else self._executor._from_next
+    # -- phases ------------------------------------------------------------------------------------------------------
 
-    def _receive(self, action: Action) -> list[Tensor]:
-        channel = self._source(action.phase)
-        if channel is None:
-            return []
-        posted, coming = self._posted[channel], self._coming[channel]
-        try:
-            while coming and len(posted) < _RECEIVES_AHEAD:
-                following = coming.popleft()
-                posted.append((following, channel.receive(self._shapes(following))))
-            expected, receive = posted[0]
-            assert expected == action, f"receives out of order: {expected} before {action}"
-            tensors = receive.wait(self._executor._timeout)
-            posted.popleft()
-            self._release(action, channel)
-            return tensors
-        except RuntimeError as error:
-            raise PipelineError(
-                f"stage {self._executor.index} waited for the {action.phase.value} message of micro-batch "
-                f"{action.microbatch} from global rank {channel.peer}, which did not come: {error}. That rank has "
-                "ended or hangs; its own output has the cause."
-            ) from error
-
-    def _release(self, action: Action, came_from: Channel) -> None:
-        before = came_from is self._executor._from_previous
-        back = self._executor._to_previous if before else self._executor._to_next
-        sender = Action(action.phase, self._executor.index + (-1 if before else 1), action.microbatch)
-        if back is not None and sender in self._positions:
-            back.release(self._positions[sender])
-
-    def _send(self, action: Action, channel: Channel | None, tensors: Sequence[Tensor]) -> None:
-        if channel is None:
-            return
-        try:
-            peer = self._executor.index + (1 if channel is self._executor._to_next else -1)
-            channel.send(tensors, self._positions.get(Action(action.phase, peer, action.microbatch)))
-        except RuntimeError as error:
-            raise PipelineError(
-                f"stage {self._executor.index} could not send the {action.phase.value} message of micro-batch "
-                f"{action.microbatch} to global rank {channel.peer}: {error}. That rank has ended; its own output has "
-                "the cause."
-            ) from error
-
-    def _observables_before(self) -> list[int]:
-        return [i for i, s in enumerate(self._executor.chain.observable_stage) if s < self._executor.index]
-
-    def _shapes(self, action: Action) -> Shapes:
-        """Shapes and dtypes of the message that ``action`` waits for."""
-        function, chain = self._executor.stage.function, self._executor.chain
-        specs: list[TensorSpec]
-        if action.phase is Phase.FE:
-            specs = [*function.boundary_in, *(chain.observables[i] for i in self._observables_before())]
-        elif action.phase is Phase.FF:
-            specs = [*function.boundary_out, *chain.coordinates, *chain.observables]
-        elif action.phase is Phase.BF:
-            specs = [*function.boundary_in, *chain.coordinates]
+    def _compute(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        """Run a phase; returns the tensors for every action that takes some in."""
+        phase, m = action.phase, action.microbatch
+        if phase is Phase.FE:
+            return self._forward_energy(action, stage, came)
+        if phase is Phase.FF:
+            return self._forward_force(action, stage, came)
+        if phase is Phase.BF:
+            return self._backward_force(action, stage, came)
+        if phase is Phase.BE:
+            return self._backward_energy(action, stage, came)
+        if phase is Phase.WF:
+            stage.weight_force(m)
         else:
+            stage.weight_energy(m)
+        return []
+
+    def _forward_energy(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        function, m = stage.function, action.microbatch
+        num = len(function.boundary_in)
+        received = came.chain[:num]
+        boundary, values = stage.forward_energy(m, self._inputs[m].tensors, received)
+        known = dict(zip(self._observables_before(action.stage), came.chain[num:], strict=True))
+        known.update(zip(function.observables, values, strict=True))
+        observables = [known[i] for i in sorted(known)]
+        after = successor(action, self.route.num_stages)
+        assert after is not None
+        own = Action(Phase.FF, action.stage, m)
+        if after.phase is Phase.FE:
+            results = [(after, [*boundary, *observables])]
+            if self.route.is_apart(action.stage):
+                results.append((own, received))
+            return results
+        return [(own, [*received, *observables] if self.route.is_apart(action.stage) else observables)]
+
+    def _forward_force(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        function, m = stage.function, action.microbatch
+        is_last = action.stage == self.route.num_stages - 1
+        apart = self.route.is_apart(action.stage)
+        own = came.own
+        if apart:
+            num_in = len(function.boundary_in)
+            stage.recompute_energy(m, self._inputs[m].tensors, own[:num_in])
+            own = own[num_in:]
+        num = 0 if is_last else len(function.boundary_out)
+        gradients, derivatives = stage.forward_force(m, came.chain[:num], create_graph=self._loss is not None)
+        if is_last:
+            observables = own
+        else:
+            num_x = len(self._executor.chain.coordinates)
+            derivatives = [a + b for a, b in zip(came.chain[num : num + num_x], derivatives, strict=True)]
+            observables = came.chain[num + num_x :]
+        self._observables[m] = observables
+        if action.stage == 0:
+            self._derivatives[m] = derivatives
+            return []
+        return [(Action(Phase.FF, action.stage - 1, m), [*gradients, *derivatives, *observables])]
+
+    def _backward_force(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        function, m = stage.function, action.microbatch
+        num = len(function.boundary_in)
+        if action.stage > 0:
+            self._derivatives[m] = came.chain[num:]
+        complete, observables = self._derivatives[m], self._observables[m]
+        seeds = self._loss_gradients(m)
+        to_energies: list[Tensor] = []
+        if self.route.is_apart(action.stage):
+            cotangents, to_energies = stage.backward_force_apart(m, came.chain[:num], seeds.derivatives)
+        else:
+            cotangents = stage.backward_force(m, came.chain[:num], seeds.derivatives, defer=self.route.is_deferred)
+        self._seeds_read(m)
+        results = []
+        if action.stage < self.route.num_stages - 1:
+            results.append((Action(Phase.BF, action.stage + 1, m), [*cotangents, *complete]))
+        if self.route.is_apart(action.stage):
+            results.append((Action(Phase.BE, action.stage, m), [*to_energies, *complete, *observables]))
+        return results
+
+    def _backward_energy(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        function, m = stage.function, action.microbatch
+        more: list[Tensor] = []
+        if self.route.is_apart(action.stage):
+            num, num_x = len(function.boundary_in), len(self._executor.chain.coordinates)
+            more = came.own[:num]
+            self._derivatives[m], self._observables[m] = came.own[num : num + num_x], came.own[num + num_x :]
+        seeds = self._loss_gradients(m)
+        cotangents = stage.backward_energy(
+            m,
+            came.chain,
+            [seeds.observables[i] for i in function.observables],
+            defer=self.route.is_deferred,
+            more=more,
+        )
+        self._seeds_read(m)
+        return [(Action(Phase.BE, action.stage - 1, m), cotangents)] if action.stage else []
+
+    def _loss_gradients(self, m: int) -> LossGradients:
+        """The loss is evaluated once on each rank, when energies and forces are there."""
+        if m not in self._seeds:
+            assert self._loss is not None
+            self._seeds[m] = self._loss(m, self._observables[m], self._derivatives[m])
+        return self._seeds[m]
+
+    def _seeds_read(self, m: int) -> None:
+        self._readers[m] -= 1
+        if not self._readers[m]:
+            del self._seeds[m], self._observables[m], self._derivatives[m]
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def _take(self, action: Action) -> _Input:
+        """What the action before on the chain left for this one, and what its own stage's other rank sent."""
+        before = predecessor(action, self.route.num_stages)
+        chain: list[Tensor] = []
+        own: list[Tensor] = []
+        for message in self.route.inputs(action):
+            tensors = self._arrived.pop(message, None)
+            if tensors is None:
+                tensors = self._receive(message)
+            if message.source == before and before.phase is action.phase:
+                chain = tensors
+            else:
+                own = tensors
+        return _Input(chain, own)
+
+    def _hand_on(self, message: Message, tensors: list[Tensor]) -> None:
+        peer = self.route.rank_of(message.target)
+        if peer == self._executor.rank:
+            self._arrived[message] = tensors
+            return
+        assert self._links is not None
+        action = message.source
+        try:
+            self._links.to(peer).send(tensors, self.route.position(message.target))
+        except RuntimeError as error:
+            raise PipelineError(
+                f"stage {action.stage} could not send the {action.phase.value} message of micro-batch "
+                f"{action.microbatch} to global rank {self._links.global_rank(peer)}: {error}. That rank has ended; "
+                "its own output has the cause."
+            ) from error
+
+    def _receive(self, message: Message) -> list[Tensor]:
+        """Wait for a message; receives are posted ahead of use, in the order in which the peer sends."""
+        assert self._links is not None
+        source, target = message
+        peer = self.route.rank_of(source)
+        incoming, channel = self.route.incoming[peer], self._links.from_(peer)
+        try:
+            number = self.route.number(message)
+            while self._posted[peer] < min(len(incoming), number + _RECEIVES_AHEAD):
+                following = incoming[self._posted[peer]]
+                self._receives[following] = channel.receive(self._shapes(following))
+                self._posted[peer] += 1
+            while self._waited[peer] <= number:
+                following = incoming[self._waited[peer]]
+                self._arrived[following] = self._receives.pop(following).wait(self._executor._timeout)
+                self._waited[peer] += 1
+            # The peer has run all its actions up to the one that sent this.
+            self._links.to(peer).release(self.route.position(source))
+            return self._arrived.pop(message)
+        except RuntimeError as error:
+            raise PipelineError(
+                f"stage {target.stage} waited for the {source.phase.value} message of micro-batch "
+                f"{source.microbatch} from global rank {self._links.global_rank(peer)}, which did not come: {error}. "
+                "That rank has ended or hangs; its own output has the cause."
+            ) from error
+
+    def _observables_before(self, stage: int) -> list[int]:
+        return [i for i, s in enumerate(self._executor.chain.observable_stage) if s < stage]
+
+    def _shapes(self, message: Message) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of a message."""
+        source, target = message
+        function, chain = self._executor.stages[target.stage].function, self._executor.chain
+        specs: list[TensorSpec]
+        if source.phase is target.phase is Phase.FE:
+            specs = [*function.boundary_in, *(chain.observables[i] for i in self._observables_before(target.stage))]
+        elif source.phase is target.phase is Phase.FF:
+            specs = [*function.boundary_out, *chain.coordinates, *chain.observables]
+        elif source.phase is target.phase is Phase.BF:
+            specs = [*function.boundary_in, *chain.coordinates]
+        elif source.phase is target.phase is Phase.BE:
             specs = list(function.boundary_out)
-        symbols = self._inputs[action.microbatch].symbols
+        elif source.phase is Phase.FE:
+            is_last = target.stage == self.route.num_stages - 1
+            specs = [*function.boundary_in, *(chain.observables if is_last else ())]
+        else:
+            specs = [*function.boundary_in, *chain.coordinates, *chain.observables]
+        symbols = self._inputs[target.microbatch].symbols
         return [(s.sizes(symbols), s.dtype) for s in specs]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What an action takes in: from the same phase of the neighbouring stage, and from the phase before of its own."""
+
+    chain: list[Tensor]
+    own: list[Tensor]

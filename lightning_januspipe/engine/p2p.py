@@ -1,4 +1,4 @@
-"""Point-to-point messages between neighbouring stages.
+"""Point-to-point messages between the ranks of a pipeline.
 
 One process group for each direction, so that messages between two ranks match in the order in which they are sent,
 which is what NCCL needs. A message is one buffer of bytes; its length is known to the receiver beforehand.
@@ -73,11 +73,11 @@ class Receive:
 
 
 class Channel:
-    """Messages from one rank to its neighbour in one direction.
+    """Messages from one rank to another, or back from it: one direction.
 
     Args:
         group: process group of this direction.
-        peer: global rank of the neighbour.
+        peer: global rank of the other.
         device: where buffers live.
     """
 
@@ -93,7 +93,7 @@ class Channel:
 
         Args:
             tensors: the message.
-            consumed_at: which of the neighbour's actions reads it; see :meth:`release`.
+            consumed_at: which of the receiver's actions reads it; see :meth:`release`.
         """
         buffer = pack(tensors)
         if buffer.numel() == 0:
@@ -104,14 +104,16 @@ class Channel:
         self._sent.append((consumed_at, work, buffer))
 
     def release(self, done: int) -> None:
-        """Free the buffers of messages that the neighbour has read.
+        """Free the buffers of messages that the receiver has read.
 
         gloo tells that a send is complete only to who waits for it, so this waits for just those of which it is known.
+        As messages match in order, those before one that was read have come too.
 
         Args:
-            done: the neighbour has run its actions up to this one.
+            done: the receiver has run its actions up to this one.
         """
-        while self._sent and self._sent[0][0] is not None and self._sent[0][0] <= done:
+        num = max((i + 1 for i, (at, _, _) in enumerate(self._sent) if at is not None and at <= done), default=0)
+        for _ in range(num):
             _, work, _ = self._sent.popleft()
             work.wait()
 
@@ -134,3 +136,63 @@ class Channel:
             else:
                 work.wait(timeout)
         self._sent.clear()
+
+
+class Links:
+    """The channels of one rank to and from the other ranks of its pipeline, made when they are first used.
+
+    Args:
+        rank: this rank's position in the pipeline.
+        global_ranks: global rank of every position.
+        down: process group of messages to higher positions.
+        up: process group of messages to lower positions.
+        device: where buffers live.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        global_ranks: Sequence[int],
+        down: dist.ProcessGroup,
+        up: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self._rank, self._global_ranks, self._device = rank, list(global_ranks), device
+        self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = (down, up)
+        self._to: dict[int, Channel] = {}
+        self._from: dict[int, Channel] = {}
+
+    def global_rank(self, peer: int) -> int:
+        """The global rank at a position."""
+        return self._global_ranks[peer]
+
+    def to(self, peer: int) -> Channel:
+        """Messages to the rank at a position."""
+        if peer not in self._to:
+            self._to[peer] = self._channel(peer, downward=peer > self._rank)
+        return self._to[peer]
+
+    def from_(self, peer: int) -> Channel:
+        """Messages from the rank at a position."""
+        if peer not in self._from:
+            self._from[peer] = self._channel(peer, downward=peer < self._rank)
+        return self._from[peer]
+
+    def outgoing(self) -> list[tuple[int, Channel]]:
+        """All channels that were sent through, with the position of their receiver."""
+        return list(self._to.items())
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all messages so far."""
+        return sum(channel.bytes_sent for channel in self._to.values())
+
+    def close(self) -> None:
+        """Let go of the groups and of everything under way, so that the connections can be closed."""
+        for channel in (*self._to.values(), *self._from.values()):
+            channel.close()
+        self._groups = None
+
+    def _channel(self, peer: int, downward: bool) -> Channel:
+        assert self._groups is not None, "the links were closed"
+        return Channel(self._groups[0 if downward else 1], self._global_ranks[peer], self._device)

@@ -1,12 +1,15 @@
 """Pipeline schedules as data: build, prove, time and draw them. Free of torch."""
 
-from lightning_januspipe.schedule.actions import Action, Phase, PhaseCosts, Schedule
+from lightning_januspipe.schedule.actions import Action, Phase, Schedule
 from lightning_januspipe.schedule.build import build_schedule
+from lightning_januspipe.schedule.costs import Link, MemoryCosts, PhaseCosts
 from lightning_januspipe.schedule.simulate import Report, simulate
 from lightning_januspipe.schedule.validate import ScheduleError, validate
 
 __all__ = [
     "Action",
+    "Link",
+    "MemoryCosts",
     "Phase",
     "PhaseCosts",
     "Report",

@@ -7,21 +7,20 @@ One micro-batch walks the chain of ``S`` stages four times (arXiv 2605.18404, Sy
     BF  backward force   stage 0 -> S-1
     BE  backward energy  stage S-1 -> 0
 
-All four phases of a stage run on one rank (the chain folds on itself), so each phase hands its result to
-a neighbouring stage, or, at the two folds, to the next phase of the same stage. ``WF`` and ``WE`` are the parts of
-``BF`` and ``BE`` that feed weight gradients only; nothing waits for them.
+In a folded schedule all four phases of a stage run on one rank, so each phase hands its result to a neighbouring
+stage, or, at the two folds, to the next phase of the same stage. In an unfolded one FF and BF of a stage may run on
+another rank than FE and BE, which then computes FE once more. ``WF`` and ``WE`` are the parts of ``BF`` and ``BE`` that
+feed weight gradients only; no other rank waits for them.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple
 
 
 class Phase(str, Enum):
@@ -34,6 +33,8 @@ class Phase(str, Enum):
     WF = "WF"
     WE = "WE"
 
+    __hash__ = str.__hash__  # that of Enum is many times slower, and actions are keys everywhere
+
 
 CHAIN_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
 """The phases on the critical path, in the order in which a micro-batch goes through them."""
@@ -42,11 +43,16 @@ DEFERRED_PHASES = {Phase.WF: Phase.BF, Phase.WE: Phase.BE}
 """The phases off the critical path, each with the phase that it is split from."""
 
 _DOWNWARD = (Phase.FE, Phase.BF)
+_PREVIOUS = {Phase.FF: Phase.FE, Phase.BF: Phase.FF, Phase.BE: Phase.BF}
+_NEXT = {before: phase for phase, before in _PREVIOUS.items()}
+_FORCE_PHASES = (Phase.FF, Phase.BF, Phase.WF)
+_HEAD_PATTERN = re.compile(
+    r"([^:]+): (\d+) micro-batches, stages on ranks (\d+(?: \d+)*)(?:, forces on ranks (\d+(?: \d+)*))?"
+)
 _ACTION_PATTERN = re.compile(r"([A-Z]{2})(\d+)\.(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One phase of one stage for one micro-batch; written ``FE0.3`` (phase, stage, micro-batch)."""
 
     phase: Phase
@@ -74,105 +80,57 @@ class Action:
 
 def predecessor(action: Action, num_stages: int) -> Action | None:
     """The action whose output ``action`` takes in along the chain; None for the chain's first action and for WF, WE."""
-    phase, stage, microbatch = action.phase, action.stage, action.microbatch
+    phase, stage, microbatch = action
     if phase in DEFERRED_PHASES:
         return None
     previous_stage = stage - 1 if phase in _DOWNWARD else stage + 1
     if 0 <= previous_stage < num_stages:
         return Action(phase, previous_stage, microbatch)
-    index = CHAIN_PHASES.index(phase)
-    return Action(CHAIN_PHASES[index - 1], stage, microbatch) if index else None
+    before = _PREVIOUS.get(phase)
+    return None if before is None else Action(before, stage, microbatch)
 
 
 def successor(action: Action, num_stages: int) -> Action | None:
     """The action that takes in the output of ``action``; None for the chain's last action and for WF, WE."""
-    phase, stage, microbatch = action.phase, action.stage, action.microbatch
+    phase, stage, microbatch = action
     if phase in DEFERRED_PHASES:
         return None
     next_stage = stage + 1 if phase in _DOWNWARD else stage - 1
     if 0 <= next_stage < num_stages:
         return Action(phase, next_stage, microbatch)
-    index = CHAIN_PHASES.index(phase)
-    return Action(CHAIN_PHASES[index + 1], stage, microbatch) if index + 1 < len(CHAIN_PHASES) else None
+    after = _NEXT.get(phase)
+    return None if after is None else Action(after, stage, microbatch)
 
 
 def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
     """The actions that must have ended before ``action`` may start.
 
     These are the action before it on the chain, whose output it takes in, and the previous phase of its own stage,
-    whose saved tensors it reads. A deferred weight gradient waits for the phase that it is split from.
+    whose saved tensors it reads. A deferred weight gradient waits for the phase that it is split from, and WE also for
+    WF, which leaves it what it found of the graph of FE.
 
     Args:
         action: The action that waits.
         num_stages: The number of stages of the chain.
     """
-    phase, stage, microbatch = action.phase, action.stage, action.microbatch
-    if phase in DEFERRED_PHASES:
-        return (Action(DEFERRED_PHASES[phase], stage, microbatch),)
+    phase, stage, microbatch = action
+    if phase is Phase.WF:
+        return (Action(Phase.BF, stage, microbatch),)
+    if phase is Phase.WE:
+        return Action(Phase.BE, stage, microbatch), Action(Phase.WF, stage, microbatch)
     before = predecessor(action, num_stages)
     if before is None:
         return ()
     if phase is Phase.FE or before.stage == stage:
         return (before,)
-    return before, Action(CHAIN_PHASES[CHAIN_PHASES.index(phase) - 1], stage, microbatch)
+    return before, Action(_PREVIOUS[phase], stage, microbatch)
 
 
-@dataclass(frozen=True, slots=True)
-class PhaseCosts:
-    """Times of one rank's share of one micro-batch, in any one unit of time.
+class Message(NamedTuple):
+    """What ``source`` sends to another rank for ``target``."""
 
-    ``wf`` and ``we`` are the deferrable parts of the two backward phases and are not counted in ``bf`` and ``be``. A
-    schedule without WF (or WE) actions spends them inside BF (or BE).
-    """
-
-    fe: float
-    ff: float
-    bf: float
-    be: float
-    wf: float = 0.0
-    we: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            deferrable = field.name in ("wf", "we")
-            is_time = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_time or value < 0 or (value == 0 and not deferrable):
-                expected = "a finite time >= 0" if deferrable else "a finite time > 0"
-                raise ValueError(
-                    f"PhaseCosts.{field.name} is {value!r}, expected {expected}: pass the measured time of the phase."
-                )
-
-    @property
-    def total(self) -> float:
-        """Time of one rank's whole work on one micro-batch."""
-        return self.fe + self.ff + self.bf + self.be + self.wf + self.we
-
-    def of(self, phase: Phase) -> float:
-        """Time of one phase."""
-        return float(getattr(self, phase.value.lower()))
-
-    def fused(self) -> PhaseCosts:
-        """The same work with nothing deferred: ``wf`` inside ``bf`` and ``we`` inside ``be``."""
-        return PhaseCosts(self.fe, self.ff, self.bf + self.wf, self.be + self.we)
-
-
-Costs: TypeAlias = PhaseCosts | Sequence[PhaseCosts]
-"""The same costs on all ranks, or one entry per rank."""
-
-
-def costs_per_rank(costs: Costs, num_ranks: int) -> tuple[PhaseCosts, ...]:
-    """Spell ``costs`` out for every rank.
-
-    Raises:
-        ValueError: If ``costs`` is neither one `PhaseCosts` nor one for each of the ``num_ranks`` ranks.
-    """
-    if isinstance(costs, PhaseCosts):
-        return (costs,) * num_ranks
-    per_rank = tuple(costs) if isinstance(costs, Iterable) else ()
-    if len(per_rank) != num_ranks or not all(isinstance(entry, PhaseCosts) for entry in per_rank):
-        raise ValueError(f"costs is {costs!r}, expected one PhaseCosts, or a sequence of {num_ranks}, one per rank.")
-    return per_rank
+    source: Action
+    target: Action
 
 
 @dataclass(frozen=True)
@@ -185,6 +143,8 @@ class Schedule:
         num_microbatches: Number of micro-batches of one training step.
         actions: One tuple of actions per rank.
         placement: The rank of each stage. Empty stands for stage ``s`` on rank ``s``.
+        force_placement: The rank of FF and BF (and WF) of each stage, where these are not on the rank of FE and BE.
+            Empty stands for ``placement``: a folded schedule.
 
     Raises:
         ValueError: If the sizes do not fit one another. Whether the order of the actions can run is the question
@@ -196,6 +156,7 @@ class Schedule:
     num_microbatches: int
     actions: tuple[tuple[Action, ...], ...]
     placement: tuple[int, ...] = ()
+    force_placement: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.num_microbatches < 1:
@@ -209,8 +170,14 @@ class Schedule:
             raise ValueError(f"Got actions for {len(self.actions)} ranks, expected num_ranks={self.num_ranks}.")
         object.__setattr__(self, "actions", tuple(tuple(order) for order in self.actions))
         object.__setattr__(self, "placement", tuple(self.placement) or tuple(range(self.num_ranks)))
-        if any(not 0 <= rank < self.num_ranks for rank in self.placement):
-            raise ValueError(f"The placement {self.placement} names ranks outside 0 to {self.num_ranks - 1}.")
+        object.__setattr__(self, "force_placement", tuple(self.force_placement) or self.placement)
+        for placement in (self.placement, self.force_placement):
+            if any(not 0 <= rank < self.num_ranks for rank in placement):
+                raise ValueError(f"The placement {placement} names ranks outside 0 to {self.num_ranks - 1}.")
+        if len(self.force_placement) != self.num_stages:
+            raise ValueError(
+                f"force_placement names {len(self.force_placement)} stages, expected {self.num_stages} as in placement."
+            )
 
     @property
     def num_stages(self) -> int:
@@ -222,31 +189,61 @@ class Schedule:
         """The phases that occur; WF and WE do where weight gradients are deferred."""
         return frozenset(action.phase for order in self.actions for action in order)
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether all phases of each stage are on one rank."""
+        return self.placement == self.force_placement
+
+    def is_apart(self, stage: int) -> bool:
+        """Whether FF and BF of a stage are on another rank than FE and BE."""
+        return self.placement[stage] != self.force_placement[stage]
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages of which a rank runs a phase."""
+        both = enumerate(zip(self.placement, self.force_placement, strict=True))
+        return tuple(stage for stage, ranks in both if rank in ranks)
+
     def rank_of(self, action: Action) -> int:
-        """The rank that holds the stage of ``action``."""
-        return self.placement[action.stage]
+        """The rank that runs ``action``."""
+        return (self.force_placement if action.phase in _FORCE_PHASES else self.placement)[action.stage]
 
     def dependencies(self, action: Action) -> tuple[Action, ...]:
         """The actions that must have ended before ``action`` may start (see `dependencies`)."""
         return dependencies(action, self.num_stages)
 
-    def sender(self, action: Action) -> int | None:
-        """The rank that ``action`` gets a message from, or None if its input is at hand."""
-        return self._neighbour(action, predecessor)
+    def sent(self, action: Action) -> tuple[Message, ...]:
+        """The messages that ``action`` sends, in order.
 
-    def receiver(self, action: Action) -> int | None:
-        """The rank that ``action`` sends a message to, or None if its output stays on the rank."""
-        return self._neighbour(action, successor)
+        Along the chain, then, of a stage whose phases are apart, from FE to FF and from BF to BE.
+        """
+        rank = self.rank_of(action)
+        after = successor(action, self.num_stages)
+        found: tuple[Message, ...] = () if after is None or self.rank_of(after) == rank else (Message(action, after),)
+        phase, stage, microbatch = action
+        if phase in _DOWNWARD and self.is_apart(stage):
+            own = Action(_NEXT[phase], stage, microbatch)
+            if own != after:
+                found += (Message(action, own),)
+        return found
 
-    def _neighbour(self, action: Action, step: Callable[[Action, int], Action | None]) -> int | None:
-        other = step(action, self.num_stages)
-        if other is None or self.rank_of(other) == self.rank_of(action):
-            return None
-        return self.rank_of(other)
+    def received(self, action: Action) -> tuple[Message, ...]:
+        """The messages that ``action`` waits for, along the chain first."""
+        rank = self.rank_of(action)
+        return tuple(Message(d, action) for d in self.dependencies(action) if self.rank_of(d) != rank)
+
+    def messages(self) -> dict[tuple[int, int], list[Message]]:
+        """For every ordered pair of ranks the messages between them, in the order in which they are sent."""
+        found: dict[tuple[int, int], list[Message]] = {}
+        for rank, order in enumerate(self.actions):
+            for action in order:
+                for message in self.sent(action):
+                    found.setdefault((rank, self.rank_of(message.target)), []).append(message)
+        return found
 
     def __str__(self) -> str:
-        placement = " ".join(map(str, self.placement))
-        lines = [f"{self.name}: {self.num_microbatches} micro-batches, stages on ranks {placement}"]
+        lines = [f"{self.name}: {self.num_microbatches} micro-batches, stages on ranks {_numbers(self.placement)}"]
+        if not self.is_folded:
+            lines[0] += f", forces on ranks {_numbers(self.force_placement)}"
         lines += [f"rank {rank}: {' '.join(map(str, order))}".rstrip() for rank, order in enumerate(self.actions)]
         return "\n".join(lines)
 
@@ -258,23 +255,25 @@ class Schedule:
             ValueError: If the text has another form.
         """
         head, *lines = text.strip().splitlines() or [""]
-        match = re.fullmatch(r"([^:]+): (\d+) micro-batches, stages on ranks (\d+(?: \d+)*)", head.strip())
+        match = _HEAD_PATTERN.fullmatch(head.strip())
         if match is None:
             raise ValueError(
-                f"The schedule begins with {head!r}, expected 'NAME: M micro-batches, stages on ranks 0 1 ...'."
+                f"The schedule begins with {head!r}, expected 'NAME: M micro-batches, stages on ranks 0 1 ...', and "
+                "', forces on ranks 0 1 ...' where these differ."
             )
         rows = [line.partition(":") for line in lines]
-        return cls._from_rows(
-            match[1], match[2], match[3], [(key.removeprefix("rank"), row.split()) for key, _, row in rows]
-        )
+        actions = [(key.removeprefix("rank"), row.split()) for key, _, row in rows]
+        return cls._from_rows(match[1], match[2], match[3], match[4] or "", actions)
 
     def to_csv(self) -> str:
-        """Write the schedule as comma-separated values: three rows of sizes, then one row of actions per rank."""
+        """Write the schedule as comma-separated values: rows of sizes and placements, then one of actions per rank."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("name", self.name))
         writer.writerow(("num_microbatches", self.num_microbatches))
         writer.writerow(("placement", *self.placement))
+        if not self.is_folded:
+            writer.writerow(("force_placement", *self.force_placement))
         writer.writerows((rank, *map(str, order)) for rank, order in enumerate(self.actions))
         return stream.getvalue()
 
@@ -290,16 +289,28 @@ class Schedule:
         if keys != ["name", "num_microbatches", "placement"] or any(len(row) < 2 for row in rows[:3]):
             raise ValueError(f"The first rows are {keys}, expected name, num_microbatches and placement with values.")
         name, num_microbatches, placement = (row[1:] for row in rows[:3])
-        return cls._from_rows(
-            name[0], num_microbatches[0], " ".join(placement), [(row[0], row[1:]) for row in rows[3:]]
-        )
+        apart = len(rows) > 3 and rows[3][0] == "force_placement"
+        forces = " ".join(rows[3][1:]) if apart else ""
+        actions = [(row[0], row[1:]) for row in rows[4 if apart else 3 :]]
+        return cls._from_rows(name[0], num_microbatches[0], " ".join(placement), forces, actions)
 
     @classmethod
     def _from_rows(
-        cls, name: str, num_microbatches: str, placement: str, rows: list[tuple[str, list[str]]]
+        cls, name: str, num_microbatches: str, placement: str, forces: str, rows: list[tuple[str, list[str]]]
     ) -> Schedule:
         ranks = [key.strip() for key, _ in rows]
         if ranks != [str(rank) for rank in range(len(rows))]:
             raise ValueError(f"The rows of actions are of ranks {ranks}, expected 0, 1, 2, ... in order.")
         actions = tuple(tuple(map(Action.parse, row)) for _, row in rows)
-        return cls(name, len(rows), int(num_microbatches), actions, tuple(map(int, placement.split())))
+        return cls(
+            name,
+            len(rows),
+            int(num_microbatches),
+            actions,
+            tuple(map(int, placement.split())),
+            tuple(map(int, forces.split())),
+        )
+
+
+def _numbers(values: tuple[int, ...]) -> str:
+    return " ".join(map(str, values))

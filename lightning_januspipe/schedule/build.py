@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
-from lightning_januspipe.schedule.actions import Costs, Schedule
+from lightning_januspipe.schedule.actions import Schedule
+from lightning_januspipe.schedule.costs import Costs, Memory
 from lightning_januspipe.schedule.gpipe import gpipe
 from lightning_januspipe.schedule.one_f_one_b import one_f_one_b
+from lightning_januspipe.schedule.request import Auto, Request
+from lightning_januspipe.schedule.simulate import simulate
+from lightning_januspipe.schedule.unfolded import hanayo_unfolded, one_f_one_b_unfolded
 from lightning_januspipe.schedule.validate import validate
-from lightning_januspipe.schedule.wavek import wavek
+from lightning_januspipe.schedule.wavek import wavek, wavek_deferred
 
-
-class Generator(Protocol):
-    """Makes a schedule out of checked arguments."""
-
-    def __call__(
-        self, num_ranks: int, num_microbatches: int, costs: Costs, *, wave_size: int | str, max_live: int | None
-    ) -> Schedule: ...
-
-
-def _any_wave(generator: Callable[..., Schedule]) -> Generator:
-    """Adapt a generator that has no waves."""
-
-    def generate(
-        num_ranks: int, num_microbatches: int, costs: Costs, *, wave_size: int | str, max_live: int | None
-    ) -> Schedule:
-        return generator(num_ranks, num_microbatches, costs, max_live=max_live)
-
-    return generate
-
-
-GENERATORS: Mapping[str, Generator] = {
-    "gpipe": _any_wave(gpipe),
-    "1f1b-fold": _any_wave(one_f_one_b),
+GENERATORS: Mapping[str, Callable[[Request], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b-fold": one_f_one_b,
+    "1f1b-2nd": one_f_one_b_unfolded,
+    "hanayo-2nd": hanayo_unfolded,
     "wavek": wavek,
+    "wavek-zb": wavek_deferred,
 }
 """The generator of every schedule name."""
+
+SEVERAL_STAGES = ("1f1b-2nd", "hanayo-2nd", "wavek-zb")
+"""The schedules that can have more than one stage on a rank."""
 
 
 def build_schedule(
@@ -46,23 +36,35 @@ def build_schedule(
     num_microbatches: int,
     costs: Costs,
     *,
-    wave_size: int | str = "auto",
+    wave_size: int | Auto = "auto",
     max_live: int | None = None,
+    chunks: int | Auto = "auto",
+    latency: float = 0.0,
+    memory: Memory | None = None,
+    memory_limit: float | None = None,
 ) -> Schedule:
     """Build and prove the schedule of a given name; the same arguments give the same schedule on every rank.
 
     Args:
-        name: ``gpipe``, ``1f1b-fold`` or ``wavek``.
+        name: ``gpipe``, ``1f1b-fold``, ``1f1b-2nd``, ``hanayo-2nd``, ``wavek`` or ``wavek-zb``.
         num_ranks: Number P of pipeline ranks.
         num_microbatches: Number M of micro-batches of one training step.
-        costs: Times of one rank's share for one micro-batch, the same on all ranks or one entry per rank.
-        wave_size: Micro-batches per wave of ``wavek``, or "auto" to search it. Schedules without waves do not read it.
-        max_live: Most micro-batches that a rank may hold between the start of their FE and the end of their BE. None
-            leaves it to the schedule: all for ``gpipe``, P for ``1f1b-fold``, 2P for ``wavek``.
+        costs: Times of one rank's share for one micro-batch, the same on all ranks or one entry per rank; or one entry
+            per stage, which then are as many as there are entries.
+        wave_size: Micro-batches per wave of ``wavek`` and ``wavek-zb``, or "auto" to search it. Schedules without waves
+            do not read it.
+        max_live: Most micro-batches of which a rank may hold something at once. None leaves it to the schedule: all
+            for ``gpipe``, P for the 1F1B orders, up to 2P for the others, k where ``wave_size`` k is given.
+        chunks: Stages per rank of ``wavek-zb``, or "auto" to let it choose 1 or 2; of the unfolded baselines, how
+            finely the chain may be cut. The other schedules have one stage on each rank.
+        latency: Time that a message between two ranks takes, for the choice of the order.
+        memory: Bytes that a micro-batch holds between its phases, given like ``costs``.
+        memory_limit: Most bytes that the micro-batches of one rank may hold; ``wavek`` and ``wavek-zb`` keep fewer
+            micro-batches live for it.
 
     Raises:
         ValueError: If the name is unknown, a size is not a whole number >= 1, ``costs`` does not fit ``num_ranks``, or
-            the schedule cannot keep within ``max_live``.
+            the schedule cannot keep within ``max_live`` or ``memory_limit``.
     """
     if name not in GENERATORS:
         close = difflib.get_close_matches(str(name), GENERATORS, n=1, cutoff=0.4)
@@ -70,12 +72,26 @@ def build_schedule(
         raise ValueError(f"Unknown schedule {name!r}, expected one of {', '.join(GENERATORS)}.{hint}")
     _check_size("num_ranks", num_ranks)
     _check_size("num_microbatches", num_microbatches)
-    if wave_size != "auto":
-        _check_size("wave_size", wave_size, or_else="'auto'")
+    for argument, size in (("wave_size", wave_size), ("chunks", chunks)):
+        if size != "auto":
+            _check_size(argument, size, or_else="'auto'")
     if max_live is not None:
         _check_size("max_live", max_live, or_else="None")
-    schedule = GENERATORS[name](num_ranks, num_microbatches, costs, wave_size=wave_size, max_live=max_live)
+    if not (isinstance(latency, (int, float)) and math.isfinite(latency) and latency >= 0):
+        raise ValueError(f"latency is {latency!r}, expected a finite time >= 0.")
+    if (memory is None) != (memory_limit is None):
+        raise ValueError("memory and memory_limit belong together: give the bytes of a micro-batch and the limit.")
+    request = Request(num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit)
+    request.stage_costs(request.numbers_of_stages((1,))[0])
+    schedule = GENERATORS[name](request)
     validate(schedule)
+    if memory is not None and memory_limit is not None:
+        peak = max(simulate(schedule, costs, comm=latency, memory=memory).peak_memory)
+        if peak > memory_limit:
+            raise ValueError(
+                f"{name!r} holds up to {peak:.4g} bytes on a rank, more than memory_limit={memory_limit:.4g}: take "
+                "'wavek-zb' or 'wavek', which keep within a limit, make micro-batches smaller, or raise the limit."
+            )
     return schedule
 
 

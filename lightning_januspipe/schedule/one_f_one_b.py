@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from lightning_januspipe.schedule.actions import Costs, PhaseCosts, Schedule, costs_per_rank
-from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, Priority, list_schedule
+from lightning_januspipe.schedule.actions import Schedule
+from lightning_januspipe.schedule.costs import PhaseCosts
+from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, Chain, Priority, list_schedule
+from lightning_januspipe.schedule.request import Request
 
 NOMINAL_COSTS = PhaseCosts(fe=1.0, ff=1.0, bf=2.0, be=2.0)
 """First-order rule of thumb: a backward phase takes twice the time of a forward phase."""
 
 
-def one_f_one_b(num_ranks: int, num_microbatches: int, costs: Costs, *, max_live: int | None = None) -> Schedule:
+def one_f_one_b(request: Request) -> Schedule:
     """Order the folded pipeline as 1F1B: backward before forward, at most P live micro-batches per rank.
 
-    The order comes from nominal first-order costs, not from measured ones.
-
-    Args:
-        num_ranks: Number P of pipeline ranks, one stage on each.
-        num_microbatches: Number of micro-batches.
-        costs: Phase times; the order does not depend on them.
-        max_live: A tighter cap than P on the live micro-batches per rank, or None.
+    The order comes from nominal first-order costs, not from measured ones; ``max_live`` may be a tighter cap than P.
     """
-    costs_per_rank(costs, num_ranks)
-    cap = num_ranks if max_live is None else min(num_ranks, max_live)
-    priority = Priority(DEPTH_FIRST, unit=num_microbatches)
-    found = list_schedule(num_ranks, num_microbatches, NOMINAL_COSTS, priority, cap)
+    num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
+    cap = num_ranks if request.max_live is None else min(num_ranks, request.max_live)
+    chain = Chain.folded(num_ranks, (NOMINAL_COSTS,) * num_ranks, tuple(range(num_ranks)), 0.0)
+    found = list_schedule(chain, num_microbatches, Priority(DEPTH_FIRST, unit=num_microbatches), cap)
     assert found is not None
     return Schedule("1f1b-fold", num_ranks, num_microbatches, found.actions)

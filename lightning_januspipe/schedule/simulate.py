@@ -1,4 +1,4 @@
-"""Times a schedule: when each action starts and ends, how long the step takes, and how many micro-batches are live."""
+"""Times a schedule: when each action starts and ends, how long the step takes, and what the ranks hold meanwhile."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_januspipe.schedule.actions import (
-    DEFERRED_PHASES,
-    Action,
+from lightning_januspipe.schedule.actions import DEFERRED_PHASES, Action, Phase, Schedule
+from lightning_januspipe.schedule.costs import (
     Costs,
-    Phase,
-    PhaseCosts,
-    Schedule,
-    costs_per_rank,
-    dependencies,
+    Link,
+    Memory,
+    action_times,
+    costs_per_stage,
+    memory_per_stage,
 )
 from lightning_januspipe.schedule.validate import validate
+
+Curve = tuple[tuple[float, float], ...]
+"""A step function: (time, value from then on) in the order of time."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Timing of one simulated step, in the unit of time of the costs.
+    """Timing of one step, simulated or recorded, in the unit of time of the costs.
 
     Args:
         makespan: Time from the first start to the last end.
-        ideal: Time that the busiest rank works, M·T; no schedule is faster.
-        peak_live: Per rank, the most micro-batches that are at once between the start of their FE and the end of
-            their BE.
+        ideal: Time that the busiest rank of a folded pipeline works, M·T; no schedule of these stages is faster.
+        peak_live: Per rank, the most micro-batches of which it holds something at once: from the first to the last
+            of their actions on the rank.
         start: Start time of every action.
         end: End time of every action.
+        busy: Per rank, the time that it works; more than its share where FE is computed twice.
+        memory: Per rank, the bytes held by micro-batches over time; empty where no memory costs were given.
     """
 
     makespan: float
@@ -38,90 +42,154 @@ class Report:
     peak_live: tuple[int, ...]
     start: Mapping[Action, float]
     end: Mapping[Action, float]
+    busy: tuple[float, ...] = ()
+    memory: tuple[Curve, ...] = ()
 
     @property
     def bubble_fraction(self) -> float:
         """Share of the makespan in which the busiest rank waits, from 0 to 1."""
-        return max(0.0, 1.0 - self.ideal / self.makespan)
+        return max(0.0, 1.0 - max(self.busy, default=self.ideal) / self.makespan)
+
+    @property
+    def peak_memory(self) -> tuple[float, ...]:
+        """Per rank, the most bytes that its micro-batches hold at once; empty where no memory costs were given."""
+        return tuple(max((held for _, held in curve), default=0.0) for curve in self.memory)
 
 
-def simulate(schedule: Schedule, costs: Costs, *, comm: float = 0.0) -> Report:
+def simulate(schedule: Schedule, costs: Costs, *, comm: float | Link = 0.0, memory: Memory | None = None) -> Report:
     """Run a schedule in simulated time.
 
-    Every action starts as soon as its rank has ended the one before and its dependencies are met. Messages travel
-    beside the computation and arrive ``comm`` after the sending action ends. WF and WE, where the schedule lacks them,
-    are spent inside BF and BE. A rank with several stages spends an equal share of its costs on each.
+    Every action starts as soon as its rank has ended the one before and its messages are there. Messages travel beside
+    the computation. WF and WE, where the schedule lacks them, are spent inside BF and BE.
 
     Args:
         schedule: The schedule to time.
-        costs: Phase times, the same on all ranks or one entry per rank.
-        comm: Latency of a message between two ranks, in the unit of time of the costs.
+        costs: Phase times: of a rank's share, the same on all ranks, or one entry per rank, or one per stage.
+        comm: What a message between two ranks costs: its latency, or a `Link`.
+        memory: Bytes that a micro-batch holds between its phases, for the memory over time; given like ``costs``.
 
     Raises:
         ScheduleError: If the schedule cannot run to its end.
-        ValueError: If ``comm`` is negative or not finite, or ``costs`` does not fit the number of ranks.
+        ValueError: If ``comm`` is negative or not finite, or ``costs`` or ``memory`` do not fit the schedule.
     """
-    if not (math.isfinite(comm) and comm >= 0):
-        raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0.")
-    per_rank = costs_per_rank(costs, schedule.num_ranks)
-    stages_per_rank = Counter(schedule.placement)
-    phases = schedule.phases
-    duration = [_durations(entry, phases, max(1, stages_per_rank[rank])) for rank, entry in enumerate(per_rank)]
+    if not isinstance(comm, Link):
+        if not (math.isfinite(comm) and comm >= 0):
+            raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
+        comm = Link(latency=comm)
+    times = action_times(schedule, costs)
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
+    arrival: dict[tuple[Action, int], float] = {}
+    channel_free: dict[tuple[int, int], float] = {}
     clock = [0.0] * schedule.num_ranks
+    busy = [0.0] * schedule.num_ranks
     position = [0] * schedule.num_ranks
     waiting: dict[Action, list[int]] = {}
     runnable = list(range(schedule.num_ranks))
+    # In a folded schedule the first dependency implies the others: they lie before it on the micro-batch's chain.
+    num_needed = 1 if schedule.is_folded and schedule.phases.isdisjoint(DEFERRED_PHASES) else 2
     while runnable:
         rank = runnable.pop()
         order = schedule.actions[rank]
         while position[rank] < len(order):
             action = order[position[rank]]
             ready = clock[rank]
-            # The first dependency implies the others: all lie before it on the micro-batch's chain.
-            needed = next(iter(dependencies(action, schedule.num_stages)), None)
-            if needed is not None:
+            missing = None
+            for needed in schedule.dependencies(action)[:num_needed]:
                 if needed not in end:
-                    waiting.setdefault(needed, []).append(rank)
+                    missing = needed
                     break
-                latency = comm if schedule.rank_of(needed) != rank else 0.0
-                ready = max(ready, end[needed] + latency)
+                ready = max(ready, end[needed], arrival.get((needed, rank), 0.0))
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
             start[action] = ready
-            end[action] = clock[rank] = ready + duration[rank][action.phase]
+            duration = times(action.phase, action.stage)
+            end[action] = clock[rank] = ready + duration
+            busy[rank] += duration
+            for message in schedule.sent(action):
+                channel = (rank, schedule.rank_of(message.target))
+                gone = max(end[action], channel_free.get(channel, 0.0)) + comm.occupied
+                channel_free[channel] = gone
+                arrival[action, channel[1]] = gone + comm.latency
             position[rank] += 1
             runnable += waiting.pop(action, ())
     if not end or len(end) != sum(map(len, schedule.actions)):
         validate(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")
-    ideal = max(schedule.num_microbatches * entry.total for rank, entry in enumerate(per_rank) if stages_per_rank[rank])
-    return Report(max(end.values()), ideal, _peak_live(schedule), start, end)
+    curves = () if memory is None else memory_over_time(schedule, start, end, memory)
+    return Report(max(end.values()), ideal_time(schedule, costs), peak_live(schedule), start, end, tuple(busy), curves)
 
 
-def _durations(costs: PhaseCosts, phases: frozenset[Phase], num_stages: int) -> dict[Phase, float]:
-    """Time of every phase of one of a rank's stages."""
-    times = {phase: costs.of(phase) for phase in Phase}
-    for deferred, origin in DEFERRED_PHASES.items():
-        if deferred not in phases:
-            times[origin] += times[deferred]
-    return {phase: time / num_stages for phase, time in times.items()}
+def ideal_time(schedule: Schedule, costs: Costs) -> float:
+    """Time that the busiest rank works if nothing is computed twice: no order of the schedule's stages is faster.
+
+    Of an unfolded schedule, whose stages could be divided in any way, it is an equal share of the whole work.
+    """
+    per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
+    if not schedule.is_folded:
+        return schedule.num_microbatches * sum(entry.total for entry in per_stage) / schedule.num_ranks
+    work = [0.0] * schedule.num_ranks
+    for rank, entry in zip(schedule.placement, per_stage, strict=True):
+        work[rank] += entry.total
+    return schedule.num_microbatches * max(work)
 
 
-def _peak_live(schedule: Schedule) -> tuple[int, ...]:
+def peak_live(schedule: Schedule) -> tuple[int, ...]:
     """Most live micro-batches per rank; a rank runs one action at a time, so its order alone decides."""
     peaks = []
-    for rank, order in enumerate(schedule.actions):
-        num_stages = schedule.placement.count(rank)
-        stages_done: Counter[int] = Counter()
+    for order in schedule.actions:
+        left = Counter(action.microbatch for action in order)
         live: set[int] = set()
         peak = 0
         for action in order:
-            if action.phase is Phase.FE:
-                live.add(action.microbatch)
-                peak = max(peak, len(live))
-            elif action.phase is Phase.BE:
-                stages_done[action.microbatch] += 1
-                if stages_done[action.microbatch] == num_stages:
-                    live.discard(action.microbatch)
+            live.add(action.microbatch)
+            peak = max(peak, len(live))
+            left[action.microbatch] -= 1
+            if not left[action.microbatch]:
+                live.discard(action.microbatch)
         peaks.append(peak)
     return tuple(peaks)
+
+
+def memory_over_time(
+    schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float], memory: Memory
+) -> tuple[Curve, ...]:
+    """Per rank the bytes that its micro-batches hold, from what each phase allocates and frees.
+
+    Args:
+        schedule: The schedule.
+        start: Start time of every action; what an action allocates counts from here on.
+        end: End time of every action; what it frees counts until here.
+        memory: Bytes of one micro-batch, given like the costs.
+    """
+    per_stage = memory_per_stage(memory, schedule.num_ranks, schedule.num_stages)
+    deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
+    last_force = Phase.WF if deferred else Phase.BF
+    last_energy = Phase.WE if deferred else Phase.BE
+    curves = []
+    for order in schedule.actions:
+        changes: list[tuple[float, float]] = []
+        for action in order:
+            entry, apart = per_stage[action.stage], schedule.is_apart(action.stage)
+            allocated = freed = 0.0
+            if action.phase is Phase.FE:
+                allocated = entry.energy
+            elif action.phase is Phase.FF:
+                allocated = entry.force + (entry.energy if apart else 0.0)
+            elif action.phase is Phase.BF and not apart:
+                allocated = entry.kept
+            if action.phase is last_force:
+                freed = entry.force + (entry.energy if apart else 0.0)
+            elif action.phase is last_energy:
+                freed = entry.energy + (0.0 if apart else entry.kept)
+            changes += [(start[action], allocated), (end[action], -freed)]
+        curve: list[tuple[float, float]] = [(0.0, 0.0)]
+        held = 0.0
+        # A rank runs one action at a time: what one frees is gone before the next one allocates.
+        for time, change in changes:
+            if change:
+                held += change
+                curve.append((time, max(held, 0.0)))
+        curves.append(tuple(curve))
+    return tuple(curves)

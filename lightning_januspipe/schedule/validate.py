@@ -2,12 +2,13 @@
 
 The executor that a valid schedule is safe with is this one, and it may do more but not less:
 
-1. Every ordered pair of neighbouring ranks has a channel of its own (a process group per direction whose sends and
-   receives with different peers do not wait for one another). A channel matches sends with receives strictly in
-   order, without looking at what they carry.
-2. A rank runs its actions in order. Before an action it has posted the receive of that action's message, if there is
-   one, and waits for the message. It may post receives earlier, in the sender's order.
-3. After an action a rank issues the send of the result, if there is one. The send has rendezvous semantics: it is
+1. Every ordered pair of ranks has a channel of its own (a process group per direction whose sends and receives with
+   different peers do not wait for one another). A channel matches sends with receives strictly in order, without
+   looking at what they carry.
+2. A rank runs its actions in order. Before an action it has posted the receives of that action's messages, and of all
+   that their senders send it before these, in the senders' order, and waits for its messages. It may post more receives
+   ahead. What comes before it is used is kept.
+3. After an action a rank issues the sends of the result, if there are any. A send has rendezvous semantics: it is
    complete only when the receiver has posted the receive. The rank does not wait for that (isend) and keeps the
    tensor until then.
 
@@ -16,9 +17,7 @@ two neighbours send to one another at the same time. How many unmatched sends a 
 is therefore a parameter, ``max_pending_sends``: None for an executor that holds as many as come, 0 for blocking sends
 (``gpipe`` passes), 1 for one buffer per channel. A receive that is always posted n messages ahead counts as n buffers.
 
-Two rules follow from these points. First, messages may not cross: a receiver must use a channel's messages
-in the order in which they are sent, or receives posted right before use would match the wrong messages. Second, the
-waits must have no cycle. Waiting is monotone (a step that can be taken stays possible until it is taken), so
+The waits must have no cycle. Waiting is monotone (a step that can be taken stays possible until it is taken), so
 running the schedule once, in any order of ranks, decides for every timing.
 """
 
@@ -26,16 +25,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import zip_longest
 
-from lightning_januspipe.schedule.actions import (
-    CHAIN_PHASES,
-    DEFERRED_PHASES,
-    Action,
-    Schedule,
-    dependencies,
-    predecessor,
-)
+from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES, Action, Message, Schedule
 from lightning_januspipe.schedule.render import render
 
 _GRID_COLUMNS = 15
@@ -77,14 +68,13 @@ def validate(schedule: Schedule, *, max_pending_sends: int | None = None) -> Non
             goes on; None for no limit, 0 for blocking sends.
 
     Raises:
-        ScheduleError: If an action is missing, repeated or on the wrong rank, comes before one that it depends on,
-            receives its message out of order, or waits in a cycle. The error names the action and draws the grid.
+        ScheduleError: If an action is missing, repeated or on the wrong rank, comes before one that it depends on, or
+            waits in a cycle. The error names the action and draws the grid.
     """
     if max_pending_sends is not None and max_pending_sends < 0:
         raise ValueError(f"max_pending_sends is {max_pending_sends}, expected None or a number >= 0.")
     _check_complete(schedule)
     _check_local_order(schedule)
-    _check_message_order(schedule)
     _check_progress(schedule, max_pending_sends)
 
 
@@ -105,14 +95,16 @@ def _check_complete(schedule: Schedule) -> None:
                 seen[action] = rank
                 continue
             raise ScheduleError(message, schedule, rank, place)
-    phases = (*CHAIN_PHASES, *(phase for phase in DEFERRED_PHASES if phase in schedule.phases))
+    deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
+    phases = (*CHAIN_PHASES, *(DEFERRED_PHASES if deferred else ()))
     if len(seen) == len(phases) * schedule.num_stages * schedule.num_microbatches:
         return
-    for stage, rank in enumerate(schedule.placement):
+    for stage in range(schedule.num_stages):
         for microbatch in range(schedule.num_microbatches):
             for phase in phases:
                 action = Action(phase, stage, microbatch)
                 if action not in seen:
+                    rank = schedule.rank_of(action)
                     order = schedule.actions[rank]
                     with_missing = (*schedule.actions[:rank], (*order, action), *schedule.actions[rank + 1 :])
                     message = f"{action} is missing on rank {rank} (drawn at the end of its row)."
@@ -124,35 +116,10 @@ def _check_local_order(schedule: Schedule) -> None:
     for rank, order in enumerate(schedule.actions):
         place_of = {action: place for place, action in enumerate(order)}
         for place, action in enumerate(order):
-            for needed in dependencies(action, schedule.num_stages):
+            for needed in schedule.dependencies(action):
                 if place_of.get(needed, -1) > place:
                     message = f"{action} on rank {rank} comes before {needed}, which it depends on."
                     raise ScheduleError(message, schedule, rank, place)
-
-
-def _check_message_order(schedule: Schedule) -> None:
-    """The messages of every channel are used in the order in which they are sent."""
-    sent: dict[_Channel, list[Action]] = {}
-    used: dict[_Channel, list[tuple[Action, int]]] = {}
-    for rank, order in enumerate(schedule.actions):
-        for place, action in enumerate(order):
-            receiver = schedule.receiver(action)
-            if receiver is not None:
-                sent.setdefault((rank, receiver), []).append(action)
-            sender = schedule.sender(action)
-            if sender is not None:
-                source = predecessor(action, schedule.num_stages)
-                assert source is not None
-                used.setdefault((sender, rank), []).append((source, place))
-    for channel, sources in used.items():
-        for message, (source, place) in zip_longest(sent[channel], sources):
-            if message != source:
-                sender, rank = channel
-                text = (
-                    f"{schedule.actions[rank][place]} on rank {rank} takes the message of {source}, but the next one "
-                    f"that rank {sender} sends is of {message}: the orders of messages cross."
-                )
-                raise ScheduleError(text, schedule, rank, place)
 
 
 class _Run:
@@ -163,9 +130,15 @@ class _Run:
         self.max_pending_sends = max_pending_sends
         self.place = [0] * schedule.num_ranks
         self.has_sent = [False] * schedule.num_ranks
-        self.has_posted = [False] * schedule.num_ranks
         self.sent: Counter[_Channel] = Counter()
         self.posted: Counter[_Channel] = Counter()
+        # The number of each message in its channel, from 1 on.
+        self.number: dict[Message, tuple[_Channel, int]] = {}
+        self.incoming: dict[Action, list[Message]] = {}
+        for channel, messages in schedule.messages().items():
+            for index, message in enumerate(messages):
+                self.number[message] = (channel, index + 1)
+                self.incoming.setdefault(message.target, []).append(message)
 
     def head(self, rank: int) -> Action | None:
         """The action that a rank is at; None at its end."""
@@ -176,22 +149,23 @@ class _Run:
         """Let a rank go as far as it can; return the ranks that this may have set free."""
         touched: set[int] = set()
         while (action := self.head(rank)) is not None:
-            sender = self.schedule.sender(action)
-            if sender is not None and not self.has_posted[rank]:
-                self.posted[sender, rank] += 1
-                self.has_posted[rank] = True
-                touched.add(sender)
-            receiver = self.schedule.receiver(action)
+            for message in self.incoming.get(action, ()):
+                channel, number = self.number[message]
+                if self.posted[channel] < number:
+                    self.posted[channel] = number
+                    touched.add(channel[0])
             if self.waits_for(rank) is not None and not self.has_sent[rank]:
                 break
-            if receiver is not None and not self.has_sent[rank]:
-                self.sent[rank, receiver] += 1
+            if not self.has_sent[rank]:
                 self.has_sent[rank] = True
-                touched.add(receiver)
+                for message in self.schedule.sent(action):
+                    channel, number = self.number[message]
+                    self.sent[channel] = number
+                    touched.add(channel[1])
             if self.waits_for(rank) is not None:
                 break
             self.place[rank] += 1
-            self.has_posted[rank] = self.has_sent[rank] = False
+            self.has_sent[rank] = False
         return touched
 
     def waits_for(self, rank: int) -> int | None:
@@ -199,14 +173,23 @@ class _Run:
         action = self.head(rank)
         assert action is not None
         if not self.has_sent[rank]:
-            sender = self.schedule.sender(action)
-            is_here = sender is None or self.sent[sender, rank] >= self.posted[sender, rank]
-            return None if is_here else sender
-        receiver = self.schedule.receiver(action)
-        if receiver is None or self.max_pending_sends is None:
+            missing = self.missing(action)
+            return None if missing is None else self.number[missing][0][0]
+        if self.max_pending_sends is None:
             return None
-        pending = self.sent[rank, receiver] - self.posted[rank, receiver]
-        return receiver if pending > self.max_pending_sends else None
+        for message in self.schedule.sent(action):
+            channel, _ = self.number[message]
+            if self.sent[channel] - self.posted[channel] > self.max_pending_sends:
+                return channel[1]
+        return None
+
+    def missing(self, action: Action) -> Message | None:
+        """A message that an action needs and that is not sent yet."""
+        for message in self.incoming.get(action, ()):
+            channel, number = self.number[message]
+            if self.sent[channel] < number:
+                return message
+        return None
 
 
 def _check_progress(schedule: Schedule, max_pending_sends: int | None) -> None:
@@ -235,5 +218,6 @@ def _describe_wait(run: _Run, rank: int) -> str:
     assert action is not None
     if run.has_sent[rank]:
         return f"rank {rank} cannot send the result of {action} until rank {run.waits_for(rank)} receives more"
-    needed = predecessor(action, run.schedule.num_stages)
-    return f"rank {rank} needs {needed} of rank {run.waits_for(rank)} for {action}"
+    missing = run.missing(action)
+    assert missing is not None
+    return f"rank {rank} needs {missing.source} of rank {run.waits_for(rank)} for {action}"

@@ -1,28 +1,28 @@
-"""``wavek``: units of k micro-batches in alternating forward and backward waves that overlap at their boundaries.
+"""``wavek`` and ``wavek-zb``: units of k micro-batches in alternating forward and backward waves that overlap.
 
 A unit goes down and up in its forward wave (FE, FF), then down and up in its backward wave (BF, BE). The phases take
 unequal times, so the wave of one unit alone leaves gaps; the wave of the next unit fills them (arXiv 2605.18404,
 WaveK). Which phase should go first where two waves meet depends on the costs, so a portfolio of orders is scheduled
 and the shortest is kept.
+
+``wavek-zb`` goes beyond the paper in two ways. Weight gradients (WF, WE), which no other rank waits for, fill what gaps
+remain, as zero-bubble schedules do in first-order training. And a rank may hold several chunks of layers, placed down
+the ranks and up again, so that the first micro-batch reaches the last rank sooner.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, permutations, product
 
-from lightning_januspipe.schedule.actions import Costs, Phase, Schedule
-from lightning_januspipe.schedule.list_scheduler import (
-    BREADTH_FIRST,
-    DEPTH_FIRST,
-    ListSchedule,
-    Priority,
-    list_schedule,
-    lower_bound,
-)
+from lightning_januspipe.schedule.actions import Phase, Schedule
+from lightning_januspipe.schedule.bounds import lower_bound
+from lightning_januspipe.schedule.list_scheduler import BREADTH_FIRST, DEPTH_FIRST, Chain, Priority, list_schedule
 from lightning_januspipe.schedule.one_f_one_b import one_f_one_b
+from lightning_januspipe.schedule.placement import snake
+from lightning_januspipe.schedule.request import Request
 from lightning_januspipe.schedule.simulate import simulate
 
 _OFTEN_BEST = (
@@ -31,8 +31,21 @@ _OFTEN_BEST = (
     (Phase.BF, Phase.FF, Phase.FE, Phase.BE),
     (Phase.BF, Phase.FF, Phase.BE, Phase.FE),
 )
-_SEARCHED_ACTIONS = 400_000
-_LEAST_TRIES = 48
+_OFTEN_BEST_DEFERRED = (
+    (Phase.FF, Phase.BF, Phase.BE, Phase.FE),
+    (Phase.FE, Phase.FF, Phase.BF, Phase.BE),
+    (Phase.FE, Phase.BF, Phase.FF, Phase.BE),
+    (Phase.FF, Phase.BE, Phase.BF, Phase.FE),
+)
+_CHUNKS = (2, 1)
+_SEARCHED_ACTIONS = 150_000
+_LEAST_TRIES = 2
+# So near to what is possible, the search ends.
+_GOOD_ENOUGH = 2e-3
+# A gain within rounding is no gain: the earlier entry of the portfolio stays.
+_ROUNDING = 1e-9
+# Chunks send each message more often; they have to shorten the step by this share.
+_LEAST_GAIN_OF_CHUNKS = 5e-3
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,8 @@ class WaveKChoice:
 
     Args:
         schedule: The schedule.
-        makespan: Its simulated makespan, without communication.
+        makespan: Its simulated makespan.
+        bound: What no schedule of these stages can be faster than.
         wave_size: Micro-batches per unit; more than ``max_live`` means that the cap alone shapes the waves.
         max_live: The live cap that it was made under.
         phases: Phases from the most to the least urgent, where units overlap.
@@ -49,85 +63,127 @@ class WaveKChoice:
 
     schedule: Schedule
     makespan: float
+    bound: float
     wave_size: int
     max_live: int
     phases: tuple[Phase, ...]
 
 
-def wavek(
-    num_ranks: int,
-    num_microbatches: int,
-    costs: Costs,
-    *,
-    wave_size: int | str = "auto",
-    max_live: int | None = None,
-) -> Schedule:
-    """Order the folded pipeline in waves of ``wave_size`` micro-batches; see `search_wavek`."""
-    return search_wavek(num_ranks, num_microbatches, costs, wave_size=wave_size, max_live=max_live).schedule
+def wavek(request: Request) -> Schedule:
+    """Order the folded pipeline in waves, one stage on each rank; see `search_wavek`."""
+    return search_wavek(request).schedule
 
 
-def search_wavek(
-    num_ranks: int,
-    num_microbatches: int,
-    costs: Costs,
-    *,
-    wave_size: int | str = "auto",
-    max_live: int | None = None,
-) -> WaveKChoice:
-    """Search the waves with the least makespan; the same arguments give the same choice on every rank.
+def wavek_deferred(request: Request) -> Schedule:
+    """Order the folded pipeline in waves with deferred weight gradients, and chunks where they help."""
+    return search_wavek(request, deferred=True).schedule
 
-    With ``wave_size="auto"`` the result is never slower, without communication, than ``1f1b-fold`` under the same cap.
+
+def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
+    """Search the waves with the least makespan; the same request gives the same choice on every rank.
+
+    With ``wave_size="auto"`` the result of ``wavek`` is never slower than ``1f1b-fold`` under the same cap.
+    ``max_live=None`` stands for 2P, and for k where ``wave_size`` k is given: a new unit starts as micro-batches of the
+    one before end. A memory limit may lower it further.
 
     Args:
-        num_ranks: Number P of pipeline ranks, one stage on each.
-        num_microbatches: Number M of micro-batches.
-        costs: Measured phase times, the same on all ranks or one entry per rank.
-        wave_size: Micro-batches per unit (k), or "auto" to search it as well.
-        max_live: Most live micro-batches per rank. None stands for 2P, and for 2k where k is given and below P, as no
-            more than two units overlap.
+        request: What is asked for.
+        deferred: Whether weight gradients are actions of their own, and a rank may have several stages.
+
+    Raises:
+        ValueError: If not even one micro-batch at a time keeps within the memory limit.
     """
-    cap = max_live if max_live is not None else 2 * num_ranks
-    if isinstance(wave_size, int) and max_live is None:
-        cap = min(cap, 2 * wave_size)
-    cap = min(cap, num_microbatches)
     best: WaveKChoice | None = None
-    if wave_size == "auto":
-        baseline = one_f_one_b(num_ranks, num_microbatches, costs, max_live=cap)
-        schedule = Schedule("wavek", num_ranks, num_microbatches, baseline.actions)
-        makespan = simulate(schedule, costs).makespan
-        best = WaveKChoice(schedule, makespan, num_microbatches, min(cap, num_ranks), DEPTH_FIRST)
-    optimum = lower_bound(costs, num_ranks, num_microbatches)
-    num_tries = max(_LEAST_TRIES, _SEARCHED_ACTIONS // (4 * num_ranks * num_microbatches))
-    for priority, live in islice(_portfolio(num_ranks, num_microbatches, wave_size, cap), num_tries):
-        # A gain within rounding is no gain: the earlier entry of the portfolio stays.
-        deadline = math.inf if best is None else best.makespan * (1.0 - 1e-9)
-        if best is not None and deadline <= optimum:
-            break
-        found = list_schedule(num_ranks, num_microbatches, costs, priority, live, deadline=deadline)
-        if found is not None:
-            best = _choice(num_ranks, num_microbatches, found, priority, live)
-    assert best is not None
+    least_bytes = math.inf
+    for num_stages in request.numbers_of_stages(_CHUNKS if deferred else (1,)):
+        chain = Chain.folded(
+            request.num_ranks,
+            request.stage_costs(num_stages),
+            snake(request.num_ranks, num_stages),
+            request.latency,
+        )
+        found, needed = _search_chain(request, chain, deferred)
+        least_bytes = min(least_bytes, needed)
+        if found is None:
+            continue
+        fewer_chunks = best is not None and num_stages < best.schedule.num_stages
+        if best is None or found.makespan <= best.makespan * (1 + (_LEAST_GAIN_OF_CHUNKS if fewer_chunks else 0)):
+            best = found
+    if best is None:
+        raise ValueError(
+            f"memory_limit={request.memory_limit:.4g} bytes per rank, but with one micro-batch at a time a rank "
+            f"already holds {least_bytes:.4g} bytes of saved tensors: make micro-batches smaller (raise "
+            "num_microbatches), use more stages, or raise the limit."
+        )
     return best
 
 
-def _choice(
-    num_ranks: int, num_microbatches: int, found: ListSchedule, priority: Priority, max_live: int
-) -> WaveKChoice:
-    schedule = Schedule("wavek", num_ranks, num_microbatches, found.actions)
-    return WaveKChoice(schedule, found.makespan, priority.unit, max_live, priority.phases)
+def _search_chain(request: Request, chain: Chain, deferred: bool) -> tuple[WaveKChoice | None, float]:
+    """The best order for given stages, and the least memory that was seen."""
+    num_microbatches, name = request.num_microbatches, "wavek-zb" if deferred else "wavek"
+    num_stages = len(chain.placement)
+    cap = min(_default_cap(request), num_microbatches)
+    bound = lower_bound(chain.costs, chain.placement, num_microbatches, deferred=deferred, latency=request.latency)
+    best: WaveKChoice | None = None
+    least_bytes = math.inf
+
+    def consider(choice: WaveKChoice) -> None:
+        nonlocal best, least_bytes
+        if request.memory is not None and request.memory_limit is not None:
+            report = simulate(choice.schedule, chain.costs, comm=request.latency, memory=request.memory)
+            least_bytes = min(least_bytes, max(report.peak_memory))
+            if max(report.peak_memory) > request.memory_limit:
+                return
+        if best is None or choice.makespan < best.makespan * (1 - _ROUNDING):
+            best = choice
+
+    if request.wave_size == "auto" and not deferred:
+        baseline = replace(one_f_one_b(replace(request, max_live=cap)), name=name)
+        makespan = simulate(baseline, chain.costs, comm=request.latency).makespan
+        live = min(cap, request.num_ranks)
+        consider(WaveKChoice(baseline, makespan, bound, num_microbatches, live, DEPTH_FIRST))
+    num_actions = (6 if deferred else 4) * num_stages * num_microbatches
+    num_tries = max(_LEAST_TRIES, _SEARCHED_ACTIONS // num_actions)
+    for live in _caps(request, cap):
+        for priority in islice(_portfolio(request, deferred), num_tries):
+            if best is not None and best.makespan <= bound * (1 + _GOOD_ENOUGH):
+                return best, least_bytes
+            deadline = math.inf if best is None else best.makespan * (1 - _ROUNDING)
+            found = list_schedule(chain, num_microbatches, priority, live, deferred=deferred, deadline=deadline)
+            if found is not None:
+                schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, chain.placement)
+                consider(WaveKChoice(schedule, found.makespan, bound, priority.unit, live, priority.phases))
+        if best is not None and num_actions * num_tries > _SEARCHED_ACTIONS:
+            break
+    return best, least_bytes
 
 
-def _portfolio(num_ranks: int, num_microbatches: int, wave_size: int | str, cap: int) -> Iterator[tuple[Priority, int]]:
-    """Priorities and live caps to try, the most promising first."""
-    orders = tuple(dict.fromkeys((*_OFTEN_BEST, DEPTH_FIRST, BREADTH_FIRST, *permutations(BREADTH_FIRST))))
-    if isinstance(wave_size, int):
-        wave_sizes = [min(wave_size, num_microbatches)]
-    else:
+def _default_cap(request: Request) -> int:
+    if request.max_live is not None:
+        return request.max_live
+    return 2 * request.num_ranks if request.wave_size == "auto" else request.wave_size
+
+
+def _caps(request: Request, cap: int) -> list[int]:
+    """Live caps to try, the highest first: fewer live micro-batches sometimes make a better order."""
+    shares = [1.0, 0.75, 0.5]
+    if request.memory_limit is not None:
+        shares += [0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0]
+    return sorted({max(1, int(cap * share)) for share in shares}, reverse=True)
+
+
+def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:
+    """Priorities to try, the most promising first."""
+    num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
+    often_best = _OFTEN_BEST_DEFERRED if deferred else _OFTEN_BEST
+    orders = tuple(dict.fromkeys((*often_best, DEPTH_FIRST, BREADTH_FIRST, *permutations(BREADTH_FIRST))))
+    if request.wave_size == "auto":
         wished = (num_microbatches, num_ranks, 3 * num_ranks // 2, 2 * num_ranks, num_ranks // 2, 2, 1)
         wave_sizes = list(dict.fromkeys(size for size in wished if 1 <= size <= num_microbatches))
+    else:
+        wave_sizes = [min(request.wave_size, num_microbatches)]
     # One unit of all micro-batches is best left to the cap; smaller ones gain from meeting their neighbours.
     shapes = [(size, size < num_microbatches) for size in wave_sizes]
     shapes += [(size, not overlap) for size, overlap in shapes]
-    for live in dict.fromkeys(max(1, share) for share in (cap, 3 * cap // 4, cap // 2)):
-        for (unit, overlap), order in product(shapes, orders):
-            yield Priority(order, unit, overlap), live
+    for (unit, overlap), order in product(shapes, orders):
+        yield Priority(order, unit, overlap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,20 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Failing(TorchDispatchMode):
+    """Fails at the second matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        if self.count == 2:
+            raise FloatingPointError
+        return func(*args, **(kwargs or {}))
+
+
 def test_six_products_for_each_linear_layer() -> None:
     functions, _ = chain(CHAINS["three stages"])
     tensors = microbatch(5).tensors
@@ -150,6 +165,49 @@ def test_six_products_for_each_linear_layer() -> None:
             sent = stage.backward_energy(0, sent, [torch.ones(2, dtype=FLOAT)] * len(stage.function.observables))
         counted.update({"BE": products.count} if stage is stages[1] else {})
     assert counted == {"FE": 2 * 1, "FF": 2 * 1, "BF": 2 * 2, "BE": 2 * 2}
+
+
+def test_deferred_phases_do_one_product_for_each_linear_layer() -> None:
+    functions, _ = chain(CHAINS["three stages"])
+    walk = _Walk([Stage(f, GradientBuffers()) for f in functions], 0, microbatch(5).tensors, defer=True)
+    middle = {phase: walk.run(phase)[1] for phase in ("FE", "FF", "BF", "BE", "WF", "WE")}
+    assert middle == dict.fromkeys(("FE", "FF", "BF", "BE", "WF", "WE"), 2)
+
+
+def test_the_first_stage_defers_all_of_its_backward_energy_phase() -> None:
+    functions, _ = chain(CHAINS["three stages"])
+    stages = [Stage(f, GradientBuffers()) for f in functions]
+    walk = _Walk(stages, 0, microbatch(5).tensors, defer=True)
+    for phase in ("FE", "FF", "BF"):
+        walk.run(phase)
+    assert walk.run("BE")[0] == 0
+    walk.run("WF")
+    # "message" (input, weight) and "update" (input, weight), but for the input of the first, the embedding's gradient
+    assert walk.run("WE")[0] == 4
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_deferral_costs_no_product(name: str) -> None:
+    functions, spec = chain(CHAINS[name])
+    tensors = microbatch(6).tensors
+    with _Products() as at_once:
+        run_local(functions, spec, tensors, loss_gradients)
+    with _Products() as deferred:
+        run_local(functions, spec, tensors, loss_gradients, defer=True)
+    assert deferred.count == at_once.count > 0
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_deferred_phases_add_gradients_in_wf_and_we_only(name: str) -> None:
+    functions, _ = chain(CHAINS[name])
+    buffers = [GradientBuffers() for _ in functions]
+    walk = _Walk([Stage(f, b) for f, b in zip(functions, buffers, strict=True)], 0, microbatch(6).tensors, defer=True)
+    for phase in ("FE", "FF", "BF", "BE"):
+        walk.run(phase)
+    assert all(b.get(p) is None for f, b in zip(functions, buffers, strict=True) for p in f.parameters)
+    walk.run("WF")
+    walk.run("WE")
+    assert all(b.get(p) is not None for f, b in zip(functions, buffers, strict=True) for p in f.parameters)
 
 
 @pytest.mark.parametrize("name", ["two stages", "four stages", "energies in several stages", "shared weights"])
@@ -220,6 +278,77 @@ def test_each_phase_frees_what_no_later_one_reads() -> None:
     assert stage.num_inflight == 0
 
 
+@pytest.mark.parametrize("order", ["BF WF BE WE", "BF BE WF WE"])
+def test_deferred_phases_free_what_no_later_one_reads(order: str) -> None:
+    functions, _ = chain(CHAINS["two stages"])
+    stage = Stage(functions[1], GradientBuffers())
+    tensors = microbatch(7).tensors
+    with _watched() as of_energy:
+        _, (energies,) = stage.forward_energy(0, tensors, [torch.ones(7, 5, dtype=FLOAT)])
+    with _watched() as of_force:
+        message, derivatives = stage.forward_force(0, [])
+    alive = {}
+    for phase in order.split():
+        if phase == "BF":
+            stage.backward_force(0, message, [torch.ones_like(d) for d in derivatives], defer=True)
+        elif phase == "BE":
+            stage.backward_energy(0, [], [torch.ones_like(energies)], defer=True)
+        elif phase == "WF":
+            stage.weight_force(0)
+        else:
+            assert stage.num_inflight == 1
+            stage.weight_energy(0)
+        gc.collect()
+        alive[phase] = len(of_energy), len(of_force)
+    assert alive["BF"][0] > 0 and alive["BF"][1] > 0 and alive["BE"][0] > 0
+    assert alive["WF"][0] > 0 and alive["WF"][1] == 0, "the graph of FF outlives WF"
+    assert alive["WE"] == (0, 0), "the graph of FE outlives WE"
+    assert stage.num_inflight == 0
+
+
+@pytest.mark.parametrize("fails", ["BF", "BE", "WF", "WE"])
+def test_an_error_in_the_midst_of_a_phase_leaves_nothing_behind(fails: str) -> None:
+    functions, _ = chain(CHAINS["three stages"])
+    stages = [Stage(f, GradientBuffers()) for f in functions]
+    walk = _Walk(stages, 0, microbatch(7).tensors, defer=True)
+    with _watched() as saved:
+        for phase in ("FE", "FF", "BF", "BE", "WF", "WE"):
+            if phase == "BF":
+                walk.evaluate_loss()
+            if phase == fails:
+                # The engine of autograd leaves what it had still to do in a queue of the thread.
+                with ThreadPoolExecutor(1) as thread:
+                    assert isinstance(thread.submit(_fail, walk, phase).exception(), FloatingPointError)
+                break
+            walk.run(phase)
+    gc.collect()
+    assert len(saved) > 0
+    for stage in stages:
+        stage.clear()
+        assert stage.num_inflight == 0
+    del walk
+    gc.collect()
+    assert len(saved) == 0
+
+
+def _fail(walk: _Walk, phase: str) -> None:
+    with _Failing():
+        walk.run(phase)
+
+
+def test_apart_stages_free_their_graphs() -> None:
+    functions, _ = chain(CHAINS["two stages"])
+    stage = Stage(functions[1], GradientBuffers())
+    with _watched() as saved:
+        stage.recompute_energy(0, microbatch(7).tensors, [torch.ones(7, 5, dtype=FLOAT)])
+        message, derivatives = stage.forward_force(0, [])
+    assert len(saved) > 0 and stage.num_inflight == 1
+    u, mu = stage.backward_force_apart(0, message, derivatives)
+    assert u == [] and [m.shape for m in mu] == [(7, 5)]
+    gc.collect()
+    assert len(saved) == 0 and stage.num_inflight == 0
+
+
 def test_evaluation_frees_the_graph_of_the_forward_pass() -> None:
     functions, _ = chain([CHAINS["two stages"][1]])
     stage = Stage(functions[0], GradientBuffers())
@@ -250,28 +379,46 @@ def _after_forward_force() -> tuple[Stage, list[Tensor]]:
 class _Walk:
     """One micro-batch on its way through the phases of all stages."""
 
-    def __init__(self, stages: list[Stage], index: int, tensors: list[Tensor]) -> None:
-        self._stages, self._index, self._tensors = stages, index, tensors
+    def __init__(self, stages: list[Stage], index: int, tensors: list[Tensor], defer: bool = False) -> None:
+        self._stages, self._index, self._tensors, self._defer = stages, index, tensors, defer
         self._observables: list[Tensor] = []
         self._derivatives = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[4])]
         self._message: list[Tensor] = []
+        self._seeds: LossGradients | None = None
 
-    def run(self, phase: str) -> None:
-        """One phase of all stages."""
+    def evaluate_loss(self) -> None:
+        """Between FF and BF."""
+        self._seeds = self._seeds or loss_gradients(self._observables, self._derivatives)
+
+    def run(self, phase: str) -> list[int]:
+        """One phase of all stages; gives the number of matrix products of each."""
         self._message = []
-        for stage in self._stages if phase in ("FE", "BF") else reversed(self._stages):
-            if phase == "FE":
-                self._message, found = stage.forward_energy(self._index, self._tensors, self._message)
-                self._observables += found
-            elif phase == "FF":
-                self._message, parts = stage.forward_force(self._index, self._message)
-                self._derivatives = [a + b for a, b in zip(self._derivatives, parts, strict=True)]
-            elif phase == "BF":
-                self._seeds = loss_gradients(self._observables, self._derivatives)
-                self._message = stage.backward_force(self._index, self._message, self._seeds.derivatives)
-            else:
-                own = [self._seeds.observables[i] for i in stage.function.observables]
-                self._message = stage.backward_energy(self._index, self._message, own)
+        counts = {}
+        for stage in self._stages if phase in ("FE", "BF", "WF", "WE") else reversed(self._stages):
+            with _Products() as products:
+                self._run(phase, stage)
+            counts[stage.function.index] = products.count
+        return [counts[i] for i in sorted(counts)]
+
+    def _run(self, phase: str, stage: Stage) -> None:
+        if phase == "FE":
+            self._message, found = stage.forward_energy(self._index, self._tensors, self._message)
+            self._observables += found
+        elif phase == "FF":
+            self._message, parts = stage.forward_force(self._index, self._message)
+            self._derivatives = [a + b for a, b in zip(self._derivatives, parts, strict=True)]
+        elif phase == "BF":
+            self.evaluate_loss()
+            assert self._seeds is not None
+            self._message = stage.backward_force(self._index, self._message, self._seeds.derivatives, defer=self._defer)
+        elif phase == "BE":
+            assert self._seeds is not None
+            own = [self._seeds.observables[i] for i in stage.function.observables]
+            self._message = stage.backward_energy(self._index, self._message, own, defer=self._defer)
+        elif phase == "WF":
+            stage.weight_force(self._index)
+        else:
+            stage.weight_energy(self._index)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +428,9 @@ class _Walk:
         "FE0 FE1 FF1 FF0 BF0 BF1 BE1 BE0",
         "FE0 FF0 FE1 BF0 FF1 BF1 BE1 BE0",
         "FE0 FF0 BF0 FE1 FF1 BE0 BF1 BE1",
+        "FE0 FF0 BF0 BE0 WF0 WE0 FE1 FF1 BF1 WF1 BE1 WE1",
+        "FE0 FE1 FF0 FF1 BF0 BF1 WF1 BE0 BE1 WF0 WE1 WE0",
+        "FE0 FF0 FE1 BF0 FF1 BF1 BE1 WF0 WF1 WE1 BE0 WE0",
     ],
 )
 def test_micro_batches_in_flight_do_not_disturb_one_another(order: str) -> None:
@@ -288,13 +438,45 @@ def test_micro_batches_in_flight_do_not_disturb_one_another(order: str) -> None:
     gradients = GradientBuffers()
     stages = [Stage(f, gradients) for f in functions]
     batches = [microbatch(9, num_atoms=6).tensors, microbatch(10, num_atoms=11, num_structures=3).tensors]
-    walks = [_Walk(stages, i, t) for i, t in enumerate(batches)]
+    walks = [_Walk(stages, i, t, defer="WF" in order) for i, t in enumerate(batches)]
     for action in order.split():
         walks[int(action[2])].run(action[:2])
     assert [s.num_inflight for s in stages] == [0, 0, 0]
     first, second = (undivided(functions, t).gradients for t in batches)
     for parameter, gradient in first.items():
         assert_close(gradients.get(parameter), gradient + second[parameter], "summed gradient")
+
+
+@pytest.mark.parametrize("defer", ["BF", "BE"])
+def test_one_of_the_two_backward_phases_may_be_deferred_alone(defer: str) -> None:
+    functions, _ = chain([CHAINS["two stages"][1]])
+    gradients = GradientBuffers()
+    stage = Stage(functions[0], gradients)
+    tensors = microbatch(11).tensors
+    _, observables = stage.forward_energy(0, tensors, [])
+    _, derivatives = stage.forward_force(0, [])
+    seeds = loss_gradients(observables, derivatives)
+    stage.backward_force(0, [], seeds.derivatives, defer=defer == "BF")
+    if defer == "BF":
+        stage.weight_force(0)
+    stage.backward_energy(0, [], seeds.observables, defer=defer == "BE")
+    if defer == "BE":
+        stage.weight_energy(0)
+    assert stage.num_inflight == 0
+    for parameter, gradient in undivided(functions, tensors).gradients.items():
+        assert_close(gradients.get(parameter), gradient, "gradient")
+
+
+def test_deferred_phases_in_a_wrong_order_are_refused() -> None:
+    stage, derivatives = _after_forward_force()
+    with pytest.raises(AssertionError, match="BF did not defer"):
+        stage.weight_force(0)
+    stage.backward_force(0, [], derivatives, defer=True)
+    with pytest.raises(AssertionError, match="WF finds"):
+        stage.backward_energy(0, [], [None])
+    stage.backward_energy(0, [], [None], defer=True)
+    with pytest.raises(AssertionError, match="WF finds"):
+        stage.weight_energy(0)
 
 
 def test_toy_stage_is_a_stage_function() -> None:

@@ -14,11 +14,12 @@ from toy import CHAINS, FLOAT, LAST, Layout, ToyStage, assert_close, chain, loss
 
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
-from lightning_januspipe.engine.p2p import Channel, PipelineError
+from lightning_januspipe.engine.p2p import Channel, Links, PipelineError
+from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.precision import clip_gradients_by_norm
-from lightning_januspipe.schedule import Action, Phase, PhaseCosts, Schedule, build_schedule
+from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, list[Layout]] = {
@@ -29,6 +30,11 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout(species=True, vectors=True, energy=True, trainable=False),
         Layout(species=True, vectors=True, geometry=False, charges=True),
         Layout(species=True, vectors=True, energy=True),
+    ],
+    "eight stages": [
+        *(Layout(charges=i == 2, energy=i == 1, geometry=i != 3, trainable=i != 4) for i in range(6)),
+        Layout(shared=True),
+        LAST,
     ],
 }
 
@@ -64,28 +70,31 @@ def exchange(messages: list[list[Tensor]]) -> tuple[list[list[Tensor]], int]:
 # -- executor --------------------------------------------------------------------------------------------------------
 
 
-def make_executor(layouts: list[Layout], timeout: float = 30.0) -> tuple[Executor, list[ToyStage], GradientBuffers]:
-    """This rank's executor, the whole chain, and this rank's gradients."""
+def make_executor(
+    layouts: list[Layout], schedule: Schedule | None = None, timeout: float = 30.0
+) -> tuple[Executor, list[ToyStage], GradientBuffers]:
+    """This rank's executor (one stage on each rank if no schedule is given), the whole chain, this rank's gradients."""
     rank, size = dist.get_rank(), dist.get_world_size()
     functions, spec = chain(layouts)
-    assert len(functions) == size
+    stages = (rank,) if schedule is None else schedule.stages_of(rank)
+    assert len(functions) == (size if schedule is None else schedule.num_stages)
     down, up = dist.new_group(), dist.new_group()
-
-    def channel(group: dist.ProcessGroup | None, peer: int) -> Channel | None:
-        assert group is not None
-        return Channel(group, peer, CPU) if 0 <= peer < size else None
-
+    assert down is not None and up is not None
     gradients = GradientBuffers()
     executor = Executor(
-        Stage(functions[rank], gradients),
+        rank,
+        {s: Stage(functions[s], gradients) for s in stages},
         spec,
-        size,
-        (channel(down, rank + 1), channel(down, rank - 1)),
-        (channel(up, rank - 1), channel(up, rank + 1)),
+        Links(rank, range(size), down, up, CPU),
         CPU,
         timedelta(seconds=timeout),
     )
     return executor, functions, gradients
+
+
+def num_inflight(executor: Executor) -> int:
+    """Micro-batches in flight in any stage of the rank."""
+    return sum(stage.num_inflight for stage in executor.stages.values())
 
 
 def unequal_inputs(num: int) -> list[MicrobatchInput]:
@@ -93,13 +102,27 @@ def unequal_inputs(num: int) -> list[MicrobatchInput]:
     return [microbatch(20 + i, num_atoms=4 + 5 * i % 7, num_structures=1 + i % 3) for i in range(num)]
 
 
-def train_like_undivided(layout: str, schedule: str, numbers: list[int]) -> list[float]:
-    """Run steps with these numbers of micro-batches; returns the largest gradient of each step."""
+def schedule_of(name: str, num_ranks: int, num_stages: int, num_microbatches: int) -> Schedule:
+    """A schedule whose stages, and so whose ranks, have unequal costs, as real ones do."""
+    costs = [PhaseCosts(1.0 + 0.1 * s, 1.5, 1.3, 1.0 - 0.05 * s, 1.2, 0.9) for s in range(num_stages)]
+    return build_schedule(name, num_ranks, num_microbatches, costs, chunks=num_stages // num_ranks)
+
+
+def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[list[float], int]:
+    """Run steps with these numbers of micro-batches.
+
+    Returns:
+        The largest gradient of each step, and how many stages of this rank are apart.
+    """
     rank = _start()
-    executor, functions, gradients = make_executor(LAYOUTS[layout])
-    size = executor.num_stages
+    size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])
+    schedules = [schedule_of(name, size, num_stages, num) for num in numbers]
+    executor, functions, gradients = make_executor(LAYOUTS[layout], schedules[0])
+    parameters = list(dict.fromkeys(p for s in executor.stages for p in functions[s].parameters))
+    everything = list(dict.fromkeys(p for f in functions for p in f.parameters))
     largest = []
-    for num in numbers:
+    for num, schedule in zip(numbers, schedules, strict=True):
+        assert schedule.placement == schedules[0].placement
         inputs = unequal_inputs(num)
         expected = [undivided(functions, i.tensors) for i in inputs]
         called: list[int] = []
@@ -118,48 +141,55 @@ def train_like_undivided(layout: str, schedule: str, numbers: list[int]) -> list
                 assert_close(found, wanted, f"derivative of micro-batch {index}")
             return loss_gradients(observables, derivatives)
 
-        # Costs of one rank and the next differ, as those of real stages do.
-        costs = [PhaseCosts(1.0 + 0.1 * r, 1.5, 2.5, 2.0 - 0.1 * r) for r in range(size)]
-        executor.run(build_schedule(schedule, size, num, costs), inputs, loss)
+        executor.run(schedule, inputs, loss)
         assert sorted(called) == list(range(num)), f"the loss was evaluated for {called}"
-        assert executor.stage.num_inflight == 0
-        for i, parameter in enumerate(functions[rank].parameters):
+        assert num_inflight(executor) == 0
+        # Ranks that share a stage have a part of its gradient each.
+        for i, parameter in enumerate(everything):
             wanted = torch.stack([e.gradients[parameter] for e in expected]).sum(0)
-            assert_close(gradients.get(parameter), wanted, f"rank {rank}, {num} micro-batches: gradient {i}")
-        found = [gradients.get(p) for p in functions[rank].parameters]
-        largest.append(max([float(g.abs().max()) for g in found if g is not None], default=0.0))
+            found = gradients.get(parameter)
+            total = torch.zeros_like(parameter) if found is None else found.clone()
+            dist.all_reduce(total)
+            assert_close(total, wanted, f"rank {rank}, {num} micro-batches: gradient {i}")
+            assert found is None or any(parameter is p for p in parameters), "a gradient of another rank's stage"
+        own = [gradients.get(p) for p in parameters]
+        largest.append(max([float(g.abs().max()) for g in own if g is not None], default=0.0))
         gradients.clear()
-    return largest
+    return largest, sum(map(schedules[0].is_apart, schedules[0].stages_of(rank)))
 
 
-def evaluate_like_undivided(layout: str, num: int) -> int:
+def evaluate_like_undivided(layout: str, name: str, num: int) -> int:
     """Evaluate, train and evaluate again; returns how many micro-batches were compared on this rank."""
     rank = _start()
-    executor, functions, gradients = make_executor(LAYOUTS[layout])
+    size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])
+    training = schedule_of(name, size, num_stages, num)
+    executor, functions, gradients = make_executor(LAYOUTS[layout], training)
+    plan = evaluation_schedule(training.placement, training.force_placement, size, num)
     inputs = unequal_inputs(num)
     compared = 0
     for attempt in range(2):
-        results = executor.evaluate(inputs)
-        assert len(results) == num and executor.stage.num_inflight == 0
-        for i, (observables, derivatives) in zip(inputs, results, strict=True):
+        results = executor.evaluate(plan, inputs)
+        assert len(results) == num and num_inflight(executor) == 0
+        for i, result in zip(inputs, results, strict=True):
+            assert (result is None) == (rank != training.force_placement[0])
+            if result is None:
+                continue
             expected = undivided(functions, i.tensors)
-            for found, wanted in zip(observables, expected.observables, strict=True):
+            for found, wanted in zip(result[0], expected.observables, strict=True):
                 assert_close(found, wanted, "observable")
-            if rank == 0:
-                for found, wanted in zip(derivatives, expected.derivatives, strict=True):
-                    assert_close(found, wanted, "derivative")
+            for found, wanted in zip(result[1], expected.derivatives, strict=True):
+                assert_close(found, wanted, "derivative")
             compared += 1
         if attempt == 0:
-            assert not any(gradients.get(p) is not None for p in functions[rank].parameters)
-            plan = build_schedule("wavek", executor.num_stages, num, PhaseCosts(1, 1, 2, 2))
-            executor.run(plan, inputs, lambda _, y, x: loss_gradients(y, x))
+            assert not any(gradients.get(p) is not None for f in functions for p in f.parameters)
+            executor.run(training, inputs, lambda _, y, x: loss_gradients(y, x))
     return compared
 
 
 def step_with_a_dead_rank(dead: int) -> None:
     """Rank ``dead`` ends without a word, in its loss (before BF) of micro-batch 1."""
     rank = _start()
-    executor, _, _ = make_executor(LAYOUTS["three stages"], 60.0)
+    executor, _, _ = make_executor(LAYOUTS["three stages"], timeout=60.0)
 
     def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         if rank == dead and index == 1:
@@ -173,8 +203,8 @@ def step_with_a_dead_rank(dead: int) -> None:
 def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple[str, float, bool]:
     """Rank ``hanging`` sleeps in its loss of micro-batch 1; returns what this rank noticed, and after how long."""
     rank = _start()
-    executor, _, _ = make_executor(LAYOUTS["two stages"], timeout)
-    executor.evaluate(unequal_inputs(1))  # all connections are made
+    executor, _, _ = make_executor(LAYOUTS["two stages"], timeout=timeout)
+    executor.evaluate(evaluation_schedule((0, 1), (0, 1), 2, 1), unequal_inputs(1))  # all connections are made
     dist.barrier()
 
     def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
@@ -187,22 +217,15 @@ def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple
     try:
         executor.run(plan, unequal_inputs(2), loss)
     except PipelineError as error:
-        return str(error), time.monotonic() - began, executor.stage.num_inflight == 0
-    return "", time.monotonic() - began, executor.stage.num_inflight == 0
-
-
-def run_deferred_phase() -> None:
-    """An action that the executor does not know."""
-    executor, _, _ = make_executor_alone()
-    plan = Schedule("deferred", 1, 1, ((Action(Phase.WF, 0, 0),),))
-    executor.run(plan, unequal_inputs(1), lambda _, y, x: loss_gradients(y, x))
+        return str(error), time.monotonic() - began, num_inflight(executor) == 0
+    return "", time.monotonic() - began, num_inflight(executor) == 0
 
 
 def make_executor_alone() -> tuple[Executor, list[ToyStage], GradientBuffers]:
     """An executor of one stage, in one process without process groups."""
     functions, spec = chain(LAYOUTS["one stage"])
     gradients = GradientBuffers()
-    return Executor(Stage(functions[0], gradients), spec, 1), functions, gradients
+    return Executor(0, {0: Stage(functions[0], gradients)}, spec), functions, gradients
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------

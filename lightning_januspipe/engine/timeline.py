@@ -1,0 +1,100 @@
+"""Notes when the actions of a step really start and end, on the CPU or on a CUDA stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_januspipe.schedule import Action, Report, Schedule
+from lightning_januspipe.schedule.simulate import peak_live
+
+
+@dataclass(frozen=True)
+class Span:
+    """One action as it ran.
+
+    Attributes:
+        action: the action.
+        start: seconds since the start of the step.
+        end: seconds since the start of the step.
+    """
+
+    action: Action
+    start: float
+    end: float
+
+
+class Recorder:
+    """Times the actions of one rank; waiting for messages does not count.
+
+    On CUDA devices times are those of the current stream, and nothing is synchronized before :meth:`spans`.
+
+    Args:
+        device: where the stages run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._began: float = 0.0
+        self._origin: torch.cuda.Event | None = None
+        self._marks: list[tuple[Action, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._open: float | torch.cuda.Event | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a step: forget all actions and set the time to zero."""
+        self._marks.clear()
+        self._began = time.perf_counter()
+        if self._is_cuda:
+            self._origin = self._mark()  # type: ignore[assignment]
+
+    def start(self, action: Action) -> None:
+        """An action starts to compute."""
+        self._open = self._mark()
+
+    def end(self, action: Action) -> None:
+        """The action that started last has ended."""
+        assert self._open is not None
+        self._marks.append((action, self._open, self._mark()))
+        self._open = None
+
+    def spans(self) -> list[Span]:
+        """All actions since :meth:`reset`; waits for the device."""
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        return [Span(action, self._seconds(a), self._seconds(b)) for action, a, b in self._marks]
+
+    @property
+    def began(self) -> float:
+        """``time.perf_counter()`` of the start of the step."""
+        return self._began
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, mark: float | torch.cuda.Event) -> float:
+        if isinstance(mark, float):
+            return mark - self._began
+        assert self._origin is not None
+        return self._origin.elapsed_time(mark) / 1e3
+
+
+def recorded_report(schedule: Schedule, spans: Mapping[int, Sequence[Span]]) -> Report:
+    """The report of a step as it ran, to be laid beside that of the simulation; in seconds.
+
+    Args:
+        schedule: what was run.
+        spans: of every rank, on a common clock.
+    """
+    first = min(span.start for of_rank in spans.values() for span in of_rank)
+    start = {s.action: s.start - first for of_rank in spans.values() for s in of_rank}
+    end = {s.action: s.end - first for of_rank in spans.values() for s in of_rank}
+    busy = tuple(sum(s.end - s.start for s in spans[rank]) for rank in range(schedule.num_ranks))
+    return Report(max(end.values()), max(busy), peak_live(schedule), start, end, busy)

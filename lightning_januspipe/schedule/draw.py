@@ -1,0 +1,463 @@
+"""Pictures of timed schedules: Gantt charts, and the memory that every rank holds over time.
+
+Both take rows of (label, schedule, report). The report of `simulate` gives the predicted picture, that of a recorded
+run the real one; rows of one picture have the same time axis, which begins at the first action of each row.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lightning_januspipe.schedule.actions import Action, Phase, Schedule
+from lightning_januspipe.schedule.simulate import Report
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row: TypeAlias = tuple[str, Schedule, Report]
+"""One panel of a picture: its label, the schedule, and the schedule's times."""
+
+SUFFIXES = (".png", ".svg")
+"""Endings of the files that can be written."""
+
+PHASE_COLOURS: Mapping[Phase, str] = {
+    Phase.FE: "#7CC4F0",
+    Phase.FF: "#0868AC",
+    Phase.BF: "#C8500A",
+    Phase.BE: "#F2A01E",
+    Phase.WF: "#EDBBA0",
+    Phase.WE: "#FAE3A6",
+}
+"""Forward phases are blue, backward ones red and orange (after Okabe and Ito), and their weight gradients paler."""
+
+PHASE_NAMES: Mapping[Phase, str] = {
+    Phase.FE: "FE forward energy",
+    Phase.FF: "FF forward force",
+    Phase.BF: "BF backward force",
+    Phase.BE: "BE backward energy",
+    Phase.WF: "WF weights of BF",
+    Phase.WE: "WE weights of BE",
+}
+
+_WHITE_NUMBERS = (Phase.FF, Phase.BF)
+_BUBBLE_COLOUR = "#ECECEC"
+_INK = "#222222"
+_LIMIT_COLOUR = "#B00020"
+_DASHES = (0, (4, 2))
+_BOX_HEIGHT = 0.88  # of a rank's row
+_BAR_HEIGHT = 0.16  # of a rank's row, under the boxes of its last stage
+_BAR_COLOUR = "#00000090"
+_DIGIT_WIDTH = 0.64  # of the font size, in matplotlib's own font
+_LEAST_FONT, _LARGEST_FONT = 5.0, 8.0  # points
+_POINTS = 72.0  # per inch
+_DPI = 150
+# Sizes in inches: what surrounds the panels, and what a panel takes beside its rows.
+_LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 0.15, 0.5, 0.08
+_TITLE, _LEGEND_LINE, _PANEL_TITLE, _GAP = 0.3, 0.2, 0.27, 0.12
+_LEAST_WIDTH, _LARGEST_WIDTH = 8.0, 24.0
+
+
+def gantt(rows: Sequence[Row], path: str | os.PathLike[str], *, unit: str = "", title: str = "") -> None:
+    """Draw when each rank runs what, one panel per row, with the same time axis.
+
+    A box is an action, in the colour of its phase and, where there is room, with the number of its micro-batch. Where a
+    rank has several stages, the boxes of all but the first have a bar at the bottom, higher from stage to stage. The
+    light ground behind the boxes is a bubble, the dashed line the ideal time.
+
+    Args:
+        rows: Label, schedule and report of every panel, from top to bottom.
+        path: File to write, ``.png`` or ``.svg``; the same rows give the same bytes.
+        unit: Unit of the reports' times, for the labels.
+        title: Title of the whole picture.
+
+    Raises:
+        ValueError: If ``path`` ends otherwise, there is no row, or a report is not of its schedule.
+    """
+    suffix = _suffix(path)
+    _save(gantt_figure(rows, unit=unit, title=title), path, suffix)
+
+
+def memory(
+    rows: Sequence[Row],
+    path: str | os.PathLike[str],
+    *,
+    unit: str = "",
+    title: str = "",
+    limit: float | None = None,
+) -> None:
+    """Draw the bytes that every rank holds over time, one panel per row, with the same axes.
+
+    Args:
+        rows: Label, schedule and report of every panel, from top to bottom; the reports have a ``memory``.
+        path: File to write, ``.png`` or ``.svg``; the same rows give the same bytes.
+        unit: Unit of the reports' times, for the labels.
+        title: Title of the whole picture.
+        limit: Bytes that a rank may hold, drawn as a dashed line.
+
+    Raises:
+        ValueError: If ``path`` ends otherwise, there is no row, a report is not of its schedule or has no memory, or
+            the limit is not a number > 0.
+    """
+    suffix = _suffix(path)
+    _save(memory_figure(rows, unit=unit, title=title, limit=limit), path, suffix)
+
+
+def gantt_figure(rows: Sequence[Row], *, unit: str = "", title: str = "") -> Figure:
+    """The picture that `gantt` writes.
+
+    The boxes are one collection per phase, with the id ``panel<row>-<phase>``; beside them there are
+    ``panel<row>-bubbles`` and, where a rank has several stages, ``panel<row>-bars``.
+    """
+    check_rows(rows)
+    most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
+    row_height = min(max(0.13, 2.4 / most_ranks), 0.26)
+    with _style():
+        heights = [schedule.num_ranks * row_height for _, schedule, _ in rows]
+        figure, panels = _panels(_gantt_width(rows), heights, _gantt_legend(rows), 1.5, rows, unit, title)
+        for index, (axes, (label, schedule, report)) in enumerate(zip(panels, rows, strict=True)):
+            _set_titles(axes, label, _summary(report, unit))
+            _draw_boxes(axes, schedule, report, f"panel{index}")
+            _number_boxes(axes, schedule, report, row_height * _BOX_HEIGHT * _POINTS)
+            axes.axvline(report.ideal, color=_INK, linestyle=_DASHES, linewidth=1.0)
+            axes.set_ylim(schedule.num_ranks - 0.5, -0.5)
+            axes.set_yticks(range(0, schedule.num_ranks, 1 if schedule.num_ranks <= 16 else 4))
+            axes.set_ylabel("rank")
+            axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def memory_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", limit: float | None = None) -> Figure:
+    """The picture that `memory` writes; the line of each rank has the id ``panel<row>-rank<rank>``."""
+    check_rows(rows)
+    for label, _, report in rows:
+        if not report.memory:
+            raise ValueError(
+                f"The report of {label!r} has no memory, expected the bytes that each rank holds over time: "
+                "simulate the schedule with the memory of its phases."
+            )
+    if limit is not None and not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"limit is {limit!r}, expected a number of bytes > 0, or None.")
+    top = max(limit or 1.0, *(peak for _, _, report in rows for peak in report.peak_memory))
+    bytes_per_unit, byte_unit = _byte_unit(top)
+    most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
+    with _style():
+        figure, panels = _panels(10.0, [1.8] * len(rows), _memory_legend(most_ranks, limit), 1.0, rows, unit, title)
+        for index, (axes, (label, _, report)) in enumerate(zip(panels, rows, strict=True)):
+            _set_titles(axes, label, _peak(report, limit))
+            origin = first_start(report)
+            for rank, steps in enumerate(report.memory):
+                if not steps:
+                    continue
+                times = [time - origin for time, _ in steps]
+                held = [value / bytes_per_unit for _, value in steps]
+                axes.plot(
+                    [*times, max(report.makespan, times[-1])],
+                    [*held, held[-1]],
+                    drawstyle="steps-post",
+                    color=_rank_colour(rank, most_ranks),
+                    linewidth=1.1,
+                    gid=f"panel{index}-rank{rank}",
+                )
+            if limit is not None:
+                axes.axhline(limit / bytes_per_unit, color=_LIMIT_COLOUR, linestyle=_DASHES, linewidth=1.2)
+            axes.set_ylim(0.0, 1.06 * top / bytes_per_unit)
+            axes.set_ylabel(f"held ({byte_unit})")
+            axes.grid(axis="y", color=_BUBBLE_COLOUR, linewidth=0.6)
+    return figure
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """Check that there is a row and that the report of every row has the times of its schedule's actions.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not rows:
+        raise ValueError("There is nothing to draw: rows is empty, expected (label, schedule, report) at least once.")
+    for label, schedule, report in rows:
+        if not report.start:
+            raise ValueError(f"The report of {label!r} is empty, expected the times of the schedule's actions.")
+        for order in schedule.actions:
+            for action in order:
+                if action not in report.start or action not in report.end:
+                    raise ValueError(
+                        f"The report of {label!r} has no time for {action}, expected one for every action of its "
+                        f"schedule {schedule.name!r}: pass each schedule with its own report."
+                    )
+
+
+def first_start(report: Report) -> float:
+    """Time at which the first action starts; pictures count from there."""
+    return min(report.start.values())
+
+
+def _set_titles(axes: Axes, label: str, numbers: str) -> None:
+    axes.set_title(label, loc="left", fontweight="bold")
+    axes.set_title(numbers, loc="right")
+
+
+def _summary(report: Report, unit: str) -> str:
+    makespan = f"{report.makespan:.4g} {unit}".rstrip()
+    return f"makespan {makespan} = {report.makespan / report.ideal:.3f} × ideal, bubbles {report.bubble_fraction:.1%}"
+
+
+def _peak(report: Report, limit: float | None) -> str:
+    peak = max(report.peak_memory)
+    excess = ", more than the limit" if limit is not None and peak > limit else ""
+    return f"peak {_bytes(peak)} on rank {report.peak_memory.index(peak)}{excess}"
+
+
+def _bytes(size: float) -> str:
+    factor, unit = _byte_unit(size)
+    return f"{size / factor:.3g} {unit}"
+
+
+def _byte_unit(size: float) -> tuple[float, str]:
+    """Bytes per unit and the unit's name, for sizes about ``size``."""
+    for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= factor:
+            return factor, name
+    return 1.0, "B"
+
+
+def _chunks(schedule: Schedule) -> list[dict[int, int]]:
+    """Per rank, the place of each of its stages among them."""
+    stages = [sorted({action.stage for action in order}) for order in schedule.actions]
+    return [{stage: chunk for chunk, stage in enumerate(of_rank)} for of_rank in stages]
+
+
+def _box(start: float, end: float, rank: int, height: float = _BOX_HEIGHT) -> list[tuple[float, float]]:
+    """Corners of a box in a rank's row, standing on the same line as all boxes of the row; ranks count downwards."""
+    bottom = rank + _BOX_HEIGHT / 2
+    return [(start, bottom), (start, bottom - height), (end, bottom - height), (end, bottom)]
+
+
+def _draw_boxes(axes: Axes, schedule: Schedule, report: Report, panel: str) -> None:
+    """Add the ground of the bubbles, the boxes of all actions, and the bars of later stages."""
+    from matplotlib.collections import PolyCollection
+
+    origin, chunks = first_start(report), _chunks(schedule)
+    boxes: dict[Phase, list[list[tuple[float, float]]]] = {phase: [] for phase in Phase if phase in schedule.phases}
+    bars = []
+    bar = _BAR_HEIGHT / max(1, max(map(len, chunks)) - 1)
+    for rank, order in enumerate(schedule.actions):
+        for action in order:
+            start, end = report.start[action] - origin, report.end[action] - origin
+            boxes[action.phase].append(_box(start, end, rank))
+            if chunk := chunks[rank][action.stage]:
+                bars.append(_box(start, end, rank, chunk * bar))
+    # A white edge parts neighbours of one colour; among very narrow boxes it would cover them.
+    width = _points_per_unit(axes) * statistics.median(end - report.start[action] for action, end in report.end.items())
+    edge = min(0.5, 0.06 * width)
+    ground = [_box(0.0, report.makespan, rank) for rank in range(schedule.num_ranks)]
+    collections = [PolyCollection(ground, facecolors=_BUBBLE_COLOUR, linewidths=0.0, gid=f"{panel}-bubbles")]
+    for phase, of_phase in boxes.items():
+        colour, name = PHASE_COLOURS[phase], f"{panel}-{phase.value}"
+        collections.append(PolyCollection(of_phase, facecolors=colour, edgecolors="white", linewidths=edge, gid=name))
+    if bars:
+        collections.append(PolyCollection(bars, facecolors=_BAR_COLOUR, linewidths=0.0, gid=f"{panel}-bars"))
+    for collection in collections:
+        axes.add_collection(collection, autolim=False)
+
+
+def _number_boxes(axes: Axes, schedule: Schedule, report: Report, height: float) -> None:
+    """Write micro-batches into the boxes, ``height`` points high, in which every micro-batch's number has room.
+
+    Boxes that are too narrow, but follow one another with one phase of one micro-batch, get one number together.
+    """
+    origin, scale = first_start(report), _points_per_unit(axes)
+    room = scale * _short_time(report)
+    font = min(max(_LEAST_FONT, room / _number_width(schedule, 1.0)), _LARGEST_FONT, 0.8 * height)
+    if font < _LEAST_FONT:
+        return
+    least = _number_width(schedule, font) / scale * (1.0 - 1e-9)
+    raised = _BAR_HEIGHT / 2 if any(len(stages) > 1 for stages in _chunks(schedule)) else 0.0
+    for rank, order in enumerate(schedule.actions):
+        for run in _runs(order, report):
+            spans = [(report.start[action], report.end[action]) for action in run]
+            if any(end - start < least for start, end in spans):
+                spans = [(spans[0][0], spans[-1][1])]
+            for start, end in spans:
+                if end - start >= least:
+                    axes.text(
+                        (start + end) / 2 - origin,
+                        rank - raised,
+                        str(run[0].microbatch),
+                        fontsize=font,
+                        color="white" if run[0].phase in _WHITE_NUMBERS else _INK,
+                        ha="center",
+                        va="center_baseline",
+                    )
+
+
+def _runs(order: Sequence[Action], report: Report) -> Iterator[list[Action]]:
+    """Neighbours of one phase and micro-batch without a pause between them."""
+    run: list[Action] = []
+    for action in order:
+        if run:
+            pause = report.start[action] - report.end[run[-1]]
+            same = action.phase is run[-1].phase and action.microbatch == run[-1].microbatch
+            if not same or pause > 1e-6 * report.makespan:
+                yield run
+                run = []
+        run.append(action)
+    if run:
+        yield run
+
+
+def _number_width(schedule: Schedule, font: float) -> float:
+    """Width in points of the longest number of a micro-batch, with a little room on its sides."""
+    return (len(str(schedule.num_microbatches - 1)) * _DIGIT_WIDTH + 0.2) * font
+
+
+def _short_time(report: Report) -> float:
+    """The time that four of five actions take at least."""
+    times = sorted(end - report.start[action] for action, end in report.end.items())
+    return times[len(times) // 5]
+
+
+def _last_time(rows: Sequence[Row]) -> float:
+    """Where the time axis ends."""
+    return 1.01 * max(report.makespan for _, _, report in rows)
+
+
+def _gantt_width(rows: Sequence[Row]) -> float:
+    """Width in inches at which most boxes have room for their number, within what fits on a screen."""
+    last = _last_time(rows)
+    width = 0.0
+    for _, schedule, report in rows:
+        number = _number_width(schedule, 1.04 * _LEAST_FONT) / _POINTS
+        width = max(width, number * last / max(_short_time(report), 1e-3 * last))
+    return min(max(_LEAST_WIDTH, _LEFT + width + _RIGHT), _LARGEST_WIDTH)
+
+
+def _points_per_unit(axes: Axes) -> float:
+    """Points on paper of one unit of time; read after the time axis is set."""
+    first, last = axes.get_xlim()
+    return float(axes.bbox.width / _DPI * _POINTS / (last - first))
+
+
+def _gantt_legend(rows: Sequence[Row]) -> list[Artist]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    phases = frozenset[Phase]().union(*(schedule.phases for _, schedule, _ in rows))
+    several = any(len(stages) > 1 for _, schedule, _ in rows for stages in _chunks(schedule))
+    entries: list[Artist] = [
+        Patch(color=PHASE_COLOURS[phase], label=PHASE_NAMES[phase]) for phase in Phase if phase in phases
+    ]
+    if several:
+        entries.append(Line2D([], [], color=_BAR_COLOUR, linewidth=2.0, label="bar: later stage"))
+    entries.append(Patch(color=_BUBBLE_COLOUR, label="bubble"))
+    entries.append(Line2D([], [], color=_INK, linestyle=_DASHES, linewidth=1.0, label="ideal time"))
+    return entries
+
+
+def _memory_legend(num_ranks: int, limit: float | None) -> list[Artist]:
+    """Ranks evenly spaced from the first to the last, eight at most."""
+    from matplotlib.lines import Line2D
+
+    shown = {round(place * (num_ranks - 1) / 7) for place in range(8)}
+    entries: list[Artist] = [
+        Line2D([], [], color=_rank_colour(rank, num_ranks), label=f"rank {rank}")
+        for rank in range(num_ranks)
+        if num_ranks <= 8 or rank in shown
+    ]
+    if limit is not None:
+        label = f"limit {_bytes(limit)}"
+        entries.append(Line2D([], [], color=_LIMIT_COLOUR, linestyle=_DASHES, label=label))
+    return entries
+
+
+def _rank_colour(rank: int, num_ranks: int) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    red, green, blue, opaque = colormaps["viridis"](0.9 * rank / max(1, num_ranks - 1))
+    return float(red), float(green), float(blue), float(opaque)
+
+
+def _panels(
+    width: float,
+    heights: Sequence[float],
+    legend: list[Artist],
+    entry_width: float,
+    rows: Sequence[Row],
+    unit: str,
+    title: str,
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a title, a legend, and panels of the given heights below one another; sizes in inches."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(legend), max(1, int((width - _LEFT - _RIGHT) / entry_width)))
+    head = _TOP + (_TITLE if title else 0.0) + _LEGEND_LINE * math.ceil(len(legend) / columns) + 0.04
+    height = head + sum(heights) + len(heights) * (_PANEL_TITLE + _GAP) + _BOTTOM
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    left, top = _LEFT / width, 1.0 - _TOP / height
+    if title:
+        figure.text(left, top, title, fontsize=12, fontweight="bold", va="top")
+        top -= _TITLE / height
+    figure.legend(
+        handles=legend, loc="upper left", bbox_to_anchor=(left, top), ncols=columns, borderaxespad=0.0, borderpad=0.0
+    )
+    last = _last_time(rows)
+    panels: list[Axes] = []
+    bottom = height - head
+    for panel_height in heights:
+        bottom -= _PANEL_TITLE + panel_height
+        box = (left, bottom / height, 1.0 - (_LEFT + _RIGHT) / width, panel_height / height)
+        axes = figure.add_axes(box)
+        axes.set_xlim(0.0, last)
+        axes.tick_params(axis="x", labelbottom=len(panels) == len(heights) - 1)
+        panels.append(axes)
+        bottom -= _GAP
+    panels[-1].set_xlabel(f"time ({unit})" if unit else "time")
+    return figure, panels
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The same look on every machine, whatever the user's own settings are."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.hashsalt": "lightning_januspipe",
+                "font.size": 9.0,
+                "axes.titlesize": 9.5,
+                "axes.titlepad": 4.0,
+                "axes.edgecolor": "#888888",
+                "axes.linewidth": 0.6,
+                "axes.axisbelow": True,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "legend.frameon": False,
+                "legend.fontsize": 8.5,
+                "legend.handlelength": 1.4,
+                "legend.columnspacing": 1.4,
+            }
+        )
+        yield
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"Cannot draw {os.fspath(path)!r}: expected a file that ends in {' or '.join(SUFFIXES)}.")
+    return suffix
+
+
+def _save(figure: Figure, path: str | os.PathLike[str], suffix: str) -> None:
+    # Without dates and versions a picture changes only with what it shows.
+    unset = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[suffix]
+    with _style():
+        figure.savefig(path, format=suffix.removeprefix("."), metadata=unset)

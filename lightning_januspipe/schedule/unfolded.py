@@ -1,0 +1,76 @@
+"""``1f1b-2nd`` and ``hanayo-2nd``: first-order pipelining of the unrolled chain, the baselines that do not fold.
+
+To a first-order pipeline a training step is a chain of twice as many forward stages, FE of all layers and then FF of
+all layers, with BF and BE as its backward pass. It is cut in parts of equal cost wherever that falls, so that FF of a
+layer usually is on another rank than its FE: that rank holds the layer's weights once more, computes FE again (FF takes
+``fe + ff`` and BF goes back through both, ``bf + be``), and adds its gradients. Where FE and FF of a layer meet on one
+rank, nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_januspipe.schedule.actions import Phase, Schedule
+from lightning_januspipe.schedule.costs import PhaseCosts, durations
+from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, Chain, Priority, list_schedule
+from lightning_januspipe.schedule.placement import cut_evenly, snake
+from lightning_januspipe.schedule.request import Request
+
+_CHUNKS = (2, 3, 4)
+"""Stages per rank that the chain of energies may be cut in; it is cut in parts of equal cost at their borders."""
+
+
+def one_f_one_b_unfolded(request: Request) -> Schedule:
+    """The unrolled chain in P parts, in 1F1B order with at most P live micro-batches."""
+    return _fastest("1f1b-2nd", request, parts_per_rank=1, caps=(request.num_ranks,))
+
+
+def hanayo_unfolded(request: Request) -> Schedule:
+    """The unrolled chain in 2P parts that go down the ranks and up again: one wave of Hanayo (SC '23).
+
+    Its live micro-batches, P to 2P, are those with which it is fastest.
+    """
+    num_ranks = request.num_ranks
+    return _fastest("hanayo-2nd", request, parts_per_rank=2, caps=(2 * num_ranks, 3 * num_ranks // 2, num_ranks))
+
+
+def _fastest(name: str, request: Request, parts_per_rank: int, caps: tuple[int, ...]) -> Schedule:
+    """The fastest out of the numbers of stages and the live caps that are allowed."""
+    num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
+    priority = Priority(DEPTH_FIRST, unit=num_microbatches)
+    if request.max_live is not None:
+        caps = tuple(min(cap, request.max_live) for cap in caps)
+    best: tuple[float, Schedule] | None = None
+    for num_stages in request.numbers_of_stages(_CHUNKS):
+        costs = request.stage_costs(num_stages)
+        chain = Chain(num_ranks, costs, *unfolded_placement(costs, num_ranks, parts_per_rank), latency=request.latency)
+        for cap in dict.fromkeys(caps):
+            deadline = math.inf if best is None else best[0]
+            found = list_schedule(chain, num_microbatches, priority, cap, deadline=deadline)
+            if found is not None:
+                schedule = Schedule(
+                    name, num_ranks, num_microbatches, found.actions, chain.placement, chain.force_placement
+                )
+                best = found.makespan, schedule
+    assert best is not None
+    return best[1]
+
+
+def unfolded_placement(
+    costs: tuple[PhaseCosts, ...], num_ranks: int, parts_per_rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ranks of FE and BE, and of FF and BF, of each stage.
+
+    Args:
+        costs: Costs of each stage.
+        num_ranks: Number of pipeline ranks.
+        parts_per_rank: Parts of the unrolled chain on each rank, placed down the ranks and up again.
+    """
+    times = [durations(entry, deferred=False, apart=True) for entry in costs]
+    energies = [time[Phase.FE] + time[Phase.BE] for time in times]
+    forces = [time[Phase.FF] + time[Phase.BF] for time in times]
+    parts = cut_evenly([*energies, *reversed(forces)], num_ranks * parts_per_rank)
+    ranks = snake(num_ranks, num_ranks * parts_per_rank)
+    places = [ranks[part] for part in parts]
+    return tuple(places[: len(costs)]), tuple(reversed(places[len(costs) :]))
