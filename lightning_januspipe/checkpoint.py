@@ -30,7 +30,7 @@ class StageOptimizer:
     def __init__(self, optimizer: Optimizer, pipeline: Pipeline) -> None:
         self.optimizer, self._pipeline = optimizer, pipeline
         self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
-        known = set(pipeline.stages_of)
+        known = set(pipeline.ranks_of)
         for parameters in self._groups:
             if any(p not in known for p in parameters):
                 raise ValueError(

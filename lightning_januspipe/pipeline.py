@@ -1,9 +1,10 @@
-"""One rank's part of a pipelined module: its stage, its schedule, its parameters. No Lightning in here."""
+"""One rank's part of a pipelined module: its stages, its schedule, its parameters. No Lightning in here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,18 @@ from lightning_januspipe.capture.step import StepFunction, loss_of, require_fini
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.microbatch import fingerprint, same_batch
-from lightning_januspipe.engine.p2p import Channel, PipelineError
+from lightning_januspipe.engine.p2p import Links, PipelineError, pack, packed_size, unpack
+from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.timeline import PhaseTimes, Recorder, recorded_report
 from lightning_januspipe.mesh import Mesh, as_world
-from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
+from lightning_januspipe.planning import Planner, is_searched, measured_costs
+from lightning_januspipe.schedule import Report, Schedule
+
+_Result = TypeVar("_Result")
+
+# The first step warms up; costs are measured in those after it.
+_LEARNING_STEPS = (1, 2, 3)
 
 
 class Undivided:
@@ -78,49 +87,70 @@ class Undivided:
         return True
 
 
+@dataclass(frozen=True)
+class RecordedStep:
+    """A training step as it ran, and as it was predicted.
+
+    Attributes:
+        schedule: the actions of all ranks.
+        predicted: the simulation with the costs that the schedule was made for, in seconds.
+        recorded: the real step, in seconds.
+    """
+
+    schedule: Schedule
+    predicted: Report
+    recorded: Report
+
+
 class Pipeline:
-    """One stage of a captured module, on one rank.
+    """The stages of a captured module that one rank runs.
 
     Args:
         module: the LightningModule, whole on every rank.
         mesh: this rank's process groups.
         capture: the captured potential, the same on all ranks.
-        schedule: name of the schedule.
-        wave_size: micro-batches in a wave, or "auto".
+        planner: builds schedules; that of the pipeline's first rank decides.
     """
 
-    def __init__(
-        self, module: nn.Module, mesh: Mesh, capture: Capture, schedule: str, wave_size: int | str = "auto"
-    ) -> None:
+    def __init__(self, module: nn.Module, mesh: Mesh, capture: Capture, planner: Planner) -> None:
         self.gradients = GradientBuffers()
         self.capture = capture
-        self._module, self._mesh = module, mesh
-        self._schedule_name, self._wave_size = schedule, wave_size
+        self._module, self._mesh, self._planner = module, mesh, planner
         self._schedules: dict[int, Schedule] = {}
         captured = capture.potential
         potential = module.get_submodule(captured.path)
-        function = CapturedStage(captured, mesh.pipeline_rank, potential)
-        self.step = CapturedStep(captured, module, self._add_outside)
         assert mesh.down_group is not None and mesh.up_group is not None
-        down = self._channel(mesh.down_group, 1), self._channel(mesh.down_group, -1)
-        up = self._channel(mesh.up_group, -1), self._channel(mesh.up_group, 1)
-        self.executor = Executor(
-            Stage(function, self.gradients), captured.chain, mesh.shape.pipeline, down, up, mesh.device, mesh.timeout
-        )
+        first = self.schedule(1)
+        self._placement, self._force_placement = first.placement, first.force_placement
+        self.step = CapturedStep(captured, module, self._add_outside)
+        links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
+        own = first.stages_of(mesh.pipeline_rank)
+        stages = {s: Stage(CapturedStage(captured, s, potential), self.gradients) for s in own}
+        self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout)
+        self._recorder = Recorder(mesh.device)
+        self._times = PhaseTimes()
+        self._num_steps = 0
+        self._shall_record = False
+        self._recorded: RecordedStep | None = None
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
-        self.stages_of = self._place(captured.parameter_stages(), dict(potential.named_parameters()))
+        self.ranks_of = self._place(captured.parameter_stages(), dict(potential.named_parameters()))
+
+    @property
+    def num_stages(self) -> int:
+        """Length of the chain."""
+        return len(self._placement)
 
     def schedule(self, num_microbatches: int) -> Schedule:
-        """The schedule for a number of micro-batches, the same on every rank."""
+        """The schedule for a number of micro-batches; all ranks of the pipeline have to ask for it.
+
+        The first rank builds it and the others take it over, so that there is one whatever each has measured.
+        """
         if num_microbatches not in self._schedules:
-            costs = tuple(PhaseCosts(s.fe, s.ff, s.bf, s.be) for s in self.capture.seconds)
-            self._schedules[num_microbatches] = build_schedule(
-                self._schedule_name, len(costs), num_microbatches, costs, wave_size=self._wave_size
-            )
+            self._schedules[num_microbatches] = self._agree(lambda: self._planner.schedule(num_microbatches))
         return self._schedules[num_microbatches]
 
     def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any]) -> list[Any]:
-        """All four phases of all micro-batches; see :meth:`Undivided.train_step`.
+        """All phases of all micro-batches; see :meth:`Undivided.train_step`.
 
         Raises:
             PipelineError: the ranks hold different batches, or a rank has ended.
@@ -141,7 +171,9 @@ class Pipeline:
                 outputs[index] = result.output
                 return result.gradients
 
+            self._start_recording()
             self.executor.run(schedule, inputs, loss)
+            self._finish_recording(schedule)
         except BaseException:
             self._abort()
             raise
@@ -154,9 +186,10 @@ class Pipeline:
         try:
             inputs = [self._prepare(0, step, batch)]
             self._compare_batches(inputs, [batch])
-            ((observables, derivatives),) = self.executor.evaluate(inputs)
-            for derivative in derivatives:
-                dist.broadcast(derivative, self._mesh.pipeline_ranks[0], group=self._mesh.pipeline_group)
+            num_ranks = self._mesh.shape.pipeline
+            plan = evaluation_schedule(self._placement, self._force_placement, num_ranks, 1)
+            (result,) = self.executor.evaluate(plan, inputs)
+            observables, derivatives = self._share(result, inputs[0])
             with as_world(self._mesh.data_group):
                 return self.step.finish(0, step, batch, observables, derivatives)
         except BaseException:
@@ -165,14 +198,86 @@ class Pipeline:
         finally:
             self.step.clear()
 
+    def _share(
+        self, result: tuple[list[Tensor], list[Tensor]] | None, given: MicrobatchInput
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Energies and forces of the rank that has them, on all ranks of the pipeline."""
+        chain = self.capture.potential.chain
+        shapes = [(s.sizes(given.symbols), s.dtype) for s in (*chain.observables, *chain.coordinates)]
+        if result is not None:
+            buffer = pack([*result[0], *result[1]])
+        else:
+            buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._mesh.device)
+        dist.broadcast(buffer, self._mesh.pipeline_ranks[self._force_placement[0]], group=self._mesh.pipeline_group)
+        tensors = unpack(buffer, shapes)
+        return tensors[: len(chain.observables)], tensors[len(chain.observables) :]
+
     def _abort(self) -> None:
         """This rank cannot go on: the others must not wait for it, even if its process lives on."""
         self.executor.close()
         self._mesh.abort()
 
+    def _agree(self, build: Callable[[], _Result]) -> _Result:
+        """What the pipeline's first rank builds, or its error, on every rank."""
+        result: Any = None
+        if self._mesh.pipeline_rank == 0:
+            try:
+                result = build()
+            except ValueError as error:
+                result = error
+        found = [result]
+        dist.broadcast_object_list(found, self._mesh.pipeline_ranks[0], group=self._mesh.control_group)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    # -- what a step costs -------------------------------------------------------------------------------------------
+
+    def record_next_step(self) -> None:
+        """Record the next training step for :meth:`recorded_step`; all ranks of the pipeline have to be asked."""
+        self._shall_record = True
+
+    def recorded_step(self) -> RecordedStep | None:
+        """The last step that was recorded, on every rank; None where there is none."""
+        return self._recorded
+
+    def _start_recording(self) -> None:
+        learning = self._num_steps in _LEARNING_STEPS and is_searched(self._planner.name)
+        self.executor.recorder = self._recorder if learning or self._shall_record else None
+        if self._shall_record:  # a common clock for all ranks
+            dist.barrier(group=self._mesh.control_group)
+        self._recorder.reset()
+
+    def _finish_recording(self, schedule: Schedule) -> None:
+        if self.executor.recorder is not None:
+            spans = self._recorder.spans()
+            if self._shall_record:
+                self._shall_record = False
+                of_ranks = dict(enumerate(self._gathered(spans)))
+                self._recorded = RecordedStep(
+                    schedule, self._planner.report(schedule), recorded_report(schedule, of_ranks)
+                )
+            self._times.add(spans)
+            if self._num_steps == _LEARNING_STEPS[-1] and is_searched(self._planner.name):
+                self._plan_again(schedule)
+        self._num_steps += 1
+
+    def _plan_again(self, schedule: Schedule) -> None:
+        """Build the schedule for what the phases take on these ranks, with this data, and the user's loss."""
+        means = {key: time for of_rank in self._gathered(self._times.means()) for key, time in of_rank.items()}
+        costs = measured_costs(means, self.num_stages)
+        better = self._agree(lambda: self._planner.improved(schedule, costs))
+        self._planner = replace(self._planner, costs=costs)
+        self._schedules = {schedule.num_microbatches: better or schedule}
+
+    def _gathered(self, mine: _Result) -> list[_Result]:
+        found: list[Any] = [None] * self._mesh.shape.pipeline
+        dist.all_gather_object(found, mine, group=self._mesh.control_group)
+        return found
+
     def reduce(self) -> None:
-        """Sum the gradients of parameters that several stages read, then average over the replicas."""
-        shared = [p for p, stages in self.stages_of.items() if len(stages) > 1]
+        """Sum the gradients of parameters that several ranks hold, then average over the replicas."""
+        shared = [p for p, ranks in self.ranks_of.items() if len(ranks) > 1]
         assert self._mesh.pipeline_group is not None
         reduce_gradients(shared, self._mesh.pipeline_group)
         for parameter in shared:
@@ -180,44 +285,42 @@ class Pipeline:
                 parameter.grad = None
         if self._mesh.shape.data > 1:
             assert self._mesh.data_group is not None
-            held = [p for p in self.stages_of if self.holds(p)]
+            held = [p for p in self.ranks_of if self.holds(p)]
             reduce_gradients(held, self._mesh.data_group, divide_by=self._mesh.shape.data)
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether this rank trains a parameter."""
-        return self._mesh.pipeline_rank in self.stages_of.get(parameter, ())
+        return self._mesh.pipeline_rank in self.ranks_of.get(parameter, ())
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether this rank counts a parameter in norms and checkpoints: each is owned once in a pipeline."""
         return self.owner(parameter) == self._mesh.pipeline_rank
 
     def owner(self, parameter: nn.Parameter) -> int:
-        """The first stage that holds a parameter."""
-        return min(self.stages_of[parameter])
+        """The first rank of the pipeline that holds a parameter."""
+        return min(self.ranks_of[parameter])
 
     def synchronize(self) -> None:
         """Bring all parameters up to date on every rank, from their owners."""
         by_owner: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in self.stages_of:
+        for parameter in self.ranks_of:
             by_owner.setdefault((self.owner(parameter), parameter.dtype), []).append(parameter)
-        for (stage, _), parameters in by_owner.items():
+        for (rank, _), parameters in by_owner.items():
             flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-            dist.broadcast(flat, self._mesh.pipeline_ranks[stage], group=self._mesh.pipeline_group)
+            dist.broadcast(flat, self._mesh.pipeline_ranks[rank], group=self._mesh.pipeline_group)
             for p, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.data.copy_(values.view_as(p))
 
-    def _channel(self, group: dist.ProcessGroup, step: int) -> Channel | None:
-        peer = self._mesh.neighbour(step)
-        return None if peer is None else Channel(group, peer, self._mesh.device)
-
     def _place(self, captured: dict[str, set[int]], inside: dict[str, nn.Parameter]) -> dict[nn.Parameter, set[int]]:
-        """The stages that hold each parameter; those outside the potential, and those it never reads, are held by all.
+        """The ranks that hold each parameter; those outside the potential, and those it never reads, are held by all.
 
         Every rank evaluates the loss, so every rank needs the parameters that it reads.
         """
         everywhere = set(range(self._mesh.shape.pipeline))
-        stages = {inside[name]: set(found) for name, found in captured.items() if found}
-        return {p: stages.get(p, everywhere) for p in self._module.parameters()}
+        ranks: dict[nn.Parameter, set[int]] = {}
+        for name, stages in captured.items():
+            ranks[inside[name]] = {place[s] for s in stages for place in (self._placement, self._force_placement)}
+        return {p: ranks.get(p) or everywhere for p in self._module.parameters()}
 
     def _add_outside(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
         if self._mesh.pipeline_rank == 0:
@@ -239,12 +342,11 @@ class Pipeline:
         """Refuse to go on if the ranks of this pipeline hold different batches: nothing else would notice."""
         labels = [[x for x in pytree.tree_leaves(b) if isinstance(x, Tensor)] for b in batches]
         mine = [fingerprint([*i.tensors, *more]) for i, more in zip(inputs, labels, strict=True)]
-        found: list[Any] = [None] * self._mesh.shape.pipeline
-        dist.all_gather_object(found, mine, group=self._mesh.control_group)
-        for stage, other in enumerate(found):
+        found = self._gathered(mine)
+        for rank, other in enumerate(found):
             same = len(other) == len(found[0]) and all(map(same_batch, found[0], other))
             if not same:
-                first, second = self._mesh.pipeline_ranks[0], self._mesh.pipeline_ranks[stage]
+                first, second = self._mesh.pipeline_ranks[0], self._mesh.pipeline_ranks[rank]
                 index = next(
                     (i for i, (a, b) in enumerate(zip(found[0], other, strict=False)) if not same_batch(a, b)), 0
                 )

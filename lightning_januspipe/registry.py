@@ -55,7 +55,12 @@ def register(namespace: str) -> None:
     """Register the strategy's names with one Lightning; twice is as good as once."""
     cls = strategy_class(namespace)
     registry = cls.lib.strategies.StrategyRegistry  # type: ignore[attr-defined]
-    names: dict[str, dict[str, Any]] = {"januspipe": {}, "januspipe_gpipe": {"schedule": "gpipe"}}
+    names: dict[str, dict[str, Any]] = {
+        "januspipe": {},
+        "januspipe_gpipe": {"schedule": "gpipe"},
+        "januspipe_1f1b_2nd": {"schedule": "1f1b-2nd"},
+        "januspipe_hanayo_2nd": {"schedule": "hanayo-2nd"},
+    }
     for name, arguments in names.items():
         if name not in registry:
             registry.register(name, cls, description="Pipeline × data parallel training of potentials", **arguments)

@@ -6,7 +6,7 @@ import inspect
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Capture, capture_module
+from lightning_januspipe.capture import Capture, Manner, capture_module
 from lightning_januspipe.capture.step import replaced_log
 from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
+from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.microbatch import MicroBatches
 from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.loading import (
@@ -31,6 +33,14 @@ from lightning_januspipe.loading import (
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
 from lightning_januspipe.metrics import LogRecorder, merge_outputs
 from lightning_januspipe.pipeline import Pipeline, Undivided
+from lightning_januspipe.planning import (
+    Planner,
+    is_deferred,
+    is_unfolded,
+    memory_costs,
+    numbers_of_stages,
+    phase_costs,
+)
 from lightning_januspipe.precision import SUPPORTED, mesh_aware
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import build_schedule
@@ -46,13 +56,17 @@ class JanusPipeBody:
         num_microbatches: into how many micro-batches each batch is split; "auto": twice the stages, and 1 in one
             process. Fewer where a batch has fewer samples. The gradient is that of gradient accumulation over the
             micro-batches.
-        schedule: order of phases: "gpipe", "1f1b-fold" or "wavek".
-        wave_size: micro-batches in a wave of "wavek"; "auto" searches it.
+        schedule: order of phases: "wavek-zb" (the fastest), "wavek" (that of the paper), "1f1b-fold", "gpipe", or one
+            of the unfolded baselines to compare with, "1f1b-2nd" and "hanayo-2nd".
+        wave_size: micro-batches in a wave of "wavek" and "wavek-zb", which are also the most that a rank holds at once:
+            fewer take less memory and more time. "auto" takes up to twice the stages.
         potential: dotted name of the submodule that differentiates the energy; found by itself if not given.
         activation: what is kept between phases; only "keep" is available.
         save_distributed_checkpoint: a folder of shards instead of one file; not available.
         process_group_backend: backend of torch.distributed; by default the device's.
         timeout: how long a rank waits for a message of another (a timedelta, or seconds).
+        memory_limit: most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold
+            fewer micro-batches for it. None is no limit.
     """
 
     lib: Any  # the modules of one Lightning (see registry.Library)
@@ -63,13 +77,14 @@ class JanusPipeBody:
         data_size: Size = "auto",
         graph_size: int = 1,
         num_microbatches: Size = "auto",
-        schedule: str = "wavek",
+        schedule: str = "wavek-zb",
         wave_size: Size = "auto",
         potential: str | None = None,
         activation: Literal["keep"] = "keep",
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | float = timedelta(minutes=30),
+        memory_limit: float | None = None,
     ) -> None:
         super().__init__()
         if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
@@ -83,7 +98,10 @@ class JanusPipeBody:
                 raise ValueError(f"{name}={given!r} is not available; use {name}={available!r}")
         build_schedule(schedule, 2, 2, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
+        if memory_limit is not None and not memory_limit > 0:
+            raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
         self._num_microbatches, self._schedule, self._wave_size = num_microbatches, schedule, wave_size
+        self._memory_limit = memory_limit
         self._potential = potential
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
@@ -349,8 +367,16 @@ class JanusPipeBody:
             try:
                 with _differentiable():
                     traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
+                    num_ranks = self.mesh_shape.pipeline
                     result = capture_module(
-                        module, _with_batch(step), traced, other, self.mesh_shape.pipeline, self._potential
+                        module,
+                        _with_batch(step),
+                        traced,
+                        other,
+                        numbers_of_stages(self._schedule, num_ranks),
+                        self._potential,
+                        manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
+                        step_time=lambda seconds: self._planner(seconds).step_time(num_microbatches),
                     )
             except Exception as error:  # raised again on every rank
                 result = error
@@ -371,7 +397,23 @@ class JanusPipeBody:
 
     def _pipeline(self, capture: Capture) -> Pipeline:
         assert self.mesh is not None
-        return Pipeline(self.lightning_module, self.mesh, capture, self._schedule, self._wave_size)
+        planner = self._planner(capture.seconds, capture.bytes, self._memory_limit)
+        return Pipeline(self.lightning_module, self.mesh, capture, planner)
+
+    def _planner(
+        self,
+        seconds: Sequence[PhaseSeconds],
+        measured_bytes: Sequence[PhaseBytes] = (),
+        memory_limit: float | None = None,
+    ) -> Planner:
+        return Planner(
+            self._schedule,
+            self.mesh_shape.pipeline,
+            phase_costs(seconds),
+            memory_costs(measured_bytes),
+            self._wave_size,
+            memory_limit,
+        )
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)

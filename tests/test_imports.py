@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "capture": {"engine", "schedule"},
     "graph": {"capture", "engine", "mesh", "schedule"},
     "loading": {"engine"},
-    "pipeline": {"capture", "engine", "graph", "mesh", "schedule"},
+    "planning": {"engine", "schedule"},
+    "pipeline": {"capture", "engine", "graph", "mesh", "planning", "schedule"},
     "models": {"keys"},
     "data": {"keys"},
     "calculator": {"data", "keys", "models"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"engine", "mesh", "pipeline"},
     "strategy": {
         *("capture", "checkpoint", "engine", "graph", "loading"),
-        *("mesh", "metrics", "pipeline", "precision", "schedule"),
+        *("mesh", "metrics", "pipeline", "planning", "precision", "schedule"),
     },
     "callbacks": {"engine", "keys"},
     "registry": {"strategy"},

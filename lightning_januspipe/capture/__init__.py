@@ -4,5 +4,6 @@ from lightning_januspipe.capture.capture import Capture, capture_module
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage
 from lightning_januspipe.capture.step import CapturedStep
+from lightning_januspipe.capture.validate import Manner
 
-__all__ = ["Capture", "CaptureError", "CapturedPotential", "CapturedStage", "CapturedStep", "capture_module"]
+__all__ = ["Capture", "CaptureError", "CapturedPotential", "CapturedStage", "CapturedStep", "Manner", "capture_module"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
+from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.step import kept_random_state, shallow_copy, silent_log
 from lightning_januspipe.capture.trace import trace_potential
-from lightning_januspipe.capture.validate import validate, validate_evaluation
+from lightning_januspipe.capture.validate import TOGETHER, Manner, run_captured, validate, validate_evaluation
 from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.engine.memory import PhaseBytes
 
 _REFINEMENTS = 3
+_LEAST_GAIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Capture:
     Attributes:
         potential: program and cut.
         seconds: measured phase times of each stage.
+        bytes: measured memory of one micro-batch in each stage.
         elapsed: seconds that the capture took.
     """
 
     potential: CapturedPotential
     seconds: list[PhaseSeconds]
+    bytes: list[PhaseBytes]
     elapsed: float
 
     def describe(self) -> str:
@@ -54,8 +59,11 @@ def capture_module(
     step: Callable[[Any], Any],
     traced_batch: Any,
     other_batch: Any,
-    num_stages: int,
+    numbers_of_stages: Sequence[int],
     potential: str | None = None,
+    *,
+    manner: Manner = TOGETHER,
+    step_time: Callable[[list[PhaseSeconds]], float] | None = None,
 ) -> Capture:
     """Find, trace, cut and validate the potential of a module.
 
@@ -65,8 +73,11 @@ def capture_module(
         traced_batch: at least two structures.
         other_batch: other numbers of atoms, edges and structures, about a micro-batch's size: the potential is
             validated and profiled on it.
-        num_stages: into how many stages to cut.
+        numbers_of_stages: into how many stages to cut; of several numbers the one with the shortest step. Those after
+            the first are left out where the potential has fewer cuttable parts.
         potential: dotted name of the potential, where the user gave one.
+        manner: how the phases will be run.
+        step_time: the time of a training step from the measured phases of each stage; needed for several numbers.
 
     Raises:
         CaptureError: see its message.
@@ -83,23 +94,53 @@ def capture_module(
         program = trace_potential(submodule, found)
         regions = find_regions(program, found.read_outputs)
         profile = measure(program, regions, submodule, tensors)
-        cut = find_cut(program, regions, profile, num_stages)
-        captured = CapturedPotential(found.path, program, regions, cut, form)
-        captured, seconds = _balance(captured, profile, submodule, other)
+        measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
+        for num_stages in numbers_of_stages:
+            try:
+                cut = find_cut(program, regions, profile, num_stages)
+            except CaptureError:
+                if not measured:
+                    raise
+                continue
+            candidate = CapturedPotential(found.path, program, regions, cut, form)
+            measured.append(_balance(candidate, profile, submodule, other, manner))
+        captured, seconds = _fastest(measured, step_time)
+        if manner.apart:
+            validate(captured, submodule, other, manner)
         validate_evaluation(captured, submodule, other)
-    return Capture(captured, seconds, time.perf_counter() - began)
+        bytes_ = run_captured(captured, submodule, other, replace(manner, apart=False), measure_memory=True)[1].bytes
+        assert bytes_ is not None
+    return Capture(captured, seconds, bytes_, time.perf_counter() - began)
+
+
+def _fastest(
+    measured: list[tuple[CapturedPotential, list[PhaseSeconds]]],
+    step_time: Callable[[list[PhaseSeconds]], float] | None,
+) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+    """The cut with the shortest step; one with more stages, and so more messages, has to gain what it may cost."""
+    best = measured[0]
+    for other in measured[1:]:
+        assert step_time is not None, "only the time of a step can choose between numbers of stages"
+        if step_time(other[1]) < (1 - _LEAST_GAIN) * step_time(best[1]):
+            best = other
+    return best
 
 
 def _balance(
-    captured: CapturedPotential, profile: Profile, potential: nn.Module, call: PotentialCall
+    captured: CapturedPotential, profile: Profile, potential: nn.Module, call: PotentialCall, manner: Manner
 ) -> tuple[CapturedPotential, list[PhaseSeconds]]:
-    """Validate, measure all four phases, and move the cut to where these are balanced.
+    """Validate, measure all phases, and move the cut to where these are balanced.
 
     A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
     measured sum of its phases and the cut is sought again.
     """
-    validate(captured, potential, call)
-    best, best_seconds = captured, validate(captured, potential, call)  # the second run is warm
+    folded = replace(manner, apart=False)  # costs are those of a stage whose phases are together
+
+    def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
+        validate(candidate, potential, call, folded)
+        return validate(candidate, potential, call, folded)  # the second run is warm
+
+    best, best_seconds = captured, measured(captured)
     seen, current, seconds = {_key(captured.cut)}, captured, best_seconds
     for _ in range(_REFINEMENTS if captured.cut.num_stages > 1 else 0):
         profile = _scaled(profile, current.cut, seconds)
@@ -108,8 +149,7 @@ def _balance(
             break
         seen.add(_key(cut))
         current = replace(current, cut=cut)
-        validate(current, potential, call)
-        seconds = validate(current, potential, call)
+        seconds = measured(current)
         if max(s.total for s in seconds) < max(s.total for s in best_seconds):
             best, best_seconds = current, seconds
     return best, best_seconds

@@ -20,7 +20,7 @@ from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_ar
 from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage, Epilogue
 from lightning_januspipe.engine.executor import LossGradients
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.local import PhaseSeconds, run_local
+from lightning_januspipe.engine.local import LocalResult, PhaseSeconds, run_local
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,31 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], regions: Re
         )
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How the phases are run: the way that is validated is the way that trains.
+
+    Attributes:
+        defer: leave weight gradients to WF and WE.
+        apart: run FF and BF of every stage apart from its FE and BE.
+    """
+
+    defer: bool = False
+    apart: bool = False
+
+
+TOGETHER = Manner()
+"""The phases of each stage on one rank, nothing deferred."""
+
+
 def run_captured(
-    captured: CapturedPotential, potential: nn.Module, call: PotentialCall
-) -> tuple[Eager, list[PhaseSeconds]]:
-    """The same through the four phases of all stages, in this process.
+    captured: CapturedPotential,
+    potential: nn.Module,
+    call: PotentialCall,
+    manner: Manner = TOGETHER,
+    measure_memory: bool = False,
+) -> tuple[Eager, LocalResult]:
+    """The same through the phases of all stages, in this process.
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
     """
@@ -150,22 +171,36 @@ def run_captured(
             [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)],
         )
 
-    result = run_local(stages, captured.chain, tensors, loss)
+    result = run_local(
+        stages,
+        captured.chain,
+        tensors,
+        loss,
+        defer=manner.defer,
+        apart=range(len(stages)) if manner.apart else (),
+        measure_memory=measure_memory,
+    )
     gradients: dict[nn.Parameter, Tensor] = {}
     for parameter in potential.parameters() if potential.training else ():
         for found in (result.gradients.get(parameter), outside.get(parameter)):
             if found is not None:
                 gradients[parameter] = gradients[parameter] + found if parameter in gradients else found
-    return Eager(result.derivatives, [x.detach() for x in outputs], gradients), result.seconds
+    return Eager(result.derivatives, [x.detach() for x in outputs], gradients), result
 
 
-def validate(captured: CapturedPotential, potential: nn.Module, call: PotentialCall) -> list[PhaseSeconds]:
+def validate(
+    captured: CapturedPotential,
+    potential: nn.Module,
+    call: PotentialCall,
+    manner: Manner = TOGETHER,
+) -> list[PhaseSeconds]:
     """Compare a captured potential with the eager module.
 
     Args:
         captured: the captured potential.
         potential: the live potential.
         call: a call with other numbers of atoms, edges and structures than the one that was traced.
+        manner: how the phases are run.
 
     Returns:
         Measured phase times of each stage.
@@ -176,7 +211,7 @@ def validate(captured: CapturedPotential, potential: nn.Module, call: PotentialC
     captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
     eager = run_eager(potential, call, captured.regions)
-    found, seconds = run_captured(captured, potential, call)
+    found, result = run_captured(captured, potential, call, manner)
     # A model may give its strain another shape for one structure than for several; what it returns decides.
     derivatives = [
         ("∂E/∂x", a.reshape(b.shape), b)
@@ -194,7 +229,7 @@ def validate(captured: CapturedPotential, potential: nn.Module, call: PotentialC
         if parameter in eager.gradients or parameter in found.gradients:
             a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
             _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, captured.path)
-    return seconds
+    return result.seconds
 
 
 def validate_evaluation(captured: CapturedPotential, potential: nn.Module, call: PotentialCall) -> None:

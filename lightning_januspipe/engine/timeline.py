@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_januspipe.schedule import Action, Report, Schedule
+from lightning_januspipe.schedule import Action, Phase, Report, Schedule
 from lightning_januspipe.schedule.simulate import peak_live
 
 
@@ -98,3 +98,21 @@ def recorded_report(schedule: Schedule, spans: Mapping[int, Sequence[Span]]) -> 
     end = {s.action: s.end - first for of_rank in spans.values() for s in of_rank}
     busy = tuple(sum(s.end - s.start for s in spans[rank]) for rank in range(schedule.num_ranks))
     return Report(max(end.values()), max(busy), peak_live(schedule), start, end, busy)
+
+
+class PhaseTimes:
+    """Mean times of the phases of each stage, over micro-batches and steps."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, Phase], tuple[float, int]] = {}
+
+    def add(self, spans: Sequence[Span]) -> None:
+        """Take in the actions of a step."""
+        for span in spans:
+            key = span.action.stage, span.action.phase
+            total, num = self._sums.get(key, (0.0, 0))
+            self._sums[key] = total + span.end - span.start, num + 1
+
+    def means(self) -> dict[tuple[int, Phase], float]:
+        """Seconds by stage and phase."""
+        return {key: total / num for key, (total, num) in self._sums.items()}

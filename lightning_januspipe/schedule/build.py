@@ -29,6 +29,15 @@ GENERATORS: Mapping[str, Callable[[Request], Schedule]] = {
 SEVERAL_STAGES = ("1f1b-2nd", "hanayo-2nd", "wavek-zb")
 """The schedules that can have more than one stage on a rank."""
 
+UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
+"""The schedules with FF and BF of a stage apart from its FE and BE."""
+
+DEFERRED = ("wavek-zb",)
+"""The schedules with WF and WE."""
+
+SEARCHED = ("wavek", "wavek-zb")
+"""The schedules whose order depends on the costs, at the same places."""
+
 
 def build_schedule(
     name: str,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from heapq import heappop, heappush
 
 from lightning_januspipe.schedule.actions import CHAIN_PHASES, Action, Phase
 from lightning_januspipe.schedule.costs import PhaseCosts, durations
@@ -81,10 +82,28 @@ class Chain:
 
 @dataclass(frozen=True)
 class ListSchedule:
-    """An order of actions per rank, and its makespan under the costs that it was made with."""
+    """An order of actions per rank, and its makespan under the costs that it was made with.
 
-    actions: tuple[tuple[Action, ...], ...]
+    Most orders of a search are compared and dropped, so the actions are spelled out only where they are asked for.
+
+    Args:
+        orders: Per rank the actions as numbers: ``(phase * num_stages + stage) * num_microbatches + microbatch``.
+        num_stages: Number of stages.
+        num_microbatches: Number of micro-batches.
+        makespan: When the last action ends.
+    """
+
+    orders: list[list[int]]
+    num_stages: int
+    num_microbatches: int
     makespan: float
+
+    @cached_property
+    def actions(self) -> tuple[tuple[Action, ...], ...]:
+        """The actions of every rank, in order."""
+        steps = [(phase, stage) for phase in _PHASES for stage in range(self.num_stages)]
+        split = [[divmod(number, self.num_microbatches) for number in order] for order in self.orders]
+        return tuple(tuple(Action(*steps[step], microbatch) for step, microbatch in order) for order in split)
 
 
 def list_schedule(
@@ -113,121 +132,141 @@ def list_schedule(
     Returns:
         The order of actions, or None if the makespan would reach ``deadline``.
     """
-    run = _Run(chain, num_microbatches, priority, max_live, deferred, deadline)
-    return run.finish()
+    return _Run(chain, num_microbatches, priority, max_live, deferred).finish(deadline)
 
 
 class _Run:
-    """The state of one list scheduling; an action is a tuple of urgency, phase index, stage and micro-batch."""
+    """The state of one list scheduling.
 
-    def __init__(
-        self,
-        chain: Chain,
-        num_microbatches: int,
-        priority: Priority,
-        max_live: int,
-        deferred: bool,
-        deadline: float,
-    ) -> None:
-        num_ranks, self.num_stages = chain.num_ranks, len(chain.placement)
-        self.chain, self.num_microbatches = chain, num_microbatches
-        self.max_live, self.deferred, self.deadline = max_live, deferred, deadline
-        self.duration = chain.durations(deferred)
-        self.urgency = priority.table(num_microbatches)
-        self.rank_of = [chain.placement if i in (0, 3, _WE) else chain.force_placement for i in range(len(_PHASES))]
+    All that is done once for each action is done with numbers. A *step* is a phase of a stage, ``phase * num_stages +
+    stage``. A ready action is a *key*, ``urgency * num_steps + step``: the least one is the most urgent, and it tells
+    its micro-batch, as urgencies count through the micro-batches.
+    """
+
+    def __init__(self, chain: Chain, num_microbatches: int, priority: Priority, max_live: int, deferred: bool) -> None:
+        num_ranks, num_stages = chain.num_ranks, len(chain.placement)
         num_phases = len(_PHASES) if deferred else len(CHAIN_PHASES)
-        self.work_left = [0.0] * num_ranks
-        self.actions_of = [0] * num_ranks
-        for phase in range(num_phases):
-            for stage, rank in enumerate(self.rank_of[phase]):
-                self.work_left[rank] += num_microbatches * self.duration[stage][phase]
-                self.actions_of[rank] += 1
+        self.num_microbatches, self.num_stages, self.num_steps = num_microbatches, num_stages, num_phases * num_stages
+        self.max_live, self.latency, self.entry = max_live, chain.latency, chain.placement[0]
+        self.urgency = priority.table(num_microbatches)
+        by_stage = chain.durations(deferred)
+        self.duration = [by_stage[stage][phase] for phase in range(num_phases) for stage in range(num_stages)]
+        energies, forces = chain.placement, chain.force_placement
+        self.rank_of = [r for phase in range(num_phases) for r in (energies if phase in (0, 3, _WE) else forces)]
+        self.following = [self.next_step(step) for step in range(self.num_steps)]
+        self.work_left, self.steps_of = [0.0] * num_ranks, [0] * num_ranks
+        for rank, duration in zip(self.rank_of, self.duration, strict=True):
+            self.work_left[rank] += num_microbatches * duration
+            self.steps_of[rank] += 1
         self.now = 0.0
         self.admitted = 0
-        self.entry = chain.placement[0]
-        self.ready: list[list[tuple[int, int, int, int]]] = [[] for _ in range(num_ranks)]
-        self.weights: list[list[tuple[int, int, int]]] = [[] for _ in range(num_ranks)]
+        self.ready: list[list[int]] = [[] for _ in range(num_ranks)]
+        self.weights: list[list[int]] = [[] for _ in range(num_ranks)]
         self.left: list[dict[int, int]] = [{} for _ in range(num_ranks)]
-        self.busy = [False] * num_ranks
-        self.orders: list[list[Action]] = [[] for _ in range(num_ranks)]
-        self.events: list[tuple[float, int, int, int, int, int]] = []
+        self.is_busy = [False] * num_ranks
+        self.orders: list[list[int]] = [[] for _ in range(num_ranks)]
+        # Time, number of the action as in `ListSchedule`, and whether it is the arrival of what the action needs.
+        self.events: list[tuple[float, int, bool]] = []
 
-    def finish(self) -> ListSchedule | None:
-        if not self.start(self.entry):
+    def next_step(self, step: int) -> int | None:
+        """The step that takes in the output of a step."""
+        phase, stage = divmod(step, self.num_stages)
+        if phase >= _WF:
             return None
-        events, busy = self.events, self.busy
+        after = stage + 1 if phase % 2 == 0 else stage - 1
+        if 0 <= after < self.num_stages:
+            return phase * self.num_stages + after
+        return None if phase + 1 == len(CHAIN_PHASES) else (phase + 1) * self.num_stages + stage
+
+    def finish(self, deadline: float) -> ListSchedule | None:
+        if not self.start(self.entry, deadline):
+            return None
+        events, is_busy = self.events, self.is_busy
         while events:
             self.now = events[0][0]
             # Rounding must not decide between actions that end at the same time.
             same_time = self.now * (1.0 + 1e-12)
             touched = set()
             while events and events[0][0] <= same_time:
-                _, is_arrival, rank, phase, stage, microbatch = heapq.heappop(events)
+                _, number, is_arrival = heappop(events)
+                step, microbatch = divmod(number, self.num_microbatches)
+                rank = self.rank_of[step]
                 touched.add(rank)
                 if is_arrival:
-                    heapq.heappush(self.ready[rank], (self.urgency[phase][microbatch], phase, stage, microbatch))
+                    self.arrive(step, microbatch)
                 else:
-                    busy[rank] = False
-                    touched.add(self.end(rank, phase, stage, microbatch))
+                    is_busy[rank] = False
+                    following = self.end(rank, step, microbatch)
+                    if following is not None:
+                        touched.add(following)
             for rank in sorted(touched):
-                if not busy[rank] and not self.start(rank):
+                if not is_busy[rank] and not self.start(rank, deadline):
                     return None
-        assert all(
-            len(order) == count * self.num_microbatches
-            for order, count in zip(self.orders, self.actions_of, strict=True)
-        ), "the list scheduler got stuck"
-        return ListSchedule(tuple(map(tuple, self.orders)), self.now)
+        done = sum(map(len, self.orders))
+        assert done == self.num_steps * self.num_microbatches, "the list scheduler got stuck"
+        return ListSchedule(self.orders, self.num_stages, self.num_microbatches, self.now)
 
-    def start(self, rank: int) -> bool:
+    def start(self, rank: int, deadline: float) -> bool:
         """Start the most urgent ready action of a rank, if any; False if the deadline cannot be met any more."""
-        ready, weights, left = self.ready[rank], self.weights[rank], self.left[rank]
-        best = ready[0] if ready else None
+        ready, left, num_microbatches = self.ready[rank], self.left[rank], self.num_microbatches
+        key = ready[0] if ready else None
         admits = False
-        if rank == self.entry and self.admitted < self.num_microbatches and len(left) < self.max_live:
-            first = (self.urgency[0][self.admitted], 0, 0, self.admitted)
-            if best is None or first < best:
-                best, admits = first, True
-        opens = best is not None and best[3] not in left
-        if weights and (best is None or (opens and len(left) >= self.max_live)):
-            microbatch, phase, stage = heapq.heappop(weights)
-        elif best is None:
-            return True
+        if rank == self.entry and self.admitted < num_microbatches and len(left) < self.max_live:
+            first = self.urgency[0][self.admitted] * self.num_steps
+            if key is None or first < key:
+                key, admits = first, True
+        weights = self.weights[rank]
+        if key is None:
+            if not weights:
+                return True
+            key = heappop(weights)
+            microbatch = key // self.num_steps
         else:
-            _, phase, stage, microbatch = best
-            if admits:
-                self.admitted += 1
+            microbatch = key // self.num_steps % num_microbatches
+            opens = microbatch not in left
+            if opens and weights and len(left) >= self.max_live:
+                key = heappop(weights)
+                microbatch = key // self.num_steps
             else:
-                heapq.heappop(ready)
-            if opens:
-                left[microbatch] = self.actions_of[rank]
-        if self.now + self.work_left[rank] >= self.deadline:
+                if admits:
+                    self.admitted += 1
+                else:
+                    heappop(ready)
+                if opens:
+                    left[microbatch] = self.steps_of[rank]
+        if self.now + self.work_left[rank] >= deadline:
             return False
-        duration = self.duration[stage][phase]
-        self.busy[rank] = True
+        step = key % self.num_steps
+        duration = self.duration[step]
+        self.is_busy[rank] = True
         self.work_left[rank] -= duration
-        self.orders[rank].append(Action(_PHASES[phase], stage, microbatch))
-        heapq.heappush(self.events, (self.now + duration, False, rank, phase, stage, microbatch))
+        number = step * num_microbatches + microbatch
+        self.orders[rank].append(number)
+        heappush(self.events, (self.now + duration, number, False))
         return True
 
-    def end(self, rank: int, phase: int, stage: int, microbatch: int) -> int:
-        """Make ready what follows an action that ended; return the rank that this concerns."""
+    def end(self, rank: int, step: int, microbatch: int) -> int | None:
+        """Make ready what follows an action that ended; return the rank that this concerns, if another one."""
         left = self.left[rank]
-        left[microbatch] -= 1
-        if not left[microbatch]:
+        if left[microbatch] == 1:
             del left[microbatch]
-        if phase >= _WF:
-            return rank
-        if self.deferred and phase >= 2:
-            heapq.heappush(self.weights[rank], (microbatch, _WF if phase == 2 else _WE, stage))
-        following = stage + 1 if phase % 2 == 0 else stage - 1
-        if not 0 <= following < self.num_stages:
-            following, phase = stage, phase + 1
-            if phase == len(CHAIN_PHASES):
-                return rank
-        target = self.rank_of[phase][following]
-        if target != rank and self.chain.latency:
-            event = (self.now + self.chain.latency, True, target, phase, following, microbatch)
-            heapq.heappush(self.events, event)
         else:
-            heapq.heappush(self.ready[target], (self.urgency[phase][microbatch], phase, following, microbatch))
+            left[microbatch] -= 1
+        split = step + 2 * self.num_stages
+        if split >= _WF * self.num_stages and split < self.num_steps:
+            heappush(self.weights[rank], microbatch * self.num_steps + split)
+        following = self.following[step]
+        if following is None:
+            return None
+        target = self.rank_of[following]
+        if target != rank and self.latency:
+            number = following * self.num_microbatches + microbatch
+            heappush(self.events, (self.now + self.latency, number, True))
+            return None
+        self.arrive(following, microbatch)
         return target
+
+    def arrive(self, step: int, microbatch: int) -> None:
+        """Make an action ready."""
+        urgency = self.urgency[step // self.num_stages][microbatch]
+        heappush(self.ready[self.rank_of[step]], urgency * self.num_steps + step)

@@ -16,6 +16,7 @@ from lightning_januspipe.schedule.costs import (
     costs_per_stage,
     memory_per_stage,
 )
+from lightning_januspipe.schedule.steps import steps_of
 from lightning_januspipe.schedule.validate import validate
 
 Curve = tuple[tuple[float, float], ...]
@@ -77,43 +78,53 @@ def simulate(schedule: Schedule, costs: Costs, *, comm: float | Link = 0.0, memo
             raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
         comm = Link(latency=comm)
     times = action_times(schedule, costs)
+    steps, num_edges = steps_of(schedule)
+    needs = {phase: [step.needs for step in of_phase] for phase, of_phase in steps.items()}
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
-    arrival: dict[tuple[Action, int], float] = {}
+    # When a dependency is met, by micro-batch times edges plus edge, and the ranks that wait for it.
+    met: dict[int, float] = {}
+    waiting: dict[int, int] = {}
     channel_free: dict[tuple[int, int], float] = {}
     clock = [0.0] * schedule.num_ranks
     busy = [0.0] * schedule.num_ranks
     position = [0] * schedule.num_ranks
-    waiting: dict[Action, list[int]] = {}
     runnable = list(range(schedule.num_ranks))
-    # In a folded schedule the first dependency implies the others: they lie before it on the micro-batch's chain.
-    num_needed = 1 if schedule.is_folded and schedule.phases.isdisjoint(DEFERRED_PHASES) else 2
     while runnable:
         rank = runnable.pop()
         order = schedule.actions[rank]
         while position[rank] < len(order):
             action = order[position[rank]]
+            phase, stage, microbatch = action
+            if not 0 <= stage < schedule.num_stages or action in end:
+                break
+            step, first_edge = steps[phase][stage], microbatch * num_edges
+            if step.rank != rank:
+                break
             ready = clock[rank]
             missing = None
-            for needed in schedule.dependencies(action)[:num_needed]:
-                if needed not in end:
-                    missing = needed
+            for edge in needs[phase][stage]:
+                time = met.get(first_edge + edge)
+                if time is None:
+                    missing = first_edge + edge
                     break
-                ready = max(ready, end[needed], arrival.get((needed, rank), 0.0))
+                ready = max(ready, time)
             if missing is not None:
-                waiting.setdefault(missing, []).append(rank)
+                waiting[missing] = rank
                 break
+            duration = times(phase, stage)
             start[action] = ready
-            duration = times(action.phase, action.stage)
             end[action] = clock[rank] = ready + duration
             busy[rank] += duration
-            for message in schedule.sent(action):
-                channel = (rank, schedule.rank_of(message.target))
-                gone = max(end[action], channel_free.get(channel, 0.0)) + comm.occupied
-                channel_free[channel] = gone
-                arrival[action, channel[1]] = gone + comm.latency
             position[rank] += 1
-            runnable += waiting.pop(action, ())
+            for edge in step.hands_on:
+                met[first_edge + edge] = clock[rank]
+            for target, edge in step.sends:
+                gone = max(clock[rank], channel_free.get((rank, target), 0.0)) + comm.occupied
+                channel_free[rank, target] = gone
+                met[first_edge + edge] = gone + comm.latency
+                if first_edge + edge in waiting:
+                    runnable.append(waiting.pop(first_edge + edge))
     if not end or len(end) != sum(map(len, schedule.actions)):
         validate(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")

@@ -23,15 +23,13 @@ running the schedule once, in any order of ranks, decides for every timing.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES, Action, Message, Schedule
+from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES, Action, Schedule
 from lightning_januspipe.schedule.render import render
+from lightning_januspipe.schedule.steps import steps_of
 
 _GRID_COLUMNS = 15
-
-_Channel = tuple[int, int]
 
 
 class ScheduleError(ValueError):
@@ -113,13 +111,17 @@ def _check_complete(schedule: Schedule) -> None:
 
 def _check_local_order(schedule: Schedule) -> None:
     """An action comes after everything on its own rank that it depends on."""
+    steps, num_edges = steps_of(schedule)
     for rank, order in enumerate(schedule.actions):
-        place_of = {action: place for place, action in enumerate(order)}
+        met: set[int] = set()
         for place, action in enumerate(order):
-            for needed in schedule.dependencies(action):
-                if place_of.get(needed, -1) > place:
+            step, first_edge = steps[action.phase][action.stage], action.microbatch * num_edges
+            for edge in step.takes:
+                if first_edge + edge not in met:
+                    needed = next(a for a in schedule.dependencies(action) if a in order[place + 1 :])
                     message = f"{action} on rank {rank} comes before {needed}, which it depends on."
                     raise ScheduleError(message, schedule, rank, place)
+            met.update(first_edge + edge for edge in step.hands_on)
 
 
 class _Run:
@@ -128,41 +130,54 @@ class _Run:
     def __init__(self, schedule: Schedule, max_pending_sends: int | None) -> None:
         self.schedule = schedule
         self.max_pending_sends = max_pending_sends
+        self.steps, self.num_edges = steps_of(schedule)
         self.place = [0] * schedule.num_ranks
         self.has_sent = [False] * schedule.num_ranks
-        self.sent: Counter[_Channel] = Counter()
-        self.posted: Counter[_Channel] = Counter()
-        # The number of each message in its channel, from 1 on.
-        self.number: dict[Message, tuple[_Channel, int]] = {}
-        self.incoming: dict[Action, list[Message]] = {}
-        for channel, messages in schedule.messages().items():
-            for index, message in enumerate(messages):
-                self.number[message] = (channel, index + 1)
-                self.incoming.setdefault(message.target, []).append(message)
+        # By sender and receiver: how many messages are issued, and for how many a receive is posted.
+        self.sent = [[0] * schedule.num_ranks for _ in range(schedule.num_ranks)]
+        self.posted = [[0] * schedule.num_ranks for _ in range(schedule.num_ranks)]
+        # The number of each message in its channel, from 1 on, by micro-batch times edges plus edge.
+        self.number: dict[int, int] = {}
+        for order in schedule.actions:
+            count = [0] * schedule.num_ranks
+            for phase, stage, microbatch in order:
+                for target, edge in self.steps[phase][stage].sends:
+                    count[target] += 1
+                    self.number[microbatch * self.num_edges + edge] = count[target]
 
     def head(self, rank: int) -> Action | None:
         """The action that a rank is at; None at its end."""
         order = self.schedule.actions[rank]
         return order[self.place[rank]] if self.place[rank] < len(order) else None
 
+    def incoming(self, action: Action) -> list[tuple[int, int]]:
+        """The messages that an action waits for, as sender and number in the channel."""
+        first_edge = action.microbatch * self.num_edges
+        return [(r, self.number[first_edge + edge]) for r, edge in self.steps[action.phase][action.stage].receives]
+
+    def outgoing(self, action: Action) -> list[tuple[int, int]]:
+        """The messages that an action sends, as receiver and number in the channel."""
+        first_edge = action.microbatch * self.num_edges
+        return [(r, self.number[first_edge + edge]) for r, edge in self.steps[action.phase][action.stage].sends]
+
     def advance(self, rank: int) -> set[int]:
         """Let a rank go as far as it can; return the ranks that this may have set free."""
         touched: set[int] = set()
         while (action := self.head(rank)) is not None:
-            for message in self.incoming.get(action, ()):
-                channel, number = self.number[message]
-                if self.posted[channel] < number:
-                    self.posted[channel] = number
-                    touched.add(channel[0])
-            if self.waits_for(rank) is not None and not self.has_sent[rank]:
-                break
             if not self.has_sent[rank]:
+                is_ready = True
+                for sender, number in self.incoming(action):
+                    if self.posted[sender][rank] < number:
+                        self.posted[sender][rank] = number
+                        touched.add(sender)
+                    is_ready = is_ready and self.sent[sender][rank] >= number
+                if not is_ready:
+                    break
+                for receiver, number in self.outgoing(action):
+                    self.sent[rank][receiver] = number
+                    touched.add(receiver)
                 self.has_sent[rank] = True
-                for message in self.schedule.sent(action):
-                    channel, number = self.number[message]
-                    self.sent[channel] = number
-                    touched.add(channel[1])
-            if self.waits_for(rank) is not None:
+            if self.max_pending_sends is not None and self.waits_for(rank) is not None:
                 break
             self.place[rank] += 1
             self.has_sent[rank] = False
@@ -173,23 +188,23 @@ class _Run:
         action = self.head(rank)
         assert action is not None
         if not self.has_sent[rank]:
-            missing = self.missing(action)
-            return None if missing is None else self.number[missing][0][0]
+            return next((r for r, number in self.incoming(action) if self.sent[r][rank] < number), None)
         if self.max_pending_sends is None:
             return None
-        for message in self.schedule.sent(action):
-            channel, _ = self.number[message]
-            if self.sent[channel] - self.posted[channel] > self.max_pending_sends:
-                return channel[1]
+        for receiver, _ in self.outgoing(action):
+            if self.sent[rank][receiver] - self.posted[rank][receiver] > self.max_pending_sends:
+                return receiver
         return None
 
-    def missing(self, action: Action) -> Message | None:
-        """A message that an action needs and that is not sent yet."""
-        for message in self.incoming.get(action, ()):
-            channel, number = self.number[message]
-            if self.sent[channel] < number:
-                return message
-        return None
+    def describe_wait(self, rank: int) -> str:
+        """What a rank that is stuck waits for."""
+        action, other = self.head(rank), self.waits_for(rank)
+        assert action is not None and other is not None
+        if self.has_sent[rank]:
+            return f"rank {rank} cannot send the result of {action} until rank {other} receives more"
+        expected = zip(self.schedule.received(action), self.incoming(action), strict=True)
+        source = next(message.source for message, (r, number) in expected if self.sent[r][rank] < number)
+        return f"rank {rank} needs {source} of rank {other} for {action}"
 
 
 def _check_progress(schedule: Schedule, max_pending_sends: int | None) -> None:
@@ -208,16 +223,6 @@ def _check_progress(schedule: Schedule, max_pending_sends: int | None) -> None:
         rank = run.waits_for(rank)
     assert rank is not None, "a rank that waits for none is not stuck"
     cycle = path[path.index(rank) :]
-    waits = ", ".join(_describe_wait(run, member) for member in cycle)
+    waits = ", ".join(map(run.describe_wait, cycle))
     message = f"{run.head(rank)} on rank {rank} waits for itself: {waits}."
     raise ScheduleError(message, schedule, rank, run.place[rank])
-
-
-def _describe_wait(run: _Run, rank: int) -> str:
-    action = run.head(rank)
-    assert action is not None
-    if run.has_sent[rank]:
-        return f"rank {rank} cannot send the result of {action} until rank {run.waits_for(rank)} receives more"
-    missing = run.missing(action)
-    assert missing is not None
-    return f"rank {rank} needs {missing.source} of rank {run.waits_for(rank)} for {action}"

@@ -254,3 +254,27 @@ def test_hooks_are_lifted_after_an_error() -> None:
             walk(graph, [root], [h], defer=True, retain_graph=True)
         (gradient,) = torch.autograd.grad(torch.tanh(inner).sum(), h, retain_graph=True)
         assert gradient.abs().max() > 0, "a hook still stops the gradient"
+
+
+def test_roots_inside_the_other_graph_are_kept() -> None:
+    h, w, _, b = leaves()
+    inner, filters = h @ w, torch.tanh(b)
+    flags = {h: PATH, w: WEIGHTS, b: WEIGHTS}
+    assert inner.grad_fn is not None and filters.grad_fn is not None
+    entered = explore([inner.grad_fn, filters.grad_fn], flags)
+    roots = [(get_gradient_edge(r), torch.full_like(r, i + 1.0)) for i, r in enumerate((inner, filters))]
+    graph = explore((e.node for e, _ in roots), flags, entered)
+    (found,), kept, deferred = walk(graph, roots, [h], defer=True, retain_graph=True)
+    assert found is None and deferred is not None
+    gradients, later = walk_to_parameters(deferred, [w, b], retain_graph=True)
+    assert gradients == [None, None]
+    assert [(e.node, float(g.mean())) for e, g in kept + later] == [(inner.grad_fn, 1.0), (filters.grad_fn, 2.0)]
+
+
+def test_what_was_deferred_is_let_go() -> None:
+    boundary, *parameters = leaves()
+    graph, roots = split([*layers(boundary, *parameters), parameters[0].exp()], boundary, parameters)
+    _, _, deferred = walk(graph, roots, [boundary], defer=True, retain_graph=True)
+    assert deferred is not None and deferred.joins and deferred.roots
+    walk_to_parameters(deferred, parameters, retain_graph=False)
+    assert not deferred.joins and not deferred.roots

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from capture_models import Traced, eager_gradients, structures_of
-from test_graph_split import Scaled
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, NUM_FEATURES, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
 
@@ -135,6 +134,20 @@ def shared_constants(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor
     return h * scales
 
 
+class Scaled(torch.autograd.Function):
+    """A product, written in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        return h * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        h, weight = ctx.saved_tensors
+        return gradients[0] * weight, (gradients[0] * h).sum(0)
+
+
 def in_python(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor) -> Tensor:
     """Functions of autograd that are written in Python, with weights that are used twice."""
     scale = weights["b"] * weights["v"].sum(0)
@@ -148,8 +161,8 @@ def complex_waves(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor) -
     return torch.tanh(h.real) @ weights["w"] * torch.exp(1j * h.imag) * weights["phase"]
 
 
-def single_precision(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor) -> Tensor:
-    """Weights that are converted, to less than what comes in and back."""
+def part_of_a_weight(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor) -> Tensor:
+    """Weights that are broadcast, and the real part of a complex one."""
     mixed = messages(vectors, edges, h @ weights["w"], weights["b"].expand(edges.shape[1], -1))
     return torch.tanh(mixed * weights["phase"].real) + h
 
@@ -160,7 +173,7 @@ BODIES: list[tuple[Body, torch.dtype]] = [
     (shared_constants, FLOAT),
     (in_python, FLOAT),
     (complex_waves, torch.complex128),
-    (single_precision, FLOAT),
+    (part_of_a_weight, FLOAT),
 ]
 
 
