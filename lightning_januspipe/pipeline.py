@@ -16,7 +16,7 @@ from lightning_januspipe.capture.step import StepFunction, loss_of, require_fini
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.microbatch import fingerprint, same_batch
-from lightning_januspipe.engine.p2p import Links, PipelineError, pack, packed_size, unpack
+from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import PhaseTimes, Recorder, recorded_report
@@ -119,11 +119,10 @@ class Pipeline:
         self._schedules: dict[int, Schedule] = {}
         captured = capture.potential
         potential = module.get_submodule(captured.path)
-        assert mesh.down_group is not None and mesh.up_group is not None
         first = self.schedule(1)
         self._placement, self._force_placement = first.placement, first.force_placement
         self.step = CapturedStep(captured, module, self._add_outside)
-        links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
+        links = _links(mesh)
         own = first.stages_of(mesh.pipeline_rank)
         stages = {s: Stage(CapturedStage(captured, s, potential), self.gradients) for s in own}
         self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout)
@@ -357,3 +356,15 @@ class Pipeline:
                     "see the same samples: keep Trainer(use_distributed_sampler=True), or seed your sampler "
                     "and your random transforms alike on every rank (lightning.seed_everything(..., workers=True))."
                 )
+
+
+def measured_latency(mesh: Mesh) -> float:
+    """Seconds that a message between two ranks of the pipeline takes; every rank gets that of the first rank."""
+    found = [message_latency(_links(mesh), mesh.pipeline_rank)]
+    dist.broadcast_object_list(found, mesh.pipeline_ranks[0], group=mesh.control_group)
+    return found[0]
+
+
+def _links(mesh: Mesh) -> Links:
+    assert mesh.down_group is not None and mesh.up_group is not None
+    return Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)

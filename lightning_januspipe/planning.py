@@ -28,6 +28,7 @@ class Planner:
         memory: bytes that one micro-batch holds in each stage.
         wave_size: micro-batches in a wave, or "auto".
         memory_limit: most bytes that the micro-batches of one rank may hold, or None.
+        latency: seconds that a message takes.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Planner:
     memory: tuple[MemoryCosts, ...]
     wave_size: int | Literal["auto"] = "auto"
     memory_limit: float | None = None
+    latency: float = 0.0
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """The schedule for a number of micro-batches.
@@ -51,17 +53,18 @@ class Planner:
             self.costs,
             wave_size=self.wave_size,
             chunks=len(self.costs) // self.num_ranks,
+            latency=self.latency,
             memory=self.memory if limited else None,
             memory_limit=self.memory_limit,
         )
 
     def step_time(self, num_microbatches: int) -> float:
         """Predicted seconds of a training step."""
-        return simulate(self.schedule(num_microbatches), self.costs).makespan
+        return self._makespan(self.schedule(num_microbatches), self.costs)
 
     def report(self, schedule: Schedule) -> Report:
         """A schedule in simulated time, in seconds and bytes."""
-        return simulate(schedule, self.costs, memory=self.memory)
+        return simulate(schedule, self.costs, comm=self.latency, memory=self.memory)
 
     def improved(self, schedule: Schedule, costs: tuple[PhaseCosts, ...]) -> Schedule | None:
         """A schedule for other costs, if it is better than the present one by more than costs are uncertain.
@@ -71,8 +74,11 @@ class Planner:
             costs: seconds of the phases of each stage, measured anew.
         """
         found = replace(self, costs=costs).schedule(schedule.num_microbatches)
-        gain = 1.0 - simulate(found, costs).makespan / simulate(schedule, costs).makespan
+        gain = 1.0 - self._makespan(found, costs) / self._makespan(schedule, costs)
         return found if gain > _WORTH_A_CHANGE else None
+
+    def _makespan(self, schedule: Schedule, costs: tuple[PhaseCosts, ...]) -> float:
+        return simulate(schedule, costs, comm=self.latency).makespan
 
 
 def phase_costs(seconds: Sequence[PhaseSeconds]) -> tuple[PhaseCosts, ...]:

@@ -32,7 +32,7 @@ from lightning_januspipe.loading import (
 )
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
 from lightning_januspipe.metrics import LogRecorder, merge_outputs
-from lightning_januspipe.pipeline import Pipeline, Undivided
+from lightning_januspipe.pipeline import Pipeline, Undivided, measured_latency
 from lightning_januspipe.planning import (
     Planner,
     is_deferred,
@@ -102,6 +102,7 @@ class JanusPipeBody:
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
         self._num_microbatches, self._schedule, self._wave_size = num_microbatches, schedule, wave_size
         self._memory_limit = memory_limit
+        self._latency = 0.0
         self._potential = potential
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
@@ -360,6 +361,7 @@ class JanusPipeBody:
         if self._captured is not None and self._captured[0]() is module:
             self.runner = self._pipeline(self._captured[1])
             return
+        self._latency = measured_latency(self.mesh)
         if self.global_rank == 0:
             modes = {m: m.training for m in module.modules()}
             if not _is_fitting(module.trainer):
@@ -413,6 +415,7 @@ class JanusPipeBody:
             memory_costs(measured_bytes),
             self._wave_size,
             memory_limit,
+            self._latency,
         )
 
     def _moved(self, batch: Any) -> Any:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         *("capture", "checkpoint", "engine", "graph", "loading"),
         *("mesh", "metrics", "pipeline", "planning", "precision", "schedule"),
     },
-    "callbacks": {"engine", "keys"},
+    "callbacks": {"engine", "keys", "schedule"},
     "registry": {"strategy"},
     "__init__": {"registry"},
 }

@@ -6,6 +6,8 @@ which is what NCCL needs. A message is one buffer of bytes; its length is known 
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +159,8 @@ class Links:
         up: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self._rank, self._global_ranks, self._device = rank, list(global_ranks), device
+        self.device = device
+        self._rank, self._global_ranks = rank, list(global_ranks)
         self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = (down, up)
         self._to: dict[int, Channel] = {}
         self._from: dict[int, Channel] = {}
@@ -195,4 +198,35 @@ class Links:
 
     def _channel(self, peer: int, downward: bool) -> Channel:
         assert self._groups is not None, "the links were closed"
-        return Channel(self._groups[0 if downward else 1], self._global_ranks[peer], self._device)
+        return Channel(self._groups[0 if downward else 1], self._global_ranks[peer], self.device)
+
+
+def message_latency(links: Links, rank: int, num_messages: int = 10) -> float:
+    """Seconds that a small message takes: half the round trip between the first two ranks, the median of several.
+
+    Args:
+        links: of this rank; all ranks of the pipeline may call this, the first two have to.
+        rank: this rank's position.
+        num_messages: how many go there and back.
+
+    Returns:
+        The latency as rank 0 sees it; 0 on the others.
+    """
+    if rank > 1:
+        return 0.0
+    message = [torch.zeros(256, dtype=torch.uint8, device=links.device)]
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((256,), torch.uint8)]
+    times = []
+    for _ in range(num_messages + 1):
+        receive = links.from_(1 - rank).receive(shapes)
+        began = time.perf_counter()
+        if rank == 1:
+            receive.wait(None)
+        links.to(1 - rank).send(message)
+        if rank == 0:
+            receive.wait(None)
+        if links.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    links.to(1 - rank).flush(None)
+    return statistics.median(times[1:]) / 2 if rank == 0 else 0.0

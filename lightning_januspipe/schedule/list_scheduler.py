@@ -26,18 +26,22 @@ class Priority:
     """What a rank prefers among the actions that are ready.
 
     Micro-batches are grouped in units of ``unit``. Older units go first, then the phase that comes earlier in
-    ``phases``, then the older micro-batch. Deferred weight gradients come after everything else.
+    ``phases``, then the older micro-batch. Deferred weight gradients come after everything else, unless a rank owes
+    more of them than it may.
 
     Args:
         phases: FE, FF, BF and BE, the most urgent first.
         unit: Micro-batches per unit.
         overlap: Count the backward wave (BF, BE) of a unit as equally old as the forward wave (FE, FF) of the next
             unit, so that ``phases`` decides between the two.
+        most_deferred: Most weight gradients that a rank may owe when it starts something else, or None. They are what
+            keeps micro-batches live: under a tight cap, owing few of them lets new ones in earlier.
     """
 
     phases: tuple[Phase, ...]
     unit: int
     overlap: bool = False
+    most_deferred: int | None = None
 
     def table(self, num_microbatches: int) -> list[list[int]]:
         """Urgency of every chain phase (in chain order) and micro-batch; lower goes first and no two are equal."""
@@ -149,6 +153,7 @@ class _Run:
         self.num_microbatches, self.num_stages, self.num_steps = num_microbatches, num_stages, num_phases * num_stages
         self.max_live, self.latency, self.entry = max_live, chain.latency, chain.placement[0]
         self.urgency = priority.table(num_microbatches)
+        self.most_deferred = math.inf if priority.most_deferred is None else priority.most_deferred
         by_stage = chain.durations(deferred)
         self.duration = [by_stage[stage][phase] for phase in range(num_phases) for stage in range(num_stages)]
         energies, forces = chain.placement, chain.force_placement
@@ -208,32 +213,31 @@ class _Run:
 
     def start(self, rank: int, deadline: float) -> bool:
         """Start the most urgent ready action of a rank, if any; False if the deadline cannot be met any more."""
-        ready, left, num_microbatches = self.ready[rank], self.left[rank], self.num_microbatches
+        ready, weights, left = self.ready[rank], self.weights[rank], self.left[rank]
+        num_microbatches = self.num_microbatches
         key = ready[0] if ready else None
-        admits = False
+        admits = opens = False
         if rank == self.entry and self.admitted < num_microbatches and len(left) < self.max_live:
             first = self.urgency[0][self.admitted] * self.num_steps
             if key is None or first < key:
                 key, admits = first, True
-        weights = self.weights[rank]
-        if key is None:
-            if not weights:
-                return True
-            key = heappop(weights)
-            microbatch = key // self.num_steps
-        else:
+        microbatch = -1
+        if key is not None:
             microbatch = key // self.num_steps % num_microbatches
             opens = microbatch not in left
-            if opens and weights and len(left) >= self.max_live:
-                key = heappop(weights)
-                microbatch = key // self.num_steps
+        is_full = opens and len(left) >= self.max_live
+        if weights and (key is None or is_full or len(weights) > self.most_deferred):
+            key = heappop(weights)
+            microbatch = key // self.num_steps
+        elif key is None:
+            return True
+        else:
+            if admits:
+                self.admitted += 1
             else:
-                if admits:
-                    self.admitted += 1
-                else:
-                    heappop(ready)
-                if opens:
-                    left[microbatch] = self.steps_of[rank]
+                heappop(ready)
+            if opens:
+                left[microbatch] = self.steps_of[rank]
         if self.now + self.work_left[rank] >= deadline:
             return False
         step = key % self.num_steps

@@ -31,14 +31,19 @@ _OFTEN_BEST = (
     (Phase.BF, Phase.FF, Phase.FE, Phase.BE),
     (Phase.BF, Phase.FF, Phase.BE, Phase.FE),
 )
+# With the most weight gradients that a rank may owe: few of them serve a tight cap.
 _OFTEN_BEST_DEFERRED = (
-    (Phase.FF, Phase.BF, Phase.BE, Phase.FE),
-    (Phase.FE, Phase.FF, Phase.BF, Phase.BE),
-    (Phase.FE, Phase.BF, Phase.FF, Phase.BE),
-    (Phase.FF, Phase.BE, Phase.BF, Phase.FE),
+    ((Phase.FE, Phase.FF, Phase.BF, Phase.BE), None),
+    ((Phase.BF, Phase.BE, Phase.FF, Phase.FE), 0),
+    ((Phase.BF, Phase.FF, Phase.BE, Phase.FE), 1),
+    ((Phase.FE, Phase.BF, Phase.FF, Phase.BE), None),
+    ((Phase.FF, Phase.FE, Phase.BF, Phase.BE), 1),
+    ((Phase.BF, Phase.BE, Phase.FE, Phase.FF), None),
+    ((Phase.FF, Phase.BF, Phase.BE, Phase.FE), None),
+    ((Phase.BE, Phase.BF, Phase.FE, Phase.FF), 2),
 )
 _CHUNKS = (2, 1)
-_SEARCHED_ACTIONS = 150_000
+_SEARCHED_ACTIONS = 200_000
 _LEAST_TRIES = 2
 # So near to what is possible, the search ends.
 _GOOD_ENOUGH = 2e-3
@@ -102,13 +107,11 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
             snake(request.num_ranks, num_stages),
             request.latency,
         )
-        found, needed = _search_chain(request, chain, deferred)
+        # More chunks come first: fewer only have to be nearly as fast.
+        deadline = math.inf if best is None else best.makespan * (1 + _LEAST_GAIN_OF_CHUNKS)
+        found, needed = _search_chain(request, chain, deferred, deadline)
         least_bytes = min(least_bytes, needed)
-        if found is None:
-            continue
-        fewer_chunks = best is not None and num_stages < best.schedule.num_stages
-        if best is None or found.makespan <= best.makespan * (1 + (_LEAST_GAIN_OF_CHUNKS if fewer_chunks else 0)):
-            best = found
+        best = found or best
     if best is None:
         raise ValueError(
             f"memory_limit={request.memory_limit:.4g} bytes per rank, but with one micro-batch at a time a rank "
@@ -118,8 +121,8 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     return best
 
 
-def _search_chain(request: Request, chain: Chain, deferred: bool) -> tuple[WaveKChoice | None, float]:
-    """The best order for given stages, and the least memory that was seen."""
+def _search_chain(request: Request, chain: Chain, deferred: bool, deadline: float) -> tuple[WaveKChoice | None, float]:
+    """The best order for given stages that ends before the deadline, and the least memory that was seen."""
     num_microbatches, name = request.num_microbatches, "wavek-zb" if deferred else "wavek"
     num_stages = len(chain.placement)
     cap = min(_default_cap(request), num_microbatches)
@@ -148,8 +151,8 @@ def _search_chain(request: Request, chain: Chain, deferred: bool) -> tuple[WaveK
         for priority in islice(_portfolio(request, deferred), num_tries):
             if best is not None and best.makespan <= bound * (1 + _GOOD_ENOUGH):
                 return best, least_bytes
-            deadline = math.inf if best is None else best.makespan * (1 - _ROUNDING)
-            found = list_schedule(chain, num_microbatches, priority, live, deferred=deferred, deadline=deadline)
+            limit = deadline if best is None else best.makespan * (1 - _ROUNDING)
+            found = list_schedule(chain, num_microbatches, priority, live, deferred=deferred, deadline=limit)
             if found is not None:
                 schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, chain.placement)
                 consider(WaveKChoice(schedule, found.makespan, bound, priority.unit, live, priority.phases))
@@ -175,8 +178,13 @@ def _caps(request: Request, cap: int) -> list[int]:
 def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:
     """Priorities to try, the most promising first."""
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
-    often_best = _OFTEN_BEST_DEFERRED if deferred else _OFTEN_BEST
-    orders = tuple(dict.fromkeys((*often_best, DEPTH_FIRST, BREADTH_FIRST, *permutations(BREADTH_FIRST))))
+    orders: list[tuple[tuple[Phase, ...], int | None]] = []
+    if deferred:
+        orders += _OFTEN_BEST_DEFERRED
+    else:
+        orders += ((order, None) for order in (*_OFTEN_BEST, DEPTH_FIRST))
+    for most_deferred in (None, 0, 1) if deferred else (None,):
+        orders += ((order, most_deferred) for order in permutations(BREADTH_FIRST))
     if request.wave_size == "auto":
         wished = (num_microbatches, num_ranks, 3 * num_ranks // 2, 2 * num_ranks, num_ranks // 2, 2, 1)
         wave_sizes = list(dict.fromkeys(size for size in wished if 1 <= size <= num_microbatches))
@@ -185,5 +193,5 @@ def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:
     # One unit of all micro-batches is best left to the cap; smaller ones gain from meeting their neighbours.
     shapes = [(size, size < num_microbatches) for size in wave_sizes]
     shapes += [(size, not overlap) for size, overlap in shapes]
-    for (unit, overlap), order in product(shapes, orders):
-        yield Priority(order, unit, overlap)
+    for (unit, overlap), (order, most_deferred) in product(shapes, dict.fromkeys(orders)):
+        yield Priority(order, unit, overlap, most_deferred)

@@ -1,0 +1,247 @@
+"""The stage of an emulated device: it sleeps, labels what it sends, and checks what it gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
+from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.schedule import Action, Phase
+
+_LABEL = 4  # entries of a label
+_CHAIN, _OWN = -1.0, -2.0  # kinds of messages: along the chain, and from BF to BE of the same stage
+_EARLY = 1.5e-4  # seconds
+
+
+class EmulationError(AssertionError):
+    """A phase got a message that was not for it, or actions ran in another order than that of the schedule."""
+
+
+@dataclass
+class EmulatedFunction:
+    """The shapes of an emulated stage; there is nothing to evaluate.
+
+    Attributes: see :class:`~lightning_januspipe.engine.specs.StageFunction`.
+    """
+
+    index: int
+    boundary_in: Sequence[TensorSpec]
+    boundary_out: Sequence[TensorSpec]
+    observables: Sequence[int]
+    parameters: Sequence[nn.Parameter] = ()
+
+    def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
+        """Not used: the phases of :class:`EmulatedStage` sleep."""
+        raise NotImplementedError
+
+
+def emulated_chain(num_stages: int, message_bytes: int) -> tuple[ChainSpec, list[EmulatedFunction]]:
+    """A chain with one observable in its first and one in its last stage, and a derivative with an entry per stage.
+
+    Args:
+        num_stages: length of the chain.
+        message_bytes: bytes of the boundary between two stages.
+    """
+    boundary = [TensorSpec((max(message_bytes // torch.float64.itemsize, 2 * _LABEL),), torch.float64)]
+    last = num_stages - 1
+    spec = ChainSpec(
+        coordinates=(TensorSpec((num_stages,), torch.float64),),
+        observables=(TensorSpec((2,), torch.float64),) * 2,
+        observable_stage=(0, last),
+    )
+    functions = [
+        EmulatedFunction(
+            s,
+            boundary if s else [],
+            boundary if s < last else [],
+            [i for i, stage in enumerate(spec.observable_stage) if stage == s],
+        )
+        for s in range(num_stages)
+    ]
+    return spec, functions
+
+
+class EmulatedStage(Stage):
+    """A stage whose phases check what they get, sleep, and return labelled tensors of the right shapes.
+
+    Labels hold the serial number of the micro-batch, which no other one has in this step or another, the phase, and the
+    stage.
+
+    Args:
+        function: the shapes.
+        num_stages: length of the chain.
+        seconds: how long each phase takes.
+        ran: gets every action that runs.
+    """
+
+    def __init__(
+        self, function: EmulatedFunction, num_stages: int, seconds: Mapping[Phase, float], ran: list[Action]
+    ) -> None:
+        super().__init__(function, GradientBuffers())
+        self.seconds = seconds
+        self._num_stages, self._ran = num_stages, ran
+        self._serials: dict[int, int] = {}
+
+    @property
+    def num_inflight(self) -> int:
+        """Micro-batches between their first and their last phase here."""
+        return len(self._serials)
+
+    def clear(self) -> None:
+        """Forget all micro-batches."""
+        self._serials.clear()
+
+    def forward_energy(
+        self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """FE: a boundary, and the observables of this stage."""
+        self._serials[microbatch] = serial = int(tensors[0])
+        with self._phase(Phase.FE, microbatch):
+            self._check(Phase.FE, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
+            made = self._made(Phase.FE, microbatch, self.function.boundary_out)
+            return made, [observable(serial, i) for i in self.function.observables]
+
+    def recompute_energy(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
+        """FE on the rank of FF; its time is a part of FF's."""
+        self._serials[microbatch] = int(tensors[0])
+        self._check(Phase.FF, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
+
+    def forward_force(
+        self, microbatch: int, boundary_gradients: Sequence[Tensor], *, create_graph: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """FF: a gradient of the boundary, and a derivative with this stage's entry only."""
+        assert create_graph, "evaluation is not emulated"
+        with self._phase(Phase.FF, microbatch):
+            self._check(Phase.FF, microbatch, boundary_gradients, self.function.boundary_out, Phase.FF, 1)
+            part = torch.zeros(self._num_stages, dtype=torch.float64)
+            part[self.function.index] = self._serials[microbatch]
+            return self._made(Phase.FF, microbatch, self.function.boundary_in), [part]
+
+    def backward_force(
+        self,
+        microbatch: int,
+        boundary_cotangents: Sequence[Tensor],
+        derivative_cotangents: Sequence[Tensor],
+        *,
+        defer: bool = False,
+    ) -> list[Tensor]:
+        """BF: a cotangent of the boundary's gradient."""
+        with self._phase(Phase.BF, microbatch):
+            self._check(Phase.BF, microbatch, boundary_cotangents, self.function.boundary_in, Phase.BF, -1)
+            self._check_loss(Phase.BF, microbatch, derivative_cotangents)
+            return self._made(Phase.BF, microbatch, self.function.boundary_out)
+
+    def backward_force_apart(
+        self, microbatch: int, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """BF, and what it sends to the rank that runs BE."""
+        found = self.backward_force(microbatch, boundary_cotangents, derivative_cotangents)
+        own = self._made(Phase.BF, microbatch, self.function.boundary_in, _OWN)
+        del self._serials[microbatch]
+        return found, own
+
+    def backward_energy(
+        self,
+        microbatch: int,
+        boundary_cotangents: Sequence[Tensor],
+        observable_cotangents: Sequence[Tensor | None],
+        *,
+        defer: bool = False,
+        more: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """BE: a cotangent of the boundary."""
+        with self._phase(Phase.BE, microbatch):
+            self._check(Phase.BE, microbatch, boundary_cotangents, self.function.boundary_out, Phase.BE, 1)
+            self._check(Phase.BE, microbatch, more, self.function.boundary_in if more else [], Phase.BF, 0, _OWN)
+            self._check_loss(Phase.BE, microbatch, observable_cotangents)
+            found = self._made(Phase.BE, microbatch, self.function.boundary_in)
+        if not defer:
+            del self._serials[microbatch]
+        return found
+
+    def weight_force(self, microbatch: int) -> None:
+        """WF: nothing but its time."""
+        with self._phase(Phase.WF, microbatch):
+            pass
+
+    def weight_energy(self, microbatch: int) -> None:
+        """WE: the micro-batch ends."""
+        with self._phase(Phase.WE, microbatch):
+            pass
+        del self._serials[microbatch]
+
+    @contextmanager
+    def _phase(self, phase: Phase, microbatch: int) -> Iterator[None]:
+        """Takes the time of the phase, in which the block's is contained."""
+        deadline = time.perf_counter() + self.seconds[phase]
+        self._ran.append(Action(phase, self.function.index, microbatch))
+        yield
+        sleep_until(deadline)
+
+    def _made(self, phase: Phase, microbatch: int, specs: Sequence[TensorSpec], kind: float = _CHAIN) -> list[Tensor]:
+        """A labelled tensor for each spec; the label is at both ends."""
+        label = torch.tensor(self._label(phase, self.function.index, microbatch, kind), dtype=torch.float64)
+        made = []
+        for spec in specs:
+            tensor = torch.zeros(spec.sizes({}), dtype=spec.dtype)
+            tensor[:_LABEL] = tensor[-_LABEL:] = label
+            made.append(tensor)
+        return made
+
+    def _label(self, phase: Phase, stage: int, microbatch: int, kind: float) -> list[float]:
+        return [float(self._serials[microbatch]), float(list(Phase).index(phase)), float(stage), kind]
+
+    def _check(
+        self,
+        phase: Phase,
+        microbatch: int,
+        came: Sequence[Tensor],
+        specs: Sequence[TensorSpec],
+        source: Phase,
+        step: int,
+        kind: float = _CHAIN,
+    ) -> None:
+        """What came has to be what ``source`` of the stage ``step`` further made of this micro-batch."""
+        action = Action(phase, self.function.index, microbatch)
+        if len(came) != len(specs):
+            raise EmulationError(f"{action} got {len(came)} tensors, expected {len(specs)}")
+        expected = self._label(source, self.function.index + step, microbatch, kind)
+        for tensor in came:
+            for found in (tensor[:_LABEL].tolist(), tensor[-_LABEL:].tolist()):
+                if found != expected:
+                    raise EmulationError(
+                        f"{action} got a message labelled {found}, expected {expected} (serial number of the "
+                        "micro-batch, phase, stage, kind): it was made by another action"
+                    )
+
+    def _check_loss(self, phase: Phase, microbatch: int, cotangents: Sequence[Tensor | None]) -> None:
+        for cotangent in cotangents:
+            assert cotangent is not None
+            if int(cotangent[0]) != self._serials[microbatch]:
+                action = Action(phase, self.function.index, microbatch)
+                raise EmulationError(
+                    f"{action} got the loss of micro-batch {int(cotangent[0])}, expected {self._serials[microbatch]}"
+                )
+
+
+def observable(serial: int, position: int) -> Tensor:
+    """The observable at a position that belongs to a micro-batch."""
+    return torch.tensor([serial, position], dtype=torch.float64)
+
+
+def sleep_until(deadline: float) -> None:
+    """Sleep until ``time.perf_counter()`` has reached a time, and little longer.
+
+    Sleeping takes 0.05 to 0.2 ms more than asked for, so this wakes up a little early and sleeps the rest in short
+    pieces.
+    Nothing waits busily: ranks are more than cores.
+    """
+    while (left := deadline - time.perf_counter()) > 0:
+        time.sleep(left - _EARLY if left > 2 * _EARLY else min(left, 1e-5))
