@@ -10,6 +10,7 @@ import argparse
 import os
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -236,17 +237,26 @@ def main(args: Sequence[str] | None = None) -> None:
     """``januspipe bench NAME``: run a benchmark and print its table.
 
     Args:
-        args: command line after ``bench``.
+        args: command line after ``bench``; None for ``sys.argv``.
     """
+    words = sys.argv[1:] if args is None else list(args)
+    if words[:1] == ["emulate"] or "--emulate" in words:
+        from lightning_januspipe.emulate.command import main as emulate
+
+        emulate([w for i, w in enumerate(words) if w != "--emulate" and (i, w) != (0, "emulate")])
+        return
     parser = argparse.ArgumentParser(prog="januspipe bench", description=__doc__)
     parser.add_argument(
-        "name", choices=sorted(BENCHMARKS), help=" ".join(f"{n}: {f.__doc__}" for n, f in BENCHMARKS.items())
+        "name",
+        choices=[*sorted(BENCHMARKS), "emulate"],
+        help=" ".join(f"{n}: {f.__doc__}" for n, f in BENCHMARKS.items())
+        + " emulate: All schedules with phases that sleep; has options of its own, see januspipe bench emulate --help.",
     )
     parser.add_argument("--runs", type=int, default=5, help="runs of each configuration; medians are over these")
     for field_ in fields(Work):
         kind = str if field_.type in ("str", "str | None") else int if field_.type == "int" else float
         parser.add_argument(f"--{field_.name}", type=kind, default=field_.default, help=f"default: {field_.default}")
-    given = vars(parser.parse_args(args))
+    given = vars(parser.parse_args(words))
     name, runs = given.pop("name"), given.pop("runs")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     print(f"\n{BENCHMARKS[name](Work(**given), runs)}")

@@ -28,7 +28,10 @@ class EmulatedRun:
         report: the step with the median makespan, as it ran.
         oversleep: median time that a phase took longer than asked for.
         handover: median time from the end of an action to the start of one on another rank that waited for it.
+        turnaround: median time from the end of an action to the start of the next one on its rank, where that waited
+            for nothing.
         cpu: share of one core that the busiest rank's process used, all its threads together.
+        urgent: whether all ranks ran before other programs on the machine.
     """
 
     schedule: Schedule
@@ -39,7 +42,9 @@ class EmulatedRun:
     report: Report
     oversleep: float
     handover: float
+    turnaround: float
     cpu: float
+    urgent: bool
 
     @property
     def makespan(self) -> float:
@@ -119,6 +124,7 @@ def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Seq
     }
     report = replace(recorded_report(schedule, spans), makespan=makespans[step], ideal=simulated.ideal)
     asked = action_times(schedule, costs)
+    handover, turnaround = _pauses(schedule, report)
     return EmulatedRun(
         schedule=schedule,
         simulated=simulated,
@@ -129,19 +135,23 @@ def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Seq
         oversleep=statistics.median(
             s.end - s.start - asked(s.action.phase, s.action.stage) for of in spans.values() for s in of
         ),
-        handover=_handover(schedule, report),
+        handover=handover,
+        turnaround=turnaround,
         cpu=max(record.cpu[step] for record in records) / makespans[step],
+        urgent=all(all(record.urgent) for record in records),
     )
 
 
-def _handover(schedule: Schedule, report: Report) -> float:
-    """Median time from an end to the start of what waited for it on another rank."""
-    found = []
+def _pauses(schedule: Schedule, report: Report) -> tuple[float, float]:
+    """Median time from an end to the start of what waited for it: on another rank, and on the same one."""
+    handovers, turnarounds = [], []
     for order in schedule.actions:
-        free = 0.0
+        free: float | None = None
         for action in order:
             ready = max((report.end[m.source] for m in schedule.received(action)), default=0.0)
-            if ready > free:
-                found.append(report.start[action] - ready)
+            if free is None or ready > free:
+                handovers.append(report.start[action] - ready)
+            else:
+                turnarounds.append(report.start[action] - free)
             free = report.end[action]
-    return statistics.median(found) if found else 0.0
+    return statistics.median(handovers), statistics.median(turnarounds or [0.0])

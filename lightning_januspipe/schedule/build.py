@@ -91,7 +91,7 @@ def build_schedule(
     if (memory is None) != (memory_limit is None):
         raise ValueError("memory and memory_limit belong together: give the bytes of a micro-batch and the limit.")
     request = Request(num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit)
-    request.stage_costs(request.numbers_of_stages((1,))[0])
+    request.stage_costs(request.numbers_of_stages((1,))[0] if name in SEVERAL_STAGES else num_ranks)
     schedule = GENERATORS[name](request)
     validate(schedule)
     if memory is not None and memory_limit is not None:

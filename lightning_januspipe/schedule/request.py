@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +46,9 @@ class Request:
 
         Costs per stage leave no choice. One entry per rank and "auto" leave the given ``choices`` of stages per rank.
         """
-        entries = 1 if isinstance(self.costs, PhaseCosts) else len(self.costs)
+        entries = len(self.costs) if isinstance(self.costs, Sequence) else 1
         if entries not in (1, self.num_ranks):
-            return [entries]
+            # No rank stays without a stage; `stage_costs` refuses fewer entries.
+            return [max(entries, self.num_ranks)]
         chunks = choices if self.chunks == "auto" else (self.chunks,)
         return [chunk * self.num_ranks for chunk in chunks]

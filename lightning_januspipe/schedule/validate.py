@@ -24,6 +24,7 @@ running the schedule once, in any order of ranks, decides for every timing.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES, Action, Schedule
 from lightning_januspipe.schedule.render import render
@@ -87,6 +88,11 @@ def _check_complete(schedule: Schedule) -> None:
                 message = f"{action} on rank {rank} is of a micro-batch outside 0 to {schedule.num_microbatches - 1}."
             elif schedule.rank_of(action) != rank:
                 message = f"{action} is on rank {rank}, but its stage lives on rank {schedule.rank_of(action)}."
+            elif action.phase in DEFERRED_PHASES and schedule.is_apart(action.stage):
+                message = (
+                    f"{action} on rank {rank} is a weight gradient of its own, but the forces of stage {action.stage} "
+                    "are on another rank than its energies: only folded stages can defer."
+                )
             elif action in seen:
                 message = f"{action} on rank {rank} is there twice."
             else:
@@ -97,16 +103,14 @@ def _check_complete(schedule: Schedule) -> None:
     phases = (*CHAIN_PHASES, *(DEFERRED_PHASES if deferred else ()))
     if len(seen) == len(phases) * schedule.num_stages * schedule.num_microbatches:
         return
-    for stage in range(schedule.num_stages):
-        for microbatch in range(schedule.num_microbatches):
-            for phase in phases:
-                action = Action(phase, stage, microbatch)
-                if action not in seen:
-                    rank = schedule.rank_of(action)
-                    order = schedule.actions[rank]
-                    with_missing = (*schedule.actions[:rank], (*order, action), *schedule.actions[rank + 1 :])
-                    message = f"{action} is missing on rank {rank} (drawn at the end of its row)."
-                    raise ScheduleError(message, replace(schedule, actions=with_missing), rank, len(order))
+    # Phases of the chain first: where one of them is wrongly a WF or WE, that is the one to name.
+    expected = (Action(*a) for a in product(phases, range(schedule.num_stages), range(schedule.num_microbatches)))
+    missing = next(action for action in expected if action not in seen)
+    rank = schedule.rank_of(missing)
+    order = schedule.actions[rank]
+    with_missing = (*schedule.actions[:rank], (*order, missing), *schedule.actions[rank + 1 :])
+    message = f"{missing} is missing on rank {rank} (drawn at the end of its row)."
+    raise ScheduleError(message, replace(schedule, actions=with_missing), rank, len(order))
 
 
 def _check_local_order(schedule: Schedule) -> None:

@@ -100,7 +100,7 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     """
     best: WaveKChoice | None = None
     least_bytes = math.inf
-    for num_stages in request.numbers_of_stages(_CHUNKS if deferred else (1,)):
+    for num_stages in request.numbers_of_stages(_CHUNKS) if deferred else [request.num_ranks]:
         chain = Chain.folded(
             request.num_ranks,
             request.stage_costs(num_stages),

@@ -1,0 +1,24 @@
+"""What each schedule would give, before anything is trained: ``januspipe plan``, and the same for notebooks.
+
+::
+
+    from lightning_januspipe.plan import plan_costs
+    from lightning_januspipe.schedule import PhaseCosts
+
+    plan = plan_costs(PhaseCosts(fe=0.010, ff=0.014, bf=0.012, be=0.009, wf=0.006, we=0.005), 8, 16)
+    print(plan.choice.name, plan.choice.step_time, [row.over_ideal for row in plan.rows])
+"""
+
+from lightning_januspipe.plan.measure import Measured, TooManyRanks, measure_stages
+from lightning_januspipe.plan.rows import Plan, ScheduleRow, Stages, plan_costs, plan_stages
+
+__all__ = [
+    "Measured",
+    "Plan",
+    "ScheduleRow",
+    "Stages",
+    "TooManyRanks",
+    "measure_stages",
+    "plan_costs",
+    "plan_stages",
+]

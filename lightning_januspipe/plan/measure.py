@@ -1,0 +1,245 @@
+"""A captured potential and what its phases cost, in one process, for the numbers of stages that a plan needs."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from lightning_januspipe.capture import Capture, CapturedPotential, CaptureError, Manner, capture_module
+from lightning_januspipe.capture.find import PotentialCall, call_arguments
+from lightning_januspipe.capture.step import kept_random_state, shallow_copy, silent_log
+from lightning_januspipe.capture.validate import TOGETHER, run_captured, validate
+from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.engine.p2p import packed_size
+from lightning_januspipe.engine.specs import TensorSpec
+from lightning_januspipe.plan.rows import Stages
+from lightning_januspipe.planning import memory_costs, phase_costs
+from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
+from lightning_januspipe.schedule.actions import Message
+
+_FEWER = re.compile(r"has only (\d+) cuttable part")
+
+
+class TooManyRanks(ValueError):
+    """The potential has fewer cuttable parts than ranks.
+
+    Attributes:
+        most: how many it has.
+    """
+
+    def __init__(self, num_ranks: int, most: int) -> None:
+        fewer = f"--ranks {most}" if most > 1 else "a deeper model"
+        super().__init__(
+            f"{num_ranks} ranks, but the potential has only {most} cuttable part(s) of comparable cost: take {fewer}, "
+            "or --extrapolate to divide the measured times evenly over the ranks all the same"
+        )
+        self.most = most
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cut potential with costs in seconds and bytes, medians over several walks of one micro-batch.
+
+    Attributes:
+        potential: program and cut.
+        costs: of each stage, nothing deferred.
+        deferred: of each stage, with WF and WE apart.
+        memory: of each stage, nothing deferred.
+        deferred_memory: of each stage, with WF and WE apart.
+        symbols: sizes of the micro-batch.
+        spread: largest less least time of a walk, as a share of the median.
+        repeats: number of walks.
+        elapsed: seconds that the capture took.
+    """
+
+    potential: CapturedPotential
+    costs: tuple[PhaseCosts, ...]
+    deferred: tuple[PhaseCosts, ...]
+    memory: tuple[MemoryCosts, ...]
+    deferred_memory: tuple[MemoryCosts, ...]
+    symbols: Mapping[str, int]
+    spread: float
+    repeats: int
+    elapsed: float
+
+    @property
+    def num_stages(self) -> int:
+        """Length of the chain."""
+        return len(self.costs)
+
+    def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
+        """Names and specs of what a stage passes on to the next one."""
+        by_name = self.potential.program.by_name
+        found = []
+        for name in self.potential.cut.boundaries[stage]:
+            spec = by_name[name].spec
+            assert spec is not None
+            found.append((name, spec))
+        return found
+
+    def message_bytes(self, message: Message) -> int:
+        """Bytes of a message as the executor packs it: the boundary, and what goes with it."""
+        source, target = message
+        chain = self.potential.chain
+        before = [spec for _, spec in self.boundary(target.stage - 1)] if target.stage else []
+        behind = [spec for _, spec in self.boundary(target.stage)] if target.stage < self.num_stages - 1 else []
+        specs: list[TensorSpec]
+        if source.phase is target.phase is Phase.FE:
+            owned = zip(chain.observables, chain.observable_stage, strict=True)
+            specs = [*before, *(spec for spec, owner in owned if owner < target.stage)]
+        elif source.phase is target.phase is Phase.FF:
+            specs = [*behind, *chain.coordinates, *chain.observables]
+        elif source.phase is target.phase is Phase.BF:
+            specs = [*before, *chain.coordinates]
+        elif source.phase is target.phase is Phase.BE:
+            specs = behind
+        elif source.phase is Phase.FE:
+            specs = [*before, *(chain.observables if target.stage == self.num_stages - 1 else ())]
+        else:
+            specs = [*before, *chain.coordinates, *chain.observables]
+        return packed_size([(spec.sizes(self.symbols), spec.dtype) for spec in specs])
+
+    def boundary_bytes(self, stage: int) -> int:
+        """Bytes of what a stage passes on to the next one, on this micro-batch."""
+        return packed_size([(spec.sizes(self.symbols), spec.dtype) for _, spec in self.boundary(stage)])
+
+    def stages(self, num_ranks: int) -> Stages:
+        """The costs for schedules of a number of ranks.
+
+        A chain shorter than the ranks is divided evenly over them: all work, memory and messages as if every rank had
+        an equal share.
+        """
+        sizes = [
+            self.message_bytes(Message(Action(phase, a, 0), Action(phase, b, 0)))
+            for stage in range(self.num_stages - 1)
+            for phase, a, b in (
+                (Phase.FE, stage, stage + 1),
+                (Phase.FF, stage + 1, stage),
+                (Phase.BF, stage, stage + 1),
+                (Phase.BE, stage + 1, stage),
+            )
+        ]
+        typical = statistics.fmean(sizes) if sizes else 0.0
+        if self.num_stages < num_ranks:
+            return Stages(
+                _share(self.costs, num_ranks),
+                _share(self.deferred, num_ranks),
+                _share(self.memory, num_ranks),
+                _share(self.deferred_memory, num_ranks),
+                message_bytes=typical,
+                typical_message=typical,
+            )
+        return Stages(
+            self.costs,
+            self.deferred,
+            self.memory,
+            self.deferred_memory,
+            message_bytes=self.message_bytes,
+            typical_message=typical,
+            chunks=self.num_stages // num_ranks,
+        )
+
+
+def _share(entries: Sequence[Any], num_ranks: int) -> Any:
+    """One rank's even share of the sum over all stages."""
+    names = [f.name for f in fields(entries[0])]
+    return type(entries[0])(*(sum(getattr(entry, name) for entry in entries) / num_ranks for name in names))
+
+
+def measure_stages(
+    module: nn.Module,
+    step: Callable[[Any], Any],
+    traced_batch: Any,
+    other_batch: Any,
+    num_stages: int,
+    potential: str | None = None,
+    *,
+    repeats: int = 5,
+    or_fewer: bool = False,
+) -> Measured:
+    """Capture a potential in a number of stages, and measure its phases with and without deferral.
+
+    Args:
+        module: the LightningModule.
+        step: its training step, from a batch to what it returns.
+        traced_batch: at least two structures.
+        other_batch: a micro-batch with other sizes, on which times are measured.
+        num_stages: into how many stages to cut.
+        potential: dotted name of the potential, where it is not to be searched.
+        repeats: how often one micro-batch walks through all phases; medians are taken.
+        or_fewer: take as many stages as there are cuttable parts, where these are fewer.
+
+    Raises:
+        TooManyRanks: the potential has fewer cuttable parts.
+        CaptureError: it cannot be captured.
+    """
+
+    def capture(numbers: Sequence[int]) -> Capture:
+        return capture_module(
+            module,
+            step,
+            traced_batch,
+            other_batch,
+            numbers,
+            potential,
+            manner=Manner(defer=True),
+            step_time=lambda seconds: 1.0 / len(seconds),  # the most stages
+        )
+
+    try:
+        found = capture([num_stages])
+    except CaptureError as error:
+        fewer = _FEWER.search(str(error))
+        if fewer is None:
+            raise
+        if not or_fewer:
+            raise TooManyRanks(num_stages, int(fewer[1])) from error
+        # From one stage on: which cuts are worth it depends a little on measured times.
+        found = capture([1, *range(2, int(fewer[1]) + 1)])
+    return _measured(found, module, step, other_batch, repeats)
+
+
+def _measured(
+    capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int
+) -> Measured:
+    captured = capture.potential
+    submodule = module.get_submodule(captured.path)
+    with kept_random_state(), silent_log(module):
+        call = PotentialCall(
+            captured.path, *call_arguments(module, captured.path, lambda: step(shallow_copy(batch)))
+        )
+    validate(captured, submodule, call, TOGETHER)  # and a first walk without deferral, which warms up
+    walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
+    for _ in range(repeats):  # in turn, so that what else the machine does meets both
+        for defer, found in walks.items():
+            found.append(run_captured(captured, submodule, call, Manner(defer=defer))[1].seconds)
+    memory = []
+    for defer in walks:
+        result = run_captured(captured, submodule, call, Manner(defer=defer), measure_memory=True)[1]
+        assert result.bytes is not None
+        memory.append(memory_costs(result.bytes))
+    totals = {defer: [sum(s.total for s in walk) for walk in found] for defer, found in walks.items()}
+    return Measured(
+        captured,
+        phase_costs(_medians(walks[False])),
+        phase_costs(_medians(walks[True])),
+        *memory,
+        captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs)),
+        max((max(times) - min(times)) / statistics.median(times) for times in totals.values()),
+        repeats,
+        capture.elapsed,
+    )
+
+
+def _medians(walks: Sequence[Sequence[PhaseSeconds]]) -> list[PhaseSeconds]:
+    """Of each phase of each stage, over the walks."""
+    names = [f.name for f in fields(PhaseSeconds)]
+    return [
+        PhaseSeconds(*(statistics.median(getattr(seconds, name) for seconds in of_stage) for name in names))
+        for of_stage in zip(*walks, strict=True)
+    ]

@@ -1,0 +1,381 @@
+"""The schedules of a plan, built and simulated: times in seconds, sizes in bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_januspipe.schedule import Link, PhaseCosts, Report, Schedule, build_schedule, simulate
+from lightning_januspipe.schedule.actions import Message
+from lightning_januspipe.schedule.bounds import lower_bound
+from lightning_januspipe.schedule.build import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES
+from lightning_januspipe.schedule.costs import Costs, Memory, costs_per_stage
+from lightning_januspipe.schedule.request import Auto
+
+BASELINE = "1f1b-2nd"
+"""The schedule whose speed counts as 1."""
+
+# As when training starts: of several numbers of stages one with more has to gain what its messages may cost.
+_LEAST_GAIN = 0.02
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The costs of one division of the chain of layers.
+
+    Attributes:
+        costs: seconds of the phases, nothing deferred: of one rank's share, or one entry per stage.
+        deferred: the same with WF and WE apart; None takes ``costs``.
+        memory: bytes that a micro-batch holds between its phases, given like ``costs``; None where unknown.
+        deferred_memory: the same with WF and WE apart; None takes ``memory``.
+        message_bytes: bytes of a message, or a function of the message.
+        typical_message: bytes of a message in the mean, for the search of an order.
+        chunks: stages per rank, or "auto" where ``costs`` are of one rank's share.
+    """
+
+    costs: Costs
+    deferred: Costs | None = None
+    memory: Memory | None = None
+    deferred_memory: Memory | None = None
+    message_bytes: float | Callable[[Message], float] = 0.0
+    typical_message: float = 0.0
+    chunks: int | Auto = "auto"
+
+    def costs_of(self, name: str) -> Costs:
+        """Costs that a schedule of this name runs with."""
+        return self.deferred if self.deferred is not None and name in DEFERRED else self.costs
+
+    def memory_of(self, name: str) -> Memory | None:
+        """Bytes that a micro-batch holds with a schedule of this name."""
+        return self.deferred_memory if self.deferred_memory is not None and name in DEFERRED else self.memory
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all schedules of a plan have in common; see :func:`plan_costs`."""
+
+    num_ranks: int
+    num_microbatches: int
+    wave_size: int | Auto = "auto"
+    max_live: int | None = None
+    memory_limit: float | None = None
+    latency: float = 0.0
+    bandwidth: float = math.inf
+
+
+@dataclass(frozen=True)
+class ScheduleRow:
+    """What one schedule would give.
+
+    Attributes:
+        name: name of the schedule.
+        schedule: its actions; without the memory limit where it cannot keep within it.
+        report: its simulated step.
+        bound: what no folded schedule of these stages can be faster than, in seconds; None of an unfolded one.
+        message_bytes: bytes sent between ranks in a step.
+        fits: whether it keeps within the memory limit.
+        needed: bytes that a rank needs at least, where it does not fit.
+    """
+
+    name: str
+    schedule: Schedule
+    report: Report
+    bound: float | None
+    message_bytes: float
+    fits: bool = True
+    needed: float | None = None
+
+    @property
+    def step_time(self) -> float:
+        """Seconds of a training step, without loading data and the optimizer."""
+        return self.report.makespan
+
+    @property
+    def over_ideal(self) -> float:
+        """Step time over the time that the busiest rank works: 1 where nobody waits."""
+        return self.report.makespan / self.report.ideal
+
+    @property
+    def gap(self) -> float | None:
+        """How much the step is longer than the lower bound, as a share of that."""
+        return None if self.bound is None else max(0.0, self.report.makespan / self.bound - 1.0)
+
+    @property
+    def num_live(self) -> int:
+        """Most micro-batches of which a rank holds something at once."""
+        return max(self.report.peak_live)
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Most bytes that the micro-batches of a rank hold at once, or None where bytes are not known."""
+        return max(self.report.peak_memory, default=None)
+
+    @property
+    def num_messages(self) -> int:
+        """Messages between ranks in a step."""
+        return sum(map(len, self.schedule.messages().values()))
+
+    @property
+
+@dataclass(frozen=True)
+class Plan:
+    """All schedules that were asked for, for the same work.
+
+    Attributes:
+        options: ranks, micro-batches and limits.
+        rows: one per schedule, in the order in which they were asked for.
+        failed: why others cannot be built, by name.
+        baseline: seconds of a step with ``1f1b-2nd``; None where it cannot be built.
+        structures: structures in a micro-batch; None where there is no data.
+        atoms: atoms in a micro-batch; None where there is no data.
+    """
+
+    options: Options
+    rows: tuple[ScheduleRow, ...]
+    failed: dict[str, str] = field(default_factory=dict)
+    baseline: float | None = None
+    structures: float | None = None
+    atoms: float | None = None
+
+    @property
+    def choice(self) -> ScheduleRow | None:
+        """The fastest schedule that fits in memory."""
+        return min((row for row in self.rows if row.fits), key=lambda row: row.step_time, default=None)
+
+    def speed(self, row: ScheduleRow) -> float | None:
+        """How many times faster a schedule is than ``1f1b-2nd``."""
+        return None if self.baseline is None else self.baseline / row.step_time
+
+    def per_second(self, number: float, row: ScheduleRow) -> float:
+        """A number that every micro-batch has, such as its atoms, in a second of training."""
+        return number * self.options.num_microbatches / row.step_time
+
+    def reason(self) -> str:
+        """One sentence: what is chosen, and why."""
+        chosen, limit = self.choice, self.options.memory_limit
+        if chosen is None:
+            least = min((row.needed for row in self.rows if row.needed is not None), default=None)
+            needs = "" if least is None else f": the least that one needs is {format_bytes(least)} on a rank"
+            within = "" if limit is None else f" in {format_bytes(limit)}"
+            return f"No schedule fits{within}{needs}. Make micro-batches smaller, or take more ranks."
+        others = sorted((r for r in self.rows if r is not chosen), key=lambda row: row.step_time)
+        text = f"{chosen.name}: {chosen.over_ideal:.2f} of the ideal time"
+        fitting = [row for row in others if row.fits]
+        if fitting:
+            slower = 100 * (fitting[0].step_time / chosen.step_time - 1)
+            text += f"; the next best, {fitting[0].name}, has {fitting[0].over_ideal:.2f} and takes {slower:.0f} % longer"
+        faster = [row for row in others if not row.fits and row.step_time < chosen.step_time]
+        if faster and limit is not None:
+            gain = 100 * (1 - faster[0].step_time / chosen.step_time)
+            text += (
+                f". {faster[0].name} would take {gain:.0f} % less, but needs {format_bytes(faster[0].needed or 0.0)} "
+                f"of {format_bytes(limit)}"
+            )
+        return text + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON: seconds and bytes."""
+        chosen = self.choice
+        return {
+            "num_ranks": self.options.num_ranks,
+            "num_microbatches": self.options.num_microbatches,
+            "wave_size": self.options.wave_size,
+            "max_live": self.options.max_live,
+            "memory_limit": self.options.memory_limit,
+            "latency": self.options.latency,
+            "bandwidth": self.options.bandwidth if math.isfinite(self.options.bandwidth) else None,
+            "structures_per_microbatch": self.structures,
+            "atoms_per_microbatch": self.atoms,
+            "choice": None if chosen is None else chosen.name,
+            "reason": self.reason(),
+            "schedules": [self._row(row) for row in self.rows],
+            "failed": dict(self.failed),
+        }
+
+    def _row(self, row: ScheduleRow) -> dict[str, Any]:
+        structures, atoms = self.structures, self.atoms
+        return {
+            "name": row.name,
+            "num_stages": row.schedule.num_stages,
+            "placement": list(row.schedule.placement),
+            "force_placement": list(row.schedule.force_placement),
+            "live_microbatches": list(row.report.peak_live),
+            "step_time": row.step_time,
+            "ideal": row.report.ideal,
+            "over_ideal": row.over_ideal,
+            "bound": row.bound,
+            "gap": row.gap,
+            "bubble_fraction": row.report.bubble_fraction,
+            "microbatches_per_second": self.per_second(1, row),
+            "structures_per_second": None if structures is None else self.per_second(structures, row),
+            "atoms_per_second": None if atoms is None else self.per_second(atoms, row),
+            "peak_memory": list(row.report.peak_memory),
+            "messages": row.num_messages,
+            "message_bytes": row.message_bytes,
+            "speed": self.speed(row),
+            "fits": row.fits,
+            "needed_memory": row.needed,
+        }
+
+
+def plan_costs(
+    costs: Costs,
+    num_ranks: int,
+    num_microbatches: int,
+    *,
+    schedules: Sequence[str] = tuple(GENERATORS),
+    memory: Memory | None = None,
+    memory_limit: float | None = None,
+    wave_size: int | Auto = "auto",
+    max_live: int | None = None,
+    latency: float = 0.0,
+    bandwidth: float = math.inf,
+    message_bytes: float = 0.0,
+) -> Plan:
+    """Compare schedules for given costs.
+
+    Args:
+        costs: Seconds of the phases of one rank's share for one micro-batch, or one entry per rank.
+        num_ranks: Number P of pipeline ranks.
+        num_microbatches: Number M of micro-batches of a training step.
+        schedules: Names of schedules.
+        memory: Bytes that a micro-batch holds between its phases, given like ``costs``.
+        memory_limit: Most bytes that the micro-batches of one rank may hold.
+        wave_size: Micro-batches per wave of ``wavek`` and ``wavek-zb``, or "auto".
+        max_live: Most micro-batches of which a rank may hold something at once.
+        latency: Seconds that a message takes.
+        bandwidth: Bytes per second of messages in each direction between two ranks.
+        message_bytes: Bytes of a message.
+
+    Raises:
+        ValueError: A name is unknown, or a number is not possible.
+    """
+    options = Options(num_ranks, num_microbatches, wave_size, max_live, memory_limit, latency, bandwidth)
+    stages = Stages(costs, memory=memory, message_bytes=message_bytes, typical_message=message_bytes)
+    return plan_stages([stages], options, schedules)
+
+
+def plan_stages(
+    choices: Sequence[Stages],
+    options: Options,
+    schedules: Sequence[str] = tuple(GENERATORS),
+    *,
+    structures: float | None = None,
+    atoms: float | None = None,
+) -> Plan:
+    """Compare schedules for one or more divisions of the same chain.
+
+    Args:
+        choices: Divisions, that with one stage on each rank first; schedules that can have several stages on a rank
+            take the one with the shortest step.
+        options: Ranks, micro-batches and limits.
+        schedules: Names of schedules.
+        structures: Structures in a micro-batch, for the throughput.
+        atoms: Atoms in a micro-batch.
+
+    Raises:
+        ValueError: A name is unknown, or a number is not possible.
+    """
+    limit = options.memory_limit
+    if limit is not None and not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"memory_limit is {limit!r}, expected a number of bytes > 0.")
+    if limit is not None and any(stages.memory is None for stages in choices):
+        raise ValueError("memory_limit needs memory: give the bytes that a micro-batch holds between its phases.")
+    # A number that no schedule accepts is the user's mistake; one that some cannot keep is a result.
+    build_schedule(
+        "wavek",
+        options.num_ranks,
+        options.num_microbatches,
+        PhaseCosts(1, 1, 1, 1),
+        wave_size=options.wave_size,
+        latency=options.latency,
+    )
+    for name in schedules:
+        if name not in GENERATORS:
+            build_schedule(name, 1, 1, PhaseCosts(1, 1, 1, 1))  # names what is known, and what is near
+    rows: list[ScheduleRow] = []
+    failed: dict[str, str] = {}
+    for name in dict.fromkeys(schedules):
+        try:
+            rows.append(_row(name, choices, options))
+        except ValueError as error:
+            failed[name] = str(error)
+    baseline = next((row.step_time for row in rows if row.name == BASELINE), None)
+    if baseline is None and BASELINE not in failed:
+        try:
+            baseline = _row(BASELINE, choices, options).step_time
+        except ValueError:
+            baseline = None
+    return Plan(options, tuple(rows), failed, baseline, structures, atoms)
+
+
+def _row(name: str, choices: Sequence[Stages], options: Options) -> ScheduleRow:
+    """One schedule with the best division; ValueError where it cannot be built at all."""
+    best: ScheduleRow | None = None
+    for stages in choices if name in SEVERAL_STAGES else choices[:1]:
+        found = _row_of_stages(name, stages, options)
+        fits_at_last = best is not None and found.fits and not best.fits
+        if best is None or fits_at_last:
+            best = found
+        elif found.fits == best.fits and found.step_time < (1 - _LEAST_GAIN) * best.step_time:
+            best = found
+    assert best is not None
+    return best
+
+
+def _row_of_stages(name: str, stages: Stages, options: Options) -> ScheduleRow:
+    costs, memory, limit = stages.costs_of(name), stages.memory_of(name), options.memory_limit
+    latency = options.latency + stages.typical_message / options.bandwidth
+
+    def build(within: float | None, max_live: int | None) -> Schedule:
+        return build_schedule(
+            name,
+            options.num_ranks,
+            options.num_microbatches,
+            costs,
+            wave_size=options.wave_size if max_live == options.max_live else "auto",
+            max_live=max_live,
+            chunks=stages.chunks,
+            latency=latency,
+            memory=None if within is None else memory,
+            memory_limit=within,
+        )
+
+    def peak(schedule: Schedule) -> float:
+        return max(simulate(schedule, costs, memory=memory).peak_memory)
+
+    needed = None
+    try:
+        schedule = build(limit, options.max_live)
+    except ValueError:
+        if limit is None:
+            raise
+        schedule = build(None, options.max_live)
+        # The searched schedules go down to one micro-batch at a time; the others have one order only.
+        needed = peak(build(None, 1) if name in SEARCHED else schedule)
+    sent = [
+        stages.message_bytes(message) if callable(stages.message_bytes) else stages.message_bytes
+        for messages in schedule.messages().values()
+        for message in messages
+    ]
+    total = float(sum(sent))
+    link = Link(options.latency, options.bandwidth, total / max(len(sent), 1))
+    report = simulate(schedule, costs, comm=link, memory=memory)
+    bound = None
+    if schedule.is_folded:
+        per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
+        deferred = name in DEFERRED
+        bound = lower_bound(
+            per_stage, schedule.placement, schedule.num_microbatches, deferred=deferred, latency=options.latency
+        )
+    return ScheduleRow(name, schedule, report, bound, total, needed is None, needed)
+
+
+def format_bytes(value: float) -> str:
+    """Bytes with the unit that suits them, in steps of 1000."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,85 @@
+"""What ranks do in the tests of emulated devices, where something is wrong: run with ``RankPool.run``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_januspipe.emulate.rank import emulate_rank
+from lightning_januspipe.emulate.stage import EmulatedStage
+from lightning_januspipe.engine.p2p import Channel
+from lightning_januspipe.engine.route import Route
+from lightning_januspipe.schedule import PhaseCosts, Schedule
+from lightning_januspipe.schedule.actions import Message
+
+
+def _kind(message: Message) -> tuple[Any, ...]:
+    source, target = message
+    return source.phase, source.stage, target.phase, target.stage
+
+
+def _emulate(schedule: Schedule) -> str:
+    """The error of this rank, or nothing."""
+    try:
+        emulate_rank(schedule, PhaseCosts(1e-3, 1e-3, 1e-3, 1e-3), 1, 256, timedelta(seconds=20))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str:
+    """Run with one message replaced by the one before of the same kind, between two given phases."""
+    order = schedule.messages()
+    sent: Counter[int] = Counter()
+    kept: dict[Any, list[Tensor]] = {}
+    replaced: list[Message] = []
+    send = Channel.send
+
+    def wrong(self: Channel, tensors: Sequence[Tensor], consumed_at: int | None = None) -> None:
+        if consumed_at is not None:  # a message of the schedule
+            messages = order[dist.get_rank(), self.peer]
+            message = messages[sent[self.peer] % len(messages)]
+            sent[self.peer] += 1
+            if (message.source.phase, message.target.phase) == (source, target) and not replaced:
+                before = kept.setdefault(_kind(message), list(tensors))
+                if before[0] is not tensors[0]:
+                    replaced.append(message)
+                    tensors = before
+        send(self, tensors, consumed_at)
+
+    with mock.patch.object(Channel, "send", wrong):
+        error = _emulate(schedule)
+    return error
+
+
+def with_a_silent_stage(schedule: Schedule, stage: int) -> str:
+    """Run with a stage that adds nothing to the derivative."""
+    forward_force = EmulatedStage.forward_force
+
+    def wrong(self: EmulatedStage, *args: Any, **more: Any) -> tuple[list[Tensor], list[Tensor]]:
+        gradients, parts = forward_force(self, *args, **more)
+        return gradients, [p * (self.function.index != stage) for p in parts]
+
+    with mock.patch.object(EmulatedStage, "forward_force", wrong):
+        return _emulate(schedule)
+
+
+def with_two_actions_swapped(schedule: Schedule, rank: int, position: int) -> str:
+    """Run with an action of a rank before the one before it."""
+    init = Route.__init__
+
+    def wrong(self: Route, schedule: Schedule, of: int) -> None:
+        init(self, schedule, of)
+        if of == rank:
+            order = list(self.order)
+            order[position - 1 : position + 1] = reversed(order[position - 1 : position + 1])
+            self.order = tuple(order)
+
+    with mock.patch.object(Route, "__init__", wrong):
+        return _emulate(schedule)

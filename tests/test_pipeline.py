@@ -1,0 +1,93 @@
+"""What a pipeline plans: places, schedules that are agreed on, costs measured anew, memory limits, timelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pipeline_workers
+import pytest
+import tiny
+
+from lightning_januspipe.schedule import Schedule, validate
+from lightning_januspipe.schedule.draw import SUFFIXES
+from lightning_januspipe.testing import RankPool, compare_records, train_undivided
+
+
+@pytest.mark.parametrize("schedule", ["wavek", "wavek-zb"])
+def test_a_new_schedule_in_mid_training_changes_no_number(pool: RankPool, schedule: str) -> None:
+    strategy = {"schedule": schedule, "num_microbatches": 4}
+    results = pool.run(pipeline_workers.train_and_replan, strategy, 6, world_size=2)
+    (reference,) = pool.run(train_undivided, tiny.module, tiny.data, strategy, 6, {}, 2, world_size=1)
+    compare_records(reference, [record for record, _ in results], 1e-9)
+    assert [built for _, built in results] == [1, 0], "the first rank plans for all, once"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "size"), [("wavek-zb", 2), ("wavek-zb", 4), ("wavek", 2), ("1f1b-2nd", 2), ("hanayo-2nd", 2)]
+)
+def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: int) -> None:
+    results = pool.run(pipeline_workers.fit, {"schedule": schedule, "num_microbatches": 4}, world_size=size)
+    assert len({r["schedule"] for r in results}) == 1
+    plan = Schedule.parse(results[0]["schedule"])
+    validate(plan)
+    assert plan.num_ranks == size and plan.num_microbatches == 4 and plan.name == schedule
+    assert [plan.stages_of(rank) for rank in range(size)] == [tuple(r["stages"]) for r in results]
+    assert len({r["latency"] for r in results}) == 1 and results[0]["latency"] > 0
+    assert all(m.energy > 0 and m.force > 0 for m in results[0]["memory"])
+
+
+def test_unfolded_ranks_hold_second_copies(pool: RankPool) -> None:
+    """Layers whose FE and FF are apart are trained by two ranks; in a folded pipeline each layer has one."""
+    unfolded = pool.run(pipeline_workers.fit, {"schedule": "1f1b-2nd"}, world_size=4)
+    folded = pool.run(pipeline_workers.fit, {"schedule": "wavek"}, world_size=4)
+    assert unfolded[0]["placement"] != unfolded[0]["force_placement"]
+    assert folded[0]["placement"] == folded[0]["force_placement"]
+
+    def copies(results: list[dict[str, list[str]]]) -> int:
+        return sum(len(r["holds"]) for r in results)
+
+    assert copies(unfolded) > copies(folded)
+
+
+def test_memory_limit(pool: RankPool) -> None:
+    """A limit lowers the live micro-batches; one that nothing fits in is an error on every rank."""
+    from lightning_januspipe.schedule.simulate import peak_live
+
+    free = pool.run(pipeline_workers.fit, {"schedule": "wavek-zb", "num_microbatches": 8}, world_size=2)
+    plan = Schedule.parse(free[0]["schedule"])
+    of_ranks = [sum(free[0]["memory"][s].energy + free[0]["memory"][s].force for s in r["stages"]) for r in free]
+    limit = 2.5 * max(of_ranks)
+    tight = pool.run(
+        pipeline_workers.fit, {"schedule": "wavek-zb", "num_microbatches": 8, "memory_limit": limit}, world_size=2
+    )
+    assert max(peak_live(Schedule.parse(tight[0]["schedule"]))) < max(peak_live(plan))
+
+    errors = pool.run(pipeline_workers.fit_with_error, {"memory_limit": 1000.0}, world_size=2)
+    assert all("memory_limit=1000 bytes per rank" in e and "raise the limit" in e for e in errors), errors
+
+
+def test_timeline_of_a_real_step(pool: RankPool, tmp_path: Path) -> None:
+    results = pool.run(
+        pipeline_workers.record_timeline, str(tmp_path), {"num_microbatches": 4, "schedule": "wavek"}, world_size=2
+    )
+    times, makespan, predicted = results[0]
+    assert results[1][0] == times, "every rank knows the whole step"
+    assert len(times) == 2 * 4 * 4
+    assert all(0 <= start < end <= makespan for _, start, end in times)
+    assert predicted > 0
+    assert pipeline_workers.exists(str(tmp_path)) == ["pipeline-step-4.json", "pipeline-step-4.png"]
+    assert (tmp_path / "pipeline-step-4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_timeline_needs_a_pipeline(pool: RankPool) -> None:
+    (error,) = pool.run(pipeline_workers.timeline_without_a_pipeline, world_size=1)
+    assert "this run has none" in error
+
+
+def test_arguments_of_the_timeline() -> None:
+    from lightning_januspipe.callbacks import PipelineTimeline
+
+    with pytest.raises(ValueError, match="step=-1"):
+        PipelineTimeline(step=-1)
+    with pytest.raises(ValueError, match="suffix='pdf'; expected one of " + ", ".join(s[1:] for s in SUFFIXES)):
+        PipelineTimeline(suffix="pdf")
