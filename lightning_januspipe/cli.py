@@ -1,4 +1,4 @@
-"""The command line: ``januspipe fit|validate|test|predict --config recipes/NAME.yaml``."""
+"""The command line: ``januspipe fit|validate|test|predict|plan --config recipes/NAME.yaml``, ``januspipe bench``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ else:
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     except ModuleNotFoundError:
         from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+DESCRIPTION = """\
+Train interatomic potentials in a pipeline of devices. Beside the subcommands below there are `januspipe plan`, which
+tells before training what each schedule would give, and `januspipe bench`, which measures this machine; see their own
+--help.
+"""
 
 POTENTIAL = "model.init_args.potential.init_args."
 
@@ -64,7 +70,7 @@ class PotentialCLI(LightningCLI):
             trainer_defaults={"callbacks": [self.report], "num_sanity_val_steps": -1},
             parser_kwargs={
                 "prog": "januspipe",
-                "description": "Train interatomic potentials in a pipeline of devices.",
+                "description": DESCRIPTION,
                 "allow_abbrev": False,  # missing_arguments needs full names
             },
             args=list(args),
@@ -238,6 +244,11 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     warnings.filterwarnings("ignore", message="Starting from v1.9.0, `tensorboardX` has been removed")
+    if given[:1] == ["plan"]:
+        from lightning_januspipe.plan.command import main as plan
+
+        plan(given[1:])
+        return
     PotentialCLI(given)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -41,7 +39,9 @@ from lightning_januspipe.planning import (
     numbers_of_stages,
     phase_costs,
 )
-from lightning_januspipe.precision import SUPPORTED, mesh_aware
+from lightning_januspipe.precision import mesh_aware
+from lightning_januspipe.preparation import differentiable, is_fitting, on_first_rank, training_mode, with_batch
+from lightning_januspipe.refusals import refuse_module, refuse_trainer
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import build_schedule
 
@@ -212,8 +212,8 @@ class JanusPipeBody:
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
         self.runner = Undivided(self.lightning_module, self.mesh) if self.mesh.shape.pipeline == 1 else None
-        if _is_fitting(trainer):
-            self._refuse(self.lightning_module)
+        if is_fitting(trainer):
+            refuse_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
         super().setup(trainer)  # type: ignore[misc]
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -243,38 +243,6 @@ class JanusPipeBody:
         for metric in model.modules():
             if hasattr(metric, "dist_sync_on_step") and hasattr(metric, "process_group"):
                 metric.__dict__["process_group"] = group
-
-    def _refuse(self, module: Any) -> None:
-        if not module.automatic_optimization:
-            raise ValueError(
-                f"{type(module).__name__} uses manual optimization (automatic_optimization=False); a pipeline has to "
-                "own the backward pass. Use automatic optimization, or another strategy."
-            )
-        if self.lib.helpers.is_overridden("backward", module):
-            raise ValueError(
-                f"{type(module).__name__} overrides backward(); a pipeline has to own the backward pass. Move what it "
-                "does to on_after_backward(), or use another strategy."
-            )
-        precision = str(self.precision_plugin.precision)
-        if precision not in SUPPORTED:
-            raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
-
-    def _refuse_in_pipeline(self, trainer: Any) -> None:
-        """What no rank could do right with one stage's parameters, or with micro-batches."""
-        if self.num_microbatches() == 1 and isinstance(self.runner, Undivided):
-            return
-        if len(trainer.fit_loop._combined_loader.flattened) != 1:
-            raise ValueError(
-                "train_dataloader gives several loaders; one is supported. Concatenate their datasets "
-                "(torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
-            )
-        averaging = ("WeightAveraging", "StochasticWeightAveraging")
-        for callback in trainer.callbacks:
-            if any(c.__name__ in averaging for c in type(callback).__mro__) and not isinstance(self.runner, Undivided):
-                raise ValueError(
-                    f"{type(callback).__name__} averages all parameters of the module on every rank, but a rank of a "
-                    "pipeline trains only its stage's. Leave it out, or train with pipeline_size=1."
-                )
 
     @property
     def precision_plugin(self) -> Any:
@@ -318,7 +286,8 @@ class JanusPipeBody:
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
         module = self.lightning_module
-        self._refuse_in_pipeline(module.trainer)
+        if self.num_microbatches() > 1 or not isinstance(self.runner, Undivided):
+            refuse_trainer(module.trainer, is_pipeline=not isinstance(self.runner, Undivided))
         # A batch transfer hook of the user gets batches, not the micro-batches' container.
         transfer = module._on_before_batch_transfer
         module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
@@ -347,7 +316,7 @@ class JanusPipeBody:
 
     def _capture_for_evaluation(self, name: str) -> None:
         # The sanity check comes before training; every rank still holds the whole module then.
-        if self.runner is None and not _is_fitting(self.lightning_module.trainer):
+        if self.runner is None and not is_fitting(self.lightning_module.trainer):
             self._capture(self._eval_loader, getattr(self.lightning_module, name), 1)
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
@@ -357,40 +326,26 @@ class JanusPipeBody:
         """
         assert self.mesh is not None
         module: Any = self.lightning_module
-        result: Any = None
         if self._captured is not None and self._captured[0]() is module:
             self.runner = self._pipeline(self._captured[1])
             return
         self._latency = measured_latency(self.mesh)
-        if self.global_rank == 0:
-            modes = {m: m.training for m in module.modules()}
-            if not _is_fitting(module.trainer):
-                module.train()  # many potentials detach their forces otherwise
-            try:
-                with _differentiable():
-                    traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
-                    num_ranks = self.mesh_shape.pipeline
-                    result = capture_module(
-                        module,
-                        _with_batch(step),
-                        traced,
-                        other,
-                        numbers_of_stages(self._schedule, num_ranks),
-                        self._potential,
-                        manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
-                        step_time=lambda seconds: self._planner(seconds).step_time(num_microbatches),
-                    )
-            except Exception as error:  # raised again on every rank
-                result = error
-            finally:
-                for m, mode in modes.items():
-                    m.training = mode
-        with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            result = self.broadcast(_portable(result))
-        if isinstance(result, Exception):
-            raise result
-        assert isinstance(result, Capture)
+
+        def capture() -> Capture:
+            with differentiable(), training_mode(module, not is_fitting(module.trainer)):
+                traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
+                return capture_module(
+                    module,
+                    with_batch(step),
+                    traced,
+                    other,
+                    numbers_of_stages(self._schedule, self.mesh_shape.pipeline),
+                    self._potential,
+                    manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
+                    step_time=lambda seconds: self._planner(seconds).step_time(num_microbatches),
+                )
+
+        result = on_first_rank(capture, self.global_rank, self.broadcast)
         self._captured = weakref.ref(module), result
         self.runner = self._pipeline(result)
         self.lib.rank_zero.rank_zero_info(
@@ -497,7 +452,7 @@ class JanusPipeBody:
         assert self.mesh is not None
         runner = self.runner or Undivided(self.lightning_module, self.mesh)
         # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
-        with _differentiable():
+        with differentiable():
             return runner.evaluate_step(lambda b: function(b, *args, **kwargs), without_inference(batch))
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------
@@ -583,34 +538,3 @@ class JanusPipeBody:
             self._set_metric_groups(module, None)
         self._train_loader, self._eval_loader, self.runner = None, None, None
         super().teardown()  # type: ignore[misc]
-
-
-def _is_fitting(trainer: Any) -> bool:
-    return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
-
-
-def _with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A step of the user as a function of the batch alone; indices are given by position, as Lightning does."""
-    following = list(inspect.signature(step).parameters.values())[1:3]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    indices = [
-        0
-        for p in following
-        if p.kind is inspect.Parameter.VAR_POSITIONAL
-        or (p.kind in positional and (p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")))
-    ]
-    return lambda batch: step(batch, *indices)
-
-
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    with torch.inference_mode(False):
-        yield
-
-
-def _portable(result: Any) -> Any:
-    """An error that survives pickling: of foreign types only the message does."""
-    if isinstance(result, Exception):
-        known = type(result).__module__.split(".")[0] in ("builtins", "lightning_januspipe")
-        return result if known and len(result.args) == 1 else RuntimeError(f"{type(result).__name__}: {result}")
-    return result

@@ -26,9 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "calculator": {"data", "keys", "models"},
     "precision": {"engine", "mesh", "pipeline"},
     "checkpoint": {"engine", "mesh", "pipeline"},
+    "refusals": {"precision"},
+    "preparation": set(),
     "strategy": {
         *("capture", "checkpoint", "engine", "graph", "loading"),
-        *("mesh", "metrics", "pipeline", "planning", "precision", "schedule"),
+        *("mesh", "metrics", "pipeline", "planning", "precision", "preparation", "refusals", "schedule"),
     },
     "callbacks": {"engine", "keys", "schedule"},
     "registry": {"strategy"},

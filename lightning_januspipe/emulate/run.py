@@ -148,10 +148,10 @@ def _pauses(schedule: Schedule, report: Report) -> tuple[float, float]:
     for order in schedule.actions:
         free: float | None = None
         for action in order:
-            ready = max((report.end[m.source] for m in schedule.received(action)), default=0.0)
-            if free is None or ready > free:
-                handovers.append(report.start[action] - ready)
-            else:
+            came = max((report.end[m.source] for m in schedule.received(action)), default=None)
+            if came is not None and (free is None or came > free):
+                handovers.append(report.start[action] - came)
+            elif free is not None:
                 turnarounds.append(report.start[action] - free)
             free = report.end[action]
-    return statistics.median(handovers), statistics.median(turnarounds or [0.0])
+    return statistics.median(handovers or [0.0]), statistics.median(turnarounds or [0.0])

@@ -33,11 +33,7 @@ class TooManyRanks(ValueError):
     """
 
     def __init__(self, num_ranks: int, most: int) -> None:
-        fewer = f"--ranks {most}" if most > 1 else "a deeper model"
-        super().__init__(
-            f"{num_ranks} ranks, but the potential has only {most} cuttable part(s) of comparable cost: take {fewer}, "
-            "or --extrapolate to divide the measured times evenly over the ranks all the same"
-        )
+        super().__init__(f"{num_ranks} ranks, but the potential has only {most} cuttable part(s) of comparable cost")
         self.most = most
 
 
@@ -204,15 +200,11 @@ def measure_stages(
     return _measured(found, module, step, other_batch, repeats)
 
 
-def _measured(
-    capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int
-) -> Measured:
+def _measured(capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int) -> Measured:
     captured = capture.potential
     submodule = module.get_submodule(captured.path)
     with kept_random_state(), silent_log(module):
-        call = PotentialCall(
-            captured.path, *call_arguments(module, captured.path, lambda: step(shallow_copy(batch)))
-        )
+        call = PotentialCall(captured.path, *call_arguments(module, captured.path, lambda: step(shallow_copy(batch))))
     validate(captured, submodule, call, TOGETHER)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
     for _ in range(repeats):  # in turn, so that what else the machine does meets both

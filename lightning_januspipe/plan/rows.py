@@ -117,7 +117,6 @@ class ScheduleRow:
         """Messages between ranks in a step."""
         return sum(map(len, self.schedule.messages().values()))
 
-    @property
 
 @dataclass(frozen=True)
 class Plan:
@@ -165,7 +164,9 @@ class Plan:
         fitting = [row for row in others if row.fits]
         if fitting:
             slower = 100 * (fitting[0].step_time / chosen.step_time - 1)
-            text += f"; the next best, {fitting[0].name}, has {fitting[0].over_ideal:.2f} and takes {slower:.0f} % longer"
+            text += (
+                f"; the next best, {fitting[0].name}, has {fitting[0].over_ideal:.2f} and takes {slower:.0f} % longer"
+            )
         faster = [row for row in others if not row.fits and row.step_time < chosen.step_time]
         if faster and limit is not None:
             gain = 100 * (1 - faster[0].step_time / chosen.step_time)
@@ -283,6 +284,7 @@ def plan_stages(
         raise ValueError(f"memory_limit is {limit!r}, expected a number of bytes > 0.")
     if limit is not None and any(stages.memory is None for stages in choices):
         raise ValueError("memory_limit needs memory: give the bytes that a micro-batch holds between its phases.")
+    Link(options.latency, options.bandwidth)
     # A number that no schedule accepts is the user's mistake; one that some cannot keep is a result.
     build_schedule(
         "wavek",
@@ -316,10 +318,7 @@ def _row(name: str, choices: Sequence[Stages], options: Options) -> ScheduleRow:
     best: ScheduleRow | None = None
     for stages in choices if name in SEVERAL_STAGES else choices[:1]:
         found = _row_of_stages(name, stages, options)
-        fits_at_last = best is not None and found.fits and not best.fits
-        if best is None or fits_at_last:
-            best = found
-        elif found.fits == best.fits and found.step_time < (1 - _LEAST_GAIN) * best.step_time:
+        if best is None or (found.fits, best.step_time * (1 - _LEAST_GAIN)) > (best.fits, found.step_time):
             best = found
     assert best is not None
     return best

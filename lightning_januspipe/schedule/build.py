@@ -90,6 +90,8 @@ def build_schedule(
         raise ValueError(f"latency is {latency!r}, expected a finite time >= 0.")
     if (memory is None) != (memory_limit is None):
         raise ValueError("memory and memory_limit belong together: give the bytes of a micro-batch and the limit.")
+    if memory_limit is not None and not memory_limit >= 0:
+        raise ValueError(f"memory_limit is {memory_limit!r}, expected a number of bytes >= 0 or None.")
     request = Request(num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit)
     request.stage_costs(request.numbers_of_stages((1,))[0] if name in SEVERAL_STAGES else num_ranks)
     schedule = GENERATORS[name](request)

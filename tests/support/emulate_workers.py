@@ -46,7 +46,8 @@ def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str
             messages = order[dist.get_rank(), self.peer]
             message = messages[sent[self.peer] % len(messages)]
             sent[self.peer] += 1
-            if (message.source.phase, message.target.phase) == (source, target) and not replaced:
+            is_labelled = source == target or message.target.stage > 0  # nothing enters the first stage
+            if (message.source.phase, message.target.phase) == (source, target) and is_labelled and not replaced:
                 before = kept.setdefault(_kind(message), list(tensors))
                 if before[0] is not tensors[0]:
                     replaced.append(message)

@@ -1,0 +1,80 @@
+"""Around the capture of a potential: one rank does it, in the right modes, and all get the result or the error."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+_Result = TypeVar("_Result")
+
+
+def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callable[[Any], Any]) -> _Result:
+    """What a function returns on rank 0, on every rank; its error is raised on every rank too.
+
+    Args:
+        function: called on rank 0.
+        rank: this rank.
+        broadcast: gives an object of rank 0 to all ranks.
+    """
+    result: Any = None
+    if rank == 0:
+        try:
+            result = function()
+        except Exception as error:  # raised again on every rank
+            result = _portable(error)
+    with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        result = broadcast(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def is_fitting(trainer: Any) -> bool:
+    """Whether the Trainer runs ``fit``."""
+    return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+
+
+@contextmanager
+def training_mode(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Put a module into training mode, if wanted: many potentials detach their forces otherwise."""
+    modes = {m: m.training for m in module.modules()}
+    try:
+        if wanted:
+            module.train()
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Leave the Trainer's inference mode, in which autograd fails also under enable_grad."""
+    with torch.inference_mode(False):
+        yield
+
+
+def with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A step of the user as a function of the batch alone; indices are given by position, as Lightning does."""
+    following = list(inspect.signature(step).parameters.values())[1:3]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    indices = [
+        0
+        for p in following
+        if p.kind is inspect.Parameter.VAR_POSITIONAL
+        or (p.kind in positional and (p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")))
+    ]
+    return lambda batch: step(batch, *indices)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that survives pickling: of foreign types only the message does."""
+    known = type(error).__module__.split(".")[0] in ("builtins", "lightning_januspipe")
+    return error if known and len(error.args) == 1 else RuntimeError(f"{type(error).__name__}: {error}")
