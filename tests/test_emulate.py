@@ -83,7 +83,11 @@ def test_a_message_to_the_wrong_action_is_noticed(pool: RankPool, name: str, sou
     schedule = build_schedule(name, 2, 3, COSTS, chunks=3 if name == "1f1b-2nd" else "auto")
     errors = pool.run(with_a_repeated_message, schedule, source, target, world_size=2)
     noticed = [e for e in errors if e.startswith("EmulationError")]
-    assert noticed and f"{target}" in noticed[0] and "was made by another action" in noticed[0], errors
+    assert noticed, errors
+    # What comes first: the loss of the step, which reads forces and energies, or the phase.
+    by_phase = f"EmulationError: {target}" in noticed[0] and "it was made by another action" in noticed[0]
+    by_loss = source == "BF" and "expected 2 from every stage" in noticed[0]
+    assert by_phase or by_loss, errors
 
 
 def test_a_part_that_is_missing_is_noticed(pool: RankPool) -> None:
@@ -165,13 +169,14 @@ class TestCommand:
         runs = compare(names, 2, 4, COSTS, seconds_per_unit=UNIT, repeats=1, pool=pool, report=lines.append)
         assert [run.schedule.name for run in runs] == names and len(lines) == 2
         rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(runs).splitlines()[:4]]
-        assert all(len(row) == len(rows[0]) == 9 for row in rows)
+        assert all(len(row) == len(rows[0]) == 10 for row in rows)
         for row, run in zip(rows[2:], runs, strict=True):
             assert row[0] == run.schedule.name
             assert row[1] == f"{run.simulated.makespan:.3f}" and row[3] == f"{run.makespan:.3f}"
-            assert float(row[6]) == pytest.approx(run.makespan / (4 * COSTS.total * UNIT), abs=1e-3)
-            assert float(row[7]) == pytest.approx(runs[0].makespan / run.makespan, abs=1e-2)
-            assert int(row[8]) == max(run.simulated.peak_live)
+            assert row[5].endswith("%") and float(row[6][:-1]) == pytest.approx(100 * run.error, abs=0.06)
+            assert float(row[7]) == pytest.approx(run.makespan / (4 * COSTS.total * UNIT), abs=1e-3)
+            assert float(row[8]) == pytest.approx(runs[0].makespan / run.makespan, abs=1e-2)
+            assert int(row[9]) == max(run.simulated.peak_live)
         assert table(runs[1:]).splitlines()[2].split("|")[-3].strip() == "", "no baseline to compare with"
 
     @pytest.mark.parametrize("words", [["emulate"], ["--emulate"]])

@@ -7,6 +7,7 @@ from typing import Any
 
 import mutants
 import pytest
+import tiny
 
 from lightning_januspipe.capture import CaptureError, capture_module
 from lightning_januspipe.loading import example_batches
@@ -30,10 +31,12 @@ def _check(name: str, pool: RankPool, devices: int, strategy: dict[str, Any]) ->
         "weight of a micro-batch wrong",
         "shared gradients not summed",
         "cotangent of the strain dropped",
+        "WF lost",
+        "WE lost",
     ],
 )
 def test_faults_between_stages_are_found(pool: RankPool, name: str) -> None:
-    with pytest.raises(AssertionError, match="differs by") as error:
+    with pytest.raises(AssertionError, match="differs by|gradient of .* is None") as error:
         _check(name, pool, 2, STAGES)
     assert not isinstance(error.value, RankError), "the run itself failed"
 
@@ -41,6 +44,15 @@ def test_faults_between_stages_are_found(pool: RankPool, name: str) -> None:
 def test_faults_between_replicas_are_found(pool: RankPool) -> None:
     with pytest.raises(AssertionError, match="differs by") as error:
         _check("replicas summed instead of averaged", pool, 4, REPLICAS)
+    assert not isinstance(error.value, RankError), "the run itself failed"
+
+
+@pytest.mark.parametrize("name", ["second copy not trained", "part of the other rank lost"])
+def test_faults_between_the_copies_of_a_stage_are_found(pool: RankPool, name: str) -> None:
+    module = partial(mutants.mutated, name, "on_train_epoch_start", tiny.module)
+    strategy = {"schedule": "1f1b-2nd", "num_microbatches": 2}
+    with pytest.raises(AssertionError, match="differs by") as error:
+        assert_matches_single_process(module, mutants.data, devices=4, strategy=strategy, steps=1, pool=pool)
     assert not isinstance(error.value, RankError), "the run itself failed"
 
 

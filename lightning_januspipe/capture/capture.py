@@ -144,7 +144,10 @@ def _balance(
     seen, current, seconds = {_key(captured.cut)}, captured, best_seconds
     for _ in range(_REFINEMENTS if captured.cut.num_stages > 1 else 0):
         profile = _scaled(profile, current.cut, seconds)
-        cut = find_cut(current.program, current.regions, profile, current.cut.num_stages)
+        try:
+            cut = find_cut(current.program, current.regions, profile, current.cut.num_stages)
+        except CaptureError:  # by the new costs a part is too small for a stage
+            break
         if _key(cut) in seen:
             break
         seen.add(_key(cut))

@@ -162,7 +162,7 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
         "device": str(recipe.device),
         "precision": recipe.precision,
         "num_threads": torch.get_num_threads(),
-        "repeats": given.repeats,
+        "repeats": min(one.repeats for one in measured),
         "spread": max(one.spread for one in measured),
         "extrapolated": extrapolated,
     }
@@ -177,9 +177,9 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
     console.print(STAGE_LEGEND)
     if extrapolated:
         console.print(
-            f"\nASSUMPTION (--extrapolate): the potential has {measured[0].num_stages} cuttable part(s), not {num_ranks}"
-            f". What follows takes the sum of its times and memory as divided evenly over {num_ranks} ranks, with the "
-            "same boundaries. No such run is possible with this model.",
+            f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "
+            f"fewer than {num_ranks} ranks. What follows divides its times and memory evenly over {num_ranks} ranks, "
+            "with boundaries as above: a deeper model of as much work. This model itself cannot run so.",
         )
     _show(plan, given, about, measured)
 
@@ -187,28 +187,39 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
 def _describe(recipe: Any, measured: Sequence[Measured], structures: int, atoms: int, num_microbatches: int) -> None:
     """What was measured, and how well."""
     console, first = make_console(), measured[0]
-    threads = torch.get_num_threads()
+    threads, on_cpu = torch.get_num_threads(), recipe.device.type == "cpu"
     console.print(
-        f"Potential {first.potential.path!r} of {recipe.module_name} ({len(first.potential.program.nodes)} operations)"
-        f", captured in {sum(one.elapsed for one in measured):.1f} s. A micro-batch of {structures} structure(s)"
-        + (f" and {atoms} atoms" if atoms else "")
+        f"Potential {first.potential.path!r} of {recipe.module_name}, {len(first.potential.program.nodes)} operations, "
+        f"captured in {sum(one.elapsed for one in measured):.1f} s.\n"
+        f"Measured on a micro-batch of {_count(structures, 'structure')}"
+        + (f" with {_count(atoms, 'atom')}" if atoms else "")
         + f", {recipe.precision} on {recipe.device}"
-        + (f" with {threads} thread(s)" if recipe.device.type == "cpu" else "")
-        + f"; medians of {first.repeats} runs.",
+        + (f" with {_count(threads, 'thread')}" if on_cpu else "")
+        + f"; medians of {min(one.repeats for one in measured)} runs.",
+        soft_wrap=True,
     )
     spread = max(one.spread for one in measured)
     if spread > _LARGE_SPREAD:
         console.print(
-            f"Note: the runs differ by {100 * spread:.0f} % (longest less shortest): this machine is busy, or the model "
-            "is small. More --repeats help.",
+            f"Note: half of the runs lie {100 * spread:.0f} % apart, so times are uncertain: this machine is busy. "
+            "More --repeats help.",
+            soft_wrap=True,
         )
     if recipe.batch_size is not None and recipe.batch_size < num_microbatches:
         console.print(
-            f"Note: batches have {recipe.batch_size} samples, so training would have {recipe.batch_size} micro-batches"
-            f", not {num_microbatches}: raise the batch size.",
+            f"Note: batches have {recipe.batch_size} samples, so that training would have {recipe.batch_size} "
+            f"micro-batches instead of {num_microbatches}. Raise the batch size.",
+            soft_wrap=True,
         )
-    if recipe.device.type == "cpu" and threads > 1:
-        console.print("Note: set OMP_NUM_THREADS to what each rank will have; times here are with all threads.")
+    if on_cpu and threads > 1:
+        console.print(
+            f"Note: times are with {threads} threads; set OMP_NUM_THREADS to the threads that each rank will have.",
+            soft_wrap=True,
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def _symbol_of_atoms(measured: Measured, num_atoms: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,8 @@ from lightning_januspipe.planning import memory_costs, phase_costs
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
 
+_LEAST_REPEATS = 7
+_SECONDS = 5.0
 _FEWER = re.compile(r"has only (\d+) cuttable part")
 
 
@@ -48,7 +51,7 @@ class Measured:
         memory: of each stage, nothing deferred.
         deferred_memory: of each stage, with WF and WE apart.
         symbols: sizes of the micro-batch.
-        spread: largest less least time of a walk, as a share of the median.
+        spread: how far the middle half of the times of a walk reaches, as a share of the median.
         repeats: number of walks.
         elapsed: seconds that the capture took.
     """
@@ -155,7 +158,7 @@ def measure_stages(
     num_stages: int,
     potential: str | None = None,
     *,
-    repeats: int = 5,
+    repeats: int | None = None,
     or_fewer: bool = False,
 ) -> Measured:
     """Capture a potential in a number of stages, and measure its phases with and without deferral.
@@ -167,7 +170,8 @@ def measure_stages(
         other_batch: a micro-batch with other sizes, on which times are measured.
         num_stages: into how many stages to cut.
         potential: dotted name of the potential, where it is not to be searched.
-        repeats: how often one micro-batch walks through all phases; medians are taken.
+        repeats: how often one micro-batch walks through all phases; None for at least seven times, and as often as
+            time allows.
         or_fewer: take as many stages as there are cuttable parts, where these are fewer.
 
     Raises:
@@ -175,57 +179,65 @@ def measure_stages(
         CaptureError: it cannot be captured.
     """
 
-    def capture(numbers: Sequence[int]) -> Capture:
-        return capture_module(
-            module,
-            step,
-            traced_batch,
-            other_batch,
-            numbers,
-            potential,
-            manner=Manner(defer=True),
-            step_time=lambda seconds: 1.0 / len(seconds),  # the most stages
-        )
-
-    try:
-        found = capture([num_stages])
-    except CaptureError as error:
-        fewer = _FEWER.search(str(error))
-        if fewer is None:
-            raise
-        if not or_fewer:
-            raise TooManyRanks(num_stages, int(fewer[1])) from error
-        # From one stage on: which cuts are worth it depends a little on measured times.
-        found = capture([1, *range(2, int(fewer[1]) + 1)])
+    number = num_stages
+    while True:
+        try:
+            found = capture_module(
+                module, step, traced_batch, other_batch, (number,), potential, manner=Manner(defer=True)
+            )
+            break
+        except CaptureError as error:
+            fewer = _FEWER.search(str(error))
+            if fewer is None:
+                raise
+            # What is worth a stage depends on measured times, so the number that is named is tried like any other.
+            most = min(int(fewer[1]), number - 1)
+            if not or_fewer:
+                raise TooManyRanks(num_stages, most) from error
+            number = most
     return _measured(found, module, step, other_batch, repeats)
 
 
-def _measured(capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int) -> Measured:
+def _measured(
+    capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int | None
+) -> Measured:
     captured = capture.potential
     submodule = module.get_submodule(captured.path)
     with kept_random_state(), silent_log(module):
         call = PotentialCall(captured.path, *call_arguments(module, captured.path, lambda: step(shallow_copy(batch))))
     validate(captured, submodule, call, TOGETHER)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
-    for _ in range(repeats):  # in turn, so that what else the machine does meets both
-        for defer, found in walks.items():
+    began = time.perf_counter()
+    while True:
+        for defer, found in walks.items():  # in turn, so that what else the machine does meets both
             found.append(run_captured(captured, submodule, call, Manner(defer=defer))[1].seconds)
+        num = len(walks[False])
+        if num >= (repeats or _LEAST_REPEATS) and (repeats or time.perf_counter() - began > _SECONDS):
+            break
     memory = []
     for defer in walks:
         result = run_captured(captured, submodule, call, Manner(defer=defer), measure_memory=True)[1]
         assert result.bytes is not None
         memory.append(memory_costs(result.bytes))
-    totals = {defer: [sum(s.total for s in walk) for walk in found] for defer, found in walks.items()}
     return Measured(
         captured,
         phase_costs(_medians(walks[False])),
         phase_costs(_medians(walks[True])),
-        *memory,
+        memory[0],
+        memory[1],
         captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs)),
-        max((max(times) - min(times)) / statistics.median(times) for times in totals.values()),
-        repeats,
+        max(_spread([sum(s.total for s in walk) for walk in found]) for found in walks.values()),
+        num,
         capture.elapsed,
     )
+
+
+def _spread(times: Sequence[float]) -> float:
+    """How far the middle half of the times reaches, as a share of the median."""
+    if len(times) < 2:
+        return 0.0
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+    return (third - first) / median
 
 
 def _medians(walks: Sequence[Sequence[PhaseSeconds]]) -> list[PhaseSeconds]:

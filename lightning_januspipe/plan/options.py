@@ -107,7 +107,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     recipe = parser.add_argument_group("with a recipe")
     recipe.add_argument(
-        "--repeats", type=_positive, default=5, metavar="R", help="measurements, of which medians are taken"
+        "--repeats",
+        type=_positive,
+        metavar="R",
+        help="measurements, of which medians are taken (default: at least 7, and as many as fit in 5 s)",
     )
     recipe.add_argument(
         "--extrapolate",

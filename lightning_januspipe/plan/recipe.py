@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def asked_of_strategy(trainer: Any) -> Asked:
     strategy = trainer.strategy
     given: dict[str, Any] = {}
     if not isinstance(strategy, str) and str(strategy.class_path).endswith("JanusPipeStrategy"):
-        given = vars(strategy.init_args)
+        given = vars(getattr(strategy, "init_args", None) or SimpleNamespace())
     shape = MeshShape.resolve(
         given.get("pipeline_size", "auto"), given.get("data_size", "auto"), given.get("graph_size", 1), world
     )
@@ -167,7 +168,7 @@ class Recipe:
         return self._moved(traced), self._moved(other)
 
     def measure(
-        self, examples: tuple[Any, Any], num_stages: int, potential: str | None, *, or_fewer: bool, repeats: int
+        self, examples: tuple[Any, Any], num_stages: int, potential: str | None, *, or_fewer: bool, repeats: int | None
     ) -> Measured:
         """Capture and measure; see :func:`~lightning_januspipe.plan.measure.measure_stages`."""
         step = with_batch(self._model.training_step)

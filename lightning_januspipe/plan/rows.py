@@ -125,6 +125,8 @@ class Plan:
     Attributes:
         options: ranks, micro-batches and limits.
         rows: one per schedule, in the order in which they were asked for.
+        one_rank: seconds of a step's whole work, one phase after the other.
+        busiest: the largest share of the work that a rank has, with one stage on each; 1/P where these are even.
         failed: why others cannot be built, by name.
         baseline: seconds of a step with ``1f1b-2nd``; None where it cannot be built.
         structures: structures in a micro-batch; None where there is no data.
@@ -133,6 +135,8 @@ class Plan:
 
     options: Options
     rows: tuple[ScheduleRow, ...]
+    one_rank: float
+    busiest: float
     failed: dict[str, str] = field(default_factory=dict)
     baseline: float | None = None
     structures: float | None = None
@@ -172,9 +176,10 @@ class Plan:
             gain = 100 * (1 - faster[0].step_time / chosen.step_time)
             text += (
                 f". {faster[0].name} would take {gain:.0f} % less, but needs {format_bytes(faster[0].needed or 0.0)} "
-                f"of {format_bytes(limit)}"
+                f"on a rank, more than {format_bytes(limit)}"
             )
-        return text + "."
+        ranks = self.options.num_ranks
+        return f"{text}. {ranks} ranks are {self.one_rank / chosen.step_time:.1f} times as fast as one."
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, for JSON: seconds and bytes."""
@@ -189,6 +194,8 @@ class Plan:
             "bandwidth": self.options.bandwidth if math.isfinite(self.options.bandwidth) else None,
             "structures_per_microbatch": self.structures,
             "atoms_per_microbatch": self.atoms,
+            "one_rank": self.one_rank,
+            "busiest_share": self.busiest,
             "choice": None if chosen is None else chosen.name,
             "reason": self.reason(),
             "schedules": [self._row(row) for row in self.rows],
@@ -216,6 +223,7 @@ class Plan:
             "messages": row.num_messages,
             "message_bytes": row.message_bytes,
             "speed": self.speed(row),
+            "speed_over_one_rank": self.one_rank / row.step_time,
             "fits": row.fits,
             "needed_memory": row.needed,
         }
@@ -310,7 +318,9 @@ def plan_stages(
             baseline = _row(BASELINE, choices, options).step_time
         except ValueError:
             baseline = None
-    return Plan(options, tuple(rows), failed, baseline, structures, atoms)
+    shares = [entry.fused().total for entry in costs_per_stage(choices[0].costs, options.num_ranks, options.num_ranks)]
+    one_rank = options.num_microbatches * sum(shares)
+    return Plan(options, tuple(rows), one_rank, max(shares) / sum(shares), failed, baseline, structures, atoms)
 
 
 def _row(name: str, choices: Sequence[Stages], options: Options) -> ScheduleRow:

@@ -13,6 +13,7 @@ from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.plan.rows import Plan, ScheduleRow, format_bytes
 
 _WIDTH = 120
+_UNEVEN = 1.3  # largest stage over an even one
 
 
 def make_console() -> Console:
@@ -90,7 +91,7 @@ def schedule_table(plan: Plan) -> Table:
     table = _table(
         f"{plan.options.num_ranks} ranks, {plan.options.num_microbatches} micro-batches",
         ("", "schedule"),
-        ("stages", "live", "step ms", "/ideal", "bound ms", "gap", "bubble", *rate),
+        ("stages", "live", "step ms", "/ideal", "bound", "gap", "bubble", *rate),
         (("peak/rank",) if has_memory else ()) + (("sent",) if has_bytes else ("messages",)) + ("speed",),
     )
     table.columns[1].justify = "left"
@@ -128,8 +129,15 @@ def _cells(plan: Plan, row: ScheduleRow, has_memory: bool, has_bytes: bool) -> l
 
 def notes(plan: Plan) -> list[str]:
     """What does not fit, and what could not be built."""
-    limit = plan.options.memory_limit
-    lines = [
+    limit, ranks = plan.options.memory_limit, plan.options.num_ranks
+    lines = []
+    if plan.busiest * ranks > _UNEVEN:
+        lines.append(
+            f"! The stages are uneven: the largest has {100 * plan.busiest:.0f} % of the work, an even one would have "
+            f"{100 / ranks:.0f} %. With one stage on each rank, {ranks} ranks are at best {1 / plan.busiest:.1f} times "
+            "as fast as one."
+        )
+    lines += [
         f"! {row.name} does not fit in {format_bytes(limit or 0)} per rank: it needs {format_bytes(row.needed or 0)}"
         for row in plan.rows
         if not row.fits
@@ -156,7 +164,7 @@ def schedule_legend(plan: Plan) -> str:
 
 def _table(title: str, *groups: Sequence[str]) -> Table:
     """A narrow table of numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1), pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     for group in groups:
         for name in group:
             table.add_column(name, justify="right", no_wrap=True)

@@ -43,8 +43,11 @@ _OFTEN_BEST_DEFERRED = (
     ((Phase.BE, Phase.BF, Phase.FE, Phase.FF), 2),
 )
 _CHUNKS = (2, 1)
-_SEARCHED_ACTIONS = 200_000
-_LEAST_TRIES = 2
+# Bounds of the search: actions that are ordered for one cap, but some tries at least (as many may exceed the memory
+# limit before the cap is given up), and caps that are searched.
+_SEARCHED_ACTIONS = 100_000
+_LEAST_TRIES = 4
+_SEARCHED_CAPS = 3
 # So near to what is possible, the search ends.
 _GOOD_ENOUGH = 2e-3
 # A gain within rounding is no gain: the earlier entry of the portfolio stays.
@@ -130,15 +133,17 @@ def _search_chain(request: Request, chain: Chain, deferred: bool, deadline: floa
     best: WaveKChoice | None = None
     least_bytes = math.inf
 
-    def consider(choice: WaveKChoice) -> None:
+    def consider(choice: WaveKChoice) -> bool:
+        """Keep a choice if it is the best so far; False if it needs too much memory."""
         nonlocal best, least_bytes
         if request.memory is not None and request.memory_limit is not None:
             report = simulate(choice.schedule, chain.costs, comm=request.latency, memory=request.memory)
             least_bytes = min(least_bytes, max(report.peak_memory))
             if max(report.peak_memory) > request.memory_limit:
-                return
+                return False
         if best is None or choice.makespan < best.makespan * (1 - _ROUNDING):
             best = choice
+        return True
 
     if request.wave_size == "auto" and not deferred:
         baseline = replace(one_f_one_b(replace(request, max_live=cap)), name=name)
@@ -147,16 +152,23 @@ def _search_chain(request: Request, chain: Chain, deferred: bool, deadline: floa
         consider(WaveKChoice(baseline, makespan, bound, num_microbatches, live, DEPTH_FIRST))
     num_actions = (6 if deferred else 4) * num_stages * num_microbatches
     num_tries = max(_LEAST_TRIES, _SEARCHED_ACTIONS // num_actions)
+    num_searched = 0
     for live in _caps(request, cap):
+        num_over = 0
         for priority in islice(_portfolio(request, deferred), num_tries):
             if best is not None and best.makespan <= bound * (1 + _GOOD_ENOUGH):
                 return best, least_bytes
             limit = deadline if best is None else best.makespan * (1 - _ROUNDING)
             found = list_schedule(chain, num_microbatches, priority, live, deferred=deferred, deadline=limit)
-            if found is not None:
-                schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, chain.placement)
-                consider(WaveKChoice(schedule, found.makespan, bound, priority.unit, live, priority.phases))
-        if best is not None and num_actions * num_tries > _SEARCHED_ACTIONS:
+            if found is None:
+                continue
+            schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, chain.placement)
+            choice = WaveKChoice(schedule, found.makespan, bound, priority.unit, live, priority.phases)
+            num_over += not consider(choice)
+            if num_over == _LEAST_TRIES:
+                break
+        num_searched += num_over < _LEAST_TRIES
+        if num_searched == _SEARCHED_CAPS or (best is not None and num_actions * num_tries > _SEARCHED_ACTIONS):
             break
     return best, least_bytes
 
@@ -168,11 +180,11 @@ def _default_cap(request: Request) -> int:
 
 
 def _caps(request: Request, cap: int) -> list[int]:
-    """Live caps to try, the highest first: fewer live micro-batches sometimes make a better order."""
+    """Live caps to try: fewer live micro-batches sometimes make a better order, and need less memory."""
     shares = [1.0, 0.75, 0.5]
     if request.memory_limit is not None:
         shares += [0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0]
-    return sorted({max(1, int(cap * share)) for share in shares}, reverse=True)
+    return list(dict.fromkeys(max(1, int(cap * share)) for share in shares))
 
 
 def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:

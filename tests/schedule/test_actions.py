@@ -3,15 +3,12 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from schedule_models import actions, messages_from, schedule_of
 
-from lightning_januspipe.schedule import Action, Phase, PhaseCosts, Schedule
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, costs_per_rank, dependencies, predecessor, successor
+from lightning_januspipe.schedule import Action, Phase, Schedule
+from lightning_januspipe.schedule.actions import CHAIN_PHASES, Message, dependencies, predecessor, successor
 
 ACTIONS = st.builds(Action, st.sampled_from(Phase), st.integers(0, 40), st.integers(0, 200))
-
-
-def _actions(text):
-    return tuple(map(Action.parse, text.split()))
 
 
 @st.composite
@@ -19,7 +16,10 @@ def _schedules(draw):
     num_ranks = draw(st.integers(1, 4))
     orders = draw(st.lists(st.lists(ACTIONS, max_size=6), min_size=num_ranks, max_size=num_ranks))
     placement = draw(st.lists(st.integers(0, num_ranks - 1), max_size=6))
-    return Schedule("some-name, 2", num_ranks, draw(st.integers(1, 9)), tuple(map(tuple, orders)), tuple(placement))
+    num_stages = len(placement) or num_ranks
+    forces = st.lists(st.integers(0, num_ranks - 1), min_size=num_stages, max_size=num_stages)
+    force_placement = draw(st.just([]) | forces)
+    return Schedule("some-name, 2", num_ranks, draw(st.integers(1, 9)), orders, placement, force_placement)
 
 
 @given(ACTIONS)
@@ -65,42 +65,17 @@ def test_predecessor_inverts_successor(num_stages, data):
         ("BE2.1", "BF2.1"),
         ("BE1.1", "BE2.1 BF1.1"),
         ("WF1.1", "BF1.1"),
-        ("WE1.1", "BE1.1"),
+        ("WE1.1", "BE1.1 WF1.1"),
     ],
 )
 def test_dependencies(action, expected):
-    assert dependencies(Action.parse(action), num_stages=3) == _actions(expected)
+    assert dependencies(Action.parse(action), num_stages=3) == actions(expected)
 
 
 def test_deferred_phases_are_off_the_chain():
     for phase in (Phase.WF, Phase.WE):
         assert predecessor(Action(phase, 1, 0), 3) is None
         assert successor(Action(phase, 1, 0), 3) is None
-
-
-def test_costs():
-    costs = PhaseCosts(1.0, 2.0, 3.0, 4.0, wf=0.5, we=0.25)
-    assert costs.total == 10.75
-    assert [costs.of(phase) for phase in Phase] == [1.0, 2.0, 3.0, 4.0, 0.5, 0.25]
-    assert costs.fused() == PhaseCosts(1.0, 2.0, 3.5, 4.25)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("fe", 0.0), ("ff", -1.0), ("bf", float("nan")), ("be", float("inf")), ("wf", -0.1), ("fe", "1"), ("ff", True)],
-)
-def test_costs_refuse_what_is_no_time(field, value):
-    with pytest.raises(ValueError, match=rf"PhaseCosts\.{field} is"):
-        PhaseCosts(**{"fe": 1.0, "ff": 1.0, "bf": 1.0, "be": 1.0, field: value})
-
-
-def test_costs_per_rank():
-    costs = PhaseCosts(1.0, 1.0, 1.0, 1.0)
-    assert costs_per_rank(costs, 3) == (costs,) * 3
-    assert costs_per_rank([costs, costs], 2) == (costs, costs)
-    for wrong in ([costs], (1.0, 1.0), None):
-        with pytest.raises(ValueError, match="expected one PhaseCosts, or a sequence of 2"):
-            costs_per_rank(wrong, 2)
 
 
 @given(_schedules())
@@ -111,9 +86,16 @@ def test_schedule_round_trips(schedule):
 
 
 def test_schedule_text_and_csv():
-    schedule = Schedule("tiny", 1, 1, (_actions("FE0.0 FF0.0 BF0.0 BE0.0"),))
+    schedule = Schedule("tiny", 1, 1, (actions("FE0.0 FF0.0 BF0.0 BE0.0"),))
     assert str(schedule) == "tiny: 1 micro-batches, stages on ranks 0\nrank 0: FE0.0 FF0.0 BF0.0 BE0.0"
     assert schedule.to_csv() == "name,tiny\nnum_microbatches,1\nplacement,0\n0,FE0.0,FF0.0,BF0.0,BE0.0\n"
+
+
+def test_apart_schedule_text_and_csv():
+    schedule = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
+    assert str(schedule).splitlines()[0] == "hand: 1 micro-batches, stages on ranks 0, forces on ranks 1"
+    assert schedule.to_csv().splitlines()[2:4] == ["placement,0", "force_placement,1"]
+    assert Schedule.parse(str(schedule)) == Schedule.from_csv(schedule.to_csv()) == schedule
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "a: 1 micro-batches, stages on ranks 0\nrank 1: FE0.0"])
@@ -135,6 +117,8 @@ def test_schedule_from_csv_refuses_other_text(text):
         (("a", 1, 0, ((),)), "at least one rank and one micro-batch"),
         (("a", 2, 1, ((),)), "actions for 1 ranks"),
         (("a", 1, 1, ((),), (1,)), "ranks outside 0 to 0"),
+        (("a", 2, 1, ((), ()), (0,), (2,)), "ranks outside 0 to 1"),
+        (("a", 2, 1, ((), ()), (0, 1), (0,)), "force_placement names 1 stages, expected 2"),
         (("a: b", 1, 1, ((),)), "without a colon"),
     ],
 )
@@ -143,10 +127,50 @@ def test_schedule_refuses_sizes_that_do_not_fit(arguments, message):
         Schedule(*arguments)
 
 
+def _targets(schedule, text):
+    return [str(message.target) for message in schedule.sent(Action.parse(text))]
+
+
 def test_messages_of_two_stages_per_rank():
     schedule = Schedule("snake", 2, 1, ((), ()), (0, 1, 1, 0))
-    assert (schedule.sender(Action(Phase.FE, 1, 0)), schedule.receiver(Action(Phase.FE, 0, 0))) == (0, 1)
-    assert schedule.sender(Action(Phase.FE, 2, 0)) is None
-    assert schedule.receiver(Action(Phase.FE, 3, 0)) is None
-    assert schedule.receiver(Action(Phase.FF, 3, 0)) == 1
-    assert schedule.receiver(Action(Phase.WF, 1, 0)) is None
+    assert _targets(schedule, "FE0.0") == ["FE1.0"]
+    assert schedule.received(Action.parse("FE1.0")) == (Message(*actions("FE0.0 FE1.0")),)
+    # Where the chain turns, and at the folds, nothing is sent.
+    for text in ("FE1.0", "FE3.0", "FF0.0", "BF3.0", "BE0.0", "WF1.0", "WE1.0"):
+        assert _targets(schedule, text) == []
+    assert schedule.received(Action.parse("FE2.0")) == schedule.received(Action.parse("WE1.0")) == ()
+    assert _targets(schedule, "FF3.0") == ["FF2.0"]
+    assert (schedule.is_folded, schedule.stages_of(1)) == (True, (1, 2))
+
+
+def test_messages_of_stages_apart():
+    schedule = Schedule("apart", 3, 1, ((), (), ()), (0, 1, 2), (2, 1, 2))
+    assert [schedule.is_apart(stage) for stage in range(3)] == [True, False, False]
+    assert [schedule.stages_of(rank) for rank in range(3)] == [(0,), (1,), (0, 2)]
+    # FE hands its boundary on along the chain, and to FF of its own stage; BF to BE likewise.
+    assert _targets(schedule, "FE0.0") == ["FE1.0", "FF0.0"]
+    assert _targets(schedule, "BF0.0") == ["BF1.0", "BE0.0"]
+    assert _targets(schedule, "FF0.0") == []
+    received = schedule.received(Action.parse("FF0.0"))
+    assert [str(message.source) for message in received] == ["FF1.0", "FE0.0"]
+    assert schedule.rank_of(Action.parse("FF0.0")) == 2 and schedule.rank_of(Action.parse("BE0.0")) == 0
+
+
+@given(_schedules())
+def test_what_is_sent_is_what_is_received(schedule):
+    stages = range(schedule.num_stages)
+    chain = [Action(phase, stage, 3) for phase in CHAIN_PHASES for stage in stages]
+    sent = [message for action in chain for message in schedule.sent(action)]
+    received = [message for action in chain for message in schedule.received(action)]
+    assert sorted(sent) == sorted(received)
+    for action in chain:
+        targets = [(schedule.rank_of(target), target) for _, target in schedule.sent(action)]
+        assert targets == messages_from(schedule, action)
+
+
+def test_messages_are_listed_by_channel_in_the_order_of_sending():
+    schedule = schedule_of("FE0.1 FE0.0 BE0.0 BE0.1", "FF0.0 FF0.1 BF0.1 BF0.0", placement=(0,), force_placement=(1,))
+    assert schedule.messages() == {
+        (0, 1): [Message(*actions("FE0.1 FF0.1")), Message(*actions("FE0.0 FF0.0"))],
+        (1, 0): [Message(*actions("BF0.1 BE0.1")), Message(*actions("BF0.0 BE0.0"))],
+    }

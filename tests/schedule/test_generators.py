@@ -1,18 +1,14 @@
 """All schedules for random requests, the aims in simulated time, and golden files.
 
-``python tests/schedule/test_generators.py`` writes the golden files anew.
+``PYTHONPATH=tests/support python tests/schedule/test_generators.py`` writes the golden files anew.
 """
 
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
 from schedule_models import (
     ALL_ONES,
     COSTS,
@@ -26,7 +22,16 @@ from schedule_models import (
     waits_for,
 )
 
-from lightning_januspipe.schedule import Action, Phase, PhaseCosts, Schedule, build_schedule, simulate, validate
+from lightning_januspipe.schedule import (
+    Action,
+    Phase,
+    PhaseCosts,
+    Schedule,
+    build_schedule,
+    simulate,
+    unfolded,
+    validate,
+)
 from lightning_januspipe.schedule import wavek as wavek_module
 from lightning_januspipe.schedule.actions import CHAIN_PHASES
 from lightning_januspipe.schedule.bounds import lower_bound
@@ -153,14 +158,13 @@ def test_1f1b_fold_on_one_rank_finishes_a_microbatch_before_the_next():
 
 
 def test_unfolded_baselines_are_the_unrolled_chain_cut_evenly():
-    chain = build_schedule("1f1b-2nd", 4, 8, ALL_ONES, chunks=2)
-    # Eight stages with FE + BE = 3/2 each, then their forces with 9/2 each: 48 in four parts.
-    assert chain.placement == (0, 0, 0, 0, 0, 0, 0, 0)
-    assert chain.force_placement == (3, 3, 3, 2, 2, 1, 1, 1)
-    # Where the chain turns from energies to forces, they meet on one rank and nothing is computed twice.
+    # Four stages with FE + BE = 3/2 each, and their forces with FE + FF + BF + BE = 9/2 each: 24 in two parts.
+    chain = build_schedule("1f1b-2nd", 2, 4, ALL_ONES, chunks=2)
+    assert (chain.placement, chain.force_placement) == ((0, 0, 0, 0), (1, 1, 1, 0))
+    assert [chain.is_apart(stage) for stage in range(4)] == [True, True, True, False]
+    # In four parts, down the ranks and up again.
     wave = build_schedule("hanayo-2nd", 2, 4, ALL_ONES, chunks=2)
-    assert (wave.placement, wave.force_placement) == ((0, 0, 0, 1), (0, 1, 1, 1))
-    assert [wave.is_apart(stage) for stage in range(4)] == [False, True, True, False]
+    assert (wave.placement, wave.force_placement) == ((0, 0, 0, 0), (0, 1, 1, 1))
 
 
 @given(**sizes, costs=phase_costs, max_live=st.none() | st.integers(1, 14))
@@ -199,7 +203,7 @@ def test_wavek_adapts_to_a_slow_rank():
     report = simulate(choice.schedule, costs)
     assert report.makespan == pytest.approx(choice.makespan)
     assert report.makespan <= simulate(build_schedule("wavek", 3, 8, COSTS), costs).makespan * (1 + 1e-9)
-    assert choice.bound <= report.makespan < 1.2 * 8 * slow.total
+    assert choice.bound * (1 - 1e-9) <= report.makespan < 1.2 * 8 * slow.total
 
 
 def test_deferrable_parts_are_not_left_out():
@@ -308,18 +312,13 @@ def test_schedules_without_a_choice_refuse_a_limit_that_they_exceed(name):
 
 
 @pytest.mark.parametrize("name", ["1f1b-2nd", "hanayo-2nd", "wavek", "wavek-zb"])
-@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(4, 8), (16, 64), (32, 128)])
+@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(4, 8), (16, 64)])
 def test_the_search_is_bounded(name, num_ranks, num_microbatches, monkeypatch):
     tried = []
-
-    class Tried(Exception):
-        pass
 
     def count(chain, num_microbatches, priority, max_live, *, deferred=False, deadline=0.0):
         tried.append((6 if deferred else 4) * len(chain.placement) * num_microbatches)
         return real(chain, num_microbatches, cheap, max_live, deferred=deferred, deadline=deadline)
-
-    from lightning_januspipe.schedule import unfolded
 
     module = wavek_module if name.startswith("wavek") else unfolded
     real = module.list_schedule
@@ -328,7 +327,8 @@ def test_the_search_is_bounded(name, num_ranks, num_microbatches, monkeypatch):
     monkeypatch.setattr(module, "list_schedule", count)
     build_schedule(name, num_ranks, num_microbatches, MEASURED)
     # Three caps, and two numbers of stages.
-    assert 0 < sum(tried) <= 6 * max(wavek_module._SEARCHED_ACTIONS, 2 * max(tried))
+    assert 0 < sum(tried) <= 2 * 3 * max(wavek_module._SEARCHED_ACTIONS, 4 * max(tried))
+    assert len(tried) * min(tried) <= 6e5 or len(tried) <= 12
 
 
 @pytest.mark.parametrize("name", GOLDEN)

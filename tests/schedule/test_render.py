@@ -1,3 +1,5 @@
+from schedule_models import MEASURED, schedule_of
+
 from lightning_januspipe.schedule import PhaseCosts, build_schedule, simulate
 from lightning_januspipe.schedule.render import render
 
@@ -38,3 +40,13 @@ def test_rows_of_unequal_length_are_drawn():
     for grid in (render(schedule, report), render(schedule, report, marked=(2, 3), max_columns=10)):
         assert [line.split()[1] for line in grid.splitlines()[1:]] == ["0", "1", "2"]
     assert all(str(action) in render(schedule, report) for order in schedule.actions for action in order)
+
+
+def test_stages_apart_and_chunks_are_drawn_on_their_ranks():
+    apart = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
+    assert render(apart).splitlines()[1:] == ["rank 0 FE0.0 BE0.0", "rank 1 FF0.0 BF0.0"]
+    schedule = build_schedule("wavek-zb", 2, 2, MEASURED, chunks=2)
+    report = simulate(schedule, MEASURED)
+    rows = render(schedule, report).splitlines()[1:]
+    for row, order in zip(rows, schedule.actions, strict=True):
+        assert [cell for cell in row.split()[2:] if cell not in ".-"] == [str(action) for action in order]

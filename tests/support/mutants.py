@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_januspipe import pipeline
 from lightning_januspipe.capture.step import CapturedStep
 from lightning_januspipe.engine import executor
-from lightning_januspipe.engine.gradients import reduce_gradients
+from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.schedule import Phase
 
@@ -27,14 +27,15 @@ def tied_module() -> Any:
     return module
 
 
-def mutated(name: str, at: str) -> Any:
-    """The module with tied weights, and a fault until its teardown.
+def mutated(name: str, at: str, make_module: Callable[[], Any] = tied_module) -> Any:
+    """A module, and a fault until its teardown.
 
     Args:
         name: of the fault.
         at: hook of the module that installs it; the potential is captured after ``on_train_start``.
+        make_module: makes the module.
     """
-    module = tied_module()
+    module = make_module()
     target, attribute, replacement = MUTATIONS[name]()
     fault = patch.object(target, attribute, replacement)
     setattr(module, at, lambda *_: fault.start())
@@ -52,14 +53,14 @@ Mutation = tuple[Any, str, Callable[..., Any]]
 
 def _unchanged() -> Mutation:
     run = Stage.backward_force
-    return Stage, "backward_force", lambda self, *args: run(self, *args)
+    return Stage, "backward_force", lambda self, *args, **more: run(self, *args, **more)
 
 
 def _no_second_order_term() -> Mutation:
     run = Stage.backward_force
 
-    def backward_force(self: Stage, microbatch: int, *args: Any) -> list[Tensor]:
-        sent = run(self, microbatch, *args)
+    def backward_force(self: Stage, microbatch: int, *args: Any, **more: Any) -> list[Tensor]:
+        sent = run(self, microbatch, *args, **more)
         self._inflight[microbatch].entering = []
         return sent
 
@@ -67,17 +68,17 @@ def _no_second_order_term() -> Mutation:
 
 
 def _scaled_message(phase: Phase, factor: float) -> Mutation:
-    run = executor._Step._send
+    run = executor._Step._hand_on
 
-    def send(self: Any, action: Any, channel: Any, tensors: list[Tensor]) -> None:
-        if action.phase is phase:
-            down = phase in (Phase.FE, Phase.BF)
-            function = self._executor.stage.function
-            num = len(function.boundary_out if down else function.boundary_in)
+    def hand_on(self: Any, message: Any, tensors: list[Tensor]) -> None:
+        source, target = message
+        if source.phase is target.phase is phase:
+            function = self._executor.stages[source.stage].function
+            num = len(function.boundary_out if phase in (Phase.FE, Phase.BF) else function.boundary_in)
             tensors = [t * factor if t.is_floating_point() else t for t in tensors[:num]] + tensors[num:]
-        run(self, action, channel, tensors)
+        run(self, message, tensors)
 
-    return executor._Step, "_send", send
+    return executor._Step, "_hand_on", hand_on
 
 
 def _wrong_weight() -> Mutation:
@@ -104,10 +105,35 @@ def _replicas_not_averaged() -> Mutation:
 def _last_derivative_unread() -> Mutation:
     run = Stage.backward_force
 
-    def backward_force(self: Stage, microbatch: int, boundary: Any, derivatives: list[Tensor]) -> list[Tensor]:
-        return run(self, microbatch, boundary, [*derivatives[:-1], torch.zeros_like(derivatives[-1])])
+    def backward_force(
+        self: Stage, microbatch: int, boundary: Any, derivatives: list[Tensor], **more: Any
+    ) -> list[Tensor]:
+        return run(self, microbatch, boundary, [*derivatives[:-1], torch.zeros_like(derivatives[-1])], **more)
 
     return Stage, "backward_force", backward_force
+
+
+def _gradients_lost(method: str) -> Mutation:
+    """What a phase adds to the parameter gradients is thrown away."""
+    run = getattr(Stage, method)
+
+    def phase(self: Stage, *args: Any, **more: Any) -> Any:
+        own, self._gradients = self._gradients, GradientBuffers()
+        try:
+            return run(self, *args, **more)
+        finally:
+            self._gradients = own
+
+    return Stage, method, phase
+
+
+def _part_of_the_other_rank_lost() -> Mutation:
+    run = Stage.backward_energy
+
+    def backward_energy(self: Stage, *args: Any, more: Any = (), **others: Any) -> list[Tensor]:
+        return run(self, *args, more=[torch.zeros_like(m) for m in more], **others)
+
+    return Stage, "backward_energy", backward_energy
 
 
 MUTATIONS: dict[str, Callable[[], Mutation]] = {
@@ -119,4 +145,8 @@ MUTATIONS: dict[str, Callable[[], Mutation]] = {
     "shared gradients not summed": _shared_not_summed,
     "replicas summed instead of averaged": _replicas_not_averaged,
     "cotangent of the strain dropped": _last_derivative_unread,
+    "WF lost": lambda: _gradients_lost("weight_force"),
+    "WE lost": lambda: _gradients_lost("weight_energy"),
+    "second copy not trained": lambda: _gradients_lost("backward_force_apart"),
+    "part of the other rank lost": _part_of_the_other_rank_lost,
 }
