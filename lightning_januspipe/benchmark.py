@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
+from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.testing import RankPool
+
+_WARM_UP = 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Work:
         data: an extxyz file; None for boxes of metal made with ASE's EMT.
         num_atoms: about how many atoms a box of EMT metal has.
         batch_size: structures in a batch.
-        steps: timed optimizer steps of a run; two more warm up.
+        steps: timed optimizer steps of a run; five more warm up, until the schedule is settled.
         num_layers: layers of the potential.
         num_features: channels of the potential.
         l_max: largest degree of its features.
@@ -57,15 +60,25 @@ class Timing:
         step: median seconds of an optimizer step.
         loss: of the last step, to see that the work was the same.
         memory: peak resident memory above what the process had before training, in bytes.
+        predicted: simulated seconds of the phases of each timed step, where steps were recorded.
+        recorded: what these took.
     """
 
     step: float
     loss: float
     memory: int
+    predicted: list[float]
+    recorded: list[float]
 
 
-def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
-    """Train for a few steps on this rank; ``strategy`` None is plain Lightning."""
+def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) -> Timing:
+    """Train for a few steps on this rank; ``strategy`` None is plain Lightning.
+
+    Args:
+        work: what to do.
+        strategy: arguments of the strategy.
+        record: compare the timed steps with their simulation.
+    """
     import lightning
     import numpy as np
 
@@ -99,9 +112,13 @@ def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
     )
     times: list[float] = []
     losses: list[float] = []
+    predicted: list[float] = []
+    recorded: list[float] = []
 
     class Clock(lightning.Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if record and len(times) >= _WARM_UP:
+                trainer.strategy.runner.record_next_step()
             trainer.strategy.barrier()
             self._began = time.perf_counter()
 
@@ -109,13 +126,17 @@ def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
             trainer.strategy.barrier()
             times.append(time.perf_counter() - self._began)
             losses.append(float(outputs["loss"]))
+            if record and len(times) > _WARM_UP:
+                step = trainer.strategy.runner.recorded_step()
+                predicted.append(step.predicted.makespan)
+                recorded.append(step.recorded.makespan)
 
     bound = "auto" if strategy is None else lightning_januspipe.strategy_class("lightning")(**strategy)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         strategy=bound,
-        max_steps=work.steps + 2,
+        max_steps=work.steps + _WARM_UP,
         callbacks=[Clock()],
         logger=False,
         enable_checkpointing=False,
@@ -128,7 +149,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None) -> Timing:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer.fit(module, loader)
     memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return Timing(statistics.median(times[2:]), losses[-1], memory)
+    return Timing(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
@@ -209,9 +230,7 @@ def two_ranks(work: Work, runs: int = 5) -> str:
         compare(
             {
                 "one rank": (1, split),
-                "two ranks, wavek": (2, {**split, "schedule": "wavek"}),
-                "two ranks, 1f1b-fold": (2, {**split, "schedule": "1f1b-fold"}),
-                "two ranks, gpipe": (2, {**split, "schedule": "gpipe"}),
+                **{f"two ranks, {name}": (2, {**split, "schedule": name}) for name in reversed(list(GENERATORS))},
             },
             work,
             runs,
@@ -226,10 +245,30 @@ def contention(work: Work, runs: int = 5) -> str:
     return table(compare({"one rank": (1, split), "two replicas, twice the work": (2, replicas)}, work, runs))
 
 
+def simulation(work: Work, runs: int = 5) -> str:
+    """Steps of two ranks against their simulation, with the phase times of earlier steps of the same run."""
+    lines = ["| schedule | simulated (s) | recorded, median (s) | difference | range |", "|---|---|---|---|---|"]
+    for name in reversed(list(GENERATORS)):
+        predicted, recorded = [], []
+        for _ in range(runs):
+            with RankPool(2) as pool:
+                strategy = {"num_microbatches": work.batch_size, "schedule": name}
+                timing = pool.run(run_once, work, strategy, True, timeout=1800)[0]
+            predicted += timing.predicted
+            recorded += timing.recorded
+        errors = [100 * (real / simulated - 1) for real, simulated in zip(recorded, predicted, strict=True)]
+        lines.append(
+            f"| {name} | {statistics.median(predicted):.3f} | {statistics.median(recorded):.3f} "
+            f"| {statistics.median(errors):+.1f} % | {min(errors):+.1f} to {max(errors):+.1f} % |"
+        )
+    return "\n".join(lines)
+
+
 BENCHMARKS: dict[str, Callable[[Work, int], str]] = {
     "single": single_process,
     "two-ranks": two_ranks,
     "contention": contention,
+    "simulation": simulation,
 }
 
 

@@ -241,8 +241,8 @@ class Pipeline:
         return self._recorded
 
     def _start_recording(self) -> None:
-        learning = self._num_steps in _LEARNING_STEPS and is_searched(self._planner.name)
-        self.executor.recorder = self._recorder if learning or self._shall_record else None
+        wanted = self._shall_record or self._num_steps in _LEARNING_STEPS
+        self.executor.recorder = self._recorder if wanted else None
         if self._shall_record:  # a common clock for all ranks
             dist.barrier(group=self._mesh.control_group)
         self._recorder.reset()
@@ -257,17 +257,18 @@ class Pipeline:
                     schedule, self._planner.report(schedule), recorded_report(schedule, of_ranks)
                 )
             self._times.add(spans)
-            if self._num_steps == _LEARNING_STEPS[-1] and is_searched(self._planner.name):
+            if self._num_steps == _LEARNING_STEPS[-1]:
                 self._plan_again(schedule)
         self._num_steps += 1
 
     def _plan_again(self, schedule: Schedule) -> None:
-        """Build the schedule for what the phases take on these ranks, with this data, and the user's loss."""
+        """Plan for what the phases take on these ranks, with this data, and the user's loss."""
         means = {key: time for of_rank in self._gathered(self._times.means()) for key, time in of_rank.items()}
-        costs = measured_costs(means, self.num_stages)
-        better = self._agree(lambda: self._planner.improved(schedule, costs))
+        costs = measured_costs(means, schedule)
+        if is_searched(self._planner.name):
+            better = self._agree(lambda: self._planner.improved(schedule, costs))
+            self._schedules = {schedule.num_microbatches: better or schedule}
         self._planner = replace(self._planner, costs=costs)
-        self._schedules = {schedule.num_microbatches: better or schedule}
 
     def _gathered(self, mine: _Result) -> list[_Result]:
         found: list[Any] = [None] * self._mesh.shape.pipeline

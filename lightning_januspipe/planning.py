@@ -90,15 +90,21 @@ def phase_costs(seconds: Sequence[PhaseSeconds]) -> tuple[PhaseCosts, ...]:
     return tuple(found)
 
 
-def measured_costs(seconds: Mapping[tuple[int, Phase], float], num_stages: int) -> tuple[PhaseCosts, ...]:
+def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedule) -> tuple[PhaseCosts, ...]:
     """Costs from the times of phases that ran.
 
     Args:
         seconds: by stage and phase; WF and WE are 0 where they did not run by themselves.
-        num_stages: length of the chain.
+        schedule: what ran. Where FF and BF of a stage are apart from its FE and BE, they have computed these once more.
     """
     order = (*CHAIN_PHASES, *DEFERRED_PHASES)
-    return phase_costs([PhaseSeconds(*(seconds.get((s, phase), 0.0) for phase in order)) for s in range(num_stages)])
+    found = []
+    for stage in range(schedule.num_stages):
+        fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in order)
+        if schedule.is_apart(stage):
+            ff, bf = ff - fe, bf - be
+        found.append(PhaseSeconds(fe, ff, bf, be, wf, we))
+    return phase_costs(found)
 
 
 def memory_costs(measured: Sequence[PhaseBytes]) -> tuple[MemoryCosts, ...]:

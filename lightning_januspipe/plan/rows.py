@@ -19,6 +19,7 @@ BASELINE = "1f1b-2nd"
 
 # As when training starts: of several numbers of stages one with more has to gain what its messages may cost.
 _LEAST_GAIN = 0.02
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,11 @@ class Plan:
 
     @property
     def choice(self) -> ScheduleRow | None:
-        """The fastest schedule that fits in memory."""
-        return min((row for row in self.rows if row.fits), key=lambda row: row.step_time, default=None)
+        """The fastest schedule that fits in memory; of equally fast ones that which holds least."""
+        fitting = [row for row in self.rows if row.fits]
+        least = min((row.step_time for row in fitting), default=0.0)
+        fastest = [row for row in fitting if row.step_time <= least * (1 + _ROUNDING)]
+        return min(fastest, key=lambda row: row.peak_memory or 0.0, default=None)
 
     def speed(self, row: ScheduleRow) -> float | None:
         """How many times faster a schedule is than ``1f1b-2nd``."""
@@ -168,9 +172,8 @@ class Plan:
         fitting = [row for row in others if row.fits]
         if fitting:
             slower = 100 * (fitting[0].step_time / chosen.step_time - 1)
-            text += (
-                f"; the next best, {fitting[0].name}, has {fitting[0].over_ideal:.2f} and takes {slower:.0f} % longer"
-            )
+            longer = "is as fast" if slower < 0.5 else f"takes {slower:.0f} % longer"
+            text += f"; the next best, {fitting[0].name}, has {fitting[0].over_ideal:.2f} and {longer}"
         faster = [row for row in others if not row.fits and row.step_time < chosen.step_time]
         if faster and limit is not None:
             gain = 100 * (1 - faster[0].step_time / chosen.step_time)
