@@ -110,17 +110,21 @@ class Pipeline:
         mesh: this rank's process groups.
         capture: the captured potential, the same on all ranks.
         planner: builds schedules; that of the pipeline's first rank decides.
+        num_microbatches: of most steps; the ranks of the stages are chosen for it.
     """
 
-    def __init__(self, module: nn.Module, mesh: Mesh, capture: Capture, planner: Planner) -> None:
+    def __init__(
+        self, module: nn.Module, mesh: Mesh, capture: Capture, planner: Planner, num_microbatches: int = 1
+    ) -> None:
         self.gradients = GradientBuffers()
         self.capture = capture
         self._module, self._mesh, self._planner = module, mesh, planner
         self._schedules: dict[int, Schedule] = {}
         captured = capture.potential
         potential = module.get_submodule(captured.path)
-        first = self.schedule(1)
+        first = self.schedule(num_microbatches)
         self._placement, self._force_placement = first.placement, first.force_placement
+        self._planner = replace(planner, placement=self._placement)
         self.step = CapturedStep(captured, module, self._add_outside)
         links = _links(mesh)
         own = first.stages_of(mesh.pipeline_rank)

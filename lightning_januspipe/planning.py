@@ -10,7 +10,8 @@ from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, Report, Schedule, build_schedule, simulate
 from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES
-from lightning_januspipe.schedule.build import DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
+from lightning_januspipe.schedule.build import CHOSEN_PLACES, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
+from lightning_januspipe.schedule.placement import layouts, snake
 
 # Times of phases are measured to a few percent: a new order has to be better by more.
 _WORTH_A_CHANGE = 0.01
@@ -29,6 +30,7 @@ class Planner:
         wave_size: micro-batches in a wave, or "auto".
         memory_limit: most bytes that the micro-batches of one rank may hold, or None.
         latency: seconds that a message takes.
+        placement: the rank of each stage, once it is chosen.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Planner:
     wave_size: int | Literal["auto"] = "auto"
     memory_limit: float | None = None
     latency: float = 0.0
+    placement: tuple[int, ...] | None = None
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """The schedule for a number of micro-batches.
@@ -56,6 +59,7 @@ class Planner:
             latency=self.latency,
             memory=self.memory if limited else None,
             memory_limit=self.memory_limit,
+            placement=self.placement if self.name in CHOSEN_PLACES else None,
         )
 
     def step_time(self, num_microbatches: int) -> float:
@@ -112,9 +116,15 @@ def memory_costs(measured: Sequence[PhaseBytes]) -> tuple[MemoryCosts, ...]:
     return tuple(MemoryCosts(b.energy, b.force, b.kept) for b in measured)
 
 
-def numbers_of_stages(name: str, num_ranks: int) -> tuple[int, ...]:
-    """How many stages a potential may be cut in for a schedule, the simplest first."""
-    return (num_ranks, 2 * num_ranks) if name in SEVERAL_STAGES and num_ranks > 1 else (num_ranks,)
+def placements(name: str, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of the stages that a potential may be cut in for a schedule, the simplest first.
+
+    An unfolded schedule places its stages by their costs; what counts here is how many there are.
+    """
+    found = [tuple(range(num_ranks))]
+    if num_ranks > 1 and name in SEVERAL_STAGES:
+        found += layouts(num_ranks, 2 * num_ranks) if name in CHOSEN_PLACES else [snake(num_ranks, 2 * num_ranks)]
+    return tuple(found)
 
 
 def is_deferred(name: str) -> bool:

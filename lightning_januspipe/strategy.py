@@ -36,8 +36,8 @@ from lightning_januspipe.planning import (
     is_deferred,
     is_unfolded,
     memory_costs,
-    numbers_of_stages,
     phase_costs,
+    placements,
 )
 from lightning_januspipe.precision import mesh_aware
 from lightning_januspipe.preparation import differentiable, is_fitting, on_first_rank, training_mode, with_batch
@@ -327,19 +327,20 @@ class JanusPipeBody:
         assert self.mesh is not None
         module: Any = self.lightning_module
         if self._captured is not None and self._captured[0]() is module:
-            self.runner = self._pipeline(self._captured[1])
+            self.runner = self._pipeline(self._captured[1], num_microbatches)
             return
         self._latency = measured_latency(self.mesh)
 
         def capture() -> Capture:
-            with differentiable(), training_mode(module, not is_fitting(module.trainer)):
+            training = training_mode(module, not is_fitting(module.trainer))
+            with differentiable(), training, self.precision_plugin.forward_context():
                 traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
                 return capture_module(
                     module,
                     with_batch(step),
                     traced,
                     other,
-                    numbers_of_stages(self._schedule, self.mesh_shape.pipeline),
+                    placements(self._schedule, self.mesh_shape.pipeline),
                     self._potential,
                     manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
                     step_time=lambda seconds: self._planner(seconds).step_time(num_microbatches),
@@ -347,15 +348,15 @@ class JanusPipeBody:
 
         result = on_first_rank(capture, self.global_rank, self.broadcast)
         self._captured = weakref.ref(module), result
-        self.runner = self._pipeline(result)
+        self.runner = self._pipeline(result, num_microbatches)
         self.lib.rank_zero.rank_zero_info(
             f"januspipe: {result.describe()}; {self._schedule}, {num_microbatches} micro-batches"
         )
 
-    def _pipeline(self, capture: Capture) -> Pipeline:
+    def _pipeline(self, capture: Capture, num_microbatches: int) -> Pipeline:
         assert self.mesh is not None
         planner = self._planner(capture.seconds, capture.bytes, self._memory_limit)
-        return Pipeline(self.lightning_module, self.mesh, capture, planner)
+        return Pipeline(self.lightning_module, self.mesh, capture, planner, num_microbatches)
 
     def _planner(
         self,

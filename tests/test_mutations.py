@@ -71,10 +71,10 @@ def test_capture_refuses_stages_that_are_wrong_before_training(name: str) -> Non
     module.break_it()
     try:
         with pytest.raises(CaptureError, match="differs from the module itself"):
-            capture_module(module, lambda batch: module.training_step(batch, 0), traced, other, [2])
+            capture_module(module, lambda batch: module.training_step(batch, 0), traced, other, [range(2)])
     finally:
         module.teardown("fit")
-    capture = capture_module(module, lambda batch: module.training_step(batch, 0), traced, other, [2])
+    capture = capture_module(module, lambda batch: module.training_step(batch, 0), traced, other, [range(2)])
     shared = {n for n, stages in capture.potential.parameter_stages().items() if stages == {0, 1}}
     assert any("self_connection" in n for n in shared) and any("radial_network" in n for n in shared), (
         "nothing is shared"

@@ -43,7 +43,9 @@ def test_more_ranks_and_fewer_microbatches(pool: RankPool, devices: int, num_mic
     check(pool, devices, num_microbatches=num_microbatches)
 
 
-@pytest.mark.parametrize(("num_microbatches", "schedule"), [(1, "wavek-zb"), (4, "1f1b-2nd"), (4, "1f1b-fold"), (8, "wavek-zb")])
+@pytest.mark.parametrize(
+    ("num_microbatches", "schedule"), [(1, "wavek-zb"), (4, "1f1b-2nd"), (4, "1f1b-fold"), (8, "wavek-zb")]
+)
 def test_two_stages_and_two_replicas(pool: RankPool, num_microbatches: int, schedule: str) -> None:
     check(pool, 4, pipeline_size=2, num_microbatches=num_microbatches, schedule=schedule)
 

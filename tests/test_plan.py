@@ -395,7 +395,7 @@ def measured() -> Measured:
     dtype = torch.get_default_dtype()
     module, data = tiny.module(num_layers=3), tiny.data()
     data.setup("fit")
-    found = measure_stages(module, lambda batch: module.training_step(batch, 0), *_batches(data), 3, repeats=3)
+    found = measure_stages(module, lambda batch: module.training_step(batch, 0), *_batches(data), range(3), repeats=3)
     torch.set_default_dtype(dtype)
     return found
 
@@ -452,5 +452,5 @@ class TestMeasured:
         module, data = tiny.module(num_layers=2), tiny.data()
         data.setup("fit")
         with pytest.raises(TooManyRanks, match="9 ranks, but the potential has only") as info:
-            measure_stages(module, lambda batch: module.training_step(batch, 0), *_batches(data), 9, repeats=1)
+            measure_stages(module, lambda batch: module.training_step(batch, 0), *_batches(data), range(9), repeats=1)
         assert 1 <= info.value.most < 9 and math.isfinite(info.value.most)

@@ -59,7 +59,7 @@ def capture_module(
     step: Callable[[Any], Any],
     traced_batch: Any,
     other_batch: Any,
-    numbers_of_stages: Sequence[int],
+    placements: Sequence[Sequence[int]],
     potential: str | None = None,
     *,
     manner: Manner = TOGETHER,
@@ -73,11 +73,11 @@ def capture_module(
         traced_batch: at least two structures.
         other_batch: other numbers of atoms, edges and structures, about a micro-batch's size: the potential is
             validated and profiled on it.
-        numbers_of_stages: into how many stages to cut; of several numbers the one with the shortest step. Those after
+        placements: the rank of each stage to cut into; of several placements that with the shortest step. Those after
             the first are left out where the potential has fewer cuttable parts.
         potential: dotted name of the potential, where the user gave one.
         manner: how the phases will be run.
-        step_time: the time of a training step from the measured phases of each stage; needed for several numbers.
+        step_time: the time of a training step from the measured phases of each stage; needed for several placements.
 
     Raises:
         CaptureError: see its message.
@@ -95,15 +95,16 @@ def capture_module(
         regions = find_regions(program, found.read_outputs)
         profile = measure(program, regions, submodule, tensors)
         measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
-        for num_stages in numbers_of_stages:
+        for placement in placements:
+            ranks = placement if len(placement) > len(set(placement)) else None
             try:
-                cut = find_cut(program, regions, profile, num_stages)
+                cut = find_cut(program, regions, profile, len(placement), ranks)
             except CaptureError:
                 if not measured:
                     raise
                 continue
             candidate = CapturedPotential(found.path, program, regions, cut, form)
-            measured.append(_balance(candidate, profile, submodule, other, manner))
+            measured.append(_balance(candidate, profile, submodule, other, manner, placement))
         captured, seconds = _fastest(measured, step_time)
         if manner.apart:
             validate(captured, submodule, other, manner)
@@ -120,14 +121,20 @@ def _fastest(
     """The cut with the shortest step; one with more stages, and so more messages, has to gain what it may cost."""
     best = measured[0]
     for other in measured[1:]:
-        assert step_time is not None, "only the time of a step can choose between numbers of stages"
-        if step_time(other[1]) < (1 - _LEAST_GAIN) * step_time(best[1]):
+        assert step_time is not None, "only the time of a step can choose between placements"
+        more = other[0].cut.num_stages > best[0].cut.num_stages
+        if step_time(other[1]) < (1 - _LEAST_GAIN if more else 1) * step_time(best[1]):
             best = other
     return best
 
 
 def _balance(
-    captured: CapturedPotential, profile: Profile, potential: nn.Module, call: PotentialCall, manner: Manner
+    captured: CapturedPotential,
+    profile: Profile,
+    potential: nn.Module,
+    call: PotentialCall,
+    manner: Manner,
+    placement: Sequence[int],
 ) -> tuple[CapturedPotential, list[PhaseSeconds]]:
     """Validate, measure all phases, and move the cut to where these are balanced.
 
@@ -138,14 +145,22 @@ def _balance(
 
     def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
         validate(candidate, potential, call, folded)
-        return validate(candidate, potential, call, folded)  # the second run is warm
+        return run_captured(candidate, potential, call, folded)[1].seconds  # the second run is warm
 
+    def slowest(seconds: list[PhaseSeconds]) -> float:
+        """Time of the busiest rank."""
+        work = dict.fromkeys(placement, 0.0)
+        for rank, stage in zip(placement, seconds, strict=True):
+            work[rank] += stage.total
+        return max(work.values())
+
+    several = placement if len(placement) > len(set(placement)) else None
     best, best_seconds = captured, measured(captured)
     seen, current, seconds = {_key(captured.cut)}, captured, best_seconds
     for _ in range(_REFINEMENTS if captured.cut.num_stages > 1 else 0):
         profile = _scaled(profile, current.cut, seconds)
         try:
-            cut = find_cut(current.program, current.regions, profile, current.cut.num_stages)
+            cut = find_cut(current.program, current.regions, profile, current.cut.num_stages, several)
         except CaptureError:  # by the new costs a part is too small for a stage
             break
         if _key(cut) in seen:
@@ -153,7 +168,7 @@ def _balance(
         seen.add(_key(cut))
         current = replace(current, cut=cut)
         seconds = measured(current)
-        if max(s.total for s in seconds) < max(s.total for s in best_seconds):
+        if slowest(seconds) < slowest(best_seconds):
             best, best_seconds = current, seconds
     return best, best_seconds
 

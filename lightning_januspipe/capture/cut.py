@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import Node, Program
@@ -22,6 +22,8 @@ _CHEAP_SHARE = 0.15
 _BYTES_SLACK = 4.0
 # A stage must do at least this share of the mean work, or it is not worth a rank.
 _LEAST_SHARE = 0.1
+# Where a rank has several stages all cuts are tried, up to this many.
+_TRIED_CUTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,17 @@ def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
     )
 
 
-def find_cut(program: Program, regions: Regions, profile: Profile, num_stages: int) -> Cut:
+def find_cut(
+    program: Program, regions: Regions, profile: Profile, num_stages: int, placement: Sequence[int] | None = None
+) -> Cut:
     """The best chain of ``num_stages`` stages.
 
     Args:
         program: the traced potential.
         regions: its classification.
         profile: measured costs; they have to be the same on every rank, so one rank measures.
-        num_stages: how many stages, one for each pipeline rank.
+        num_stages: how many stages.
+        placement: the rank of each stage, if a rank has several: the ranks' work is balanced, not that of the stages.
 
     Raises:
         CaptureError: the potential has fewer cuttable parts than stages.
@@ -149,7 +154,7 @@ def find_cut(program: Program, regions: Regions, profile: Profile, num_stages: i
     cheap = _cheap(program, body, seconds, _CHEAP_SHARE * prefix[-1] / num_stages)
     num_bytes = [b for b, _ in _boundaries(program, regions, profile, cheap)]
     candidates = _small_boundaries(prefix, num_bytes)
-    positions = _balanced(prefix, num_bytes, candidates, num_stages)
+    positions = _balanced(prefix, num_bytes, candidates, num_stages, placement)
     if positions is None or not _worth(prefix, positions, num_stages):
         most = num_stages - 1
         while most > 1:
@@ -253,11 +258,15 @@ def _small_boundaries(prefix: Sequence[float], num_bytes: Sequence[float]) -> li
 
 
 def _balanced(
-    prefix: Sequence[float], num_bytes: Sequence[float], candidates: Sequence[int], num_stages: int
+    prefix: Sequence[float],
+    num_bytes: Sequence[float],
+    candidates: Sequence[int],
+    num_stages: int,
+    placement: Sequence[int] | None = None,
 ) -> list[int] | None:
-    """Cut positions (index of the last operation of every stage but the last) with the least maximal cost.
+    """Cut positions (index of the last operation of every stage but the last) with the least maximal cost of a rank.
 
-    Evenness of the other stages and the bytes sent decide between cuts whose slowest stages are nearly equal.
+    Evenness of the other stages and the bytes sent decide between cuts whose slowest ranks are nearly equal.
     """
     if num_stages == 1:
         return []
@@ -267,19 +276,27 @@ def _balanced(
     total = prefix[-1]
     heaviest = max(num_bytes[c] for c in points)
 
-    def score(cuts: list[int]) -> float:
+    def score(cuts: Sequence[int], ranks: Sequence[int]) -> float:
         edges = [0.0, *(prefix[c + 1] for c in cuts)]
         shares = [(b - a) / total for a, b in pairwise(edges)]
         if len(cuts) == num_stages - 1:
             shares.append(1.0 - edges[-1] / total)
+        loads: dict[int, float] = {}
+        for rank, share in zip(ranks, shares, strict=False):
+            loads[rank] = loads.get(rank, 0.0) + share
         sent = sum(num_bytes[c] for c in cuts) / (heaviest * num_stages)
-        return max(shares) + 0.1 * sum(x * x for x in shares) + 0.02 * sent
+        return max(loads.values()) + 0.1 * sum(x * x for x in shares) + 0.02 * sent
 
+    one_each = range(num_stages)
+    if placement is not None and math.comb(len(points), num_stages - 1) <= _TRIED_CUTS:
+        every = ([*cuts] for cuts in combinations(points, num_stages - 1))
+        worth = [cuts for cuts in every if _worth(prefix, cuts, num_stages)]
+        return min(worth, key=lambda cuts: score(cuts, placement), default=None)
     best = {c: [c] for c in points}
     for _ in range(num_stages - 2):
         options = {c: [[*cuts, c] for b, cuts in best.items() if b < c] for c in points}
-        best = {c: min(o, key=score) for c, o in options.items() if o}
-    return min(best.values(), key=score, default=None)
+        best = {c: min(o, key=lambda cuts: score(cuts, one_each)) for c, o in options.items() if o}
+    return min(best.values(), key=lambda cuts: score(cuts, one_each), default=None)
 
 
 def _worth(prefix: Sequence[float], positions: Sequence[int], num_stages: int) -> bool:

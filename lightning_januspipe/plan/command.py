@@ -24,7 +24,7 @@ from lightning_januspipe.plan.tables import (
     schedule_table,
     stage_table,
 )
-from lightning_januspipe.planning import numbers_of_stages
+from lightning_januspipe.planning import placements
 from lightning_januspipe.schedule import PhaseCosts
 
 _LARGE_SPREAD = 0.25
@@ -124,12 +124,14 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
     structures, atoms = sizes(examples[1])
-    wanted = {number for name in given.schedules for number in numbers_of_stages(name, num_ranks)} | {num_ranks}
+    wanted = dict.fromkeys((tuple(range(num_ranks)), *(p for s in given.schedules for p in placements(s, num_ranks))))
     measured: list[Measured] = []
-    for number in sorted(wanted):
+    for placement in wanted:
         try:
             or_fewer = given.extrapolate and not measured
-            measured.append(recipe.measure(examples, number, asked.potential, or_fewer=or_fewer, repeats=given.repeats))
+            measured.append(
+                recipe.measure(examples, placement, asked.potential, or_fewer=or_fewer, repeats=given.repeats)
+            )
         except TooManyRanks as error:
             if not measured:
                 fewer = f"give --ranks {error.most}" if error.most > 1 else "take a deeper model"

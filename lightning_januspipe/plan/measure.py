@@ -155,7 +155,7 @@ def measure_stages(
     step: Callable[[Any], Any],
     traced_batch: Any,
     other_batch: Any,
-    num_stages: int,
+    placement: Sequence[int],
     potential: str | None = None,
     *,
     repeats: int | None = None,
@@ -168,7 +168,7 @@ def measure_stages(
         step: its training step, from a batch to what it returns.
         traced_batch: at least two structures.
         other_batch: a micro-batch with other sizes, on which times are measured.
-        num_stages: into how many stages to cut.
+        placement: the rank of each stage to cut into.
         potential: dotted name of the potential, where it is not to be searched.
         repeats: how often one micro-batch walks through all phases; None for at least seven times, and as often as
             time allows.
@@ -179,11 +179,11 @@ def measure_stages(
         CaptureError: it cannot be captured.
     """
 
-    number = num_stages
+    ranks = placement
     while True:
         try:
             found = capture_module(
-                module, step, traced_batch, other_batch, (number,), potential, manner=Manner(defer=True)
+                module, step, traced_batch, other_batch, [ranks], potential, manner=Manner(defer=True)
             )
             break
         except CaptureError as error:
@@ -191,10 +191,10 @@ def measure_stages(
             if fewer is None:
                 raise
             # What is worth a stage depends on measured times, so the number that is named is tried like any other.
-            most = min(int(fewer[1]), number - 1)
+            most = min(int(fewer[1]), len(ranks) - 1)
             if not or_fewer:
-                raise TooManyRanks(num_stages, most) from error
-            number = most
+                raise TooManyRanks(len(placement), most) from error
+            ranks = range(most)
     return _measured(found, module, step, other_batch, repeats)
 
 

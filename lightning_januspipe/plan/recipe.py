@@ -168,14 +168,20 @@ class Recipe:
         return self._moved(traced), self._moved(other)
 
     def measure(
-        self, examples: tuple[Any, Any], num_stages: int, potential: str | None, *, or_fewer: bool, repeats: int | None
+        self,
+        examples: tuple[Any, Any],
+        placement: Sequence[int],
+        potential: str | None,
+        *,
+        or_fewer: bool,
+        repeats: int | None,
     ) -> Measured:
         """Capture and measure; see :func:`~lightning_januspipe.plan.measure.measure_stages`."""
         step = with_batch(self._model.training_step)
         # Times of phases are those of training: in the precision's dtype, with the random numbers as they are.
         with self._trainer.strategy.precision_plugin.train_step_context():
             return measure_stages(
-                self._model, step, *examples, num_stages, potential, repeats=repeats, or_fewer=or_fewer
+                self._model, step, *examples, placement, potential, repeats=repeats, or_fewer=or_fewer
             )
 
     def _moved(self, batch: Any) -> Any:

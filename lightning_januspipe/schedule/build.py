@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning_januspipe.schedule.actions import Schedule
 from lightning_januspipe.schedule.costs import Costs, Memory
@@ -29,6 +29,9 @@ GENERATORS: Mapping[str, Callable[[Request], Schedule]] = {
 SEVERAL_STAGES = ("1f1b-2nd", "hanayo-2nd", "wavek-zb")
 """The schedules that can have more than one stage on a rank."""
 
+CHOSEN_PLACES = ("wavek-zb",)
+"""The schedules that choose the ranks of their stages."""
+
 UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
 """The schedules with FF and BF of a stage apart from its FE and BE."""
 
@@ -51,6 +54,7 @@ def build_schedule(
     latency: float = 0.0,
     memory: Memory | None = None,
     memory_limit: float | None = None,
+    placement: Sequence[int] | None = None,
 ) -> Schedule:
     """Build and prove the schedule of a given name; the same arguments give the same schedule on every rank.
 
@@ -70,6 +74,7 @@ def build_schedule(
         memory: Bytes that a micro-batch holds between its phases, given like ``costs``.
         memory_limit: Most bytes that the micro-batches of one rank may hold; ``wavek`` and ``wavek-zb`` keep fewer
             micro-batches live for it.
+        placement: The rank of each stage of ``wavek-zb``, where it is given already; None lets it choose.
 
     Raises:
         ValueError: If the name is unknown, a size is not a whole number >= 1, ``costs`` does not fit ``num_ranks``, or
@@ -92,8 +97,17 @@ def build_schedule(
         raise ValueError("memory and memory_limit belong together: give the bytes of a micro-batch and the limit.")
     if memory_limit is not None and not memory_limit >= 0:
         raise ValueError(f"memory_limit is {memory_limit!r}, expected a number of bytes >= 0 or None.")
-    request = Request(num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit)
-    request.stage_costs(request.numbers_of_stages((1,))[0] if name in SEVERAL_STAGES else num_ranks)
+    places = None if placement is None else tuple(placement)
+    if places is not None and (name not in CHOSEN_PLACES or set(places) != set(range(num_ranks))):
+        raise ValueError(
+            f"placement is {placement!r}, expected the rank of each stage, with every rank from 0 to {num_ranks - 1}, "
+            f"for {' or '.join(CHOSEN_PLACES)}; {name!r} was asked for."
+        )
+    request = Request(
+        num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit, places
+    )
+    several = name in SEVERAL_STAGES
+    request.stage_costs(len(places) if places else request.numbers_of_stages((1,))[0] if several else num_ranks)
     schedule = GENERATORS[name](request)
     validate(schedule)
     if memory is not None and memory_limit is not None:

@@ -14,6 +14,20 @@ def snake(num_ranks: int, num_stages: int) -> tuple[int, ...]:
     return tuple(place if turn % 2 == 0 else num_ranks - 1 - place for turn, place in rounds)
 
 
+def loop(num_ranks: int, num_stages: int) -> tuple[int, ...]:
+    """Down again and again: stage s on rank s mod P.
+
+    Every border of stages is one of ranks, but a rank's stages are far from one another, so that a chain with light
+    ends is shared more evenly.
+    """
+    return tuple(stage % num_ranks for stage in range(num_stages))
+
+
+def layouts(num_ranks: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
+    """The folded placements to choose from."""
+    return tuple(dict.fromkeys((snake(num_ranks, num_stages), loop(num_ranks, num_stages))))
+
+
 def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
     """The part of each element when a sequence is cut in contiguous parts with the least maximal sum of costs.
 

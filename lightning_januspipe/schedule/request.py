@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_januspipe.schedule.costs import Costs, Memory, PhaseCosts, costs_per_stage
+from lightning_januspipe.schedule.placement import layouts
 
 Auto = Literal["auto"]
 
@@ -25,6 +26,7 @@ class Request:
         latency: time that a message between two ranks takes.
         memory: bytes that a micro-batch holds between its phases, or None where they are not known.
         memory_limit: most bytes that the micro-batches of one rank may hold, or None.
+        placement: the rank of each stage, where it is not to be chosen, or None.
     """
 
     num_ranks: int
@@ -36,10 +38,17 @@ class Request:
     latency: float = 0.0
     memory: Memory | None = None
     memory_limit: float | None = None
+    placement: tuple[int, ...] | None = None
 
     def stage_costs(self, num_stages: int) -> tuple[PhaseCosts, ...]:
         """Costs of each of a number of stages."""
         return costs_per_stage(self.costs, self.num_ranks, num_stages)
+
+    def folded_layouts(self, choices: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The ranks of the stages that a folded schedule may choose from; see :meth:`numbers_of_stages`."""
+        if self.placement is not None:
+            return [self.placement]
+        return [p for number in self.numbers_of_stages(choices) for p in layouts(self.num_ranks, number)]
 
     def numbers_of_stages(self, choices: tuple[int, ...]) -> list[int]:
         """How many stages the chain may have.

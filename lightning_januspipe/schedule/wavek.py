@@ -21,7 +21,6 @@ from lightning_januspipe.schedule.actions import Phase, Schedule
 from lightning_januspipe.schedule.bounds import lower_bound
 from lightning_januspipe.schedule.list_scheduler import BREADTH_FIRST, DEPTH_FIRST, Chain, Priority, list_schedule
 from lightning_januspipe.schedule.one_f_one_b import one_f_one_b
-from lightning_januspipe.schedule.placement import snake
 from lightning_januspipe.schedule.request import Request
 from lightning_januspipe.schedule.simulate import simulate
 
@@ -43,11 +42,12 @@ _OFTEN_BEST_DEFERRED = (
     ((Phase.BE, Phase.BF, Phase.FE, Phase.FF), 2),
 )
 _CHUNKS = (2, 1)
-# Bounds of the search: actions that are ordered for one cap, but some tries at least (as many may exceed the memory
-# limit before the cap is given up), and caps that are searched.
+# Bounds of the search: actions that are ordered for one cap, but at least and at most so many tries (the least may be over
+# the memory limit before the cap is given up), and caps that are searched.
 _SEARCHED_ACTIONS = 100_000
-_LEAST_TRIES = 4
+_LEAST_TRIES, _MOST_TRIES = 4, 400
 _SEARCHED_CAPS = 3
+_SMALL_CAP = 16
 # So near to what is possible, the search ends.
 _GOOD_ENOUGH = 2e-3
 # A gain within rounding is no gain: the earlier entry of the portfolio stays.
@@ -103,15 +103,14 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     """
     best: WaveKChoice | None = None
     least_bytes = math.inf
-    for num_stages in request.numbers_of_stages(_CHUNKS) if deferred else [request.num_ranks]:
-        chain = Chain.folded(
-            request.num_ranks,
-            request.stage_costs(num_stages),
-            snake(request.num_ranks, num_stages),
-            request.latency,
-        )
-        # More chunks come first: fewer only have to be nearly as fast.
-        deadline = math.inf if best is None else best.makespan * (1 + _LEAST_GAIN_OF_CHUNKS)
+    placements = request.folded_layouts(_CHUNKS) if deferred else [tuple(range(request.num_ranks))]
+    for placement in placements:
+        chain = Chain.folded(request.num_ranks, request.stage_costs(len(placement)), placement, request.latency)
+        deadline = math.inf
+        if best is not None:
+            # More chunks come first: fewer only have to be nearly as fast.
+            fewer = len(placement) < best.schedule.num_stages
+            deadline = best.makespan * (1 + _LEAST_GAIN_OF_CHUNKS if fewer else 1 - _ROUNDING)
         found, needed = _search_chain(request, chain, deferred, deadline)
         least_bytes = min(least_bytes, needed)
         best = found or best
@@ -132,6 +131,8 @@ def _search_chain(request: Request, chain: Chain, deferred: bool, deadline: floa
     bound = lower_bound(chain.costs, chain.placement, num_microbatches, deferred=deferred, latency=request.latency)
     best: WaveKChoice | None = None
     least_bytes = math.inf
+    if bound >= deadline:
+        return None, least_bytes
 
     def consider(choice: WaveKChoice) -> bool:
         """Keep a choice if it is the best so far; False if it needs too much memory."""
@@ -151,7 +152,7 @@ def _search_chain(request: Request, chain: Chain, deferred: bool, deadline: floa
         live = min(cap, request.num_ranks)
         consider(WaveKChoice(baseline, makespan, bound, num_microbatches, live, DEPTH_FIRST))
     num_actions = (6 if deferred else 4) * num_stages * num_microbatches
-    num_tries = max(_LEAST_TRIES, _SEARCHED_ACTIONS // num_actions)
+    num_tries = min(max(_LEAST_TRIES, _SEARCHED_ACTIONS // num_actions), _MOST_TRIES)
     num_searched = 0
     for live in _caps(request, cap):
         num_over = 0
@@ -181,10 +182,11 @@ def _default_cap(request: Request) -> int:
 
 def _caps(request: Request, cap: int) -> list[int]:
     """Live caps to try: fewer live micro-batches sometimes make a better order, and need less memory."""
-    shares = [1.0, 0.75, 0.5]
+    caps = [int(cap * share) for share in (1.0, 0.75, 0.5)]
     if request.memory_limit is not None:
-        shares += [0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0]
-    return list(dict.fromkeys(max(1, int(cap * share)) for share in shares))
+        shares = (0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0)
+        caps += range(cap, 0, -1) if cap <= _SMALL_CAP else [int(cap * share) for share in shares]
+    return list(dict.fromkeys(max(1, live) for live in caps))
 
 
 def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:

@@ -43,7 +43,8 @@ class Busy(Step):
 
 
 def capture(module: Step, num_stages: int, **arguments: Any) -> Capture:
-    return capture_module(module, module.training_step, make_batch(TRACED), make_batch(OTHER), [num_stages], **arguments)
+    batches = make_batch(TRACED), make_batch(OTHER)
+    return capture_module(module, module.training_step, *batches, [range(num_stages)], **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +132,13 @@ def test_batch_with_other_entries() -> None:
     module = Step(Potential(1))
     other = {k: v for k, v in make_batch(OTHER).items() if k != "stress"}
     with pytest.raises(CaptureError, match=r"without .*'stress'.*same entries"):
-        capture_module(module, module.training_step, make_batch(TRACED), other, [1])
+        capture_module(module, module.training_step, make_batch(TRACED), other, [range(1)])
 
 
 def test_evaluation_step() -> None:
     """Validation without fit: no second derivatives, no loss."""
     module = Step(Potential(2)).eval()
-    captured = capture_module(module, module.potential, make_batch(TRACED), make_batch(OTHER), [2]).potential
+    captured = capture_module(module, module.potential, make_batch(TRACED), make_batch(OTHER), [range(2)]).potential
     assert captured.cut.num_stages == 2
     assert [captured.program.outputs[i] for i in captured.regions.outputs] == captured.program.outputs
 
