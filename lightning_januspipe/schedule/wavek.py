@@ -42,8 +42,8 @@ _OFTEN_BEST_DEFERRED = (
     ((Phase.BE, Phase.BF, Phase.FE, Phase.FF), 2),
 )
 _CHUNKS = (2, 1)
-# Bounds of the search: actions that are ordered for one cap, but at least and at most so many tries (the least may be over
-# the memory limit before the cap is given up), and caps that are searched.
+# Bounds of the search: actions that are ordered for one cap, but at least and at most so many tries (if the least all
+# exceed the memory limit, the cap is given up), and caps that are searched.
 _SEARCHED_ACTIONS = 100_000
 _LEAST_TRIES, _MOST_TRIES = 4, 400
 _SEARCHED_CAPS = 3
