@@ -64,8 +64,8 @@ def build_schedule(
         num_microbatches: Number M of micro-batches of one training step.
         costs: Times of one rank's share for one micro-batch, the same on all ranks or one entry per rank; or one entry
             per stage, which then are as many as there are entries.
-        wave_size: Micro-batches per wave of ``wavek`` and ``wavek-zb``, or "auto" to search it. Schedules without waves
-            do not read it.
+        wave_size: Most micro-batches per wave of ``wavek`` and ``wavek-zb``, which is also the most that a rank then
+            holds at once, or "auto" to search it. Schedules without waves do not read it.
         max_live: Most micro-batches of which a rank may hold something at once. None leaves it to the schedule: all
             for ``gpipe``, P for the 1F1B orders, up to 2P for the others, k where ``wave_size`` k is given.
         chunks: Stages per rank of ``wavek-zb``, or "auto" to let it choose 1 or 2; of the unfolded baselines, how

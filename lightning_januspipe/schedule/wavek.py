@@ -92,7 +92,7 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
 
     With ``wave_size="auto"`` the result of ``wavek`` is never slower than ``1f1b-fold`` under the same cap.
     ``max_live=None`` stands for 2P, and for k where ``wave_size`` k is given: a new unit starts as micro-batches of the
-    one before end. A memory limit may lower it further.
+    one before end, and units may be smaller if that is faster. A memory limit may lower the cap further.
 
     Args:
         request: What is asked for.
@@ -199,11 +199,9 @@ def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:
         orders += ((order, None) for order in (*_OFTEN_BEST, DEPTH_FIRST))
     for most_deferred in (None, 0, 1) if deferred else (None,):
         orders += ((order, most_deferred) for order in permutations(BREADTH_FIRST))
-    if request.wave_size == "auto":
-        wished = (num_microbatches, num_ranks, 3 * num_ranks // 2, 2 * num_ranks, num_ranks // 2, 2, 1)
-        wave_sizes = list(dict.fromkeys(size for size in wished if 1 <= size <= num_microbatches))
-    else:
-        wave_sizes = [min(request.wave_size, num_microbatches)]
+    wished: list[int] = [] if request.wave_size == "auto" else [request.wave_size]
+    wished += (num_microbatches, num_ranks, 3 * num_ranks // 2, 2 * num_ranks, num_ranks // 2, 2, 1)
+    wave_sizes = list(dict.fromkeys(min(size, num_microbatches) for size in wished if size >= 1))
     # One unit of all micro-batches is best left to the cap; smaller ones gain from meeting their neighbours.
     shapes = [(size, size < num_microbatches) for size in wave_sizes]
     shapes += [(size, not overlap) for size, overlap in shapes]
