@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -148,11 +149,13 @@ class PipelineTimeline(Callback):
     ) -> None:
         """Draw what was recorded, on one rank."""
         self._num_batches += 1
-        if self._num_batches != self.step + 1 or not trainer.is_global_zero:
+        if self._num_batches != self.step + 1:
+            return
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
+        if not trainer.is_global_zero:
             return
         found = _runner(trainer).recorded_step()
         rows = [("predicted", found.schedule, found.predicted), ("recorded", found.schedule, found.recorded)]
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pipeline-step-{self.step}"
         title = f"{found.schedule.name}, {found.schedule.num_ranks} ranks"
@@ -163,6 +166,15 @@ class PipelineTimeline(Callback):
             f"{found.predicted.makespan:.3f} s), bubbles {100 * found.recorded.bubble_fraction:.1f} % (predicted "
             f"{100 * found.predicted.bubble_fraction:.1f} %); timeline in {path.with_suffix('.' + self.suffix)}"
         )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the step did not come."""
+        if trainer.is_global_zero and self._num_batches <= self.step:
+            warnings.warn(
+                f"PipelineTimeline: training ended after {self._num_batches} batches, before step {self.step} that was "
+                "to be drawn; ask for an earlier one",
+                stacklevel=2,
+            )
 
 
 def _runner(trainer: Trainer) -> Any:

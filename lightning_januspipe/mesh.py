@@ -119,11 +119,6 @@ class Mesh:
         """Global ranks of this rank's pipeline, first stage first."""
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
 
-    def neighbour(self, step: int) -> int | None:
-        """Global rank of the next (1) or previous (-1) stage, or None at an end."""
-        position = self.pipeline_rank + step
-        return self.pipeline_ranks[position] if 0 <= position < self.shape.pipeline else None
-
 
 @contextmanager
 def as_world(group: dist.ProcessGroup | None) -> Iterator[None]:

@@ -22,6 +22,7 @@ from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import PhaseTimes, Recorder, recorded_report
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
+from lightning_januspipe.preparation import on_first_rank
 from lightning_januspipe.schedule import Report, Schedule
 
 _Result = TypeVar("_Result")
@@ -93,7 +94,7 @@ class RecordedStep:
 
     Attributes:
         schedule: the actions of all ranks.
-        predicted: the simulation with the costs that the schedule was made for, in seconds.
+        predicted: the simulation with the costs that were known when the step began, in seconds.
         recorded: the real step, in seconds.
     """
 
@@ -119,6 +120,7 @@ class Pipeline:
         self.gradients = GradientBuffers()
         self.capture = capture
         self._module, self._mesh, self._planner = module, mesh, planner
+        self._costs = planner.costs
         self._schedules: dict[int, Schedule] = {}
         captured = capture.potential
         potential = module.get_submodule(captured.path)
@@ -127,6 +129,7 @@ class Pipeline:
         self._planner = replace(planner, placement=self._placement)
         self.step = CapturedStep(captured, module, self._add_outside)
         links = _links(mesh)
+        links.connect(first.messages())
         own = first.stages_of(mesh.pipeline_rank)
         stages = {s: Stage(CapturedStage(captured, s, potential), self.gradients) for s in own}
         self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout)
@@ -149,8 +152,13 @@ class Pipeline:
         The first rank builds it and the others take it over, so that there is one whatever each has measured.
         """
         if num_microbatches not in self._schedules:
-            self._schedules[num_microbatches] = self._agree(lambda: self._planner.schedule(num_microbatches))
+            found = self._agree(lambda: self._planner.schedule(num_microbatches))
+            assert not self._schedules or self._is_placed(found), "the stages of a pipeline stay on their ranks"
+            self._schedules[num_microbatches] = found
         return self._schedules[num_microbatches]
+
+    def _is_placed(self, schedule: Schedule) -> bool:
+        return (schedule.placement, schedule.force_placement) == (self._placement, self._force_placement)
 
     def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any]) -> list[Any]:
         """All phases of all micro-batches; see :meth:`Undivided.train_step`.
@@ -222,17 +230,13 @@ class Pipeline:
 
     def _agree(self, build: Callable[[], _Result]) -> _Result:
         """What the pipeline's first rank builds, or its error, on every rank."""
-        result: Any = None
-        if self._mesh.pipeline_rank == 0:
-            try:
-                result = build()
-            except ValueError as error:
-                result = error
-        found = [result]
-        dist.broadcast_object_list(found, self._mesh.pipeline_ranks[0], group=self._mesh.control_group)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
+
+        def broadcast(result: Any) -> Any:
+            found = [result]
+            dist.broadcast_object_list(found, self._mesh.pipeline_ranks[0], group=self._mesh.control_group)
+            return found[0]
+
+        return on_first_rank(build, self._mesh.pipeline_rank, broadcast)
 
     # -- what a step costs -------------------------------------------------------------------------------------------
 
@@ -257,22 +261,35 @@ class Pipeline:
             if self._shall_record:
                 self._shall_record = False
                 of_ranks = dict(enumerate(self._gathered(spans)))
-                self._recorded = RecordedStep(
-                    schedule, self._planner.report(schedule), recorded_report(schedule, of_ranks)
-                )
-            self._times.add(spans)
+                predicted = replace(self._planner, costs=self._costs).report(schedule)
+                self._recorded = RecordedStep(schedule, predicted, recorded_report(schedule, of_ranks))
+            if self._num_steps in _LEARNING_STEPS:
+                self._times.add(spans)
             if self._num_steps == _LEARNING_STEPS[-1]:
                 self._plan_again(schedule)
+            self.executor.recorder = None
         self._num_steps += 1
 
     def _plan_again(self, schedule: Schedule) -> None:
-        """Plan for what the phases take on these ranks, with this data, and the user's loss."""
+        """Plan for what the phases take on these ranks, with this data, and the user's loss.
+
+        Other schedules than the searched ones keep the costs of the start, by which their stages were placed.
+        """
         means = {key: time for of_rank in self._gathered(self._times.means()) for key, time in of_rank.items()}
-        costs = measured_costs(means, schedule)
+        self._costs = costs = self._of_first_replica(measured_costs(means, schedule))
         if is_searched(self._planner.name):
             better = self._agree(lambda: self._planner.improved(schedule, costs))
             self._schedules = {schedule.num_microbatches: better or schedule}
-        self._planner = replace(self._planner, costs=costs)
+            self._planner = replace(self._planner, costs=costs)
+
+    def _of_first_replica(self, mine: _Result) -> _Result:
+        """Replicas run one order: losses with collectives meet in the order of their micro-batches."""
+        mesh = self._mesh
+        if mesh.shape.data == 1:
+            return mine
+        found = [mine]
+        dist.broadcast_object_list(found, mesh.shape.rank(mesh.pipeline_rank, 0, mesh.graph_rank), mesh.data_group)
+        return found[0]
 
     def _gathered(self, mine: _Result) -> list[_Result]:
         found: list[Any] = [None] * self._mesh.shape.pipeline

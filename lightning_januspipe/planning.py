@@ -74,10 +74,13 @@ class Planner:
         """A schedule for other costs, if it is better than the present one by more than costs are uncertain.
 
         Args:
-            schedule: what is in use.
+            schedule: what is in use; it stays where the search finds none within the memory limit.
             costs: seconds of the phases of each stage, measured anew.
         """
-        found = replace(self, costs=costs).schedule(schedule.num_microbatches)
+        try:
+            found = replace(self, costs=costs).schedule(schedule.num_microbatches)
+        except ValueError:
+            return None
         gain = 1.0 - self._makespan(found, costs) / self._makespan(schedule, costs)
         return found if gain > _WORTH_A_CHANGE else None
 

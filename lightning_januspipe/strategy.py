@@ -50,16 +50,16 @@ class JanusPipeBody:
     """Everything of the strategy that does not depend on which Lightning it is bound to.
 
     Args:
-        pipeline_size: stages of the pipeline; "auto": the processes over data_size × graph_size.
+        pipeline_size: ranks of a pipeline; "auto": the processes over data_size × graph_size.
         data_size: replicas; "auto": 1 if pipeline_size is "auto" too, else what is left.
         graph_size: ranks that share the atoms of a micro-batch; only 1 is available.
-        num_microbatches: into how many micro-batches each batch is split; "auto": twice the stages, and 1 in one
+        num_microbatches: into how many micro-batches each batch is split; "auto": twice the ranks, and 1 in one
             process. Fewer where a batch has fewer samples. The gradient is that of gradient accumulation over the
             micro-batches.
         schedule: order of phases: "wavek-zb" (the fastest), "wavek" (that of the paper), "1f1b-fold", "gpipe", or one
             of the unfolded baselines to compare with, "1f1b-2nd" and "hanayo-2nd".
         wave_size: micro-batches in a wave of "wavek" and "wavek-zb", which are also the most that a rank holds at once:
-            fewer take less memory and more time. "auto" takes up to twice the stages.
+            fewer take less memory and more time. "auto" takes up to twice the ranks.
         potential: dotted name of the submodule that differentiates the energy; found by itself if not given.
         activation: what is kept between phases; only "keep" is available.
         save_distributed_checkpoint: a folder of shards instead of one file; not available.
@@ -98,7 +98,7 @@ class JanusPipeBody:
                 raise ValueError(f"{name}={given!r} is not available; use {name}={available!r}")
         build_schedule(schedule, 2, 2, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
-        if memory_limit is not None and not memory_limit > 0:
+        if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
         self._num_microbatches, self._schedule, self._wave_size = num_microbatches, schedule, wave_size
         self._memory_limit = memory_limit
@@ -194,14 +194,12 @@ class JanusPipeBody:
         self.lib.seed.reset_seed()
         self.set_world_ranks()
         if self.is_distributed:
-            cuda = self.root_device.type != "cpu"
             self._process_group_backend = (
                 self._process_group_backend
                 or self.lib.distributed._get_default_process_group_backend_for_device(self.root_device)
             )
-            self.lib.distributed._init_dist_connection(
-                self.cluster_environment, self._process_group_backend, device_id=self.root_device if cuda else None
-            )
+            # Without device_id, which would let NCCL's sends and receives wait for one another whatever their peers.
+            self.lib.distributed._init_dist_connection(self.cluster_environment, self._process_group_backend)
         if self.mesh is None or self.mesh.aborted:
             self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
         self.lightning_module._device_mesh = self.mesh.device_mesh
@@ -329,7 +327,8 @@ class JanusPipeBody:
         if self._captured is not None and self._captured[0]() is module:
             self.runner = self._pipeline(self._captured[1], num_microbatches)
             return
-        self._latency = measured_latency(self.mesh)
+        # One number for all replicas: by it the stages are placed.
+        self._latency = self.broadcast(measured_latency(self.mesh))
 
         def capture() -> Capture:
             training = training_mode(module, not is_fitting(module.trainer))
@@ -355,7 +354,9 @@ class JanusPipeBody:
 
     def _pipeline(self, capture: Capture, num_microbatches: int) -> Pipeline:
         assert self.mesh is not None
-        planner = self._planner(capture.seconds, capture.bytes, self._memory_limit)
+        # Evaluation keeps nothing between its phases.
+        memory_limit = self._memory_limit if is_fitting(self.lightning_module.trainer) else None
+        planner = self._planner(capture.seconds, capture.bytes, memory_limit)
         return Pipeline(self.lightning_module, self.mesh, capture, planner, num_microbatches)
 
     def _planner(

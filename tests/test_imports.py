@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"capture", "engine", "mesh", "schedule"},
     "loading": {"engine"},
     "planning": {"engine", "schedule"},
-    "pipeline": {"capture", "engine", "graph", "mesh", "planning", "schedule"},
+    "pipeline": {"capture", "engine", "graph", "mesh", "planning", "preparation", "schedule"},
     "models": {"keys"},
     "data": {"keys"},
     "calculator": {"data", "keys", "models"},

@@ -77,7 +77,7 @@ def test_coordinates_and_rank_are_inverse(pipeline: int, data: int, graph: int) 
     assert positions == [(p, d, g) for p in range(pipeline) for d in range(data) for g in range(graph)]
 
 
-def test_groups_and_neighbours(pool: RankPool) -> None:
+def test_groups(pool: RankPool) -> None:
     first, second, third, fourth = pool.run(inspect_mesh, 2, 2)
     assert [r["position"] for r in (first, second, third, fourth)] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
     for rank, (found, pipeline, replicas) in enumerate(
@@ -87,11 +87,6 @@ def test_groups_and_neighbours(pool: RankPool) -> None:
         assert all(found[name] == pipeline for name in ("pipeline", "down", "up", "control"))
         assert found["data"] == replicas
         assert found["alone"] == [rank]
-    assert [r["neighbours"] for r in (first, second, third, fourth)] == [(None, 2), (None, 3), (0, None), (1, None)]
-
-
-def test_neighbours_in_the_middle(pool: RankPool) -> None:
-    assert [r["neighbours"] for r in pool.run(inspect_mesh, 3, 1, world_size=3)] == [(None, 1), (0, 2), (1, None)]
 
 
 def test_a_group_as_the_world(pool: RankPool) -> None:

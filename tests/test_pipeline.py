@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pipeline_workers
 import pytest
 import tiny
 
-from lightning_januspipe.schedule import Schedule, validate
+from lightning_januspipe.planning import Planner
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate
 from lightning_januspipe.schedule.draw import SUFFIXES
 from lightning_januspipe.testing import RankPool, compare_records, train_undivided
 
@@ -77,6 +79,50 @@ def test_timeline_of_a_real_step(pool: RankPool, tmp_path: Path) -> None:
     assert predicted > 0
     assert pipeline_workers.exists(str(tmp_path)) == ["pipeline-step-4.json", "pipeline-step-4.png"]
     assert (tmp_path / "pipeline-step-4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_timeline_of_a_step_that_does_not_come(pool: RankPool, tmp_path: Path) -> None:
+    first, second = pool.run(pipeline_workers.timeline_too_late, str(tmp_path), world_size=2)
+    assert ["ended after 2 batches, before step 5" in w for w in first] == [True] and second == []
+    assert pipeline_workers.exists(str(tmp_path)) == []
+
+
+def test_timeline_in_the_default_folder(pool: RankPool, tmp_path: Path) -> None:
+    """Ranks go on together after it, and what the warm-up took does not count."""
+    counts = pool.run(pipeline_workers.timeline_in_the_default_folder, str(tmp_path), world_size=2)
+    assert counts == [0, 0]
+    assert pipeline_workers.exists(str(tmp_path)) == ["pipeline-step-0.json", "pipeline-step-0.png"]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b-2nd", "hanayo-2nd", "wavek-zb"])
+def test_stages_stay_where_they_are(pool: RankPool, schedule: str) -> None:
+    """A smaller batch after costs were measured anew gets a schedule for the places that the stages have."""
+    strategy = {"schedule": schedule, "num_microbatches": 4}
+    for before, after in pool.run(pipeline_workers.places_after_measuring, strategy, world_size=2):
+        assert before == after
+
+
+def test_replicas_plan_alike(pool: RankPool) -> None:
+    """Ranks of other replicas hold the same stages and run the same order, whatever each has measured."""
+    strategy = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
+    results = pool.run(pipeline_workers.costs_of_replicas, strategy, world_size=4)
+    # The costs are those that were gathered by the ranks of the first replica, 0 and 2.
+    assert [r[0] for r in results] == [1e-6] * 4
+    assert results[0] == results[1] and results[2] == results[3]
+
+
+def test_memory_limit_is_for_training(pool: RankPool) -> None:
+    limited, free = (
+        pool.run(pipeline_workers.validate_only, given, world_size=2) for given in ({"memory_limit": 1000.0}, {})
+    )
+    assert limited == free
+
+
+def test_a_schedule_stays_where_no_other_keeps_within_memory() -> None:
+    costs, memory = (PhaseCosts(1, 1, 1, 1),) * 2, (MemoryCosts(10, 10),) * 2
+    planner = Planner("wavek", 2, costs, memory, memory_limit=20.0)
+    present = planner.schedule(4)
+    assert replace(planner, memory_limit=19.0).improved(present, costs) is None
 
 
 def test_timeline_needs_a_pipeline(pool: RankPool) -> None:

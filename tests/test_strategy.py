@@ -81,6 +81,19 @@ def test_both_lightnings(pool: RankPool, namespace: str, strategy: Any) -> None:
             close(expected["metrics"], found["metrics"])
 
 
+@pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
+def test_registered_names(namespace: str) -> None:
+    pytest.importorskip(namespace)
+    registry = workers.library(namespace).strategies.StrategyRegistry
+    expected = {
+        "januspipe": "wavek-zb",
+        "januspipe_gpipe": "gpipe",
+        "januspipe_1f1b_2nd": "1f1b-2nd",
+        "januspipe_hanayo_2nd": "hanayo-2nd",
+    }
+    assert {name: registry.get(name)._schedule for name in expected} == expected
+
+
 def test_an_instance_of_the_other_lightning_is_refused_by_lightning_itself() -> None:
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("lightning")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -181,6 +181,22 @@ class Links:
             self._from[peer] = self._channel(peer, downward=peer < self._rank)
         return self._from[peer]
 
+    def connect(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Make connections before a schedule uses them.
+
+        With NCCL two ranks make theirs with the first message, and both wait for the other one then. Amid a schedule
+        the receiver may be waiting for something that the sender only does later.
+
+        Args:
+            pairs: sender and receiver of each connection, the same on all ranks.
+        """
+        for sender, receiver in sorted(set(pairs)):  # one after the other in one order, so no cycle of waits
+            if sender == self._rank:
+                self.to(receiver).send([torch.zeros(1, dtype=torch.uint8, device=self.device)])
+                self.to(receiver).flush(None)
+            elif receiver == self._rank:
+                self.from_(sender).receive([((1,), torch.uint8)]).wait(None)
+
     def outgoing(self) -> list[tuple[int, Channel]]:
         """All channels that were sent through, with the position of their receiver."""
         return list(self._to.items())
@@ -214,6 +230,7 @@ def message_latency(links: Links, rank: int, num_messages: int = 10) -> float:
     """
     if rank > 1:
         return 0.0
+    links.connect([(0, 1), (1, 0)])
     message = [torch.zeros(256, dtype=torch.uint8, device=links.device)]
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((256,), torch.uint8)]
     times = []

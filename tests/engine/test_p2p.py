@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_workers import exchange
+from engine_workers import connect_all, exchange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -86,6 +86,11 @@ def test_channel_between_two_ranks(pool: RankPool) -> None:
         for found, expected in zip(received, messages, strict=True):
             _same(found, expected)
         assert bytes_sent == sum(sizes)
+
+
+def test_connections_before_their_first_message(pool: RankPool) -> None:
+    """Whatever order the pairs are given in; what is sent later is not mixed up with it."""
+    assert pool.run(connect_all, world_size=4) == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("num", [0, 1, 2])

@@ -67,6 +67,21 @@ def exchange(messages: list[list[Tensor]]) -> tuple[list[list[Tensor]], int]:
     return received, out.bytes_sent
 
 
+def connect_all() -> list[int]:
+    """Connect every pair of ranks both ways, then send one's number to all; returns what came from the others."""
+    rank, size = _start(), dist.get_world_size()
+    links = Links(rank, range(size), dist.new_group(), dist.new_group(), CPU)  # type: ignore[arg-type]
+    others = [r for r in range(size) if r != rank]
+    links.connect(sorted(((a, b) for a in range(size) for b in range(size) if a != b), key=lambda p: (rank * p[0], p)))
+    for other in others:
+        links.to(other).send([torch.tensor(rank)])
+    received = [links.from_(other).receive([((), torch.int64)]) for other in others]
+    numbers = [int(r.wait(timedelta(seconds=20))[0]) for r in received]
+    for _, channel in links.outgoing():
+        channel.flush(timedelta(seconds=20))
+    return numbers
+
+
 # -- executor --------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +274,7 @@ def reduce_some(divide_by: int) -> dict[str, Tensor | None]:
 
 
 def inspect_mesh(pipeline: int, data: int) -> dict[str, Any]:
-    """What a rank sees of its mesh: neighbours, and the members of its groups by all-reduce."""
+    """What a rank sees of its mesh: its place, and the members of its groups by all-reduce."""
     rank = _start()
     mesh = Mesh(MeshShape(pipeline, data), rank, CPU, timedelta(seconds=30))
 
@@ -271,7 +286,6 @@ def inspect_mesh(pipeline: int, data: int) -> dict[str, Any]:
 
     groups = {n: getattr(mesh, f"{n}_group") for n in ("pipeline", "data", "down", "up", "control", "alone")}
     found: dict[str, Any] = {n: members(g) for n, g in groups.items()}
-    found["neighbours"] = (mesh.neighbour(-1), mesh.neighbour(1))
     found["position"] = (mesh.pipeline_rank, mesh.data_rank, mesh.graph_rank)
     found["pipeline_ranks"] = mesh.pipeline_ranks
     return found

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import strategy_workers
 import tiny
+from lightning.pytorch import Callback
 
-from lightning_januspipe import planning
+from lightning_januspipe import pipeline, planning
+from lightning_januspipe import strategy as strategy_module
 from lightning_januspipe.callbacks import PipelineTimeline
-from lightning_januspipe.schedule import Action
+from lightning_januspipe.schedule import Action, PhaseCosts
 from lightning_januspipe.testing import Record, train_in_pipeline
 
 
@@ -82,6 +86,84 @@ def record_timeline(folder: str, strategy: dict[str, Any]) -> tuple[list[tuple[A
     step = found["step"]
     times = [(a, step.recorded.start[a], step.recorded.end[a]) for order in step.schedule.actions for a in order]
     return times, step.recorded.makespan, step.predicted.makespan
+
+
+def timeline_too_late(folder: str) -> list[str]:
+    """The warnings of a training that ends before the step that was to be drawn."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit({"num_microbatches": 2}, 2, [PipelineTimeline(step=5, dirpath=folder)])
+    return [str(w.message) for w in caught if "PipelineTimeline" in str(w.message)]
+
+
+def timeline_in_the_default_folder(folder: str) -> int:
+    """Record the first step into the Trainer's own folder; returns how many phases were timed for planning."""
+    trainer = strategy_workers.make_trainer({"num_microbatches": 2}, max_steps=1, default_root_dir=folder)
+    trainer.callbacks.append(PipelineTimeline(step=0, suffix="png"))
+    found: list[int] = []
+    module = tiny.module()
+    module.on_train_end = lambda: found.append(len(trainer.strategy.runner._times.means()))
+    trainer.fit(module, datamodule=tiny.data())
+    trainer.strategy.barrier()
+    return found[0]
+
+
+def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
+    """Where the stages are, and where a schedule puts them that is made after costs turned out quite different."""
+    measured, found = pipeline.measured_costs, []
+
+    def skewed(*arguments: Any) -> Any:
+        first, *others = measured(*arguments)
+        return tuple(PhaseCosts(1.0, 1.0, 1.0, 1.0) for _ in others) + (first,)
+
+    def look(trainer: Any) -> None:
+        runner = trainer.strategy.runner
+        assert runner._costs[0].fe == 1.0
+        later = runner.schedule(3)
+        found.append((runner._placement, runner._force_placement))
+        found.append((later.placement, later.force_placement))
+
+    pipeline.measured_costs = skewed  # type: ignore[attr-defined]
+    try:
+        fit(strategy, 5, [_AtTheEnd(look)])
+    finally:
+        pipeline.measured_costs = measured  # type: ignore[attr-defined]
+    return found[0], found[1]
+
+
+def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
+    """The latency and the costs that a rank plans with, where each rank measures others."""
+    measured, latency, found = pipeline.measured_costs, strategy_module.measured_latency, []
+    rank = int(os.environ["RANK"])
+
+    def look(trainer: Any) -> None:
+        planner = trainer.strategy.runner._planner
+        found.append((planner.latency, planner.costs))
+
+    pipeline.measured_costs = lambda *a: (PhaseCosts(1.0 + rank, 1.0, 1.0, 1.0),) * len(measured(*a))  # type: ignore
+    strategy_module.measured_latency = lambda mesh: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
+    try:
+        fit(strategy, 5, [_AtTheEnd(look)])
+    finally:
+        pipeline.measured_costs, strategy_module.measured_latency = measured, latency  # type: ignore[attr-defined]
+    return found[0]
+
+
+def validate_only(strategy: dict[str, Any]) -> float:
+    """The loss of a validation without training."""
+    trainer = strategy_workers.make_trainer(strategy, limit_val_batches=1)
+    (metrics,) = trainer.validate(tiny.module(), datamodule=tiny.data(), verbose=False)
+    return float(metrics["val_loss"])
+
+
+class _AtTheEnd(Callback):
+    """Calls a function with the Trainer when training ends."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._function(trainer)
 
 
 def timeline_without_a_pipeline() -> str:
