@@ -127,6 +127,7 @@ class Pipeline:
         first = self.schedule(num_microbatches)
         self._placement, self._force_placement = first.placement, first.force_placement
         self._planner = replace(planner, placement=self._placement)
+        self._evaluation = evaluation_schedule(self._placement, self._force_placement, mesh.shape.pipeline, 1)
         self.step = CapturedStep(captured, module, self._add_outside)
         links = _links(mesh)
         links.connect(first.messages())
@@ -197,9 +198,7 @@ class Pipeline:
         try:
             inputs = [self._prepare(0, step, batch)]
             self._compare_batches(inputs, [batch])
-            num_ranks = self._mesh.shape.pipeline
-            plan = evaluation_schedule(self._placement, self._force_placement, num_ranks, 1)
-            (result,) = self.executor.evaluate(plan, inputs)
+            (result,) = self.executor.evaluate(self._evaluation, inputs)
             observables, derivatives = self._share(result, inputs[0])
             with as_world(self._mesh.data_group):
                 return self.step.finish(0, step, batch, observables, derivatives)

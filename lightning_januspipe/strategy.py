@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from lightning_januspipe.pipeline import Pipeline, Undivided, measured_latency
 from lightning_januspipe.planning import (
     Planner,
     is_deferred,
+    is_searched,
     is_unfolded,
     memory_costs,
     phase_costs,
@@ -97,6 +99,8 @@ class JanusPipeBody:
             if given != available:
                 raise ValueError(f"{name}={given!r} is not available; use {name}={available!r}")
         build_schedule(schedule, 2, 2, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
+        if wave_size != "auto" and not is_searched(schedule):
+            warnings.warn(f"wave_size={wave_size} has no effect: schedule={schedule!r} has no waves", stacklevel=2)
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")

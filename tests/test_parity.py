@@ -89,10 +89,17 @@ def test_accumulation_over_batches(pool: RankPool, devices: int) -> None:
     )
 
 
-def test_parameters_that_several_stages_read(pool: RankPool) -> None:
+@pytest.mark.parametrize("schedule", ["wavek-zb", "1f1b-2nd"])
+def test_parameters_that_several_stages_read(pool: RankPool, schedule: str) -> None:
     """Their gradients are summed over the stages, and clipping counts them once."""
     assert_matches_single_process(
-        mutants.tied_module, tiny.data, devices=2, strategy={}, steps=3, pool=pool, trainer={"gradient_clip_val": 0.05}
+        mutants.tied_module,
+        tiny.data,
+        devices=2,
+        strategy={"schedule": schedule},
+        steps=3,
+        pool=pool,
+        trainer={"gradient_clip_val": 0.05},
     )
 
 

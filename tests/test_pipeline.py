@@ -24,6 +24,15 @@ def test_a_new_schedule_in_mid_training_changes_no_number(pool: RankPool, schedu
     assert [built for _, built in results] == [1, 0], "the first rank plans for all, once"
 
 
+@pytest.mark.parametrize("placement", [(0, 1, 1, 0), (0, 1, 0, 1)], ids=["snake", "loop"])
+def test_two_stages_on_each_rank(pool: RankPool, placement: tuple[int, ...]) -> None:
+    strategy = {"schedule": "wavek-zb", "num_microbatches": 4}
+    results = pool.run(pipeline_workers.train_with_placement, placement, strategy, 3, world_size=2)
+    assert [stages for _, stages in results] == [[s for s, r in enumerate(placement) if r == rank] for rank in (0, 1)]
+    (reference,) = pool.run(train_undivided, tiny.module, tiny.data, strategy, 3, {}, 2, world_size=1)
+    compare_records(reference, [record for record, _ in results], 1e-9)
+
+
 @pytest.mark.parametrize(
     ("schedule", "size"), [("wavek-zb", 2), ("wavek-zb", 4), ("wavek", 2), ("1f1b-2nd", 2), ("hanayo-2nd", 2)]
 )

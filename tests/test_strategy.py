@@ -94,6 +94,11 @@ def test_registered_names(namespace: str) -> None:
     assert {name: registry.get(name)._schedule for name in expected} == expected
 
 
+def test_wave_size_without_waves_is_said_to_have_no_effect() -> None:
+    with pytest.warns(UserWarning, match="wave_size=4 has no effect: schedule='gpipe'"):
+        lightning_januspipe.JanusPipeStrategy(schedule="gpipe", wave_size=4)
+
+
 def test_an_instance_of_the_other_lightning_is_refused_by_lightning_itself() -> None:
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("lightning")

@@ -99,12 +99,11 @@ def capture_module(
             ranks = placement if len(placement) > len(set(placement)) else None
             try:
                 cut = find_cut(program, regions, profile, len(placement), ranks)
+                candidate = CapturedPotential(found.path, program, regions, cut, form)
+                measured.append(_balance(candidate, profile, submodule, other, manner, placement))
             except CaptureError:
                 if not measured:
                     raise
-                continue
-            candidate = CapturedPotential(found.path, program, regions, cut, form)
-            measured.append(_balance(candidate, profile, submodule, other, manner, placement))
         captured, seconds = _fastest(measured, step_time)
         if manner.apart:
             validate(captured, submodule, other, manner)

@@ -22,7 +22,7 @@ _CHEAP_SHARE = 0.15
 _BYTES_SLACK = 4.0
 # A stage must do at least this share of the mean work, or it is not worth a rank.
 _LEAST_SHARE = 0.1
-# Where a rank has several stages all cuts are tried, up to this many.
+# Where a rank has several stages all cuts are tried, up to this many; of more a local search is made.
 _TRIED_CUTS = 20_000
 
 
@@ -296,7 +296,16 @@ def _balanced(
     for _ in range(num_stages - 2):
         options = {c: [[*cuts, c] for b, cuts in best.items() if b < c] for c in points}
         best = {c: min(o, key=lambda cuts: score(cuts, one_each)) for c, o in options.items() if o}
-    return min(best.values(), key=lambda cuts: score(cuts, one_each), default=None)
+    found = min(best.values(), key=lambda cuts: score(cuts, one_each), default=None)
+    if found is None or placement is None:
+        return found
+    while True:  # from even stages to even ranks, one cut at a time
+        moved = [[*found[:i], p, *found[i + 1 :]] for i in range(len(found)) for p in points]
+        moved = [m for m in moved if all(a < b for a, b in pairwise(m)) and _worth(prefix, m, num_stages)]
+        better = min(moved, key=lambda cuts: score(cuts, placement), default=found)
+        if score(better, placement) >= score(found, placement):
+            return found
+        found = better
 
 
 def _worth(prefix: Sequence[float], positions: Sequence[int], num_stages: int) -> bool:

@@ -97,8 +97,8 @@ def build_schedule(
         raise ValueError("memory and memory_limit belong together: give the bytes of a micro-batch and the limit.")
     if memory_limit is not None and not memory_limit >= 0:
         raise ValueError(f"memory_limit is {memory_limit!r}, expected a number of bytes >= 0 or None.")
-    places = None if placement is None else tuple(placement)
-    if places is not None and (name not in CHOSEN_PLACES or set(places) != set(range(num_ranks))):
+    places = tuple(placement) if isinstance(placement, Sequence) else None
+    if placement is not None and (places is None or name not in CHOSEN_PLACES or set(places) != set(range(num_ranks))):
         raise ValueError(
             f"placement is {placement!r}, expected the rank of each stage, with every rank from 0 to {num_ranks - 1}, "
             f"for {' or '.join(CHOSEN_PLACES)}; {name!r} was asked for."

@@ -127,3 +127,16 @@ def test_imports_are_told_apart():
     lines = ["import a", "if TYPE_CHECKING:", "    import b", "class C:", "    import c", "    def f(self):"]
     lines += ["        from d.e import f"]
     assert _imports(ast.parse("\n".join(lines))) == (["a", "c"], ["b", "d.e"])
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"), [("wavek-zb", 5), ("wavek-zb", (0, 1, 1)), ("wavek-zb", (0, 1, 2, 3)), ("wavek", (0, 1, 2))]
+)
+def test_placement_that_does_not_fit_is_refused(name: str, placement: object) -> None:
+    with pytest.raises(ValueError, match="placement is .* with every rank from 0 to 2"):
+        build_schedule(name, 3, 4, PhaseCosts(1, 1, 1, 1), placement=placement)  # type: ignore[arg-type]
+
+
+def test_a_given_placement_is_kept() -> None:
+    placement = (0, 1, 2, 0, 1, 2)
+    assert build_schedule("wavek-zb", 3, 4, PhaseCosts(1, 1, 1, 1, 1, 1), placement=placement).placement == placement

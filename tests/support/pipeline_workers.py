@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import strategy_workers
 import tiny
@@ -41,6 +42,26 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
         return train_in_pipeline(tiny.module, tiny.data, strategy, steps, {}), built
     finally:
         planning._WORTH_A_CHANGE, planning.Planner.improved = threshold, improved  # type: ignore[method-assign]
+
+
+def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], steps: int) -> tuple[Record, list[int]]:
+    """Train with stages on given ranks; returns also the stages of this rank."""
+    from lightning_januspipe import strategy as strategy_module
+    from lightning_januspipe.schedule import request
+
+    stages: list[int] = []
+    make = pipeline.Pipeline.__init__
+
+    def noted(self: Any, *arguments: Any, **more: Any) -> None:
+        make(self, *arguments, **more)
+        stages.extend(self.executor.stages)
+
+    with (
+        patch.object(strategy_module, "placements", lambda *_: (placement,)),
+        patch.object(request, "layouts", lambda *_: (placement,)),
+        patch.object(pipeline.Pipeline, "__init__", noted),
+    ):
+        return train_in_pipeline(tiny.module, tiny.data, strategy, steps, {}), sorted(stages)
 
 
 def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | None = None) -> dict[str, Any]:
@@ -113,12 +134,11 @@ def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
     measured, found = pipeline.measured_costs, []
 
     def skewed(*arguments: Any) -> Any:
-        first, *others = measured(*arguments)
-        return tuple(PhaseCosts(1.0, 1.0, 1.0, 1.0) for _ in others) + (first,)
+        return (PhaseCosts(5.0, 1e-3, 1e-3, 5.0),) * len(measured(*arguments))
 
     def look(trainer: Any) -> None:
         runner = trainer.strategy.runner
-        assert runner._costs[0].fe == 1.0
+        assert runner._costs[0].fe == 5.0
         later = runner.schedule(3)
         found.append((runner._placement, runner._force_placement))
         found.append((later.placement, later.force_placement))
