@@ -117,10 +117,12 @@ def unequal_inputs(num: int) -> list[MicrobatchInput]:
     return [microbatch(20 + i, num_atoms=4 + 5 * i % 7, num_structures=1 + i % 3) for i in range(num)]
 
 
-def schedule_of(name: str, num_ranks: int, num_stages: int, num_microbatches: int) -> Schedule:
+def schedule_of(
+    name: str, num_ranks: int, num_stages: int, num_microbatches: int, placement: tuple[int, ...] | None = None
+) -> Schedule:
     """A schedule whose stages, and so whose ranks, have unequal costs, as real ones do."""
     costs = [PhaseCosts(1.0 + 0.1 * s, 1.5, 1.3, 1.0 - 0.05 * s, 1.2, 0.9) for s in range(num_stages)]
-    return build_schedule(name, num_ranks, num_microbatches, costs, chunks=num_stages // num_ranks)
+    return build_schedule(name, num_ranks, num_microbatches, costs, chunks=num_stages // num_ranks, placement=placement)
 
 
 def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[list[float], int]:
@@ -131,7 +133,9 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
     """
     rank = _start()
     size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])
-    schedules = [schedule_of(name, size, num_stages, num) for num in numbers]
+    schedules = [schedule_of(name, size, num_stages, numbers[0])]
+    placement = schedules[0].placement if name == "wavek-zb" else None  # stages stay where they are
+    schedules += [schedule_of(name, size, num_stages, num, placement) for num in numbers[1:]]
     executor, functions, gradients = make_executor(LAYOUTS[layout], schedules[0])
     parameters = list(dict.fromkeys(p for s in executor.stages for p in functions[s].parameters))
     everything = list(dict.fromkeys(p for f in functions for p in f.parameters))
