@@ -32,7 +32,7 @@ def test_the_checks_run_the_test_commands() -> None:
 
 
 def test_recipes_are_there_and_parse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [command for command in commands() if command[0] == "januspipe"]
+    runs = [command for command in commands() if command[:2] == ["januspipe", "fit"]]
     assert runs
     for command in runs:
         recipe = ROOT / command[command.index("--config") + 1]
@@ -42,6 +42,17 @@ def test_recipes_are_there_and_parse(tmp_path: Path, capsys: pytest.CaptureFixtu
             main([*args, "--print_config"])
         assert exit_info.value.code == 0
         assert "JanusPipeStrategy" in capsys.readouterr().out
+
+
+def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's command, on fewer structures and measured once."""
+    (command,) = [command for command in commands() if command[:2] == ["januspipe", "plan"]]
+    assert command[-2:] == ["--output", "plan"]
+    args = [str(ROOT / part) if part.endswith(".yaml") else part for part in command[1:-1]]
+    fewer = ["--data.num_train", "24", "--data.num_val", "4", "--data.num_test", "4", "--repeats", "1"]
+    main([*args, str(tmp_path / "plan"), *fewer])
+    assert "→ " in capsys.readouterr().out
+    assert {"gantt.svg", "memory.svg", "trace.json", "plan.json"} <= {p.name for p in (tmp_path / "plan").iterdir()}
 
 
 def test_every_recipe_is_described() -> None:
