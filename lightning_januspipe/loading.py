@@ -6,18 +6,22 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_januspipe.engine.microbatch import MicroBatchCollate, sample_cost
+from lightning_januspipe.engine.microbatch import MicroBatchCollate, MicroBatches, example_groups
 
 _NUM_SAMPLES = 12
 
@@ -25,7 +29,8 @@ _NUM_SAMPLES = 12
 def split_batches(loader: Any, num_microbatches: int, required: bool) -> Any:
     """A loader that gives :class:`~lightning_januspipe.engine.microbatch.MicroBatches`.
 
-    The user's loader is not changed: it may serve for validation too.
+    The user's loader is not changed: it may serve for validation too. Only its ``state_dict``, where it has one, tells
+    from now on how far the returned loader is.
 
     Args:
         loader: the user's loader.
@@ -33,24 +38,23 @@ def split_batches(loader: Any, num_microbatches: int, required: bool) -> Any:
         required: whether the user asked for this number, so that a loader that cannot be split is an error.
 
     Returns:
-        A copy that splits, or the loader itself where one micro-batch is wanted or it cannot be split.
+        A copy that splits. The loader itself where one micro-batch is wanted or it cannot be split; but a copy that
+        gives the same batches if its dataset is iterable and there are several processes: its first batch is then read
+        ahead for :func:`example_batches`, by every process alike.
 
     Raises:
         ValueError: the loader collates nothing, so that its batches cannot be split.
     """
-    if num_microbatches == 1:
+    reads_ahead = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    if num_microbatches > 1 and not _collates(loader):
+        _cannot_split(loader, num_microbatches, required, "gives ready-made batches without collating samples")
+        num_microbatches = 1
+    if num_microbatches == 1 and not (reads_ahead and _is_distributed()):
         return loader
-    if not isinstance(loader, DataLoader) or (loader.batch_sampler is None and loader.batch_size is None):
-        if required:
-            raise ValueError(
-                f"num_microbatches={num_microbatches}, but the training loader ({type(loader).__name__}) gives "
-                "ready-made batches without collating samples, so they cannot be split. Use a torch DataLoader "
-                "with a batch_size or batch_sampler, or num_microbatches=1 with accumulate_grad_batches."
-            )
+    split = _split_copy(loader, num_microbatches, required, reads_ahead)
+    if split is None:
+        _cannot_split(loader, num_microbatches, required, "has a collate_fn that cannot be replaced")
         return loader
-    split = copy.copy(loader)
-    split._iterator = None  # workers that persist belong to the user's loader
-    split.collate_fn = MicroBatchCollate(loader.collate_fn, num_microbatches)
     return split
 
 
@@ -81,35 +85,24 @@ def seed_workers(loader: Any, worker_init: Callable[..., None], data_rank: int) 
 def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
     """Two batches for capture, collated by the loader's own function: one to trace, one to validate and profile on.
 
-    They hold different numbers of samples; the first has at least two, the second about as many as a micro-batch.
+    They hold different numbers of samples; the first has at least two, the second about as many as a micro-batch. Of
+    ready-made batches they are the first two.
+
+    What training sees is not changed. A map-style dataset is read at a few indices spread over it, at most 12 times,
+    in a worker process if the loader has workers; neither sampler nor generator is touched. For an iterable dataset
+    that :func:`split_batches` has seen, the samples are those of its first batch, which training gets all the same.
 
     Raises:
-        ValueError: the loader gives no samples.
+        ValueError: the loader gives no samples, or gives them only once.
     """
-    with _same_random_numbers():
-        if not isinstance(loader, DataLoader) or (loader.batch_size is None and loader.batch_sampler is None):
-            batches = list(islice(iter(loader), 2))
-            if not batches:
-                raise ValueError("the loader gives no batches")
-            return batches[0], batches[-1]
-        collate = loader.collate_fn.collate if isinstance(loader.collate_fn, MicroBatchCollate) else loader.collate_fn
-        samples = _samples(loader.dataset)
-        if not samples:
-            raise ValueError("the dataset gives no samples")
-        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 2 * num_microbatches
-        num_other = max(1, round(batch_size / num_microbatches))
-        num_traced = 3 if num_other == 2 else 2
-        ordered = sorted(samples, key=sample_cost)
-        middle = [ordered[len(ordered) * (2 * i + 1) // (2 * num_other)] for i in range(num_other)]
-        largest = [ordered[-1 - i % len(ordered)] for i in range(num_traced)]
-        return collate(largest), collate(middle)
-
-
-def _samples(dataset: Any) -> list[Any]:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return list(islice(iter(dataset), _NUM_SAMPLES))
-    num = len(dataset)
-    return [dataset[i * num // min(num, _NUM_SAMPLES)] for i in range(min(num, _NUM_SAMPLES))]
+    if isinstance(loader, _SplitLoader) and loader.split_state.reads_ahead:
+        return loader.split_state.examples_of(loader)
+    with _same_random_numbers(getattr(loader, "dataset", None)):
+        if not isinstance(loader, DataLoader):
+            return _ends(list(islice(_fresh(loader, "loader"), 2)))
+        if isinstance(loader.dataset, IterableDataset):
+            return _read_iterable(loader, num_microbatches)
+        return _read_map(loader, num_microbatches)
 
 
 def without_inference(value: Any) -> Any:
@@ -132,9 +125,242 @@ def without_inference(value: Any) -> Any:
     return value
 
 
+# -- splitting -------------------------------------------------------------------------------------------------------
+
+
+def _collates(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _cannot_split(loader: Any, num_microbatches: int, required: bool, why: str) -> None:
+    what = f"the training loader ({type(loader).__name__}) {why}"
+    how = "Use a torch DataLoader with a batch_size or batch_sampler"
+    if required:
+        raise ValueError(
+            f"num_microbatches={num_microbatches}, but {what}, so they cannot be split. {how}, or num_microbatches=1 "
+            "with accumulate_grad_batches."
+        )
+    if not _is_distributed() or dist.get_rank() == 0:
+        warnings.warn(
+            f"{what}: each is one micro-batch, and the ranks of a pipeline work on it one after another. {how}, to "
+            "have batches split; num_microbatches=1 says that this is meant.",
+            stacklevel=3,
+        )
+
+
+@dataclasses.dataclass
+class _SplitState:
+    """What a split loader knows beside what the user's loader does.
+
+    Attributes:
+        num_microbatches: into how many its batches are split; its batches are plain if 1.
+        collates: whether the collating function is wrapped.
+        reads_ahead: whether the first batch is read as soon as there is an iterator.
+        examples: two batches for capture.
+        parked: an iterator made for these; the next that is asked for.
+    """
+
+    num_microbatches: int
+    collates: bool
+    reads_ahead: bool
+    examples: tuple[Any, Any] | None = None
+    parked: Iterator[Any] | None = None
+
+    def examples_of(self, loader: Any) -> tuple[Any, Any]:
+        """The examples of a loader that reads ahead."""
+        if self.examples is None:
+            self.parked = iter(loader)
+        if self.examples is None:
+            raise ValueError("the dataset gives no samples")
+        return self.examples
+
+    def checked(self, batch: Any, name: str) -> Any:
+        """A batch as training gets it.
+
+        Raises:
+            ValueError: it was not made by the loader's collating function.
+        """
+        if not self.collates:
+            return batch
+        if not isinstance(batch, MicroBatches):
+            raise ValueError(
+                f"the training loader ({name}) makes batches (here: {type(batch).__name__}) otherwise than by its "
+                "collate_fn, so they cannot be split. Use a torch DataLoader with a batch_size or batch_sampler, or "
+                "num_microbatches=1 with accumulate_grad_batches."
+            )
+        if batch.examples is not None:
+            self.examples, batch.examples = self.examples or batch.examples, None
+        return batch if self.num_microbatches > 1 else batch.batches[0]
+
+
+class _SplitLoader:
+    """Comes before the class of the user's loader in that of its copy."""
+
+    split_state: _SplitState
+
+    def __iter__(self) -> Iterator[Any]:
+        state = self.split_state
+        parked, state.parked = state.parked, None
+        return parked or _SplitIterator(super().__iter__(), state, type(self).__name__)  # type: ignore[misc]
+
+
+class _SplitIterator(Iterator[Any]):
+    """One pass over a split loader."""
+
+    def __init__(self, batches: Iterator[Any], state: _SplitState, name: str) -> None:
+        self._batches, self._state, self._name = batches, state, name
+        self._ahead: deque[Any] = deque()
+        if state.reads_ahead and state.examples is None:
+            # Every process does so, at the same place in its random numbers, and before capture needs it on one.
+            self._ahead.extend(islice(self._checked(), 1 if state.collates else 2))
+            if self._ahead and not state.collates:
+                state.examples = _ends(list(self._ahead))
+
+    def __next__(self) -> Any:
+        return self._ahead.popleft() if self._ahead else self._state.checked(next(self._batches), self._name)
+
+    def _checked(self) -> Iterator[Any]:
+        return (self._state.checked(b, self._name) for b in self._batches)
+
+
+def _split_copy(loader: Any, num_microbatches: int, required: bool, reads_ahead: bool) -> Any:
+    """A copy made without ``__init__``, which in subclasses may ignore or rename its arguments; None if it cannot be.
+
+    A loader with a state is represented by its copy: where it was copied before, it is the copy that went on.
+    """
+    before = getattr(loader.__dict__.get("state_dict"), "__self__", None)
+    source = before if isinstance(before, _SplitLoader) else loader
+    kind = type(loader)
+    split_kind = types.new_class(kind.__name__, (_SplitLoader, kind))
+    split_kind.__module__, split_kind.__qualname__ = kind.__module__, kind.__qualname__
+    split: Any = object.__new__(split_kind)
+    split.__dict__.update(source.__dict__)
+    if source is loader:
+        split.__dict__["_iterator"] = None  # workers that persist belong to the user's loader
+    else:
+        split.__dict__.pop("state_dict", None)
+    collates = _collates(loader)
+    split.split_state = _SplitState(num_microbatches, collates, reads_ahead)
+    if collates:
+        typical = max(1, round((loader.batch_size or 1) / num_microbatches)) if reads_ahead else None
+        collate = MicroBatchCollate(loader.collate_fn, num_microbatches, required=required, num_typical=typical)
+        with suppress(AttributeError):
+            split.collate_fn = collate
+        if split.collate_fn is not collate:
+            return None
+    if callable(getattr(split, "state_dict", None)):
+        loader.__dict__["state_dict"] = split.state_dict
+    return split
+
+
+# -- examples --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _ExampleCollate:
+    """Collates samples to the two batches for capture."""
+
+    collate: Callable[[list[Any]], Any]
+    num_typical: int
+
+    def __call__(self, samples: list[Any]) -> tuple[Any, Any]:
+        traced, other = example_groups(samples, self.num_typical)
+        return self.collate(traced), self.collate(other)
+
+
+def _read_map(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
+    dataset = loader.dataset
+    if not _collates(loader):
+        return _ends(
+            list(_reader(loader, loader.collate_fn, batch_size=None, sampler=_keys(loader, loader.sampler, 2)))
+        )
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 2 * num_microbatches
+    collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)))
+    num = len(dataset) if hasattr(dataset, "__len__") else _NUM_SAMPLES
+    if not num:
+        raise ValueError("the dataset gives no samples")
+    few = min(num, _NUM_SAMPLES)
+    try:
+        (found,) = _reader(loader, collate, batch_sampler=[[i * num // few for i in range(few)]])
+    except Exception as error:  # its keys may be others than 0, 1, 2, …; the sampler knows them
+        try:
+            keys = _keys(loader, chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)), _NUM_SAMPLES)
+            (found,) = _reader(loader, collate, batch_sampler=[keys])
+        except Exception:
+            raise error from None
+    return found  # type: ignore[no-any-return]
+
+
+def _read_iterable(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
+    if not loader.num_workers:
+        _fresh(loader.dataset, "dataset")
+    if not _collates(loader):
+        return _ends(list(islice(_reader(loader, loader.collate_fn, batch_size=None), 2)))
+    num_typical = max(1, round((loader.batch_size or 1) / num_microbatches))
+    reader = _reader(loader, _ExampleCollate(_collate_of(loader), num_typical), batch_size=_NUM_SAMPLES)
+    found = next(iter(reader), None)
+    if found is None:
+        raise ValueError("the dataset gives no samples")
+    return found  # type: ignore[no-any-return]
+
+
+def _reader(loader: Any, collate: Callable[[Any], Any], **which: Any) -> Any:
+    """A loader of a few samples of the same dataset, read where the user's loader reads: here, or in a worker.
+
+    What a dataset opens on first use must not be open in this process when workers are forked from it.
+    """
+    if loader.num_workers:
+        which.update(
+            num_workers=1,
+            multiprocessing_context=loader.multiprocessing_context,
+            worker_init_fn=loader.worker_init_fn,
+            timeout=loader.timeout,
+            prefetch_factor=1,
+        )
+    return DataLoader(loader.dataset, collate_fn=collate, generator=torch.Generator(), **which)
+
+
+def _collate_of(loader: Any) -> Callable[[list[Any]], Any]:
+    collate = loader.collate_fn
+    return collate.collate if isinstance(collate, MicroBatchCollate) else collate
+
+
+def _keys(loader: Any, sampler: Any, num: int) -> list[Any]:
+    """The first keys of a sampler, of a copy where it has a state; the dataset that it may know is not copied."""
+    with suppress(Exception):
+        sampler = copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
+    return list(islice(iter(sampler), num))
+
+
+def _fresh(iterable: Any, what: str) -> Iterator[Any]:
+    """A pass over an iterable of which training has a pass of its own.
+
+    Raises:
+        ValueError: there is only one, and this process would take what others still expect.
+    """
+    once = hasattr(type(iterable), "__next__") or (what == "dataset" and iter(iterable) is iter(iterable))
+    if once and _is_distributed():
+        raise ValueError(
+            f"the {what} ({type(iterable).__name__}) can be read only once, so that capture would take samples away "
+            "from what follows. Let its __iter__ start a new pass: open its file, or make its generator, in there."
+        )
+    return iter(iterable)
+
+
+def _ends(batches: Sequence[Any]) -> tuple[Any, Any]:
+    if not batches:
+        raise ValueError("the loader gives no batches")
+    return batches[0], batches[-1]
+
+
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Looking at samples must not change which ones training sees."""
+def _same_random_numbers(dataset: Any = None) -> Iterator[None]:
+    """Looking at samples must not change which ones training sees: also not by generators that a dataset holds."""
+    restore = [_restorer(g) for g in _generators(dataset)]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -142,3 +368,36 @@ def _same_random_numbers() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            for function in restore:
+                function()
+
+
+def _generators(value: Any) -> list[Any]:
+    """Random number generators among the attributes of an object, and of what it holds, nearest first."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    todo = deque([(value, 0)])
+    while todo and len(seen) < 1000:
+        item, depth = todo.popleft()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            todo.extend((v, depth + 1) for v in islice(item.values(), 50) if depth < 6)
+        elif isinstance(item, (list, tuple)):
+            todo.extend((v, depth + 1) for v in item[:50] if depth < 6)
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, types.ModuleType, Tensor, nn.Module)):
+            todo.extend((v, depth + 1) for v in vars(item).values() if depth < 6)
+    return found
+
+
+def _restorer(generator: Any) -> Callable[[], None]:
+    """A function that sets a generator back to where it is now."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())

@@ -12,7 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import Capture, CapturedStage, CapturedStep
-from lightning_januspipe.capture.step import StepFunction, loss_of, require_finite
+from lightning_januspipe.capture.find import StepFunction
+from lightning_januspipe.capture.step import loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.microbatch import fingerprint, same_batch

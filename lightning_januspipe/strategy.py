@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -46,6 +47,25 @@ from lightning_januspipe.preparation import differentiable, is_fitting, on_first
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import build_schedule
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A capture that may serve again, as in a test after training.
+
+    Attributes:
+        module: the LightningModule.
+        step: name of the step that it was made from.
+        capture: the capture.
+    """
+
+    module: weakref.ref[Any]
+    step: str
+    capture: Capture
+
+    def serves(self, module: Any, step: str) -> bool:
+        """Whether it is right for a step; where steps differentiate by themselves, each has a capture of its own."""
+        return self.module() is module and (self.capture.potential.replaced is None or self.step == step)
 
 
 class JanusPipeBody:
@@ -114,7 +134,7 @@ class JanusPipeBody:
         self._reduce_gradients = True
         self._train_loader: Any = None
         self._eval_loader: Any = None
-        self._captured: tuple[weakref.ref[Any], Capture] | None = None
+        self._captured: _Captured | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self.mesh: Mesh | None = None
         self.runner: Undivided | Pipeline | None = None
@@ -328,8 +348,9 @@ class JanusPipeBody:
         """
         assert self.mesh is not None
         module: Any = self.lightning_module
-        if self._captured is not None and self._captured[0]() is module:
-            self.runner = self._pipeline(self._captured[1], num_microbatches)
+        name = getattr(step, "__name__", "")
+        if self._captured is not None and self._captured.serves(module, name):
+            self.runner = self._pipeline(self._captured.capture, num_microbatches)
             return
         # One number for all replicas: by it the stages are placed.
         self._latency = self.broadcast(measured_latency(self.mesh))
@@ -347,14 +368,19 @@ class JanusPipeBody:
                     self._potential,
                     manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
                     step_time=lambda seconds: self._planner(seconds).step_time(num_microbatches),
+                    evaluation_step=with_batch(module.validation_step) if self._validates() else None,
                 )
 
         result = on_first_rank(capture, self.global_rank, self.broadcast)
-        self._captured = weakref.ref(module), result
+        self._captured = _Captured(weakref.ref(module), name, result)
         self.runner = self._pipeline(result, num_microbatches)
         self.lib.rank_zero.rank_zero_info(
             f"januspipe: {result.describe()}; {self._schedule}, {num_microbatches} micro-batches"
         )
+
+    def _validates(self) -> bool:
+        trainer = self.lightning_module.trainer
+        return is_fitting(trainer) and bool(trainer.enable_validation)
 
     def _pipeline(self, capture: Capture, num_microbatches: int) -> Pipeline:
         assert self.mesh is not None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch.utils._pytree as pytree
+import torch
 from torch import Tensor
 
+from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.errors import CaptureError
 
 
 def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Leaves of a call by their place in it, in a fixed order."""
-    found, _ = pytree.tree_flatten_with_path((args, kwargs))
-    return dict(sorted((pytree.keystr(path), leaf) for path, leaf in found))
+    return dict(sorted(leaves((args, kwargs))))
+
+
+def size_carrier(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """An integer as the length of an empty tensor, ``(size, 0)``: lengths stay symbols, numbers become constants."""
+    return torch.empty((size, 0), device=device)
 
 
 @dataclass(frozen=True)
@@ -23,23 +29,44 @@ class CallFormat:
 
     Attributes:
         tensors: places of its tensors, in the order of the program's inputs.
-        constants: places and values of its other leaves; they are part of the program.
+        sizes: places of its integers (a number of graphs, say); inputs too, after the tensors, as lengths.
+        constants: places and values of its other leaves, as far as they did not change from batch to batch; they are
+            part of the program.
     """
 
     tensors: list[str]
     constants: dict[str, Any]
+    sizes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFormat:
-        """The format of one call."""
-        leaves = call_leaves(args, kwargs)
-        return cls(
-            [p for p, x in leaves.items() if isinstance(x, Tensor)],
-            {p: x for p, x in leaves.items() if not isinstance(x, Tensor)},
-        )
+    def of(
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        other: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> CallFormat:
+        """The format of one call.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            other: arguments of a second call; leaves that are another there, such as file names, are taken for ones
+                without effect (the validation on that second call judges it), and integers for sizes.
+        """
+        found = call_leaves(args, kwargs)
+        second = found if other is None else call_leaves(*other)
+        tensors = [p for p, x in found.items() if isinstance(x, Tensor)]
+        sizes = [p for p, x in found.items() if p in second and _is_size(x) and _is_size(second[p])]
+        # Numbers that are always 0 or 1 are flags rather than sizes.
+        sizes = [p for p in sizes if found[p] > 1 or second[p] != found[p]]
+        known = {*tensors, *sizes}
+        constants = {
+            p: x for p, x in found.items() if p not in known and p in second and (x is second[p] or _same(x, second[p]))
+        }
+        return cls(tensors, constants, sizes)
 
     def bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Tensors of another call, in the order of the program's inputs.
+        """Tensors of another call and carriers of its sizes, in the order of the program's inputs.
 
         Args:
             path: the potential's name, for the message.
@@ -49,21 +76,42 @@ class CallFormat:
         Raises:
             CaptureError: the call lacks a tensor, or has other constants.
         """
-        leaves = call_leaves(args, kwargs)
-        missing = [p for p in self.tensors if not isinstance(leaves.get(p), Tensor)]
+        found = call_leaves(args, kwargs)
+        missing = [p for p in self.tensors if not isinstance(found.get(p), Tensor)]
+        missing += [p for p in self.sizes if not _is_size(found.get(p))]
         if missing:
             raise CaptureError(
-                f"the potential {path!r} was captured with the tensors {self.tensors}, but this batch calls it without "
-                f"{missing}. Every batch has to hold the same entries."
+                f"the potential {path!r} was captured with the tensors {[*self.tensors, *self.sizes]}, but this batch "
+                f"calls it without {missing}. Every batch has to hold the same entries."
             )
         for place, value in self.constants.items():
-            if place not in leaves or not _same(leaves[place], value):
+            if place not in found or not _same(found[place], value):
                 raise CaptureError(
                     f"the potential {path!r} was captured with {place} = {value!r}, but this batch calls it with "
-                    f"{leaves.get(place)!r}. Values that change with the batch have to be tensors, "
-                    "in dicts, lists or tuples; take them out of other objects before calling the potential."
+                    f"{found.get(place)!r}. Values that change with the batch have to be tensors or integers."
                 )
-        return [leaves[p] for p in self.tensors]
+        tensors = [found[p] for p in self.tensors]
+        device = tensors[0].device if tensors else "cpu"
+        return [*tensors, *(size_carrier(found[p], device) for p in self.sizes)]
+
+    def unbind(self, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other tensors and sizes in the places of their own.
+
+        Args:
+            args: positional arguments of a call of this format.
+            kwargs: its keyword arguments.
+            tensors: what :meth:`bind` would return for the wanted call.
+        """
+        values: dict[str, Any] = dict(zip(self.tensors, tensors, strict=False))
+        carriers = tensors[len(self.tensors) :]
+        values.update({p: c.shape[0] for p, c in zip(self.sizes, carriers, strict=False)})
+        replace: Callable[[str, Any], Any] = lambda place, leaf: values.get(place, leaf)  # noqa: E731
+        changed: tuple[tuple[Any, ...], dict[str, Any]] = with_leaves((args, kwargs), replace)
+        return changed
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
+from lightning_januspipe.capture.find import PotentialCall, StepFunction, call_arguments, find_potential
+from lightning_januspipe.capture.instep import StepPotential
 from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.capture.step import kept_random_state, shallow_copy, silent_log
+from lightning_januspipe.capture.stages import CallInputs, CapturedPotential
+from lightning_januspipe.capture.step import kept_random_state, silent_log
 from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.capture.validate import TOGETHER, Manner, run_captured, validate, validate_evaluation
 from lightning_januspipe.engine.local import PhaseSeconds
@@ -56,7 +58,7 @@ class Capture:
 
 def capture_module(
     module: nn.Module,
-    step: Callable[[Any], Any],
+    step: StepFunction,
     traced_batch: Any,
     other_batch: Any,
     placements: Sequence[Sequence[int]],
@@ -64,6 +66,7 @@ def capture_module(
     *,
     manner: Manner = TOGETHER,
     step_time: Callable[[list[PhaseSeconds]], float] | None = None,
+    evaluation_step: StepFunction | None = None,
 ) -> Capture:
     """Find, trace, cut and validate the potential of a module.
 
@@ -78,28 +81,37 @@ def capture_module(
         potential: dotted name of the potential, where the user gave one.
         manner: how the phases will be run.
         step_time: the time of a training step from the measured phases of each stage; needed for several placements.
+        evaluation_step: the step that validation during training will run; where the steps differentiate by
+            themselves, it has to compute the same energy.
 
     Raises:
         CaptureError: see its message.
     """
     began = time.perf_counter()
     with _unchanged(module):
-        found = find_potential(module, lambda: step(shallow_copy(traced_batch)), potential)
-        other = PotentialCall(
-            found.path, *call_arguments(module, found.path, lambda: step(shallow_copy(other_batch))), found.read_outputs
+        found = find_potential(module, step, traced_batch, potential)
+        submodule = potential_of(module, step, found)
+        other = replace(
+            found, **_arguments(call_arguments(module, found.path, step, other_batch, found.replaced is not None))
         )
-        form = CallFormat.of(found.args, found.kwargs)
-        tensors = form.bind(found.path, other.args, other.kwargs)
-        submodule = module.get_submodule(found.path)
-        program = trace_potential(submodule, found)
+        adapters = adapters_of(submodule)
+        call, second = (
+            replace(c, **_arguments(adapted(adapters, submodule, c.args, c.kwargs))) for c in (found, other)
+        )
+        form = CallFormat.of(call.args, call.kwargs, (second.args, second.kwargs))
+        program = trace_potential(submodule, call, form, adapters)
         regions = find_regions(program, found.read_outputs)
+        captured = CapturedPotential(
+            found.path, program, regions, Cut([], [], []), form, found.replaced, found.step_parameters
+        )
+        tensors = CallInputs(captured, submodule)(other.args, other.kwargs)
         profile = measure(program, regions, submodule, tensors)
         measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
         for placement in placements:
             ranks = placement if len(placement) > len(set(placement)) else None
             try:
                 cut = find_cut(program, regions, profile, len(placement), ranks)
-                candidate = CapturedPotential(found.path, program, regions, cut, form)
+                candidate = replace(captured, cut=cut)
                 measured.append(_balance(candidate, profile, submodule, other, manner, placement))
             except CaptureError:
                 if not measured:
@@ -107,10 +119,22 @@ def capture_module(
         captured, seconds = _fastest(measured, step_time)
         if manner.apart:
             validate(captured, submodule, other, manner)
-        validate_evaluation(captured, submodule, other)
+        evaluated = potential_of(module, evaluation_step or step, found)
+        validate_evaluation(captured, evaluated, other)
         bytes_ = run_captured(captured, submodule, other, replace(manner, apart=False), measure_memory=True)[1].bytes
         assert bytes_ is not None
     return Capture(captured, seconds, bytes_, time.perf_counter() - began)
+
+
+def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:
+    """The module whose forward is captured: a submodule, or the step's part before it differentiates."""
+    if call.replaced is None:
+        return module.get_submodule(call.path)
+    return StepPotential(module, step, call.replaced)
+
+
+def _arguments(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    return {"args": call[0], "kwargs": call[1]}
 
 
 def _fastest(

@@ -1,7 +1,8 @@
 """Find the potential of a LightningModule: the submodule that differentiates an energy in its ``forward``.
 
 One ordinary step of the user's module is run on a real batch under a ``TorchFunctionMode``, which sees the call of
-``torch.autograd.grad`` however it was imported.
+``torch.autograd.grad`` however it was imported. Where the step itself makes that call, all of the step before it stands
+for the potential.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.containers import leaves, shallow_copy
 from lightning_januspipe.capture.errors import CaptureError
+
+StepFunction = Callable[[Any], Any]
 
 
 @dataclass
@@ -25,16 +29,21 @@ class PotentialCall:
     """One call of the potential, as the user's step made it.
 
     Attributes:
-        path: dotted name of the potential inside the LightningModule.
+        path: dotted name of the potential inside the LightningModule; empty for the LightningModule itself.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        read_outputs: positions of those leaves of the returned pytree that the step read afterwards.
+        read_outputs: which of the tensors in the returned tree the step read afterwards.
+        replaced: where the step itself differentiates: the submodules whose outputs it differentiates, and the call's
+            one argument is the batch (see :class:`~lightning_januspipe.capture.instep.StepPotential`). Else None.
+        step_parameters: names of parameters inside the potential that such a step reads by itself.
     """
 
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     read_outputs: tuple[int, ...] = ()
+    replaced: tuple[str, ...] | None = None
+    step_parameters: tuple[str, ...] = ()
 
 
 class ReachedPotential(Exception):
@@ -50,6 +59,16 @@ class ReachedPotential(Exception):
 class _GradCall:
     stack: tuple[str, ...]
     create_graph: bool
+    num_inputs: int
+
+
+@dataclass
+class _Returned:
+    """A module that returned to the step itself: not from within another module."""
+
+    name: str
+    output: Any
+    num_grads: tuple[int, int]  # calls of torch.autograd.grad before it began, and before it returned
 
 
 def as_sequence(value: Any) -> list[Tensor]:
@@ -64,7 +83,7 @@ def grad_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any
 
 
 class _Watch(TorchFunctionMode):
-    """Records calls of ``torch.autograd.grad`` and, after the potential returned, which of its outputs are read.
+    """Records calls of ``torch.autograd.grad`` and which outputs of modules are read after these returned.
 
     Args:
         module: the LightningModule.
@@ -73,15 +92,15 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, potential: str | None) -> None:
         super().__init__()
-        self._names = {id(m): name for name, m in module.named_modules() if name}
+        self._names = {id(m): name for name, m in module.named_modules()}
         self._parameter_ids = {id(p): n for n, p in module.named_parameters()}
         self._potential = potential
         self._stack: list[str] = []
         self._grads_before: list[int] = []  # for each entry of the stack, how many grad calls preceded it
-        self._output_ids: dict[int, int] = {}
+        self._output_ids: dict[int, tuple[int, int]] = {}
         self.grads: list[_GradCall] = []
-        self.returned: list[tuple[str, Any]] = []  # outputs are kept alive, so that their ids stay their own
-        self.read: set[int] = set()
+        self.returned: list[_Returned] = []  # outputs are kept alive, so that their ids stay their own
+        self.read: set[tuple[int, int, str]] = set()  # which module that returned, which leaf, the module that reads it
         self.parameters_read: set[tuple[str, tuple[str, ...]]] = set()  # with the modules that were running
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -97,39 +116,44 @@ class _Watch(TorchFunctionMode):
         if name is None or not self._stack or self._stack[-1] != name:
             return
         self._stack.pop()
-        differentiated = len(self.grads) > self._grads_before.pop()
-        if differentiated and (name == self._potential if self._potential is not None else not self._stack):
-            leaves = pytree.tree_leaves(output)
-            self._output_ids = {id(x): i for i, x in enumerate(leaves) if isinstance(x, Tensor)}
-            self.returned.append((name, output))
+        before = self._grads_before.pop()
+        outermost = not any(self._stack)  # the forward of the LightningModule itself may be running
+        if name == self._potential if self._potential is not None else outermost:
+            for i, tensor in enumerate(_tensors(output)):
+                self._output_ids[id(tensor)] = len(self.returned), i
+            self.returned.append(_Returned(name, output, (before, len(self.grads))))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
             given = grad_arguments(args, kwargs)
-            self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph"))))
+            num_inputs = len(as_sequence(given["inputs"]))
+            self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph")), num_inputs))
         result = func(*args, **kwargs)
         # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
         has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
+        reader = next((name for name in self._stack if name), "")
         for leaf in map(id, pytree.tree_leaves((args, kwargs))):
             if leaf in self._output_ids:
-                self.read.add(self._output_ids[leaf])
+                self.read.add((*self._output_ids[leaf], reader))
             if leaf in self._parameter_ids and has_values:
                 self.parameters_read.add((self._parameter_ids[leaf], tuple(self._stack)))
         return result
 
 
-def find_potential(module: nn.Module, run_step: Callable[[], Any], potential: str | None = None) -> PotentialCall:
+def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential: str | None = None) -> PotentialCall:
     """Run one step and return the call of the potential made in it.
 
     Args:
         module: the LightningModule.
-        run_step: runs one training (or evaluation) step of ``module`` on a batch and returns what the step returned.
+        step: a training (or evaluation) step of ``module``, from a batch to what it returns.
+        batch: a batch.
         potential: dotted name of the potential, where the user gave one.
 
     Raises:
-        CaptureError: no energy is differentiated; two are; the call is in the step itself; it does not keep the graph
-            for the second derivative; or ``potential`` names no submodule, or one that differentiates nothing.
+        CaptureError: no energy is differentiated; two are; the graph is not kept for the second derivative; the step
+            differentiates what no submodule computes; or ``potential`` names no submodule, or one that differentiates
+            nothing.
     """
     if potential is not None and potential not in dict(module.named_modules()):
         raise CaptureError(
@@ -138,22 +162,84 @@ def find_potential(module: nn.Module, run_step: Callable[[], Any], potential: st
         )
     watch = _Watch(module, potential)
     with _global_hooks(watch.enter, watch.leave), watch:
-        run_step()
-    path = _judge(module, watch.grads, [name for name, _ in watch.returned], potential)
-    inside = {f"{path}.{n}" for n, _ in module.get_submodule(path).named_parameters()}
+        step(shallow_copy(batch))
+    _judge(module, watch, potential)
+    if not watch.grads[0].stack or not any(r.num_grads == (0, 1) for r in watch.returned):
+        return _in_step(module, watch, batch)
+    of_submodule = [r for r in watch.returned if r.num_grads == (0, 1) and r.name] if potential is None else []
+    returned = (of_submodule or [r for r in watch.returned if r.num_grads == (0, 1)])[0]
+    path, position = returned.name, watch.returned.index(returned)
+    prefix = f"{path}." if path else ""
+    inside = {f"{prefix}{n}" for n, _ in module.get_submodule(path).named_parameters()}
     outside = {name for name, running in watch.parameters_read if name in inside and path not in running}
-    if outside:
+    if path and outside:
         raise CaptureError(
             f"the step of {type(module).__name__} uses parameters of its potential {path!r} outside the potential's "
             f"forward ({', '.join(sorted(outside)[:3])}). In a pipeline every rank holds only its own stage's "
             "parameters: use weight_decay of the optimizer for regularization, or train with pipeline_size=1."
         )
-    args, kwargs = call_arguments(module, path, run_step)
-    return PotentialCall(path, args, kwargs, tuple(sorted(watch.read)))
+    read = {leaf for module_position, leaf, _ in watch.read if module_position == position}
+    args, kwargs = call_arguments(module, path, step, batch)
+    return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=tuple(sorted(outside)))
 
 
-def call_arguments(module: nn.Module, path: str, run_step: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run the user's step up to its call of the potential and return that call's arguments; nothing after it runs."""
+def _in_step(module: nn.Module, watch: _Watch, batch: Any) -> PotentialCall:
+    """The step as the potential: what comes before its call of ``torch.autograd.grad``."""
+    name = type(module).__name__
+    before = [r for r in watch.returned if r.num_grads == (0, 0) and _is_differentiable(r.output)]
+    whole = [r for r in before if not r.name]  # the LightningModule's own forward
+    outer = whole or before
+    names = [r.name for r in outer]
+    if not names:
+        raise CaptureError(
+            f"the step of {name} calls torch.autograd.grad on an energy that no submodule returned. Compute the energy "
+            "in the forward of a submodule (an nn.Module that returns it), and call that in the step."
+        )
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise CaptureError(
+            f"the step of {name} calls {twice or 'its own forward'!r} twice before torch.autograd.grad; each submodule "
+            "can be called once for an energy. Concatenate the two batches, or give each call a module of its own."
+        )
+    position, read = watch.grads[0].num_inputs, set(range(watch.grads[0].num_inputs))
+    for returned in outer:
+        index = watch.returned.index(returned)
+        read |= {position + leaf for i, leaf, reader in watch.read if i == index and reader not in names}
+        position += len(_tensors(returned.output))
+    inside = {f"{n}." for n in names} if "" not in names else {""}
+    parameters = {p for p, running in watch.parameters_read if not any(n in running for n in names)}
+    # What submodules that are called for the loss alone hold is read there only.
+    own = {p for p in parameters if any(p.startswith(n) for n in inside)} | {
+        p for p, running in watch.parameters_read if not any(running)
+    }
+    return PotentialCall("", (batch,), {}, tuple(sorted(read)), tuple(names), tuple(sorted(own)))
+
+
+def _is_differentiable(output: Any) -> bool:
+    return any(x.requires_grad for x in _tensors(output))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for _, x in leaves(tree) if isinstance(x, Tensor)]
+
+
+def call_arguments(
+    module: nn.Module, path: str, step: StepFunction, batch: Any, in_step: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the user's step up to its call of the potential and return that call's arguments; nothing after it runs.
+
+    Args:
+        module: the LightningModule.
+        path: the potential.
+        step: the user's step.
+        batch: the batch; the step gets a shallow copy.
+        in_step: the step itself stands for the potential, and the batch is its argument.
+
+    Raises:
+        CaptureError: the potential is not called.
+    """
+    if in_step:
+        return (batch,), {}
     submodule = module.get_submodule(path)
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,7 +247,7 @@ def call_arguments(module: nn.Module, path: str, run_step: Callable[[], Any]) ->
 
     handle = submodule.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run_step()
+        step(shallow_copy(batch))
     except ReachedPotential as reached:
         return reached.args_of_call, reached.kwargs_of_call
     finally:
@@ -172,45 +258,34 @@ def call_arguments(module: nn.Module, path: str, run_step: Callable[[], Any]) ->
     )
 
 
-def _judge(
-    module: nn.Module,
-    grads: list[_GradCall],
-    called: list[str],
-    potential: str | None,
-) -> str:
-    """The potential's path, or the error that says what is wrong with the calls that were seen."""
-    step = f"the step of {type(module).__name__}"
+def _judge(module: nn.Module, watch: _Watch, potential: str | None) -> None:
+    """Raise the error that says what is wrong with the calls that were seen."""
+    step, grads = f"the step of {type(module).__name__}", watch.grads
     if not grads:
         raise CaptureError(
             f"{step} never called torch.autograd.grad, so no forces -dE/dr were found. The januspipe strategy trains "
-            "conservative potentials; compute forces with torch.autograd.grad(energy, positions, create_graph=True) "
-            "in the forward of a submodule, or use another strategy for direct-force models."
+            "conservative potentials; compute forces with torch.autograd.grad(energy, positions, create_graph=True), "
+            "or use another strategy for direct-force models."
         )
-    outside = [g for g in grads if not g.stack]
-    if outside:
+    places = [next((n for n in g.stack if n), "the step itself") for g in grads]
+    if potential is not None and not any(r.num_grads[0] < r.num_grads[1] for r in watch.returned):
         raise CaptureError(
-            f"{step} calls torch.autograd.grad itself, outside every submodule. Move the energy and its derivative "
-            "into the forward of one submodule (an nn.Module that returns energy and forces) and call that."
-        )
-    if potential is not None and potential not in called:
-        raise CaptureError(
-            f"potential={potential!r} was named, but torch.autograd.grad is called in {grads[0].stack[0]!r}. "
-            f"Pass potential={grads[0].stack[0]!r}, or leave it out to have it found."
+            f"potential={potential!r} was named, but torch.autograd.grad is called in {places[0]!r}. "
+            + (f"Pass potential={places[0]!r}, or leave it out" if any(grads[0].stack) else "Leave it out")
+            + " to have it found."
         )
     if len(grads) > 1:
-        places = ", ".join(repr(g.stack[0]) for g in grads)
         raise CaptureError(
-            f"{step} differentiates {len(grads)} times (in {places}); exactly one torch.autograd.grad call in one "
-            "call of the potential can be pipelined. Ask for all derivatives in one call, e.g. "
-            "torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)."
+            f"{step} differentiates {len(grads)} times (in {', '.join(map(repr, places))}); exactly one "
+            "torch.autograd.grad call in one call of the potential can be pipelined. Ask for all derivatives in one "
+            "call, e.g. torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)."
         )
     if not grads[0].create_graph and module.training:
         raise CaptureError(
-            f"the potential {grads[0].stack[0]!r} is not twice differentiable in training: torch.autograd.grad was "
+            f"the potential {places[0]!r} is not twice differentiable in training: torch.autograd.grad was "
             "called without create_graph=True, so a force loss gives no parameter gradients. Pass "
             "create_graph=self.training."
         )
-    return called[0]
 
 
 @contextmanager

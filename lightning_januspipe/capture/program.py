@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -17,6 +16,9 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
 _LARGEST_SIZE = 2**62
+
+SLOT = torch.empty(0, device="meta")
+"""Stands for a tensor in a tree; a tensor itself, so that what holds tensors is still seen to."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,8 @@ class Program:
         coordinates: names of the differentiation inputs (positions, strain, ...).
         gradient: name of the node that stands for the derivative.
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
-        output_spec: pytree of the forward's return value.
-        output_constants: leaves of that pytree that are no tensors (None where a tensor is).
-        output_slots: which leaf each tensor output is.
+        returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
+        sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
     """
@@ -72,9 +73,8 @@ class Program:
     coordinates: list[str]
     gradient: str
     outputs: list[str]
-    output_spec: Any
-    output_constants: list[Any]
-    output_slots: list[int]
+    returned: Any
+    sizes: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
@@ -130,19 +130,19 @@ def target_function(target: Any) -> Callable[..., Any]:
 
 def program_from_export(
     exported: ExportedProgram,
-    output_spec: pytree.TreeSpec,
-    output_constants: list[Any],
-    output_slots: list[int],
+    returned: Any,
+    num_outputs: int,
     prefix: str,
+    num_sizes: int = 0,
 ) -> Program:
     """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
 
     Args:
         exported: a functional program.
-        output_spec: pytree of the traced forward's return value.
-        output_constants: its leaves, None for tensors.
-        output_slots: which leaves are tensors.
+        returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
+        num_outputs: how many tensors that are; they are the program's first outputs.
         prefix: what stands before every parameter's and buffer's name in the exported program.
+        num_sizes: how many integers the forward reads from tensors.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -188,10 +188,9 @@ def program_from_export(
         energies=[r.name for r in refs(marks[0].args[0])],
         coordinates=[r.name for r in refs(marks[0].args[1])],
         gradient=marks[0].name,
-        outputs=user_outputs,
-        output_spec=output_spec,
-        output_constants=output_constants,
-        output_slots=output_slots,
+        outputs=user_outputs[:num_outputs],
+        returned=returned,
+        sizes=user_outputs[num_outputs : num_outputs + num_sizes],
         symbols=symbols,
     )
     simplify(program)
@@ -241,9 +240,10 @@ def simplify(program: Program) -> Program:
             kept.append(node)
     program.nodes = kept
     program.outputs = [final(n) for n in program.outputs]
+    program.sizes = [final(n) for n in program.sizes]
     program.energies = [final(n) for n in program.energies]
     program.coordinates = [final(n) for n in program.coordinates]
-    alive = {program.gradient, *program.outputs}
+    alive = {program.gradient, *program.outputs, *program.sizes}
     for node in reversed(program.nodes):
         if node.name in alive:
             alive.update(node.inputs())

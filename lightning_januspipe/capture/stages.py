@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.calls import CallFormat
+from lightning_januspipe.capture.adapters import adapted, adapters_of
+from lightning_januspipe.capture.calls import CallFormat, size_carrier
+from lightning_januspipe.capture.containers import with_leaves
 from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
@@ -25,6 +28,8 @@ class CapturedPotential:
         regions: what of it is what.
         cut: the chain of stages.
         call: what a call of the potential looks like.
+        replaced: see :class:`~lightning_januspipe.capture.find.PotentialCall`.
+        step_parameters: see there.
     """
 
     path: str
@@ -32,6 +37,8 @@ class CapturedPotential:
     regions: Regions
     cut: Cut
     call: CallFormat
+    replaced: tuple[str, ...] | None = None
+    step_parameters: tuple[str, ...] = ()
 
     @property
     def chain(self) -> ChainSpec:
@@ -53,9 +60,10 @@ class CapturedPotential:
             shape = tensors[position].shape
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
                 expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
+                places = [*self.call.tensors, *self.call.sizes, *(["an integer read from data"] * len(shape))]
                 raise CaptureError(
                     f"the potential {self.path!r} was captured for size {expected} of dimension {dim} of its input "
-                    f"{self.call.tensors[position]}, but this batch gives it the shape {tuple(shape)}. The forward "
+                    f"{places[position]}, but this batch gives it the shape {tuple(shape)}. The forward "
                     "turns that size into a constant (int(...), len(...)) or has a Python branch that depends on it: "
                     "use tensor.shape and torch.where instead, or train with pipeline_size=1."
                 )
@@ -64,7 +72,7 @@ class CapturedPotential:
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it.
 
-        Parameters that the epilogue reads are read by every stage.
+        Parameters that the epilogue, or the user's step by itself, reads are read by every stage.
         """
         everywhere = set(range(self.cut.num_stages))
         stages: dict[str, set[int]] = {name: set() for name in self.program.parameters.values()}
@@ -74,6 +82,9 @@ class CapturedPotential:
                     stages[self.program.parameters[placeholder]].add(stage)
         for placeholder in self.regions.epilogue_parameters:
             stages[self.program.parameters[placeholder]] |= everywhere
+        for name in self.step_parameters:
+            if stages.get(name):
+                stages[name] |= everywhere
         return stages
 
     def _stage_nodes(self, stage: int) -> list[str]:
@@ -85,6 +96,39 @@ class CapturedPotential:
         energies = [n for n in self.program.energies if n in body]
         observables = [n for n in self.regions.observables if n in body]
         return [*sent, *energies, *observables, *self.program.coordinates]
+
+
+class CallInputs:
+    """From a call of the potential to the program's inputs.
+
+    Args:
+        captured: the captured potential.
+        potential: the live potential.
+    """
+
+    def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
+        self._captured, self._potential = captured, potential
+        self._adapters = adapters_of(potential)
+        program = captured.program
+        self._readers = []
+        on_batch = [n.name for n in program.nodes if n.op != "placeholder"]
+        for name in program.sizes:
+            names = _placeholders(program, on_batch, [name])
+            module = build_module(program, on_batch, names, [name])
+            self._readers.append((PlaceholderValues(program, potential, names), module))
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Tensors of the call, and carriers of its integers and of those that the forward reads from tensors.
+
+        Raises:
+            CaptureError: the call lacks a tensor, or has other constants than the one that was captured.
+        """
+        args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
+        tensors = self._captured.call.bind(self._captured.path, args, kwargs)
+        for placeholders, module in self._readers:
+            (value,) = module(*placeholders.values(tensors))
+            tensors.append(size_carrier(int(value), tensors[0].device))
+        return tensors
 
 
 class CapturedStage:
@@ -146,7 +190,7 @@ class Epilogue:
 
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
-    ) -> object:
+    ) -> Any:
         """The potential's return value.
 
         Args:
@@ -157,11 +201,11 @@ class Epilogue:
         program = self._program
         inputs = dict(zip(program.inputs, call_tensors, strict=True))
         computed = dict(zip(self._kept, self.tensors(call_tensors, observables, derivatives), strict=True))
-        leaves = list(program.output_constants)
-        for position, name in enumerate(program.outputs):
-            value = inputs[name] if name in inputs else computed.get(position, _Unavailable(position))
-            leaves[program.output_slots[position]] = value
-        return pytree.tree_unflatten(leaves, program.output_spec)
+        values = iter(
+            inputs[name] if name in inputs else computed.get(position, _Unavailable(position))
+            for position, name in enumerate(program.outputs)
+        )
+        return with_leaves(program.returned, lambda _, leaf: next(values) if isinstance(leaf, Tensor) else leaf)
 
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]

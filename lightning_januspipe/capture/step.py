@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.containers import shallow_copy
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.find import call_arguments
-from lightning_januspipe.capture.stages import CapturedPotential, Epilogue
+from lightning_januspipe.capture.find import StepFunction, call_arguments
+from lightning_januspipe.capture.instep import forward_replaced, step_with
+from lightning_januspipe.capture.stages import CallInputs, CapturedPotential, Epilogue
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
-
-StepFunction = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,12 @@ class CapturedStep:
         self._captured, self._module, self._add = captured, module, add_gradients
         self._potential = module.get_submodule(captured.path)
         self._epilogue = Epilogue(captured, self._potential)
-        inside = set(self._potential.parameters())
+        self._inputs = CallInputs(captured, self._potential)
+        named = dict(self._potential.named_parameters())
+        inside = {named[name] for name, stages in captured.parameter_stages().items() if stages}
         others = [p for p in module.parameters() if p.requires_grad and p not in inside]
-        self.outside_parameters: list[nn.Parameter] = [*others, *self._epilogue.parameters]
+        read = [named[name] for name in captured.step_parameters if named[name].requires_grad]
+        self.outside_parameters: list[nn.Parameter] = list(dict.fromkeys([*others, *self._epilogue.parameters, *read]))
         self._calls: dict[int, list[Tensor]] = {}
         self._seeds: dict[int, int] = {}
 
@@ -75,8 +77,9 @@ class CapturedStep:
         # step draws, and the step draws the same when it is run again.
         seed = int(torch.randint(2**31, ()).item())
         with _seeded(seed), silent_log(self._module), torch.enable_grad():
-            args, kwargs = call_arguments(self._module, self._captured.path, lambda: step(shallow_copy(batch)))
-        tensors = self._captured.call.bind(self._captured.path, args, kwargs)
+            in_step = self._captured.replaced is not None
+            args, kwargs = call_arguments(self._module, self._captured.path, step, batch, in_step)
+            tensors = self._inputs(args, kwargs)
         self._calls[index], self._seeds[index] = tensors, seed
         return MicrobatchInput(tensors, self._captured.bind_sizes(tensors))
 
@@ -138,8 +141,13 @@ class CapturedStep:
         def replaced(*_: Any, **__: Any) -> object:
             return self._epilogue(tensors, y, x)
 
-        with _seeded(self._seeds.pop(index)), _forward_replaced(self._potential, replaced):
-            return step(shallow_copy(batch))
+        with _seeded(self._seeds.pop(index)):
+            if self._captured.replaced is None:
+                with forward_replaced(self._potential, replaced):
+                    return step(shallow_copy(batch))
+            derivatives, outputs = self._epilogue(tensors, y, x)
+            with step_with(self._module, derivatives, outputs):
+                return step(shallow_copy(batch))
 
 
 _UNTRAINED = (
@@ -174,26 +182,6 @@ def require_finite(loss: Tensor, index: int) -> None:
             f"the loss of micro-batch {index} is {loss.detach().item()}. Look at the batch's labels and structures "
             "(overlapping atoms, missing labels), or lower the learning rate."
         )
-
-
-def shallow_copy(batch: Any) -> Any:
-    """A copy that a step can write new entries to; tensors are shared."""
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(shallow_copy(b) for b in batch)
-    return batch if isinstance(batch, Tensor) else copy.copy(batch)
-
-
-@contextmanager
-def _forward_replaced(potential: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = potential.__dict__.get("forward")
-    potential.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del potential.forward
-        else:
-            potential.forward = own  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -11,21 +11,24 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.adapters import Adapter
 from lightning_januspipe.capture.calls import CallFormat
+from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
-from lightning_januspipe.capture.program import Program, program_from_export
+from lightning_januspipe.capture.program import SLOT, Program, program_from_export
+from lightning_januspipe.capture.symbolic import DataSizes, symbolic_sizes
+from lightning_januspipe.capture.torchscript import inlined_torchscript
 
 _LIBRARY = "januspipe"
 
@@ -59,35 +62,46 @@ class _MarkGrad(TorchFunctionMode):
 
 
 class _Call(nn.Module):
-    """The potential as a function of the tensor leaves of its call only, so that nothing else is an input."""
+    """The potential as a function of the tensors of its call only, so that nothing else is an input.
 
-    def __init__(self, potential: nn.Module, call: PotentialCall, record: Callable[..., None]) -> None:
+    Args:
+        potential: the potential.
+        call: its call, with the arguments that its adapters made.
+        form: the format of these.
+        sizes: integers that the forward reads from tensors; their carriers are the last inputs.
+        record: gets the returned tree, with empty tensors for its tensors, and the number of tensors in it.
+    """
+
+    def __init__(
+        self, potential: nn.Module, call: PotentialCall, form: CallFormat, sizes: DataSizes, record: Callable[..., None]
+    ) -> None:
         super().__init__()
         self.potential = potential
-        paths, self._spec = pytree.tree_flatten_with_path((call.args, call.kwargs))
-        places = CallFormat.of(call.args, call.kwargs).tensors
-        self._constants = [None if isinstance(x, Tensor) else x for _, x in paths]
-        self._positions = [places.index(pytree.keystr(path)) if isinstance(x, Tensor) else None for path, x in paths]
         # Export puts attributes back as they were, so the record is an object of its own.
-        self._record = record
+        self._given = (call, form, sizes, record)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        leaves = [c if i is None else tensors[i] for i, c in zip(self._positions, self._constants, strict=True)]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        call, form, sizes, record = self._given
+        num_own = len(tensors) - len(sizes.values)
+        args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
+        sizes.begin(tensors[num_own:])
         with _MarkGrad():
             output = self.potential(*args, **kwargs)
-        out_leaves, spec = pytree.tree_flatten(output)
-        slots = [i for i, x in enumerate(out_leaves) if isinstance(x, Tensor)]
-        self._record(spec, [None if isinstance(x, Tensor) else x for x in out_leaves], slots)
-        return [x for x in out_leaves if isinstance(x, Tensor)]
+        found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
+        record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found))
+        return [*found, *sizes.sources]
 
 
-def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
+def trace_potential(
+    potential: nn.Module, call: PotentialCall, form: CallFormat | None = None, adapters: Sequence[Adapter] = ()
+) -> Program:
     """Trace one call of ``potential``.
 
     Args:
         potential: the submodule found by :func:`find_potential`, left as it is.
         call: arguments with at least two structures of different sizes, so that no size looks like a constant.
+        form: the format of its calls.
+        adapters: what is special to its package; ``call`` has the arguments that they made.
 
     Returns:
         The functional program of energy and epilogue.
@@ -95,31 +109,53 @@ def trace_potential(potential: nn.Module, call: PotentialCall) -> Program:
     Raises:
         CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
     """
-    returned: list[tuple[pytree.TreeSpec, list[Any], list[int]]] = []
-    wrapper = _Call(potential, call, lambda *record: returned.append(record))
+    form = form or CallFormat.of(call.args, call.kwargs)
+    returned: list[tuple[Any, int]] = []
+    sizes = DataSizes()
+    wrapper = _Call(potential, call, form, sizes, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
-    # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
-    given = CallFormat.of(call.args, call.kwargs).bind(call.path, call.args, call.kwargs)
-    tensors = tuple(t.detach() for t in given)
-    shapes = (tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in tensors),)
     try:
-        with _quiet(), torch.enable_grad(), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            exported = export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
+        with ExitStack() as stack:
+            for adapter in adapters:
+                stack.enter_context(adapter.tracing(potential))
+            stack.enter_context(inlined_torchscript(potential))
+            stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), sizes))
+            stack.enter_context(torch.enable_grad())
+            # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
+            tensors = [t.detach() for t in form.bind(call.path, call.args, call.kwargs)]
+            _run_once(potential, call, form, tensors, sizes)
+            tensors += sizes.carriers(tensors[0].device)
+            shapes = (tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in tensors),)
+            stack.enter_context(_quiet())
+            stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+            exported = export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
             if _needs_functionalization(exported):
                 exported = exported.run_decompositions({})
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"the potential {call.path!r} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
-            f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: int(tensor) or "
-            "tensor.item() for a size (use tensor.shape), Python branches on tensor values, or TorchScript functions."
+            f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: Python branches on tensor "
+            "values, tensor.tolist(), .numpy() or float(tensor) in the forward, or shapes that depend on values "
+            "(nonzero, unique, masks as indices)."
         ) from error
     _refuse_state(exported, call.path)
-    program = program_from_export(exported, *returned[-1], prefix="potential.")
+    program = program_from_export(exported, *returned[-1], prefix="potential.", num_sizes=len(sizes.values))
     # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
     first = {p: name for name, p in potential.named_parameters()}
     named = dict(potential.named_parameters(remove_duplicate=False))
     program.parameters = {placeholder: first[named[name]] for placeholder, name in program.parameters.items()}
     return program
+
+
+def _run_once(
+    potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], sizes: DataSizes
+) -> None:
+    """Run the forward as it is, to know the integers that it reads from tensors."""
+    sizes.begin(None)
+    args, kwargs = form.unbind(call.args, call.kwargs, tensors)
+    potential(*args, **kwargs)
 
 
 def _needs_functionalization(exported: ExportedProgram) -> bool:

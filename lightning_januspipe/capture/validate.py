@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.containers import leaves
 from lightning_januspipe.capture.cut import Regions
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
-from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage, Epilogue
+from lightning_januspipe.capture.stages import CallInputs, CapturedPotential, CapturedStage, Epilogue
 from lightning_januspipe.engine.executor import LossGradients
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.local import LocalResult, PhaseSeconds, run_local
@@ -78,14 +78,14 @@ def run_eager(potential: nn.Module, call: PotentialCall, regions: Regions) -> Ea
     """The eager module on one call, with the parameter gradient of a loss of its outputs."""
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*call.args, **call.kwargs)
-    leaves = [x for x in pytree.tree_leaves(returned) if isinstance(x, Tensor)]
-    outputs = [leaves[i] for i in regions.outputs]
+    tensors = [x for _, x in leaves(returned) if isinstance(x, Tensor)]
+    outputs = [tensors[i] for i in regions.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
     if potential.training:
         parameters = [p for p in potential.parameters() if p.requires_grad]
         with torch.enable_grad():
             _refuse_first_order(potential, call.path, keep.derivatives)
-            _refuse_detached(call, leaves, regions)
+            _refuse_detached(call, tensors, regions)
             found = torch.autograd.grad(_probe_loss(outputs), parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
     return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
@@ -150,7 +150,7 @@ def run_captured(
     """
     stages = [CapturedStage(captured, i, potential) for i in range(captured.cut.num_stages)]
     epilogue = Epilogue(captured, potential)
-    tensors = captured.call.bind(call.path, call.args, call.kwargs)
+    tensors = CallInputs(captured, potential)(call.args, call.kwargs)
     outputs: list[Tensor] = []
     outside = GradientBuffers()
 
@@ -208,7 +208,7 @@ def validate(
     Raises:
         CaptureError: a quantity differs; the message names the first one and the usual cause.
     """
-    captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs))
+    captured.bind_sizes(CallInputs(captured, potential)(call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
     eager = run_eager(potential, call, captured.regions)
     found, result = run_captured(captured, potential, call, manner)

@@ -6,6 +6,8 @@ No batch format has to be known. The gradient is that of gradient accumulation o
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory as pin
 
+_MAX_DEPTH = 5
+
+_EDGES = ("edge_index", "idx_i", "edge_src", "senders", "nbr_list", "neighbor_list")
+"""In the names under which samples keep their edges: two rows or columns of E indices, or one."""
+
+_ATOMS = ("pos", "positions", "coords", "coordinates", "cart_coords", "r", "xyz")
+"""Names under which samples keep their atoms' positions, without underscores around them: N rows."""
+
 
 @dataclass
 class MicroBatches:
@@ -21,11 +31,13 @@ class MicroBatches:
 
     Attributes:
         batches: one collated batch for each micro-batch.
-        num_samples: how many samples each holds.
+        num_samples: how many samples each holds; 0 where that is not known.
+        examples: two collated batches for capture, of samples of this batch; the loader takes them away.
     """
 
     batches: list[Any]
     num_samples: list[int]
+    examples: tuple[Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -35,7 +47,7 @@ class MicroBatches:
 
     def pin_memory(self) -> MicroBatches:
         """Called by a loader's pinning thread."""
-        return MicroBatches([pin(b) for b in self.batches], self.num_samples)
+        return MicroBatches([pin(b) for b in self.batches], self.num_samples, self.examples)
 
 
 class MicroBatchCollate:
@@ -44,15 +56,51 @@ class MicroBatchCollate:
     Args:
         collate: the loader's own function, from a list of samples to a batch.
         num_microbatches: into how many groups the samples of a batch go; fewer where there are fewer samples.
+        required: whether a batch that cannot be split is an error, or one micro-batch.
+        num_typical: samples of a usual micro-batch, if the first batch in each process shall carry examples.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], num_microbatches: int) -> None:
+    def __init__(
+        self,
+        collate: Callable[[Any], Any],
+        num_microbatches: int,
+        *,
+        required: bool = True,
+        num_typical: int | None = None,
+    ) -> None:
         self.collate = collate
         self.num_microbatches = num_microbatches
+        self._required = required
+        self._num_typical = num_typical
 
-    def __call__(self, samples: list[Any]) -> MicroBatches:
+    def __call__(self, samples: Any) -> MicroBatches:
+        """Split and collate.
+
+        Raises:
+            ValueError: there are no samples, or they are a batch already.
+        """
+        if not isinstance(samples, Sequence):
+            return self._whole(samples)
         groups = split_samples(samples, self.num_microbatches)
-        return MicroBatches([self.collate(g) for g in groups], [len(g) for g in groups])
+        examples: list[list[Any]] = []
+        if self._num_typical:  # of copies: collating may change what it collates
+            examples = [[_copied(s) for s in group] for group in example_groups(samples, self._num_typical)]
+        found = MicroBatches([self.collate(g) for g in groups], [len(g) for g in groups])
+        if examples:
+            found.examples = self.collate(examples[0]), self.collate(examples[1])
+            self._num_typical = None
+        return found
+
+    def _whole(self, batch: Any) -> MicroBatches:
+        what = (
+            f"the dataset's __getitems__ gives a {type(batch).__name__}, not a list of samples, so that a batch cannot "
+            f"be split into {self.num_microbatches} micro-batches"
+        )
+        how = "Let __getitems__ return a list of samples, which collate_fn joins"
+        if self._required:
+            raise ValueError(f"{what}. {how}, or use num_microbatches=1 with accumulate_grad_batches.")
+        warnings.warn(f"{what}: each batch is one micro-batch. {how}.", stacklevel=2)
+        return MicroBatches([self.collate(batch)], [0])
 
 
 def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
@@ -66,6 +114,8 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     if not samples:
         raise ValueError("a batch without samples cannot be split; check the batch sampler, which gave an empty batch")
     num_groups = min(num_groups, len(samples))
+    if num_groups == 1:
+        return [list(samples)]
     costs = [sample_cost(s) for s in samples]
     loads = [0.0] * num_groups
     groups: list[list[int]] = [[] for _ in range(num_groups)]
@@ -77,27 +127,65 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     return [[samples[i] for i in g] for g in ordered]
 
 
+def example_groups(samples: Sequence[Any], num_typical: int) -> tuple[list[Any], list[Any]]:
+    """Samples of two batches for capture, of different numbers of samples: one to trace, one to validate and profile.
+
+    Args:
+        samples: at least one; those of a group are repeated where there are too few.
+        num_typical: samples of a usual micro-batch.
+
+    Returns:
+        The largest two or three samples, and ``num_typical`` samples of middle sizes.
+    """
+    ordered = sorted(samples, key=sample_cost)
+    num_traced = 3 if num_typical == 2 else 2
+    middle = [ordered[len(ordered) * (2 * i + 1) // (2 * num_typical)] for i in range(num_typical)]
+    return [ordered[-1 - i % len(ordered)] for i in range(num_traced)], middle
+
+
 def sample_cost(sample: Any) -> float:
-    """How much work a sample is, about: the numbers it holds, which edges dominate where a sample has them."""
-    return float(max(_count(sample, 0), 1))
+    """How much work a sample is, about: its edges; without these, its atoms; without both, the numbers it holds.
+
+    Args:
+        sample: a dict, a tuple, PyG data, an ``ase.Atoms``, or any object with attributes, also nested.
+    """
+    edges, atoms, numbers = _counts("", sample, 0)
+    found = next((c for c in (edges, atoms) if c is not None), numbers)
+    return float(max(found, 1))
 
 
-def _count(value: Any, depth: int) -> int:
-    if isinstance(value, Tensor):
-        return value.numel()
-    if hasattr(value, "__array_interface__"):
-        return int(value.size)
-    if depth > 4 or value is None or isinstance(value, (str, bytes, int, float)):
-        return 0
+def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, int]:
+    """Edges and atoms, where there are any by name, and all numbers."""
+    if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
+        shape = tuple(value.shape)
+        numbers = value.numel() if isinstance(value, Tensor) else int(value.size)
+        if any(n in name for n in _EDGES):
+            return numbers // 2 if len(shape) == 2 else numbers, None, numbers
+        if name.strip("_").lower() in _ATOMS and len(shape) == 2:
+            return None, shape[0], numbers
+        return None, None, numbers
+    if depth > _MAX_DEPTH or value is None or isinstance(value, (str, bytes, int, float)):
+        return None, None, 0
+    parts: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
-        return sum(_count(v, depth + 1) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_count(v, depth + 1) for v in value)
-    if hasattr(value, "to_dict"):  # PyG data
-        return _count(value.to_dict(), depth + 1)
-    if hasattr(value, "__dict__"):
-        return sum(_count(v, depth + 1) for v in vars(value).values())
-    return 0
+        parts = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [("", v) for v in value]
+    elif hasattr(value, "to_dict"):  # PyG data
+        parts = list(value.to_dict().items())
+    elif hasattr(value, "__dict__"):
+        parts = list(vars(value).items())
+    found = [_counts(n, v, depth + 1) for n, v in parts]
+    edges = [e for e, _, _ in found if e is not None]
+    atoms = [a for _, a, _ in found if a is not None]
+    return sum(edges) if edges else None, max(atoms) if atoms else None, sum(n for _, _, n in found)
+
+
+def _copied(sample: Any) -> Any:
+    try:
+        return copy.copy(sample)
+    except Exception:  # what cannot be copied is collated as it is
+        return sample
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> tuple[float, ...]:

@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from lightning_januspipe.capture import Capture, CapturedPotential, CaptureError, Manner, capture_module
+from lightning_januspipe.capture.capture import potential_of
 from lightning_januspipe.capture.find import PotentialCall, call_arguments
-from lightning_januspipe.capture.step import kept_random_state, shallow_copy, silent_log
+from lightning_januspipe.capture.stages import CallInputs
+from lightning_januspipe.capture.step import kept_random_state, silent_log
 from lightning_januspipe.capture.validate import TOGETHER, run_captured, validate
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.p2p import packed_size
@@ -202,9 +204,10 @@ def _measured(
     capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int | None
 ) -> Measured:
     captured = capture.potential
-    submodule = module.get_submodule(captured.path)
     with kept_random_state(), silent_log(module):
-        call = PotentialCall(captured.path, *call_arguments(module, captured.path, lambda: step(shallow_copy(batch))))
+        arguments = call_arguments(module, captured.path, step, batch, captured.replaced is not None)
+    call = PotentialCall(captured.path, *arguments, replaced=captured.replaced)
+    submodule = potential_of(module, step, call)
     validate(captured, submodule, call, TOGETHER)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
     began = time.perf_counter()
@@ -225,7 +228,7 @@ def _measured(
         phase_costs(_medians(walks[True])),
         memory[0],
         memory[1],
-        captured.bind_sizes(captured.call.bind(call.path, call.args, call.kwargs)),
+        captured.bind_sizes(CallInputs(captured, submodule)(call.args, call.kwargs)),
         max(_spread([sum(s.total for s in walk) for walk in found]) for found in walks.values()),
         num,
         capture.elapsed,

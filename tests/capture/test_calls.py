@@ -16,11 +16,11 @@ def bind(form: CallFormat, *args: object, **kwargs: object) -> list[torch.Tensor
 
 
 def test_order_of_entries_does_not_matter() -> None:
-    form = CallFormat.of(({"b": B, "a": A},), {"mask": C, "depth": 2})
-    found = bind(form, {"a": A, "b": B}, depth=2, mask=C)
-    assert [x.data_ptr() for x in found] == [x.data_ptr() for x in bind(form, {"b": B, "a": A}, mask=C, depth=2)]
+    form = CallFormat.of(({"b": B, "a": A},), {"mask": C, "kind": "x"})
+    found = bind(form, {"a": A, "b": B}, kind="x", mask=C)
+    assert [x.data_ptr() for x in found] == [x.data_ptr() for x in bind(form, {"b": B, "a": A}, mask=C, kind="x")]
     assert {id(x) for x in found} == {id(A), id(B), id(C)}
-    assert form.constants == {"[1]['depth']": 2}
+    assert form.constants == {"[1]['kind']": "x"}
 
 
 def test_positions_matter() -> None:
@@ -40,14 +40,32 @@ def test_missing_entries() -> None:
         bind(form, {"a": A, "b": 3})
 
 
-@pytest.mark.parametrize(("traced", "given"), [(3, 4), ("x", "y"), (None, 1), (True, False), (0.5, A)])
+@pytest.mark.parametrize(("traced", "given"), [("x", "y"), (None, 1), (True, False), (0.5, A), (1, 2)])
 def test_changing_constants(traced: object, given: object) -> None:
     form = CallFormat.of((A, traced), {})
     assert bind(form, B, traced) == [B]
-    with pytest.raises(CaptureError, match=r"captured with \[0\]\[1\] = .*have to be tensors"):
+    with pytest.raises(CaptureError, match=r"captured with \[0\]\[1\] = .*have to be tensors or integers"):
         bind(form, B, given)
     with pytest.raises(CaptureError, match="captured with"):
         bind(form, B)
+
+
+def test_integers_are_inputs_as_lengths() -> None:
+    form = CallFormat.of((A, 3), {"flag": 1, "changes": 1}, ((A, 3), {"flag": 1, "changes": 4}))
+    assert form.sizes == ["[0][1]", "[1]['changes']"] and form.constants == {"[1]['flag']": 1}
+    found = bind(form, B, 7, flag=1, changes=0)
+    assert found[0] is B and [tuple(t.shape) for t in found[1:]] == [(7, 0), (0, 0)]
+    args, kwargs = form.unbind((A, 3), {"flag": 1, "changes": 1}, found)
+    assert args[0] is B and args[1] == 7 and kwargs == {"flag": 1, "changes": 0}
+    with pytest.raises(CaptureError, match=r"calls it without \[\"\[0\]\[1\]\"\]|without \['\[0\]\[1\]'\]"):
+        bind(form, B, -1, flag=1, changes=0)
+
+
+def test_what_differs_between_two_calls_is_no_constant() -> None:
+    form = CallFormat.of((A, "a.xyz", "mp"), {}, ((A, "b.xyz", "mp"), {}))
+    assert bind(form, B, "c.xyz", "mp") == [B]
+    with pytest.raises(CaptureError, match="captured with"):
+        bind(form, B, "c.xyz", "other")
 
 
 def test_leaves_are_sorted_by_place() -> None:

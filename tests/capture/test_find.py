@@ -14,7 +14,7 @@ from lightning_januspipe.capture.find import PotentialCall, call_arguments, find
 
 
 def find(module: nn.Module, potential: str | None = None) -> PotentialCall:
-    return find_potential(module, lambda: module.training_step(make_batch(TRACED)), potential)
+    return find_potential(module, module.training_step, make_batch(TRACED), potential)
 
 
 class AttributeGrad(Potential):
@@ -60,7 +60,7 @@ def test_call_is_that_of_the_step() -> None:
     found = find(module)
     assert found.kwargs == {"factor": 3.0}
     assert torch.equal(found.args[0]["positions"], 2 * make_batch(TRACED)["positions"])
-    args, kwargs = call_arguments(module, "potential", lambda: module.training_step(make_batch(OTHER)))
+    args, kwargs = call_arguments(module, "potential", module.training_step, make_batch(OTHER))
     assert torch.equal(args[0]["positions"], 2 * make_batch(OTHER)["positions"])
     assert kwargs == {"factor": 3.0}
 
@@ -149,8 +149,10 @@ class GradInStep(Step):
 
 
 def test_grad_in_the_step_itself() -> None:
-    with pytest.raises(CaptureError, match=r"GradInStep calls torch\.autograd\.grad itself.*forward of one submodule"):
-        find(GradInStep(nn.Linear(3, 1, dtype=torch.float64)))
+    found = find(GradInStep(nn.Linear(3, 1, dtype=torch.float64)))
+    assert (found.path, found.replaced, found.step_parameters) == ("", ("potential",), ())
+    assert set(found.args[0]) == set(make_batch(TRACED)), "its argument is the batch"
+    assert found.read_outputs == (0, 1)  # the derivative, and the energy that is summed
 
 
 class FirstOrder(Potential):
@@ -199,4 +201,4 @@ def test_device_and_shape_of_parameters_may_be_asked_for() -> None:
 
 def test_step_without_the_potential() -> None:
     with pytest.raises(CaptureError, match="did not call its potential 'potential' for this batch"):
-        call_arguments(Step(Potential(1)), "potential", lambda: None)
+        call_arguments(Step(Potential(1)), "potential", lambda batch: None, make_batch(OTHER))

@@ -90,9 +90,7 @@ def program_of(*operations: Node, outputs: list[str]) -> Program:
         coordinates=["x"],
         gradient="g",
         outputs=outputs,
-        output_spec=None,
-        output_constants=[],
-        output_slots=[],
+        returned=None,
         symbols={"n": (0, 0)},
     )
 

@@ -12,9 +12,10 @@ import torch
 from capture_models import DTYPE, Batch, Potential, Step, Traced, eager_gradients, make_batch, staged_gradients
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.containers import shallow_copy
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage
-from lightning_januspipe.capture.step import CapturedStep, replaced_log, shallow_copy, silent_log
+from lightning_januspipe.capture.step import CapturedStep, replaced_log, silent_log
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import StageOutput
 

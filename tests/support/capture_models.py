@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lightning_januspipe.capture.calls import CallFormat
-from lightning_januspipe.capture.cut import Profile, find_cut, find_regions
+from lightning_januspipe.capture.capture import potential_of
+from lightning_januspipe.capture.containers import shallow_copy
+from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.stages import CapturedPotential, CapturedStage
-from lightning_januspipe.capture.step import CapturedStep, shallow_copy
+from lightning_januspipe.capture.stages import CallInputs, CapturedPotential, CapturedStage
+from lightning_januspipe.capture.step import CapturedStep
 from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.local import run_local
@@ -143,24 +146,35 @@ class Traced:
     def __init__(self, module: nn.Module, batch: Batch | None = None) -> None:
         batch = batch or make_batch(TRACED)
         self.module = module
-        self.call = find_potential(module, lambda: module.training_step(shallow_copy(batch)))
-        self.potential = module.get_submodule(self.call.path)
+        self.call = find_potential(module, module.training_step, batch)
+        self.potential = potential_of(module, module.training_step, self.call)
         self.program = trace_potential(self.potential, self.call)
         self.regions = find_regions(self.program, self.call.read_outputs)
         self.format = CallFormat.of(self.call.args, self.call.kwargs)
-        tensors = self.format.bind(self.call.path, self.call.args, self.call.kwargs)
+        uncut = CapturedPotential(
+            self.call.path,
+            self.program,
+            self.regions,
+            Cut([], [], []),
+            self.format,
+            self.call.replaced,
+            self.call.step_parameters,
+        )
+        self._uncut = uncut
+        tensors = CallInputs(uncut, self.potential)(self.call.args, self.call.kwargs)
         measured = measure(self.program, self.regions, self.potential, tensors, repeats=1)
         self.profile = Profile(dict.fromkeys(measured.seconds, 1e-6), measured.num_bytes)
 
     def cut(self, num_stages: int) -> CapturedPotential:
         """The potential in stages."""
         cut = find_cut(self.program, self.regions, self.profile, num_stages)
-        return CapturedPotential(self.call.path, self.program, self.regions, cut, self.format)
+        return replace(self._uncut, cut=cut)
 
     def call_on(self, batch: Batch) -> PotentialCall:
         """The call of the potential that the step makes on a batch."""
-        arguments = call_arguments(self.module, self.call.path, lambda: self.module.training_step(shallow_copy(batch)))
-        return PotentialCall(self.call.path, *arguments, self.call.read_outputs)
+        in_step = self.call.replaced is not None
+        args, kwargs = call_arguments(self.module, self.call.path, self.module.training_step, batch, in_step)
+        return replace(self.call, args=args, kwargs=kwargs)
 
 
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

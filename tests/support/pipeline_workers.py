@@ -31,7 +31,13 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
         # Another order than the present one, whatever was measured: fewer live micro-batches.
         chunks = len(costs) // self.num_ranks
         other = planning.build_schedule(
-            self.name, self.num_ranks, schedule.num_microbatches, costs, max_live=1, chunks=chunks
+            self.name,
+            self.num_ranks,
+            schedule.num_microbatches,
+            costs,
+            max_live=1,
+            chunks=chunks,
+            placement=self.placement,
         )
         assert found is not None and other.actions != schedule.actions
         built += 1

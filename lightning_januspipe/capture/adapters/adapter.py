@@ -1,0 +1,97 @@
+"""How a package's models are helped through capture, and how an adapter is found for a potential."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from torch import nn
+
+from lightning_januspipe.capture.errors import CaptureError
+
+GROUP = "lightning_januspipe.adapters"
+"""Entry points of this group name a package (``my_package``, or ``my_package.models``) and its adapter's class."""
+
+BUILT_IN = {"matris": "lightning_januspipe.capture.adapters.matris:MatRISAdapter"}
+
+
+class Adapter:
+    """What is special to the models of one package; a subclass overrides what it needs.
+
+    A package registers its own in its ``pyproject.toml``::
+
+        [project.entry-points."lightning_januspipe.adapters"]
+        my_package = "my_package.januspipe:MyAdapter"
+    """
+
+    version = "1"
+    """Changed with the adapter: what was traced with another version is traced again."""
+
+    def arguments(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the traced call, made from those of the user's call for every batch, outside the trace.
+
+        Here belongs what cannot be traced and has no derivative: indices, padding, batching of graphs.
+
+        Args:
+            potential: the module whose forward differentiates the energy.
+            args: positional arguments of the user's call.
+            kwargs: its keyword arguments.
+
+        Returns:
+            Arguments in which all that changes with the batch is a tensor or an integer.
+        """
+        return args, kwargs
+
+    def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
+        """Active while ``potential`` is traced with what :meth:`arguments` returns."""
+        return nullcontext()
+
+
+def adapters_of(potential: nn.Module) -> list[Adapter]:
+    """Adapters for the packages that define a potential or one of its parts; those of other projects first.
+
+    Raises:
+        CaptureError: a registered adapter cannot be loaded.
+    """
+    modules = {c.__module__ for m in potential.modules() for c in type(m).__mro__}
+
+    def concerns(package: str) -> bool:
+        return any(m == package or m.startswith(f"{package}.") for m in modules)
+
+    registered = {e.name: e for e in entry_points(group=GROUP) if concerns(e.name)}
+    found = [_loaded(e) for _, e in sorted(registered.items())]
+    for package, place in BUILT_IN.items():
+        if package not in registered and concerns(package):
+            module, _, name = place.partition(":")
+            found.append(getattr(importlib.import_module(module), name)())
+    return found
+
+
+def adapted(
+    adapters: Sequence[Adapter], potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call as all adapters want them."""
+    for adapter in adapters:
+        args, kwargs = adapter.arguments(potential, args, kwargs)
+    return args, kwargs
+
+
+def _loaded(entry: EntryPoint) -> Adapter:
+    try:
+        found = entry.load()()
+    except Exception as error:
+        raise CaptureError(
+            f"the adapter {entry.value!r} that is registered for {entry.name!r} cannot be loaded: "
+            f"{type(error).__name__}: {error}. Mend or uninstall the package that registers it."
+        ) from error
+    if not isinstance(found, Adapter):
+        raise CaptureError(
+            f"the adapter {entry.value!r} that is registered for {entry.name!r} is a {type(found).__name__}; "
+            "expected a subclass of lightning_januspipe.capture.adapters.Adapter"
+        )
+    return found

@@ -1,0 +1,128 @@
+"""Batches of any project as trees: dicts, lists, tuples, dataclasses, PyTorch Geometric data, plain objects.
+
+Nothing is registered and nothing imported: what an object is, is seen from what it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Children = list[tuple[str, Any]]
+
+_DEEPEST = 8
+
+
+def children(value: Any) -> Children | None:
+    """Parts of a container by their place in it, or None for a leaf.
+
+    An object without tensors inside is a leaf, whatever it is.
+    """
+    if isinstance(value, (Tensor, nn.Module, str, bytes, int, float, complex, type(None), type)):
+        return None
+    if isinstance(value, Mapping):
+        return [(f"[{k!r}]", v) for k, v in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{n}", v) for n, v in zip(value._fields, value, strict=True)]
+    if isinstance(value, (list, tuple)):
+        return [(f"[{i}]", v) for i, v in enumerate(value)]
+    if _is_graph_data(value):
+        return _of_graph_data(value)
+    if hasattr(value, "__dict__") and not callable(value) and _holds_tensors(value, 0):
+        return [(f".{n}", vars(value)[n]) for n in _attributes(value)]
+    return None
+
+
+def leaves(value: Any, place: str = "") -> Children:
+    """Leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``."""
+    parts = children(value)
+    if parts is None:
+        return [(place, value)]
+    return [leaf for key, part in parts for leaf in leaves(part, place + key)]
+
+
+def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "") -> Any:
+    """The same tree with other leaves; containers are copied, so that writing to them does not reach the original.
+
+    Args:
+        value: the tree.
+        replace: from a leaf's place and value to its new value.
+        place: where the tree itself stands.
+    """
+    parts = children(value)
+    if parts is None:
+        return replace(place, value)
+    return _rebuilt(value, [with_leaves(part, replace, place + key) for key, part in parts])
+
+
+def shallow_copy(batch: Any) -> Any:
+    """A batch that a step can write new entries to; tensors are shared."""
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(shallow_copy(b) for b in batch)
+    return batch if isinstance(batch, Tensor) else copy.copy(batch)
+
+
+def _rebuilt(value: Any, parts: list[Any]) -> Any:
+    if isinstance(value, Mapping):
+        written: Any = copy.copy(value)
+        for key, part in zip(value, parts, strict=True):
+            written[key] = part
+        return written
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*parts)
+    if isinstance(value, (list, tuple)):
+        return type(value)(parts)
+    changed: Any = copy.copy(value)
+    given = iter(parts)
+    if _is_graph_data(value):
+        for store in changed.stores:
+            for key in list(store):
+                store[key] = next(given)
+        names = _numbers(value)
+    else:
+        names = _attributes(value)
+    for name in names:
+        object.__setattr__(changed, name, next(given))
+    return changed
+
+
+def _attributes(value: Any) -> list[str]:
+    """All but what a class keeps for itself, such as the offsets by which a batch was put together."""
+    own = [n for n, v in vars(value).items() if n.startswith("__") and n.endswith("__") and not isinstance(v, int)]
+    return [n for n in vars(value) if n not in own]
+
+
+def _is_graph_data(value: Any) -> bool:
+    """PyTorch Geometric's ``Data``, ``HeteroData`` and batches of them."""
+    return hasattr(value, "stores") and hasattr(value, "to_dict") and hasattr(value, "edge_stores")
+
+
+def _of_graph_data(value: Any) -> Children:
+    found: Children = []
+    for store in value.stores:
+        key = getattr(store, "_key", None)
+        found.extend((f".{n}" if key is None else f"[{key!r}].{n}", v) for n, v in store.items())
+    return [*found, *((f".{n}", vars(value)[n]) for n in _numbers(value))]
+
+
+def _numbers(value: Any) -> list[str]:
+    """A batch keeps its number of graphs beside its stores."""
+    return [n for n, v in vars(value).items() if isinstance(v, int)]
+
+
+def _holds_tensors(value: Any, depth: int) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if depth > _DEEPEST or isinstance(value, (str, bytes, nn.Module, type)):
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_tensors(v, depth + 1) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(v, depth + 1) for v in value)
+    if dataclasses.is_dataclass(value) or (hasattr(value, "__dict__") and not callable(value)):
+        return any(_holds_tensors(v, depth + 1) for v in vars(value).values())
+    return False
