@@ -5,6 +5,7 @@ Importing this package registers ``Trainer(strategy="januspipe")`` with every Li
 
 from importlib.util import find_spec
 
+from lightning_januspipe.capture import Adapter, ExplicitStages, run_stages
 from lightning_januspipe.registry import NAMESPACES, register, strategy_class
 
 __version__ = "0.1.0"
@@ -16,4 +17,4 @@ for _namespace in _installed:
     register(_namespace)
 JanusPipeStrategy = strategy_class(_installed[0])
 
-__all__ = ["JanusPipeStrategy", "strategy_class"]
+__all__ = ["Adapter", "ExplicitStages", "JanusPipeStrategy", "run_stages", "strategy_class"]

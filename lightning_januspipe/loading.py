@@ -9,7 +9,7 @@ import random
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
@@ -64,13 +64,8 @@ def require_samples(loader: Any) -> None:
     Raises:
         ValueError: it has none.
     """
-    dataset = getattr(loader, "dataset", None)
-    if (
-        dataset is not None
-        and not isinstance(dataset, IterableDataset)
-        and hasattr(dataset, "__len__")
-        and not len(dataset)
-    ):
+    dataset: Any = getattr(loader, "dataset", None)
+    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and not len(dataset):
         raise ValueError(
             f"the training dataset ({type(dataset).__name__}) is empty; check its file, its split sizes and its filters"
         )
@@ -97,7 +92,7 @@ def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
     """
     if isinstance(loader, _SplitLoader) and loader.split_state.reads_ahead:
         return loader.split_state.examples_of(loader)
-    with _same_random_numbers(getattr(loader, "dataset", None)):
+    with _same_random_numbers([getattr(loader, name, None) for name in ("dataset", "collate_fn")]):
         if not isinstance(loader, DataLoader):
             return _ends(list(islice(_fresh(loader, "loader"), 2)))
         if isinstance(loader.dataset, IterableDataset):
@@ -141,13 +136,13 @@ def _cannot_split(loader: Any, num_microbatches: int, required: bool, why: str) 
     how = "Use a torch DataLoader with a batch_size or batch_sampler"
     if required:
         raise ValueError(
-            f"num_microbatches={num_microbatches}, but {what}, so they cannot be split. {how}, or num_microbatches=1 "
-            "with accumulate_grad_batches."
+            f"num_microbatches={num_microbatches}, but {what}, so its batches cannot be split. {how}, or "
+            "num_microbatches=1 with accumulate_grad_batches."
         )
     if not _is_distributed() or dist.get_rank() == 0:
         warnings.warn(
-            f"{what}: each is one micro-batch, and the ranks of a pipeline work on it one after another. {how}, to "
-            "have batches split; num_microbatches=1 says that this is meant.",
+            f"{what}: each batch is one micro-batch, on which the ranks of a pipeline work one after another. {how}, "
+            "to have batches split; num_microbatches=1 says that this is meant.",
             stacklevel=3,
         )
 
@@ -262,12 +257,14 @@ def _split_copy(loader: Any, num_microbatches: int, required: bool, reads_ahead:
 
 @dataclasses.dataclass
 class _ExampleCollate:
-    """Collates samples to the two batches for capture."""
+    """Collates samples to the two batches for capture; None where a dataset gives ready-made batches."""
 
     collate: Callable[[list[Any]], Any]
     num_typical: int
 
-    def __call__(self, samples: list[Any]) -> tuple[Any, Any]:
+    def __call__(self, samples: Any) -> tuple[Any, Any] | None:
+        if not isinstance(samples, Sequence):
+            return None
         traced, other = example_groups(samples, self.num_typical)
         return self.collate(traced), self.collate(other)
 
@@ -275,24 +272,24 @@ class _ExampleCollate:
 def _read_map(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
     dataset = loader.dataset
     if not _collates(loader):
-        return _ends(
-            list(_reader(loader, loader.collate_fn, batch_size=None, sampler=_keys(loader, loader.sampler, 2)))
-        )
+        keys = _keys(loader, loader.sampler, 2)
+        return _ends(list(_reader(loader, loader.collate_fn, batch_size=None, sampler=keys)))
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 2 * num_microbatches
     collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)))
     num = len(dataset) if hasattr(dataset, "__len__") else _NUM_SAMPLES
     if not num:
         raise ValueError("the dataset gives no samples")
     few = min(num, _NUM_SAMPLES)
+    keys = [i * num // few for i in range(few)]
     try:
-        (found,) = _reader(loader, collate, batch_sampler=[[i * num // few for i in range(few)]])
+        (found,) = _reader(loader, collate, batch_sampler=[keys])
     except Exception as error:  # its keys may be others than 0, 1, 2, …; the sampler knows them
         try:
-            keys = _keys(loader, chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)), _NUM_SAMPLES)
+            keys = list(chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)))[:_NUM_SAMPLES]
             (found,) = _reader(loader, collate, batch_sampler=[keys])
         except Exception:
             raise error from None
-    return found  # type: ignore[no-any-return]
+    return found or _ends(list(_reader(loader, collate.collate, batch_sampler=[keys[-2:], keys[:1]])))
 
 
 def _read_iterable(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
@@ -302,10 +299,9 @@ def _read_iterable(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
         return _ends(list(islice(_reader(loader, loader.collate_fn, batch_size=None), 2)))
     num_typical = max(1, round((loader.batch_size or 1) / num_microbatches))
     reader = _reader(loader, _ExampleCollate(_collate_of(loader), num_typical), batch_size=_NUM_SAMPLES)
-    found = next(iter(reader), None)
-    if found is None:
-        raise ValueError("the dataset gives no samples")
-    return found  # type: ignore[no-any-return]
+    for found in reader:
+        return found
+    raise ValueError("the dataset gives no samples")
 
 
 def _reader(loader: Any, collate: Callable[[Any], Any], **which: Any) -> Any:
@@ -330,7 +326,7 @@ def _collate_of(loader: Any) -> Callable[[list[Any]], Any]:
 
 
 def _keys(loader: Any, sampler: Any, num: int) -> list[Any]:
-    """The first keys of a sampler, of a copy where it has a state; the dataset that it may know is not copied."""
+    """The first keys of a copy of a sampler, which may have a state; the dataset that it may know is not copied."""
     with suppress(Exception):
         sampler = copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
     return list(islice(iter(sampler), num))
@@ -379,17 +375,17 @@ def _generators(value: Any) -> list[Any]:
     todo = deque([(value, 0)])
     while todo and len(seen) < 1000:
         item, depth = todo.popleft()
-        if id(item) in seen:
+        parts: Iterable[Any] = ()
+        if id(item) in seen or depth > 6:
             continue
         seen.add(id(item))
         if isinstance(item, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             found.append(item)
-        elif isinstance(item, Mapping):
-            todo.extend((v, depth + 1) for v in islice(item.values(), 50) if depth < 6)
-        elif isinstance(item, (list, tuple)):
-            todo.extend((v, depth + 1) for v in item[:50] if depth < 6)
+        elif isinstance(item, (list, tuple, Mapping)):
+            parts = islice(item.values() if isinstance(item, Mapping) else item, 50)
         elif hasattr(item, "__dict__") and not isinstance(item, (type, types.ModuleType, Tensor, nn.Module)):
-            todo.extend((v, depth + 1) for v in vars(item).values() if depth < 6)
+            parts = vars(item).values()
+        todo.extend((part, depth + 1) for part in parts)
     return found
 
 

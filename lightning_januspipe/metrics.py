@@ -1,4 +1,4 @@
-"""``self.log`` under micro-batches: a step that runs once per micro-batch logs each value once.
+"""``self.log`` under micro-batches, where a step that runs once per micro-batch logs each value once; torchmetrics.
 
 The value is the mean over the micro-batches, weighted with their batch sizes, which is what Lightning's own epoch mean
 makes of the same values; a ``reduce_fx`` of max, min or sum is applied likewise.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_januspipe.capture.step import loss_of
 
@@ -63,3 +63,46 @@ def merge_outputs(outputs: list[Any], name: str) -> Any:
     """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
     loss = torch.stack([loss_of(o, name).detach().reshape(()) for o in outputs]).mean()
     return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss
+
+
+class ReplicaGather:
+    """Gathers the states of torchmetrics over the data-parallel replicas: ranks of a pipeline see the same samples.
+
+    It is the ``dist_sync_fn`` of the module's metrics, and not their ``process_group``, because modules are pickled
+    with their metrics (as hyperparameters in a checkpoint, say), and process groups cannot be. In a pickle it is None,
+    as it was before.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def attach(self, module: nn.Module, group: Any) -> None:
+        """Let the metrics in a module gather over a group, but for those that have a way of their own."""
+        self._group = group
+        for metric in _metrics(module):
+            if metric.dist_sync_fn is None and metric.process_group is None:
+                metric.__dict__["dist_sync_fn"] = self
+
+    def detach(self, module: nn.Module) -> None:
+        """Leave the metrics as they were; copies of them gather over all ranks then."""
+        self._group = None
+        for metric in _metrics(module):
+            if metric.dist_sync_fn is self:
+                metric.__dict__["dist_sync_fn"] = None
+
+    def __call__(self, state: Tensor, group: Any = None) -> list[Tensor]:
+        """The state of every replica."""
+        from torchmetrics.utilities.distributed import gather_all_tensors
+
+        return gather_all_tensors(state, group or self._group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaGather:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return {}.get, (0,)  # None, without a name of this package in the pickle
+
+
+def _metrics(module: nn.Module) -> list[Any]:
+    names = ("dist_sync_fn", "dist_sync_on_step", "process_group")
+    return [m for m in module.modules() if all(hasattr(m, n) for n in names)]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Capture, CapturedStage, CapturedStep
+from lightning_januspipe.capture import Capture, CapturedStep
 from lightning_januspipe.capture.find import StepFunction
 from lightning_januspipe.capture.step import loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
@@ -133,7 +133,7 @@ class Pipeline:
         links = _links(mesh)
         links.connect(first.messages())
         own = first.stages_of(mesh.pipeline_rank)
-        stages = {s: Stage(CapturedStage(captured, s, potential), self.gradients) for s in own}
+        stages = {s: Stage(captured.stage(s, potential), self.gradients) for s in own}
         self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout)
         self._recorder = Recorder(mesh.device)
         self._times = PhaseTimes()

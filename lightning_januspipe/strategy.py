@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import random
 import warnings
-import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Capture, Manner, capture_module
+from lightning_januspipe.capture import Stages
 from lightning_januspipe.capture.step import replaced_log
+from lightning_januspipe.capturing import Capturer, CaptureRequest
 from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
-from lightning_januspipe.engine.local import PhaseSeconds
-from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.microbatch import MicroBatches
 from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.loading import (
@@ -31,41 +28,14 @@ from lightning_januspipe.loading import (
     without_inference,
 )
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
-from lightning_januspipe.metrics import LogRecorder, merge_outputs
-from lightning_januspipe.pipeline import Pipeline, Undivided, measured_latency
-from lightning_januspipe.planning import (
-    Planner,
-    is_deferred,
-    is_searched,
-    is_unfolded,
-    memory_costs,
-    phase_costs,
-    placements,
-)
+from lightning_januspipe.metrics import LogRecorder, ReplicaGather, merge_outputs
+from lightning_januspipe.pipeline import Pipeline, Undivided
+from lightning_januspipe.planning import is_searched
 from lightning_januspipe.precision import mesh_aware
-from lightning_januspipe.preparation import differentiable, is_fitting, on_first_rank, training_mode, with_batch
+from lightning_januspipe.preparation import differentiable, is_fitting, training_mode
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import build_schedule
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """A capture that may serve again, as in a test after training.
-
-    Attributes:
-        module: the LightningModule.
-        step: name of the step that it was made from.
-        capture: the capture.
-    """
-
-    module: weakref.ref[Any]
-    step: str
-    capture: Capture
-
-    def serves(self, module: Any, step: str) -> bool:
-        """Whether it is right for a step; where steps differentiate by themselves, each has a capture of its own."""
-        return self.module() is module and (self.capture.potential.replaced is None or self.step == step)
 
 
 class JanusPipeBody:
@@ -89,6 +59,8 @@ class JanusPipeBody:
         timeout: how long a rank waits for a message of another (a timedelta, or seconds).
         memory_limit: most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold
             fewer micro-batches for it. None is no limit.
+        stages: where the stages come from: "captured" by tracing, "explicit" (the potential declares them, see
+            :class:`~lightning_januspipe.capture.explicit.ExplicitStages`), or "auto", the first of these that works.
     """
 
     lib: Any  # the modules of one Lightning (see registry.Library)
@@ -107,6 +79,7 @@ class JanusPipeBody:
         process_group_backend: str | None = None,
         timeout: timedelta | float = timedelta(minutes=30),
         memory_limit: float | None = None,
+        stages: Stages = "auto",
     ) -> None:
         super().__init__()
         if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
@@ -122,20 +95,20 @@ class JanusPipeBody:
         if wave_size != "auto" and not is_searched(schedule):
             warnings.warn(f"wave_size={wave_size} has no effect: schedule={schedule!r} has no waves", stacklevel=2)
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
+        if stages not in get_args(Stages):
+            raise ValueError(f"stages={stages!r}; expected one of {', '.join(map(repr, get_args(Stages)))}")
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
-        self._num_microbatches, self._schedule, self._wave_size = num_microbatches, schedule, wave_size
-        self._memory_limit = memory_limit
-        self._latency = 0.0
-        self._potential = potential
+        self._num_microbatches = num_microbatches
+        self._capturer = Capturer(schedule, wave_size, memory_limit, potential, stages)
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self._num_nodes = 1
         self._reduce_gradients = True
         self._train_loader: Any = None
         self._eval_loader: Any = None
-        self._captured: _Captured | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
+        self._metric_gather = ReplicaGather()
         self.mesh: Mesh | None = None
         self.runner: Undivided | Pipeline | None = None
 
@@ -257,14 +230,8 @@ class JanusPipeBody:
         assert self.mesh is not None
         if self.is_distributed:
             broadcast_module(model)
-            self._set_metric_groups(model, self.mesh.data_group)
+            self._metric_gather.attach(model, self.mesh.data_group)
         return model
-
-    def _set_metric_groups(self, model: nn.Module, group: Any) -> None:
-        """The ranks of a pipeline see the same samples: torchmetrics has to count them once."""
-        for metric in model.modules():
-            if hasattr(metric, "dist_sync_on_step") and hasattr(metric, "process_group"):
-                metric.__dict__["process_group"] = group
 
     @property
     def precision_plugin(self) -> Any:
@@ -318,7 +285,6 @@ class JanusPipeBody:
             else transfer(batch, dataloader_idx)
         )
         if self.runner is None:
-            self._captured = None  # an evaluation's capture knows nothing of training_step
             self._capture(self._train_loader, module.training_step, self.num_microbatches())
         if isinstance(self.runner, Pipeline):
             self._same_random_state()
@@ -342,68 +308,25 @@ class JanusPipeBody:
             self._capture(self._eval_loader, getattr(self.lightning_module, name), 1)
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
-        """One rank captures, all get the same result or the same error.
-
-        A module that was captured before, as in a test after training, is not traced again.
-        """
+        """One rank captures, all get the same result or the same error."""
         assert self.mesh is not None
         module: Any = self.lightning_module
-        name = getattr(step, "__name__", "")
-        if self._captured is not None and self._captured.serves(module, name):
-            self.runner = self._pipeline(self._captured.capture, num_microbatches)
-            return
-        # One number for all replicas: by it the stages are placed.
-        self._latency = self.broadcast(measured_latency(self.mesh))
+        trains = is_fitting(module.trainer)
 
-        def capture() -> Capture:
-            training = training_mode(module, not is_fitting(module.trainer))
-            with differentiable(), training, self.precision_plugin.forward_context():
-                traced, other = (self._moved(b) for b in example_batches(loader, num_microbatches))
-                return capture_module(
-                    module,
-                    with_batch(step),
-                    traced,
-                    other,
-                    placements(self._schedule, self.mesh_shape.pipeline),
-                    self._potential,
-                    manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
-                    step_time=lambda seconds: self._planner(seconds).step_time(num_microbatches),
-                    evaluation_step=with_batch(module.validation_step) if self._validates() else None,
-                )
+        def examples() -> tuple[Any, Any]:
+            first, second = example_batches(loader, num_microbatches)
+            return self._moved(first), self._moved(second)
 
-        result = on_first_rank(capture, self.global_rank, self.broadcast)
-        self._captured = _Captured(weakref.ref(module), name, result)
-        self.runner = self._pipeline(result, num_microbatches)
-        self.lib.rank_zero.rank_zero_info(
-            f"januspipe: {result.describe()}; {self._schedule}, {num_microbatches} micro-batches"
-        )
+        @contextmanager
+        def ready() -> Generator[None, None, None]:
+            with differentiable(), training_mode(module, not trains), self.precision_plugin.forward_context():
+                yield
 
-    def _validates(self) -> bool:
-        trainer = self.lightning_module.trainer
-        return is_fitting(trainer) and bool(trainer.enable_validation)
-
-    def _pipeline(self, capture: Capture, num_microbatches: int) -> Pipeline:
-        assert self.mesh is not None
-        # Evaluation keeps nothing between its phases.
-        memory_limit = self._memory_limit if is_fitting(self.lightning_module.trainer) else None
-        planner = self._planner(capture.seconds, capture.bytes, memory_limit)
-        return Pipeline(self.lightning_module, self.mesh, capture, planner, num_microbatches)
-
-    def _planner(
-        self,
-        seconds: Sequence[PhaseSeconds],
-        measured_bytes: Sequence[PhaseBytes] = (),
-        memory_limit: float | None = None,
-    ) -> Planner:
-        return Planner(
-            self._schedule,
-            self.mesh_shape.pipeline,
-            phase_costs(seconds),
-            memory_costs(measured_bytes),
-            self._wave_size,
-            memory_limit,
-            self._latency,
-        )
+        evaluation = module.validation_step if trains and module.trainer.enable_validation else None
+        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation)
+        self.runner, news = self._capturer.pipeline(request, self.mesh, self.global_rank, self.broadcast)
+        if news:
+            self.lib.rank_zero.rank_zero_info(news)
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)
@@ -567,6 +490,6 @@ class JanusPipeBody:
         if module is not None:
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
-            self._set_metric_groups(module, None)
+            self._metric_gather.detach(module)
         self._train_loader, self._eval_loader, self.runner = None, None, None
         super().teardown()  # type: ignore[misc]

@@ -1,58 +1,67 @@
-"""From a LightningModule and a few samples to a captured, cut and validated potential."""
+"""From a LightningModule and a few samples to a potential in stages, proved against the module itself."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of
+from lightning_januspipe.capture.balance import StepTime, balance, balance_parts, fastest
+from lightning_januspipe.capture.cache import ProgramCache
 from lightning_januspipe.capture.calls import CallFormat
-from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
+from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
+from lightning_januspipe.capture.divide import explicit_potential
+from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.explicit import ExplicitStages
 from lightning_januspipe.capture.find import PotentialCall, StepFunction, call_arguments, find_potential
 from lightning_januspipe.capture.instep import StepPotential
+from lightning_januspipe.capture.key import program_key
 from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.stages import CallInputs, CapturedPotential
-from lightning_januspipe.capture.step import kept_random_state, silent_log
+from lightning_januspipe.capture.program import Program
+from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.trace import trace_potential
+from lightning_januspipe.capture.unchanged import unchanged
 from lightning_januspipe.capture.validate import TOGETHER, Manner, run_captured, validate, validate_evaluation
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
 
-_REFINEMENTS = 3
-_LEAST_GAIN = 0.02
+Stages = Literal["auto", "captured", "explicit"]
+"""Where stages come from: tracing, the potential's own, or the first of these two that works."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A captured potential.
+    """A potential in stages.
 
     Attributes:
-        potential: program and cut.
+        potential: its stages.
         seconds: measured phase times of each stage.
         bytes: measured memory of one micro-batch in each stage.
-        elapsed: seconds that the capture took.
+        elapsed: seconds that all of it took.
+        origin: in words, how the stages were come by, and what was refused before.
     """
 
-    potential: CapturedPotential
+    potential: DividedPotential
     seconds: list[PhaseSeconds]
     bytes: list[PhaseBytes]
     elapsed: float
+    origin: str
 
     def describe(self) -> str:
         """One line for a user: what was found, and how it is divided."""
         total = sum(s.total for s in self.seconds)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
-        kilobytes = ", ".join(f"{b / 1e3:.0f}" for b in self.potential.cut.boundary_bytes)
+        kilobytes = ", ".join(f"{b / 1e3:.0f}" for b in self.potential.boundary_bytes)
+        num = sum(self.potential.num_operations)
+        name = repr(self.potential.path) if self.potential.path else "(the LightningModule itself)"
         return (
-            f"potential {self.potential.path!r} ({len(self.potential.program.nodes)} operations) in {len(self.seconds)}"
-            f" stages with {shares} of the work, boundaries of {kilobytes} kB, captured in {self.elapsed:.1f} s"
+            f"potential {name} {self.origin}: {num} operations in {len(self.seconds)} stages with {shares} of the "
+            f"work, boundaries of {kilobytes} kB, ready after {self.elapsed:.1f} s"
         )
 
 
@@ -65,10 +74,12 @@ def capture_module(
     potential: str | None = None,
     *,
     manner: Manner = TOGETHER,
-    step_time: Callable[[list[PhaseSeconds]], float] | None = None,
+    step_time: StepTime | None = None,
     evaluation_step: StepFunction | None = None,
+    stages: Stages = "auto",
+    cache: ProgramCache | None = None,
 ) -> Capture:
-    """Find, trace, cut and validate the potential of a module.
+    """Find the potential of a module, divide it into stages, and prove them.
 
     Args:
         module: the LightningModule, left as it was.
@@ -83,47 +94,34 @@ def capture_module(
         step_time: the time of a training step from the measured phases of each stage; needed for several placements.
         evaluation_step: the step that validation during training will run; where the steps differentiate by
             themselves, it has to compute the same energy.
+        stages: where the stages come from; "auto" tries tracing first, then the potential's own.
+        cache: of traced potentials; None to trace always.
 
     Raises:
         CaptureError: see its message.
     """
     began = time.perf_counter()
-    with _unchanged(module):
+    with unchanged(module):
         found = find_potential(module, step, traced_batch, potential)
-        submodule = potential_of(module, step, found)
-        other = replace(
-            found, **_arguments(call_arguments(module, found.path, step, other_batch, found.replaced is not None))
+        args, kwargs = call_arguments(module, found.path, step, other_batch, found.replaced is not None)
+        job = _Job(
+            potential_of(module, step, found),
+            found,
+            replace(found, args=args, kwargs=kwargs),
+            placements,
+            manner,
+            step_time,
+            cache,
         )
-        adapters = adapters_of(submodule)
-        call, second = (
-            replace(c, **_arguments(adapted(adapters, submodule, c.args, c.kwargs))) for c in (found, other)
-        )
-        form = CallFormat.of(call.args, call.kwargs, (second.args, second.kwargs))
-        program = trace_potential(submodule, call, form, adapters)
-        regions = find_regions(program, found.read_outputs)
-        captured = CapturedPotential(
-            found.path, program, regions, Cut([], [], []), form, found.replaced, found.step_parameters
-        )
-        tensors = CallInputs(captured, submodule)(other.args, other.kwargs)
-        profile = measure(program, regions, submodule, tensors)
-        measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
-        for placement in placements:
-            ranks = placement if len(placement) > len(set(placement)) else None
-            try:
-                cut = find_cut(program, regions, profile, len(placement), ranks)
-                candidate = replace(captured, cut=cut)
-                measured.append(_balance(candidate, profile, submodule, other, manner, placement))
-            except CaptureError:
-                if not measured:
-                    raise
-        captured, seconds = _fastest(measured, step_time)
+        captured, seconds, origin = _divided(job, stages)
         if manner.apart:
-            validate(captured, submodule, other, manner)
+            validate(captured, job.potential, job.other, manner)
         evaluated = potential_of(module, evaluation_step or step, found)
-        validate_evaluation(captured, evaluated, other)
-        bytes_ = run_captured(captured, submodule, other, replace(manner, apart=False), measure_memory=True)[1].bytes
+        validate_evaluation(captured, evaluated, job.other)
+        folded = replace(manner, apart=False)
+        bytes_ = run_captured(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
         assert bytes_ is not None
-    return Capture(captured, seconds, bytes_, time.perf_counter() - began)
+    return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)
 
 
 def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:
@@ -133,131 +131,103 @@ def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> 
     return StepPotential(module, step, call.replaced)
 
 
-def _arguments(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
-    return {"args": call[0], "kwargs": call[1]}
+@dataclass(frozen=True)
+class _Job:
+    """What is to be divided.
 
-
-def _fastest(
-    measured: list[tuple[CapturedPotential, list[PhaseSeconds]]],
-    step_time: Callable[[list[PhaseSeconds]], float] | None,
-) -> tuple[CapturedPotential, list[PhaseSeconds]]:
-    """The cut with the shortest step; one with more stages, and so more messages, has to gain what it may cost."""
-    best = measured[0]
-    for other in measured[1:]:
-        assert step_time is not None, "only the time of a step can choose between placements"
-        more = other[0].cut.num_stages > best[0].cut.num_stages
-        if step_time(other[1]) < (1 - _LEAST_GAIN if more else 1) * step_time(best[1]):
-            best = other
-    return best
-
-
-def _balance(
-    captured: CapturedPotential,
-    profile: Profile,
-    potential: nn.Module,
-    call: PotentialCall,
-    manner: Manner,
-    placement: Sequence[int],
-) -> tuple[CapturedPotential, list[PhaseSeconds]]:
-    """Validate, measure all phases, and move the cut to where these are balanced.
-
-    A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
-    measured sum of its phases and the cut is sought again.
+    Attributes:
+        potential: the potential.
+        call: the call that is traced.
+        other: the call that it is validated and measured on.
+        placements, manner, step_time, cache: see :func:`capture_module`.
     """
-    folded = replace(manner, apart=False)  # costs are those of a stage whose phases are together
 
-    def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
-        validate(candidate, potential, call, folded)
-        return run_captured(candidate, potential, call, folded)[1].seconds  # the second run is warm
+    potential: nn.Module
+    call: PotentialCall
+    other: PotentialCall
+    placements: Sequence[Sequence[int]]
+    manner: Manner
+    step_time: StepTime | None
+    cache: ProgramCache | None
 
-    def slowest(seconds: list[PhaseSeconds]) -> float:
-        """Time of the busiest rank."""
-        work = dict.fromkeys(placement, 0.0)
-        for rank, stage in zip(placement, seconds, strict=True):
-            work[rank] += stage.total
-        return max(work.values())
 
-    several = placement if len(placement) > len(set(placement)) else None
-    best, best_seconds = captured, measured(captured)
-    seen, current, seconds = {_key(captured.cut)}, captured, best_seconds
-    for _ in range(_REFINEMENTS if captured.cut.num_stages > 1 else 0):
-        profile = _scaled(profile, current.cut, seconds)
+def _divided(job: _Job, stages: Stages) -> tuple[DividedPotential, list[PhaseSeconds], str]:
+    """Stages, their times, and their origin: the first way that works."""
+    ways: dict[str, Callable[[_Job], tuple[DividedPotential, list[PhaseSeconds], str]]]
+    ways = {"captured": _by_tracing, "explicit": _by_itself}
+    has_own = isinstance(job.potential, ExplicitStages)
+    if stages == "explicit" and not has_own:
+        raise CaptureError(
+            f"stages='explicit', but the potential {job.call.path!r} ({type(job.potential).__name__}) declares none. "
+            "Give it stage_inputs, stage_parts, stage_outputs and stage_coordinates "
+            "(lightning_januspipe.ExplicitStages), or let it be traced with stages='auto'."
+        )
+    order = [stages] if stages != "auto" else ["captured", *(["explicit"] if has_own else [])]
+    refused: list[CaptureError] = []
+    for way in order:
         try:
-            cut = find_cut(current.program, current.regions, profile, current.cut.num_stages, several)
-        except CaptureError:  # by the new costs a part is too small for a stage
-            break
-        if _key(cut) in seen:
-            break
-        seen.add(_key(cut))
-        current = replace(current, cut=cut)
-        seconds = measured(current)
-        if slowest(seconds) < slowest(best_seconds):
-            best, best_seconds = current, seconds
-    return best, best_seconds
+            captured, seconds, origin = ways[way](job)
+        except CaptureError as error:
+            refused.append(error)
+            continue
+        notes = [f"tracing was refused ({error})" for error in refused]
+        return captured, seconds, "; ".join([origin, *notes])
+    if len(refused) == 1:
+        raise refused[0]
+    raise CaptureError(f"{refused[0]} The potential's own stages were refused too: {refused[1]}") from refused[0]
 
 
-def _key(cut: Cut) -> tuple[int, ...]:
-    return tuple(len(b) for b in cut.bodies)
+def _by_tracing(job: _Job) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
+    """A potential that is traced, or was traced before; what the cache gives is proved like a new trace."""
+    adapters = adapters_of(job.potential)
+    call, other = (
+        replace(c, args=args, kwargs=kwargs)
+        for c in (job.call, job.other)
+        for args, kwargs in [adapted(adapters, job.potential, c.args, c.kwargs)]
+    )
+    form = CallFormat.of(call.args, call.kwargs, (other.args, other.kwargs))
+    began = time.perf_counter()
+    key = program_key(job.potential, call, form, adapters) if job.cache is not None else None
+    if job.cache is not None and key is not None and key.digest is not None:
+        known = job.cache.load(key.digest)
+        if known is not None:
+            origin = f"captured (its trace read from the cache in {time.perf_counter() - began:.1f} s)"
+            try:
+                return *_cut(job, call, form, known), origin
+            except CaptureError:  # a new trace decides
+                job.cache.discard(key.digest)
+    began = time.perf_counter()
+    program = trace_potential(job.potential, call, form, adapters)
+    note = f", not cached: {key.reason}" if key is not None and key.digest is None else ""
+    origin = f"captured (traced in {time.perf_counter() - began:.1f} s{note})"
+    found = _cut(job, call, form, program)
+    if job.cache is not None and key is not None and key.digest is not None:
+        job.cache.save(key.digest, program)
+    return *found, origin
 
 
-def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
-    scaled = dict(profile.seconds)
-    for names, cost, measured in zip(cut.bodies, cut.costs, seconds, strict=True):
-        for name in names:
-            scaled[name] = profile.seconds.get(name, 0.0) * measured.total / max(cost, 1e-9)
-    return Profile(scaled, profile.num_bytes)
-
-
-@contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Capture runs the user's step a few times; all that a step may change stays as it was.
-
-    That is buffers, metrics, attributes of modules (lists that collect outputs, counters), gradients, random numbers.
-    """
-    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
-    metrics = {m: _metric_state(m) for m in module.modules() if hasattr(m, "_copy_state_dict")}
-    gradients = {p: p.grad for p in module.parameters()}
-    attributes = {m: _attributes(m) for m in module.modules() if m not in metrics}
-    with kept_random_state(), silent_log(module):
+def _cut(
+    job: _Job, call: PotentialCall, form: CallFormat, program: Program
+) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+    """A traced potential in balanced, validated stages."""
+    regions = find_regions(program, call.read_outputs)
+    captured = CapturedPotential(
+        call.path, program, regions, Cut([], [], []), form, call.replaced, call.step_parameters
+    )
+    profile = measure(program, regions, job.potential, captured.inputs(job.potential)(job.other.args, job.other.kwargs))
+    measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
+    for placement in job.placements:
+        ranks = placement if len(placement) > len(set(placement)) else None
         try:
-            yield
-        finally:
-            for owner, kept in attributes.items():
-                _restore_attributes(owner, kept)
-            for name, buffer in module.named_buffers():
-                if name in buffers and buffer.shape == buffers[name].shape:
-                    buffer.copy_(buffers[name])
-            for metric, state in metrics.items():
-                metric.__dict__.update(state)
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
+            candidate = replace(captured, cut=find_cut(program, regions, profile, len(placement), ranks))
+            measured.append(balance(candidate, profile, job.potential, job.other, job.manner, placement))
+        except CaptureError:
+            if not measured:
+                raise
+    return fastest(measured, job.step_time)
 
 
-_CONTAINERS = (list, dict, set)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Public attributes that a step may change, containers with what they hold."""
-    names = [n for n in vars(module) if not n.startswith("_") and n not in ("training", "log", "forward")]
-    values = {n: vars(module)[n] for n in names}
-    return {n: (v, copy.copy(v)) if isinstance(v, _CONTAINERS) else (v, None) for n, v in values.items()}
-
-
-def _restore_attributes(module: nn.Module, kept: dict[str, Any]) -> None:
-    for name in [n for n in vars(module) if not n.startswith("_") and n not in ("training", "log", "forward")]:
-        if name not in kept:
-            del vars(module)[name]
-    for name, (value, held) in kept.items():
-        vars(module)[name] = value
-        if held is not None and len(value) != len(held):
-            value.clear()
-            value.extend(held) if isinstance(value, list) else value.update(held)
-
-
-def _metric_state(metric: Any) -> dict[str, Any]:
-    """A torchmetrics metric's states and counters."""
-    kept = {**metric._copy_state_dict()}
-    for name in ("_update_count", "_computed", "_forward_cache"):
-        if name in metric.__dict__:
-            kept[name] = metric.__dict__[name]
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
+def _by_itself(job: _Job) -> tuple[DividedPotential, list[PhaseSeconds], str]:
+    parts = explicit_potential(job.potential, job.call, job.other)
+    measured = balance_parts(parts, job.potential, job.other, job.manner, job.placements)
+    return *fastest(measured, job.step_time), "divided by itself (explicit stages)"

@@ -82,10 +82,10 @@ def _rebuilt(value: Any, parts: list[Any]) -> Any:
         for store in changed.stores:
             for key in list(store):
                 store[key] = next(given)
-        names = _numbers(value)
-    else:
-        names = _attributes(value)
-    for name in names:
+        for owner, name in _numbers(changed):
+            owner[name] = next(given)
+        return changed
+    for name in _attributes(value):
         object.__setattr__(changed, name, next(given))
     return changed
 
@@ -106,12 +106,13 @@ def _of_graph_data(value: Any) -> Children:
     for store in value.stores:
         key = getattr(store, "_key", None)
         found.extend((f".{n}" if key is None else f"[{key!r}].{n}", v) for n, v in store.items())
-    return [*found, *((f".{n}", vars(value)[n]) for n in _numbers(value))]
+    return [*found, *((f".{n}", owner[n]) for owner, n in _numbers(value))]
 
 
-def _numbers(value: Any) -> list[str]:
-    """A batch keeps its number of graphs beside its stores."""
-    return [n for n, v in vars(value).items() if isinstance(v, int)]
+def _numbers(value: Any) -> list[tuple[dict[str, Any], str]]:
+    """A batch keeps its number of graphs beside its entries: its own, or those of its one store without a key."""
+    owners = [vars(value), *(vars(s) for s in value.stores if getattr(s, "_key", None) is None)]
+    return [(owner, n) for owner in owners for n, v in owner.items() if isinstance(v, int)]
 
 
 def _holds_tensors(value: Any, depth: int) -> bool:

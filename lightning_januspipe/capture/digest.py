@@ -1,6 +1,6 @@
-"""A digest of a module: of everything in it and of all code behind it, with parameters by shape instead of by value.
+"""A digest of any value and of all code behind it, which is the same in another process.
 
-Two modules with the same digest are traced to the same program. Where that cannot be made sure of, there is none.
+It looks at what pickle would keep. Where it cannot be made sure that two values are alike, there is no digest.
 """
 
 from __future__ import annotations
@@ -8,24 +8,18 @@ from __future__ import annotations
 import copyreg
 import functools
 import hashlib
-import io
-import logging
-import re
-import threading
 import types
 import weakref
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from lightning_januspipe.capture.sources import (
-    LIGHTNING,
     Codes,
     Origin,
     functions_in,
@@ -36,36 +30,14 @@ from lightning_januspipe.capture.sources import (
     version_of,
 )
 
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 500_000
 
-_SCALARS: frozenset[Any] = frozenset({type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)})
-_TORCH_NAMES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
-_TORCH_NAMES += (torch._ops.OpOverloadPacket,)
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_HOOK_FLAGS = ("_with_kwargs", "_always_called")
-_NO_STATE = frozenset(
-    {
-        *("_parameters", "_buffers", "_modules", "_compiled_call_impl"),
-        *(hooks + flag for hooks in _HOOKS for flag in ("", *_HOOK_FLAGS)),
-        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-    }
+_SCALARS: frozenset[Any] = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
 )
-"""What a module's ``__dict__`` holds beside attributes: treated on its own, or without effect on a forward."""
-
-_NO_GRAPH_STATE = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "meta"})
-_LIGHTNING_STATE = frozenset(
-    {
-        *("_trainer", "_fabric", "_fabric_optimizers", "_metric_attributes", "_param_requires_grad_state"),
-        *("_current_fx_name", "_hparams_initial", "_compiler_ctx", "_device_mesh", "_jit_is_scripting"),
-    }
-)
-_LIGHTNING_OBJECTS = frozenset(
-    {"Trainer", "Fabric", "Logger", "Callback", "Strategy", "Accelerator", "LightningDataModule", "Profiler"}
-)
-_TRAINING_MODULES = (
-    *("torch.optim.", "torch.distributed", "torch._C._distributed_c10d", "torch.utils.tensorboard"),
-    *("torch.utils.data.dataloader", "wandb.", "tensorboardX.", "mlflow."),
+_TORCH_NAMES: tuple[type, ...] = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(torch._ops.OpOverload, torch._ops.OpOverloadPacket),
 )
 
 
@@ -73,38 +45,33 @@ class NotDetermined(Exception):
     """A value of which nothing says whether it is the same in another process."""
 
 
-def _name(cls: Any) -> str:
+def name_of(cls: Any) -> str:
+    """Module and name of a class or function."""
     return f"{cls.__module__}.{cls.__qualname__}".replace("__mp_main__", "__main__")
 
 
 class Digester:
     """Writes values into a hash; equal values give equal digests in every process.
 
-    Parameters of ``root`` count by name, shape, dtype and sharing; tensors and buffers by value as well; modules by
-    class and attributes; functions by name where torch or Python has them, else by code, defaults and closures. Of the
-    user's own classes and functions the globals that they read count too, of installed packages the plain ones, and of
-    both all files of the package that are loaded. Objects of training (Trainer, loggers, optimizers, process groups,
-    random generators, metrics, locks) do not count. Neither does the order of sets.
-
-    Args:
-        root: the module whose parameters and submodules are known by name.
+    Tensors and arrays count by value; objects by class and by what pickle would keep; functions by name where torch or
+    Python has them, else by code, defaults and closures. Of the user's own classes and functions the globals that they
+    read count too, of installed packages the plain ones (numbers and text), and of both all files of the package that
+    are loaded. Dicts count in their order, which code may follow; the order of sets does not count.
 
     Raises:
-        NotDetermined: (by all methods) a value cannot be told apart, and where it was found.
+        NotDetermined: (by all methods) a value cannot be told apart; :attr:`path` says where it was found.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._codes = Codes()
-        self._modules = {id(m): name for name, m in root.named_modules()}
-        self._parameters = {id(p): name for name, p in root.named_parameters()}
-        self._root = root
         self._memo: dict[int, int] = {}
         self._kept: list[Any] = []  # what the memo knows stays alive, so that its ids stay its own
         self._path: list[str] = []
         self._count = 0
         self._origins: dict[str, Origin] = {}
-        self._classes: dict[int, type] = {}
+        self._tokens: dict[type, bytes] = {}
+        self._classes: dict[type, bool] = {}  # whether the body is written
         self._globals: dict[tuple[str, str, int], Any] = {}
         self._done: set[Any] = set()
 
@@ -112,14 +79,6 @@ class Digester:
     def path(self) -> str:
         """Where the value was found at which the digest stopped."""
         return "".join(self._path).lstrip(".")
-
-    def add_root(self) -> None:
-        """The root module: its parameters, all modules below it, and what these hold."""
-        for name, parameter in self._root.named_parameters(remove_duplicate=False):
-            self._write("parameter", name, self._parameters[id(parameter)], _description(parameter))
-            self._class(type(parameter))
-            self.add(vars(parameter), f".{name}")
-        self._module(self._root)
 
     def add(self, value: Any, at: str = "") -> None:
         """One value, and all that it holds.
@@ -130,22 +89,24 @@ class Digester:
         """
         kind = type(value)
         self._count += 1
+        if self._count > _MOST_VALUES:
+            raise NotDetermined(f"more than {_MOST_VALUES} values were found in it and what it holds")
         if kind in _SCALARS:
             self._write(kind.__name__, repr(value))
             return
-        if self._count > _MOST_VALUES:
-            raise NotDetermined(f"it holds more than {_MOST_VALUES} values")
         self._path.append(at)
         self._add(value, kind)
         self._path.pop()
 
     def finish(self) -> str:
         """All code behind what was added; then the digest in hexadecimal digits."""
-        while self._classes or self._globals:
-            classes = [(_name(c), self._codes.class_digest(c), i) for i, c in enumerate(self._classes.values())]
-            found, self._classes = list(self._classes.values()), {}
-            for *_, index in sorted(classes):
-                self._class_body(found[index])
+        while True:
+            classes = [c for c, written in self._classes.items() if not written]
+            if not classes and not self._globals:
+                break
+            for cls in sorted(classes, key=lambda c: (name_of(c), self._codes.class_digest(c))):
+                self._classes[cls] = True
+                self._class_body(cls)
             values, self._globals = self._globals, {}
             for module, name, scope in sorted(values, key=lambda key: key[:2]):
                 self._global(module, name, values[module, name, scope])
@@ -155,13 +116,22 @@ class Digester:
                 self._write(name, content)
         return self._hash.hexdigest()
 
+    # for subclasses
+
+    def label(self, value: Any) -> str | None:
+        """A name that stands for a value, which is then not looked into."""
+        return None
+
+    def _special(self, value: Any) -> bool:
+        """Write a value in a way of its own; whether it was."""
+        return False
+
     # values
 
     def _add(self, value: Any, kind: Any) -> None:
-        if id(value) in self._parameters:
-            self._write("parameter", self._parameters[id(value)])
-        elif id(value) in self._modules:
-            self._write("module", self._modules[id(value)])
+        label = self.label(value)
+        if label is not None:
+            self._write("known", label)
         elif kind in (tuple, torch.Size):
             self._items(kind.__name__, value)
         elif kind in (set, frozenset):
@@ -179,14 +149,14 @@ class Digester:
             self._object(value, kind)
 
     def _object(self, value: Any, kind: Any) -> None:
-        if kind is list:
+        if self._special(value):
+            pass
+        elif kind is list:
             self._items("list", value)
         elif kind in (dict, OrderedDict, types.MappingProxyType):
             self._mapping(kind.__name__, value)
         elif isinstance(value, Tensor):
             self._tensor(value)
-        elif isinstance(value, nn.Module):
-            self._module(value)
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, types.FunctionType):
@@ -199,25 +169,21 @@ class Digester:
             self._write("built in", value.__qualname__)
             self.add(value.__self__)
         elif isinstance(value, (types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType)):
-            self._write("descriptor", _name(value.__objclass__), value.__name__)
+            self._write("descriptor", name_of(value.__objclass__), value.__name__)
         elif isinstance(value, (staticmethod, classmethod, property, functools.cached_property)):
             self._items(kind.__name__, functions_in(value))
         elif isinstance(value, functools.partial):
             self._write("partial")
             self.add((value.func, value.args, value.keywords))
-        elif isinstance(value, torch.jit.ScriptFunction):
-            self._script(value, [])
         elif isinstance(value, Enum):
             self._class(kind)
             self._write(str(value.name))
             self.add(value.value)
         elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            self._write("array", _name(kind), str(value.dtype.descr), str(value.shape), value.tobytes())
+            self._write("array", name_of(kind), str(value.dtype.descr), str(value.shape), value.tobytes())
         elif isinstance(value, weakref.ref):
             self._write("reference")
             self.add(value())
-        elif self._is_of_training(value):
-            self._write("left out", _name(kind))
         else:
             self._reduced(value, kind)
 
@@ -235,10 +201,10 @@ class Digester:
 
     def _tensor(self, value: Tensor) -> None:
         self._class(type(value))
-        self._write("tensor", _description(value))
+        self._write("tensor", description(value))
         self.add(vars(value))
         if not value.is_meta:
-            self._write(_content(value))
+            self._write(content_of(value))
 
     def _reduced(self, value: Any, kind: Any) -> None:
         """What pickle would keep of an object."""
@@ -246,7 +212,7 @@ class Digester:
             reduce = copyreg.dispatch_table.get(kind)
             parts = reduce(value) if reduce is not None else value.__reduce_ex__(4)
         except Exception as error:
-            raise NotDetermined(f"it is a {_name(kind)}, which cannot be pickled ({error})") from error
+            raise NotDetermined(f"it is a {name_of(kind)}, which cannot be pickled ({error})") from error
         self._class(kind)
         if isinstance(parts, str):  # the name of a global
             self._write("global", parts)
@@ -268,77 +234,6 @@ class Digester:
             self._write(str(name))
             self.add(state[name], f".{name}")
 
-    def _is_of_training(self, value: Any) -> bool:
-        if isinstance(value, (logging.Logger, torch.Generator, type(threading.Lock()), type(threading.RLock()))):
-            return True
-        for cls in type(value).__mro__[:-1]:
-            if root_of(cls.__module__) in LIGHTNING and cls.__name__ in _LIGHTNING_OBJECTS:
-                return True
-            if f"{cls.__module__}.".startswith(_TRAINING_MODULES):
-                return True
-        return False
-
-    # modules
-
-    def _module(self, module: nn.Module) -> None:
-        name = self._modules.get(id(module))
-        if name is not None:
-            self._write("module", name)
-            if ("module", name) in self._done:
-                return
-            self._done.add(("module", name))
-        self._class(type(module))
-        if isinstance(module, torch.jit.ScriptModule):
-            self._script(module._c, list(module.parameters()))
-        elif not any(root_of(c.__module__) == "torchmetrics" for c in type(module).__mro__):
-            self._module_state(module)
-
-    def _module_state(self, module: nn.Module) -> None:
-        state = vars(module)
-        skipped = _NO_STATE
-        if any(c.__name__ == "LightningModule" and root_of(c.__module__) in LIGHTNING for c in type(module).__mro__):
-            skipped = skipped | _LIGHTNING_STATE
-        if isinstance(module, fx.GraphModule):
-            skipped = skipped | _NO_GRAPH_STATE | {n for n in state if n.endswith("_hooks")}
-            self._write("graph", module.code)
-            self._items("targets", [n.target for n in module.graph.nodes])
-        self._write("compiled", str(state.get("_compiled_call_impl") is not None))
-        self._attributes({n: v for n, v in state.items() if n not in skipped})
-        self._mapping("parameters", module._parameters)
-        self._mapping("buffers", module._buffers)
-        self.add_hooks({n: state.get(n) for n in (h + f for h in _HOOKS for f in ("", *_HOOK_FLAGS))})
-        self._write("children", str(len(module._modules)))
-        for name, child in module._modules.items():
-            self._write(name)
-            self._path.append(f".{name}")
-            if id(child) in self._modules:
-                self._module(child)
-            else:
-                self.add(child)
-            self._path.pop()
-
-    def add_hooks(self, state: Mapping[str, Any]) -> None:
-        """Hooks in their order, without the numbers that they were given."""
-        for name in _HOOKS:
-            hooks: Mapping[int, Any] = state.get(name) or {}
-            flags = [state.get(name + flag) or {} for flag in _HOOK_FLAGS]
-            self._write(name, str(len(hooks)))
-            for key, hook in hooks.items():
-                self._write(str([key in flag for flag in flags]))
-                self.add(hook, f" ({name})")
-
-    def _script(self, script: Any, parameters: Iterable[Tensor]) -> None:
-        """TorchScript: code, attributes and constants of its archive, without parameters' values and file names."""
-        values = {hashlib.sha256(_content(p)).digest() for p in parameters}
-        with zipfile.ZipFile(io.BytesIO(script.save_to_buffer())) as archive:
-            for name in sorted(archive.namelist()):
-                _, _, inner = name.partition("/")
-                if inner.endswith(".debug_pkl") or inner.startswith((".data/", "traced_inputs")):
-                    continue
-                content = archive.read(name)
-                if not (inner.startswith("data/") and hashlib.sha256(content).digest() in values):
-                    self._write("script", inner, content)
-
     # code
 
     def _origin(self, module: str | None) -> Origin:
@@ -348,7 +243,7 @@ class Digester:
         return self._origins[root]
 
     def _function(self, function: Any) -> None:
-        self._write("function", _name(function))
+        self._write("function", name_of(function))
         origin = self._origin(function.__module__)
         if origin is not Origin.USER and is_importable(function):
             if origin is Origin.INSTALLED:
@@ -371,7 +266,7 @@ class Digester:
         """A function of an installed package, whose sources say the most: its code and the plain globals it reads."""
         if function.__code__ not in self._done:
             self._done.add(function.__code__)
-            self._write(_name(function), self._codes.digest(function.__code__))
+            self._write(name_of(function), self._codes.digest(function.__code__))
             self._read_globals(function)
 
     def _read_globals(self, function: Any) -> None:
@@ -400,20 +295,21 @@ class Digester:
         self._path.pop()
 
     def _class(self, cls: type) -> None:
-        self._write("class", str(len(cls.__mro__)))
-        for base in cls.__mro__:
-            self._write(_name(base))
-            if self._origin(base.__module__) is not Origin.FRAMEWORK:
-                self._write(self._codes.class_digest(base))
-                if base not in self._done:
-                    self._done.add(base)
-                    self._classes[id(base)] = base
+        if cls not in self._tokens:
+            hasher = hashlib.sha256()
+            for base in cls.__mro__:
+                hasher.update(f"{name_of(base)} ".encode())
+                if self._origin(base.__module__) is not Origin.FRAMEWORK:
+                    hasher.update(self._codes.class_digest(base))
+                    self._classes.setdefault(base, False)
+            self._tokens[cls] = hasher.digest()
+        self._write("class", self._tokens[cls])
 
     def _class_body(self, cls: type) -> None:
         """Attributes of a class, and what its functions hold and read."""
         is_users = self._origin(cls.__module__) is Origin.USER
-        self._write("body", _name(cls))
-        self._path.append(f"the class {_name(cls)}")
+        self._write("body", name_of(cls))
+        self._path.append(f"the class {name_of(cls)}")
         for name, value in sorted(vars(cls).items()):
             functions = functions_in(value)
             if functions:
@@ -448,12 +344,14 @@ class Digester:
             self._hash.update(content)
 
 
-def _description(value: Tensor) -> str:
+def description(value: Tensor) -> str:
+    """What a tensor is, but for its values."""
     stride = value.stride() if value.layout is torch.strided else ()
     return f"{tuple(value.shape)} {stride} {value.dtype} {value.device} {value.layout} {value.requires_grad}"
 
 
-def _content(value: Tensor) -> bytes:
+def content_of(value: Tensor) -> bytes:
+    """The bytes of a tensor's values, in order."""
     if value.layout is not torch.strided or value.is_quantized:
         raise NotDetermined(f"it is a tensor of layout {value.layout}")
     dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()

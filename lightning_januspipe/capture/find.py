@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.adapters import adapters_of, joined
 from lightning_januspipe.capture.containers import leaves, shallow_copy
 from lightning_januspipe.capture.errors import CaptureError
 
@@ -178,7 +179,9 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
             f"forward ({', '.join(sorted(outside)[:3])}). In a pipeline every rank holds only its own stage's "
             "parameters: use weight_decay of the optimizer for regularization, or train with pipeline_size=1."
         )
-    read = {leaf for module_position, leaf, _ in watch.read if module_position == position}
+    read = _read_of_joined(
+        module.get_submodule(path), returned.output, {leaf for i, leaf, _ in watch.read if i == position}
+    )
     args, kwargs = call_arguments(module, path, step, batch)
     return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=tuple(sorted(outside)))
 
@@ -213,6 +216,17 @@ def _in_step(module: nn.Module, watch: _Watch, batch: Any) -> PotentialCall:
         p for p, running in watch.parameters_read if not any(running)
     }
     return PotentialCall("", (batch,), {}, tuple(sorted(read)), tuple(names), tuple(sorted(own)))
+
+
+def _read_of_joined(potential: nn.Module, returned: Any, read: set[int]) -> set[int]:
+    """Which tensors the step reads, counted in what the traced call returns: adapters may join those of a list."""
+    adapters = adapters_of(potential)
+    if not adapters:
+        return read
+    places = [p for p, x in leaves(returned) if isinstance(x, Tensor)]
+    traced = [p for p, x in leaves(joined(adapters, potential, returned)) if isinstance(x, Tensor)]
+    found = [[k for k, p in enumerate(traced) if f"{places[i]}[".startswith((f"{p}[", f"{p}."))] for i in read]
+    return {k for those in found for k in those or range(len(traced))}
 
 
 def _is_differentiable(output: Any) -> bool:

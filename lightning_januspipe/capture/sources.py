@@ -76,7 +76,7 @@ def loaded_sources(root: str) -> Iterator[tuple[str, bytes]]:
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     started = root_of(getattr(main, "name", None)) if root == "__main__" else None  # python -m package.module
     seen: set[int] = set()
-    for name, module in sorted(list(sys.modules.items()), key=lambda item: item[0]):
+    for name, module in sorted(sys.modules.copy().items(), key=lambda item: item[0]):
         if root_of(name) not in (root, started) or not isinstance(module, ModuleType) or id(module) in seen:
             continue
         seen.add(id(module))

@@ -9,10 +9,11 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.adapters import adapted, adapters_of
+from lightning_januspipe.capture.adapters import adapted, adapters_of, joined, separated
 from lightning_januspipe.capture.calls import CallFormat, size_carrier
-from lightning_januspipe.capture.containers import with_leaves
+from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.cut import Cut, Regions
+from lightning_januspipe.capture.divided import Inputs
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
@@ -20,7 +21,7 @@ from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
 
 @dataclass(frozen=True)
 class CapturedPotential:
-    """Everything about a captured potential, as data that can be sent to the other ranks.
+    """A captured potential, cut into stages (a :class:`~lightning_januspipe.capture.divided.DividedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
@@ -49,6 +50,43 @@ class CapturedPotential:
             observables=tuple(_spec(self.program, n) for n in self.regions.observables),
             observable_stage=tuple(owner[n] for n in self.regions.observables),
         )
+
+    @property
+    def num_stages(self) -> int:
+        """Length of the chain."""
+        return self.cut.num_stages
+
+    @property
+    def num_operations(self) -> list[int]:
+        """Operations of each stage."""
+        return [len(body) for body in self.cut.bodies]
+
+    @property
+    def boundary_bytes(self) -> Sequence[int]:
+        """Bytes of each boundary on the batch that was measured."""
+        return self.cut.boundary_bytes
+
+    @property
+    def outputs(self) -> Sequence[int]:
+        """The outputs that the epilogue computes."""
+        return self.regions.outputs
+
+    @property
+    def derived(self) -> Sequence[int]:
+        """Those of them that depend on the derivative."""
+        return self.regions.derived
+
+    def inputs(self, potential: nn.Module) -> Inputs:
+        """From a call of the live potential to the program's inputs."""
+        return CallInputs(self, potential)
+
+    def stage(self, index: int, potential: nn.Module) -> CapturedStage:
+        """One stage."""
+        return CapturedStage(self, index, potential)
+
+    def return_value(self, potential: nn.Module) -> Epilogue:
+        """What the forward returns."""
+        return Epilogue(self, potential)
 
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Values of the size symbols for one call's tensors.
@@ -179,6 +217,7 @@ class Epilogue:
     def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
         program, regions = captured.program, captured.regions
         self._program, self._kept = program, regions.outputs
+        self._potential, self._adapters = potential, adapters_of(potential)
         wanted = [program.outputs[i] for i in regions.outputs]
         given = [program.gradient, *regions.observables]
         names = _placeholders(program, regions.epilogue, wanted, given)
@@ -186,7 +225,7 @@ class Epilogue:
         self._module = build_module(program, regions.epilogue, [*names, *given], wanted)
         live = dict(potential.named_parameters(remove_duplicate=False))
         used = [live[program.parameters[n]] for n in regions.epilogue_parameters]
-        self.parameters: list[nn.Parameter] = [p for p in dict.fromkeys(used) if p.requires_grad]
+        self.parameters: Sequence[nn.Parameter] = [p for p in dict.fromkeys(used) if p.requires_grad]
 
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
@@ -212,6 +251,14 @@ class Epilogue:
     ) -> list[Tensor]:
         """The outputs that are available, as a list (``regions.outputs`` has their positions)."""
         return list(self._module(*self._placeholders.values(call_tensors), list(derivatives), *observables))
+
+    def of_forward(self, returned: Any) -> list[Tensor]:
+        """All tensors in what the forward itself returned, as the program numbers them."""
+        return [x for _, x in leaves(joined(self._adapters, self._potential, returned)) if isinstance(x, Tensor)]
+
+    def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
+        """The return value as adapters make it for the user's step; see :class:`ReturnValue`."""
+        return separated(self._adapters, self._potential, args, kwargs, value)
 
 
 class _Unavailable:

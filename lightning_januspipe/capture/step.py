@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.containers import shallow_copy
+from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import StepFunction, call_arguments
 from lightning_januspipe.capture.instep import forward_replaced, step_with
-from lightning_januspipe.capture.stages import CallInputs, CapturedPotential, Epilogue
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 
 
@@ -45,14 +45,14 @@ class CapturedStep:
 
     def __init__(
         self,
-        captured: CapturedPotential,
+        captured: DividedPotential,
         module: nn.Module,
         add_gradients: Callable[[list[nn.Parameter], list[Tensor | None]], None],
     ) -> None:
         self._captured, self._module, self._add = captured, module, add_gradients
         self._potential = module.get_submodule(captured.path)
-        self._epilogue = Epilogue(captured, self._potential)
-        self._inputs = CallInputs(captured, self._potential)
+        self._epilogue = captured.return_value(self._potential)
+        self._inputs = captured.inputs(self._potential)
         named = dict(self._potential.named_parameters())
         inside = {named[name] for name, stages in captured.parameter_stages().items() if stages}
         others = [p for p in module.parameters() if p.requires_grad and p not in inside]
@@ -138,14 +138,14 @@ class CapturedStep:
     def _replay(self, index: int, step: StepFunction, batch: Any, y: list[Tensor], x: list[Tensor]) -> Any:
         tensors = self._calls.pop(index)
 
-        def replaced(*_: Any, **__: Any) -> object:
-            return self._epilogue(tensors, y, x)
+        def replaced(*args: Any, **kwargs: Any) -> object:
+            return self._epilogue.for_step(args, kwargs, self._epilogue(tensors, y, x))
 
         with _seeded(self._seeds.pop(index)):
             if self._captured.replaced is None:
                 with forward_replaced(self._potential, replaced):
                     return step(shallow_copy(batch))
-            derivatives, outputs = self._epilogue(tensors, y, x)
+            derivatives, outputs = self._epilogue.for_step((batch,), {}, self._epilogue(tensors, y, x))
             with step_with(self._module, derivatives, outputs):
                 return step(shallow_copy(batch))
 

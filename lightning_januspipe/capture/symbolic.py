@@ -23,8 +23,10 @@ from lightning_januspipe.capture.containers import children
 
 _UNTOUCHED = {
     *("lightning_januspipe", "torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric"),
-    *("builtins", "numpy", "typing"),
+    *("numpy", *sys.stdlib_module_names),
 }
+# Libraries whose functions models call: they take sizes from data where none is given.
+_LIBRARIES = {"torch_geometric", "torch_scatter"}
 
 
 class DataSizes:
@@ -82,7 +84,7 @@ class SeenItems(TorchFunctionMode):
 def symbolic_sizes(potential: nn.Module, arguments: Any, sizes: DataSizes) -> Iterator[None]:
     """Inside, sizes stay symbolic through ``int``, ``len`` and ``Tensor.item``.
 
-    That holds in the packages that define the potential, its parts and its arguments.
+    That holds in the packages that define the potential, its parts and its arguments, and in PyTorch Geometric.
 
     Args:
         potential: the module that is run inside.
@@ -132,8 +134,8 @@ def symbolic_sizes(potential: nn.Module, arguments: Any, sizes: DataSizes) -> It
 def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
     """Source files of the packages that define the potential, its parts and the objects in its arguments."""
     classes = {c for m in potential.modules() for c in type(m).__mro__}
-    classes |= {type(x) for x in _objects(arguments)}
-    packages = {c.__module__.split(".")[0] for c in classes} - _UNTOUCHED
+    classes |= {c for x in _objects(arguments) for c in type(x).__mro__}
+    packages = {c.__module__.split(".")[0] for c in classes} - _UNTOUCHED | _LIBRARIES
     return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in packages and hasattr(m, "__dict__")]
 
 

@@ -1,8 +1,8 @@
 """TorchScript as Python, while a potential is traced.
 
-TorchScript takes plain integers, so that a symbolic size given to it becomes a constant of the trace, with no error:
-the program is then wrong for every other size. Inside :func:`inlined_torchscript` scripted functions run as the Python
-they were made from, and the graphs of scripted modules are interpreted, with sizes kept symbolic.
+TorchScript computes sizes in plain integers. In a trace a symbolic size then becomes a constant with no error, so that
+the program is wrong for every other size, or the trace fails. Inside :func:`inlined_torchscript` scripted functions run
+as the Python they were made from, and the graphs of scripted modules are interpreted with symbolic sizes.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ class _Interpreted(nn.Module):
         super().__init__()
         self.__dict__["_scripted"], self._path = scripted, path
         self.training = scripted.training
-        # Parameters of a loaded module are plain tensors, which register_parameter would refuse.
-        self._parameters.update(scripted._parameters.items())
+        for name, p in scripted._parameters.items():
+            # Those of a loaded module are plain tensors, which are no parameters to export.
+            self._parameters[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p, p.requires_grad)
         self._buffers.update(scripted._buffers.items())
         self._non_persistent_buffers_set.update(scripted._non_persistent_buffers_set)
 

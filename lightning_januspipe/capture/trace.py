@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.adapters import Adapter
+from lightning_januspipe.capture.adapters import Adapter, joined
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.errors import CaptureError
@@ -68,25 +68,32 @@ class _Call(nn.Module):
         potential: the potential.
         call: its call, with the arguments that its adapters made.
         form: the format of these.
+        adapters: what is special to its package.
         sizes: integers that the forward reads from tensors; their carriers are the last inputs.
         record: gets the returned tree, with empty tensors for its tensors, and the number of tensors in it.
     """
 
     def __init__(
-        self, potential: nn.Module, call: PotentialCall, form: CallFormat, sizes: DataSizes, record: Callable[..., None]
+        self,
+        potential: nn.Module,
+        call: PotentialCall,
+        form: CallFormat,
+        adapters: Sequence[Adapter],
+        sizes: DataSizes,
+        record: Callable[..., None],
     ) -> None:
         super().__init__()
         self.potential = potential
         # Export puts attributes back as they were, so the record is an object of its own.
-        self._given = (call, form, sizes, record)
+        self._given = (call, form, adapters, sizes, record)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        call, form, sizes, record = self._given
+        call, form, adapters, sizes, record = self._given
         num_own = len(tensors) - len(sizes.values)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
         sizes.begin(tensors[num_own:])
         with _MarkGrad():
-            output = self.potential(*args, **kwargs)
+            output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found))
         return [*found, *sizes.sources]
@@ -112,7 +119,7 @@ def trace_potential(
     form = form or CallFormat.of(call.args, call.kwargs)
     returned: list[tuple[Any, int]] = []
     sizes = DataSizes()
-    wrapper = _Call(potential, call, form, sizes, lambda *record: returned.append(record))
+    wrapper = _Call(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
     try:
         with ExitStack() as stack:

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.containers import leaves
-from lightning_januspipe.capture.cut import Regions
+from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
-from lightning_januspipe.capture.stages import CallInputs, CapturedPotential, CapturedStage, Epilogue
 from lightning_januspipe.engine.executor import LossGradients
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.local import LocalResult, PhaseSeconds, run_local
@@ -74,18 +72,18 @@ def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def run_eager(potential: nn.Module, call: PotentialCall, regions: Regions) -> Eager:
+def run_eager(potential: nn.Module, call: PotentialCall, divided: DividedPotential) -> Eager:
     """The eager module on one call, with the parameter gradient of a loss of its outputs."""
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*call.args, **call.kwargs)
-    tensors = [x for _, x in leaves(returned) if isinstance(x, Tensor)]
-    outputs = [tensors[i] for i in regions.outputs]
+    tensors = divided.return_value(potential).of_forward(returned)
+    outputs = [tensors[i] for i in divided.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
     if potential.training:
         parameters = [p for p in potential.parameters() if p.requires_grad]
         with torch.enable_grad():
             _refuse_first_order(potential, call.path, keep.derivatives)
-            _refuse_detached(call, tensors, regions)
+            _refuse_detached(call, tensors, divided)
             found = torch.autograd.grad(_probe_loss(outputs), parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
     return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
@@ -110,9 +108,9 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
         )
 
 
-def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], regions: Regions) -> None:
+def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], divided: DividedPotential) -> None:
     """Forces that the step reads have to carry their gradient out of the potential."""
-    read = [outputs[i] for i in regions.derived if i in call.read_outputs]
+    read = [outputs[i] for i in divided.derived if i in call.read_outputs]
     if read and not any(x.requires_grad for x in read):
         raise CaptureError(
             f"the potential {call.path!r} returns detached derivatives in training (forces without a gradient), so a "
@@ -138,7 +136,7 @@ TOGETHER = Manner()
 
 
 def run_captured(
-    captured: CapturedPotential,
+    captured: DividedPotential,
     potential: nn.Module,
     call: PotentialCall,
     manner: Manner = TOGETHER,
@@ -148,9 +146,9 @@ def run_captured(
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
     """
-    stages = [CapturedStage(captured, i, potential) for i in range(captured.cut.num_stages)]
-    epilogue = Epilogue(captured, potential)
-    tensors = CallInputs(captured, potential)(call.args, call.kwargs)
+    stages = [captured.stage(i, potential) for i in range(captured.num_stages)]
+    epilogue = captured.return_value(potential)
+    tensors = captured.inputs(potential)(call.args, call.kwargs)
     outputs: list[Tensor] = []
     outside = GradientBuffers()
 
@@ -189,7 +187,7 @@ def run_captured(
 
 
 def validate(
-    captured: CapturedPotential,
+    captured: DividedPotential,
     potential: nn.Module,
     call: PotentialCall,
     manner: Manner = TOGETHER,
@@ -208,9 +206,9 @@ def validate(
     Raises:
         CaptureError: a quantity differs; the message names the first one and the usual cause.
     """
-    captured.bind_sizes(CallInputs(captured, potential)(call.args, call.kwargs))
+    captured.bind_sizes(captured.inputs(potential)(call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
-    eager = run_eager(potential, call, captured.regions)
+    eager = run_eager(potential, call, captured)
     found, result = run_captured(captured, potential, call, manner)
     # A model may give its strain another shape for one structure than for several; what it returns decides.
     derivatives = [
@@ -220,7 +218,7 @@ def validate(
     ]
     pairs = [
         *derivatives,
-        *zip((f"output {k}" for k in captured.regions.outputs), eager.outputs, found.outputs, strict=True),
+        *zip((f"output {k}" for k in captured.outputs), eager.outputs, found.outputs, strict=True),
     ]
     scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
     for what, a, b in pairs:
@@ -232,7 +230,7 @@ def validate(
     return result.seconds
 
 
-def validate_evaluation(captured: CapturedPotential, potential: nn.Module, call: PotentialCall) -> None:
+def validate_evaluation(captured: DividedPotential, potential: nn.Module, call: PotentialCall) -> None:
     """Compare what a potential that was captured in training mode returns with the eager module in evaluation mode.
 
     The captured potential is used for evaluation too, so the two modes have to agree.
@@ -244,11 +242,11 @@ def validate_evaluation(captured: CapturedPotential, potential: nn.Module, call:
     modes = {m: m.training for m in potential.modules()}
     potential.eval()
     try:
-        eager = run_eager(potential, call, captured.regions)
+        eager = run_eager(potential, call, captured)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for position, a, b in zip(captured.regions.outputs, eager.outputs, found.outputs, strict=True):
+    for position, a, b in zip(captured.outputs, eager.outputs, found.outputs, strict=True):
         scale = float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0
         _compare(f"in evaluation mode output {position}", a, b, scale, captured.path)
 

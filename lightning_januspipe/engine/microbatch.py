@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,19 +167,25 @@ def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, 
         return None, None, numbers
     if depth > _MAX_DEPTH or value is None or isinstance(value, (str, bytes, int, float)):
         return None, None, 0
-    parts: list[tuple[str, Any]] = []
-    if isinstance(value, Mapping):
-        parts = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, (list, tuple)):
-        parts = [("", v) for v in value]
-    elif hasattr(value, "to_dict"):  # PyG data
-        parts = list(value.to_dict().items())
-    elif hasattr(value, "__dict__"):
-        parts = list(vars(value).items())
-    found = [_counts(n, v, depth + 1) for n, v in parts]
+    found = [_counts(n, v, depth + 1) for n, v in _parts(value)]
     edges = [e for e, _, _ in found if e is not None]
     atoms = [a for _, a, _ in found if a is not None]
     return sum(edges) if edges else None, max(atoms) if atoms else None, sum(n for _, _, n in found)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """What an object holds, by name."""
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return [("", v) for v in value]
+    named: Any = value
+    if isinstance(value, tuple):
+        named = named._asdict()
+    if not isinstance(value, type) and hasattr(value, "to_dict"):  # PyG data
+        with suppress(Exception):  # another method of this name
+            named = value.to_dict()
+    if not isinstance(named, Mapping):
+        named = getattr(value, "__dict__", {})
+    return [(str(k), v) for k, v in named.items()]
 
 
 def _copied(sample: Any) -> Any:

@@ -7,12 +7,12 @@ tests/clients/test_loaders.py``.
 from __future__ import annotations
 
 import os
-import sys
 import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +289,7 @@ def test_pyg_keys_and_batches_of_variable_size(tmp_path: Path) -> None:
     sampler = DynamicBatchSampler(client.dataset, max_num=40, mode="node")
     loader = split_batches(client.loader(batch_sampler=sampler), 4, required=True)
     traced, other = example_batches(loader, 4)
-    batches = [b for b in loader]  # list() would ask for a length, which this sampler has not
+    batches = [*iter(loader)]  # not list(loader), which would ask for a length that this sampler has not
     sizes = {sum(b.num_samples) for b in batches}
     assert len(sizes) > 1 and sum(sum(b.num_samples) for b in batches) == NUM_FRAMES
     assert all(len(b) == min(4, sum(b.num_samples)) for b in batches)
@@ -338,13 +338,13 @@ def test_state_of_a_loader_that_resumes() -> None:
     iterator = iter(split)
     example_batches(split, 2)
     first = [next(iterator) for _ in range(2)]
-    assert [sorted(sum(b.batches, [])) for b in first] == expected[:2]
+    assert [sorted(chain(*b.batches)) for b in first] == expected[:2]
     state = user.state_dict()
     assert state == split.state_dict()
 
     resumed = loader()
     resumed.load_state_dict(state)
-    rest = [sorted(sum(b.batches, [])) for b in split_batches(resumed, 2, required=True)]
+    rest = [sorted(chain(*b.batches)) for b in split_batches(resumed, 2, required=True)]
     assert rest == expected[2:]
     again = split_batches(resumed, 2, required=True)
     assert len(list(again)) == 5, "the state that was loaded is used once"

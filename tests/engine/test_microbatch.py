@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from lightning_januspipe.engine.microbatch import (
     MicroBatchCollate,
     MicroBatches,
+    example_groups,
     fingerprint,
     same_batch,
     sample_cost,
@@ -81,28 +83,51 @@ class _Record:
     energy: float
 
 
+class _Odd:
+    """Its ``to_dict`` is something else."""
+
+    def __init__(self) -> None:
+        self.positions = np.zeros((5, 3))
+
+    def to_dict(self, path: str) -> None: ...
+
+
+_Named = namedtuple("_Named", ["nbr_list", "xyz"])
+
+
 @pytest.mark.parametrize(
     ("sample", "cost"),
     [
-        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 20)}, 52),
-        ({"pos": np.zeros((4, 3)), "name": "a name", "id": 7}, 12),
-        (_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5), y=1.0), 22),
-        (_Record(torch.zeros(2, 3), -1.0), 6),
+        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 20)}, 20),
+        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 0)}, 1),
+        ({"_positions": torch.zeros(4, 3), "_idx_i": torch.zeros(9), "_idx_j": torch.zeros(9)}, 9),
+        ({"_positions": torch.zeros(4, 3), "_n_atoms": torch.tensor([4]), "_cell": torch.zeros(1, 3, 3)}, 4),
+        ({"pos": np.zeros((4, 3)), "name": "a name", "id": 7}, 4),
+        (_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5), y=1.0), 5),
+        ((_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5)), torch.zeros(3, 3), {"forces": [[0.0]]}), 5),
+        (_Record(torch.zeros(2, 3), -1.0), 2),
+        (_Named(torch.zeros(6, 2), torch.zeros(3, 3)), 6),
+        (_Odd(), 5),
         ((torch.zeros(5), [np.zeros(2), None]), 7),
         (torch.zeros(9), 9),
         (np.zeros((2, 2)), 4),
+        ({"kind": _Odd, "x": torch.zeros(2)}, 2),
         (3, 1),
         ({}, 1),
     ],
 )
 def test_sample_cost(sample: Any, cost: int) -> None:
+    """Edges; without these atoms; without both all numbers."""
     assert sample_cost(sample) == cost
 
 
 def test_atoms_of_ase_count() -> None:
     build = pytest.importorskip("ase.build")
+    from ase.calculators.singlepoint import SinglePointCalculator
+
     small, large = build.bulk("Cu"), build.bulk("Cu").repeat(3)
-    assert sample_cost(large) > sample_cost(small) >= 4
+    large.calc = SinglePointCalculator(large, energy=1.0, forces=np.zeros((27, 3)))
+    assert (sample_cost(small), sample_cost(large)) == (1, 27)
 
 
 def test_collate_uses_the_projects_own_function() -> None:
@@ -116,6 +141,28 @@ def test_collate_uses_the_projects_own_function() -> None:
     assert collated == [[0], [1, 2, 3]]
     assert batches.num_samples == [1, 3] and len(batches) == 2
     assert [b.numel() for b in batches] == [6, 6]
+
+
+@settings(deadline=None)
+@given(COSTS, st.integers(1, 40))
+def test_examples_differ_in_number(costs: list[int], num_typical: int) -> None:
+    traced, typical = example_groups(_samples(costs), num_typical)
+    assert len(typical) == num_typical and len(traced) in (2, 3) and len(traced) != num_typical
+    sizes = [s["x"].numel() for s in typical]
+    assert sizes == sorted(sizes)
+    assert traced[0]["x"].numel() == max(costs)
+
+
+def test_examples_are_of_samples_as_they_were() -> None:
+    """The first batch carries them, also where collating changes its samples."""
+
+    def collate(samples: list[dict[str, Any]]) -> list[int]:
+        return [s.pop("index") for s in samples]
+
+    wrapped = MicroBatchCollate(collate, 2, num_typical=1)
+    first, second = wrapped(_samples([1, 2, 3, 4])), wrapped(_samples([1, 2, 3, 4]))
+    assert first.batches == second.batches == [[0, 3], [1, 2]]
+    assert first.examples == ([3, 2], [2]) and second.examples is None
 
 
 def test_pinning_reaches_every_micro_batch() -> None:

@@ -14,9 +14,10 @@ from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.capture import potential_of
 from lightning_januspipe.capture.containers import shallow_copy
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
+from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.stages import CallInputs, CapturedPotential, CapturedStage
+from lightning_januspipe.capture.stages import CallInputs, CapturedPotential
 from lightning_januspipe.capture.step import CapturedStep
 from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.engine.gradients import GradientBuffers
@@ -186,14 +187,14 @@ def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
 
 
 def staged_gradients(
-    captured: CapturedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
+    captured: DividedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same through the four phases of all stages and the user's step around them."""
     outside = GradientBuffers()
     runner = CapturedStep(captured, module, outside.add)
     step = step or module.training_step
     potential = module.get_submodule(captured.path)
-    stages = [CapturedStage(captured, i, potential) for i in range(captured.cut.num_stages)]
+    stages = [captured.stage(i, potential) for i in range(captured.num_stages)]
     losses = []
 
     def loss(y: list[Tensor], x: list[Tensor]) -> Any:
@@ -215,7 +216,7 @@ def loss_in(output: Any) -> Tensor:
     return output["loss"] if isinstance(output, dict) else output
 
 
-def assert_parity(captured: CapturedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
+def assert_parity(captured: DividedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
     """Loss and every parameter gradient equal those of the undivided double backward."""
     expected_loss, expected = eager_gradients(module, batch)
     loss, found = staged_gradients(captured, module, batch)

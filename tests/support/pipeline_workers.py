@@ -13,8 +13,7 @@ import strategy_workers
 import tiny
 from lightning.pytorch import Callback
 
-from lightning_januspipe import pipeline, planning
-from lightning_januspipe import strategy as strategy_module
+from lightning_januspipe import capturing, pipeline, planning
 from lightning_januspipe.callbacks import PipelineTimeline
 from lightning_januspipe.schedule import Action, PhaseCosts
 from lightning_januspipe.testing import Record, train_in_pipeline
@@ -37,7 +36,7 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
             costs,
             max_live=1,
             chunks=chunks,
-            placement=self.placement,
+            placement=self.placement if self.name in planning.CHOSEN_PLACES else None,
         )
         assert found is not None and other.actions != schedule.actions
         built += 1
@@ -52,7 +51,6 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
 
 def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], steps: int) -> tuple[Record, list[int]]:
     """Train with stages on given ranks; returns also the stages of this rank."""
-    from lightning_januspipe import strategy as strategy_module
     from lightning_januspipe.schedule import request
 
     stages: list[int] = []
@@ -63,7 +61,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
         stages.extend(self.executor.stages)
 
     with (
-        patch.object(strategy_module, "placements", lambda *_: (placement,)),
+        patch.object(capturing, "placements", lambda *_: (placement,)),
         patch.object(request, "layouts", lambda *_: (placement,)),
         patch.object(pipeline.Pipeline, "__init__", noted),
     ):
@@ -159,7 +157,7 @@ def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
 
 def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
     """The latency and the costs that a rank plans with, where each rank measures others."""
-    measured, latency, found = pipeline.measured_costs, strategy_module.measured_latency, []
+    measured, latency, found = pipeline.measured_costs, capturing.measured_latency, []
     rank = int(os.environ["RANK"])
 
     def look(trainer: Any) -> None:
@@ -167,11 +165,11 @@ def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
         found.append((planner.latency, planner.costs))
 
     pipeline.measured_costs = lambda *a: (PhaseCosts(1.0 + rank, 1.0, 1.0, 1.0),) * len(measured(*a))  # type: ignore
-    strategy_module.measured_latency = lambda mesh: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
+    capturing.measured_latency = lambda mesh: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
     try:
         fit(strategy, 5, [_AtTheEnd(look)])
     finally:
-        pipeline.measured_costs, strategy_module.measured_latency = measured, latency  # type: ignore[attr-defined]
+        pipeline.measured_costs, capturing.measured_latency = measured, latency  # type: ignore[attr-defined]
     return found[0]
 
 

@@ -15,7 +15,10 @@ from lightning_januspipe.capture.errors import CaptureError
 GROUP = "lightning_januspipe.adapters"
 """Entry points of this group name a package (``my_package``, or ``my_package.models``) and its adapter's class."""
 
-BUILT_IN = {"matris": "lightning_januspipe.capture.adapters.matris:MatRISAdapter"}
+BUILT_IN = {
+    "matgl": "lightning_januspipe.capture.adapters.matgl:MatGLAdapter",
+    "matris": "lightning_januspipe.capture.adapters.matris:MatRISAdapter",
+}
 
 
 class Adapter:
@@ -51,6 +54,28 @@ class Adapter:
         """Active while ``potential`` is traced with what :meth:`arguments` returns."""
         return nullcontext()
 
+    def joined(self, potential: nn.Module, returned: Any) -> Any:
+        """What the traced call returns, made from what the forward returned: one tensor for each list of tensors.
+
+        A list with an entry for each structure has no fixed length. Entries keep their keys.
+
+        Args:
+            potential: the module whose forward differentiates the energy.
+            returned: by its forward, for the user's call or, inside :meth:`tracing`, for the traced one.
+        """
+        return returned
+
+    def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
+        """The inverse of :meth:`joined`: what the user's call returns, made from what the traced call returned.
+
+        Args:
+            potential: the module whose forward differentiates the energy.
+            args: positional arguments of the user's call.
+            kwargs: its keyword arguments.
+            returned: what the traced call returned; what the user's step did not read is no tensor.
+        """
+        return returned
+
 
 def adapters_of(potential: nn.Module) -> list[Adapter]:
     """Adapters for the packages that define a potential or one of its parts; those of other projects first.
@@ -79,6 +104,22 @@ def adapted(
     for adapter in adapters:
         args, kwargs = adapter.arguments(potential, args, kwargs)
     return args, kwargs
+
+
+def joined(adapters: Sequence[Adapter], potential: nn.Module, returned: Any) -> Any:
+    """What a forward returned, as all adapters want it."""
+    for adapter in adapters:
+        returned = adapter.joined(potential, returned)
+    return returned
+
+
+def separated(
+    adapters: Sequence[Adapter], potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any
+) -> Any:
+    """What the user's call returns, made by all adapters from what the traced call returned."""
+    for adapter in reversed(adapters):
+        returned = adapter.separated(potential, args, kwargs, returned)
+    return returned
 
 
 def _loaded(entry: EntryPoint) -> Adapter:

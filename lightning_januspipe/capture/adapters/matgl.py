@@ -1,0 +1,209 @@
+"""MatGL 4.1: line graphs are built outside the trace, and one structure is a batch like any other.
+
+M3GNet and CHGNet find pairs of bonds within a second cutoff in their forward, by indices that depend on distances and,
+in M3GNet, by numpy. The same functions of MatGL do that here, for the bonds that MatGL itself computes of a batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.instep import forward_replaced
+
+
+class MatGLAdapter(Adapter):
+    """For ``matgl.apps.pes.Potential`` over M3GNet, CHGNet and models without a line graph, such as TensorNet."""
+
+    def arguments(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """With lattices ``(B, 3, 3)``, also of one structure, and the line graph as ``l_g``.
+
+        Raises:
+            CaptureError: M3GNet or CHGNet is used by another module than MatGL's Potential.
+        """
+        if not _is_potential(potential):
+            _refuse_line_graphs(potential)
+            return args, kwargs
+        given = inspect.signature(type(potential).forward).bind(potential, *args, **kwargs).arguments
+        given.pop("self")
+        given["lat"] = given["lat"].reshape(-1, 3, 3)
+        if _has_line_graph(potential.model):
+            given["l_g"] = line_graph(potential, given)
+        return (), given
+
+    def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
+        """The model takes the line graph that it is given."""
+        if _is_potential(potential) and _has_line_graph(potential.model):
+            return _tracing(potential.model)
+        return super().tracing(potential)
+
+    def joined(self, potential: nn.Module, returned: Any) -> Any:
+        """Energies ``(B,)``, also of one structure."""
+        return (returned[0].reshape(-1), *returned[1:]) if _is_potential(potential) else returned
+
+    def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
+        """The energy of one structure without a dimension, where the model returns it so."""
+        if _is_potential(potential) and isinstance(returned[0], Tensor) and _squeezes(potential.model):
+            return (returned[0].squeeze(), *returned[1:])
+        return returned
+
+
+def line_graph(potential: Any, call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Pairs of bonds within the model's second cutoff, as the model itself finds them.
+
+    Args:
+        potential: MatGL's Potential over M3GNet or CHGNet.
+        call: arguments of its forward by name, for B structures with N atoms and E bonds.
+
+    Returns:
+        ``line_edge_index``, ``(2, A)``: bonds of each of A angles, and ``kept_edge_ids``, ``(V,)``: bonds within the
+        cutoff. M3GNet counts all bonds in the first, CHGNet those within the cutoff.
+    """
+    from matgl.graph._compute import (
+        compute_pair_vector_and_distance,
+        create_directed_line_graph,
+        create_line_graph,
+        ensure_line_graph_compatibility,
+    )
+
+    model, graph = potential.model, _graph_of_model(potential, call)
+    with torch.no_grad():
+        vectors, distances = compute_pair_vector_and_distance(graph.pos, graph.edge_index, graph.pbc_offshift)
+        if _is_m3gnet(model):
+            cutoff = model.threebody_cutoff
+            if call.get("l_g") is not None:
+                found = ensure_line_graph_compatibility(call["l_g"], distances, vectors, graph.pbc_offshift, cutoff)
+            else:
+                num_atoms = graph.pos.shape[0]
+                found = create_line_graph(graph.edge_index, distances, vectors, graph.pbc_offshift, num_atoms, cutoff)
+            return {name: found[name] for name in ("line_edge_index", "kept_edge_ids", "n_triple_ij")}
+        cutoff = model.three_body_cutoff
+        pairs, *_ = create_directed_line_graph(graph.edge_index, graph.pbc_offset, vectors, distances, cutoff)
+        kept = (distances <= cutoff).nonzero().squeeze(1)
+        return {"line_edge_index": pairs.long(), "kept_edge_ids": kept}
+
+
+class _Reached(Exception):
+    def __init__(self, graph: Any) -> None:
+        super().__init__()
+        self.graph = graph
+
+
+def _graph_of_model(potential: Any, call: Mapping[str, Any]) -> Any:
+    """The graph as the Potential hands it to its model, with positions and offsets."""
+
+    def stop(g: Any, **_: Any) -> None:
+        raise _Reached(g)
+
+    try:
+        with torch.no_grad(), forward_replaced(potential.model, stop):
+            potential.forward(**call)
+    except _Reached as reached:
+        return reached.graph
+    raise AssertionError("MatGL's Potential did not call its model")
+
+
+@contextmanager
+def _tracing(model: Any) -> Iterator[None]:
+    from matgl.models import _chgnet, _m3gnet
+
+    original, given = model.forward, {}
+
+    def compatible(graph: Mapping[str, Tensor], bond_dist: Tensor, bond_vec: Tensor, *_: Any) -> dict[str, Tensor]:
+        return {**graph, "bond_dist": bond_dist, "bond_vec": bond_vec}
+
+    def directed(
+        edge_index: Tensor, pbc_offset: Tensor, bond_vec: Tensor, bond_dist: Tensor, threebody_cutoff: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        kept = given["kept_edge_ids"]
+        vectors = bond_vec[kept]
+        return given["line_edge_index"], vectors, bond_dist[kept], pbc_offset[kept], -torch.ones_like(vectors[:, :1])
+
+    def chgnet_forward(g: Any, state_attr: Any = None, l_g: Any = None) -> Any:
+        given.update(l_g)
+        with _KeptBonds(given["kept_edge_ids"]):
+            return original(g=g, state_attr=state_attr, l_g=l_g)
+
+    if _is_m3gnet(model):
+        with _replaced(_m3gnet, "ensure_line_graph_compatibility", compatible):
+            yield
+    else:
+        with (
+            _replaced(_chgnet, "create_directed_line_graph", directed),
+            forward_replaced(model, chgnet_forward),
+        ):
+            yield
+
+
+class _KeptBonds(TorchFunctionMode):
+    """Answers which bonds are within the cutoff."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.nonzero:
+            return self._kept[:, None]
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_line_graphs(potential: nn.Module) -> None:
+    found = [n for n, m in potential.named_modules() if _is_potential(m) and _has_line_graph(m.model)]
+    if found:
+        raise CaptureError(
+            f"{type(potential).__name__} calls MatGL's Potential in its {found[0]!r}, and only that can be captured "
+            "where its model builds a line graph. Name it: JanusPipeStrategy(potential=...) with its dotted name in "
+            f"the LightningModule, which ends in {found[0]!r}."
+        )
+
+
+def _is_potential(module: nn.Module) -> bool:
+    from matgl.apps.pes import Potential
+
+    return isinstance(module, Potential)
+
+
+def _is_m3gnet(model: nn.Module) -> bool:
+    from matgl.models import M3GNet
+
+    return isinstance(model, M3GNet)
+
+
+def _has_line_graph(model: Any) -> bool:
+    from matgl.models import CHGNet
+
+    return _is_m3gnet(model) or (isinstance(model, CHGNet) and model.use_bond_graph)
+
+
+def _squeezes(model: Any) -> bool:
+    """Whether the energy of one structure has no dimension."""
+    from matgl.models import TensorNet
+
+    return not isinstance(model, TensorNet) or model.is_intensive
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for a name in a module of MatGL."""
+    if not hasattr(module, name):
+        raise CaptureError(
+            f"{module.__name__} has no {name!r}: the adapter is written for MatGL 4.1. Install matgl 4.1, or train "
+            "with pipeline_size=1."
+        )
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -1,0 +1,325 @@
+"""MatRIS 0.1: graphs are batched outside the trace, as ``matris.model.processgraph.process_graphs`` does.
+
+What a trace would make constants of stays symbolic: numbers of atoms, edges and angles, and the lists with an entry for
+each structure that MatRIS returns. Its fused kernels for GPUs are traced as the functions that they are, and its
+checkpointing of large batches as the operations inside, since a stage decides itself what it keeps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.containers import children
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.instep import forward_replaced
+
+_UNITS_OF_ANGLE = 5  # columns of a line graph: atom, undirected and directed edge of one arm, and of the other
+
+
+class MatRISAdapter(Adapter):
+    """For ``matris.model.model.MatRIS``."""
+
+    def arguments(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The graphs as one dict of tensors; see :func:`batched`.
+
+        Raises:
+            CaptureError: another module than the MatRIS itself gets the graphs.
+        """
+        if not _is_matris(potential):
+            if any(_is_graph(x) for x in _objects((args, kwargs))):
+                name = next(n for n, m in potential.named_modules() if _is_matris(m))
+                raise CaptureError(
+                    f"{type(potential).__name__} passes graphs on to the MatRIS in its {name!r}, and only the MatRIS "
+                    "itself can be captured. Name it: JanusPipeStrategy(potential=...) with its dotted name in the "
+                    f"LightningModule, which ends in {name!r}."
+                )
+            return args, kwargs
+        given = _call(*args, **kwargs)
+        reference = getattr(potential, "reference_energy", None)
+        # Whether a second derivative follows is no matter of the program: evaluation runs it too.
+        return (batched(given["graphs"], reference),), {"task": given["task"], "is_training": True}
+
+    def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
+        """MatRIS takes what :meth:`arguments` makes of its graphs."""
+        return _tracing(potential) if _is_matris(potential) else super().tracing(potential)
+
+    def joined(self, potential: nn.Module, returned: Any) -> Any:
+        """Forces ``f`` and magnetic moments ``m`` of all atoms, and stresses ``s`` of all structures, as tensors."""
+        if not _is_matris(potential):
+            return returned
+        join: dict[str, Callable[[Sequence[Tensor]], Tensor]]
+        join = {"f": torch.cat, "m": torch.cat, "s": lambda parts: torch.cat([p.reshape(-1, 3, 3) for p in parts])}
+        return {k: join[k](v) if k in join else v for k, v in returned.items()}
+
+    def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
+        """Forces, magnetic moments and stresses of each structure, as MatRIS returns them."""
+        if not _is_matris(potential):
+            return returned
+        sizes = [g.atomic_number.shape[0] for g in _call(*args, **kwargs)["graphs"]]
+        separate: dict[str, Callable[[Tensor], Any]]
+        separate = {"f": lambda x: x.split(sizes), "m": lambda x: [*x.split(sizes)], "s": lambda x: [*x.unbind()]}
+        return {k: separate[k](v) if k in separate and isinstance(v, Tensor) else v for k, v in returned.items()}
+
+
+def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[str, Tensor]:
+    """Several ``RadiusGraph`` as one: all that MatRIS computes of them without a derivative.
+
+    Args:
+        graphs: of B structures with N atoms, E directed and U = E / 2 undirected edges and A angles in all.
+        reference: the ``AtomRef`` of the potential, if it has one.
+
+    Returns:
+        Positions (N, 3) in Å, numbers, cells, images; indices with offsets; how often each index occurs, at least 1.
+    """
+    device = graphs[0].lattice.device
+    graph_index = torch.arange(len(graphs), device=device)
+    num_atoms, atoms = _counts(graphs, "atomic_number")
+    num_edges, edges = _counts(graphs, "atom_graph")
+    num_undirected, undirected = _counts(graphs, "undirected2directed")
+    num_angles, angles = _counts(graphs, "line_graph")
+
+    def spread(offset: Tensor, counts: Tensor, total: int) -> Tensor:
+        """An entry of each structure, for each of its rows."""
+        return torch.repeat_interleave(offset, counts, dim=0, output_size=total)
+
+    def column(name: str, offset: Tensor, counts: Tensor, total: int) -> Tensor:
+        return torch.cat([getattr(g, name) for g in graphs]).long() + spread(offset, counts, total)
+
+    first_atom, first_edge, first_undirected = (torch.cumsum(c, 0) - c for c in (atoms, edges, undirected))
+    pairs = torch.cat([g.atom_graph.reshape(-1, 2) for g in graphs]).long()
+    target, source = (pairs + spread(first_atom, edges, num_edges)[:, None]).unbind(1)
+    rows = torch.cat([g.line_graph.reshape(-1, _UNITS_OF_ANGLE) for g in graphs]).long()
+    offsets = torch.stack([first_atom, first_undirected, first_edge, first_undirected, first_edge], dim=1)
+    angle = [c.contiguous() for c in (rows + spread(offsets, angles, num_angles)).unbind(1)]
+    to_undirected = column("directed2undirected", first_undirected, edges, num_edges)
+    found = {
+        "positions": torch.cat([g.atom_frac_coord.detach() @ g.lattice.detach() for g in graphs]),
+        "atomic_numbers": torch.cat([g.atomic_number for g in graphs]),
+        "lattice": torch.stack([g.lattice.detach() for g in graphs]),
+        "image": torch.cat([g.neighbor_image for g in graphs]),
+        "atoms_per_graph": atoms,
+        "graph_of_atom": spread(graph_index, atoms, num_atoms),
+        "graph_of_edge": spread(graph_index, edges, num_edges),
+        "target": target.contiguous(),
+        "source": source.contiguous(),
+        "to_undirected": to_undirected,
+        "to_directed": column("undirected2directed", first_edge, undirected, num_undirected),
+        "angle_atom": angle[0],
+        "angle_target": angle[1],
+        "angle_target_directed": angle[2],
+        "angle_source": angle[3],
+        "angle_source_directed": angle[4],
+        "has_angles": torch.tensor(num_angles > 0, device=device),
+        "edges_of_target": _occurrences(target, num_atoms),
+        "edges_of_source": _occurrences(source, num_atoms),
+        "edges_of_undirected": _occurrences(to_undirected, num_undirected),
+        "angles_of_target": _occurrences(angle[1], num_undirected),
+        "angles_of_source": _occurrences(angle[3], num_undirected),
+    }
+    if reference is not None:
+        found["composition"] = _compositions(graphs, reference)
+    return found
+
+
+def _counts(graphs: Sequence[Any], name: str) -> tuple[int, Tensor]:
+    """How many rows a tensor of each graph has: in all, and of each."""
+    counts = [getattr(g, name).shape[0] for g in graphs]
+    return sum(counts), torch.tensor(counts, device=graphs[0].lattice.device)
+
+
+def _occurrences(index: Tensor, num: int) -> Tensor:
+    return index.new_zeros(num).index_add_(0, index, torch.ones_like(index)).clamp_min_(1)
+
+
+def _compositions(graphs: Sequence[Any], reference: Any) -> Tensor:
+    """Shares (or numbers) of the elements in each structure, as ``AtomRef`` computes them."""
+    found = []
+    for graph in graphs:
+        numbers = torch.bincount(graph.atomic_number - 1, minlength=reference.max_num_elements)
+        found.append(numbers / graph.atomic_number.shape[0] if reference.is_intensive else numbers)
+    return torch.stack(found).float()
+
+
+@contextmanager
+def _tracing(potential: Any) -> Iterator[None]:
+    from matris.model import functions, interaction_block, model
+
+    original = potential.forward
+
+    def forward(graphs: Mapping[str, Tensor], **settings: Any) -> Any:
+        with _Sizes(graphs):
+            return original(graphs, **settings)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(model, "process_graphs", _process))
+        stack.enter_context(_replaced(functions, "fused_silu", torch.nn.functional.silu))
+        stack.enter_context(_replaced(functions, "fused_sigmoid", torch.sigmoid))
+        stack.enter_context(_replaced(interaction_block, "THRESHOLD_VALUE", sys.maxsize))
+        stack.enter_context(forward_replaced(potential, forward))
+        reference = potential.reference_energy
+        if reference is not None:
+            energy: Callable[..., Tensor] = lambda graphs: reference.fc(graphs["composition"]).view(-1)  # noqa: E731
+            stack.enter_context(forward_replaced(reference, energy))
+        for block in potential.interaction_block:
+            for layer, replacement in _for_no_angles(block):
+                stack.enter_context(forward_replaced(layer, replacement))
+        yield
+
+
+def _for_no_angles(block: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """The layers of the line graph, which MatRIS leaves out where there are no angles, and their replacements.
+
+    After that, the features of edges are those that entered the block.
+    """
+    attention, refinement = block.attn_block_line_graph, block.refine_block_line_graph
+    attend, refine = attention.forward, refinement.forward
+    entered: list[Tensor] = []
+
+    def attention_forward(node_feat: Tensor, edge_feat: Tensor, graph: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+        entered[:] = [node_feat]
+        edges, angles = attend(node_feat, edge_feat, graph, **rest)
+        return torch.where(graph["has_angles"], edges, node_feat), angles
+
+    def refinement_forward(
+        node_feat: Tensor, edge_feat: Tensor, smooth_weight: Tensor, graph: Any, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        edges, angles = refine(node_feat, edge_feat, smooth_weight, graph, **rest)
+        return torch.where(graph["has_angles"], edges, entered.pop()), angles
+
+    yield attention, attention_forward
+    yield refinement, refinement_forward
+
+
+class _AtomsPerGraph:
+    """Stands for MatRIS's list of numbers of atoms."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+
+
+class _Sizes(TorchFunctionMode):
+    """Answers what MatRIS asks about indices (how many, how often) by what is known of them.
+
+    Args:
+        graphs: what :func:`batched` returns.
+    """
+
+    def __init__(self, graphs: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        counts = {
+            "graph_of_atom": "atoms_per_graph",
+            "target": "edges_of_target",
+            "source": "edges_of_source",
+            "to_undirected": "edges_of_undirected",
+            "angle_target": "angles_of_target",
+            "angle_source": "angles_of_source",
+        }
+        self._counts = {id(graphs[index]): graphs[count] for index, count in counts.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor and isinstance(args[0], _AtomsPerGraph):
+            return args[0].counts.to(kwargs["dtype"])
+        if func is torch.split and isinstance(args[1], _AtomsPerGraph):
+            return (args[0],)
+        if func is torch.unbind:  # of stresses
+            return (args[0],)
+        if func in (torch.bincount, Tensor.max) and id(args[0]) in self._counts:
+            counts = self._counts[id(args[0])]
+            return counts if func is torch.bincount else counts.shape[0] - 1
+        return func(*args, **(kwargs or {}))
+
+
+def _process(graphs: Mapping[str, Tensor], compute_stress: bool = True) -> dict[str, Any]:
+    """What ``process_graphs`` returns, as far as MatRIS reads it."""
+    positions = graphs["positions"].detach().requires_grad_()
+    strained, lattice, strain = positions, graphs["lattice"], None
+    volumes = torch.einsum("ni,ni->n", lattice[:, 0], torch.linalg.cross(lattice[:, 1], lattice[:, 2]))
+    if compute_stress:
+        strain = torch.zeros_like(lattice).requires_grad_()
+        symmetric = 0.5 * (strain + strain.mT)
+        strained = positions + torch.einsum("be,bec->bc", positions, symmetric[graphs["graph_of_atom"]])
+        lattice = lattice + torch.matmul(lattice, symmetric)
+    neighbor = strained[graphs["source"]] + torch.einsum(
+        "be,bec->bc", graphs["image"], lattice[graphs["graph_of_edge"]]
+    )
+    vectors = strained[graphs["target"]] - neighbor
+    lengths = torch.norm(vectors, dim=1)
+    return {
+        "atomic_numbers": graphs["atomic_numbers"],
+        "edge_lengths": lengths,
+        "unit_edge_vectors": vectors / lengths[:, None],
+        "atom_segment": graphs["graph_of_atom"],
+        "atoms_per_graph": _AtomsPerGraph(graphs["atoms_per_graph"]),
+        "directed2undirected": graphs["to_undirected"],
+        "undirected2directed": graphs["to_directed"],
+        "volumes": volumes[:, None, None],
+        "lattice": lattice.reshape(-1, 3),
+        "batch_cart_coords": strained,
+        "batch_strains": strain,
+        "atom_graph_dict": {
+            "target_index": graphs["target"],
+            "source_index": graphs["source"],
+            "target_bincount": graphs["edges_of_target"],
+            "source_bincount": graphs["edges_of_source"],
+        },
+        "line_graph_dict": {
+            "line_graph": ("not empty",),
+            "has_angles": graphs["has_angles"],
+            "atom_list": graphs["angle_atom"],
+            "target_index": graphs["angle_target"],
+            "source_index": graphs["angle_source"],
+            "target_DE_index": graphs["angle_target_directed"],
+            "source_DE_index": graphs["angle_source_directed"],
+            "target_bincount": graphs["angles_of_target"],
+            "source_bincount": graphs["angles_of_source"],
+        },
+    }
+
+
+def _call(graphs: Sequence[Any], task: str = "ef", is_training: bool = False) -> dict[str, Any]:
+    """Arguments of MatRIS by name."""
+    return {"graphs": graphs, "task": task, "is_training": is_training}
+
+
+def _is_matris(module: nn.Module) -> bool:
+    from matris.model.model import MatRIS
+
+    return isinstance(module, MatRIS)
+
+
+def _is_graph(value: Any) -> bool:
+    from matris.graph import RadiusGraph
+
+    return isinstance(value, RadiusGraph)
+
+
+def _objects(tree: Any) -> Iterator[Any]:
+    yield tree
+    for _, part in children(tree) or ():
+        yield from _objects(part)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for a name in a module of MatRIS."""
+    if not hasattr(module, name):
+        raise CaptureError(
+            f"{module.__name__} has no {name!r}: the adapter is written for MatRIS 0.1. Install matris 0.1, or train "
+            "with pipeline_size=1."
+        )
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -1,0 +1,152 @@
+"""Move cuts to where the measured phases are balanced, and choose between placements by the time of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_januspipe.capture.cut import Cut, Profile, find_cut
+from lightning_januspipe.capture.divided import DividedPotential
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.explicit import ExplicitPotential
+from lightning_januspipe.capture.find import PotentialCall
+from lightning_januspipe.capture.stages import CapturedPotential
+from lightning_januspipe.capture.validate import Manner, run_captured, validate
+from lightning_januspipe.engine.local import PhaseSeconds
+
+_REFINEMENTS = 3
+_LEAST_GAIN = 0.02
+# So many ways to divide parts are tried; of more, those with as many parts on every stage.
+_TRIED_BOUNDS = 20_000
+
+_Divided = TypeVar("_Divided", bound=DividedPotential)
+StepTime = Callable[[list[PhaseSeconds]], float]
+
+
+def fastest(
+    measured: list[tuple[_Divided, list[PhaseSeconds]]], step_time: StepTime | None
+) -> tuple[_Divided, list[PhaseSeconds]]:
+    """The cut with the shortest step; one with more stages, and so more messages, has to gain what it may cost."""
+    best = measured[0]
+    for other in measured[1:]:
+        assert step_time is not None, "only the time of a step can choose between placements"
+        more = other[0].num_stages > best[0].num_stages
+        if step_time(other[1]) < (1 - _LEAST_GAIN if more else 1) * step_time(best[1]):
+            best = other
+    return best
+
+
+def balance(
+    captured: CapturedPotential,
+    profile: Profile,
+    potential: nn.Module,
+    call: PotentialCall,
+    manner: Manner,
+    placement: Sequence[int],
+) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+    """Validate, measure all phases, and move the cut to where these are balanced.
+
+    A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
+    measured sum of its phases and the cut is sought again.
+    """
+    folded = replace(manner, apart=False)  # costs are those of a stage whose phases are together
+
+    def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
+        validate(candidate, potential, call, folded)
+        return run_captured(candidate, potential, call, folded)[1].seconds  # the second run is warm
+
+    several = placement if len(placement) > len(set(placement)) else None
+    best, best_seconds = captured, measured(captured)
+    seen, current, seconds = {_key(captured.cut)}, captured, best_seconds
+    for _ in range(_REFINEMENTS if captured.cut.num_stages > 1 else 0):
+        profile = _scaled(profile, current.cut, seconds)
+        try:
+            cut = find_cut(current.program, current.regions, profile, current.cut.num_stages, several)
+        except CaptureError:  # by the new costs a part is too small for a stage
+            break
+        if _key(cut) in seen:
+            break
+        seen.add(_key(cut))
+        current = replace(current, cut=cut)
+        seconds = measured(current)
+        if _slowest(seconds, placement) < _slowest(best_seconds, placement):
+            best, best_seconds = current, seconds
+    return best, best_seconds
+
+
+def _key(cut: Cut) -> tuple[int, ...]:
+    return tuple(len(b) for b in cut.bodies)
+
+
+def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
+    scaled = dict(profile.seconds)
+    for names, cost, measured in zip(cut.bodies, cut.costs, seconds, strict=True):
+        for name in names:
+            scaled[name] = profile.seconds.get(name, 0.0) * measured.total / max(cost, 1e-9)
+    return Profile(scaled, profile.num_bytes)
+
+
+def _slowest(seconds: Sequence[PhaseSeconds], placement: Sequence[int]) -> float:
+    """Time of the busiest rank."""
+    work = dict.fromkeys(placement, 0.0)
+    for rank, stage in zip(placement, seconds, strict=True):
+        work[rank] += stage.total
+    return max(work.values())
+
+
+def balance_parts(
+    parts: ExplicitPotential,
+    potential: nn.Module,
+    call: PotentialCall,
+    manner: Manner,
+    placements: Sequence[Sequence[int]],
+) -> list[tuple[ExplicitPotential, list[PhaseSeconds]]]:
+    """Validate a potential's own parts, measure them, and join them to balanced stages for each placement.
+
+    Args:
+        parts: the potential with each part as a stage.
+        potential: the live potential.
+        call: a call of it.
+        manner: how the phases will be run.
+        placements: the rank of each stage; those after the first are left out where there are fewer parts.
+
+    Raises:
+        CaptureError: the parts compute something else than the potential's forward, or are fewer than stages.
+    """
+    folded = replace(manner, apart=False)
+    validate(parts, potential, call, folded)
+    of_parts = run_captured(parts, potential, call, folded)[1].seconds
+    found = []
+    for placement in placements:
+        if len(placement) > parts.num_stages:
+            continue
+        joined = replace(parts, bounds=_bounds([s.total for s in of_parts], placement))
+        validate(joined, potential, call, folded)
+        found.append((joined, run_captured(joined, potential, call, folded)[1].seconds))
+    if not found:
+        raise CaptureError(
+            f"pipeline_size={len(set(placements[0]))}, but the potential {parts.path!r} has {parts.num_stages} parts. "
+            f"Use pipeline_size={parts.num_stages} or less, and give the other ranks to data_size, or make more parts."
+        )
+    return found
+
+
+def _bounds(costs: Sequence[float], placement: Sequence[int]) -> tuple[int, ...]:
+    """First part of each stage, and the number of parts, so that the busiest rank has the least to do."""
+    num_parts, num_stages = len(costs), len(placement)
+
+    def slowest(bounds: Sequence[int]) -> float:
+        work = dict.fromkeys(placement, 0.0)
+        for rank, (first, last) in zip(placement, pairwise(bounds), strict=True):
+            work[rank] += sum(costs[first:last])
+        return max(work.values())
+
+    if math.comb(num_parts - 1, num_stages - 1) <= _TRIED_BOUNDS:
+        inner = combinations(range(1, num_parts), num_stages - 1)
+        return min(((0, *cuts, num_parts) for cuts in inner), key=slowest)
+    return tuple(round(i * num_parts / num_stages) for i in range(num_stages + 1))

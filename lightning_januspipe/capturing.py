@@ -1,0 +1,155 @@
+"""From a LightningModule and a loader's samples to this rank's part of a pipeline: one rank captures, all get it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_januspipe.capture import Capture, Manner, ProgramCache, Stages, capture_module
+from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.engine.memory import PhaseBytes
+from lightning_januspipe.mesh import Mesh, as_world
+from lightning_januspipe.pipeline import Pipeline, measured_latency
+from lightning_januspipe.planning import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
+from lightning_januspipe.preparation import on_first_rank, with_batch
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What a capture is made from.
+
+    Attributes:
+        module: the LightningModule.
+        step: its training or evaluation step.
+        examples: gives two batches of other sizes; called on one rank.
+        num_microbatches: of most steps; the cut is chosen for it.
+        ready: the modes and contexts that the step is run in.
+        trains: whether it is for training.
+        evaluation_step: validation_step, where training runs it.
+    """
+
+    module: Any
+    step: Callable[..., Any]
+    examples: Callable[[], tuple[Any, Any]]
+    num_microbatches: int
+    ready: Callable[[], AbstractContextManager[None]]
+    trains: bool
+    evaluation_step: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A capture that may serve again, as in a test after training."""
+
+    module: weakref.ref[Any]
+    step: str
+    capture: Capture
+
+    def serves(self, request: CaptureRequest) -> bool:
+        """Whether it is right for a request.
+
+        Training starts with a capture of its own: an earlier one may know nothing of what its step reads. Where steps
+        differentiate by themselves, each has a capture of its own too.
+        """
+        any_step = self.capture.potential.replaced is None
+        is_right = self.module() is request.module and (any_step or self.step == _name(request.step))
+        return is_right and not request.trains
+
+
+class Capturer:
+    """Captures modules for one strategy, and keeps the last capture.
+
+    Args:
+        schedule: name of the schedule.
+        wave_size: micro-batches in a wave, or "auto".
+        memory_limit: most bytes that the micro-batches of one rank may hold in training, or None.
+        potential: dotted name of the potential, where the user gave one.
+        stages: where stages come from.
+    """
+
+    def __init__(
+        self,
+        schedule: str,
+        wave_size: int | Literal["auto"],
+        memory_limit: float | None,
+        potential: str | None,
+        stages: Stages,
+    ) -> None:
+        self._schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
+        self._potential, self._stages = potential, stages
+        self._kept: _Kept | None = None
+
+    def pipeline(
+        self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
+    ) -> tuple[Pipeline, str]:
+        """This rank's part of the pipeline, and a line about a new capture (empty for one that is used again).
+
+        Args:
+            request: what to capture.
+            mesh: this rank's process groups.
+            rank: this global rank; rank 0 captures.
+            broadcast: gives an object of rank 0 to all ranks.
+
+        Raises:
+            CaptureError: on every rank, where rank 0 cannot capture.
+        """
+        num_ranks = mesh.shape.pipeline
+        # One number for all replicas: by it the stages are placed.
+        latency = broadcast(measured_latency(mesh))
+        news = ""
+        if self._kept is None or not self._kept.serves(request):
+
+            def step_time(seconds: list[PhaseSeconds]) -> float:
+                return self._planner(num_ranks, latency, seconds).step_time(request.num_microbatches)
+
+            def capture() -> Capture:
+                with request.ready():
+                    examples = request.examples()
+                    evaluation = request.evaluation_step
+                    with as_world(mesh.alone_group):  # this rank alone runs the step now, with its collectives
+                        return capture_module(
+                            request.module,
+                            with_batch(request.step),
+                            *examples,
+                            placements(self._schedule, num_ranks),
+                            self._potential,
+                            manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
+                            step_time=step_time,
+                            evaluation_step=None if evaluation is None else with_batch(evaluation),
+                            stages=self._stages,
+                            cache=ProgramCache.default(),
+                        )
+
+            result = on_first_rank(capture, rank, broadcast)
+            self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
+            news = f"januspipe: {result.describe()}; {self._schedule}, {request.num_microbatches} micro-batches"
+        found = self._kept.capture
+        # Evaluation keeps nothing between its phases.
+        limit = self._memory_limit if request.trains else None
+        planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
+        return Pipeline(request.module, mesh, found, planner, request.num_microbatches), news
+
+    def _planner(
+        self,
+        num_ranks: int,
+        latency: float,
+        seconds: Sequence[PhaseSeconds],
+        measured_bytes: Sequence[PhaseBytes] = (),
+        memory_limit: float | None = None,
+    ) -> Planner:
+        return Planner(
+            self._schedule,
+            num_ranks,
+            phase_costs(seconds),
+            memory_costs(measured_bytes),
+            self._wave_size,
+            memory_limit,
+            latency,
+        )
+
+
+def _name(step: Callable[..., Any]) -> str:
+    return getattr(step, "__name__", "")

@@ -1,0 +1,195 @@
+"""Trains a small MatGL potential as MatGL's documentation shows, by an ordinary lightning.Trainer, in float64.
+
+python matgl_program.py --model tensornet --steps 5 --out plain.pt
+python matgl_program.py --model tensornet --steps 5 --out januspipe.pt --strategy januspipe --devices 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import matgl
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from matgl.ext.ase import Atoms2Graph
+from matgl.graph.data import MGLDataset, collate_fn_pes
+from matgl.models import CHGNet, M3GNet, TensorNet
+from matgl.utils.constants import EV_PER_ANG3_TO_GPA
+from matgl.utils.training import PotentialLightningModule
+from torch.utils.data import DataLoader
+
+SYMBOLS = ("Al", "Ni", "Cu")
+CUTOFF = 4.0
+THREEBODY_CUTOFF = 3.2
+
+
+def crystal(rng: np.random.Generator, size: int) -> Atoms:
+    """A rattled, strained fcc cell of 4, 8 or 16 atoms."""
+    atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * [(1, 1, 1), (2, 1, 1), (2, 2, 1)][size]
+    strain = 0.02 * rng.standard_normal((3, 3))
+    atoms.set_cell(atoms.cell @ (np.eye(3) + 0.5 * (strain + strain.T)), scale_atoms=True)
+    return atoms
+
+
+def molecule(rng: np.random.Generator, size: int) -> Atoms:
+    """A cluster of 6, 9 or 13 atoms."""
+    atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * (3, 3, 3)
+    center = atoms.positions.mean(axis=0)
+    nearest = np.argsort(np.linalg.norm(atoms.positions - center, axis=1))[: (6, 9, 13)[size]]
+    return Atoms("Cu" * len(nearest), positions=atoms.positions[nearest])
+
+
+def structures(kind: str, number: int, lone_atom: bool) -> list[Atoms]:
+    """Structures with EMT's energies and forces and made-up magnetic moments.
+
+    Args:
+        kind: ``periodic``, ``molecules`` or ``mixed``.
+        number: how many.
+        lone_atom: the fourth of them is an atom by itself.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(number):
+        periodic = kind == "periodic" or (kind == "mixed" and i % 2 == 0)
+        atoms = crystal(rng, i % 3) if periodic else molecule(rng, i % 3)
+        atoms.set_chemical_symbols(rng.choice(SYMBOLS, len(atoms)).tolist())
+        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
+        if lone_atom and i == 3:
+            atoms = Atoms("Cu", cell=12.0 * np.eye(3), pbc=periodic)
+        atoms.set_initial_magnetic_moments(rng.uniform(0.0, 2.0, len(atoms)))
+        atoms.calc = EMT()
+        found.append(atoms)
+    return found
+
+
+def labels(frames: list[Atoms]) -> dict[str, list[Any]]:
+    """Labels in MatGL's units: eV, eV/Å, GPa (zero without a cell), and magnetic moments."""
+    stresses = [
+        a.get_stress(voigt=False) * EV_PER_ANG3_TO_GPA if a.pbc.all() and len(a) > 1 else np.zeros((3, 3))
+        for a in frames
+    ]
+    return {
+        "energies": [float(a.get_potential_energy()) for a in frames],
+        "forces": [a.get_forces().tolist() for a in frames],
+        "stresses": [s.tolist() for s in stresses],
+        "magmoms": [a.get_initial_magnetic_moments().tolist() for a in frames],
+    }
+
+
+def build_model(name: str, layers: int) -> torch.nn.Module:
+    """One of MatGL's potentials, with few features."""
+    torch.manual_seed(7)
+    if name == "tensornet":
+        return TensorNet(
+            SYMBOLS, units=8, nblocks=layers, num_rbf=8, cutoff=CUTOFF, is_intensive=False, dtype=torch.float64
+        )
+    if name == "m3gnet":
+        width = {"dim_node_embedding": 8, "dim_edge_embedding": 8, "units": 8}
+        return M3GNet(
+            SYMBOLS, nblocks=layers, cutoff=CUTOFF, threebody_cutoff=THREEBODY_CUTOFF, is_intensive=False, **width
+        )
+    width = {f"dim_{part}_embedding": 8 for part in ("atom", "bond", "angle")}
+    hidden = {"atom_conv_hidden_dims": (8,), "bond_conv_hidden_dims": (8,), "final_hidden_dims": (8, 8)}
+    return CHGNet(SYMBOLS, num_blocks=layers, cutoff=CUTOFF, threebody_cutoff=THREEBODY_CUTOFF, **width, **hidden)
+
+
+def build(arguments: argparse.Namespace) -> tuple[DataLoader, PotentialLightningModule]:
+    """Loader and module; ``chgnet`` learns magnetic moments too."""
+    matgl.set_default_dtype("float", 64)
+    frames = structures(arguments.structures, arguments.frames, arguments.lone_atom)
+    dataset = MGLDataset(
+        structures=frames,
+        converter=Atoms2Graph(SYMBOLS, CUTOFF),
+        labels=labels(frames),
+        root=tempfile.mkdtemp(),
+        save_cache=False,
+    )
+    magmoms = arguments.model == "chgnet"
+    collate = partial(collate_fn_pes, include_stress=True, include_magmom=magmoms)
+    module = PotentialLightningModule(
+        build_model(arguments.model, arguments.layers),
+        element_refs=np.array([-0.1, 0.2, 0.3]),
+        stress_weight=0.1,
+        magmom_weight=0.1 if magmoms else 0.0,
+        data_std=1.5,
+        loss=arguments.loss,
+        lr=1e-3,
+    )
+    return DataLoader(dataset, batch_size=arguments.batch_size, collate_fn=collate), module
+
+
+def strategy(arguments: argparse.Namespace) -> Any:
+    """The registered name, or the strategy with the arguments of ``--janus``."""
+    januspipe = importlib.import_module("lightning_januspipe") if arguments.strategy == "januspipe" else None
+    if januspipe is not None and arguments.janus:
+        return januspipe.JanusPipeStrategy(**json.loads(arguments.janus))
+    return arguments.strategy
+
+
+class Losses(lightning.Callback):
+    """The loss of every batch."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=["tensornet", "m3gnet", "chgnet"], default="tensornet")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--structures", choices=["periodic", "molecules", "mixed"], default="periodic")
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--lone-atom", action="store_true", help="one structure is a single atom without neighbors")
+    parser.add_argument("--loss", default="mse_loss", help="one of MatGL's")
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--janus", default="", help="JSON of JanusPipeStrategy's arguments")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    loader, module = build(arguments)
+    losses = Losses()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=arguments.devices,
+        strategy=strategy(arguments),
+        max_steps=arguments.steps,
+        accumulate_grad_batches=arguments.accumulate,
+        callbacks=[losses],
+        inference_mode=False,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader)
+    checkpoint = arguments.out.with_suffix(".ckpt")
+    trainer.save_checkpoint(checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        state = torch.load(checkpoint, weights_only=False)["state_dict"]
+        torch.save({"losses": losses.values, "state": state}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
