@@ -62,6 +62,9 @@ class _Kept:
 class Capturer:
     """Captures modules for one strategy, and keeps the last capture.
 
+    Attributes:
+        schedule: name of the schedule.
+
     Args:
         schedule: name of the schedule.
         wave_size: micro-batches in a wave, or "auto".
@@ -78,7 +81,7 @@ class Capturer:
         potential: str | None,
         stages: Stages,
     ) -> None:
-        self._schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
+        self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
         self._potential, self._stages = potential, stages
         self._kept: _Kept | None = None
 
@@ -114,9 +117,9 @@ class Capturer:
                             request.module,
                             with_batch(request.step),
                             *examples,
-                            placements(self._schedule, num_ranks),
+                            placements(self.schedule, num_ranks),
                             self._potential,
-                            manner=Manner(defer=is_deferred(self._schedule), apart=is_unfolded(self._schedule)),
+                            manner=Manner(defer=is_deferred(self.schedule), apart=is_unfolded(self.schedule)),
                             step_time=step_time,
                             evaluation_step=None if evaluation is None else with_batch(evaluation),
                             stages=self._stages,
@@ -125,7 +128,7 @@ class Capturer:
 
             result = on_first_rank(capture, rank, broadcast)
             self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
-            news = f"januspipe: {result.describe()}; {self._schedule}, {request.num_microbatches} micro-batches"
+            news = f"januspipe: {result.describe()}; {self.schedule}, {request.num_microbatches} micro-batches"
         found = self._kept.capture
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
@@ -141,7 +144,7 @@ class Capturer:
         memory_limit: float | None = None,
     ) -> Planner:
         return Planner(
-            self._schedule,
+            self.schedule,
             num_ranks,
             phase_costs(seconds),
             memory_costs(measured_bytes),

@@ -317,7 +317,7 @@ def _reader(loader: Any, collate: Callable[[Any], Any], **which: Any) -> Any:
             timeout=loader.timeout,
             prefetch_factor=1,
         )
-    return DataLoader(loader.dataset, collate_fn=collate, generator=torch.Generator(), **which)
+    return DataLoader(loader.dataset, collate_fn=collate, **which)
 
 
 def _collate_of(loader: Any) -> Callable[[list[Any]], Any]:

@@ -99,7 +99,7 @@ class ReplicaGather:
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaGather:
         return self
 
-    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return {}.get, (0,)  # None, without a name of this package in the pickle
 
 

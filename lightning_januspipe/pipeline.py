@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from lightning_januspipe.averages import followers
 from lightning_januspipe.capture import Capture, CapturedStep
 from lightning_januspipe.capture.find import StepFunction
 from lightning_januspipe.capture.step import loss_of, require_finite
@@ -321,16 +322,23 @@ class Pipeline:
         """The first rank of the pipeline that holds a parameter."""
         return min(self.ranks_of[parameter])
 
-    def synchronize(self) -> None:
-        """Bring all parameters up to date on every rank, from their owners."""
-        by_owner: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in self.ranks_of:
-            by_owner.setdefault((self.owner(parameter), parameter.dtype), []).append(parameter)
-        for (rank, _), parameters in by_owner.items():
-            flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    def synchronize(self, holders: Sequence[object] = ()) -> None:
+        """Bring all parameters, and averages of them, up to date on every rank, from their owners.
+
+        Args:
+            holders: objects beside the module that may hold averages, such as callbacks.
+        """
+        partly = [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
+        following = followers(self._module, holders, partly)
+        owners = {p: self.owner(p) for p in self.ranks_of} | {t: self.owner(p) for p, t in following}
+        by_owner: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for tensor, rank in owners.items():
+            by_owner.setdefault((rank, tensor.dtype), []).append(tensor)
+        for (rank, _), tensors in by_owner.items():
+            flat = torch.cat([t.detach().reshape(-1).to(self._mesh.device) for t in tensors])
             dist.broadcast(flat, self._mesh.pipeline_ranks[rank], group=self._mesh.pipeline_group)
-            for p, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.data.copy_(values.view_as(p))
+            for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.data.copy_(values.view_as(tensor))
 
     def _place(self, captured: dict[str, set[int]], inside: dict[str, nn.Parameter]) -> dict[nn.Parameter, set[int]]:
         """The ranks that hold each parameter; those outside the potential, and those it never reads, are held by all.

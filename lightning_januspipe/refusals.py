@@ -6,8 +6,6 @@ from typing import Any
 
 from lightning_januspipe.precision import SUPPORTED
 
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
-
 
 def refuse_module(module: Any, lib: Any, precision: str) -> None:
     """Refuse a module whose backward pass a pipeline cannot own, and a precision that is not available.
@@ -45,14 +43,15 @@ def refuse_trainer(trainer: Any, is_pipeline: bool) -> None:
     Raises:
         ValueError: it cannot be trained.
     """
-    if len(trainer.fit_loop._combined_loader.flattened) != 1:
+    combined = trainer.fit_loop._combined_loader
+    if len(combined.flattened) != 1 or combined.iterables is not combined.flattened[0]:
         raise ValueError(
-            "train_dataloader gives several loaders; one is supported. Concatenate their datasets "
-            "(torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
+            "train_dataloader gives several loaders, or one in a list or dict; a single DataLoader is supported. "
+            "Concatenate datasets (torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
         )
     for callback in trainer.callbacks if is_pipeline else ():
-        if any(c.__name__ in _AVERAGING for c in type(callback).__mro__):
+        if any(c.__name__ == "StochasticWeightAveraging" for c in type(callback).__mro__):
             raise ValueError(
-                f"{type(callback).__name__} averages all parameters of the module on every rank, but a rank of a "
-                "pipeline trains only its stage's. Leave it out, or train with pipeline_size=1."
+                f"{type(callback).__name__} changes the learning rate schedule and adds an epoch of its own, which is "
+                "not available in a pipeline. Use WeightAveraging or EMAWeightAveraging, or pipeline_size=1."
             )

@@ -47,8 +47,8 @@ class Library:
 def _bound(namespace: str) -> type:
     library = Library(namespace)
     bases = (JanusPipeBody, library.strategies.ParallelStrategy)
-    attributes = {"lib": library, "__doc__": JanusPipeBody.__doc__, "__module__": __name__}
-    return type("JanusPipeStrategy", bases, attributes)
+    module = f"{__package__}.{namespace}"  # which names it, in pickles and where a Trainer refuses the other's
+    return type("JanusPipeStrategy", bases, {"lib": library, "__doc__": JanusPipeBody.__doc__, "__module__": module})
 
 
 def register(namespace: str) -> None:

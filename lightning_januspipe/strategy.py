@@ -242,6 +242,11 @@ class JanusPipeBody:
     def precision_plugin(self, plugin: Any) -> None:
         self._precision_plugin = None if plugin is None else mesh_aware(plugin, self)
 
+    @property
+    def schedule(self) -> str:
+        """Name of the schedule."""
+        return self._capturer.schedule
+
     def num_microbatches(self) -> int:
         """Into how many micro-batches a training batch is split, where it has as many samples."""
         if self._num_microbatches != "auto":
@@ -457,7 +462,7 @@ class JanusPipeBody:
         if isinstance(self.runner, Pipeline):  # after training this was done already
             if self.mesh is not None and self.mesh.aborted:
                 raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
-            self.runner.synchronize()
+            self.runner.synchronize(self.lightning_module.trainer.callbacks)
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -480,7 +485,7 @@ class JanusPipeBody:
     def on_train_end(self) -> None:
         """Leave the whole trained module on every rank."""
         if isinstance(self.runner, Pipeline):
-            self.runner.synchronize()
+            self.runner.synchronize(self.lightning_module.trainer.callbacks)
 
     def teardown(self) -> None:
         """Leave nothing on the user's module and optimizers; a checkpoint can still be saved."""

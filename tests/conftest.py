@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one thread, a restored default dtype, and a pool of processes to run ranks in."""
+"""Fixtures for all tests: one thread, a restored default dtype, an own cache, and a pool of processes for ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lightning_januspipe.capture.cache import VARIABLE
 from lightning_januspipe.testing import RankPool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Traced potentials are kept for this session only; processes that it starts inherit that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("programs")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -316,7 +316,9 @@ def test_training_sees_the_same_samples(several_processes: None, name: str, num_
         if look:
             traced, other = example_batches(loader, num_microbatches)
             assert len(traced) >= 2 and len(traced) != len(other)
-        found = _of_each_batch(iterator or loader)
+        batches = list(iterator or loader)
+        assert {isinstance(b, MicroBatches) for b in batches} == {num_microbatches > 1}
+        found = _of_each_batch(batches)
         if name not in ("generator", "iterator"):
             found += _of_each_batch(loader)
         return found, _draw()

@@ -1,13 +1,16 @@
-"""``self.log`` of a step that runs once for each micro-batch."""
+"""``self.log`` of a step that runs once for each micro-batch, and torchmetrics that are gathered over replicas."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_januspipe.metrics import LogRecorder
+from lightning_januspipe.metrics import LogRecorder, ReplicaGather
 
 
 def _replayed(*calls: tuple[tuple[Any, ...], dict[str, Any]], sizes: list[int] | None = None) -> dict[str, Any]:
@@ -123,3 +126,35 @@ def test_names_that_not_every_micro_batch_logs() -> None:
     found = _replayed((("a", 1.0), {}), (("b", 2.0), {}), (("a", 3.0), {}), sizes=[1, 1, 3])
     assert found["a"][0].item() == 2.5 and found["a"][1]["batch_size"] == 4
     assert found["b"] == (2.0, {"batch_size": 1})
+
+
+class TestReplicaGather:
+    def test_metrics_are_as_before_when_it_is_detached(self) -> None:
+        own, group, gather = (lambda state, group: [state]), object(), ReplicaGather()
+        metrics = MetricCollection({"a": MeanMetric(), "b": MeanMetric(dist_sync_fn=own)})
+        metrics["c"] = MeanMetric(process_group=group)
+        gather.attach(metrics, "replicas")
+        assert metrics["a"].dist_sync_fn is gather
+        gather.detach(metrics)
+        for found, expected in (("a", (None, None)), ("b", (own, None)), ("c", (None, group))):
+            assert (metrics[found].dist_sync_fn, metrics[found].process_group) == expected
+
+    def test_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torchmetrics.utilities import distributed
+
+        monkeypatch.setattr(distributed, "gather_all_tensors", lambda state, group: [state + 1, group])
+        gather, metric = ReplicaGather(), MeanMetric()
+        gather.attach(metric, "replicas")
+        assert metric.dist_sync_fn(torch.tensor(1), group=None) == [2, "replicas"]
+        gather.detach(metric)
+        assert gather(torch.tensor(1)) == [2, None]
+
+    def test_pickles_and_copies(self) -> None:
+        """A module is saved with its metrics, as a hyperparameter; nothing in the file names this package."""
+        metric, gather = MeanMetric(), ReplicaGather()
+        gather.attach(metric, lambda: "a process group cannot be pickled")
+        metric.update(3.0)
+        assert copy.deepcopy(metric).dist_sync_fn is gather
+        saved = pickle.dumps(metric)
+        assert b"januspipe" not in saved
+        assert pickle.loads(saved).dist_sync_fn is None and pickle.loads(saved).compute() == 3.0

@@ -28,10 +28,10 @@ def test_parity(pool: RankPool, module: Any, size: int, more: dict[str, Any]) ->
     compare_records(reference, results, 1e-9)
 
 
-def test_validation_of_steps_that_differentiate(pool: RankPool) -> None:
-    strategy = {"num_microbatches": 1}
-    results = pool.run(plain_modules.in_step_with_validation, strategy, world_size=2)
-    (expected,) = pool.run(plain_modules.in_step_with_validation, None, world_size=1)
+@pytest.mark.parametrize("kind", [plain_modules.InStep, plain_modules.Reducing])
+def test_validation_in_training(pool: RankPool, kind: Any) -> None:
+    results = pool.run(plain_modules.with_validation, {"num_microbatches": 1}, kind, world_size=2)
+    (expected,) = pool.run(plain_modules.with_validation, None, kind, world_size=1)
     assert len(expected) == 3 and len(set(expected)) == 3
     for found in results:
         assert found == pytest.approx(expected, rel=1e-9)
@@ -39,6 +39,4 @@ def test_validation_of_steps_that_differentiate(pool: RankPool) -> None:
 
 def test_validation_of_another_energy_is_refused(pool: RankPool) -> None:
     with pytest.raises(RankError, match="differs from the module itself.*in evaluation mode output"):
-        pool.run(
-            plain_modules.in_step_with_validation, {"num_microbatches": 1}, plain_modules.OtherEvaluation, world_size=2
-        )
+        pool.run(plain_modules.with_validation, {"num_microbatches": 1}, plain_modules.OtherEvaluation, world_size=2)

@@ -91,7 +91,7 @@ def test_registered_names(namespace: str) -> None:
         "januspipe_1f1b_2nd": "1f1b-2nd",
         "januspipe_hanayo_2nd": "hanayo-2nd",
     }
-    assert {name: registry.get(name)._schedule for name in expected} == expected
+    assert {name: registry.get(name).schedule for name in expected} == expected
 
 
 def test_wave_size_without_waves_is_said_to_have_no_effect() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ def size_carrier(size: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.empty((size, 0), device=device)
 
 
+_ABSENT = "(no value)"
+
+
 @dataclass(frozen=True)
 class CallFormat:
     """What a call of the potential looked like when it was captured.
@@ -32,11 +35,13 @@ class CallFormat:
         sizes: places of its integers (a number of graphs, say); inputs too, after the tensors, as lengths.
         constants: places and values of its other leaves, as far as they did not change from batch to batch; they are
             part of the program.
+        evaluation: values of constants in evaluation, where these are others (``training=False``).
     """
 
     tensors: list[str]
     constants: dict[str, Any]
     sizes: list[str] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -65,6 +70,12 @@ class CallFormat:
         }
         return cls(tensors, constants, sizes)
 
+    def with_evaluation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFormat:
+        """The format of this call and of that in evaluation, whose constants may have other values."""
+        found = call_leaves(args, kwargs)
+        values = {p: found.get(p, _ABSENT) for p in self.constants}
+        return replace(self, evaluation={p: x for p, x in values.items() if not _same(x, self.constants[p])})
+
     def bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensors of another call and carriers of its sizes, in the order of the program's inputs.
 
@@ -85,10 +96,11 @@ class CallFormat:
                 f"calls it without {missing}. Every batch has to hold the same entries."
             )
         for place, value in self.constants.items():
-            if place not in found or not _same(found[place], value):
+            given = found.get(place, _ABSENT)
+            if not _same(given, value) and not _same(given, self.evaluation.get(place, value)):
                 raise CaptureError(
                     f"the potential {path!r} was captured with {place} = {value!r}, but this batch calls it with "
-                    f"{found.get(place)!r}. Values that change with the batch have to be tensors or integers."
+                    f"{given!r}. Values that change with the batch have to be tensors or integers."
                 )
         tensors = [found[p] for p in self.tensors]
         device = tensors[0].device if tensors else "cpu"

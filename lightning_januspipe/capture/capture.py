@@ -18,7 +18,13 @@ from lightning_januspipe.capture.divide import explicit_potential
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.explicit import ExplicitStages
-from lightning_januspipe.capture.find import PotentialCall, StepFunction, call_arguments, find_potential
+from lightning_januspipe.capture.find import (
+    PotentialCall,
+    StepFunction,
+    call_arguments,
+    evaluation_call,
+    find_potential,
+)
 from lightning_januspipe.capture.instep import StepPotential
 from lightning_januspipe.capture.key import program_key
 from lightning_januspipe.capture.profile import measure
@@ -117,11 +123,21 @@ def capture_module(
         if manner.apart:
             validate(captured, job.potential, job.other, manner)
         evaluated = potential_of(module, evaluation_step or step, found)
-        validate_evaluation(captured, evaluated, job.other)
+        evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
+        captured = _with_evaluation(captured, evaluated, evaluation)
+        validate_evaluation(captured, evaluated, evaluation)
         folded = replace(manner, apart=False)
         bytes_ = run_captured(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
         assert bytes_ is not None
     return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)
+
+
+def _with_evaluation(captured: DividedPotential, potential: nn.Module, call: PotentialCall) -> DividedPotential:
+    """The captured potential, which takes the constants of calls in evaluation too; what it returns is validated."""
+    if not isinstance(captured, CapturedPotential):
+        return captured
+    arguments = adapted(adapters_of(potential), potential, call.args, call.kwargs)
+    return replace(captured, call=captured.call.with_evaluation(*arguments))
 
 
 def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:

@@ -2,28 +2,26 @@
 
 Values that depend on no parameter are geometry: cheap, recomputed by every stage that needs them, never sent. The rest,
 the body, is cut in execution order. Layer borders are found without being named: they are where little is alive.
+
+What is sent, what is computed again and how many parts there are follows from sizes alone; measured times decide only
+which of the possible cuts is taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import accumulate, pairwise
 
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, TooFewParts
+from lightning_januspipe.capture.order import arranged, closures, num_sums, traffic
+from lightning_januspipe.capture.positions import BORDER_COST, best_positions, candidates, most_parts
 from lightning_januspipe.capture.program import Node, Program
 
-# A boundary value whose whole computation costs less than this share of a stage's work, such as a trainable radial
-# basis, is computed again by the stages that need it, instead of being sent four times.
-_CHEAP_SHARE = 0.15
-# A cut may carry at most this many times the bytes of the smallest boundary in the middle of the potential: layers
-# differ in width by less, while the inside of a layer holds values per edge, tens of times larger.
-_BYTES_SLACK = 4.0
-# A stage must do at least this share of the mean work, or it is not worth a rank.
-_LEAST_SHARE = 0.1
-# Where a rank has several stages all cuts are tried, up to this many; of more a local search is made.
-_TRIED_CUTS = 20_000
+# What takes more than this share of the whole work to compute is never repeated: an eighth of it on eight stages
+# doubles their work.
+_MOST_REPEATED = 0.125
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Cut:
         bodies: operations of the body owned by each stage.
         replicated: operations of the body that a stage computes again for itself.
         boundaries: values sent from each stage to the next (one fewer than stages).
-        costs: estimated seconds of the forward pass of each stage.
+        costs: estimated seconds of the forward pass of each stage, geometry not counted.
         boundary_bytes: bytes of each boundary on the example batch.
     """
 
@@ -144,29 +142,26 @@ def find_cut(
         placement: the rank of each stage, if a rank has several: the ranks' work is balanced, not that of the stages.
 
     Raises:
-        CaptureError: the potential has fewer cuttable parts than stages.
+        TooFewParts: the potential has fewer cuttable parts than stages.
     """
-    body = regions.body
-    seconds = [max(profile.seconds.get(n, 0.0), 1e-9) for n in body]
-    prefix = [0.0]
-    for s in seconds:
-        prefix.append(prefix[-1] + s)
-    cheap = _cheap(program, body, seconds, _CHEAP_SHARE * prefix[-1] / num_stages)
-    num_bytes = [b for b, _ in _boundaries(program, regions, profile, cheap)]
-    candidates = _small_boundaries(prefix, num_bytes)
-    positions = _balanced(prefix, num_bytes, candidates, num_stages, placement)
-    if positions is None or not _worth(prefix, positions, num_stages):
-        most = num_stages - 1
-        while most > 1:
-            fewer = _balanced(prefix, num_bytes, candidates, most)
-            if fewer is not None and _worth(prefix, fewer, most):
-                break
-            most -= 1
-        raise CaptureError(
+    fixed = {*regions.observables, *program.energies}
+    work = traffic(program, regions.body, profile.num_bytes)
+    free = _repeatable(program, regions.body, fixed, work, profile.num_bytes)
+    order = arranged(program, regions.body, free, fixed, profile.num_bytes)
+    ends = _boundaries(program, order, free, profile.num_bytes)
+    of_order = [work[name] for name in order]
+    points, border = candidates(of_order, [(end.num_bytes, end.num_rows) for end in ends])
+    most = most_parts(_StageCosts(program, order, free, of_order, points), points, len(order))
+    if num_stages > most:
+        raise TooFewParts(
             f"pipeline_size={num_stages}, but the potential has only {most} cuttable part(s) of comparable cost. Use "
-            f"pipeline_size={most} or less, and give the other ranks to data_size."
+            f"pipeline_size={most} or less, and give the other ranks to data_size.",
+            most=most,
         )
-    return _assemble(program, regions, profile, cheap, positions)
+    seconds = _StageCosts(program, order, free, [max(profile.seconds.get(n, 0.0), 1e-9) for n in order], points)
+    sent = [end.num_bytes / max(border, 1.0) for end in ends]
+    positions = best_positions(seconds, points, sent, num_stages, placement)
+    return _assemble(program, order, free, [ends[p].sent for p in positions], profile, positions)
 
 
 def _dependent(program: Program, roots: set[str]) -> set[str]:
@@ -190,157 +185,153 @@ def _is_small(program: Program, name: str) -> bool:
     return spec is not None and math.prod(s for s in spec.shape[1:] if isinstance(s, int)) <= 9
 
 
-def _cheap(program: Program, body: Sequence[str], seconds: Sequence[float], budget: float) -> set[str]:
-    """Values of the body that cost next to nothing from the inputs on, or depend on parameters alone."""
-    in_body = set(body)
-    cost = dict(zip(body, seconds, strict=True))
+def _repeatable(
+    program: Program,
+    body: Sequence[str],
+    fixed: Collection[str],
+    work: Mapping[str, float],
+    num_bytes: Mapping[str, int],
+) -> set[str]:
+    """Operations that every stage that needs them computes for itself.
+
+    These are values of parameters alone, and local ones that cost little compared with sending them.
+    """
+    whole = sum(work.values()) or 1.0
+    closure = closures(program, [name for name, sums in num_sums(program, body).items() if sums == 0])
+    share = {name: sum(work[part] for part in parts) / whole for name, parts in closure.items()}
     on_batch = _dependent(program, set(program.inputs))
-    closure: dict[str, frozenset[str] | None] = {}
-    cheap: set[str] = set()
-    for name in body:
-        parts: set[str] | None = {name}
-        for source in program.by_name[name].inputs():
-            if source in in_body:
-                above = closure[source]
-                parts = None if parts is None or above is None else parts | above
-        batch_free = name not in on_batch
-        small = parts is not None and sum(cost[p] for p in parts) <= budget
-        closure[name] = frozenset(parts) if parts is not None and (small or batch_free) else None
-        if closure[name] is not None:
-            cheap.add(name)
-    return cheap
+    of_parameters = {name for name in body if name not in on_batch}
+
+    def together(names: Collection[str]) -> set[str]:
+        return of_parameters.union(*(closure[name] for name in names))
+
+    cheap = together([name for name in closure if share[name] <= _MOST_REPEATED])
+    order = arranged(program, body, cheap, fixed, num_bytes)
+    ends = _boundaries(program, order, cheap, num_bytes)
+    _, border = candidates([work[name] for name in order], [(end.num_bytes, end.num_rows) for end in ends])
+
+    def is_worth(name: str) -> bool:
+        borders = num_bytes.get(name, 0) / max(border, 1.0)
+        return share[name] <= min(_MOST_REPEATED, BORDER_COST * borders)
+
+    return together([name for name in closure if is_worth(name)])
+
+
+@dataclass(frozen=True)
+class _End:
+    """A place for a cut.
+
+    Attributes:
+        sent: values alive there.
+        num_bytes: of these; infinite where they cannot be sent.
+        num_rows: most rows of one of them: atoms or edges, say.
+    """
+
+    sent: frozenset[str]
+    num_bytes: float
+    num_rows: int
 
 
 def _boundaries(
-    program: Program, regions: Regions, profile: Profile, cheap: set[str]
-) -> list[tuple[float, frozenset[str]]]:
-    """Bytes and values alive after each operation of the body (infinite where they cannot be sent)."""
-    index = {n: i for i, n in enumerate(regions.body)}
-    last = dict.fromkeys(regions.body, -1)
-    for name in regions.body:
+    program: Program, order: Sequence[str], free: Collection[str], num_bytes: Mapping[str, int]
+) -> list[_End]:
+    """What is sent if the cut is after each operation."""
+    last = dict.fromkeys(order, -1)
+    for i, name in enumerate(order):
         for source in program.by_name[name].inputs():
             if source in last:
-                last[source] = index[name]
-    ends: list[tuple[float, frozenset[str]]] = []
+                last[source] = i
+    rows = {name: _num_rows(program.by_name[name], num_bytes.get(name, 0)) for name in order}
+    ends: list[_End] = []
     alive: set[str] = set()
-    for i, name in enumerate(regions.body):
+    for i, name in enumerate(order):
         alive = {n for n in alive if last[n] > i}
-        if last[name] > i:
+        if last[name] > i and name not in free:
             alive.add(name)
-        sent = frozenset(n for n in alive if not _recompute(program.by_name[n], cheap, profile, alive))
-        sendable = all(program.by_name[n].spec is not None for n in sent)
-        ends.append((float(sum(profile.num_bytes.get(n, 0) for n in sent)) if sendable else math.inf, sent))
+        is_sendable = all(program.by_name[n].spec is not None for n in alive)
+        size = float(sum(num_bytes.get(n, 0) for n in alive)) if is_sendable else math.inf
+        ends.append(_End(frozenset(alive), size, max((rows[n] for n in alive), default=0)))
     return ends
 
 
-def _recompute(node: Node, cheap: set[str], profile: Profile, alive: set[str]) -> bool:
-    """Whether a boundary value is computed again instead of sent: cheap, and a fair part of what would be sent."""
-    if node.name not in cheap:
-        return False
-    everything = sum(profile.num_bytes.get(n, 0) for n in alive)
-    return node.spec is None or profile.num_bytes.get(node.name, 0) * 10 >= everything or len(alive) == 1
+def _num_rows(node: Node, num_bytes: int) -> int:
+    """The product of a value's symbolic sizes."""
+    if node.spec is None:
+        return 0
+    constant = math.prod(s for s in node.spec.shape if isinstance(s, int))
+    return num_bytes // max(node.spec.dtype.itemsize * constant, 1)
 
 
-def _small_boundaries(prefix: Sequence[float], num_bytes: Sequence[float]) -> list[int]:
-    """Positions whose boundary is of the size found at layer borders, not inside layers."""
-    total = prefix[-1]
-    shares = [p / total for p in prefix[1:]]
-    # A long readout ends in one number per atom, far less than any layer border, so two parts have a say.
-    parts = [[b for b, s in zip(num_bytes, shares, strict=True) if b > 0 and a <= s <= a + 0.5] for a in (0.1, 0.4)]
-    smallest = max((min(p) for p in parts if p), default=min((b for b in num_bytes if b > 0), default=0.0))
-    best: dict[int, int] = {}
-    for i, b in enumerate(num_bytes[:-1]):
-        if 0 < b <= _BYTES_SLACK * smallest:
-            bucket = int(200 * shares[i])  # positions half a percent apart are as good as the same
-            if bucket not in best or b < num_bytes[best[bucket]]:
-                best[bucket] = i
-    return sorted(best.values())
+class _StageCosts:
+    """What a stage costs that owns a range of operations: theirs, and those that it computes again.
 
-
-def _balanced(
-    prefix: Sequence[float],
-    num_bytes: Sequence[float],
-    candidates: Sequence[int],
-    num_stages: int,
-    placement: Sequence[int] | None = None,
-) -> list[int] | None:
-    """Cut positions (index of the last operation of every stage but the last) with the least maximal cost of a rank.
-
-    Evenness of the other stages and the bytes sent decide between cuts whose slowest ranks are nearly equal.
+    Args:
+        program: the traced potential.
+        order: operations.
+        free: those that a stage computes again where it needs them and does not own them.
+        cost: of each operation.
+        points: operations after which the chain may be cut.
     """
-    if num_stages == 1:
-        return []
-    points = [c for c in candidates if math.isfinite(num_bytes[c])]
-    if len(points) < num_stages - 1:
-        return None
-    total = prefix[-1]
-    heaviest = max(num_bytes[c] for c in points)
 
-    def score(cuts: Sequence[int], ranks: Sequence[int]) -> float:
-        edges = [0.0, *(prefix[c + 1] for c in cuts)]
-        shares = [(b - a) / total for a, b in pairwise(edges)]
-        if len(cuts) == num_stages - 1:
-            shares.append(1.0 - edges[-1] / total)
-        loads: dict[int, float] = {}
-        for rank, share in zip(ranks, shares, strict=False):
-            loads[rank] = loads.get(rank, 0.0) + share
-        sent = sum(num_bytes[c] for c in cuts) / (heaviest * num_stages)
-        return max(loads.values()) + 0.1 * sum(x * x for x in shares) + 0.02 * sent
+    def __init__(
+        self, program: Program, order: Sequence[str], free: Collection[str], cost: Sequence[float], points: Sequence[int]
+    ) -> None:
+        self._sums = [0.0, *accumulate(cost)]
+        index = {name: i for i, name in enumerate(order)}
+        reads = [[index[i] for i in program.by_name[name].inputs() if i in free] for name in order]
+        readers = [i for i, sources in enumerate(reads) if sources]
+        self._again: dict[int, list[float]] = {}
+        for start in (p + 1 for p in points):
+            found: set[int] = set()
+            spent = [0.0] * len(order)
+            for reader in readers:
+                stack = list(reads[reader]) if reader >= start else []
+                while stack:
+                    source = stack.pop()
+                    if source < start and source not in found:
+                        found.add(source)
+                        spent[reader] += cost[source]
+                        stack.extend(reads[source])
+            self._again[start] = [0.0, *accumulate(spent)]
 
-    one_each = range(num_stages)
-    if placement is not None and math.comb(len(points), num_stages - 1) <= _TRIED_CUTS:
-        every = ([*cuts] for cuts in combinations(points, num_stages - 1))
-        worth = [cuts for cuts in every if _worth(prefix, cuts, num_stages)]
-        return min(worth, key=lambda cuts: score(cuts, placement), default=None)
-    best = {c: [c] for c in points}
-    for _ in range(num_stages - 2):
-        options = {c: [[*cuts, c] for b, cuts in best.items() if b < c] for c in points}
-        best = {c: min(o, key=lambda cuts: score(cuts, one_each)) for c, o in options.items() if o}
-    found = min(best.values(), key=lambda cuts: score(cuts, one_each), default=None)
-    if found is None or placement is None:
-        return found
-    while True:  # from even stages to even ranks, one cut at a time
-        moved = [[*found[:i], p, *found[i + 1 :]] for i in range(len(found)) for p in points]
-        moved = [m for m in moved if all(a < b for a, b in pairwise(m)) and _worth(prefix, m, num_stages)]
-        better = min(moved, key=lambda cuts: score(cuts, placement), default=found)
-        if score(better, placement) >= score(found, placement):
-            return found
-        found = better
+    def __call__(self, start: int, end: int) -> float:
+        """The cost of the operations from ``start`` to before ``end``."""
+        again = self._again[start][end] if start else 0.0
+        return self._sums[end] - self._sums[start] + again
 
 
-def _worth(prefix: Sequence[float], positions: Sequence[int], num_stages: int) -> bool:
-    """Whether every stage does a fair share of the work."""
-    edges = [0.0, *(prefix[p + 1] for p in positions), prefix[-1]]
-    return min(b - a for a, b in pairwise(edges)) >= _LEAST_SHARE * prefix[-1] / num_stages
-
-
-def _assemble(program: Program, regions: Regions, profile: Profile, cheap: set[str], positions: Sequence[int]) -> Cut:
+def _assemble(
+    program: Program,
+    order: Sequence[str],
+    free: Collection[str],
+    sent: Sequence[Collection[str]],
+    profile: Profile,
+    positions: Sequence[int],
+) -> Cut:
     """The stages for given cut positions: who owns, who computes again, what is sent on.
 
     A value needed two stages later is sent through the stage between.
     """
-    edges = [0, *(p + 1 for p in positions), len(regions.body)]
-    bodies = [regions.body[a:b] for a, b in pairwise(edges)]
+    bodies = [list(order[a:b]) for a, b in pairwise([0, *(p + 1 for p in positions), len(order)])]
     owner = {n: s for s, names in enumerate(bodies) for n in names}
-    ends = _boundaries(program, regions, profile, cheap)
-    boundaries = [sorted(ends[p][1], key=regions.body.index) for p in positions]
     replicated: list[list[str]] = []
     for stage, names in enumerate(bodies):
-        received = set(boundaries[stage - 1]) if stage else set()
         again: set[str] = set()
-        wanted = [*names, *(boundaries[stage] if stage < len(boundaries) else [])]
-        stack = [i for n in wanted for i in (program.by_name[n].inputs() if owner[n] == stage else [n])]
+        stack = [i for n in names for i in program.by_name[n].inputs()]
         while stack:
             name = stack.pop()
-            if name in owner and owner[name] < stage and name not in received and name not in again:
-                assert name in cheap, f"{name} is neither sent to stage {stage} nor cheap"
+            if name in free and owner[name] < stage and name not in again:
                 again.add(name)
                 stack.extend(program.by_name[name].inputs())
-        replicated.append([n for n in regions.body if n in again])
+        replicated.append([n for n in order if n in again])
+    boundaries = [[n for n in order if n in names] for names in sent]
     return Cut(
         bodies=bodies,
         replicated=replicated,
         boundaries=boundaries,
-        costs=[sum(profile.seconds.get(n, 0.0) for n in names) for names in bodies],
+        costs=[
+            sum(profile.seconds.get(n, 0.0) for n in [*names, *again])
+            for names, again in zip(bodies, replicated, strict=True)
+        ],
         boundary_bytes=[sum(profile.num_bytes.get(n, 0) for n in names) for names in boundaries],
     )

@@ -5,6 +5,7 @@ It looks at what pickle would keep. Where it cannot be made sure that two values
 
 from __future__ import annotations
 
+import contextvars
 import copyreg
 import functools
 import hashlib
@@ -18,15 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from lightning_januspipe.capture.sources import (
     Codes,
     Origin,
     functions_in,
     is_importable,
-    loaded_sources,
+    loaded_modules,
     origin_of,
     root_of,
+    source_of,
     version_of,
 )
 
@@ -55,8 +58,8 @@ class Digester:
 
     Tensors and arrays count by value; objects by class and by what pickle would keep; functions by name where torch or
     Python has them, else by code, defaults and closures. Of the user's own classes and functions the globals that they
-    read count too, of installed packages the plain ones (numbers and text), and of both all files of the package that
-    are loaded. Dicts count in their order, which code may follow; the order of sets does not count.
+    read count too (by type alone what pickle refuses), of installed packages the plain ones (numbers and text), and of
+    both all files of the package that are loaded. Dicts count in their order, which code may follow; sets without.
 
     Raises:
         NotDetermined: (by all methods) a value cannot be told apart; :attr:`path` says where it was found.
@@ -98,6 +101,18 @@ class Digester:
         self._add(value, kind)
         self._path.pop()
 
+    def add_package(self, package: str, as_loaded: bool = True) -> None:
+        """All modules of a package that are loaded.
+
+        Args:
+            package: its dotted name.
+            as_loaded: by their code too, for files that may have been edited since.
+        """
+        for name, module in loaded_modules(package):
+            self._write("loaded", name, source_of(module))
+            if as_loaded:
+                self._write(self._codes.module_digest(module))
+
     def finish(self) -> str:
         """All code behind what was added; then the digest in hexadecimal digits."""
         while True:
@@ -112,8 +127,8 @@ class Digester:
                 self._global(module, name, values[module, name, scope])
         for root, origin in sorted(self._origins.items(), key=lambda item: item[0]):
             self._write("package", root, version_of(root))
-            for name, content in loaded_sources(root) if origin is not Origin.FRAMEWORK else ():
-                self._write(name, content)
+            if origin is not Origin.FRAMEWORK:
+                self.add_package(root, as_loaded=origin is Origin.USER)
         return self._hash.hexdigest()
 
     # for subclasses
@@ -175,12 +190,18 @@ class Digester:
         elif isinstance(value, functools.partial):
             self._write("partial")
             self.add((value.func, value.args, value.keywords))
+        elif isinstance(value, CustomOpDef):
+            self._write(str(value))
+            self.add(value._init_fn)
         elif isinstance(value, Enum):
             self._class(kind)
             self._write(str(value.name))
             self.add(value.value)
         elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             self._write("array", name_of(kind), str(value.dtype.descr), str(value.shape), value.tobytes())
+        elif isinstance(value, contextvars.ContextVar):
+            self._write("variable", value.name)
+            self.add(value.get(None))
         elif isinstance(value, weakref.ref):
             self._write("reference")
             self.add(value())
@@ -264,9 +285,9 @@ class Digester:
 
     def _plain_function(self, function: types.FunctionType) -> None:
         """A function of an installed package, whose sources say the most: its code and the plain globals it reads."""
+        self._write(name_of(function), self._codes.digest(function.__code__))
         if function.__code__ not in self._done:
             self._done.add(function.__code__)
-            self._write(name_of(function), self._codes.digest(function.__code__))
             self._read_globals(function)
 
     def _read_globals(self, function: Any) -> None:
@@ -287,12 +308,18 @@ class Digester:
 
     def _global(self, module: str, name: str, value: Any) -> None:
         self._write("global", module.replace("__mp_main__", "__main__"), name)
+        depth = len(self._path)
         self._path.append(f"the global {module}.{name}, which its code reads")
         if self._origin(module) is Origin.USER or _is_plain(value):
-            self.add(value)
+            try:
+                self.add(value)
+            except NotDetermined:  # connections, decoders and the like, which no trace depends on
+                if self._count > _MOST_VALUES:
+                    raise
+                self._write(name_of(type(value)))
         elif isinstance(value, types.FunctionType) and self._origin(value.__module__) is Origin.INSTALLED:
             self._plain_function(value)
-        self._path.pop()
+        del self._path[depth:]
 
     def _class(self, cls: type) -> None:
         if cls not in self._tokens:

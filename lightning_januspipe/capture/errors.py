@@ -5,3 +5,16 @@ from __future__ import annotations
 
 class CaptureError(ValueError):
     """The potential cannot be captured; the message says what was found, what was expected and what to do."""
+
+
+class TooFewParts(CaptureError):
+    """The potential has fewer cuttable parts than stages are asked for.
+
+    Args:
+        message: what to tell the user.
+        most: for how many stages there are parts.
+    """
+
+    def __init__(self, message: str, most: int = 1) -> None:
+        super().__init__(message)
+        self.most = most

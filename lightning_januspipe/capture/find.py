@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -270,6 +270,27 @@ def call_arguments(
         f"the step of {type(module).__name__} did not call its potential {path!r} for this batch. Every batch has to "
         "go through the potential; skip unwanted batches in the dataset or its sampler."
     )
+
+
+def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, batch: Any) -> PotentialCall:
+    """The call that a step makes of the potential in evaluation mode, where arguments such as ``training`` differ.
+
+    Args:
+        module: the LightningModule.
+        step: its evaluation step.
+        call: the call in training.
+        batch: the batch of that call. A step that is made for other batches only is taken to call as in training.
+    """
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        args, kwargs = call_arguments(module, call.path, step, batch, call.replaced is not None)
+    except Exception:
+        return call
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _judge(module: nn.Module, watch: _Watch, potential: str | None) -> None:

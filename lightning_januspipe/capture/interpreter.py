@@ -29,16 +29,11 @@ _DTYPES = {
     **dict(enumerate((torch.complex32, torch.complex64, torch.complex128, torch.bool), 8)),
     15: torch.bfloat16,
 }
-_ENUMS: dict[str, dict[int, Any]] = {
-    "ScalarTypeType": _DTYPES,
-    "LayoutType": {0: torch.strided},
-    "MemoryFormatType": dict(
-        enumerate((torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d))
-    ),
-}
-"""TorchScript's integers for dtypes, layouts and memory formats, by the type of an operator's argument."""
+"""TorchScript's integers for dtypes; operators take these as they are."""
 
-_NUMBERS = {value: number for values in _ENUMS.values() for number, value in values.items()}
+_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+_NUMBERS: dict[Any, int] = {torch.strided: 0}
+_NUMBERS |= {dtype: number for number, dtype in _DTYPES.items()} | {x: number for number, x in enumerate(_FORMATS)}
 
 
 def interpret(callee: Any, where: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -164,10 +159,8 @@ class _Run:
             raise self.refusal(node)
         args, kwargs = [], {}
         for value, argument in zip(inputs, schema.arguments, strict=False):
-            kind = _element(argument.real_type).kind()
-            if kind in _ENUMS and value is not None:
-                value = _ENUMS[kind][value]
-            if False:
+            plain = _element(argument.real_type).kind() in ("IntType", "FloatType", "BoolType")
+            if plain and _is_symbolic(value):
                 raise self.refusal(node)
             if argument.kwarg_only:
                 kwargs[argument.name] = value
@@ -207,9 +200,10 @@ def _outputs(node: Any, results: Sequence[Any]) -> Any:
 
 
 def _constant(run: _Run, node: Any, inputs: list[Any]) -> Any:
+    """Integers that ``torch.jit.trace`` saw in computations with sizes are tensors in a graph that was loaded."""
     value = node.output().toIValue()
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
-        with _disable_current_modes():
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
             return _NumberTensor(value.item())
     return value
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from lightning_januspipe.capture.containers import children
 from lightning_januspipe.capture.digest import NotDetermined
 from lightning_januspipe.capture.find import PotentialCall
 from lightning_januspipe.capture.module_digest import ModuleDigester
+from lightning_januspipe.capture.sources import version_of
 
 _FORMAT = "1"
+_OWN = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def program_key(
     digester = ModuleDigester(potential)
     try:
         digester.add([*_environment(), *extra])
+        for package in ("capture", "engine.specs"):
+            digester.add_package(f"{_OWN}.{package}")
         digester.add_hooks(
             {f"_forward{n}_hooks": getattr(torch_module, f"_global_forward{n}_hooks") for n in ("", "_pre")}
         )
@@ -108,13 +111,9 @@ def _containers(value: Any, place: str = "") -> Iterator[tuple[str, type]]:
 
 def _environment() -> Iterator[str]:
     """Versions and settings that a trace depends on."""
-    package = sys.modules[__name__.partition(".")[0]]
-    yield f"format {_FORMAT}, version {getattr(package, '__version__', '')}"
+    yield f"format {_FORMAT}, version {version_of(_OWN)}"
     yield f"python {sys.version_info[:2]}, torch {torch.__version__} {torch.version.git_version}"
     yield f"default {torch.get_default_dtype()} {torch.get_default_device()}"
     for device in ("cpu", "cuda", "xpu", "mps"):
         if torch.amp.is_autocast_available(device):
             yield f"autocast {device} {torch.is_autocast_enabled(device)} {torch.get_autocast_dtype(device)}"
-    here = Path(__file__).parent
-    for file in (*sorted(here.rglob("*.py")), here.parent / "engine" / "specs.py"):
-        yield f"{file.name} {file.read_bytes()!r}"

@@ -223,7 +223,8 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
 def simplify(program: Program) -> Program:
     """The program without operations that return their input unchanged, and without those that nothing uses.
 
-    Each such view costs a node of autograd in every one of the four phases.
+    Each such view costs a node of autograd in every one of the four phases. Dimensions are dropped by name: ``squeeze``
+    would drop that of the structures too, where there is one.
     """
     same: dict[str, str] = {}
 
@@ -234,6 +235,7 @@ def simplify(program: Program) -> Program:
     for node in program.nodes:
         node.args = replace_refs(node.args, lambda n: Ref(final(n)))
         node.kwargs = replace_refs(node.kwargs, lambda n: Ref(final(n)))
+        _fix_squeeze(program, node)
         if _returns_its_input(program, node):
             same[node.name] = node.args[0].name
         else:
@@ -252,6 +254,18 @@ def simplify(program: Program) -> Program:
     return program
 
 
+def _fix_squeeze(program: Program, node: Node) -> None:
+    """Drop the dimensions that were dropped in the trace: those that always have one entry."""
+    if node.target not in ("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims"):
+        return
+    source = program.by_name[node.args[0].name].spec
+    assert source is not None
+    num = len(source.shape)
+    given = node.args[1] if len(node.args) > 1 else range(num)
+    dims = [d % num for d in ([given] if isinstance(given, int) else given)] if num else []
+    node.target, node.args = "aten.squeeze.dims", (node.args[0], [d for d in dims if source.shape[d] == 1])
+
+
 def _returns_its_input(program: Program, node: Node) -> bool:
     source = program.by_name[node.args[0].name] if node.args and isinstance(node.args[0], Ref) else None
     if source is None or source.spec is None or source.spec != node.spec:
@@ -260,7 +274,7 @@ def _returns_its_input(program: Program, node: Node) -> bool:
         start, stop, step = (*node.args[2:], None, None, None)[:3]
         full = stop is None or (isinstance(stop, int) and stop >= _LARGEST_SIZE)
         return start in (None, 0) and full and step in (None, 1)
-    return node.target in ("aten.view.default", "aten._unsafe_view.default", "aten.alias.default")
+    return node.target in ("aten.view.default", "aten._unsafe_view.default", "aten.alias.default", "aten.squeeze.dims")
 
 
 def _is_assertion(node: Node) -> bool:

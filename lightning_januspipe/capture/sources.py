@@ -68,26 +68,32 @@ def version_of(root: str) -> str:
     return str(getattr(sys.modules.get(root), "__version__", ""))
 
 
-def loaded_sources(root: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the loaded files of a package, or of the script.
+def loaded_modules(package: str) -> Iterator[tuple[str, ModuleType]]:
+    """Names and modules of a package, or of the script, that are loaded, in the order of their names.
 
-    Compiled extensions, which may be large, stand there with size and time of change.
+    Args:
+        package: dotted name; of ``__main__`` those of the package that the script was started from, too.
     """
-    main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    started = root_of(getattr(main, "name", None)) if root == "__main__" else None  # python -m package.module
+    started = root_of(getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None))
+    roots = {package, "__mp_main__", started} - {""} if package == "__main__" else {package}
+    inside = tuple(f"{root}." for root in roots)
     seen: set[int] = set()
-    for name, module in sorted(sys.modules.copy().items(), key=lambda item: item[0]):
-        if root_of(name) not in (root, started) or not isinstance(module, ModuleType) or id(module) in seen:
-            continue
-        seen.add(id(module))
-        file = Path(getattr(module, "__file__", None) or "")
-        if not file.is_file():
-            continue
-        if file.suffix in (".py", ".pyc"):
-            yield name, file.read_bytes()
-        else:
-            stat = file.stat()
-            yield name, f"{stat.st_size} {stat.st_mtime_ns}".encode()
+    for name in sorted(n for n in list(sys.modules) if n in roots or n.startswith(inside)):
+        module = sys.modules.get(name)
+        if isinstance(module, ModuleType) and id(module) not in seen:
+            seen.add(id(module))
+            yield name.replace("__mp_main__", "__main__"), module
+
+
+def source_of(module: ModuleType) -> bytes:
+    """The content of a module's file; compiled extensions, which may be large, count by size and time of change."""
+    file = Path(getattr(module, "__file__", None) or "")
+    if not file.is_file():
+        return b""
+    if file.suffix in (".py", ".pyc"):
+        return file.read_bytes()
+    found = file.stat()
+    return f"{found.st_size} {found.st_mtime_ns}".encode()
 
 
 def is_importable(value: Any) -> bool:
@@ -157,3 +163,14 @@ class Codes:
                     hasher.update(f"{name} {function.__qualname__} ".encode() + self.digest(function.__code__))
             self._classes[cls] = hasher.digest()
         return self._classes[cls]
+
+    def module_digest(self, module: ModuleType) -> bytes:
+        """The code of all functions and classes that a module defines, as it was loaded."""
+        hasher = hashlib.sha256()
+        for name, value in sorted(vars(module).items()):
+            if getattr(value, "__module__", None) == module.__name__:
+                for function in functions_in(value):
+                    hasher.update(f"{name} ".encode() + self.digest(function.__code__))
+                if isinstance(value, type):
+                    hasher.update(f"{name} ".encode() + self.class_digest(value))
+        return hasher.digest()

@@ -90,7 +90,7 @@ def _refuse_method(method: Any, /, *args: Any, **kwargs: Any) -> Any:
 class _Interpreted(nn.Module):
     """Stands for a ScriptModule: the same tensors under the same names, methods interpreted in Python."""
 
-    def __init__(self, scripted: torch.jit.ScriptModule, path: str) -> None:
+    def __init__(self, scripted: Any, path: str) -> None:
         super().__init__()
         self.__dict__["_scripted"], self._path = scripted, path
         self.training = scripted.training

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_januspipe.capture.containers import with_leaves
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
@@ -58,12 +59,14 @@ def _weights(tensor: Tensor) -> Tensor:
 
 def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
     """A loss that reads every floating-point output that carries a gradient, quadratic so that no term is constant."""
+    trainable = [x for x in outputs if x.is_floating_point() and x.requires_grad]
+    # A structure without a cell has a stress of NaN or infinity, which its loss leaves out.
+    finite = [x for x in trainable if bool(x.detach().isfinite().all())]
     total: Tensor | None = None
-    for value in outputs:
-        if value.is_floating_point() and value.requires_grad:
-            scale = value.detach().abs().max().clamp_min(1e-3)
-            term = ((value / scale - _weights(value)) ** 2).mean()
-            total = term if total is None else total + term
+    for value in finite or trainable:
+        scale = value.detach().abs().max().clamp_min(1e-3)
+        term = ((value / scale - _weights(value)) ** 2).mean()
+        total = term if total is None else total + term
     if total is None:
         raise CaptureError(
             "no output of the potential depends on its parameters in a differentiable way. A detach() or "
@@ -74,9 +77,15 @@ def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
 
 def run_eager(potential: nn.Module, call: PotentialCall, divided: DividedPotential) -> Eager:
     """The eager module on one call, with the parameter gradient of a loss of its outputs."""
+    args, kwargs = with_leaves((call.args, call.kwargs), lambda _, leaf: leaf)  # a forward may write to its batch
     with torch.enable_grad(), _KeepGrad() as keep:
-        returned = potential(*call.args, **call.kwargs)
+        returned = potential(*args, **kwargs)
     tensors = divided.return_value(potential).of_forward(returned)
+    if len(tensors) <= max(divided.outputs, default=-1):
+        raise CaptureError(
+            f"the potential {call.path!r} returns only {len(tensors)} tensors in evaluation, fewer than in training. "
+            "Call it with the same options in training_step and validation_step."
+        )
     outputs = [tensors[i] for i in divided.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
     if potential.training:
@@ -222,7 +231,7 @@ def validate(
     ]
     scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
     for what, a, b in pairs:
-        _compare(what, a, b, float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0, captured.path)
+        _compare(what, a, b, _scale(a), captured.path)
     for parameter, name in names.items():
         if parameter in eager.gradients or parameter in found.gradients:
             a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
@@ -247,11 +256,12 @@ def validate_evaluation(captured: DividedPotential, potential: nn.Module, call: 
         for module, mode in modes.items():
             module.training = mode
     for position, a, b in zip(captured.outputs, eager.outputs, found.outputs, strict=True):
-        scale = float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0
-        _compare(f"in evaluation mode output {position}", a, b, scale, captured.path)
+        _compare(f"in evaluation mode output {position}", a, b, _scale(a), captured.path)
 
 
 def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str) -> None:
+    if eager.dim() < captured.dim() and _without_ones(eager) == _without_ones(captured):
+        eager = eager.reshape(captured.shape)  # a forward may squeeze what it returns of one structure
     if eager.shape != captured.shape:
         reason = f"shape {tuple(captured.shape)} instead of {tuple(eager.shape)}"
     elif not eager.is_floating_point():
@@ -261,7 +271,8 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str
     else:
         # Double differentiation in float32 loses digits; a wrong graph is off by far more than this.
         tolerance = 1e-8 if eager.dtype == torch.float64 else 2e-3 if eager.dtype == torch.float32 else 0.1
-        error = float((eager - captured).abs().max()) if eager.numel() else 0.0
+        no_numbers = ~(eager.isfinite() | captured.isfinite())
+        error = float((eager - captured).abs().masked_fill(no_numbers, 0.0).max()) if eager.numel() else 0.0
         if error <= tolerance * max(scale, 1e-12):
             return
         reason = f"largest difference {error:.2e} at a scale of {scale:.2e}"
@@ -271,3 +282,14 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str
         "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Train with "
         "pipeline_size=1, or rewrite that part."
     )
+
+
+def _scale(tensor: Tensor) -> float:
+    """Largest finite entry."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).max())
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]

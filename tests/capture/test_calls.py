@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,11 +64,53 @@ def test_integers_are_inputs_as_lengths() -> None:
         bind(form, B, -1, flag=1, changes=0)
 
 
+class Store(UserDict[str, Any]):
+    """As PyTorch Geometric keeps entries of a graph; numbers that describe a batch are attributes of it."""
+
+
+class Graph:
+    """As PyTorch Geometric's data of one kind of node."""
+
+    edge_stores: tuple[Store, ...] = ()
+
+    def __init__(self, num_graphs: int, **entries: Any) -> None:
+        self._store = Store(entries)
+        self._store._num_graphs = num_graphs
+
+    @property
+    def stores(self) -> list[Store]:
+        return [self._store]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._store)
+
+    def __copy__(self) -> Graph:
+        return Graph(self._store._num_graphs, **self._store)
+
+
+def test_number_of_graphs_in_a_batch_of_graphs() -> None:
+    form = CallFormat.of((Graph(2, x=A),), {}, ((Graph(3, x=B),), {}))
+    assert form.tensors == ["[0][0].x"] and form.sizes == ["[0][0]._num_graphs"] and form.constants == {}
+    given = Graph(2, x=A)
+    ((changed,), _) = form.unbind((given,), {}, bind(form, Graph(5, x=C)))
+    assert changed._store._num_graphs == 5 and changed._store["x"] is C
+    assert given._store._num_graphs == 2 and given._store["x"] is A
+
+
 def test_what_differs_between_two_calls_is_no_constant() -> None:
     form = CallFormat.of((A, "a.xyz", "mp"), {}, ((A, "b.xyz", "mp"), {}))
     assert bind(form, B, "c.xyz", "mp") == [B]
     with pytest.raises(CaptureError, match="captured with"):
         bind(form, B, "c.xyz", "other")
+
+
+def test_evaluation_may_have_other_constants_or_leave_them_out() -> None:
+    form = CallFormat.of((A,), {"training": True, "stress": True, "head": "x"})
+    form = form.with_evaluation((A,), {"training": False, "head": "x"})
+    assert bind(form, B, training=True, stress=True, head="x") == bind(form, B, training=False, head="x") == [B]
+    for other in ({"training": None, "head": "x"}, {"training": False, "stress": False, "head": "x"}, {}):
+        with pytest.raises(CaptureError, match="captured with"):
+            bind(form, B, **other)
 
 
 def test_leaves_are_sorted_by_place() -> None:

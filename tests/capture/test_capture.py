@@ -156,3 +156,42 @@ def test_a_potential_that_differs_in_evaluation_is_refused() -> None:
     with pytest.raises(CaptureError, match="in evaluation mode output"):
         capture(module, 2)
     assert all(m.training for m in module.modules()), "the refusal left submodules in evaluation mode"
+
+
+class Flagged(Potential):
+    """Writes to its batch, and returns fewer entries where it is told not to compute the stress."""
+
+    def forward(self, batch: Batch, training: bool = False, stress: bool = True) -> Any:
+        batch["positions"] = batch["positions"] + 0.1
+        out = super().forward(batch)
+        return out if stress else {"energy": out["energy"]}
+
+
+class FlaggedStep(Step):
+    """Its evaluation leaves out ``training``."""
+
+    def training_step(self, batch: Batch) -> Any:
+        out = self.potential(batch, training=self.training)
+        return (out["energy"].square().sum() + out["forces"].square().sum()) + out["stress"].square().sum()
+
+    def validation_step(self, batch: Batch) -> Any:
+        return self.potential(batch)["energy"]
+
+    def faulty_step(self, batch: Batch) -> Any:
+        return self.potential(batch, stress=False)["energy"]
+
+
+def test_evaluation_may_call_the_potential_with_other_options() -> None:
+    module = FlaggedStep(Flagged(2))
+    captured = capture(module, 2, evaluation_step=module.validation_step).potential
+    assert captured.call.evaluation == {"[1]['training']": "(no value)"}
+    assert capture(module, 2).potential.call.evaluation == {"[1]['training']": False}, (
+        "from the step in evaluation mode"
+    )
+    with pytest.raises(CaptureError, match="returns only 1 tensors in evaluation.*same options"):
+        capture(module, 2, evaluation_step=module.faulty_step)
+
+
+def test_an_evaluation_step_for_other_batches() -> None:
+    module = FlaggedStep(Flagged(1))
+    assert capture(module, 1, evaluation_step=lambda batch: batch["unknown"]).potential.call.evaluation == {}

@@ -118,6 +118,31 @@ def test_simplify_drops_views_and_dead_operations() -> None:
     assert "dead" not in program.by_name
 
 
+@pytest.mark.parametrize(
+    ("target", "arguments", "left"),
+    [
+        ("aten.squeeze.default", (), ["aten.squeeze.dims"]),
+        ("aten.squeeze.dim", (-1,), ["aten.squeeze.dims"]),
+        ("aten.squeeze.dims", ([0, 2],), ["aten.squeeze.dims"]),
+        ("aten.squeeze.dim", (0,), []),
+        ("aten.squeeze.dims", ([0, 1],), []),
+    ],
+)
+def test_simplify_keeps_dimensions_that_the_trace_kept(target: str, arguments: Any, left: list[str]) -> None:
+    column, row = TensorSpec(("n", 2, 1), DTYPE), TensorSpec(("n", 2), DTYPE)
+    program = simplify(
+        program_of(
+            operation("column", "aten.unsqueeze.default", Ref("x"), -1, spec=column),
+            operation("squeezed", target, Ref("column"), *arguments, spec=row if left else column),
+            operation("e", "aten.sum.default", Ref("squeezed"), spec=TensorSpec((), DTYPE)),
+            operation("g", "januspipe.energy_gradient.default", [Ref("e")], [Ref("x")]),
+            outputs=["squeezed"],
+        )
+    )
+    assert [n.target for n in program.nodes if n.target.startswith("aten.squeeze")] == left
+    assert [n.args[1] for n in program.nodes if n.target.startswith("aten.squeeze")] == [[2] for _ in left]
+
+
 def test_build_module_uses_what_it_needs() -> None:
     program = program_of(
         operation("a", "aten.mul.Tensor", Ref("x"), Ref("w")),

@@ -11,7 +11,7 @@ from capture_models import DTYPE, OTHER, TRACED, Batch, Layer, Potential, Step, 
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.validate import validate
+from lightning_januspipe.capture.validate import run_captured, validate
 
 BATCHES = [(4,), (1,), (1, 1), (3, 1), (2, 5, 1, 3, 4, 2, 6)]
 
@@ -246,6 +246,24 @@ def test_sizes_from_data_stay_symbolic(potential: type[Potential], num_stages: i
     for sizes in (OTHER, (2,), (3, 1, 2, 5)):
         assert_parity(captured, traced.module, make_batch(sizes))
     assert "int" not in globals() and "len" not in globals()
+
+
+class Squeezed(Potential):
+    """The energy of one structure has no dimension."""
+
+    def pool(self, values: Tensor, batch: Batch) -> Tensor:
+        return super().pool(values[:, None].sum(-1), batch)[:, None].squeeze()
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_one_structure_keeps_its_dimension(num_stages: int) -> None:
+    traced = Traced(Step(Squeezed(2)))
+    captured = traced.cut(num_stages)
+    for sizes in (OTHER, (4,)):
+        call = traced.call_on(make_batch(sizes))
+        validate(captured, traced.potential, call)
+        assert run_captured(captured, traced.potential, call)[0].outputs[0].shape == (len(sizes),)
+        assert_parity(captured, traced.module, make_batch(sizes))
 
 
 def scripted_sum(values: Tensor, index: Tensor, cell: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -171,3 +172,32 @@ def test_evaluation_needs_no_second_derivative() -> None:
     assert len(check(traced, captured)) == 2
     with pytest.raises(CaptureError, match="∂E/∂x has largest difference"):
         check(traced, changed(traced, other_activation))
+
+
+@pytest.mark.parametrize("change", [None, other_activation])
+def test_stress_without_a_cell_is_no_number(change: Any) -> None:
+    """What is NaN or infinite in the module may be so in the captured potential, and all else is compared."""
+
+    class EnergyForceStep(Step):
+        def training_step(self, batch: Batch) -> Any:
+            out = self.potential(batch)
+            return (out["energy"] - batch["energy"]).square().mean() + (out["forces"] - batch["forces"]).square().mean()
+
+    traced = Traced(EnergyForceStep(Potential(2)))
+    batch = make_batch(OTHER)
+    batch["cell"] = batch["cell"].clone()
+    batch["cell"][0] = 0
+    eager = run_eager(traced.potential, traced.call_on(batch), traced.cut(2))
+    assert not eager.outputs[2][0].isfinite().any() and all(g.isfinite().all() for g in eager.gradients.values())
+    captured = traced.cut(2) if change is None else changed(traced, change)
+    with nullcontext() if change is None else pytest.raises(CaptureError, match="∂E/∂x has largest difference"):
+        validate(captured, traced.potential, traced.call_on(batch))
+
+
+def test_numbers_that_only_the_captured_potential_lacks(traced: Traced) -> None:
+    def without_stress(program: Any) -> None:
+        node = next(n for n in program.nodes if n.name == program.outputs[2])
+        node.args = (node.args[0], 0.0)
+
+    with pytest.raises(CaptureError, match="output 2 has largest difference"):
+        check(traced, changed(traced, without_stress))

@@ -32,7 +32,7 @@ def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
     out = folder / f"{name}.pt"
     command = [sys.executable, str(PROGRAMS / program), "--out", str(out), *arguments]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "JANUSPIPE_CACHE": str(folder / "cache")}
     log = folder / f"{name}.log"
     with log.open("w") as stream:
         # A session of its own, so that the ranks that it starts end with it.

@@ -121,7 +121,43 @@ class OwnForward(Base):
         return losses(batch, energy, forces, torch.zeros_like(batch["stress"]))
 
 
-def in_step_with_validation(strategy: dict[str, Any] | None, kind: type[InStep] = InStep) -> list[float]:
+class Flagged(Potential):
+    """Told by its caller whether it trains; writes strained positions to its batch."""
+
+    def forward(self, batch: Batch, training: bool = False) -> Any:
+        positions = batch["positions"].requires_grad_()
+        batch["positions"] = 1.01 * positions
+        h = self.features(batch, batch["positions"][batch["edges"][1]] - batch["positions"][batch["edges"][0]])
+        energy = self.pool(self.readout(h)[:, 0], batch)
+        (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=training, retain_graph=training)
+        return {"energy": energy, "forces": -gradient}
+
+
+class Reducing(Base):
+    """Its loss is the mean over all processes, its validation leaves out an argument, as users of MACE have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential = Flagged(4)
+
+    def loss(self, batch: Batch, out: dict[str, Tensor]) -> Tensor:
+        loss = losses(batch, out["energy"], out["forces"], torch.zeros_like(batch["stress"]))
+        num = torch.ones_like(loss)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(num)
+            loss = loss * torch.distributed.get_world_size()
+        return loss / num
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return self.loss(batch, self.potential(dict(batch), training=True))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.enable_grad():
+            out = self.potential(dict(batch))
+        self.log("val_loss", self.loss(batch, out).detach(), batch_size=len(out["energy"]))
+
+
+def with_validation(strategy: dict[str, Any] | None, kind: type[Base] = InStep) -> list[float]:
     """Validation losses of three epochs."""
     from strategy_workers import make_trainer
 

@@ -145,7 +145,7 @@ def fit_namespace(namespace: str, strategy: str | dict[str, Any] | None, learnin
         "losses": losses.losses,
         "metrics": plain(trainer.callback_metrics),
         "state": {k: v.clone() for k, v in module.state_dict().items()},
-        "schedule": trainer.strategy._schedule if strategy is not None else None,
+        "schedule": trainer.strategy.schedule if strategy is not None else None,
     }
 
 

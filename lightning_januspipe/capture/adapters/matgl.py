@@ -47,16 +47,6 @@ class MatGLAdapter(Adapter):
             return _tracing(potential.model)
         return super().tracing(potential)
 
-    def joined(self, potential: nn.Module, returned: Any) -> Any:
-        """Energies ``(B,)``, also of one structure."""
-        return (returned[0].reshape(-1), *returned[1:]) if _is_potential(potential) else returned
-
-    def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        """The energy of one structure without a dimension, where the model returns it so."""
-        if _is_potential(potential) and isinstance(returned[0], Tensor) and _squeezes(potential.model):
-            return (returned[0].squeeze(), *returned[1:])
-        return returned
-
 
 def line_graph(potential: Any, call: Mapping[str, Any]) -> dict[str, Tensor]:
     """Pairs of bonds within the model's second cutoff, as the model itself finds them.
@@ -117,7 +107,8 @@ def _graph_of_model(potential: Any, call: Mapping[str, Any]) -> Any:
 def _tracing(model: Any) -> Iterator[None]:
     from matgl.models import _chgnet, _m3gnet
 
-    original, given = model.forward, {}
+    original = model.forward
+    given: dict[str, Tensor] = {}
 
     def compatible(graph: Mapping[str, Tensor], bond_dist: Tensor, bond_vec: Tensor, *_: Any) -> dict[str, Tensor]:
         return {**graph, "bond_dist": bond_dist, "bond_vec": bond_vec}
@@ -184,13 +175,6 @@ def _has_line_graph(model: Any) -> bool:
     from matgl.models import CHGNet
 
     return _is_m3gnet(model) or (isinstance(model, CHGNet) and model.use_bond_graph)
-
-
-def _squeezes(model: Any) -> bool:
-    """Whether the energy of one structure has no dimension."""
-    from matgl.models import TensorNet
-
-    return not isinstance(model, TensorNet) or model.is_intensive
 
 
 @contextmanager

@@ -183,6 +183,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="accumulate_grad_batches")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--validate", action="store_true", help="validate after training, too")
+    parser.add_argument("--clip", type=float, help="gradient_clip_val")
     parser.add_argument("--ema", action="store_true", help="train with an exponential moving average, and save that")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--devices", type=int, default=1)
@@ -204,12 +205,12 @@ def main() -> None:
         strategy=args.strategy if args.janus is None else lightning_januspipe.JanusPipeStrategy(**args.janus),
         max_steps=args.steps,
         accumulate_grad_batches=args.accumulate,
-        gradient_clip_val=10.0,
+        gradient_clip_val=args.clip,
         callbacks=[losses, *([Average()] if args.ema else [])],
         val_check_interval=args.steps * args.accumulate if args.validate else None,
         limit_val_batches=1.0 if args.validate else 0,
         num_sanity_val_steps=0,
-        inference_mode=False,
+        use_distributed_sampler=False,  # Lightning's own shuffles
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

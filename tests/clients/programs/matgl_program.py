@@ -19,70 +19,42 @@ import matgl
 import numpy as np
 import torch
 from ase import Atoms
-from ase.build import bulk
-from ase.calculators.emt import EMT
 from matgl.ext.ase import Atoms2Graph
 from matgl.graph.data import MGLDataset, collate_fn_pes
 from matgl.models import CHGNet, M3GNet, TensorNet
 from matgl.utils.constants import EV_PER_ANG3_TO_GPA
 from matgl.utils.training import PotentialLightningModule
+from structures import CUTOFF, SYMBOLS, labelled
 from torch.utils.data import DataLoader
 
-SYMBOLS = ("Al", "Ni", "Cu")
-CUTOFF = 4.0
 THREEBODY_CUTOFF = 3.2
 
 
-def crystal(rng: np.random.Generator, size: int) -> Atoms:
-    """A rattled, strained fcc cell of 4, 8 or 16 atoms."""
-    atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * [(1, 1, 1), (2, 1, 1), (2, 2, 1)][size]
-    strain = 0.02 * rng.standard_normal((3, 3))
-    atoms.set_cell(atoms.cell @ (np.eye(3) + 0.5 * (strain + strain.T)), scale_atoms=True)
-    return atoms
-
-
-def molecule(rng: np.random.Generator, size: int) -> Atoms:
-    """A cluster of 6, 9 or 13 atoms."""
-    atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * (3, 3, 3)
-    center = atoms.positions.mean(axis=0)
-    nearest = np.argsort(np.linalg.norm(atoms.positions - center, axis=1))[: (6, 9, 13)[size]]
-    return Atoms("Cu" * len(nearest), positions=atoms.positions[nearest])
-
-
-def structures(kind: str, number: int, lone_atom: bool) -> list[Atoms]:
-    """Structures with EMT's energies and forces and made-up magnetic moments.
+def frames(kind: str, number: int, lone_atom: bool) -> list[Atoms]:
+    """Labelled structures.
 
     Args:
         kind: ``periodic``, ``molecules`` or ``mixed``.
         number: how many.
         lone_atom: the fourth of them is an atom by itself.
     """
-    rng = np.random.default_rng(0)
-    found = []
-    for i in range(number):
-        periodic = kind == "periodic" or (kind == "mixed" and i % 2 == 0)
-        atoms = crystal(rng, i % 3) if periodic else molecule(rng, i % 3)
-        atoms.set_chemical_symbols(rng.choice(SYMBOLS, len(atoms)).tolist())
-        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
-        if lone_atom and i == 3:
-            atoms = Atoms("Cu", cell=12.0 * np.eye(3), pbc=periodic)
-        atoms.set_initial_magnetic_moments(rng.uniform(0.0, 2.0, len(atoms)))
-        atoms.calc = EMT()
-        found.append(atoms)
+    crystals, molecules = labelled("crystals", number), labelled("molecules", number)
+    mixed = [both[i % 2] for i, both in enumerate(zip(crystals, molecules, strict=True))]
+    found = {"periodic": crystals, "molecules": molecules, "mixed": mixed}[kind]
+    if lone_atom:
+        found[3] = labelled("lone", 2)[1]
     return found
 
 
-def labels(frames: list[Atoms]) -> dict[str, list[Any]]:
-    """Labels in MatGL's units: eV, eV/Å, GPa (zero without a cell), and magnetic moments."""
-    stresses = [
-        a.get_stress(voigt=False) * EV_PER_ANG3_TO_GPA if a.pbc.all() and len(a) > 1 else np.zeros((3, 3))
-        for a in frames
-    ]
+def labels(structures: list[Atoms]) -> dict[str, list[Any]]:
+    """Labels in MatGL's units: eV, eV/Å, GPa (zero without a cell); magnetic moments are made up."""
+    rng = np.random.default_rng(1)
+    stresses = [a.get_stress(voigt=False) * EV_PER_ANG3_TO_GPA if a.pbc.all() else np.zeros((3, 3)) for a in structures]
     return {
-        "energies": [float(a.get_potential_energy()) for a in frames],
-        "forces": [a.get_forces().tolist() for a in frames],
+        "energies": [float(a.get_potential_energy()) for a in structures],
+        "forces": [a.get_forces().tolist() for a in structures],
         "stresses": [s.tolist() for s in stresses],
-        "magmoms": [a.get_initial_magnetic_moments().tolist() for a in frames],
+        "magmoms": [rng.uniform(0.0, 2.0, len(a)).tolist() for a in structures],
     }
 
 
@@ -106,11 +78,11 @@ def build_model(name: str, layers: int) -> torch.nn.Module:
 def build(arguments: argparse.Namespace) -> tuple[DataLoader, PotentialLightningModule]:
     """Loader and module; ``chgnet`` learns magnetic moments too."""
     matgl.set_default_dtype("float", 64)
-    frames = structures(arguments.structures, arguments.frames, arguments.lone_atom)
+    structures = frames(arguments.structures, arguments.frames, arguments.lone_atom)
     dataset = MGLDataset(
-        structures=frames,
+        structures=structures,
         converter=Atoms2Graph(SYMBOLS, CUTOFF),
-        labels=labels(frames),
+        labels=labels(structures),
         root=tempfile.mkdtemp(),
         save_cache=False,
     )
@@ -153,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--structures", choices=["periodic", "molecules", "mixed"], default="periodic")
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--lone-atom", action="store_true", help="one structure is a single atom without neighbors")
+    parser.add_argument("--validate", action="store_true", help="on the first two training batches")
     parser.add_argument("--loss", default="mse_loss", help="one of MatGL's")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--devices", type=int, default=1)
@@ -178,17 +151,20 @@ def main() -> None:
         callbacks=[losses],
         inference_mode=False,
         use_distributed_sampler=False,
+        limit_val_batches=2,
+        num_sanity_val_steps=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, loader if arguments.validate else None)
     checkpoint = arguments.out.with_suffix(".ckpt")
     trainer.save_checkpoint(checkpoint, weights_only=True)
     if trainer.is_global_zero:
         state = torch.load(checkpoint, weights_only=False)["state_dict"]
-        torch.save({"losses": losses.values, "state": state}, arguments.out)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save({"losses": losses.values, "state": state, "metrics": metrics}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,7 @@
+"""The strategy for a Trainer of ``lightning``: ``lightning_januspipe.lightning.JanusPipeStrategy``."""
+
+from lightning_januspipe.registry import strategy_class
+
+JanusPipeStrategy = strategy_class("lightning")
+
+__all__ = ["JanusPipeStrategy"]

@@ -1,0 +1,11 @@
+"""The strategy for a Trainer of ``pytorch_lightning``: ``lightning_januspipe.pytorch_lightning.JanusPipeStrategy``.
+
+``pip install lightning`` installs both Lightnings, and then ``lightning_januspipe.JanusPipeStrategy`` is that of
+``lightning``. Projects that import ``pytorch_lightning`` name this one in their configurations.
+"""
+
+from lightning_januspipe.registry import strategy_class
+
+JanusPipeStrategy = strategy_class("pytorch_lightning")
+
+__all__ = ["JanusPipeStrategy"]

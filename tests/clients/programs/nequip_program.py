@@ -1,0 +1,153 @@
+"""Train NequIP's own LightningModule on its own data module, and save losses, metrics and trained parameters.
+
+python nequip_program.py --out plain.pt
+python nequip_program.py --devices 2 --janus '{"num_microbatches": 4}' --out pipeline.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from ase.io import write
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from nequip.utils.global_state import set_global_state
+from structures import CUTOFF, KINDS, SYMBOLS, labelled
+
+
+class Losses(lightning.Callback):
+    """Loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
+
+
+def data_module(args: argparse.Namespace) -> Any:
+    """As ``nequip-train`` makes it from a configuration."""
+    file = args.out.with_suffix(f".{lightning.fabric.utilities.rank_zero.rank_zero_only.rank}.xyz")
+    write(file, labelled(args.structures, args.num_structures), format="extxyz")
+    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": args.batch_size, "shuffle": False}
+    return instantiate(
+        {
+            "_target_": "nequip.data.datamodule.ASEDataModule",
+            "seed": 1,
+            "train_file_path": str(file),
+            "val_file_path": str(file),
+            "transforms": [
+                {
+                    "_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper",
+                    "model_type_names": list(SYMBOLS),
+                },
+                {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": CUTOFF},
+            ],
+            "train_dataloader": loader,
+            "val_dataloader": loader,
+        },
+        _recursive_=False,
+    )
+
+
+def training_module(args: argparse.Namespace) -> Any:
+    """The same, with metrics that reduce in every step and at the end of an epoch."""
+    kind, coefficients = "EnergyForce", {"total_energy": 1.0, "forces": 1.0}
+    if args.structures == "crystals":
+        kind, coefficients = "EnergyForceStress", {**coefficients, "stress": 1.0}
+    metrics = {
+        "_target_": f"nequip.train.{kind}Metrics",
+        "coeffs": {f"{name}_mae": value for name, value in coefficients.items()},
+    }
+    return instantiate(
+        {
+            "_target_": f"nequip.train.{'EMA' if args.ema else 'NequIP'}LightningModule",
+            **({"ema_decay": 0.9} if args.ema else {}),
+            "loss": {"_target_": f"nequip.train.{kind}Loss", "per_atom_energy": True, "coeffs": coefficients},
+            "train_metrics": metrics,
+            "val_metrics": metrics,
+            "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
+            "model": {
+                "_target_": "nequip.model.NequIPGNNModel",
+                "seed": 7,
+                "model_dtype": "float64",
+                "compile_mode": args.compile_mode,
+                "type_names": list(SYMBOLS),
+                "r_max": CUTOFF,
+                "num_layers": args.layers,
+                "l_max": args.l_max,
+                "parity": True,
+                "num_features": 8,
+                "radial_mlp_depth": 1,
+                "radial_mlp_width": 16,
+                "avg_num_neighbors": 20.0,
+                "per_type_energy_shifts": dict(zip(SYMBOLS, [0.5, 0.2, 0.3], strict=True)),
+                "per_type_energy_scales": 1.0,
+            },
+        },
+        _recursive_=False,
+        _convert_="all",
+        num_datasets={"train": 1, "val": 1, "test": 0, "predict": 0},
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--l-max", type=int, default=1)
+    parser.add_argument("--compile-mode", default="eager")
+    parser.add_argument("--ema", action="store_true", help="train an EMALightningModule")
+    parser.add_argument("--structures", choices=list(KINDS), default="crystals")
+    parser.add_argument("--num-structures", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1, help="accumulate_grad_batches")
+    parser.add_argument("--epochs", type=int, default=1, help="of num-structures / batch-size steps")
+    parser.add_argument("--validate", action="store_true", help="after every epoch")
+    parser.add_argument("--sampler", action="store_true", help="let Lightning distribute the samples over replicas")
+    parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--janus", type=json.loads, help="JSON of the arguments of JanusPipeStrategy")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    set_global_state()
+    if args.janus is not None:
+        import lightning_januspipe
+    losses = Losses()
+    # NequIP's data module has no state after training.
+    saving = ModelCheckpoint(args.out.parent, f"{args.out.stem}-{{epoch}}", save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=args.devices,
+        strategy="auto" if args.janus is None else lightning_januspipe.JanusPipeStrategy(**args.janus),
+        max_epochs=args.epochs,
+        accumulate_grad_batches=args.accumulate,
+        callbacks=[losses, saving],
+        limit_val_batches=1.0 if args.validate else 0,
+        use_distributed_sampler=args.sampler,
+        inference_mode=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module, data = training_module(args), data_module(args)
+    module.world_size = trainer.world_size  # as nequip-train does
+    trainer.fit(module, datamodule=data, ckpt_path=args.resume, weights_only=False)
+    metrics = {k: v for k, v in trainer.callback_metrics.items() if "step" not in k}
+    if trainer.is_global_zero:
+        saved = torch.load(saving.best_model_path, weights_only=False)
+        state = {**saved["state_dict"], **{f"metric {k}": v for k, v in metrics.items()}}
+        torch.save({"losses": losses.values, "state": state, "ema": state.get("ema._extra_state")}, args.out)
+
+
+if __name__ == "__main__":
+    main()
