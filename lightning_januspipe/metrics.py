@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.step import loss_of
@@ -68,6 +69,8 @@ def merge_outputs(outputs: list[Any], name: str) -> Any:
 class ReplicaGather:
     """Gathers the states of torchmetrics over the data-parallel replicas: ranks of a pipeline see the same samples.
 
+    Where another group stands for the world meanwhile, as that of one rank while it captures, it gathers over that.
+
     It is the ``dist_sync_fn`` of the module's metrics, and not their ``process_group``, because modules are pickled
     with their metrics (as hyperparameters in a checkpoint, say), and process groups cannot be. In a pickle it is None,
     as it was before.
@@ -75,10 +78,11 @@ class ReplicaGather:
 
     def __init__(self) -> None:
         self._group: Any = None
+        self._world: Any = None
 
     def attach(self, module: nn.Module, group: Any) -> None:
         """Let the metrics in a module gather over a group, but for those that have a way of their own."""
-        self._group = group
+        self._group, self._world = group, dist.group.WORLD
         for metric in _metrics(module):
             if metric.dist_sync_fn is None and metric.process_group is None:
                 metric.__dict__["dist_sync_fn"] = self
@@ -94,7 +98,8 @@ class ReplicaGather:
         """The state of every replica."""
         from torchmetrics.utilities.distributed import gather_all_tensors
 
-        return gather_all_tensors(state, group or self._group)
+        world = dist.group.WORLD
+        return gather_all_tensors(state, group or (self._group if world is self._world else world))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaGather:
         return self

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_januspipe import metrics
 from lightning_januspipe.metrics import LogRecorder, ReplicaGather
 
 
@@ -131,13 +133,13 @@ def test_names_that_not_every_micro_batch_logs() -> None:
 class TestReplicaGather:
     def test_metrics_are_as_before_when_it_is_detached(self) -> None:
         own, group, gather = (lambda state, group: [state]), object(), ReplicaGather()
-        metrics = MetricCollection({"a": MeanMetric(), "b": MeanMetric(dist_sync_fn=own)})
-        metrics["c"] = MeanMetric(process_group=group)
-        gather.attach(metrics, "replicas")
-        assert metrics["a"].dist_sync_fn is gather
-        gather.detach(metrics)
+        module = MetricCollection({"a": MeanMetric(), "b": MeanMetric(dist_sync_fn=own)})
+        module["c"] = MeanMetric(process_group=group)
+        gather.attach(module, "replicas")
+        assert module["a"].dist_sync_fn is gather
+        gather.detach(module)
         for found, expected in (("a", (None, None)), ("b", (own, None)), ("c", (None, group))):
-            assert (metrics[found].dist_sync_fn, metrics[found].process_group) == expected
+            assert (module[found].dist_sync_fn, module[found].process_group) == expected
 
     def test_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from torchmetrics.utilities import distributed
@@ -146,6 +148,9 @@ class TestReplicaGather:
         gather, metric = ReplicaGather(), MeanMetric()
         gather.attach(metric, "replicas")
         assert metric.dist_sync_fn(torch.tensor(1), group=None) == [2, "replicas"]
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "dist", SimpleNamespace(group=SimpleNamespace(WORLD="one rank")))
+            assert metric.dist_sync_fn(torch.tensor(1), group=None) == [2, "one rank"]
         gather.detach(metric)
         assert gather(torch.tensor(1)) == [2, None]
 

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 
 from lightning_januspipe.capture.errors import CaptureError, TooFewParts
 from lightning_januspipe.capture.order import arranged, closures, num_sums, traffic
-from lightning_januspipe.capture.positions import BORDER_COST, best_positions, candidates, most_parts
+from lightning_januspipe.capture.positions import BORDER_COST, best_positions, find_places, most_parts
 from lightning_januspipe.capture.program import Node, Program
 
 # What takes more than this share of the whole work to compute is never repeated: an eighth of it on eight stages
@@ -65,6 +65,7 @@ class Cut:
         boundaries: values sent from each stage to the next (one fewer than stages).
         costs: estimated seconds of the forward pass of each stage, geometry not counted.
         boundary_bytes: bytes of each boundary on the example batch.
+        sizes: values of the symbolic sizes on the example batch.
     """
 
     bodies: list[list[str]]
@@ -72,6 +73,7 @@ class Cut:
     boundaries: list[list[str]]
     costs: list[float] = field(default_factory=list)
     boundary_bytes: list[int] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -150,16 +152,18 @@ def find_cut(
     order = arranged(program, regions.body, free, fixed, profile.num_bytes)
     ends = _boundaries(program, order, free, profile.num_bytes)
     of_order = [work[name] for name in order]
-    points, border = candidates(of_order, [(end.num_bytes, end.num_rows) for end in ends])
-    most = most_parts(_StageCosts(program, order, free, of_order, points), points, len(order))
-    if num_stages > most:
+    places = find_places(of_order, [(end.num_bytes, end.num_rows) for end in ends])
+    points = places.points
+    most = max(places.num_layers, most_parts(_StageCosts(program, order, free, of_order, points), points, len(order)))
+    num_ranks = num_stages if placement is None else len(set(placement))
+    if num_ranks > most or num_stages > len(points) + 1:
         raise TooFewParts(
-            f"pipeline_size={num_stages}, but the potential has only {most} cuttable part(s) of comparable cost. Use "
+            f"pipeline_size={num_ranks}, but the potential has only {most} cuttable part(s) of comparable cost. Use "
             f"pipeline_size={most} or less, and give the other ranks to data_size.",
             most=most,
         )
     seconds = _StageCosts(program, order, free, [max(profile.seconds.get(n, 0.0), 1e-9) for n in order], points)
-    sent = [end.num_bytes / max(border, 1.0) for end in ends]
+    sent = [end.num_bytes / max(places.border, 1.0) for end in ends]
     positions = best_positions(seconds, points, sent, num_stages, placement)
     return _assemble(program, order, free, [ends[p].sent for p in positions], profile, positions)
 
@@ -208,7 +212,7 @@ def _repeatable(
     cheap = together([name for name in closure if share[name] <= _MOST_REPEATED])
     order = arranged(program, body, cheap, fixed, num_bytes)
     ends = _boundaries(program, order, cheap, num_bytes)
-    _, border = candidates([work[name] for name in order], [(end.num_bytes, end.num_rows) for end in ends])
+    border = find_places([work[name] for name in order], [(end.num_bytes, end.num_rows) for end in ends]).border
 
     def is_worth(name: str) -> bool:
         borders = num_bytes.get(name, 0) / max(border, 1.0)
@@ -223,7 +227,7 @@ class _End:
 
     Attributes:
         sent: values alive there.
-        num_bytes: of these; infinite where they cannot be sent.
+        num_bytes: of these; infinite where there can be no cut.
         num_rows: most rows of one of them: atoms or edges, say.
     """
 
@@ -248,7 +252,8 @@ def _boundaries(
         alive = {n for n in alive if last[n] > i}
         if last[name] > i and name not in free:
             alive.add(name)
-        is_sendable = all(program.by_name[n].spec is not None for n in alive)
+        # What is free belongs to the stage that uses it first, so no cut comes right after it.
+        is_sendable = name not in free and all(program.by_name[n].spec is not None for n in alive)
         size = float(sum(num_bytes.get(n, 0) for n in alive)) if is_sendable else math.inf
         ends.append(_End(frozenset(alive), size, max((rows[n] for n in alive), default=0)))
     return ends
@@ -334,4 +339,15 @@ def _assemble(
             for names, again in zip(bodies, replicated, strict=True)
         ],
         boundary_bytes=[sum(profile.num_bytes.get(n, 0) for n in names) for names in boundaries],
+        sizes=_sizes(program, profile.num_bytes),
     )
+
+
+def _sizes(program: Program, num_bytes: Mapping[str, int]) -> dict[str, int]:
+    """Values of the size expressions of all shapes that hold just one."""
+    found: dict[str, int] = {}
+    for node in program.nodes:
+        symbolic = [s for s in node.spec.shape if isinstance(s, str)] if node.spec is not None else []
+        if len(symbolic) == 1 and num_bytes.get(node.name):
+            found.setdefault(symbolic[0], _num_rows(node, num_bytes[node.name]))
+    return found

@@ -13,6 +13,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -201,7 +202,8 @@ class Digester:
             self._write("array", name_of(kind), str(value.dtype.descr), str(value.shape), value.tobytes())
         elif isinstance(value, contextvars.ContextVar):
             self._write("variable", value.name)
-            self.add(value.get(None))
+            with suppress(LookupError):  # neither set nor with a default
+                self.add(value.get())
         elif isinstance(value, weakref.ref):
             self._write("reference")
             self.add(value())

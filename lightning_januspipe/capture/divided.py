@@ -32,8 +32,8 @@ class ReturnValue(Protocol):
     ) -> list[Tensor]:
         """The tensors in it that are available, as :attr:`DividedPotential.outputs` numbers them."""
 
-    def of_forward(self, returned: Any) -> list[Tensor]:
-        """All tensors in what the forward itself returned, numbered alike."""
+    def of_forward(self, returned: Any) -> Any:
+        """What the forward itself returned, in the form of this return value: its tensors are numbered alike."""
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         """The return value in the form in which the forward gives it to the user's step.

@@ -258,9 +258,9 @@ class ExplicitReturnValue:
         """All tensors in it."""
         return returned_tensors(self(call_tensors, observables, derivatives))
 
-    def of_forward(self, returned: Any) -> list[Tensor]:
-        """All tensors in what the forward itself returned."""
-        return returned_tensors(returned)
+    def of_forward(self, returned: Any) -> Any:
+        """What the forward itself returned, which has the form of this return value."""
+        return returned
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         """The return value, which has the form of the forward's own."""

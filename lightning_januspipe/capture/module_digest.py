@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import random
 import threading
 import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -152,7 +154,9 @@ class ModuleDigester(Digester):
 
 
 def _is_of_training(value: Any) -> bool:
-    if isinstance(value, (logging.Logger, torch.Generator, type(threading.Lock()), type(threading.RLock()))):
+    if isinstance(value, (logging.Logger, type(threading.Lock()), type(threading.RLock()))):
+        return True
+    if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
         return True
     for cls in type(value).__mro__[:-1]:
         if root_of(cls.__module__) in LIGHTNING and cls.__name__ in _OF_LIGHTNING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 
 # Sending as much as one layer border carries, in all four phases, counts as much as this share of a stage's work. That
@@ -13,8 +14,10 @@ BORDER_COST = 0.05
 _MIDDLE, _SMALLER = (0.1, 0.9), 0.1
 # A cut may carry at most this many times the bytes of a layer border.
 _BYTES_SLACK = 4.0
-# A stage has to do at least this share of the mean work.
-_LEAST_SHARE = 0.1
+# There may be as many stages as layers, and more where all of them do at least this share of the mean work.
+_FAIR_SHARE = 0.5
+# What has less than this share of the mean work of a layer is none.
+_LEAST_LAYER = 0.1
 # Of several positions in this share of the work the one with the smallest boundary stands for all.
 _GRAIN = 0.005
 _EVENNESS = 0.1
@@ -25,34 +28,55 @@ StageCost = Callable[[int, int], float]
 """The work of a stage that owns the operations from the first number to before the second one."""
 
 
-def candidates(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> tuple[list[int], float]:
-    """Operations after which a cut carries about as much as at a layer border, in order, and the bytes of such a border.
+@dataclass(frozen=True)
+class Places:
+    """Where a chain can be cut.
+
+    Attributes:
+        points: operations after which a cut carries about as much as at a layer border, in order.
+        border: bytes that a layer border carries.
+        num_layers: how many parts there are that cannot be cut, because values of edges are alive all through them.
+    """
+
+    points: list[int]
+    border: float
+    num_layers: int
+
+
+def find_places(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> Places:
+    """Find the layer borders of a chain, and what is as good.
 
     The values that are sent have as few rows as possible: those of atoms rather than of edges, unless what belongs to
-    edges goes from layer to layer. Of the boundaries with these few of the smallest tell what a border carries; the
+    edges goes from layer to layer. Of the boundaries with these, one of the smallest tells what a border carries; the
     very smallest is that of a readout that ends in one number for each atom, far less than a layer's.
 
     Args:
         work: of each operation.
         ends: bytes that a cut after each operation carries, and rows of the longest value among these.
     """
-    whole = sum(work) or 1.0
-    shares = [w / whole for w in accumulate(work)]
+    sums = list(accumulate(work))
+    whole = sums[-1] or 1.0
     low, high = _MIDDLE
     cuttable = [i for i, (size, _) in enumerate(ends[:-1]) if 0 < size < math.inf]
-    middle = [i for i in cuttable if low <= shares[i] <= high] or cuttable
+    middle = [i for i in cuttable if low <= sums[i] / whole <= high] or cuttable
     if not middle:
-        return [], 0.0
+        return Places([], 0.0, 1)
     rows = min(ends[i][1] for i in middle)
     sizes = sorted(ends[i][0] for i in middle if ends[i][1] <= rows)
     border = sizes[int(_SMALLER * len(sizes))]
     best: dict[int, int] = {}
     for i in cuttable:
-        bucket = int(shares[i] / _GRAIN)
+        bucket = int(sums[i] / whole / _GRAIN)
         if ends[i][0] <= _BYTES_SLACK * border and ends[i][1] <= rows:
             if bucket not in best or ends[i][0] < ends[best[bucket]][0]:
                 best[bucket] = i
-    return sorted(best.values()), border
+    points = sorted(best.values())
+    layers = [sums[points[0]]]  # before the first point stages can compute all for themselves
+    for a, b in pairwise(points):
+        if any(ends[i][1] > rows for i in range(a + 1, b)):
+            layers.append(sums[b] - sums[a])
+    mean = sum(layers) / len(layers)
+    return Places(points, border, sum(layer >= _LEAST_LAYER * mean for layer in layers))
 
 
 def most_parts(cost: StageCost, points: Sequence[int], length: int) -> int:
@@ -71,7 +95,7 @@ def most_parts(cost: StageCost, points: Sequence[int], length: int) -> int:
         least = [
             max((min(least[i], cost(ends[i], end)) for i in range(k)), default=0.0) for k, end in enumerate(ends)
         ]
-        if least[-1] * (most + 1) < _LEAST_SHARE * whole:
+        if least[-1] * (most + 1) < _FAIR_SHARE * whole:
             break
         most += 1
     return most

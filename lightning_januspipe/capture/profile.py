@@ -11,18 +11,22 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.cut import Profile, Regions
 from lightning_januspipe.capture.program import PlaceholderValues, Program, new_leaf, replace_refs, target_function
 
+# At least so many runs, and while there is time more of them: on a busy machine the least of a few is no measure.
+_LEAST_REPEATS, _MOST_REPEATS = 3, 20
+_SECONDS = 1.0
+
 
 def measure(
-    program: Program, regions: Regions, potential: nn.Module, tensors: Sequence[Tensor], repeats: int = 3
+    program: Program, regions: Regions, potential: nn.Module, tensors: Sequence[Tensor], repeats: int | None = None
 ) -> Profile:
-    """Seconds (least of ``repeats``) and bytes of every operation of body and geometry.
+    """Seconds (the least of several runs) and bytes of every operation of body and geometry.
 
     Args:
         program: the traced potential.
         regions: its classification.
         potential: the live potential, for parameters and buffers.
         tensors: the call's tensors.
-        repeats: how often the forward pass is run; the first run, which warms up, is not counted.
+        repeats: how often the forward pass is run; None for as often as time allows. The first run warms up.
     """
     wanted = {*regions.body, *regions.geometry}
     nodes = [n for n in program.nodes if n.name in wanted]
@@ -33,7 +37,10 @@ def measure(
     on_cuda = any(t.is_cuda for t in tensors)
     seconds: dict[str, float] = {}
     num_bytes: dict[str, int] = {}
-    for repeat in range(repeats + 1):
+    started = time.perf_counter()
+    for repeat in range((repeats or _MOST_REPEATS) + 1):
+        if repeats is None and repeat > _LEAST_REPEATS and time.perf_counter() - started > _SECONDS:
+            break
         values = {k: new_leaf(v) if k in coordinates else v for k, v in start_values.items()}
         with torch.enable_grad():
             for node, function in zip(nodes, functions, strict=True):

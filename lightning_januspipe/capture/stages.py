@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of, joined, separated
 from lightning_januspipe.capture.calls import CallFormat, size_carrier
-from lightning_januspipe.capture.containers import leaves, with_leaves
+from lightning_januspipe.capture.containers import with_leaves
 from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.divided import Inputs
 from lightning_januspipe.capture.errors import CaptureError
@@ -252,9 +252,9 @@ class Epilogue:
         """The outputs that are available, as a list (``regions.outputs`` has their positions)."""
         return list(self._module(*self._placeholders.values(call_tensors), list(derivatives), *observables))
 
-    def of_forward(self, returned: Any) -> list[Tensor]:
-        """All tensors in what the forward itself returned, as the program numbers them."""
-        return [x for _, x in leaves(joined(self._adapters, self._potential, returned)) if isinstance(x, Tensor)]
+    def of_forward(self, returned: Any) -> Any:
+        """What the forward itself returned, as adapters make it for the program."""
+        return joined(self._adapters, self._potential, returned)
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         """The return value as adapters make it for the user's step; see :class:`ReturnValue`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.containers import with_leaves
+from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
@@ -80,7 +80,10 @@ def run_eager(potential: nn.Module, call: PotentialCall, divided: DividedPotenti
     args, kwargs = with_leaves((call.args, call.kwargs), lambda _, leaf: leaf)  # a forward may write to its batch
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*args, **kwargs)
-    tensors = divided.return_value(potential).of_forward(returned)
+    value = divided.return_value(potential)
+    found = value.of_forward(returned)
+    _refuse_other_form(call, returned, value.for_step(call.args, call.kwargs, found))
+    tensors = _tensors(found)
     if len(tensors) <= max(divided.outputs, default=-1):
         raise CaptureError(
             f"the potential {call.path!r} returns only {len(tensors)} tensors in evaluation, fewer than in training. "
@@ -96,6 +99,28 @@ def run_eager(potential: nn.Module, call: PotentialCall, divided: DividedPotenti
             found = torch.autograd.grad(_probe_loss(outputs), parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
     return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
+
+
+def _tensors(returned: Any) -> list[Tensor]:
+    return [x for _, x in leaves(returned) if isinstance(x, Tensor)]
+
+
+def _refuse_other_form(call: PotentialCall, returned: Any, restored: Any) -> None:
+    """What adapters make of the return value for the trace has to become the same values again for the user's step."""
+    expected, found = dict(leaves(returned)), dict(leaves(restored))
+    for place in (*expected, *found):
+        a, b = expected.get(place), found.get(place)
+        if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor)) and not _is_same(a, b):
+            raise CaptureError(
+                f"an adapter of the potential {call.path!r} changes what the forward returns: {place} is another value "
+                "after its joined() and separated(), of which the second has to be the inverse of the first"
+            )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[Tensor]) -> None:

@@ -226,7 +226,7 @@ def test_another_process_finds_the_same_key(project: Path) -> None:
         )
         for seed in ("1", "2")
     ]
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=250) for process in processes]
     assert all(process.returncode == 0 for process in processes), results
     first, second = (out.split() for out, _ in results)
     assert first == second and first[0] != first[1] and len(first[0]) == 64

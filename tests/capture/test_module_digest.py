@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import key_models
@@ -111,6 +113,7 @@ def add_objects_of_training(net: Net) -> None:
     """What holds other objects before and after, but the same attributes."""
     net.optimizer = torch.optim.Adam(net.parameters())
     net.log_to, net.generator, net.lock = logging.getLogger("a"), torch.Generator(), threading.Lock()
+    net.random = random.Random(1)
     net.metric = torchmetrics.MeanAbsoluteError()
 
 
@@ -118,6 +121,7 @@ def use_objects_of_training(net: Net) -> None:
     net.optimizer.zero_grad()
     net.optimizer.param_groups[0]["lr"] = 0.5
     net.generator.manual_seed(5)
+    net.random.random()
     net.metric(torch.zeros(3), torch.ones(3))
 
 
@@ -157,6 +161,17 @@ def test_code_outside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, value)
         keys.append(key(Net()))
     assert len(set(keys)) == len(keys)
+
+
+def test_globals_that_cannot_be_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count by type, or by value where that is known."""
+    values = [2.0, (i for i in range(2)), (i for i in range(3)), *(ContextVar("x", default=v) for v in (2.0, 2.0, 3.0))]
+    keys = []
+    for value in values:
+        monkeypatch.setattr(key_models, "SCALE", value)
+        keys.append(key(Net()))
+    assert keys[1] == keys[2] and keys[3] == keys[4]
+    assert len(set(keys)) == 4
 
 
 def test_plain_globals_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:

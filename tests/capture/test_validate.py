@@ -36,7 +36,7 @@ def test_right_potential_passes(traced: Traced, num_stages: int) -> None:
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 def test_eager_and_captured_agree_closely(traced: Traced, num_stages: int) -> None:
     captured, call = traced.cut(num_stages), traced.call_on(make_batch(OTHER))
-    eager = run_eager(traced.potential, call, captured.regions)
+    eager = run_eager(traced.potential, call, captured)
     found, _ = run_captured(captured, traced.potential, call)
     assert len(eager.derivatives) == 2 and len(eager.outputs) == 4
     for a, b in zip([*eager.derivatives, *eager.outputs], [*found.derivatives, *found.outputs], strict=True):

@@ -7,43 +7,135 @@ Slow, and skipped where MatGL is absent:
 
 from __future__ import annotations
 
+import argparse
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from capture_models import assert_parity
+from torch import nn
 
-from .compare import assert_same, train
+from lightning_januspipe.capture import capture_module
+from lightning_januspipe.capture.errors import CaptureError
+
+from .compare import PROGRAMS, assert_same, train
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(find_spec("matgl") is None, reason="matgl is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
 PROGRAM = "matgl_program.py"
+MODELS = ["tensornet", "m3gnet", "chgnet"]
 
 
 def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
     """Arguments for a pipeline of as many ranks as devices."""
-    return ["--strategy", "januspipe", "--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
+    janus = f'{{"num_microbatches": {num_microbatches}}}'
+    return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
 
 
-@pytest.mark.parametrize("model", ["tensornet", "m3gnet", "chgnet"])
+@pytest.mark.parametrize("model", MODELS)
 def test_whole_batches(model: str, tmp_path: Path) -> None:
-    reference = train(PROGRAM, tmp_path, "plain", "--model", model)
-    found = train(PROGRAM, tmp_path, "pipeline", "--model", model, *pipeline(1))
+    common = ["--model", model, "--validate", "--steps", "6"]  # one epoch
+    reference = train(PROGRAM, tmp_path, "plain", *common)
+    found = train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1))
     assert_same(reference, found)
+    expected, metrics = (torch.load(p, weights_only=False)["metrics"] for p in (reference, found))
+    assert {"train_Total_Loss", "val_Total_Loss"} <= expected.keys()
+    assert metrics == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("model", ["tensornet", "m3gnet", "chgnet"])
+@pytest.mark.parametrize("model", MODELS)
 def test_microbatches_are_accumulation(model: str, tmp_path: Path) -> None:
-    common = ["--model", model, "--structures", "mixed"]
+    common = ["--model", model, "--structures", "mixed", "--lone-atom"]
     reference = train(PROGRAM, tmp_path, "plain", *common, "--batch-size", "1", "--accumulate", "4")
     found = train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 
+def test_molecules_one_by_one(tmp_path: Path) -> None:
+    common = ["--model", "m3gnet", "--structures", "molecules", "--batch-size", "1"]
+    reference = train(PROGRAM, tmp_path, "plain", *common)
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+
+
 def test_three_ranks(tmp_path: Path) -> None:
     reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
-    found = train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3))
-    assert_same(reference, found)
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))
+
+
+class Client:
+    """A module of the program, and batches of its structures."""
+
+    def __init__(self, model: str, layers: int = 3) -> None:
+        arguments = {"model": model, "layers": layers, "structures": "mixed", "frames": 12, "lone_atom": True}
+        program: Any = import_module("matgl_program")
+        loader, self.module = program.build(argparse.Namespace(**arguments, batch_size=1, loss="mse_loss"))
+        self.collate, self.dataset = loader.collate_fn, loader.dataset
+        self.module.log_dict = lambda *_, **__: None
+        step = self.module.training_step
+        self.module.training_step = lambda batch: step(batch, 0)
+
+    def batch(self, *indices: int) -> Any:
+        return self.collate([self.dataset[i] for i in indices])
+
+    def capture(self, **options: Any) -> Any:
+        """In two stages, traced on crystals and tried on one molecule."""
+        step = self.module.training_step
+        return capture_module(self.module, step, self.batch(2, 4), self.batch(1), [[0, 1]], **options).potential
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+
+
+ATOMS, BONDS = ("[1]['g'].batch", 0), ("[1]['g'].edge_index", 1)
+CLOSE_BONDS, ANGLES = ("[1]['l_g']['kept_edge_ids']", 0), ("[1]['l_g']['line_edge_index']", 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "allowed"), [("tensornet", []), ("m3gnet", [BONDS]), ("chgnet", [BONDS, CLOSE_BONDS, ANGLES])]
+)
+def test_boundaries(model: str, allowed: list[tuple[str, int]], program: None) -> None:
+    """Features of atoms alone in TensorNet; also of what else a model updates."""
+    client = Client(model)
+    captured = client.capture()
+    symbols = {place: symbol for symbol, place in captured.program.symbols.items()}
+    rows = {captured.program.by_name[n].spec.shape[0] for n in captured.cut.boundaries[0]}
+    atoms, *others = (symbols[captured.call.tensors.index(name), dim] for name, dim in [ATOMS, *allowed])
+    assert atoms in rows and rows <= {atoms, *others}
+    for indices in ((0, 1, 2), (3,), (3, 1)):  # the fourth structure is one atom
+        assert_parity(captured, client.module, client.batch(*indices))
+
+
+class Wrapped(nn.Module):
+    """A user's module around MatGL's Potential."""
+
+    def __init__(self, potential: nn.Module) -> None:
+        super().__init__()
+        self.inner = potential
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("model", ["tensornet", "m3gnet"])
+def test_potential_in_a_module_of_the_user(model: str, program: None) -> None:
+    client = Client(model, layers=2)
+    potential = client.module.model
+    client.module.model = Wrapped(potential)
+    client.module.model.calc_charge, client.module.model.calc_magmom = False, False
+    client.module.model.calc_stresses = True
+    if model == "m3gnet":
+        with pytest.raises(CaptureError, match=r"Wrapped calls MatGL's Potential in its 'inner'.*ends in 'inner'"):
+            client.capture()
+    assert client.capture(potential="model.inner").path == "model.inner"

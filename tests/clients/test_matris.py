@@ -64,7 +64,7 @@ def test_three_ranks(tmp_path: Path) -> None:
 
 
 def test_batches_of_one_cell_with_one_atom(tmp_path: Path) -> None:
-    common = ["--structures", "single", "--batch-size", "1", "--task", "ef"]
+    common = ["--structures", "single", "--batch-size", "1"]
     reference = train(PROGRAM, tmp_path, "plain", *common)
     assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
 
@@ -238,11 +238,9 @@ def test_many_angles_are_no_limit() -> None:
     module = Training(small())
     graphs = Graphs(module.potential.graph_converter)
     few, many = graphs("K", "Al"), graphs("Cu2", "Ni2", "Cu2")
-    threshold, interaction_block.THRESHOLD_VALUE = interaction_block.THRESHOLD_VALUE, 200
+    threshold, interaction_block.THRESHOLD_VALUE = interaction_block.THRESHOLD_VALUE, 1000
     try:
-        assert few[1].line_graph.shape[0] < 200 < sum(g.line_graph.shape[0] for g in many)
-        for traced, other in ((few, many), (many, few)):
-            found = captured(module, traced, other, num_stages=1)
-            assert_parity(found, module, many)
+        assert few[1].line_graph.shape[0] < 1000 < sum(g.line_graph.shape[0] for g in many)
+        assert_parity(captured(module, few, many, num_stages=1), module, many)
     finally:
         interaction_block.THRESHOLD_VALUE = threshold

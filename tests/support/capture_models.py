@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.capture import potential_of
 from lightning_januspipe.capture.containers import shallow_copy
@@ -149,9 +150,12 @@ class Traced:
         self.module = module
         self.call = find_potential(module, module.training_step, batch)
         self.potential = potential_of(module, module.training_step, self.call)
-        self.program = trace_potential(self.potential, self.call)
+        adapters = adapters_of(self.potential)
+        args, kwargs = adapted(adapters, self.potential, self.call.args, self.call.kwargs)
+        self.format = CallFormat.of(args, kwargs)
+        traced = replace(self.call, args=args, kwargs=kwargs)
+        self.program = trace_potential(self.potential, traced, self.format, adapters)
         self.regions = find_regions(self.program, self.call.read_outputs)
-        self.format = CallFormat.of(self.call.args, self.call.kwargs)
         uncut = CapturedPotential(
             self.call.path,
             self.program,

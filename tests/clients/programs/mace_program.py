@@ -165,7 +165,8 @@ class Average(lightning.Callback):
         self.average = ExponentialMovingAverage(module.parameters(), decay=0.9)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.average.update()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.average.update()
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         self.average.copy_to()

@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nequip.utils.global_state import set_global_state
 from structures import CUTOFF, KINDS, SYMBOLS, labelled
+from torch.utils.data import DataLoader, DistributedSampler
 
 
 class Losses(lightning.Callback):
@@ -30,11 +31,19 @@ class Losses(lightning.Callback):
         self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
 
 
+def ordered_loader(dataset: Any, num_replicas: int, **arguments: Any) -> DataLoader[Any]:
+    """A loader in the dataset's order, of which the replicas take turns; Lightning's own sampler shuffles."""
+    arguments.pop("generator")
+    replica = torch.distributed.get_rank() % num_replicas if num_replicas > 1 else 0
+    sampler = DistributedSampler(dataset, num_replicas, replica, shuffle=False)
+    return DataLoader(dataset, sampler=sampler, **arguments)
+
+
 def data_module(args: argparse.Namespace) -> Any:
     """As ``nequip-train`` makes it from a configuration."""
     file = args.out.with_suffix(f".{lightning.fabric.utilities.rank_zero.rank_zero_only.rank}.xyz")
     write(file, labelled(args.structures, args.num_structures), format="extxyz")
-    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": args.batch_size, "shuffle": False}
+    loader = {"_target_": f"{__name__}.ordered_loader", "batch_size": args.batch_size, "num_replicas": args.replicas}
     return instantiate(
         {
             "_target_": "nequip.data.datamodule.ASEDataModule",
@@ -108,7 +117,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="accumulate_grad_batches")
     parser.add_argument("--epochs", type=int, default=1, help="of num-structures / batch-size steps")
     parser.add_argument("--validate", action="store_true", help="after every epoch")
-    parser.add_argument("--sampler", action="store_true", help="let Lightning distribute the samples over replicas")
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--janus", type=json.loads, help="JSON of the arguments of JanusPipeStrategy")
@@ -133,7 +142,7 @@ def main() -> None:
         accumulate_grad_batches=args.accumulate,
         callbacks=[losses, saving],
         limit_val_batches=1.0 if args.validate else 0,
-        use_distributed_sampler=args.sampler,
+        use_distributed_sampler=False,
         inference_mode=False,
         logger=False,
         enable_progress_bar=False,
