@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_januspipe.capture.adapters import adapted, adapters_of
+from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
 from lightning_januspipe.capture.balance import StepTime, balance, balance_parts, fastest
 from lightning_januspipe.capture.cache import ProgramCache
 from lightning_januspipe.capture.calls import CallFormat
@@ -107,7 +107,7 @@ def capture_module(
         CaptureError: see its message.
     """
     began = time.perf_counter()
-    with unchanged(module):
+    with unchanged(module), capturing(module):
         found = find_potential(module, step, traced_batch, potential)
         args, kwargs = call_arguments(module, found.path, step, other_batch, found.replaced is not None)
         job = _Job(

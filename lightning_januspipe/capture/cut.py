@@ -279,7 +279,12 @@ class _StageCosts:
     """
 
     def __init__(
-        self, program: Program, order: Sequence[str], free: Collection[str], cost: Sequence[float], points: Sequence[int]
+        self,
+        program: Program,
+        order: Sequence[str],
+        free: Collection[str],
+        cost: Sequence[float],
+        points: Sequence[int],
     ) -> None:
         self._sums = [0.0, *accumulate(cost)]
         index = {name: i for i, name in enumerate(order)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from operator import getitem
 from typing import Any
 
@@ -100,9 +101,9 @@ def _ranges(program: Program, node: Node) -> tuple[int, dict[str, tuple[int, int
         if node.spec is None or user.args[0] != Ref(node.name):
             return 0, {}
         if user.target == _SLICE:
-            dim, start, stop, step = (*user.args[1:], *(0, None, None, 1)[len(user.args) - 1 :])
-            dim %= len(node.spec.shape)
-            part = _bounds(node.spec.shape[dim], start, stop, step)
+            given: list[Any] = [*user.args[1:], *(0, None, None, 1)[len(user.args) - 1 :]]
+            dim = given[0] % len(node.spec.shape)
+            part = _bounds(node.spec.shape[dim], *given[1:])
             if part is None:
                 return 0, {}
             found[user.name] = part
@@ -120,7 +121,7 @@ def _ranges(program: Program, node: Node) -> tuple[int, dict[str, tuple[int, int
             return 0, {}
         dims.add(dim)
     parts = sorted(set(found.values()))
-    is_apart = all(a[1] <= b[0] for a, b in zip(parts, parts[1:], strict=False))
+    is_apart = all(a[1] <= b[0] for a, b in pairwise(parts))
     return (dims.pop(), found) if len(dims) == 1 and is_apart else (0, {})
 
 
@@ -192,7 +193,11 @@ class _Parts:
         """Target and arguments that give a range of an operation's result; None where only slicing does."""
         assert node.spec is not None
         last = len(node.spec.shape) - 1
-        columns = {"aten.linear.default": (None, 0, 0), "aten.mm.default": (None, 1), "aten.addmm.default": (-1, None, 1)}
+        columns = {
+            "aten.linear.default": (None, 0, 0),
+            "aten.mm.default": (None, 1),
+            "aten.addmm.default": (-1, None, 1),
+        }
         if node.target == "aten.t.default":
             return node.target, (Ref(self.take(node.args[0].name, 1 - dim, part, readers)),)
         if node.target in columns:

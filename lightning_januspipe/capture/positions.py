@@ -65,11 +65,10 @@ def find_places(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> Pla
     sizes = sorted(ends[i][0] for i in middle if ends[i][1] <= rows)
     border = sizes[int(_SMALLER * len(sizes))]
     best: dict[int, int] = {}
-    for i in cuttable:
+    for i in (i for i in cuttable if ends[i][0] <= _BYTES_SLACK * border and ends[i][1] <= rows):
         bucket = int(sums[i] / whole / _GRAIN)
-        if ends[i][0] <= _BYTES_SLACK * border and ends[i][1] <= rows:
-            if bucket not in best or ends[i][0] < ends[best[bucket]][0]:
-                best[bucket] = i
+        if bucket not in best or ends[i][0] < ends[best[bucket]][0]:
+            best[bucket] = i
     points = sorted(best.values())
     layers = [sums[points[0]]]  # before the first point stages can compute all for themselves
     for a, b in pairwise(points):
@@ -92,9 +91,7 @@ def most_parts(cost: StageCost, points: Sequence[int], length: int) -> int:
     least = [cost(0, end) for end in ends]  # work of the smallest stage, in the best chain up to each end
     most = 1
     while most <= len(points):
-        least = [
-            max((min(least[i], cost(ends[i], end)) for i in range(k)), default=0.0) for k, end in enumerate(ends)
-        ]
+        least = [max((min(least[i], cost(ends[i], end)) for i in range(k)), default=0.0) for k, end in enumerate(ends)]
         if least[-1] * (most + 1) < _FAIR_SHARE * whole:
             break
         most += 1

@@ -58,4 +58,8 @@ def measure(
                     seconds[node.name] = min(seconds.get(node.name, spent), spent)
                 if isinstance(value, Tensor):
                     num_bytes[node.name] = value.numel() * value.element_size()
+        values.clear()
+        value = (
+            None  # with the last value goes the graph of autograd: not in the time of the next run's first operation
+        )
     return Profile(seconds, num_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,7 +21,10 @@ _INDEXING: dict[str, tuple[int, int, int | None]] = {
     "aten.scatter_add.default": (0, 2, 1),
     "aten.scatter_reduce.two": (0, 2, 1),
 }
-_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+
+
+Size = int | str
+"""The value of a size on the example batch, or its expression where no value is known."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Words:
     """Words for sizes.
 
     Attributes:
-        of: value of a size on the example batch (or the size's expression, where no value is known) -> word.
+        of: size -> word.
         values: a size's expression -> its value on the example batch.
         places: word -> the input that has this size.
     """
 
-    of: Mapping[int | str, str]
+    of: Mapping[Size, str]
     values: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
 
@@ -94,29 +96,38 @@ def _of_program(captured: CapturedPotential) -> Words:
     words = _of_coordinates(specs, values)
     observed = [program.by_name[n].spec for n in captured.regions.observables]
     flat = [s.shape[0] for s in observed if s is not None and len(s.shape) == 1 and isinstance(s.shape[0], str)]
-    if "structure" not in words.values():
-        for size in sorted((values[s] for s in flat if s in values), key=int)[:1]:
-            words.setdefault(size, "structure")
     targets = _looked_up(program, values)
+    _correct_edge_vectors(words, targets)
+    if "structure" not in words.values() and any(s in values for s in flat):
+        words.setdefault(min(values[s] for s in flat if s in values), "structure")
     atoms = {size for size, word in words.items() if word == "atom"}
     edges = {length for length, sources in targets.items() if length not in words and atoms & set(sources)}
-    angles = {a for a in edges if sum(len(targets[a][b]) for b in edges & set(targets[a]) if b != a) > 1}
-    angles |= {
-        a for a, sources in targets.items() if a not in words and a not in edges and len(edges & set(sources)) > 0
-    }
+    known = edges | {size for size, word in words.items() if word == "edge"}
+    angles = {a for a in edges if sum(len(targets[a][b]) for b in known & set(targets[a]) if b != a) > 1}
+    angles |= {a for a, sources in targets.items() if a not in words and a not in edges and known & set(sources)}
     places: dict[str, str] = {}
-    for word, sizes in (("edge", sorted(edges - angles)), ("angle", sorted(angles))):
+    for word, sizes in (("edge", sorted(known - angles, key=str)), ("angle", sorted(angles, key=str))):
         for number, size in enumerate(sizes):
-            name = word if number == 0 else f"{word} ({_place(captured, size)})"
-            words[size] = name
             place = _place(captured, size)
+            name = word if number == 0 else f"{word} of {place}"
+            words[size] = name
             if place:
                 places[name] = place
     return Words(words, values, places)
 
 
-def _of_coordinates(specs: list[TensorSpec], values: Mapping[str, int]) -> dict[int | str, str]:
-    words: dict[int | str, str] = {}
+def _correct_edge_vectors(words: dict[Size, str], targets: Mapping[Size, Mapping[Size, set[str]]]) -> None:
+    """Where the energy is differentiated by edge vectors, atoms are what their indices point to."""
+    sources = {size for of_length in targets.values() for size in of_length}
+    for size in [size for size, word in words.items() if word == "atom" and size not in sources]:
+        atoms = {s: len(names) for s, names in targets.get(size, {}).items() if s not in words}
+        if atoms:
+            words[size] = "edge"
+            words[max(atoms, key=atoms.__getitem__)] = "atom"
+
+
+def _of_coordinates(specs: list[TensorSpec], values: Mapping[str, int]) -> dict[Size, str]:
+    words: dict[Size, str] = {}
     for spec in specs:
         first = spec.shape[0] if spec.shape else 1
         if isinstance(first, str):
@@ -124,9 +135,9 @@ def _of_coordinates(specs: list[TensorSpec], values: Mapping[str, int]) -> dict[
     return words
 
 
-def _looked_up(program: Program, values: Mapping[str, int]) -> dict[int, dict[int, set[str]]]:
+def _looked_up(program: Program, values: Mapping[str, int]) -> dict[Size, dict[Size, set[str]]]:
     """Number of indices -> size of what they index -> the indices."""
-    found: dict[int, dict[int, set[str]]] = {}
+    found: dict[Size, dict[Size, set[str]]] = {}
     for node in program.nodes:
         if node.target not in _INDEXING:
             continue
@@ -151,14 +162,12 @@ def _size(node: Node, dim: int, values: Mapping[str, int]) -> int | None:
     return values.get(size) if isinstance(size, str) else None
 
 
-def _place(captured: CapturedPotential, size: int) -> str:
-    """The input with this size, integers first."""
+def _place(captured: CapturedPotential, size: Size) -> str:
+    """The input with this size, pairs of integers first, then other integers."""
     program, values = captured.program, captured.cut.sizes
-    places = [*captured.call.tensors, *captured.call.sizes]
     found = []
-    for symbol, (position, _) in program.symbols.items():
-        if values.get(symbol) == size and position < len(places):
-            spec = program.by_name[program.inputs[position]].spec
-            is_index = spec is not None and not spec.dtype.is_floating_point
-            found.append((not is_index, position))
-    return places[min(found)[1]] if found else ""
+    for position, place in enumerate([*captured.call.tensors, *captured.call.sizes]):
+        spec = program.by_name[program.inputs[position]].spec
+        if spec is not None and size in [values.get(s) for s in spec.shape if isinstance(s, str)]:
+            found.append((not _is_pairs(spec), spec.dtype.is_floating_point, position, place))
+    return min(found)[-1] if found else ""

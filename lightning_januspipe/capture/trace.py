@@ -26,6 +26,7 @@ from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
+from lightning_januspipe.capture.narrow import narrow
 from lightning_januspipe.capture.program import SLOT, Program, program_from_export
 from lightning_januspipe.capture.symbolic import DataSizes, symbolic_sizes
 from lightning_januspipe.capture.torchscript import inlined_torchscript
@@ -153,7 +154,7 @@ def trace_potential(
     first = {p: name for name, p in potential.named_parameters()}
     named = dict(potential.named_parameters(remove_duplicate=False))
     program.parameters = {placeholder: first[named[name]] for placeholder, name in program.parameters.items()}
-    return program
+    return narrow(program)
 
 
 def _run_once(

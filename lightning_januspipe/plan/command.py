@@ -17,7 +17,7 @@ from lightning_januspipe.plan.options import make_parser
 from lightning_januspipe.plan.rows import Options, Plan, plan_costs, plan_stages
 from lightning_januspipe.plan.tables import (
     STAGE_LEGEND,
-    boundary_lines,
+    cut_lines,
     make_console,
     notes,
     schedule_legend,
@@ -169,11 +169,10 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
         "extrapolated": extrapolated,
     }
     console = make_console()
-    symbol = _symbol_of_atoms(measured[0], atoms)
     for one in measured:
         console.print()
         console.print(stage_table(one, num_ranks))
-        for line in boundary_lines(one, atoms, symbol):
+        for line in cut_lines(one):
             console.print(line, soft_wrap=True)
     console.print()
     console.print(STAGE_LEGEND)
@@ -189,9 +188,10 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
 def _describe(recipe: Any, measured: Sequence[Measured], structures: int, atoms: int, num_microbatches: int) -> None:
     """What was measured, and how well."""
     console, first = make_console(), measured[0]
+    num_operations = sum(first.potential.num_operations)
     threads, on_cpu = torch.get_num_threads(), recipe.device.type == "cpu"
     console.print(
-        f"Potential {first.potential.path!r} of {recipe.module_name}, {len(first.potential.program.nodes)} operations, "
+        f"Potential {first.potential.path!r} of {recipe.module_name}, {num_operations} operations, "
         f"captured in {sum(one.elapsed for one in measured):.1f} s.\n"
         f"Measured on a micro-batch of {_count(structures, 'structure')}"
         + (f" with {_count(atoms, 'atom')}" if atoms else "")
@@ -222,15 +222,6 @@ def _describe(recipe: Any, measured: Sequence[Measured], structures: int, atoms:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
-
-
-def _symbol_of_atoms(measured: Measured, num_atoms: int) -> str | None:
-    """The size symbol that stands for the number of atoms: the leading one of positions."""
-    for spec in measured.potential.chain.coordinates:
-        leading = spec.shape[0] if len(spec.shape) == 2 else None
-        if isinstance(leading, str) and measured.symbols.get(leading) == num_atoms:
-            return leading
-    return None
 
 
 def _show(plan: Plan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:

@@ -44,7 +44,12 @@ def write_plan(
     paths.append(folder / "trace.json")
     write_chrome_trace(rows, paths[-1])
     paths.append(folder / "plan.json")
-    content = {**about, **plan.to_dict(), "stages": {str(m.num_stages): stages_dict(m) for m in measured}}
+    content = {
+        **about,
+        **plan.to_dict(),
+        "stages": {str(m.num_stages): stages_dict(m) for m in measured},
+        "cuts": {str(m.num_stages): m.report.to_dict() for m in measured},
+    }
     paths[-1].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for row in plan.rows:
         paths.append(folder / f"schedule-{row.name}.csv")
@@ -70,8 +75,8 @@ def stages_dict(measured: Measured) -> list[dict[str, Any]]:
                     for name, spec in boundary
                 ],
                 "boundary_bytes": measured.boundary_bytes(stage) if boundary else 0,
-                "num_operations": len(measured.potential.cut.bodies[stage]),
-                "num_recomputed": len(measured.potential.cut.replicated[stage]),
+                "num_operations": measured.potential.num_operations[stage],
+                "num_recomputed": measured.report.repeated[stage].again if measured.report.repeated else 0,
             }
         )
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_januspipe.capture import Capture, CapturedPotential, CaptureError, Manner, capture_module
+from lightning_januspipe.capture import Capture, CapturedPotential, Manner, capture_module
 from lightning_januspipe.capture.capture import potential_of
+from lightning_januspipe.capture.divided import DividedPotential
+from lightning_januspipe.capture.errors import TooFewParts
 from lightning_januspipe.capture.find import PotentialCall, call_arguments
-from lightning_januspipe.capture.stages import CallInputs
+from lightning_januspipe.capture.profile import measure
+from lightning_januspipe.capture.report import CutReport, report, sent
 from lightning_januspipe.capture.step import kept_random_state, silent_log
 from lightning_januspipe.capture.validate import TOGETHER, run_captured, validate
 from lightning_januspipe.engine.local import PhaseSeconds
@@ -27,7 +29,6 @@ from lightning_januspipe.schedule.actions import Message
 
 _LEAST_REPEATS = 7
 _SECONDS = 5.0
-_FEWER = re.compile(r"has only (\d+) cuttable part")
 
 
 class TooManyRanks(ValueError):
@@ -47,7 +48,8 @@ class Measured:
     """A cut potential with costs in seconds and bytes, medians over several walks of one micro-batch.
 
     Attributes:
-        potential: program and cut.
+        potential: its stages.
+        report: what these send, and what they compute again.
         costs: of each stage, nothing deferred.
         deferred: of each stage, with WF and WE apart.
         memory: of each stage, nothing deferred.
@@ -58,7 +60,8 @@ class Measured:
         elapsed: seconds that the capture took.
     """
 
-    potential: CapturedPotential
+    potential: DividedPotential
+    report: CutReport
     costs: tuple[PhaseCosts, ...]
     deferred: tuple[PhaseCosts, ...]
     memory: tuple[MemoryCosts, ...]
@@ -75,13 +78,7 @@ class Measured:
 
     def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
         """Names and specs of what a stage passes on to the next one."""
-        by_name = self.potential.program.by_name
-        found = []
-        for name in self.potential.cut.boundaries[stage]:
-            spec = by_name[name].spec
-            assert spec is not None
-            found.append((name, spec))
-        return found
+        return sent(self.potential, stage)
 
     def message_bytes(self, message: Message) -> int:
         """Bytes of a message as the executor packs it: the boundary, and what goes with it."""
@@ -181,22 +178,15 @@ def measure_stages(
         CaptureError: it cannot be captured.
     """
 
-    ranks = placement
-    while True:
-        try:
-            found = capture_module(
-                module, step, traced_batch, other_batch, [ranks], potential, manner=Manner(defer=True)
-            )
-            break
-        except CaptureError as error:
-            fewer = _FEWER.search(str(error))
-            if fewer is None:
-                raise
-            # What is worth a stage depends on measured times, so the number that is named is tried like any other.
-            most = min(int(fewer[1]), len(ranks) - 1)
-            if not or_fewer:
-                raise TooManyRanks(len(placement), most) from error
-            ranks = range(most)
+    def capture(ranks: Sequence[int]) -> Capture:
+        return capture_module(module, step, traced_batch, other_batch, [ranks], potential, manner=Manner(defer=True))
+
+    try:
+        found = capture(placement)
+    except TooFewParts as error:
+        if not or_fewer:
+            raise TooManyRanks(len(placement), error.most) from error
+        found = capture(range(error.most))
     return _measured(found, module, step, other_batch, repeats)
 
 
@@ -208,6 +198,10 @@ def _measured(
         arguments = call_arguments(module, captured.path, step, batch, captured.replaced is not None)
     call = PotentialCall(captured.path, *arguments, replaced=captured.replaced)
     submodule = potential_of(module, step, call)
+    tensors = captured.inputs(submodule)(call.args, call.kwargs)
+    profile = None
+    if isinstance(captured, CapturedPotential):
+        profile = measure(captured.program, captured.regions, submodule, tensors)
     validate(captured, submodule, call, TOGETHER)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
     began = time.perf_counter()
@@ -224,11 +218,12 @@ def _measured(
         memory.append(memory_costs(result.bytes))
     return Measured(
         captured,
+        report(captured, profile),
         phase_costs(_medians(walks[False])),
         phase_costs(_medians(walks[True])),
         memory[0],
         memory[1],
-        captured.bind_sizes(CallInputs(captured, submodule)(call.args, call.kwargs)),
+        captured.bind_sizes(tensors),
         max(_spread([sum(s.total for s in walk) for walk in found]) for found in walks.values()),
         num,
         capture.elapsed,

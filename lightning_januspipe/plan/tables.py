@@ -14,6 +14,7 @@ from lightning_januspipe.plan.rows import Plan, ScheduleRow, format_bytes
 
 _WIDTH = 120
 _UNEVEN = 1.3  # largest stage over an even one
+_MOST_TENSORS, _MOST_PARAMETERS = 4, 3  # that are named in a line
 
 
 def make_console() -> Console:
@@ -35,7 +36,7 @@ def stage_table(measured: Measured, num_ranks: int) -> Table:
         ("FE", "FF", "BF", "BE"),
         ("BF'", "BE'", "WF", "WE"),
         ("energy", "force", "kept"),
-        ("sends", "again"),
+        ("sends", "geom.", "again"),
     )
     total = sum(costs.total for costs in measured.costs)
     rows = zip(measured.costs, measured.deferred, measured.memory, strict=True)
@@ -48,39 +49,48 @@ def stage_table(measured: Measured, num_ranks: int) -> Table:
             *(_milliseconds(time) for time in (deferred.bf, deferred.be, deferred.wf, deferred.we)),
             *(format_bytes(held) for held in (memory.energy, memory.force, memory.kept)),
             "–" if is_last else format_bytes(measured.boundary_bytes(stage)),
-            str(len(measured.potential.cut.replicated[stage])),
+            *_repeated(measured, stage),
         )
     whole = measured.costs
     sums = [sum(getattr(costs, name) for costs in whole) for name in ("fe", "ff", "bf", "be")]
     late = [sum(getattr(costs, name) for costs in measured.deferred) for name in ("bf", "be", "wf", "we")]
     held = [sum(getattr(memory, name) for memory in measured.memory) for name in ("energy", "force", "kept")]
     table.add_section()
-    table.add_row("all", "100 %", *map(_milliseconds, [*sums, *late]), *map(format_bytes, held), "", "")
+    table.add_row("all", "100 %", *map(_milliseconds, [*sums, *late]), *map(format_bytes, held), "", "", "")
     return table
 
 
-def boundary_lines(measured: Measured, num_atoms: int, batch_symbol: str | None) -> list[str]:
-    """What every stage passes on to the next: bytes, for each atom too where all of it is per atom, and the tensors.
+def _repeated(measured: Measured, stage: int) -> list[str]:
+    """Shares of a stage's FE that go into geometry and into what is computed again."""
+    if not measured.report.repeated:  # the potential divides itself
+        return ["", ""]
+    repeated = measured.report.repeated[stage]
+    shares = (repeated.geometry_share, repeated.again_share)
+    return ["–" if share is None else f"{100 * share:.0f} %" for share in shares]
 
-    Args:
-        measured: the cut potential.
-        num_atoms: atoms of the micro-batch.
-        batch_symbol: the size symbol that is the number of atoms, written as N.
-    """
+
+def cut_lines(measured: Measured) -> list[str]:
+    """What every stage passes on to the next, and which parameters several stages hold."""
+    found = measured.report
     lines = []
-    for stage in range(measured.num_stages - 1):
-        boundary = measured.boundary(stage)
-        size = measured.boundary_bytes(stage)
-        per_atom = ""
-        if batch_symbol is not None and num_atoms and all(spec.shape[:1] == (batch_symbol,) for _, spec in boundary):
-            per_atom = f" ({size / num_atoms:.0f} B per atom)"
-        tensors = ", ".join(
-            f"{name} ({', '.join('N' if s == batch_symbol else str(s) for s in spec.shape)}) "
-            f"{str(spec.dtype).removeprefix('torch.')}"
-            for name, spec in boundary
-        )
-        lines.append(f"stage {stage} → {stage + 1}: {format_bytes(size)}{per_atom}: {tensors}")
+    for stage, boundary in enumerate(found.boundaries):
+        tensors = _listed([str(tensor) for tensor in boundary.tensors], _MOST_TENSORS)
+        size = format_bytes(measured.boundary_bytes(stage))
+        lines.append(f"stage {stage} → {stage + 1}: {boundary}, {size} here: {tensors}")
+    for word, place in found.defined.items():
+        lines.append(f"{word}s: the size of {place}")
+    groups: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for parameter in found.shared:
+        groups.setdefault((parameter.stages, parameter.reason), []).append(parameter.name)
+    for (stages, reason), names in groups.items():
+        places = ", ".join(map(str, stages))
+        lines.append(f"on stages {places}, gradients summed ({reason}): {_listed(names, _MOST_PARAMETERS)}")
     return lines
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def schedule_table(plan: Plan) -> Table:
@@ -147,7 +157,8 @@ def notes(plan: Plan) -> list[str]:
 
 STAGE_LEGEND = (
     "Times in ms. BF', BE', WF, WE: with weight gradients deferred. energy, force, kept: bytes held per micro-batch "
-    "from FE to BE, from FF to BF, from BF to BE. again: operations computed again instead of being sent."
+    "from FE to BE, from FF to BF, from BF to BE. geom., again: shares of FE that are geometry, which every stage "
+    "computes for itself, and what depends on parameters and is computed again instead of being sent."
 )
 
 

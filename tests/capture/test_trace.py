@@ -132,8 +132,9 @@ def test_buffers_updated_in_forward(potential: type[Potential], buffer: str) -> 
 
 
 def test_frozen_batch_norm_is_allowed() -> None:
-    module = Step(BatchNorm(1))
-    module.potential.layers[0].norm.eval()
+    module = Step(BatchNorm(2))
+    for layer in module.potential.layers:
+        layer.norm.eval()
     traced = Traced(module)
     assert_parity(traced.cut(2), module, make_batch((2, 3)))
 

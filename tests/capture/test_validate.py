@@ -19,7 +19,7 @@ from lightning_januspipe.capture.validate import run_captured, run_eager, valida
 
 @pytest.fixture(scope="module")
 def traced() -> Traced:
-    return Traced(Step(Potential(2)))
+    return Traced(Step(Potential(3)))
 
 
 def check(traced: Traced, captured: CapturedPotential) -> Any:

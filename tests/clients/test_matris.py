@@ -208,6 +208,18 @@ def test_options(arguments: dict[str, Any], task: str) -> None:
     assert_parity(found, module, graphs("Cu", "Al2", "Ni", "K"))
 
 
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"norm_type": "batch"}, "updates buffers in its forward"), ({"dropout": 0.1}, "draws random numbers")],
+)
+def test_options_that_no_pipeline_can_have(arguments: dict[str, Any], words: str) -> None:
+    module = Training(small(**arguments))
+    graphs = Graphs(module.potential.graph_converter)
+    with pytest.raises(CaptureError, match=words):
+        captured(module, graphs("Cu", "Al"), graphs("Ni2", "K", "Al"))
+
+
 class Wrapper(nn.Module):
     """Passes graphs on."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -18,6 +18,7 @@ GROUP = "lightning_januspipe.adapters"
 BUILT_IN = {
     "matgl": "lightning_januspipe.capture.adapters.matgl:MatGLAdapter",
     "matris": "lightning_januspipe.capture.adapters.matris:MatRISAdapter",
+    "nequip": "lightning_januspipe.capture.adapters.nequip:NequIPAdapter",
 }
 
 
@@ -32,6 +33,16 @@ class Adapter:
 
     version = "1"
     """Changed with the adapter: what was traced with another version is traced again."""
+
+    def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Active during the whole of a capture, also while the user's step runs in it.
+
+        Here belongs what a module does beside computing its forward, such as compiling itself when it is first called.
+
+        Args:
+            module: the LightningModule.
+        """
+        return nullcontext()
 
     def arguments(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -95,6 +106,15 @@ def adapters_of(potential: nn.Module) -> list[Adapter]:
             module, _, name = place.partition(":")
             found.append(getattr(importlib.import_module(module), name)())
     return found
+
+
+@contextmanager
+def capturing(module: nn.Module) -> Iterator[None]:
+    """The contexts of all adapters for the packages that define a LightningModule or one of its parts."""
+    with ExitStack() as stack:
+        for adapter in adapters_of(module):
+            stack.enter_context(adapter.capturing(module))
+        yield
 
 
 def adapted(

@@ -57,9 +57,10 @@ class MatRISAdapter(Adapter):
         """Forces ``f`` and magnetic moments ``m`` of all atoms, and stresses ``s`` of all structures, as tensors."""
         if not _is_matris(potential):
             return returned
-        join: dict[str, Callable[[Sequence[Tensor]], Tensor]]
-        join = {"f": torch.cat, "m": torch.cat, "s": lambda parts: torch.cat([p.reshape(-1, 3, 3) for p in parts])}
-        return {k: join[k](v) if k in join else v for k, v in returned.items()}
+        shapes = {"f": (-1, 3), "m": (-1,), "s": (-1, 3, 3)}
+        return {
+            k: torch.cat([part.reshape(shapes[k]) for part in v]) if k in shapes else v for k, v in returned.items()
+        }
 
     def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
         """Forces, magnetic moments and stresses of each structure, as MatRIS returns them."""
@@ -236,11 +237,13 @@ class _Sizes(TorchFunctionMode):
             return (args[0],)
         if func is torch.bincount and id(args[0]) in self._counts:
             return self._counts[id(args[0])]
-        # A graph without mutations is traced in half the time.
-        return _FUNCTIONAL.get(func, func)(*args, **(kwargs or {}))
+        if func in _FUNCTIONAL and args[0].is_floating_point():  # integers are counters of buffers
+            func = _FUNCTIONAL[func]
+        return func(*args, **(kwargs or {}))
 
 
 _FUNCTIONAL: dict[Any, Any] = {Tensor.index_add_: Tensor.index_add, Tensor.add_: Tensor.add}
+"""MatRIS uses only what these return; a graph without mutations is traced in half the time."""
 
 
 def _softmax(features: Tensor, segment: Tensor, num_segment: int | None = None) -> Tensor:

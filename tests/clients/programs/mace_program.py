@@ -88,28 +88,27 @@ def model(kind: str, num_layers: int, correlation: int, **arguments: Any) -> tor
     from e3nn import o3  # which this torch can import after mace only
 
     torch.manual_seed(0)
-    common: dict[str, Any] = dict(
-        r_max=CUTOFF,
-        num_bessel=6,
-        num_polynomial_cutoff=5,
-        max_ell=2,
-        interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-        interaction_cls_first=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-        num_interactions=num_layers,
-        num_elements=len(NUMBERS),
-        hidden_irreps=o3.Irreps("8x0e + 8x1o"),
-        MLP_irreps=o3.Irreps("8x0e"),
-        atomic_energies=np.array([3.2, 4.7, 3.5]),
-        avg_num_neighbors=18.0,
-        atomic_numbers=list(NUMBERS),
-        correlation=correlation,
-        gate=torch.nn.functional.silu,
-        radial_MLP=[16, 16],
-    )
-    common.update(arguments)
+    common: dict[str, Any] = {
+        "r_max": CUTOFF,
+        "num_bessel": 6,
+        "num_polynomial_cutoff": 5,
+        "max_ell": 2,
+        "interaction_cls": modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+        "interaction_cls_first": modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+        "num_interactions": num_layers,
+        "num_elements": len(NUMBERS),
+        "hidden_irreps": o3.Irreps("8x0e + 8x1o"),
+        "MLP_irreps": o3.Irreps("8x0e"),
+        "atomic_energies": np.array([3.2, 4.7, 3.5]),
+        "avg_num_neighbors": 18.0,
+        "atomic_numbers": list(NUMBERS),
+        "correlation": correlation,
+        "gate": torch.nn.functional.silu,
+        "radial_MLP": [16, 16],
+    }
     if kind == "mace":
-        return modules.MACE(**common)
-    return modules.ScaleShiftMACE(atomic_inter_scale=0.8, atomic_inter_shift=0.1, **common)
+        return modules.MACE(**{**common, **arguments})
+    return modules.ScaleShiftMACE(**{**common, "atomic_inter_scale": 0.8, "atomic_inter_shift": 0.1, **arguments})
 
 
 class Potential(lightning.LightningModule):

@@ -1,0 +1,35 @@
+"""NequIP 0.19 (and what is built on it): models that compile themselves are captured as they are without that.
+
+With ``compile_mode: compile`` a model traces and compiles itself when it is first called, for minutes, and calls
+``torch.autograd.grad`` in that. The stages of a pipeline do not run what it compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+
+from torch import nn
+
+from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.instep import forward_replaced
+
+
+class NequIPAdapter(Adapter):
+    """For ``nequip.nn.CompileGraphModel``, which is a ``GraphModel`` with the same parameters."""
+
+    def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Every model runs the forward of ``GraphModel``."""
+        return _not_compiled(module)
+
+
+@contextmanager
+def _not_compiled(module: nn.Module) -> Iterator[None]:
+    from nequip.nn import GraphModel
+
+    with ExitStack() as stack:
+        for part in module.modules():
+            if getattr(part, "is_compile_graph_model", False):
+                stack.enter_context(forward_replaced(part, partial(GraphModel.forward, part)))
+        yield

@@ -1,0 +1,130 @@
+"""MACE with e3nn's compiled modules, in the LightningModule that a user writes, trained in a pipeline.
+
+Slow, and skipped where MACE is absent:
+
+    pip install mace-torch==0.3.16 && python -m pytest -m slow tests/clients/test_mace.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from capture_models import assert_parity
+
+from lightning_januspipe.capture import capture_module
+
+from .compare import PROGRAMS, assert_same, train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(find_spec("mace") is None, reason="mace is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+PROGRAM = "mace_program.py"
+
+
+def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
+    """Arguments for a pipeline of as many ranks as devices."""
+    janus = f'{{"num_microbatches": {num_microbatches}}}'
+    return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
+
+
+@pytest.mark.parametrize("model", ["mace", "scaleshift"])
+def test_whole_batches(model: str, tmp_path: Path) -> None:
+    """The validation calls the model with another ``training`` than the training does."""
+    common = ["--model", model, "--validate"]
+    reference = train(PROGRAM, tmp_path, "plain", *common)
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "mace", "--structures", "mixed", "--clip", "10", "--ema"],
+        ["--structures", "lone"],  # micro-batches of a single atom, without edges
+    ],
+)
+def test_microbatches_are_accumulation(options: list[str], tmp_path: Path) -> None:
+    reference = train(PROGRAM, tmp_path, "plain", *options, "--batch-size", "1", "--accumulate", "4")
+    found = train(PROGRAM, tmp_path, "pipeline", *options, *pipeline(4))
+    assert_same(reference, found, losses=False)  # those of single structures there, of batches here
+
+
+def test_molecules_one_by_one(tmp_path: Path) -> None:
+    common = ["--structures", "molecules", "--batch-size", "1"]
+    reference = train(PROGRAM, tmp_path, "plain", *common)
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+
+
+def test_three_ranks(tmp_path: Path) -> None:
+    reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield import_module("mace_program")
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        (3, {}),
+        (2, {"pair_repulsion": True, "distance_transform": "Agnesi"}),
+        (2, {"heads": ["first", "second"], "atomic_energies": [[3.2, 4.7, 3.5], [3.0, 4.0, 3.0]]}),
+    ],
+)
+def test_capture(layers: int, options: dict[str, Any], program: Any) -> None:
+    """Compiled modules stay what they are, and only features of atoms are sent."""
+    from mace.tools.torch_geometric import Batch
+
+    if "heads" in options:
+        options = {**options, "atomic_inter_scale": [0.8, 0.9], "atomic_inter_shift": [0.1, 0.2]}
+    module = program.Potential(program.model("scaleshift", layers, 2, **options))
+    module.log = lambda *_, **__: None
+    structures = program.dataset("mixed", 6) + program.dataset("lone", 2)
+    for index, structure in enumerate(structures):
+        structure.head = torch.tensor(index % len(module.model.heads))
+
+    def batch(*indices: int) -> Any:
+        return Batch.from_data_list([structures[i] for i in indices])
+
+    step, validation = module.training_step, module.validation_step
+    module.training_step = lambda batch: step(batch, 0)
+    compiled = {n: m for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    assert len(compiled) > 5
+    before = module.predict(batch(1, 2))
+    batches = batch(0, 1, 2), batch(4, 3)
+    captured = capture_module(
+        module, module.training_step, *batches, [[0, 1]], evaluation_step=lambda batch: validation(batch, 0)
+    ).potential
+    after = module.predict(batch(1, 2))
+    assert all(torch.equal(before[name], after[name]) for name in ("energy", "forces", "stress"))
+    assert {n: m for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)} == compiled
+
+    (boundary,) = captured.cut.boundaries
+    places = captured.call.tensors
+    atoms = {s for s, (i, _) in captured.program.symbols.items() if places[i] in _OF_ATOMS}
+    shapes = [captured.program.by_name[n].spec.shape for n in boundary]
+    assert shapes and all(shape[0] in atoms for shape in shapes), shapes
+    numbers = sum(torch.Size(shape[1:]).numel() for shape in shapes)
+    assert numbers <= 120, "features (32 numbers for each atom) and messages (72), with a few more"
+    for indices in ((0, 1, 2, 5), (3,), (7,), (7, 3)):  # the last structure is one atom
+        assert_parity(captured, module, batch(*indices))
+
+
+_OF_ATOMS = {f"[0][0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
