@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_januspipe.capture import Capture, Manner, ProgramCache, Stages, capture_module
+from lightning_januspipe.capture import Capture, CaptureError, Manner, ProgramCache, Stages, capture_module
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.mesh import Mesh, as_world
@@ -26,7 +26,7 @@ class CaptureRequest:
         step: its training or evaluation step.
         examples: gives two batches of other sizes; called on one rank.
         num_microbatches: of most steps; the cut is chosen for it.
-        ready: the modes and contexts that the step is run in.
+        ready: the contexts that the step is run in, with the module in training mode or as it is.
         trains: whether it is for training.
         evaluation_step: validation_step, where training runs it.
     """
@@ -35,7 +35,7 @@ class CaptureRequest:
     step: Callable[..., Any]
     examples: Callable[[], tuple[Any, Any]]
     num_microbatches: int
-    ready: Callable[[], AbstractContextManager[None]]
+    ready: Callable[[bool], AbstractContextManager[None]]
     trains: bool
     evaluation_step: Callable[..., Any] | None = None
 
@@ -108,8 +108,8 @@ class Capturer:
             def step_time(seconds: list[PhaseSeconds]) -> float:
                 return self._planner(num_ranks, latency, seconds).step_time(request.num_microbatches)
 
-            def capture() -> Capture:
-                with request.ready():
+            def capture_in(training: bool) -> Capture:
+                with request.ready(training):
                     examples = request.examples()
                     evaluation = request.evaluation_step
                     with as_world(mesh.alone_group):  # this rank alone runs the step now, with its collectives
@@ -125,6 +125,15 @@ class Capturer:
                             stages=self._stages,
                             cache=ProgramCache.default(),
                         )
+
+            def capture() -> Capture:
+                # Many potentials detach their forces in evaluation; some differentiate once only if they are told so.
+                try:
+                    return capture_in(not request.trains)
+                except CaptureError:
+                    if request.trains:
+                        raise
+                return capture_in(False)
 
             result = on_first_rank(capture, rank, broadcast)
             self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)

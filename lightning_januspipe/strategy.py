@@ -323,8 +323,8 @@ class JanusPipeBody:
             return self._moved(first), self._moved(second)
 
         @contextmanager
-        def ready() -> Generator[None, None, None]:
-            with differentiable(), training_mode(module, not trains), self.precision_plugin.forward_context():
+        def ready(training: bool) -> Generator[None, None, None]:
+            with differentiable(), training_mode(module, training), self.precision_plugin.forward_context():
                 yield
 
         evaluation = module.validation_step if trains and module.trainer.enable_validation else None

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut
 from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, TooFewParts
 from lightning_januspipe.capture.explicit import ExplicitPotential
 from lightning_januspipe.capture.find import PotentialCall
 from lightning_januspipe.capture.stages import CapturedPotential
@@ -116,7 +116,8 @@ def balance_parts(
         placements: the rank of each stage; those after the first are left out where there are fewer parts.
 
     Raises:
-        CaptureError: the parts compute something else than the potential's forward, or are fewer than stages.
+        CaptureError: the parts compute something else than the potential's forward.
+        TooFewParts: they are fewer than stages.
     """
     folded = replace(manner, apart=False)
     validate(parts, potential, call, folded)
@@ -129,9 +130,10 @@ def balance_parts(
         validate(joined, potential, call, folded)
         found.append((joined, run_captured(joined, potential, call, folded)[1].seconds))
     if not found:
-        raise CaptureError(
+        raise TooFewParts(
             f"pipeline_size={len(set(placements[0]))}, but the potential {parts.path!r} has {parts.num_stages} parts. "
-            f"Use pipeline_size={parts.num_stages} or less, and give the other ranks to data_size, or make more parts."
+            f"Use pipeline_size={parts.num_stages} or less, and give the other ranks to data_size, or make more parts.",
+            most=parts.num_stages,
         )
     return found
 

@@ -29,6 +29,7 @@ from lightning_januspipe.capture.instep import StepPotential
 from lightning_januspipe.capture.key import program_key
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.program import Program
+from lightning_januspipe.capture.report import summary
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.trace import trace_potential
 from lightning_januspipe.capture.unchanged import unchanged
@@ -62,12 +63,11 @@ class Capture:
         """One line for a user: what was found, and how it is divided."""
         total = sum(s.total for s in self.seconds)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
-        kilobytes = ", ".join(f"{b / 1e3:.0f}" for b in self.potential.boundary_bytes)
         num = sum(self.potential.num_operations)
         name = repr(self.potential.path) if self.potential.path else "(the LightningModule itself)"
         return (
             f"potential {name} {self.origin}: {num} operations in {len(self.seconds)} stages with {shares} of the "
-            f"work, boundaries of {kilobytes} kB, ready after {self.elapsed:.1f} s"
+            f"work, {summary(self.potential)}, ready after {self.elapsed:.1f} s"
         )
 
 

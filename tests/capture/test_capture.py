@@ -123,7 +123,8 @@ def test_named_potential() -> None:
 
 def test_description() -> None:
     text = capture(Step(Potential(3)), 2).describe()
-    assert text.startswith("potential 'potential' (") and "2 stages" in text and "captured in" in text
+    assert text.startswith("potential 'potential' captured") and "2 stages" in text
+    assert re.search(r"a boundary of \d+ bytes per atom, ready after", text)
     shares = [int(x) for x in re.findall(r"(\d+) %", text)]
     assert len(shares) == 2 and 99 <= sum(shares) <= 101
 

@@ -201,3 +201,12 @@ def test_numbers_that_only_the_captured_potential_lacks(traced: Traced) -> None:
 
     with pytest.raises(CaptureError, match="output 2 has largest difference"):
         check(traced, changed(traced, without_stress))
+
+
+def test_forces_that_vanish_by_symmetry() -> None:
+    """Two equal atoms apart from each other alone have no forces on a lattice of their own; that is no mistake."""
+    module = Step(Potential(2))
+    traced = Traced(module)
+    captured = traced.cut(2)
+    alone = make_batch((1, 1))
+    validate(captured, traced.potential, traced.call_on(alone))
