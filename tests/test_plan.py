@@ -343,7 +343,10 @@ class TestRecipe:
         assert all(value > 0 for stage in stages for value in stage["seconds"].values())
         assert stages[-1]["boundary"] == [] and stages[0]["boundary_bytes"] > 0
         assert {tensor["dtype"] for tensor in stages[0]["boundary"]} == {"float64"}
-        assert "B per atom): " in text and "(N, " in text
+        (boundary,) = content["cuts"]["2"]["boundaries"]
+        per_atom = boundary["bytes_per"]["atom"]
+        assert list(boundary["bytes_per"]) == ["atom"] and stages[0]["boundary_bytes"] == 8 * per_atom
+        assert f"stage 0 → 1: {per_atom:,} B per atom" in text
         shares = [line.split()[1] for line in text.splitlines() if line.split()[2:3] == ["%"]]
         assert sum(map(int, shares[:2])) == pytest.approx(100, abs=1) and shares[2] == "100"
 

@@ -1,6 +1,7 @@
 """Potentials that divide themselves: for what cannot be traced, and for a start without tracing.
 
-Both ways end in the same: for each stage a pure function of (parameters, boundary in, batch) to (boundary out, outputs).
+Both ways end in the same: for each stage a pure function of (parameters, boundary in, batch) to (boundary out,
+outputs).
 """
 
 from __future__ import annotations

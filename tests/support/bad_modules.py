@@ -109,16 +109,6 @@ class FirstOrder(Energy):
         return {"energy": energy, "forces": -gradient}
 
 
-class InStep(Module):
-    """The derivative in the training step itself."""
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
-        positions = batch["positions"].detach().requires_grad_()
-        energy = self.potential.energy(batch, positions)
-        (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
-        return (energy - batch["energy"]).square().mean() + (gradient + batch["forces"]).square().mean()
-
-
 class NotFinite(Module):
     """A loss that is NaN in the second batch."""
 
@@ -184,7 +174,6 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "two derivatives": _with(Module, Twice),
     "no second derivative": _with(Module, Detached),
     "no graph of the derivative": _with(Module, FirstOrder),
-    "derivative in the step": _with(InStep),
     "loss not finite": _with(NotFinite),
     "manual optimization": _with(Manual),
     "own backward": _with(OwnBackward),
