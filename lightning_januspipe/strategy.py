@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import Stages
+from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.step import replaced_log
 from lightning_januspipe.capturing import Capturer, CaptureRequest
 from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
@@ -411,8 +412,10 @@ class JanusPipeBody:
     def _evaluate(self, function: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         assert self.mesh is not None
         runner = self.runner or Undivided(self.lightning_module, self.mesh)
+        # Before training, a model that compiles itself would do so on every rank, for what the stages do not run.
+        whole = capturing(self.lightning_module) if self.runner is None else nullcontext()
         # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
-        with differentiable():
+        with differentiable(), whole:
             return runner.evaluate_step(lambda b: function(b, *args, **kwargs), without_inference(batch))
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
     for names, cost, measured in zip(cut.bodies, cut.costs, seconds, strict=True):
         for name in names:
             scaled[name] = profile.seconds.get(name, 0.0) * measured.total / max(cost, 1e-9)
-    return Profile(scaled, profile.num_bytes)
+    return replace(profile, seconds=scaled)
 
 
 def _slowest(seconds: Sequence[PhaseSeconds], placement: Sequence[int]) -> float:

@@ -49,10 +49,17 @@ class Regions:
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured seconds and bytes of every value of the forward pass, on one example batch."""
+    """What was measured on one example batch.
+
+    Attributes:
+        seconds: to compute each value of the forward pass.
+        num_bytes: of each of these values.
+        sizes: values of the size expressions in shapes.
+    """
 
     seconds: Mapping[str, float]
     num_bytes: Mapping[str, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Cut:
         boundaries: values sent from each stage to the next (one fewer than stages).
         costs: estimated seconds of the forward pass of each stage, geometry not counted.
         boundary_bytes: bytes of each boundary on the example batch.
-        sizes: values of the symbolic sizes on the example batch.
+        sizes: values of the size expressions in shapes, on the example batch.
     """
 
     bodies: list[list[str]]
@@ -73,7 +80,7 @@ class Cut:
     boundaries: list[list[str]]
     costs: list[float] = field(default_factory=list)
     boundary_bytes: list[int] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -344,15 +351,5 @@ def _assemble(
             for names, again in zip(bodies, replicated, strict=True)
         ],
         boundary_bytes=[sum(profile.num_bytes.get(n, 0) for n in names) for names in boundaries],
-        sizes=_sizes(program, profile.num_bytes),
+        sizes=profile.sizes,
     )
-
-
-def _sizes(program: Program, num_bytes: Mapping[str, int]) -> dict[str, int]:
-    """Values of the size expressions of all shapes that hold just one."""
-    found: dict[str, int] = {}
-    for node in program.nodes:
-        symbolic = [s for s in node.spec.shape if isinstance(s, str)] if node.spec is not None else []
-        if len(symbolic) == 1 and num_bytes.get(node.name):
-            found.setdefault(symbolic[0], _num_rows(node, num_bytes[node.name]))
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
@@ -71,6 +72,10 @@ class DividedPotential(Protocol):
     @property
     def boundary_bytes(self) -> Sequence[int]:
         """Bytes of each boundary on the batch that was measured."""
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Floating-point types that it computes in."""
 
     @property
     def chain(self) -> ChainSpec:

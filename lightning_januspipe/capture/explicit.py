@@ -121,6 +121,11 @@ class ExplicitPotential:
     step_parameters: tuple[str, ...] = ()
 
     @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Floating-point types of what its parts return."""
+        return {s.dtype for features in self.features for s in features.values() if s.dtype.is_floating_point}
+
+    @property
     def num_stages(self) -> int:
         """Length of the chain."""
         return len(self.bounds) - 1

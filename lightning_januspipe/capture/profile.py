@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ _SECONDS = 1.0
 def measure(
     program: Program, regions: Regions, potential: nn.Module, tensors: Sequence[Tensor], repeats: int | None = None
 ) -> Profile:
-    """Seconds (the least of several runs) and bytes of every operation of body and geometry.
+    """Seconds (the least of several runs) and bytes of every operation of body and geometry, and sizes.
 
     Args:
         program: the traced potential.
@@ -37,6 +37,7 @@ def measure(
     on_cuda = any(t.is_cuda for t in tensors)
     seconds: dict[str, float] = {}
     num_bytes: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     started = time.perf_counter()
     for repeat in range((repeats or _MOST_REPEATS) + 1):
         if repeats is None and repeat > _LEAST_REPEATS and time.perf_counter() - started > _SECONDS:
@@ -58,8 +59,18 @@ def measure(
                     seconds[node.name] = min(seconds.get(node.name, spent), spent)
                 if isinstance(value, Tensor):
                     num_bytes[node.name] = value.numel() * value.element_size()
+        sizes = _sizes(program, values)
+        # With the last value goes the graph of autograd: not in the time of the next run's first operation.
         values.clear()
-        value = (
-            None  # with the last value goes the graph of autograd: not in the time of the next run's first operation
-        )
-    return Profile(seconds, num_bytes)
+        value = None
+    return Profile(seconds, num_bytes, sizes)
+
+
+def _sizes(program: Program, values: Mapping[str, object]) -> dict[str, int]:
+    """Values of the size expressions in the shapes of some values."""
+    found: dict[str, int] = {}
+    for name, value in values.items():
+        spec = program.by_name[name].spec
+        if spec is not None and isinstance(value, Tensor) and value.dim() == len(spec.shape):
+            found.update({s: size for s, size in zip(spec.shape, value.shape, strict=True) if isinstance(s, str)})
+    return found

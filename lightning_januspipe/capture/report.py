@@ -162,7 +162,7 @@ def sent(potential: DividedPotential, stage: int) -> list[tuple[str, TensorSpec]
 
 
 def _rank(per: str) -> tuple[int, str]:
-    known = ("atom", "edge", "angle")
+    known = ("atom", "edge", "undirected edge", "angle")
     return (known.index(per), "") if per in known else (len(known), per)
 
 

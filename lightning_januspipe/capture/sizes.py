@@ -65,7 +65,7 @@ def words_of(potential: DividedPotential) -> Words:
 
     The number of atoms is the first size of the positions that the energy is differentiated by, that of structures the
     first size of the strain, or of the energies. What is looked up from atoms with indices are edges, what is looked up
-    from edges with two or more are angles.
+    from edges with two or more are angles, and half as many as edges are undirected edges.
     """
     if isinstance(potential, ExplicitPotential):
         return _of_parts(potential)
@@ -104,7 +104,10 @@ def _of_program(captured: CapturedPotential) -> Words:
     edges = {length for length, sources in targets.items() if length not in words and atoms & set(sources)}
     known = edges | {size for size, word in words.items() if word == "edge"}
     angles = {a for a in edges if sum(len(targets[a][b]) for b in known & set(targets[a]) if b != a) > 1}
-    angles |= {a for a, sources in targets.items() if a not in words and a not in edges and known & set(sources)}
+    of_edges = {a for a, sources in targets.items() if a not in words and a not in edges and known & set(sources)}
+    undirected = {a for a in of_edges if isinstance(a, int) and 2 * a in known}
+    words.update(dict.fromkeys(undirected, "undirected edge"))
+    angles |= of_edges - undirected
     places: dict[str, str] = {}
     for word, sizes in (("edge", sorted(known - angles, key=str)), ("angle", sorted(angles, key=str))):
         for number, size in enumerate(sizes):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -50,6 +51,12 @@ class CapturedPotential:
             observables=tuple(_spec(self.program, n) for n in self.regions.observables),
             observable_stage=tuple(owner[n] for n in self.regions.observables),
         )
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Floating-point types that its operations compute in."""
+        specs = (self.program.by_name[n].spec for n in (*self.regions.geometry, *self.regions.body))
+        return {spec.dtype for spec in specs if spec is not None and spec.dtype.is_floating_point}
 
     @property
     def num_stages(self) -> int:

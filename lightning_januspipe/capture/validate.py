@@ -262,12 +262,13 @@ def validate(
         *zip((f"output {k}" for k in captured.outputs), eager.outputs, found.outputs, strict=True),
     ]
     scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
+    tolerance = _tolerance(captured, potential)
     for what, a, b in pairs:
-        _compare(what, a, b, _scale(a), captured.path)
+        _compare(what, a, b, _scale(a), tolerance, captured.path)
     for parameter, name in names.items():
         if parameter in eager.gradients or parameter in found.gradients:
             a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
-            _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, captured.path)
+            _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, tolerance, captured.path)
     return result.seconds
 
 
@@ -287,11 +288,23 @@ def validate_evaluation(captured: DividedPotential, potential: nn.Module, call: 
     finally:
         for module, mode in modes.items():
             module.training = mode
+    tolerance = _tolerance(captured, potential)
     for position, a, b in zip(captured.outputs, eager.outputs, found.outputs, strict=True):
-        _compare(f"in evaluation mode output {position}", a, b, _scale(a), captured.path)
+        _compare(f"in evaluation mode output {position}", a, b, _scale(a), tolerance, captured.path)
 
 
-def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str) -> None:
+def _tolerance(captured: DividedPotential, potential: nn.Module) -> float:
+    """The largest relative difference that rounding explains.
+
+    The coarsest type that a potential computes in decides: positions, forces and energies may be of a finer one.
+    Double differentiation in float32 loses digits; a wrong graph is off by far more than this.
+    """
+    dtypes = captured.dtypes | {p.dtype for p in potential.parameters() if p.is_floating_point()}
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return 1e-8 if coarsest < 1e-15 else 2e-3 if coarsest < 1e-6 else 0.1
+
+
+def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance: float, path: str) -> None:
     if eager.dim() < captured.dim() and _without_ones(eager) == _without_ones(captured):
         eager = eager.reshape(captured.shape)  # a forward may squeeze what it returns of one structure
     if eager.shape != captured.shape:
@@ -301,8 +314,6 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, path: str
             return
         reason = "other values"
     else:
-        # Double differentiation in float32 loses digits; a wrong graph is off by far more than this.
-        tolerance = 1e-8 if eager.dtype == torch.float64 else 2e-3 if eager.dtype == torch.float32 else 0.1
         no_numbers = ~(eager.isfinite() | captured.isfinite())
         error = float((eager - captured).abs().masked_fill(no_numbers, 0.0).max()) if eager.numel() else 0.0
         if error <= tolerance * max(scale, 1e-12):

@@ -210,3 +210,28 @@ def test_forces_that_vanish_by_symmetry() -> None:
     captured = traced.cut(2)
     alone = make_batch((1, 1))
     validate(captured, traced.potential, traced.call_on(alone))
+
+
+class Narrow(Potential):
+    """Layers in float32 between positions and energies in float64, as models with a ``model_dtype`` have them."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        vectors = vectors.float()
+        radial = torch.exp(-((vectors.square().sum(-1, keepdim=True).sqrt() / 4.0 - torch.arange(4)) ** 2))
+        h = self.embedding(batch["species"])
+        for layer in self.layers:
+            h = layer(h, radial, batch["edges"])
+        return h.double()
+
+
+def test_layers_in_a_coarser_type_than_positions() -> None:
+    module = Step(Narrow(2))
+    module.potential.layers.float()
+    module.potential.embedding.float()
+    traced = Traced(module, make_batch((5, 4)))
+    captured = traced.cut(2)
+    assert captured.dtypes == {torch.float32, torch.float64}
+    assert {spec.dtype for spec in captured.chain.coordinates} == {torch.float64}
+    check(traced, captured)
+    with pytest.raises(CaptureError, match="differs from the module itself"):
+        check(traced, changed(traced, other_activation))

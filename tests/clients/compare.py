@@ -1,13 +1,15 @@
 """Train with a program in a process of its own, and compare what two runs trained.
 
 A program takes ``--out FILE`` and writes there, with ``torch.save``, a dict with ``losses`` (one number per step) and
-``state`` (the consolidated state dict after the last step).
+``state`` (the consolidated state dict after the last step). Command lines of packages write checkpoints, of which
+:func:`summary` makes the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,9 +32,26 @@ def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
         arguments: the program's.
     """
     out = folder / f"{name}.pt"
-    command = [sys.executable, str(PROGRAMS / program), "--out", str(out), *arguments]
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "JANUSPIPE_CACHE": str(folder / "cache")}
+    execute([sys.executable, str(PROGRAMS / program), "--out", str(out), *arguments], folder, name)
+    return out
+
+
+def execute(command: list[str], folder: Path, name: str, path: Path = ROOT, **variables: str) -> str:
+    """Run a command to its end and return what it wrote to the terminal.
+
+    Args:
+        command: the executable and its arguments.
+        folder: where it runs; what it traces is kept there for the next one.
+        name: of this run.
+        path: to find modules in, before others.
+        variables: of its environment.
+
+    Raises:
+        AssertionError: it failed, or took too long.
+    """
+    search = os.pathsep.join(p for p in (str(path), os.environ.get("PYTHONPATH")) if p)
+    cache = str(folder / "cache")
+    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "JANUSPIPE_CACHE": cache, **variables}
     log = folder / f"{name}.log"
     with log.open("w") as stream:
         # A session of its own, so that the ranks that it starts end with it.
@@ -47,8 +66,44 @@ def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert code == 0, f"{program} {' '.join(arguments)}: exit code {code}\n{log.read_text()[-4000:]}"
+    text = log.read_text()
+    assert code == 0, f"{' '.join(command)}: exit code {code}\n{text[-4000:]}"
+    return text
+
+
+def summary(checkpoint: Path) -> Path:
+    """What a checkpoint of Lightning holds, in a file as programs write it; scores of ``ModelCheckpoint`` as losses."""
+    saved = torch.load(checkpoint, weights_only=False)
+    found = [state["best_model_score"] for state in saved["callbacks"].values() if "best_model_score" in state]
+    out = checkpoint.with_suffix(".pt")
+    torch.save({"losses": [float(score) for score in found], "state": saved["state_dict"]}, out)
     return out
+
+
+class Runs:
+    """Runs of one program in one folder, each of them once.
+
+    Args:
+        program: file name in ``tests/clients/programs``.
+        folder: where they run and write.
+    """
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self._program, self._folder = program, folder
+        self._done: dict[tuple[str, ...], Path] = {}
+
+    def __call__(self, *arguments: str) -> Path:
+        """The file that the program wrote with these arguments."""
+        if arguments not in self._done:
+            self._done[arguments] = train(self._program, self._folder, f"run{len(self._done)}", *arguments)
+        return self._done[arguments]
+
+
+def sent_per(log: Path) -> set[str]:
+    """What a pipeline sends numbers for, ``{"atom"}`` for one, by the line that it printed when it was captured."""
+    (line,) = [line for line in log.read_text().splitlines() if "januspipe: potential" in line]
+    boundaries = line[: line.index(", ready after")]
+    return set(re.findall(r"bytes per (\w+)", boundaries))
 
 
 def assert_same(reference: Path, found: Path, tolerance: float = 1e-9, losses: bool = True) -> None:

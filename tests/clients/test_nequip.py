@@ -1,68 +1,102 @@
-"""NequIP's own LightningModule and data module, unmodified, trained in a pipeline of two ranks.
+"""NequIP's own LightningModules, data module and command line, unmodified, trained in a pipeline.
 
-Slow, and skipped where NequIP or the client script beside the repository is absent:
+Slow, and skipped where NequIP is absent:
 
-    pip install nequip==0.19.1 && python -m pytest -m slow tests/clients
+    pip install nequip==0.19.1 && python -m pytest -m slow tests/clients/test_nequip.py
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-CLIENT = ROOT.parent / "shared" / "clients" / "nequip_client.py"
+from .compare import ROOT, Runs, assert_same, execute, sent_per, summary
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(find_spec("nequip") is None, reason="nequip is not installed"),
-    pytest.mark.skipif(not CLIENT.exists(), reason="the client script is not beside the repository"),
 ]
 
-
-def train(folder: Path, name: str, *arguments: str) -> Path:
-    """Run the client; returns the file with its losses and the sums of its trained parameters."""
-    out = folder / f"{name}.json"
-    command = [sys.executable, str(CLIENT), "--steps", "5", "--out", str(out), *arguments]
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+ACCUMULATED = ["--batch-size", "1", "--accumulate", "4"]
 
 
-def differences(a: Path, b: Path) -> tuple[float, float]:
-    """Largest relative difference of the losses of all steps, and of the sums over all parameters."""
-    first, second = json.loads(a.read_text()), json.loads(b.read_text())
-
-    def relative(x: float, y: float) -> float:
-        return abs(x - y) / max(abs(x), abs(y), 1e-300)
-
-    losses = [relative(x, y) for x, y in zip(first["losses"], second["losses"], strict=False)]
-    parameters = [relative(first["params"][k], second["params"][k]) for k in ("n", "sum", "l2")]
-    return max(losses), max(parameters)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs("nequip_program.py", tmp_path_factory.mktemp("nequip"))
 
 
-PIPELINE = ["--import", "lightning_januspipe", "--strategy", "januspipe", "--devices", "2"]
+def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
+    """Arguments for a pipeline of as many ranks as devices."""
+    return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
 
 
-def test_whole_batches(tmp_path: Path) -> None:
-    reference = train(tmp_path, "plain", "--strategy", "auto")
-    found = train(tmp_path, "pipeline", *PIPELINE, "--janus", '{"num_microbatches": 1}')
-    losses, parameters = differences(reference, found)
-    assert losses < 1e-9 and parameters < 1e-9
+def assert_same_averages(reference: Path, found: Path) -> None:
+    """NequIP's moving averages are buffers of the state dict, and their number of updates is beside them."""
+    first, second = (torch.load(p, weights_only=False) for p in (reference, found))
+    assert any(name.startswith("ema.ema_weight") for name in first["state"])
+    assert first["ema"] == second["ema"] is not None
 
 
-def test_microbatches_are_accumulation(tmp_path: Path) -> None:
-    reference = train(tmp_path, "plain", "--strategy", "auto", "--batch-size", "1", "--accumulate", "4")
-    found = train(tmp_path, "pipeline", *PIPELINE, "--batch-size", "4", "--janus", '{"num_microbatches": 4}')
-    _, parameters = differences(reference, found)  # losses are of single structures there, and of batches here
-    assert parameters < 1e-9
+@pytest.mark.parametrize("options", [["--ema", "--validate"], ["--structures", "molecules"], ["--structures", "lone"]])
+def test_whole_batches(options: list[str], run: Runs) -> None:
+    """Crystals with stresses and metrics of a moving average, molecules, and some structures of one atom."""
+    reference, found = run(*options), run(*options, *pipeline(1))
+    assert_same(reference, found)
+    assert sent_per(found.with_suffix(".log")) == {"atom"}
+    if "--ema" in options:
+        assert_same_averages(reference, found)
+
+
+@pytest.mark.parametrize("options", [["--ema"], ["--structures", "lone"]])
+def test_microbatches_are_accumulation(options: list[str], run: Runs) -> None:
+    """Micro-batches of one crystal, and of one atom without edges."""
+    reference, found = run(*options, *ACCUMULATED), run(*options, *pipeline(4))
+    assert_same(reference, found, losses=False)  # those of single structures there, of batches here
+    if "--ema" in options:
+        assert_same_averages(reference, found)
+
+
+def test_molecules_one_by_one(run: Runs) -> None:
+    common = ["--structures", "molecules", "--batch-size", "1", "--num-structures", "5"]
+    assert_same(run(*common), run(*common, *pipeline(1)))
+
+
+def test_three_ranks_go_on_from_a_checkpoint(run: Runs) -> None:
+    """A run of two epochs, and one that stops after the first and goes on."""
+    common = ["--layers", "4", "--ema"]
+    first = run(*common, *pipeline(1, devices=3))
+    checkpoint = first.with_name(f"{first.stem}-epoch=0.ckpt")
+    found = run(*common, *pipeline(1, devices=3), "--epochs", "2", "--resume", str(checkpoint))
+    reference = run(*common, "--epochs", "2")
+    assert_same(reference, found, losses=False)  # it has those of the second epoch only
+    assert_same_averages(reference, found)
+    assert sent_per(found.with_suffix(".log")) == {"atom"}
+
+
+def test_models_that_compile_themselves(run: Runs) -> None:
+    """Compiled by no rank, also not for the validation before training; the reference is the model as it is."""
+    assert_same(run("--ema", "--validate"), run("--ema", "--validate", "--compile-mode", "compile", *pipeline(1)))
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """``nequip-train`` with the recipe, for an epoch of structures in random order."""
+    programs = Path(sys.executable).parent
+    execute([sys.executable, str(ROOT / "recipes" / "alloys.py"), "alloys.extxyz"], tmp_path, "alloys")
+    kinds = {
+        "plain": ["trainer.devices=1", "trainer.strategy=auto"],
+        "pipeline": ["trainer.strategy.num_microbatches=1"],
+    }
+    found = {}
+    for kind, options in kinds.items():
+        common = ["trainer.max_epochs=1", "+trainer.use_distributed_sampler=false"]
+        common.append(f"trainer.callbacks.0.dirpath={tmp_path / kind}")
+        command = [str(programs / "nequip-train"), "-cp", str(ROOT / "recipes"), "-cn", "nequip"]
+        execute([*command, *common, *options], tmp_path, kind)
+        found[kind] = summary(tmp_path / kind / "last.ckpt")
+    assert_same(found["plain"], found["pipeline"])
+    assert sent_per(tmp_path / "pipeline.log") == {"atom"}

@@ -14,7 +14,7 @@ from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.capture import potential_of
 from lightning_januspipe.capture.containers import shallow_copy
-from lightning_januspipe.capture.cut import Cut, Profile, find_cut, find_regions
+from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
 from lightning_januspipe.capture.profile import measure
@@ -168,7 +168,7 @@ class Traced:
         self._uncut = uncut
         tensors = CallInputs(uncut, self.potential)(self.call.args, self.call.kwargs)
         measured = measure(self.program, self.regions, self.potential, tensors, repeats=1)
-        self.profile = Profile(dict.fromkeys(measured.seconds, 1e-6), measured.num_bytes)
+        self.profile = replace(measured, seconds=dict.fromkeys(measured.seconds, 1e-6))
 
     def cut(self, num_stages: int) -> CapturedPotential:
         """The potential in stages."""

@@ -1,0 +1,103 @@
+"""SchNetPack's own task, data module, callbacks and command line, unmodified, trained in a pipeline.
+
+Slow, and skipped where SchNetPack is absent. It pins an older sympy than torch needs, and so is installed without its
+dependencies (see environments.py):
+
+    python tests/clients/environments.py schnetpack --folder FOLDER --run
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from .compare import PROGRAMS, ROOT, Runs, assert_same, execute, sent_per, summary
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(find_spec("schnetpack") is None, reason="schnetpack is not installed"),
+]
+
+ACCUMULATED = ["--batch-size", "1", "--accumulate", "4"]
+MODELS = ["painn", "schnet"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs("schnetpack_program.py", tmp_path_factory.mktemp("schnetpack"))
+
+
+def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
+    """Arguments for a pipeline of as many ranks as devices."""
+    return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
+
+
+@pytest.mark.parametrize("structures", ["crystals", "molecules"])
+@pytest.mark.parametrize("model", MODELS)
+def test_whole_batches(model: str, structures: str, run: Runs) -> None:
+    """Crystals with stresses and validation: SchNetPack's moving average, its metrics and the best model it saves."""
+    common = ["--model", model, "--structures", structures]
+    common += ["--ema", "--validate"] if structures == "crystals" else []
+    found = run(*common, *pipeline(1))
+    assert_same(run(*common), found)
+    assert sent_per(found.with_suffix(".log")) == {"atom"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_microbatches_are_accumulation(model: str, run: Runs) -> None:
+    common = ["--model", model]
+    found = run(*common, *pipeline(4))
+    assert_same(run(*common, *ACCUMULATED), found, losses=False)  # of single structures there, of batches here
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_lone_atoms(model: str, run: Runs) -> None:
+    """Structures of one atom without edges, in batches with others and in micro-batches of their own."""
+    common = ["--model", model, "--structures", "lone"]
+    assert_same(run(*common), run(*common, *pipeline(1)))
+    assert_same(run(*common, *ACCUMULATED), run(*common, *pipeline(4)), losses=False)
+
+
+def test_molecules_one_by_one(run: Runs) -> None:
+    common = ["--structures", "molecules", "--batch-size", "1", "--num-structures", "5"]
+    assert_same(run(*common), run(*common, *pipeline(1)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "painn", "--options", '{"shared_filters": true}'],
+        ["--model", "schnet", "--options", '{"shared_interactions": true}'],
+    ],
+)
+def test_three_ranks(options: list[str], run: Runs) -> None:
+    """Ranks that share parameters."""
+    common = ["--layers", "4", *options]
+    found = run(*common, *pipeline(1, devices=3))
+    assert_same(run(*common), found)
+    assert sent_per(found.with_suffix(".log")) == {"atom"}
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """``spktrain`` with the recipe in float64, for an epoch of structures in random order, and the test after it."""
+    execute([sys.executable, str(ROOT / "recipes" / "alloys.py"), "alloys.db"], tmp_path, "alloys")
+    kinds = {
+        "plain": ["trainer.devices=1", "trainer.strategy=auto"],
+        "pipeline": ["trainer.strategy.num_microbatches=1"],
+    }
+    double = "data.transforms.2._target_=schnetpack.transform.CastTo64"
+    for kind, options in kinds.items():
+        command = [str(Path(sys.executable).parent / "spktrain"), "--config-dir", str(ROOT), "+recipes=schnetpack"]
+        common = [f"run.id={kind}", "trainer.max_epochs=1", "trainer.precision=64", double]
+        common += ["model.input_dtype_str=float64", "+trainer.use_distributed_sampler=false"]
+        # SchNetPack 2.1.1 asks for what torch 2.5 and 2.6 changed.
+        compatible = {"path": PROGRAMS / "compatible", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+        log = execute([*command, *common, *options], tmp_path, kind, **compatible)
+        assert "test_forces_mae" in log and "Best model stored" in log
+    folders = {kind: tmp_path / "runs" / kind / "checkpoints" / "last.ckpt" for kind in kinds}
+    assert_same(summary(folders["plain"]), summary(folders["pipeline"]))
+    assert sent_per(tmp_path / "pipeline.log") == {"atom"}
