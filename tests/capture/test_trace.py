@@ -306,6 +306,37 @@ def test_branch_that_validation_does_not_reach() -> None:
         assert_parity(captured, traced.module, make_batch((3, 2, 4, 2, 2)))
 
 
+class Crowded(Potential):
+    """A Python branch on how many edges there are for an atom; its sums write to a tensor."""
+
+    def pool(self, values: Tensor, batch: Batch) -> Tensor:
+        energies = values.new_zeros(batch["cell"].shape[0]).index_add_(0, batch["index"], values)
+        return 2 * energies if batch["edges"].shape[1] > 2 * batch["positions"].shape[0] else energies
+
+
+class UnlessFive(Potential):
+    def pool(self, values: Tensor, batch: Batch) -> Tensor:
+        energies = super().pool(values, batch)
+        return 2 * energies if batch["cell"].shape[0] == 5 else energies
+
+
+@pytest.mark.parametrize(
+    ("potential", "right", "wrong", "words"),
+    [
+        (Crowded, (4, 4), (3, 2), r"> 2\*s\d+, but .* = 8 \(dimension 1 of its input \S*'edges'\]\)"),
+        (UnlessFive, (2, 2), (2, 3, 2, 3, 2), r"Ne\(s\d+, 5\), but .* = 5 \(dimension 0 of its input \S*'cell'\]\)"),
+    ],
+)
+def test_branches_on_relations_between_sizes(
+    potential: type[Potential], right: tuple[int, ...], wrong: tuple[int, ...], words: str
+) -> None:
+    traced = Traced(Step(potential(1)))
+    captured = traced.cut(1)
+    assert_parity(captured, traced.module, make_batch(right))
+    with pytest.raises(CaptureError, match=words):
+        assert_parity(captured, traced.module, make_batch(wrong))
+
+
 def test_unused_labels_may_have_any_size() -> None:
     traced = Traced(Step(Potential(1)), {**make_batch(TRACED), "notes": torch.zeros(0, 1)})
     for notes in (torch.zeros(0, 1), torch.zeros(5, 3)):

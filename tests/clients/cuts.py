@@ -191,7 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print("| model | stages | boundary | work % | operations again | shared parameters | ready s | again s |")
+    print("| model | stages | boundary | work % | again | shared | start s | cached s |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
