@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.averages import followers
+from lightning_januspipe.averages import followers, held_by_all
 from lightning_januspipe.capture import Capture, CapturedStep
 from lightning_januspipe.capture.find import StepFunction
 from lightning_januspipe.capture.step import loss_of, require_finite
@@ -329,7 +329,9 @@ class Pipeline:
             holders: objects beside the module that may hold averages, such as callbacks.
         """
         partly = [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
-        following = followers(self._module, holders, partly)
+        found = followers(self._module, holders, partly)
+        common = held_by_all(self._gathered(list(found)), len(partly))
+        following = [pair for place, pair in found.items() if place in common]
         owners = {p: self.owner(p) for p in self.ranks_of} | {t: self.owner(p) for p, t in following}
         by_owner: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for tensor, rank in owners.items():

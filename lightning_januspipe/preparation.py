@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,17 +24,34 @@ def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callabl
         broadcast: gives an object of rank 0 to all ranks.
     """
     result: Any = None
+    content = b""
     if rank == 0:
         try:
             result = function()
+            content = _pickled(result)
         except Exception as error:  # raised again on every rank
             result = _portable(error)
-    with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        result = broadcast(result)
+            content = pickle.dumps(result)
+    content = broadcast(content)
+    if rank != 0:
+        with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            result = pickle.loads(content)
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def _pickled(result: Any) -> bytes:
+    """A result as it is sent; if broadcasting failed instead, the other ranks would wait for this one."""
+    try:
+        return pickle.dumps(result)
+    except Exception as error:  # objects may refuse in any way
+        raise ValueError(
+            f"what the first rank found cannot be sent to the others: {type(error).__name__}: {error}. Objects that a "
+            "potential is called with or returns have to be such that pickle takes them: define their classes and "
+            "functions at module level, or give it tensors instead."
+        ) from error
 
 
 def is_fitting(trainer: Any) -> bool:

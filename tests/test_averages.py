@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_januspipe.averages import followers
+from lightning_januspipe.averages import Place, followers
 from lightning_januspipe.testing import RankPool
 
 
@@ -40,6 +40,14 @@ def test_checkpoints_are_those_of_one_process(pool: RankPool, how: str, tmp_path
         close(how, expected, found)
 
 
+def test_what_only_some_ranks_hold_is_left(pool: RankPool) -> None:
+    """Averages of one rank, and gradients that each rank has of its own stage."""
+    (first, told), (second, also_told) = pool.run(workers.other_holders, world_size=2)
+    for words in (told, also_told):
+        assert "OnFirstRank.average" in words and "rank_zero_only" in words and "Gradients" not in words
+    assert first.keys() | second.keys() > first.keys() != second.keys(), "the gradients of other stages"
+
+
 class Model(nn.Module):
     """Two layers alike, in a module beside other parameters."""
 
@@ -50,16 +58,17 @@ class Model(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
 
 
-def names_of(module: Model, found: list[tuple[nn.Parameter, torch.Tensor]]) -> list[str]:
+def names_of(module: Model, found: dict[Place, tuple[nn.Parameter, torch.Tensor]]) -> list[str]:
     names = {p: n for n, p in module.named_parameters()}
-    return sorted(names[p] for p, _ in found)
+    assert all(name == names[p] for (_, name), (p, _) in found.items())
+    return sorted(names[p] for p, _ in found.values())
 
 
 TRAINED = ["potential.0.bias", "potential.0.weight", "potential.1.bias", "potential.1.weight"]
 
 
 @pytest.mark.parametrize("which", ["everything", "trainable", "potential"])
-@pytest.mark.parametrize("how", ["list", "object", "dict", "buffers", "copy"])
+@pytest.mark.parametrize("how", ["list", "object", "dict", "nested", "buffers", "copy", "held copy"])
 def test_followers(which: str, how: str) -> None:
     module, holder = Model(), SimpleNamespace(step=3, name="holder")
     whole: nn.Module = module.potential if which == "potential" else module
@@ -71,6 +80,8 @@ def test_followers(which: str, how: str) -> None:
         holder.average = SimpleNamespace(shadow=tuple(copies.values()), other=[1, 2])
     elif how == "dict":
         holder.values = copies
+    elif how == "nested":
+        holder.state = {"decay": 0.9, "shadow": copies}
     elif how == "buffers":
         average = nn.Module()
         for i, value in enumerate(copies.values()):
@@ -79,28 +90,29 @@ def test_followers(which: str, how: str) -> None:
     elif which == "trainable":
         pytest.skip("a copy has all parameters")
     else:
-        holder.model = copy.deepcopy(whole)
-        copies = dict(holder.model.named_parameters())
+        model = copy.deepcopy(whole)
+        vars(holder).update({"model": model} if how == "copy" else {"average": SimpleNamespace(model=model)})
+        copies = dict(model.named_parameters())
     trained = list(module.potential.parameters())
     found = followers(module, [holder], trained)
     assert names_of(module, found) == TRAINED
     prefix = "potential." if which == "potential" else ""
     by_name = {f"{prefix}{n}": value for n, value in copies.items()}
     names = {p: n for n, p in module.named_parameters()}
-    assert all(tensor is by_name[names[p]] for p, tensor in found)
+    assert all(tensor is by_name[names[p]] for p, tensor in found.values())
 
 
 def test_layers_alike_do_not_follow_one_another() -> None:
     module = Model()
-    assert followers(module, [], list(module.potential.parameters())) == []
+    assert followers(module, [], list(module.potential.parameters())) == {}
 
 
 @pytest.mark.parametrize("values", [[torch.zeros(2, 2)] * 6, [torch.zeros(1)], {"weight": torch.zeros(2)}])
 def test_other_tensors_do_not_follow(values: Any) -> None:
     module = Model()
-    assert followers(module, [SimpleNamespace(values=values)], list(module.potential.parameters())) == []
+    assert followers(module, [SimpleNamespace(values=values)], list(module.potential.parameters())) == {}
 
 
 def test_nothing_follows_where_every_rank_trains_everything() -> None:
     module = Model()
-    assert followers(module, [SimpleNamespace(values=[*module.parameters()])], []) == []
+    assert followers(module, [SimpleNamespace(values=[*module.parameters()])], []) == {}

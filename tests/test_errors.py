@@ -17,6 +17,7 @@ CASES = [
     ("two derivatives", ["CaptureError", "differentiates 2 times", "one call"]),
     ("no second derivative", ["CaptureError", "not twice differentiable", "detach()"]),
     ("no graph of the derivative", ["CaptureError", "create_graph=True"]),
+    ("objects of a local class", ["ValueError", "cannot be sent", "Outputs", "module level"]),
     ("manual optimization", ["ValueError", "automatic_optimization=False"]),
     ("own backward", ["ValueError", "overrides backward()", "on_after_backward"]),
     ("two optimizers", ["multiple optimizers is only supported with manual optimization"]),  # Lightning's own words

@@ -62,6 +62,7 @@ class Program:
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
+        conditions: relations between sizes, in size symbols, that the program is right for.
     """
 
     nodes: list[Node]
@@ -77,6 +78,7 @@ class Program:
     sizes: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    conditions: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.by_name = {n.name: n for n in self.nodes}
@@ -195,6 +197,7 @@ def program_from_export(
     )
     simplify(program)
     program.limits = _limits(program, exported)
+    program.conditions = _conditions(program, placeholders[inputs[0]].meta["val"]) if inputs else []
     return program
 
 
@@ -218,6 +221,19 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
             if lower or upper < _LARGEST_SIZE:
                 limits[program.symbols[str(symbol)]] = (lower, upper)
     return limits
+
+
+def _conditions(program: Program, value: Any) -> list[str]:
+    """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
+
+    Args:
+        program: the program.
+        value: what stood for one of its inputs in the trace.
+    """
+    shape_env = value.fake_mode.shape_env
+    found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
+    known = set(program.symbols)
+    return list(dict.fromkeys(str(e) for e in found if e.free_symbols and {str(s) for s in e.free_symbols} <= known))
 
 
 def simplify(program: Program) -> Program:
@@ -315,6 +331,8 @@ def _plain(tree: Any) -> Any:
         return {k: _plain(v) for k, v in tree.items()}
     if isinstance(tree, slice):
         return slice(_plain(tree.start), _plain(tree.stop), _plain(tree.step))
+    if isinstance(tree, torch.device):  # each rank's current one, not that of the rank that traced
+        return torch.device(tree.type)
     return tree
 
 

@@ -17,7 +17,7 @@ from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.divided import Inputs
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
-from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,27 @@ class CapturedPotential:
         Raises:
             CaptureError: a size for which the traced forward would have done something else.
         """
+        places = [*self.call.tensors, *self.call.sizes]
+        places += ["an integer read from data"] * (len(tensors) - len(places))
         for (position, dim), (lower, upper) in self.program.limits.items():
             shape = tensors[position].shape
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
                 expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
-                places = [*self.call.tensors, *self.call.sizes, *(["an integer read from data"] * len(shape))]
                 raise CaptureError(
                     f"the potential {self.path!r} was captured for size {expected} of dimension {dim} of its input "
-                    f"{places[position]}, but this batch gives it the shape {tuple(shape)}. The forward "
-                    "turns that size into a constant (int(...), len(...)) or has a Python branch that depends on it: "
-                    "use tensor.shape and torch.where instead, or train with pipeline_size=1."
+                    f"{places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
                 )
-        return self.program.bind(tensors)
+        symbols = self.program.bind(tensors)
+        for condition in self.program.conditions:
+            sizes = violated(condition, symbols)
+            if sizes:
+                where = {s: self.program.symbols[s] for s in sizes}
+                given = [f"{s} = {sizes[s]} (dimension {d} of its input {places[i]})" for s, (i, d) in where.items()]
+                raise CaptureError(
+                    f"the potential {self.path!r} was captured for sizes with {condition}, but this batch has "
+                    f"{', '.join(given)}. {_OTHER_SIZES}"
+                )
+        return symbols
 
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it.
@@ -141,6 +150,12 @@ class CapturedPotential:
         energies = [n for n in self.program.energies if n in body]
         observables = [n for n in self.regions.observables if n in body]
         return [*sent, *energies, *observables, *self.program.coordinates]
+
+
+_OTHER_SIZES = (
+    "The forward turns that size into a constant (int(...), len(...)) or has a Python branch that depends on it: use "
+    "tensor.shape and torch.where instead, or train with pipeline_size=1."
+)
 
 
 class CallInputs:

@@ -146,6 +146,3 @@ def _objects(tree: Any) -> Iterator[Any]:
         yield tree
         for _, part in parts:
             yield from _objects(part)
-
-
-

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from lightning_januspipe.capture.step import kept_random_state, silent_log
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Inside, the user's step may be run; all that a step may change is put back.
 
-    That is buffers, metrics, attributes of modules (lists that collect outputs, counters), gradients, random numbers.
+    That is buffers, metrics, attributes of modules (lists that collect outputs, counters, tensors), gradients, random
+    numbers. What objects of other classes hold is left.
     """
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
     metrics = {m: _metric_state(m) for m in module.modules() if hasattr(m, "_copy_state_dict")}
@@ -37,25 +40,58 @@ def unchanged(module: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
 
 
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, deque)
+_DEEPEST = 4
+_NOT_RESTORED = frozenset({*vars(nn.Module()), "log", "forward"})
+"""What is put back in another way, or is changed by what surrounds the capture."""
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Public attributes that a step may change, containers with what they hold."""
-    names = [n for n in vars(module) if not n.startswith("_") and n not in ("training", "log", "forward")]
-    values = {n: vars(module)[n] for n in names}
-    return {n: (v, copy.copy(v)) if isinstance(v, _CONTAINERS) else (v, None) for n, v in values.items()}
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Callable[[], None] | None]]:
+    """Attributes that a step may change, each with a function that puts back what it holds."""
+    return {n: (v, _restorer(v)) for n, v in vars(module).items() if n not in _NOT_RESTORED}
 
 
-def _restore_attributes(module: nn.Module, kept: dict[str, Any]) -> None:
-    for name in [n for n in vars(module) if not n.startswith("_") and n not in ("training", "log", "forward")]:
-        if name not in kept:
-            del vars(module)[name]
-    for name, (value, held) in kept.items():
-        vars(module)[name] = value
-        if held is not None and len(value) != len(held):
-            value.clear()
-            value.extend(held) if isinstance(value, list) else value.update(held)
+def _restore_attributes(module: nn.Module, kept: dict[str, tuple[Any, Callable[[], None] | None]]) -> None:
+    for name in [n for n in vars(module) if n not in _NOT_RESTORED and n not in kept]:
+        del vars(module)[name]
+    for name, (value, restore) in kept.items():
+        if vars(module).get(name, module) is not value:
+            vars(module)[name] = value
+        if restore is not None:
+            restore()
+
+
+def _restorer(value: Any, depth: int = 0) -> Callable[[], None] | None:
+    """A function that gives a container the entries, or a tensor the values, that it has now; None for what is left."""
+    if isinstance(value, Tensor):
+        if value.requires_grad or value.is_inference():
+            return None
+        return partial(_restore_tensor, value, value._version, value.clone())
+    if not isinstance(value, _CONTAINERS) or depth > _DEEPEST:
+        return None
+    entries = value.values() if isinstance(value, dict) else () if isinstance(value, set) else value
+    inner = [restore for restore in (_restorer(entry, depth + 1) for entry in entries) if restore is not None]
+    return partial(_restore_container, value, copy.copy(value), inner)
+
+
+def _restore_tensor(tensor: Tensor, version: int, values: Tensor) -> None:
+    if tensor._version != version:
+        tensor.copy_(values)
+
+
+def _restore_container(container: Any, held: Any, inner: list[Callable[[], None]]) -> None:
+    if _entries(container) != _entries(held):
+        container.clear()
+        container.extend(held) if isinstance(container, (list, deque)) else container.update(held)
+    for restore in inner:
+        restore()
+
+
+def _entries(container: Any) -> Any:
+    """What tells the entries of one container from those of another, which may not be comparable."""
+    if isinstance(container, dict):
+        return [(id(k), id(v)) for k, v in container.items()]
+    return {id(x) for x in container} if isinstance(container, set) else [id(x) for x in container]
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:

@@ -26,6 +26,22 @@ class TensorSpec:
         return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
 
 
+def violated(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
+    """The sizes for which a condition does not hold; none where it does.
+
+    A condition that only a size of 0 or 1 breaks is taken to hold: operations treat such sizes apart.
+
+    Args:
+        condition: a relation between size symbols.
+        symbols: their values.
+    """
+    names, function = _compiled(condition)
+    sizes = {n: symbols[n] for n in names}
+    if function(*sizes.values()) or function(*(max(size, 2) for size in sizes.values())):
+        return {}
+    return sizes
+
+
 def _evaluate(expression: str, symbols: Mapping[str, int]) -> int:
     if expression in symbols:
         return symbols[expression]
@@ -43,8 +59,8 @@ def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
     parsed = sympy.sympify(expression, locals=known)
     names = tuple(sorted(str(s) for s in parsed.free_symbols))
 
-    def function(*values: int) -> int:
-        return int(parsed.subs(dict(zip(names, values, strict=True))))
+    def function(*values: int) -> Any:
+        return parsed.subs(dict(zip(names, values, strict=True)))
 
     return names, function
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,20 @@ class Busy(Step):
         self.norm = nn.BatchNorm1d(3, dtype=DTYPE)
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
         self.logged: list[str] = []
+        self.counts = {"steps": 0, "names": ["first"]}
+        self._outputs: deque[Tensor] = deque()
+        self._running = torch.zeros(2)
 
     def log(self, name: str, value: Any) -> None:
         self.logged.append(name)
 
     def training_step(self, batch: Batch) -> Any:
         self.num_steps += 1
+        self.counts["steps"] += 1  # type: ignore[operator]
+        self.counts["names"].append("again")  # type: ignore[attr-defined]
+        self._outputs.append(batch["energy"])
+        self._running += 1
+        self._last = batch["energy"]
         self.norm.weight.grad = torch.ones(3, dtype=DTYPE)
         batch["positions"] = batch["positions"] + 0.01 * torch.randn_like(batch["positions"]) * np.random.rand()
         random.random()
@@ -68,6 +78,8 @@ def state(module: Busy) -> dict[str, Any]:
     found |= {f"attributes {k}": sorted(m.__dict__) for k, m in module.named_modules()}
     found |= {f"metric {k}": v.clone() for k, v in module.error.metric_state.items()}
     found |= {"metric updates": module.error._update_count, "logged": list(module.logged)}
+    found |= {"counts": copy.deepcopy(module.counts), "outputs": len(module._outputs)}
+    found |= {"running": module._running.clone()}
     found |= {"torch": torch.get_rng_state(), "numpy": np.random.get_state()[1].copy(), "python": random.getstate()}
     found |= {f"hooks {k}": len(m._forward_hooks) + len(m._forward_pre_hooks) for k, m in module.named_modules()}
     return found

@@ -11,18 +11,24 @@ import pytest
 import torch
 from capture_models import DTYPE, Potential, Step, Traced, make_batch, staged_gradients
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.export import export
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lightning_januspipe.capture.program import (
+    SLOT,
     Node,
     PlaceholderValues,
     Program,
     Ref,
     build_module,
+    program_from_export,
     refs,
     replace_refs,
     simplify,
     target_function,
 )
+from lightning_januspipe.capture.trace import energy_gradient
 from lightning_januspipe.engine.specs import TensorSpec
 
 
@@ -35,6 +41,22 @@ def reloaded(value: Any) -> Any:
     with warnings.catch_warnings():  # a pytree's spec warns about its own class
         warnings.filterwarnings("ignore", category=FutureWarning)
         return pickle.loads(pickle.dumps(value))
+
+
+def test_program_names_the_device_of_no_rank() -> None:
+    """The rank that traces has another number than the others."""
+
+    class OnFirst(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            energy = (x + torch.zeros(3, device=x.device) + torch.arange(3).to(x.device)).sum()
+            return energy_gradient([energy], [x])
+
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        exported = export(OnFirst(), (torch.empty(3, device="cuda:0"),), strict=False)
+    assert "cuda:0" in str(exported.graph)
+    nodes = program_from_export(exported, [SLOT], 1, prefix="").nodes
+    devices = [x for n in nodes for x in (*n.args, *n.kwargs.values()) if isinstance(x, torch.device)]
+    assert set(devices) == {torch.device("cuda"), torch.device("cpu")}
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])

@@ -73,6 +73,7 @@ def nequip(folder: Path) -> Iterator[Model]:
 
 def schnetpack(folder: Path) -> Iterator[Model]:
     """PaiNN and SchNet as SchNetPack's examples have them."""
+    import compatible.sitecustomize  # noqa: F401 - a name that SchNetPack asks torch for
     import schnetpack as spk
     import schnetpack_program
 

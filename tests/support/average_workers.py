@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning
 import tiny
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from strategy_workers import make_trainer, plain
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -108,6 +110,41 @@ class InDict(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return self.average
+
+
+class OnFirstRank(InDict):
+    """Averages on one rank, which would do with replicas."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        super().on_train_start(trainer, module)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        super().on_train_batch_end(trainer, module)
+
+
+class Gradients(lightning.Callback):
+    """Keeps what each rank has."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Tensor] = {}
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        found = {n: p.grad for n, p in module.potential.named_parameters()}
+        self.last = {n: g.clone() for n, g in found.items() if g is not None}
+
+
+def other_holders() -> tuple[dict[str, Tensor], str]:
+    """The gradients that this rank has after training, and what it is warned of."""
+    gradients = Gradients()
+    trainer = make_trainer(
+        {"num_microbatches": 1}, max_steps=2, limit_val_batches=0, callbacks=[OnFirstRank(), gradients]
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(tiny.module(num_layers=2), tiny.data())
+    return gradients.last, " ".join(str(w.message) for w in told if "ranks" in str(w.message))
 
 
 def averaged(how: str) -> tuple[Any, list[lightning.Callback]]:

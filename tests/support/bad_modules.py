@@ -99,6 +99,15 @@ class Spring(Energy):
         return stretched * self.stiffness
 
 
+class OfLocalClass(Energy):
+    """Returns an object of a class that no other process can find."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        class Outputs(dict[str, Tensor]): ...
+
+        return Outputs(super().forward(batch))
+
+
 class FirstOrder(Energy):
     """Forces without a graph."""
 
@@ -174,6 +183,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "two derivatives": _with(Module, Twice),
     "no second derivative": _with(Module, Detached),
     "no graph of the derivative": _with(Module, FirstOrder),
+    "objects of a local class": _with(Module, OfLocalClass),
     "loss not finite": _with(NotFinite),
     "manual optimization": _with(Manual),
     "own backward": _with(OwnBackward),
