@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from lightning_januspipe.averages import followers, held_by_all
-from lightning_januspipe.capture import Capture, CapturedStep
+from lightning_januspipe.capture import Capture, CapturedStep, Proofs
 from lightning_januspipe.capture.find import StepFunction
 from lightning_januspipe.capture.step import loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
@@ -130,7 +130,7 @@ class Pipeline:
         self._placement, self._force_placement = first.placement, first.force_placement
         self._planner = replace(planner, placement=self._placement)
         self._evaluation = evaluation_schedule(self._placement, self._force_placement, mesh.shape.pipeline, 1)
-        self.step = CapturedStep(captured, module, self._add_outside)
+        self.step = CapturedStep(captured, module, self._add_outside, Proofs(captured, module).require)
         links = _links(mesh)
         links.connect(first.messages())
         own = first.stages_of(mesh.pipeline_rank)

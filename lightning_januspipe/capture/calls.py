@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,12 +37,14 @@ class CallFormat:
         constants: places and values of its other leaves, as far as they did not change from batch to batch; they are
             part of the program.
         evaluation: values of constants in evaluation, where these are others (``training=False``).
+        without_effect: places of leaves that the captured potential does not read.
     """
 
     tensors: list[str]
     constants: dict[str, Any]
     sizes: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    without_effect: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -68,13 +71,28 @@ class CallFormat:
         constants = {
             p: x for p, x in found.items() if p not in known and p in second and (x is second[p] or _same(x, second[p]))
         }
-        return cls(tensors, constants, sizes)
+        without_effect = (found.keys() | second.keys()) - known - constants.keys()
+        return cls(tensors, constants, sizes, without_effect=frozenset(without_effect))
 
     def with_evaluation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFormat:
         """The format of this call and of that in evaluation, whose constants may have other values."""
         found = call_leaves(args, kwargs)
         values = {p: found.get(p, _ABSENT) for p in self.constants}
-        return replace(self, evaluation={p: x for p, x in values.items() if not _same(x, self.constants[p])})
+        return replace(
+            self,
+            evaluation={p: x for p, x in values.items() if not _same(x, self.constants[p])},
+            without_effect=frozenset(self.without_effect | self.new_entries(args, kwargs)),
+        )
+
+    def new_entries(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+        """Places of a call's leaves that there were none of; but for tensors, entries of one list count as one."""
+        known = {*self.tensors, *self.sizes, *self.constants, *self.without_effect}
+        lists = {_list_of(p) for p in known}
+        return {
+            p
+            for p, x in call_leaves(args, kwargs).items()
+            if p not in known and (isinstance(x, Tensor) or _list_of(p) not in lists)
+        }
 
     def bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensors of another call and carriers of its sizes, in the order of the program's inputs.
@@ -120,6 +138,10 @@ class CallFormat:
         replace: Callable[[str, Any], Any] = lambda place, leaf: values.get(place, leaf)  # noqa: E731
         changed: tuple[tuple[Any, ...], dict[str, Any]] = with_leaves((args, kwargs), replace)
         return changed
+
+
+def _list_of(place: str) -> str:
+    return re.sub(r"\[\d+\]$", "[*]", place)
 
 
 def _is_size(value: Any) -> bool:

@@ -25,7 +25,7 @@ from lightning_januspipe.capture.find import (
     evaluation_call,
     find_potential,
 )
-from lightning_januspipe.capture.instep import StepPotential
+from lightning_januspipe.capture.instep import potential_of
 from lightning_januspipe.capture.key import program_key
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.program import Program
@@ -126,10 +126,22 @@ def capture_module(
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
         captured = _with_evaluation(captured, evaluated, evaluation)
         validate_evaluation(captured, evaluated, evaluation)
+        captured = _with_kinds(captured, (job.potential, job.other), (evaluated, evaluation))
         folded = replace(manner, apart=False)
         bytes_ = run_captured(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
         assert bytes_ is not None
     return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)
+
+
+def _with_kinds(captured: DividedPotential, *calls: tuple[nn.Module, PotentialCall]) -> DividedPotential:
+    """The captured potential, which knows what kinds of calls it was proven on."""
+    if not isinstance(captured, CapturedPotential):
+        return captured
+    found: frozenset[str] = frozenset()
+    for potential, call in calls:
+        symbols = captured.bind_sizes(captured.inputs(potential)(call.args, call.kwargs))
+        found |= captured.kinds(potential, call.args, call.kwargs, symbols)
+    return replace(captured, proven=found)
 
 
 def _with_evaluation(captured: DividedPotential, potential: nn.Module, call: PotentialCall) -> DividedPotential:
@@ -138,13 +150,6 @@ def _with_evaluation(captured: DividedPotential, potential: nn.Module, call: Pot
         return captured
     arguments = adapted(adapters_of(potential), potential, call.args, call.kwargs)
     return replace(captured, call=captured.call.with_evaluation(*arguments))
-
-
-def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:
-    """The module whose forward is captured: a submodule, or the step's part before it differentiates."""
-    if call.replaced is None:
-        return module.get_submodule(call.path)
-    return StepPotential(module, step, call.replaced)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +91,18 @@ class DividedPotential(Protocol):
 
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Values of the size symbols for one call's tensors; a CaptureError for sizes that it is not right for."""
+
+    def kinds(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
+    ) -> frozenset[str]:
+        """In words, what the forward may branch on in a call and what no call had that the stages were proven on.
+
+        Args:
+            potential: the live potential.
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+            symbols: values of its size symbols.
+        """
 
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it."""

@@ -161,6 +161,12 @@ class ExplicitPotential:
             _require_shape("input", name, tensor, spec, sizes, self.path)
         return sizes
 
+    def kinds(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
+    ) -> frozenset[str]:
+        """None: the parts run as they are, with all their branches."""
+        return frozenset()
+
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it."""
         stages: dict[str, set[int]] = {}

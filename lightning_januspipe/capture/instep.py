@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.find import StepFunction, as_sequence, grad_arguments
+from lightning_januspipe.capture.find import PotentialCall, StepFunction, as_sequence, grad_arguments
 
 
 class StepPotential(nn.Module):
@@ -140,3 +140,10 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = own  # type: ignore[method-assign]
+
+
+def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:
+    """The module whose forward is captured: a submodule, or the step's part before it differentiates."""
+    if call.replaced is None:
+        return module.get_submodule(call.path)
+    return StepPotential(module, step, call.replaced)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.adapters import adapted, adapters_of, joined, separated
+from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, joined, separated
 from lightning_januspipe.capture.calls import CallFormat, size_carrier
 from lightning_januspipe.capture.containers import with_leaves
 from lightning_januspipe.capture.cut import Cut, Regions
@@ -32,6 +32,7 @@ class CapturedPotential:
         call: what a call of the potential looks like.
         replaced: see :class:`~lightning_januspipe.capture.find.PotentialCall`.
         step_parameters: see there.
+        proven: kinds of calls that it was proven on.
     """
 
     path: str
@@ -41,6 +42,7 @@ class CapturedPotential:
     call: CallFormat
     replaced: tuple[str, ...] | None = None
     step_parameters: tuple[str, ...] = ()
+    proven: frozenset[str] = frozenset()
 
     @property
     def chain(self) -> ChainSpec:
@@ -122,6 +124,21 @@ class CapturedPotential:
                     f"{', '.join(given)}. {_OTHER_SIZES}"
                 )
         return symbols
+
+    def kinds(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
+    ) -> frozenset[str]:
+        """Sizes of 0 and 1, and new entries: what the traced forward may have branched on, but for :attr:`proven`."""
+        places = [*self.call.tensors, *self.call.sizes]
+        found = set()
+        for symbol, (position, dim) in self.program.symbols.items():
+            if symbols[symbol] < 2:
+                place = places[position] if position < len(places) else "an integer read from data"
+                found.add(f"size {symbols[symbol]} in dimension {dim} of {place}")
+        # What an adapter makes of the arguments has always the same entries.
+        if all(type(adapter).arguments is Adapter.arguments for adapter in adapters_of(potential)):
+            found |= {f"an entry {place}" for place in self.call.new_entries(args, kwargs)}
+        return frozenset(found - self.proven)
 
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it.

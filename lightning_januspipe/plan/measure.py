@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from lightning_januspipe.capture import Capture, CapturedPotential, Manner, capture_module
-from lightning_januspipe.capture.capture import potential_of
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import TooFewParts
 from lightning_januspipe.capture.find import PotentialCall, call_arguments
+from lightning_januspipe.capture.instep import potential_of
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.report import CutReport, report, sent
 from lightning_januspipe.capture.step import kept_random_state, silent_log

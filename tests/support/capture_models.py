@@ -12,11 +12,11 @@ from torch.autograd import grad
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.calls import CallFormat
-from lightning_januspipe.capture.capture import potential_of
 from lightning_januspipe.capture.containers import shallow_copy
 from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
+from lightning_januspipe.capture.instep import potential_of
 from lightning_januspipe.capture.profile import measure
 from lightning_januspipe.capture.stages import CallInputs, CapturedPotential
 from lightning_januspipe.capture.step import CapturedStep

@@ -1,0 +1,70 @@
+"""Proofs in the middle of training, for batches of a kind that the first proof did not see.
+
+A forward may branch on whether there is just one structure, or no edge, or on an entry that only some batches hold.
+The trace does not tell: many operations treat sizes of 0 and 1 apart without another result, and entries that a forward
+does not read are of no effect. So the first batch of each such kind is compared with the module itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_januspipe.capture.adapters import capturing
+from lightning_januspipe.capture.divided import DividedPotential
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.find import PotentialCall, StepFunction
+from lightning_januspipe.capture.instep import potential_of
+from lightning_januspipe.capture.unchanged import unchanged
+from lightning_januspipe.capture.validate import validate, validate_evaluation
+
+
+class Proofs:
+    """Compares a potential in stages with the module itself on the first batch of each kind.
+
+    Every rank of a pipeline holds the whole module and the same batch, and so comes to the same.
+
+    Args:
+        divided: the potential in stages, proven on ordinary batches.
+        module: the LightningModule.
+    """
+
+    def __init__(self, divided: DividedPotential, module: nn.Module) -> None:
+        self._divided, self._module = divided, module
+        self._proven: set[frozenset[str]] = set()
+
+    def require(
+        self, step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
+    ) -> None:
+        """Prove the potential for a call's kind, if it was not.
+
+        Args:
+            step: the user's step that makes the call.
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+            symbols: values of its size symbols.
+
+        Raises:
+            CaptureError: the stages differ from the module itself.
+        """
+        divided, module = self._divided, self._module
+        call = PotentialCall(divided.path, args, kwargs, tuple(divided.outputs), divided.replaced)
+        potential = potential_of(module, step, call)
+        kinds = divided.kinds(potential, args, kwargs, symbols)
+        if not kinds or any(kinds <= proven for proven in self._proven):
+            return
+        with unchanged(module), capturing(module), torch.inference_mode(False), torch.enable_grad():
+            try:
+                if potential.training:
+                    validate(divided, potential, call)
+                else:
+                    validate_evaluation(divided, potential, call)
+            except CaptureError as error:
+                raise CaptureError(
+                    f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was proven when "
+                    f"training started, and with it {error}"
+                ) from error
+        self._proven.add(kinds)
