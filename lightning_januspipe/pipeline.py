@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_januspipe.averages import followers
 from lightning_januspipe.capture import Capture, CapturedStep
 from lightning_januspipe.capture.find import StepFunction
-from lightning_januspipe.capture.step import loss_of, require_finite
+from lightning_januspipe.capture.step import gradients_of_loss, loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.microbatch import fingerprint, same_batch
@@ -28,6 +28,9 @@ from lightning_januspipe.preparation import on_first_rank
 from lightning_januspipe.schedule import Report, Schedule
 
 _Result = TypeVar("_Result")
+
+MessageDtype = Literal["bf16"]
+"""What messages may be rounded to."""
 
 # The first step warms up; costs are measured in those after it.
 _LEARNING_STEPS = (1, 2, 3)
@@ -45,18 +48,19 @@ class Undivided:
         self.gradients = GradientBuffers()
         self._module, self._mesh = module, mesh
 
-    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any]) -> list[Any]:
+    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
         """Run the user's step on every micro-batch; gradients end in ``gradients``.
 
         Args:
             steps: the user's training step for each micro-batch, from a batch to what it returns.
             batches: the micro-batches.
+            loss_scale: of a gradient scaler: what the gradients are multiplied by, from the losses on.
 
         Returns:
             What the steps returned.
 
         Raises:
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss is not finite, before it is scaled.
         """
         outputs = []
         for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
@@ -65,8 +69,7 @@ class Undivided:
             loss = loss_of(output, type(self._module).__name__)
             require_finite(loss, index)
             parameters = [p for p in self._module.parameters() if p.requires_grad]
-            found = torch.autograd.grad(loss / len(batches), parameters, allow_unused=True)
-            self.gradients.add(parameters, found)
+            self.gradients.add(parameters, gradients_of_loss(loss, loss_scale / len(batches), list(parameters)))
             outputs.append(output)
         return outputs
 
@@ -114,10 +117,17 @@ class Pipeline:
         capture: the captured potential, the same on all ranks.
         planner: builds schedules; that of the pipeline's first rank decides.
         num_microbatches: of most steps; the ranks of the stages are chosen for it.
+        message_dtype: what features and their gradients are rounded to between ranks; None for what they are.
     """
 
     def __init__(
-        self, module: nn.Module, mesh: Mesh, capture: Capture, planner: Planner, num_microbatches: int = 1
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        capture: Capture,
+        planner: Planner,
+        num_microbatches: int = 1,
+        message_dtype: MessageDtype | None = None,
     ) -> None:
         self.gradients = GradientBuffers()
         self.capture = capture
@@ -134,15 +144,22 @@ class Pipeline:
         links = _links(mesh)
         links.connect(first.messages())
         own = first.stages_of(mesh.pipeline_rank)
-        stages = {s: Stage(captured.stage(s, potential), self.gradients) for s in own}
-        self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout)
+        stages = {s: Stage(captured.stage(s, potential), self.gradients, captured.chain.autocast) for s in own}
+        sent_as = torch.bfloat16 if message_dtype == "bf16" else None
+        self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout, sent_as)
         self._recorder = Recorder(mesh.device)
         self._times = PhaseTimes()
+        self._links, self._bytes_before = links, links.bytes_sent
         self._num_steps = 0
         self._shall_record = False
         self._recorded: RecordedStep | None = None
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self.ranks_of = self._place(captured.parameter_stages(), dict(potential.named_parameters()))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank's stages have sent to other ranks so far."""
+        return self._links.bytes_sent - self._bytes_before
 
     @property
     def num_stages(self) -> int:
@@ -163,7 +180,7 @@ class Pipeline:
     def _is_placed(self, schedule: Schedule) -> bool:
         return (schedule.placement, schedule.force_placement) == (self._placement, self._force_placement)
 
-    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any]) -> list[Any]:
+    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
         """All phases of all micro-batches; see :meth:`Undivided.train_step`.
 
         Raises:
@@ -180,7 +197,7 @@ class Pipeline:
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 with as_world(self._mesh.data_group):
                     result = self.step.loss(
-                        index, steps[index], batches[index], 1 / len(batches), observables, derivatives
+                        index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
                     )
                 outputs[index] = result.output
                 return result.gradients

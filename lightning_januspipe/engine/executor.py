@@ -77,6 +77,7 @@ class Executor:
         links: the connections to other ranks; None where there is one rank.
         device: where messages live.
         timeout: how long to wait for one message.
+        sent_as: type to which boundaries and their gradients are rounded for messages; None to send them as they are.
 
     Attributes:
         recorder: notes when each action starts and ends, if set.
@@ -90,10 +91,11 @@ class Executor:
         links: Links | None = None,
         device: torch.device | None = None,
         timeout: timedelta | None = None,
+        sent_as: torch.dtype | None = None,
     ) -> None:
         self.rank, self.stages, self.chain = rank, dict(stages), chain
         self.recorder: Recorder | None = None
-        self._links, self._timeout = links, timeout
+        self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._device = device or torch.device("cpu")
         self._routes: dict[int, tuple[Schedule, Route]] = {}
 
@@ -348,7 +350,7 @@ class _Step:
         assert self._links is not None
         action = message.source
         try:
-            self._links.to(peer).send(tensors, self.route.position(message.target))
+            self._links.to(peer).send(self._narrowed(message, tensors), self.route.position(message.target))
         except RuntimeError as error:
             raise PipelineError(
                 f"stage {action.stage} could not send the {action.phase.value} message of micro-batch "
@@ -366,11 +368,13 @@ class _Step:
             number = self.route.number(message)
             while self._posted[peer] < min(len(incoming), number + _RECEIVES_AHEAD):
                 following = incoming[self._posted[peer]]
-                self._receives[following] = channel.receive(self._shapes(following))
+                shapes = [(s, self._sent_dtype(d, is_boundary)) for s, d, is_boundary in self._shapes(following)]
+                self._receives[following] = channel.receive(shapes)
                 self._posted[peer] += 1
             while self._waited[peer] <= number:
                 following = incoming[self._waited[peer]]
-                self._arrived[following] = self._receives.pop(following).wait(self._executor._timeout)
+                came = self._receives.pop(following).wait(self._executor._timeout)
+                self._arrived[following] = self._widened(following, came)
                 self._waited[peer] += 1
             # The peer has run all its actions up to the one that sent this.
             self._links.to(peer).release(self.route.position(source))
@@ -385,26 +389,48 @@ class _Step:
     def _observables_before(self, stage: int) -> list[int]:
         return [i for i, s in enumerate(self._executor.chain.observable_stage) if s < stage]
 
-    def _shapes(self, message: Message) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of a message."""
+    def _sent_dtype(self, dtype: torch.dtype, is_boundary: bool) -> torch.dtype:
+        sent_as = self._executor._sent_as
+        is_wider = sent_as is not None and dtype.is_floating_point and dtype.itemsize > sent_as.itemsize
+        return sent_as if sent_as is not None and is_boundary and is_wider else dtype
+
+    def _narrowed(self, message: Message, tensors: list[Tensor]) -> list[Tensor]:
+        """A message as it is sent: first what belongs to the boundary, rounded."""
+        if self._executor._sent_as is None:
+            return tensors
+        source, target = message
+        function = self._executor.stages[source.stage].function
+        to_next = source.stage < target.stage
+        num = len(function.boundary_out if to_next else function.boundary_in)
+        return [t.to(self._sent_dtype(t.dtype, i < num)) for i, t in enumerate(tensors)]
+
+    def _widened(self, message: Message, tensors: list[Tensor]) -> list[Tensor]:
+        """A message that came, in the types that the stage computes with."""
+        if self._executor._sent_as is None:
+            return tensors
+        return [t.to(dtype) for t, (_, dtype, _) in zip(tensors, self._shapes(message), strict=True)]
+
+    def _shapes(self, message: Message) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
+        """Shapes and dtypes of a message, and whether they are of a boundary (or gradients of one)."""
         source, target = message
         function, chain = self._executor.stages[target.stage].function, self._executor.chain
-        specs: list[TensorSpec]
+        boundary, others = function.boundary_in, list[TensorSpec]()
         if source.phase is target.phase is Phase.FE:
-            specs = [*function.boundary_in, *(chain.observables[i] for i in self._observables_before(target.stage))]
+            others = [chain.observables[i] for i in self._observables_before(target.stage)]
         elif source.phase is target.phase is Phase.FF:
-            specs = [*function.boundary_out, *chain.coordinates, *chain.observables]
+            boundary, others = function.boundary_out, [*chain.coordinates, *chain.observables]
         elif source.phase is target.phase is Phase.BF:
-            specs = [*function.boundary_in, *chain.coordinates]
+            others = [*chain.coordinates]
         elif source.phase is target.phase is Phase.BE:
-            specs = list(function.boundary_out)
+            boundary = function.boundary_out
         elif source.phase is Phase.FE:
             is_last = target.stage == self.route.num_stages - 1
-            specs = [*function.boundary_in, *(chain.observables if is_last else ())]
+            others = [*chain.observables] if is_last else []
         else:
-            specs = [*function.boundary_in, *chain.coordinates, *chain.observables]
+            others = [*chain.coordinates, *chain.observables]
         symbols = self._inputs[target.microbatch].symbols
-        return [(s.sizes(symbols), s.dtype) for s in specs]
+        specs = [*((s, True) for s in boundary), *((s, False) for s in others)]
+        return [(s.sizes(symbols), s.dtype, is_boundary) for s, is_boundary in specs]
 
 
 @dataclass(frozen=True)
