@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,11 +21,12 @@ from lightning_januspipe.engine.microbatch import fingerprint, same_batch
 from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.engine.timeline import PhaseTimes, Recorder, recorded_report
+from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
 from lightning_januspipe.preparation import on_first_rank
-from lightning_januspipe.schedule import Report, Schedule
+from lightning_januspipe.recording import RecordedStep, Watch
+from lightning_januspipe.schedule import Action, Phase, Schedule
 
 _Result = TypeVar("_Result")
 
@@ -47,6 +48,7 @@ class Undivided:
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self.gradients = GradientBuffers()
         self._module, self._mesh = module, mesh
+        self.watch = Watch(mesh.device, self.gradients)
 
     def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
         """Run the user's step on every micro-batch; gradients end in ``gradients``.
@@ -63,15 +65,24 @@ class Undivided:
             FloatingPointError: a loss is not finite, before it is scaled.
         """
         outputs = []
-        for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
-            with as_world(self._mesh.data_group):
-                output = step(batch)
-            loss = loss_of(output, type(self._module).__name__)
-            require_finite(loss, index)
-            parameters = [p for p in self._module.parameters() if p.requires_grad]
-            self.gradients.add(parameters, gradients_of_loss(loss, loss_scale / len(batches), list(parameters)))
-            outputs.append(output)
+        with self.watch.step() as recorder:
+            for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
+                whole = Action(Phase.FE, 0, index)
+                if recorder is not None:
+                    recorder.start(whole)
+                outputs.append(self._microbatch(index, step, batch, loss_scale / len(batches)))
+                if recorder is not None:
+                    recorder.end(whole)
         return outputs
+
+    def _microbatch(self, index: int, step: StepFunction, batch: Any, scale: float) -> Any:
+        with as_world(self._mesh.data_group):
+            output = step(batch)
+        loss = loss_of(output, type(self._module).__name__)
+        require_finite(loss, index)
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self.gradients.add(parameters, gradients_of_loss(loss, scale, list(parameters)))
+        return output
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
         """The user's step of evaluation."""
@@ -91,21 +102,6 @@ class Undivided:
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether this rank counts a parameter in norms and checkpoints: all of them."""
         return True
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """A training step as it ran, and as it was predicted.
-
-    Attributes:
-        schedule: the actions of all ranks.
-        predicted: the simulation with the costs that were known when the step began, in seconds.
-        recorded: the real step, in seconds.
-    """
-
-    schedule: Schedule
-    predicted: Report
-    recorded: Report
 
 
 class Pipeline:
@@ -147,12 +143,11 @@ class Pipeline:
         stages = {s: Stage(captured.stage(s, potential), self.gradients, captured.chain.autocast) for s in own}
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
         self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout, sent_as)
-        self._recorder = Recorder(mesh.device)
+        self.watch = Watch(mesh.device, self.gradients)
+        self._costs_then = self._costs
         self._times = PhaseTimes()
         self._links, self._bytes_before = links, links.bytes_sent
         self._num_steps = 0
-        self._shall_record = False
-        self._recorded: RecordedStep | None = None
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self.ranks_of = self._place(captured.parameter_stages(), dict(potential.named_parameters()))
 
@@ -165,6 +160,11 @@ class Pipeline:
     def num_stages(self) -> int:
         """Length of the chain."""
         return len(self._placement)
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The rank of each stage."""
+        return tuple(self._placement)
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """The schedule for a number of micro-batches; all ranks of the pipeline have to ask for it.
@@ -202,9 +202,15 @@ class Pipeline:
                 outputs[index] = result.output
                 return result.gradients
 
-            self._start_recording()
-            self.executor.run(schedule, inputs, loss)
-            self._finish_recording(schedule)
+            self._costs_then = self._costs if self.watch.wants_times else self._costs_then
+            is_learning = self._num_steps in _LEARNING_STEPS
+            with self.watch.step(schedule, lambda: self.executor.bytes_sent, is_learning) as recorder:
+                self.executor.recorder = recorder
+                self.executor.run(schedule, inputs, loss)
+            self.executor.recorder = None
+            if is_learning and recorder is not None:
+                self._learn(schedule, recorder.spans())
+            self._num_steps += 1
         except BaseException:
             self._abort()
             raise
@@ -260,33 +266,22 @@ class Pipeline:
 
     def record_next_step(self) -> None:
         """Record the next training step for :meth:`recorded_step`; all ranks of the pipeline have to be asked."""
-        self._shall_record = True
+        self.watch.ask()
 
     def recorded_step(self) -> RecordedStep | None:
-        """The last step that was recorded, on every rank; None where there is none."""
-        return self._recorded
+        """The last step that was recorded, None where there is none; all ranks of the pipeline have to call this."""
+        own = self.watch.own_step
+        if own is None:
+            return None
+        assert own.schedule is not None
+        predicted = replace(self._planner, costs=self._costs_then).report(own.schedule)
+        of_ranks = dict(enumerate(self._gathered(own.spans)))
+        return RecordedStep(own.schedule, predicted, recorded_report(own.schedule, of_ranks))
 
-    def _start_recording(self) -> None:
-        wanted = self._shall_record or self._num_steps in _LEARNING_STEPS
-        self.executor.recorder = self._recorder if wanted else None
-        if self._shall_record:  # a common clock for all ranks
-            dist.barrier(group=self._mesh.control_group)
-        self._recorder.reset()
-
-    def _finish_recording(self, schedule: Schedule) -> None:
-        if self.executor.recorder is not None:
-            spans = self._recorder.spans()
-            if self._shall_record:
-                self._shall_record = False
-                of_ranks = dict(enumerate(self._gathered(spans)))
-                predicted = replace(self._planner, costs=self._costs).report(schedule)
-                self._recorded = RecordedStep(schedule, predicted, recorded_report(schedule, of_ranks))
-            if self._num_steps in _LEARNING_STEPS:
-                self._times.add(spans)
-            if self._num_steps == _LEARNING_STEPS[-1]:
-                self._plan_again(schedule)
-            self.executor.recorder = None
-        self._num_steps += 1
+    def _learn(self, schedule: Schedule, spans: Sequence[Span]) -> None:
+        self._times.add(spans)
+        if self._num_steps == _LEARNING_STEPS[-1]:
+            self._plan_again(schedule)
 
     def _plan_again(self, schedule: Schedule) -> None:
         """Plan for what the phases take on these ranks, with this data, and the user's loss.

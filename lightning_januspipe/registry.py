@@ -36,6 +36,7 @@ class Library:
         self.strategies = load(f"{pytorch}.strategies")
         self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
         self.precision = load(f"{pytorch}.plugins.precision")
+        self.profilers = load(f"{pytorch}.profilers")
         self.helpers = load(f"{pytorch}.utilities.model_helpers")
         self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
         self.utils_rank_zero = load("lightning_utilities.core.rank_zero")

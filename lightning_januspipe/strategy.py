@@ -360,6 +360,9 @@ class JanusPipeBody:
         assert self.runner is not None
         module = self.lightning_module
         split = isinstance(batch, MicroBatches)
+        profiler = module.trainer.profiler
+        if not isinstance(profiler, self.lib.profilers.PassThroughProfiler):
+            self.runner.executor.annotate = profiler.profile
         batches, sizes = (batch.batches, batch.num_samples) if split else ([batch], [None])
         recorder = LogRecorder()
 

@@ -26,8 +26,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +83,8 @@ class Executor:
 
     Attributes:
         recorder: notes when each action starts and ends, if set.
+        annotate: gives the context that an action runs in by its name, as profilers do, if set. Without it, actions
+            are named to torch's own profiler where that is on.
     """
 
     def __init__(
@@ -95,9 +99,15 @@ class Executor:
     ) -> None:
         self.rank, self.stages, self.chain = rank, dict(stages), chain
         self.recorder: Recorder | None = None
+        self.annotate: Callable[[str], AbstractContextManager[Any]] | None = None
         self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._device = device or torch.device("cpu")
         self._routes: dict[int, tuple[Schedule, Route]] = {}
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all messages to other ranks so far."""
+        return 0 if self._links is None else self._links.bytes_sent
 
     def close(self) -> None:
         """Let go of all connections: ranks that wait for this one are told at once that it will not answer."""
@@ -167,6 +177,8 @@ class _Step:
         self.route = route
         self._executor, self._inputs, self._loss = executor, inputs, loss
         self._links = executor._links
+        is_profiled = torch._C._autograd._profiler_enabled()
+        self._annotate = executor.annotate or (torch.profiler.record_function if is_profiled else None)
         self._posted = dict.fromkeys(route.incoming, 0)
         self._receives: dict[Message, Receive] = {}
         self._arrived: dict[Message, list[Tensor]] = {}
@@ -180,13 +192,7 @@ class _Step:
         """One action, with its messages."""
         stage = self._executor.stages[action.stage]
         came = self._take(action)
-        recorder = self._executor.recorder
-        if recorder is not None:
-            recorder.start(action)
-        results = self._compute(action, stage, came)
-        if recorder is not None:
-            recorder.end(action)
-        for target, tensors in results:
+        for target, tensors in self._watched(action, stage, came):
             self._hand_on(Message(action, target), tensors)
 
     def result(self, microbatch: int) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -216,6 +222,23 @@ class _Step:
         self._receives.clear()
 
     # -- phases ------------------------------------------------------------------------------------------------------
+
+    def _watched(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        """Run a phase, under a name if a profiler is on, and between two marks if there is a recorder."""
+        if self._annotate is not None:
+            with self._annotate(f"[JanusPipe]{action.phase.value} stage {action.stage}"):
+                return self._recorded(action, stage, came)
+        return self._recorded(action, stage, came)
+
+    def _recorded(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        recorder = self._executor.recorder
+        if recorder is None:
+            return self._compute(action, stage, came)
+        recorder.start(action)
+        try:
+            return self._compute(action, stage, came)
+        finally:
+            recorder.end(action)
 
     def _compute(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
         """Run a phase; returns the tensors for every action that takes some in."""

@@ -37,6 +37,10 @@ class GradientBuffers:
         """The sum so far."""
         return self._sums.get(parameter)
 
+    def sums(self) -> list[Tensor]:
+        """All sums so far."""
+        return list(self._sums.values())
+
     def publish(self, scale: float) -> None:
         """Add the sums, times ``scale``, to ``p.grad``, and forget them."""
         for parameter, total in self._sums.items():
