@@ -334,15 +334,16 @@ class Pipeline:
         """The first rank of the pipeline that holds a parameter."""
         return min(self.ranks_of[parameter])
 
-    def synchronize(self, holders: Sequence[object] = ()) -> None:
+    def synchronize(self, holders: Sequence[object] = (), averages_only: bool = False) -> None:
         """Bring all parameters, and averages of them, up to date on every rank, from their owners.
 
         Args:
             holders: objects beside the module that may hold averages, such as callbacks.
+            averages_only: leave the parameters themselves as they are.
         """
-        partly = [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
-        following = followers(self._module, holders, partly)
-        owners = {p: self.owner(p) for p in self.ranks_of} | {t: self.owner(p) for p, t in following}
+        following = followers(self._module, holders, self.partly_held())
+        owners: dict[Tensor, int] = {} if averages_only else {p: self.owner(p) for p in self.ranks_of}
+        owners.update((t, self.owner(p)) for p, t in following)
         by_owner: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for tensor, rank in owners.items():
             by_owner.setdefault((rank, tensor.dtype), []).append(tensor)
@@ -351,6 +352,10 @@ class Pipeline:
             dist.broadcast(flat, self._mesh.pipeline_ranks[rank], group=self._mesh.pipeline_group)
             for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.data.copy_(values.view_as(tensor))
+
+    def partly_held(self) -> list[nn.Parameter]:
+        """Parameters that only some ranks of the pipeline train."""
+        return [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
 
     def _place(self, captured: dict[str, set[int]], inside: dict[str, nn.Parameter]) -> dict[nn.Parameter, set[int]]:
         """The ranks that hold each parameter; those outside the potential, and those it never reads, are held by all.

@@ -42,6 +42,9 @@ class Library:
         self.utils_rank_zero = load("lightning_utilities.core.rank_zero")
         self.distributed = load(f"{fabric}.utilities.distributed")
         self.seed = load(f"{fabric}.utilities.seed")
+        self.cloud_io = load(f"{fabric}.utilities.cloud_io")
+        self.torch_io = load(f"{fabric}.plugins.io.torch_io")
+        self.wrapper = load(f"{pytorch}.plugins.io.wrapper")
 
 
 @lru_cache

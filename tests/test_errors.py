@@ -66,7 +66,6 @@ def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int
         ({"wave_size": "all"}, ["wave_size", "all"]),
         ({"graph_size": 2}, ["graph_size=2"]),
         ({"activation": "recompute"}, ["recompute", "keep"]),
-        ({"save_distributed_checkpoint": True}, ["save_distributed_checkpoint"]),
     ],
 )
 def test_arguments(arguments: dict[str, object], words: list[str]) -> None:
