@@ -82,34 +82,10 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     import lightning
     import numpy as np
 
-    import lightning_januspipe
-    from lightning_januspipe.data import StructureDataset, collate_structures, dataset_statistics, emt_structures
-    from lightning_januspipe.models import EquivariantPotential, PotentialModule
-
     torch.set_num_threads(1)
     dtype = torch.float64 if work.dtype == "float64" else torch.float32
     torch.set_default_dtype(dtype)
-    torch.manual_seed(0)
-    size = work.batch_size * 2
-    structures: Any = work.data or emt_structures(size, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
-    dataset = StructureDataset(structures, cutoff=work.cutoff, dtype=dtype)
-    samples = [dataset[i % len(dataset)] for i in range(size)]
-    statistics_ = dataset_statistics(
-        torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), len(dataset.species)
-    )
-    potential = EquivariantPotential(
-        dataset.species,
-        work.cutoff,
-        num_layers=work.num_layers,
-        num_features=work.num_features,
-        l_max=work.l_max,
-        avg_num_neighbors=max(statistics_.avg_num_neighbors, 1.0),
-        per_species_shift=list(statistics_.energy_shifts),
-    )
-    module = PotentialModule(potential, energy_weight=1.0, force_weight=1.0)
-    loader: Any = torch.utils.data.DataLoader(
-        _Samples(samples), batch_size=work.batch_size, collate_fn=collate_structures
-    )
+    module, loader = _module_and_loader(work, dtype, energy_weight=1.0)
     times: list[float] = []
     losses: list[float] = []
     predicted: list[float] = []
@@ -131,25 +107,63 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
                 predicted.append(step.predicted.makespan)
                 recorded.append(step.recorded.makespan)
 
+    trainer = _trainer(strategy, work.steps + _WARM_UP, Clock())
+    np.random.seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer.fit(module, loader)
+    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return Timing(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
+
+
+def _module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
+    """The seeded module in the default dtype, and two batches in ``dtype``."""
+    from lightning_januspipe.data import StructureDataset, collate_structures, dataset_statistics, emt_structures
+    from lightning_januspipe.models import EquivariantPotential, PotentialModule
+
+    torch.manual_seed(0)
+    size = work.batch_size * 2
+    structures: Any = work.data or emt_structures(size, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
+    dataset = StructureDataset(structures, cutoff=work.cutoff, dtype=dtype)
+    samples = [dataset[i % len(dataset)] for i in range(size)]
+    statistics_ = dataset_statistics(
+        torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), len(dataset.species)
+    )
+    potential = EquivariantPotential(
+        dataset.species,
+        work.cutoff,
+        num_layers=work.num_layers,
+        num_features=work.num_features,
+        l_max=work.l_max,
+        avg_num_neighbors=max(statistics_.avg_num_neighbors, 1.0),
+        per_species_shift=list(statistics_.energy_shifts),
+    )
+    module = PotentialModule(potential, energy_weight=energy_weight, force_weight=1.0)
+    loader: Any = torch.utils.data.DataLoader(
+        _Samples(samples), batch_size=work.batch_size, collate_fn=collate_structures
+    )
+    return module, loader
+
+
+def _trainer(strategy: dict[str, Any] | None, steps: int, callback: Any, **arguments: Any) -> Any:
+    import lightning
+
+    import lightning_januspipe
+
     bound = "auto" if strategy is None else lightning_januspipe.strategy_class("lightning")(**strategy)
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         strategy=bound,
-        max_steps=work.steps + _WARM_UP,
-        callbacks=[Clock()],
+        max_steps=steps,
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
+        **arguments,
     )
-    np.random.seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer.fit(module, loader)
-    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return Timing(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
@@ -264,11 +278,86 @@ def simulation(work: Work, runs: int = 5) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What one rank's first step gave.
+
+    Attributes:
+        gradients: of the parameters that it trains, by name, in float64.
+        message_bytes: sent to other ranks in the step.
+    """
+
+    gradients: dict[str, torch.Tensor]
+    message_bytes: int
+
+
+def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Gradients:
+    """The parameter gradients of a loss of forces, from the same weights and structures in any precision.
+
+    Args:
+        work: what to do.
+        strategy: arguments of the strategy.
+        precision: of the Trainer.
+    """
+    import lightning
+
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    module, loader = _module_and_loader(work, dtype, energy_weight=0.0)
+    module = module.float().to(dtype)  # the weights are those that float32 has
+    torch.set_default_dtype(torch.float32)
+    found: list[Gradients] = []
+
+    class Keep(lightning.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
+            runner = trainer.strategy.runner
+            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.holds(p)]
+            gradients = {n: p.grad.detach().double() for n, p in held}
+            found.append(Gradients(gradients, getattr(runner, "bytes_sent", 0)))
+
+    _trainer(strategy, 1, Keep(), precision=precision).fit(module, loader)
+    return found[0]
+
+
+def messages(work: Work, runs: int = 1) -> str:
+    """Error of the parameter gradients of a force loss, in several precisions and with messages in bfloat16."""
+    split = {"num_microbatches": work.batch_size, "schedule": "wavek"}
+    rounded = {**split, "message_dtype": "bf16"}
+    configurations: dict[str, tuple[int, dict[str, Any], str]] = {
+        "float32, one rank": (1, split, "32-true"),
+        **{f"float32, {n} ranks": (n, split, "32-true") for n in (2, 4)},
+        **{f"float32, {n} ranks, messages in bf16": (n, rounded, "32-true") for n in (2, 4)},
+        "bf16-mixed, one rank": (1, split, "bf16-mixed"),
+        **{f"bf16-mixed, {n} ranks": (n, split, "bf16-mixed") for n in (2, 4)},
+    }
+
+    def joined(ranks: int, strategy: dict[str, Any], precision: str) -> tuple[dict[str, torch.Tensor], int]:
+        with RankPool(ranks) as pool:
+            found = pool.run(gradients_once, work, strategy, precision, timeout=1800)
+        return {n: g for rank in found for n, g in rank.gradients.items()}, sum(rank.message_bytes for rank in found)
+
+    reference, _ = joined(1, split, "64-true")
+    norm = sum(float(g.square().sum()) for g in reference.values()) ** 0.5
+    lines = [
+        "| configuration | relative error of the gradient | of its worst parameter | messages (MB) |",
+        "|---|---|---|---|",
+    ]
+    for name, (ranks, strategy, precision) in configurations.items():
+        gradients, sent = joined(ranks, strategy, precision)
+        errors = {n: float((gradients[n] - g).norm()) for n, g in reference.items()}
+        worst = max(e / max(float(reference[n].norm()), 1e-3 * norm) for n, e in errors.items())
+        whole = sum(e**2 for e in errors.values()) ** 0.5 / norm
+        lines.append(f"| {name} | {whole:.1e} | {worst:.1e} | {sent / 1e6:.2f} |")
+    return "\n".join(lines)
+
+
 BENCHMARKS: dict[str, Callable[[Work, int], str]] = {
     "single": single_process,
     "two-ranks": two_ranks,
     "contention": contention,
     "simulation": simulation,
+    "messages": messages,
 }
 
 

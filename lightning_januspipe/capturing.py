@@ -12,7 +12,7 @@ from lightning_januspipe.capture import Capture, CaptureError, Manner, ProgramCa
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.mesh import Mesh, as_world
-from lightning_januspipe.pipeline import Pipeline, measured_latency
+from lightning_januspipe.pipeline import MessageDtype, Pipeline, measured_latency
 from lightning_januspipe.planning import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
 from lightning_januspipe.preparation import on_first_rank, with_batch
 
@@ -71,6 +71,7 @@ class Capturer:
         memory_limit: most bytes that the micro-batches of one rank may hold in training, or None.
         potential: dotted name of the potential, where the user gave one.
         stages: where stages come from.
+        message_dtype: what messages between stages are rounded to.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class Capturer:
         memory_limit: float | None,
         potential: str | None,
         stages: Stages,
+        message_dtype: MessageDtype | None = None,
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
-        self._potential, self._stages = potential, stages
+        self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
         self._kept: _Kept | None = None
 
     def pipeline(
@@ -142,7 +144,7 @@ class Capturer:
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
         planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
-        return Pipeline(request.module, mesh, found, planner, request.num_microbatches), news
+        return Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype), news
 
     def _planner(
         self,

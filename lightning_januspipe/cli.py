@@ -25,8 +25,8 @@ else:
 
 DESCRIPTION = """\
 Train interatomic potentials in a pipeline of devices. Beside the subcommands below there are `januspipe plan`, which
-tells before training what each schedule would give, and `januspipe bench`, which measures this machine; see their own
---help.
+tells before training what each schedule would give, `januspipe bench`, which measures this machine, and `januspipe
+consolidate`, which makes one file of a checkpoint folder; see their own --help.
 """
 
 POTENTIAL = "model.init_args.potential.init_args."
@@ -238,6 +238,11 @@ def main(args: Sequence[str] | None = None) -> None:
         from lightning_januspipe.benchmark import main as bench
 
         bench(given[1:])
+        return
+    if given[:1] == ["consolidate"]:
+        from lightning_januspipe.folders import main as consolidate
+
+        consolidate(given[1:])
         return
     # What Lightning and its own dependencies say to each other, and no user can mend.
     warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")

@@ -87,19 +87,22 @@ class Mesh:
         self.down_group = self.up_group = self.control_group = self.alone_group = None
         self.pipeline_group: dist.ProcessGroup | None = None
         self.data_group: dist.ProcessGroup | None = None
+        self.host_group: dist.ProcessGroup | None = None
         if shape.size == 1:
             return
         self.device_mesh = init_device_mesh(device.type, (shape.pipeline, shape.data, shape.graph), mesh_dim_names=AXES)
-        self.pipeline_group = self.device_mesh["pp"].get_group()
         self.data_group = self.device_mesh["dp"].get_group()
         # Every rank takes part in the creation of every group, in the same order.
+        self.host_group = dist.new_group(backend="gloo", timeout=timeout)
         for data in range(shape.data):
             for graph in range(shape.graph):
                 ranks = [shape.rank(p, data, graph) for p in range(shape.pipeline)]
                 down, up = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout)
                 control = dist.new_group(ranks, backend="gloo", timeout=timeout)
+                whole = dist.new_group(ranks)  # that of the DeviceMesh may be the default group, which stays open
                 if (data, graph) == (self.data_rank, self.graph_rank):
-                    self.down_group, self.up_group, self.control_group = down, up, control
+                    self.down_group, self.up_group = down, up
+                    self.control_group, self.pipeline_group = control, whole
         for other in range(shape.size):
             group = dist.new_group([other])
             if other == rank:
@@ -108,8 +111,8 @@ class Mesh:
     def abort(self) -> None:
         """Close this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True
-        groups = self.down_group, self.up_group, self.control_group
-        self.down_group = self.up_group = self.control_group = None
+        groups = self.down_group, self.up_group, self.control_group, self.host_group, self.pipeline_group
+        self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
         for group in groups:
             if group is not None:
                 dist.destroy_process_group(group)

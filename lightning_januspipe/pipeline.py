@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,20 +14,24 @@ from torch import Tensor, nn
 from lightning_januspipe.averages import followers, held_by_all
 from lightning_januspipe.capture import Capture, CapturedStep, Proofs
 from lightning_januspipe.capture.find import StepFunction
-from lightning_januspipe.capture.step import loss_of, require_finite
+from lightning_januspipe.capture.step import gradients_of_loss, loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.microbatch import fingerprint, same_batch
 from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.engine.timeline import PhaseTimes, Recorder, recorded_report
+from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
 from lightning_januspipe.preparation import on_first_rank
-from lightning_januspipe.schedule import Report, Schedule
+from lightning_januspipe.recording import RecordedStep, Watch
+from lightning_januspipe.schedule import Action, Phase, Schedule
 
 _Result = TypeVar("_Result")
+
+MessageDtype = Literal["bf16"]
+"""What messages may be rounded to."""
 
 # The first step warms up; costs are measured in those after it.
 _LEARNING_STEPS = (1, 2, 3)
@@ -44,31 +48,41 @@ class Undivided:
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self.gradients = GradientBuffers()
         self._module, self._mesh = module, mesh
+        self.watch = Watch(mesh.device, self.gradients)
 
-    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any]) -> list[Any]:
+    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
         """Run the user's step on every micro-batch; gradients end in ``gradients``.
 
         Args:
             steps: the user's training step for each micro-batch, from a batch to what it returns.
             batches: the micro-batches.
+            loss_scale: of a gradient scaler: what the gradients are multiplied by, from the losses on.
 
         Returns:
             What the steps returned.
 
         Raises:
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss is not finite, before it is scaled.
         """
         outputs = []
-        for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
-            with as_world(self._mesh.data_group):
-                output = step(batch)
-            loss = loss_of(output, type(self._module).__name__)
-            require_finite(loss, index)
-            parameters = [p for p in self._module.parameters() if p.requires_grad]
-            found = torch.autograd.grad(loss / len(batches), parameters, allow_unused=True)
-            self.gradients.add(parameters, found)
-            outputs.append(output)
+        with self.watch.step() as recorder:
+            for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
+                whole = Action(Phase.FE, 0, index)
+                if recorder is not None:
+                    recorder.start(whole)
+                outputs.append(self._microbatch(index, step, batch, loss_scale / len(batches)))
+                if recorder is not None:
+                    recorder.end(whole)
         return outputs
+
+    def _microbatch(self, index: int, step: StepFunction, batch: Any, scale: float) -> Any:
+        with as_world(self._mesh.data_group):
+            output = step(batch)
+        loss = loss_of(output, type(self._module).__name__)
+        require_finite(loss, index)
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self.gradients.add(parameters, gradients_of_loss(loss, scale, list(parameters)))
+        return output
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
         """The user's step of evaluation."""
@@ -90,21 +104,6 @@ class Undivided:
         return True
 
 
-@dataclass(frozen=True)
-class RecordedStep:
-    """A training step as it ran, and as it was predicted.
-
-    Attributes:
-        schedule: the actions of all ranks.
-        predicted: the simulation with the costs that were known when the step began, in seconds.
-        recorded: the real step, in seconds.
-    """
-
-    schedule: Schedule
-    predicted: Report
-    recorded: Report
-
-
 class Pipeline:
     """The stages of a captured module that one rank runs.
 
@@ -114,10 +113,17 @@ class Pipeline:
         capture: the captured potential, the same on all ranks.
         planner: builds schedules; that of the pipeline's first rank decides.
         num_microbatches: of most steps; the ranks of the stages are chosen for it.
+        message_dtype: what features and their gradients are rounded to between ranks; None for what they are.
     """
 
     def __init__(
-        self, module: nn.Module, mesh: Mesh, capture: Capture, planner: Planner, num_microbatches: int = 1
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        capture: Capture,
+        planner: Planner,
+        num_microbatches: int = 1,
+        message_dtype: MessageDtype | None = None,
     ) -> None:
         self.gradients = GradientBuffers()
         self.capture = capture
@@ -134,20 +140,31 @@ class Pipeline:
         links = _links(mesh)
         links.connect(first.messages())
         own = first.stages_of(mesh.pipeline_rank)
-        stages = {s: Stage(captured.stage(s, potential), self.gradients) for s in own}
-        self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout)
-        self._recorder = Recorder(mesh.device)
+        stages = {s: Stage(captured.stage(s, potential), self.gradients, captured.chain.autocast) for s in own}
+        sent_as = torch.bfloat16 if message_dtype == "bf16" else None
+        self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout, sent_as)
+        self.watch = Watch(mesh.device, self.gradients)
+        self._costs_then = self._costs
         self._times = PhaseTimes()
+        self._links, self._bytes_before = links, links.bytes_sent
         self._num_steps = 0
-        self._shall_record = False
-        self._recorded: RecordedStep | None = None
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self.ranks_of = self._place(captured.parameter_stages(), dict(potential.named_parameters()))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank's stages have sent to other ranks so far."""
+        return self._links.bytes_sent - self._bytes_before
 
     @property
     def num_stages(self) -> int:
         """Length of the chain."""
         return len(self._placement)
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The rank of each stage."""
+        return tuple(self._placement)
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """The schedule for a number of micro-batches; all ranks of the pipeline have to ask for it.
@@ -163,7 +180,7 @@ class Pipeline:
     def _is_placed(self, schedule: Schedule) -> bool:
         return (schedule.placement, schedule.force_placement) == (self._placement, self._force_placement)
 
-    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any]) -> list[Any]:
+    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
         """All phases of all micro-batches; see :meth:`Undivided.train_step`.
 
         Raises:
@@ -180,14 +197,20 @@ class Pipeline:
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 with as_world(self._mesh.data_group):
                     result = self.step.loss(
-                        index, steps[index], batches[index], 1 / len(batches), observables, derivatives
+                        index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
                     )
                 outputs[index] = result.output
                 return result.gradients
 
-            self._start_recording()
-            self.executor.run(schedule, inputs, loss)
-            self._finish_recording(schedule)
+            self._costs_then = self._costs if self.watch.wants_times else self._costs_then
+            is_learning = self._num_steps in _LEARNING_STEPS
+            with self.watch.step(schedule, lambda: self.executor.bytes_sent, is_learning) as recorder:
+                self.executor.recorder = recorder
+                self.executor.run(schedule, inputs, loss)
+            self.executor.recorder = None
+            if is_learning and recorder is not None:
+                self._learn(schedule, recorder.spans())
+            self._num_steps += 1
         except BaseException:
             self._abort()
             raise
@@ -243,33 +266,22 @@ class Pipeline:
 
     def record_next_step(self) -> None:
         """Record the next training step for :meth:`recorded_step`; all ranks of the pipeline have to be asked."""
-        self._shall_record = True
+        self.watch.ask()
 
     def recorded_step(self) -> RecordedStep | None:
-        """The last step that was recorded, on every rank; None where there is none."""
-        return self._recorded
+        """The last step that was recorded, None where there is none; all ranks of the pipeline have to call this."""
+        own = self.watch.own_step
+        if own is None:
+            return None
+        assert own.schedule is not None
+        predicted = replace(self._planner, costs=self._costs_then).report(own.schedule)
+        of_ranks = dict(enumerate(self._gathered(own.spans)))
+        return RecordedStep(own.schedule, predicted, recorded_report(own.schedule, of_ranks))
 
-    def _start_recording(self) -> None:
-        wanted = self._shall_record or self._num_steps in _LEARNING_STEPS
-        self.executor.recorder = self._recorder if wanted else None
-        if self._shall_record:  # a common clock for all ranks
-            dist.barrier(group=self._mesh.control_group)
-        self._recorder.reset()
-
-    def _finish_recording(self, schedule: Schedule) -> None:
-        if self.executor.recorder is not None:
-            spans = self._recorder.spans()
-            if self._shall_record:
-                self._shall_record = False
-                of_ranks = dict(enumerate(self._gathered(spans)))
-                predicted = replace(self._planner, costs=self._costs).report(schedule)
-                self._recorded = RecordedStep(schedule, predicted, recorded_report(schedule, of_ranks))
-            if self._num_steps in _LEARNING_STEPS:
-                self._times.add(spans)
-            if self._num_steps == _LEARNING_STEPS[-1]:
-                self._plan_again(schedule)
-            self.executor.recorder = None
-        self._num_steps += 1
+    def _learn(self, schedule: Schedule, spans: Sequence[Span]) -> None:
+        self._times.add(spans)
+        if self._num_steps == _LEARNING_STEPS[-1]:
+            self._plan_again(schedule)
 
     def _plan_again(self, schedule: Schedule) -> None:
         """Plan for what the phases take on these ranks, with this data, and the user's loss.
@@ -322,17 +334,15 @@ class Pipeline:
         """The first rank of the pipeline that holds a parameter."""
         return min(self.ranks_of[parameter])
 
-    def synchronize(self, holders: Sequence[object] = ()) -> None:
+    def synchronize(self, holders: Sequence[object] = (), averages_only: bool = False) -> None:
         """Bring all parameters, and averages of them, up to date on every rank, from their owners.
 
         Args:
             holders: objects beside the module that may hold averages, such as callbacks.
+            averages_only: leave the parameters themselves as they are.
         """
-        partly = [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
-        found = followers(self._module, holders, partly)
-        common = held_by_all(self._gathered(list(found)), len(partly))
-        following = [pair for place, pair in found.items() if place in common]
-        owners = {p: self.owner(p) for p in self.ranks_of} | {t: self.owner(p) for p, t in following}
+        owners: dict[Tensor, int] = {} if averages_only else {p: self.owner(p) for p in self.ranks_of}
+        owners.update((t, self.owner(p)) for p, t in self.followers(holders))
         by_owner: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for tensor, rank in owners.items():
             by_owner.setdefault((rank, tensor.dtype), []).append(tensor)
@@ -341,6 +351,21 @@ class Pipeline:
             dist.broadcast(flat, self._mesh.pipeline_ranks[rank], group=self._mesh.pipeline_group)
             for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.data.copy_(values.view_as(tensor))
+
+    def followers(self, holders: Sequence[object] = ()) -> list[tuple[nn.Parameter, Tensor]]:
+        """Averages of parameters that single ranks train, which all ranks hold; every rank of the pipeline takes part.
+
+        Args:
+            holders: objects beside the module that may hold averages, such as callbacks.
+        """
+        partly = self.partly_held()
+        found = followers(self._module, holders, partly)
+        common = held_by_all(self._gathered(list(found)), len(partly))
+        return [pair for place, pair in found.items() if place in common]
+
+    def partly_held(self) -> list[nn.Parameter]:
+        """Parameters that only some ranks of the pipeline train."""
+        return [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
 
     def _place(self, captured: dict[str, set[int]], inside: dict[str, nn.Parameter]) -> dict[nn.Parameter, set[int]]:
         """The ranks that hold each parameter; those outside the potential, and those it never reads, are held by all.

@@ -36,11 +36,15 @@ class Library:
         self.strategies = load(f"{pytorch}.strategies")
         self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
         self.precision = load(f"{pytorch}.plugins.precision")
+        self.profilers = load(f"{pytorch}.profilers")
         self.helpers = load(f"{pytorch}.utilities.model_helpers")
         self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
         self.utils_rank_zero = load("lightning_utilities.core.rank_zero")
         self.distributed = load(f"{fabric}.utilities.distributed")
         self.seed = load(f"{fabric}.utilities.seed")
+        self.cloud_io = load(f"{fabric}.utilities.cloud_io")
+        self.torch_io = load(f"{fabric}.plugins.io.torch_io")
+        self.wrapper = load(f"{pytorch}.plugins.io.wrapper")
 
 
 @lru_cache

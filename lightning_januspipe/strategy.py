@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,9 +16,9 @@ from lightning_januspipe.capture import Stages
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.step import replaced_log
 from lightning_januspipe.capturing import Capturer, CaptureRequest
-from lightning_januspipe.checkpoint import StageOptimizer, broadcast_module
+from lightning_januspipe.checkpoint import broadcast_module
 from lightning_januspipe.engine.microbatch import MicroBatches
-from lightning_januspipe.engine.p2p import PipelineError
+from lightning_januspipe.interruption import Interruption
 from lightning_januspipe.loading import (
     example_batches,
     require_samples,
@@ -30,16 +28,19 @@ from lightning_januspipe.loading import (
 )
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
 from lightning_januspipe.metrics import LogRecorder, ReplicaGather, merge_outputs
-from lightning_januspipe.pipeline import Pipeline, Undivided
+from lightning_januspipe.pipeline import MessageDtype, Pipeline, Undivided
 from lightning_januspipe.planning import is_searched
-from lightning_januspipe.precision import mesh_aware
+from lightning_januspipe.position import LoaderPosition, same_random_state
+from lightning_januspipe.precision import loss_scale, mesh_aware
 from lightning_januspipe.preparation import differentiable, is_fitting, training_mode
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
+from lightning_januspipe.residence import Residence
+from lightning_januspipe.saving import CheckpointHooks
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import build_schedule
 
 
-class JanusPipeBody:
+class JanusPipeBody(CheckpointHooks):
     """Everything of the strategy that does not depend on which Lightning it is bound to.
 
     Args:
@@ -55,13 +56,17 @@ class JanusPipeBody:
             fewer take less memory and more time. "auto" takes up to twice the ranks.
         potential: dotted name of the submodule that differentiates the energy; found by itself if not given.
         activation: what is kept between phases; only "keep" is available.
-        save_distributed_checkpoint: a folder of shards instead of one file; not available.
+        save_distributed_checkpoint: save folders of ``torch.distributed.checkpoint``, into which each rank writes its
+            part, instead of single files. Both kinds are loaded, whatever this is.
         process_group_backend: backend of torch.distributed; by default the device's.
         timeout: how long a rank waits for a message of another (a timedelta, or seconds).
         memory_limit: most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold
             fewer micro-batches for it. None is no limit.
         stages: where the stages come from: "captured" by tracing, "explicit" (the potential declares them, see
             :class:`~lightning_januspipe.capture.explicit.ExplicitStages`), or "auto", the first of these that works.
+        message_dtype: "bf16": features that stages send each other, and all gradients of these, are rounded to
+            bfloat16 on the way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to
+            1e-2 (``januspipe bench messages`` measures it). Energies and forces are sent as they are. None: all are.
     """
 
     lib: Any  # the modules of one Lightning (see registry.Library)
@@ -81,6 +86,7 @@ class JanusPipeBody:
         timeout: timedelta | float = timedelta(minutes=30),
         memory_limit: float | None = None,
         stages: Stages = "auto",
+        message_dtype: MessageDtype | None = None,
     ) -> None:
         super().__init__()
         if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
@@ -88,7 +94,6 @@ class JanusPipeBody:
         for name, given, available in (
             ("graph_size", graph_size, 1),
             ("activation", activation, "keep"),
-            ("save_distributed_checkpoint", save_distributed_checkpoint, False),
         ):
             if given != available:
                 raise ValueError(f"{name}={given!r} is not available; use {name}={available!r}")
@@ -100,15 +105,19 @@ class JanusPipeBody:
             raise ValueError(f"stages={stages!r}; expected one of {', '.join(map(repr, get_args(Stages)))}")
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
+        if message_dtype not in (None, *get_args(MessageDtype)):
+            raise ValueError(f"message_dtype={message_dtype!r}; expected 'bf16' or None")
         self._num_microbatches = num_microbatches
-        self._capturer = Capturer(schedule, wave_size, memory_limit, potential, stages)
+        self._capturer = Capturer(schedule, wave_size, memory_limit, potential, stages, message_dtype)
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self._num_nodes = 1
         self._reduce_gradients = True
         self._train_loader: Any = None
         self._eval_loader: Any = None
-        self._stage_optimizers: dict[int, StageOptimizer] = {}
+        self._save_distributed = save_distributed_checkpoint
+        self._stage_optimizers, self._unloaded = {}, {}
+        self._num_runs = 0
         self._metric_gather = ReplicaGather()
         self.mesh: Mesh | None = None
         self.runner: Undivided | Pipeline | None = None
@@ -201,6 +210,8 @@ class JanusPipeBody:
         if self.mesh is None or self.mesh.aborted:
             self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
         self.lightning_module._device_mesh = self.mesh.device_mesh
+        self._position = LoaderPosition(self.root_device)
+        self._num_runs += 1
 
     # -- module and data ---------------------------------------------------------------------------------------------
 
@@ -210,12 +221,16 @@ class JanusPipeBody:
         self.runner = Undivided(self.lightning_module, self.mesh) if self.mesh.shape.pipeline == 1 else None
         if is_fitting(trainer):
             refuse_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
+            if self.is_distributed:
+                self._interruption = Interruption(trainer, self.mesh, self._num_runs)
+        if self.runner is None and self.lib.helpers.is_overridden("configure_model", self.lightning_module):
+            self._residence = Residence(self.lightning_module, self.mesh)
         super().setup(trainer)  # type: ignore[misc]
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Make the user's optimizer over the whole module; it is pruned once the stages are known."""
         self._reset_optimizers_and_schedulers()
-        self._stage_optimizers = {}
+        self._stage_optimizers, self._unloaded = {}, {}
         super().setup_optimizers(trainer)  # type: ignore[misc]
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
@@ -224,13 +239,16 @@ class JanusPipeBody:
                 )
 
     def model_to_device(self) -> None:
-        """Move the module to this rank's device."""
-        self.model.to(self.root_device)
+        """Move the module to this rank's device, or what of it does not wait for the stages to be known."""
+        if self._residence is not None:
+            self._residence.wait_for_stages()
+        else:
+            self.model.to(self.root_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         assert self.mesh is not None
         if self.is_distributed:
-            broadcast_module(model)
+            broadcast_module(model, self.root_device)
             self._metric_gather.attach(model, self.mesh.data_group)
         return model
 
@@ -263,7 +281,7 @@ class JanusPipeBody:
         if trainer.training:
             require_samples(dataloader)
             required = self._num_microbatches != "auto"
-            dataloader = split_batches(dataloader, self.num_microbatches(), required)
+            dataloader = self._position.tracked(split_batches(dataloader, self.num_microbatches(), required))
             self._train_loader = dataloader
         else:
             self._eval_loader = dataloader
@@ -290,11 +308,20 @@ class JanusPipeBody:
             if isinstance(batch, MicroBatches)
             else transfer(batch, dataloader_idx)
         )
-        if self.runner is None:
+        if not isinstance(self.runner, Undivided):
             self._capture(self._train_loader, module.training_step, self.num_microbatches())
         if isinstance(self.runner, Pipeline):
-            self._same_random_state()
-            self._stage_optimizers = {id(o): StageOptimizer(o, self.runner) for o in self.optimizers}
+            assert self.mesh is not None
+            same_random_state(self.mesh)
+            self._divide_optimizers()
+            self._free_other_stages()
+        self._position.settle()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Training has taken a batch; ask whether any rank was told to stop."""
+        self._position.moved_on()
+        if self._interruption is not None:
+            self._interruption.ask()
 
     def on_validation_start(self) -> None:
         """Outside fit, capture the potential from the evaluation step."""
@@ -309,15 +336,15 @@ class JanusPipeBody:
         self._capture_for_evaluation("predict_step")
 
     def _capture_for_evaluation(self, name: str) -> None:
-        # The sanity check comes before training; every rank still holds the whole module then.
-        if self.runner is None and not is_fitting(self.lightning_module.trainer):
+        # In the sanity check before training every rank has the whole module, unless it was made to be divided.
+        if self.runner is None and (self._residence is not None or not is_fitting(self.lightning_module.trainer)):
             self._capture(self._eval_loader, getattr(self.lightning_module, name), 1)
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
         """One rank captures, all get the same result or the same error."""
         assert self.mesh is not None
         module: Any = self.lightning_module
-        trains = is_fitting(module.trainer)
+        trains = is_fitting(module.trainer) and not module.trainer.sanity_checking
 
         def examples() -> tuple[Any, Any]:
             first, second = example_batches(loader, num_microbatches)
@@ -331,21 +358,17 @@ class JanusPipeBody:
         evaluation = module.validation_step if trains and module.trainer.enable_validation else None
         request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation)
         self.runner, news = self._capturer.pipeline(request, self.mesh, self.global_rank, self.broadcast)
+        profiler = module.trainer.profiler
+        if not isinstance(profiler, self.lib.profilers.PassThroughProfiler):
+            self.runner.executor.annotate = profiler.profile
         if news:
             self.lib.rank_zero.rank_zero_info(news)
+        if self._residence is not None:
+            self._residence.place(self.runner)
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)
         return self.batch_to_device(self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0))
-
-    def _same_random_state(self) -> None:
-        """Give all ranks of a pipeline the generators' states of its first stage: they run the same steps."""
-        assert self.mesh is not None
-        states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
-        dist.broadcast_object_list(states, self.mesh.pipeline_ranks[0], group=self.mesh.control_group)
-        torch.set_rng_state(states[0][0])
-        random.setstate(states[0][1])
-        np.random.set_state(states[0][2])
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -365,7 +388,8 @@ class JanusPipeBody:
             return step
 
         with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
-            outputs = self.runner.train_step([step_of(n) for n in sizes], batches)
+            steps = [step_of(n) for n in sizes]
+            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin))
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
 
@@ -381,6 +405,8 @@ class JanusPipeBody:
         self.runner.gradients.publish(1 / module.trainer.accumulate_grad_batches)
         if self._reduce_gradients:
             self.runner.reduce()
+        if self._interruption is not None:
+            self._interruption.hear()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -420,20 +446,25 @@ class JanusPipeBody:
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------
 
+    def _is_joined(self) -> bool:
+        """Whether there are other ranks, with none of which this one has broken off."""
+        return self.is_distributed and dist.is_initialized() and not (self.mesh is not None and self.mesh.aborted)
+
+    def _host_group(self) -> dist.ProcessGroup | None:
+        # A rank that fails closes it, so that the others do not wait there.
+        return None if self.mesh is None else self.mesh.host_group
+
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
-        if self.is_distributed and dist.is_initialized():
-            if self.root_device.type == "cuda":
-                dist.barrier(device_ids=[self.root_device.index])
-            else:
-                dist.barrier()
+        if self._is_joined():
+            dist.barrier(group=self._host_group())
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object of one global rank, on all ranks."""
-        if not self.is_distributed or not dist.is_initialized():
+        if not self._is_joined():
             return obj
         objects = [obj]
-        dist.broadcast_object_list(objects, src)
+        dist.broadcast_object_list(objects, src, group=self._host_group())
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -452,52 +483,39 @@ class JanusPipeBody:
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """A decision of all ranks of the mesh."""
-        if not self.is_distributed or not dist.is_initialized():
+        if not self._is_joined():
             return decision
-        count = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(count)
+        group = self._host_group()
+        count = torch.tensor(int(decision), device="cpu" if group is not None else self.root_device)
+        dist.all_reduce(count, group=group)
         return bool(count == dist.get_world_size()) if all else bool(count > 0)
 
-    # -- checkpoints and the end -------------------------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole module's state, the same on every rank; every rank takes part."""
-        if isinstance(self.runner, Pipeline):  # after training this was done already
-            if self.mesh is not None and self.mesh.aborted:
-                raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
-            self.runner.synchronize(self.lightning_module.trainer.callbacks)
-        return self.lightning_module.state_dict()
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The whole optimizer's state, as plain Lightning would save it; every rank takes part."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        stage = self._stage_optimizers.get(id(optimizer))
-        if stage is None:
-            return super().optimizer_state(optimizer)  # type: ignore[misc]
-        assert self.mesh is not None
-        return stage.full_state_dict(self.mesh)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load whole optimizers' states; before training starts these are still whole."""
-        if not self._stage_optimizers:
-            super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
-            return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._stage_optimizers[id(optimizer)].load(state)
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
         """Leave the whole trained module on every rank."""
-        if isinstance(self.runner, Pipeline):
+        if self._interruption is not None:
+            self._interruption.hear()
+        if self._residence is not None and self._residence.is_partial:
+            self._residence.restore()
+        elif isinstance(self.runner, Pipeline):
             self.runner.synchronize(self.lightning_module.trainer.callbacks)
 
     def teardown(self) -> None:
         """Leave nothing on the user's module and optimizers; a checkpoint can still be saved."""
         for stage in self._stage_optimizers.values():
             stage.make_whole()
-        module = self.lightning_module
+        module, residence = self.lightning_module, self._residence
         if module is not None:
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
+        if self._interruption is not None:
+            self._interruption.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None
+        self._interruption = self._residence = None
+        if residence is not None and residence.is_partial:  # after an exception
+            residence.leave_device()
+            self._lightning_module = None
         super().teardown()  # type: ignore[misc]
+        self._lightning_module = module

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +111,7 @@ class TestThroughput:
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         """The time in seconds, which only the test moves."""
         now = [100.0]
-        monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
         return now
 
     @pytest.fixture

@@ -67,7 +67,6 @@ def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int
         ({"wave_size": "all"}, ["wave_size", "all"]),
         ({"graph_size": 2}, ["graph_size=2"]),
         ({"activation": "recompute"}, ["recompute", "keep"]),
-        ({"save_distributed_checkpoint": True}, ["save_distributed_checkpoint"]),
     ],
 )
 def test_arguments(arguments: dict[str, object], words: list[str]) -> None:
@@ -83,8 +82,8 @@ def test_unknown_namespace() -> None:
 
 
 def test_unavailable_precision(pool: RankPool) -> None:
-    (message,) = pool.run(workers.error_of, "tiny", {}, {"precision": "bf16-mixed"}, world_size=1)
-    assert message.startswith("ValueError") and "bf16-mixed" in message and "32-true" in message
+    (message,) = pool.run(workers.unavailable_precision, world_size=1)
+    assert message.startswith("ValueError") and "nvfp4" in message and "bf16-mixed" in message
 
 
 def test_potential_that_is_not_there(pool: RankPool) -> None:

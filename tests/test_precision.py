@@ -1,19 +1,25 @@
-"""Clipping by the norm over all stages, by any precision plugin."""
+"""Precision plugins in a pipeline: the gradients of plain Lightning, clipping and loss scales over all stages."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import precision_workers as workers
 import pytest
 import torch
 from engine_workers import clip_in_pipeline, clip_parameters
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.pipeline import Undivided
-from lightning_januspipe.precision import MeshClipping, clip_gradients_by_norm, mesh_aware
+from lightning_januspipe.precision import MeshClipping, MeshScaling, clip_gradients_by_norm, loss_scale, mesh_aware
 from lightning_januspipe.testing import RankPool
 
 
@@ -89,3 +95,181 @@ def test_plugin_clips_over_the_mesh_once_there_is_one() -> None:
         mesh_aware(_plugins("lightning.pytorch")[0], strategy).clip_grad_by_norm(optimizer, 1.0)
         assert float(module.weight.grad.norm()) == pytest.approx(expected, rel=1e-5)
     assert len(asked) == 1
+
+
+def test_scaler_of_a_plugin_is_wrapped_too() -> None:
+    pytest.importorskip("lightning.pytorch")
+    plugins = importlib.import_module("lightning.pytorch.plugins.precision")
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    plugin = mesh_aware(plugins.MixedPrecision("16-mixed", "cpu", scaler), object())
+    assert plugin.scaler is scaler and isinstance(scaler, MeshScaling) and loss_scale(plugin) == 16.0
+    assert loss_scale(plugins.MixedPrecision("bf16-mixed", "cpu")) == loss_scale(plugins.Precision()) == 1.0
+
+
+# -- the gradients of plain Lightning -------------------------------------------------------------------------------
+
+
+class Runs:
+    """Training runs, each made once."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self.plain = cache(lambda *a: pool.run(workers.train, a[0], None, *a[1:], world_size=1)[0])
+        self._pool = pool
+
+    def exact(self, num_microbatches: int, namespace: str = "lightning") -> Tensor:
+        """The gradient of the first step in float64."""
+        return flat([self.plain("64-true", num_microbatches, 1, namespace)])
+
+    def pipelined(self, precision: str, num_microbatches: int, *arguments: Any, **strategy: Any) -> list[Any]:
+        """The records of both ranks."""
+        return self._pool.run(workers.train, precision, strategy, num_microbatches, *arguments, world_size=2)
+
+
+@pytest.fixture(scope="module")
+def runs(pool: RankPool) -> Runs:
+    return Runs(pool)
+
+
+def flat(ranks: list[Any], what: str = "gradients", step: int = 0) -> Tensor:
+    """The values of all ranks' parameters in one step."""
+    found = {n: g for record in ranks for n, g in record[what][step].items()}
+    return torch.cat([found[n].reshape(-1) for n in sorted(found)])
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("precision", "num_microbatches", "rounding"),
+    [
+        ("32-true", 3, 1e-6),
+        ("bf16-true", 1, 4e-2),
+        ("bf16-true", 3, 4e-2),
+        ("16-true", 3, 5e-3),
+        ("bf16-mixed", 1, 2.5e-2),
+        ("bf16-mixed", 3, 2.5e-2),
+        ("16-mixed", 1, 3e-3),
+        ("16-mixed", 3, 3e-3),
+    ],
+)
+def test_gradients_are_as_good_as_those_of_plain_lightning(
+    runs: Runs, precision: str, num_microbatches: int, rounding: float
+) -> None:
+    exact, plain = runs.exact(num_microbatches), runs.plain(precision, num_microbatches)
+    ranks = runs.pipelined(precision, num_microbatches)
+    plain_error = error(flat([plain]), exact)
+    assert rounding / 3 < plain_error < 3 * rounding, "plain Lightning computes in this precision"
+    assert error(flat(ranks), exact) < 1.2 * plain_error
+    assert error(flat(ranks), flat([plain])) < 0.4 * plain_error, "the roundings are those of plain Lightning"
+    loss = sum(plain["losses"][:num_microbatches])  # each is divided by their number
+    assert all(rank["losses"][0] == pytest.approx(loss, rel=rounding) for rank in ranks)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+def test_double_precision_is_exact(runs: Runs, num_microbatches: int) -> None:
+    assert error(flat(runs.pipelined("64-true", num_microbatches)), runs.exact(num_microbatches)) < 1e-12
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_one_process_is_plain_lightning(pool: RankPool, runs: Runs, precision: str) -> None:
+    (record,) = pool.run(workers.train, precision, {}, 1, world_size=1)
+    assert torch.equal(flat([record]), flat([runs.plain(precision, 1)]))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed"])
+def test_plugins_of_the_other_lightning(runs: Runs, precision: str) -> None:
+    pytest.importorskip("pytorch_lightning")
+    arguments = (2, 1, "pytorch_lightning", 1.0)
+    exact, plain = runs.exact(2, "pytorch_lightning"), flat([runs.plain(precision, *arguments)])
+    found = flat(runs.pipelined(precision, *arguments))
+    assert 1e-4 < error(plain, exact) < 0.2
+    assert error(found, exact) < 1.2 * error(plain, exact)
+    assert error(found, plain) < 0.4 * error(plain, exact)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_evaluation(pool: RankPool, precision: str) -> None:
+    (exact,) = pool.run(workers.evaluate, "32-true", None, world_size=1)
+    (plain,) = pool.run(workers.evaluate, precision, None, world_size=1)
+    for found in pool.run(workers.evaluate, precision, {}, world_size=2):
+        assert found == pytest.approx(plain, rel=2e-2)
+        assert abs(found["val_forces_mae"] / exact["val_forces_mae"] - 1) > 1e-5, "in this precision"
+
+
+# -- loss scales -----------------------------------------------------------------------------------------------------
+
+
+def test_published_gradients_are_scaled_and_seeds_too(runs: Runs) -> None:
+    """Half-precision cotangents of a loss that is this small would underflow without."""
+    plain, exact = runs.plain("16-mixed", 1, 1, "lightning", 2.0**-20), runs.exact(1)
+    small = flat(runs.pipelined("16-mixed", 1, 1, "lightning", 2.0**-20))
+    assert error(small, exact) > 10 * error(flat(runs.pipelined("16-mixed", 1)), exact)
+    assert error(small, exact) == pytest.approx(error(flat([plain]), exact), rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "readout.2.weight"])
+def test_step_that_overflows_on_one_rank_is_skipped_on_all(runs: Runs, name: str) -> None:
+    arguments = (1, 3, "lightning", 2.0**10, f"potential.energy_model.{name}")
+    plain, ranks = runs.plain("16-mixed", *arguments), runs.pipelined("16-mixed", *arguments)
+    assert [plain["scales"], *(r["scales"] for r in ranks)] == [[1024.0, 512.0, 512.0]] * 3
+    assert sum(bool(g.isinf().any()) for r in ranks for g in r["gradients"][1].values()) == 1, "on one rank only"
+    for record in (plain, *ranks):
+        first, second, third = record["parameters"]
+        assert all(torch.equal(second[n], first[n]) for n in first) and record["parameters"][0]
+        assert any(not torch.equal(third[n], second[n]) for n in second)
+
+
+def test_scale_is_halved_until_nothing_overflows(runs: Runs) -> None:
+    arguments = (3, 4, "lightning", 2.0**30)
+    plain, ranks = runs.plain("16-mixed", *arguments), runs.pipelined("16-mixed", *arguments)
+    assert plain["scales"] == [2.0**29, 2.0**28, 2.0**27, 2.0**26]
+    assert all(r["scales"] == plain["scales"] for r in ranks)
+    assert all(torch.equal(r["parameters"][0][n], v) for r in ranks for n, v in r["parameters"][-1].items())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_comes_after_unscaling(runs: Runs, algorithm: str) -> None:
+    limit = 0.05 if algorithm == "norm" else 2e-3
+    clip = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm}
+    ranks = runs.pipelined("16-mixed", 3, 1, "lightning", 2.0**10, None, clip)
+    unclipped, clipped = flat(ranks), flat(ranks, "clipped")
+    assert error(unclipped, runs.exact(3)) < 1e-2
+    expected = unclipped * limit / unclipped.norm() if algorithm == "norm" else unclipped.clamp(-limit, limit)
+    assert unclipped.norm() > 2 * limit and error(clipped, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["unscaled before", "fused", "no gradients"])
+def test_scaler_asks_all_ranks(pool: RankPool, case: str) -> None:
+    for rank, (scales, made) in enumerate(pool.run(workers.scaled_steps, case, world_size=2)):
+        assert scales == [8.0, 4.0, 4.0]
+        assert made == ([False] * 3 if (case, rank) == ("no gradients", 0) else [True, False, True])
+
+
+# -- messages, and what ranks inherit --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["wavek-zb", "1f1b-2nd"])
+@pytest.mark.parametrize(("precision", "most"), [("32-true", 5e-3), ("64-true", 5e-3)])
+def test_messages_in_bfloat16(runs: Runs, schedule: str, precision: str, most: float) -> None:
+    found = flat(runs.pipelined(precision, 3, message_dtype="bf16", schedule=schedule))
+    assert 1e-4 < error(found, runs.exact(3)) < most
+
+
+def test_evaluation_has_the_same_messages(pool: RankPool) -> None:
+    exact, rounded = (
+        pool.run(workers.evaluate, "32-true", {"message_dtype": given}, world_size=2) for given in (None, "bf16")
+    )
+    assert rounded[0] == rounded[1]
+    assert 1e-7 < abs(rounded[0]["val_forces_mae"] / exact[0]["val_forces_mae"] - 1) < 1e-2
+
+
+def test_launched_ranks_have_the_precision_of_matrix_products(tmp_path: Path) -> None:
+    command = [sys.executable, workers.__file__, str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, check=False, env={**environment, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank-{i}").read_text() for i in (0, 1)] == ["medium True"] * 2

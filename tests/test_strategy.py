@@ -136,7 +136,7 @@ def test_checkpoint_has_the_keys_of_plain_lightning(pool: RankPool, tmp_path: Pa
     plain, piped = (torch.load(f, weights_only=False) for f in files)
     close(plain["state_dict"], piped["state_dict"])
     close(plain["optimizer_states"], piped["optimizer_states"])
-    assert plain.keys() == piped.keys()
+    assert piped.keys() == plain.keys() | {"januspipe"}  # random states, which plain Lightning does not keep
 
 
 def test_mesh_samples_and_collectives(pool: RankPool) -> None:

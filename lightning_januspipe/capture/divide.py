@@ -16,6 +16,7 @@ from lightning_januspipe.capture.explicit import (
     returned_tensors,
 )
 from lightning_januspipe.capture.find import PotentialCall
+from lightning_januspipe.engine.autocast import Autocast
 from lightning_januspipe.engine.specs import TensorSpec
 
 
@@ -67,6 +68,7 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
         part_bytes=tuple(sum(x.numel() * x.element_size() for x in of_part.values()) for of_part in other_features),
         outputs=tuple(range(outputs)),
         derived=derived,
+        autocast=Autocast.current(),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.containers import leaves
 from lightning_januspipe.capture.divided import Inputs
 from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
 
 ENERGY = "energy"
@@ -105,6 +106,7 @@ class ExplicitPotential:
         part_bytes: bytes of what each part returned on the batch that was measured.
         outputs: all tensors that the forward returns.
         derived: those that depend on the derivative.
+        autocast: what its parts run under, and its energy is differentiated under.
     """
 
     path: str
@@ -117,6 +119,7 @@ class ExplicitPotential:
     part_bytes: tuple[int, ...]
     outputs: tuple[int, ...]
     derived: tuple[int, ...]
+    autocast: Autocast = OFF
     replaced: tuple[str, ...] | None = None
     step_parameters: tuple[str, ...] = ()
 
@@ -148,6 +151,7 @@ class ExplicitPotential:
             coordinates=tuple(self.inputs_by_name[n] for n in self.coordinates),
             observables=tuple(results.values()),
             observable_stage=(self.num_stages - 1,) * len(results),
+            autocast=self.autocast,
         )
 
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
@@ -231,8 +235,9 @@ class ExplicitStage:
         for name in divided.coordinates:
             inputs[name] = inputs[name].detach().requires_grad_()
         features: Tensors = dict(zip(self._received, boundary, strict=True))
-        for part in self._parts:
-            features = part(inputs, features)
+        with autocast_as(divided.autocast):
+            for part in self._parts:
+                features = part(inputs, features)
         returned = [features[name] for name in self._returned]
         sizes = {s: tensors[i].shape[d] for s, (i, d) in divided.symbols.items()}
         for (name, spec), value in zip(self._returned.items(), returned, strict=True):

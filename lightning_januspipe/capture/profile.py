@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.cut import Profile, Regions
 from lightning_januspipe.capture.program import PlaceholderValues, Program, new_leaf, replace_refs, target_function
+from lightning_januspipe.engine.autocast import OFF, autocast_as
 
 # At least so many runs, and while there is time more of them: on a busy machine the least of a few is no measure.
 _LEAST_REPEATS, _MOST_REPEATS = 3, 20
@@ -43,7 +44,7 @@ def measure(
         if repeats is None and repeat > _LEAST_REPEATS and time.perf_counter() - started > _SECONDS:
             break
         values = {k: new_leaf(v) if k in coordinates else v for k, v in start_values.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast_as(OFF):
             for node, function in zip(nodes, functions, strict=True):
                 args = replace_refs(node.args, values.__getitem__)
                 kwargs = replace_refs(node.kwargs, values.__getitem__)

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
@@ -63,6 +64,7 @@ class Program:
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
         conditions: relations between sizes, in size symbols, that the program is right for.
+        autocast: what the forward differentiates its energy under. Casts of the energy itself are operations.
     """
 
     nodes: list[Node]
@@ -79,6 +81,7 @@ class Program:
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
+    autocast: Autocast = OFF
 
     def __post_init__(self) -> None:
         self.by_name = {n.name: n for n in self.nodes}

@@ -17,6 +17,7 @@ from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.divided import Inputs
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
+from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
 
 
@@ -52,6 +53,7 @@ class CapturedPotential:
             coordinates=tuple(_spec(self.program, n) for n in self.program.coordinates),
             observables=tuple(_spec(self.program, n) for n in self.regions.observables),
             observable_stage=tuple(owner[n] for n in self.regions.observables),
+            autocast=self.program.autocast,
         )
 
     @property
@@ -203,7 +205,8 @@ class CallInputs:
         args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
         tensors = self._captured.call.bind(self._captured.path, args, kwargs)
         for placeholders, module in self._readers:
-            (value,) = module(*placeholders.values(tensors))
+            with autocast_as(OFF):  # casts are operations of the program
+                (value,) = module(*placeholders.values(tensors))
             tensors.append(size_carrier(int(value), tensors[0].device))
         return tensors
 
@@ -289,7 +292,8 @@ class Epilogue:
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> list[Tensor]:
         """The outputs that are available, as a list (``regions.outputs`` has their positions)."""
-        return list(self._module(*self._placeholders.values(call_tensors), list(derivatives), *observables))
+        with autocast_as(OFF):  # casts are operations of the program
+            return list(self._module(*self._placeholders.values(call_tensors), list(derivatives), *observables))
 
     def of_forward(self, returned: Any) -> Any:
         """What the forward itself returned, as adapters make it for the program."""

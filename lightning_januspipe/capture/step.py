@@ -17,6 +17,7 @@ from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import StepFunction, call_arguments
 from lightning_januspipe.capture.instep import forward_replaced, step_with
+from lightning_januspipe.engine.autocast import OFF, autocast_as, forget_casts
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 
 Prove = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int]], None]
@@ -106,7 +107,7 @@ class CapturedStep:
             index: the micro-batch, prepared before.
             step: the user's step.
             batch: its batch.
-            weight: factor of this micro-batch's loss.
+            weight: factor of this micro-batch's loss, with that of a gradient scaler.
             observables: values of the potential that the loss reads.
             derivatives: complete ∂E/∂x.
 
@@ -123,7 +124,7 @@ class CapturedStep:
         inputs = [v for v in (*y, *x) if v.requires_grad]
         if not loss.requires_grad:
             raise CaptureError(_UNTRAINED.format(type(self._module).__name__))
-        found = torch.autograd.grad(loss * weight, [*inputs, *self.outside_parameters], allow_unused=True)
+        found = gradients_of_loss(loss, weight, [*inputs, *self.outside_parameters])
         self._add(self.outside_parameters, list(found[len(inputs) :]))
         given = iter(found[: len(inputs)])
         seeds = [next(given) if v.requires_grad else None for v in (*y, *x)]
@@ -177,6 +178,21 @@ def loss_of(output: Any, name: str) -> Tensor:
             "a dict with the key 'loss'. Skipping a step by returning None is not possible in a pipeline."
         )
     return loss
+
+
+def gradients_of_loss(loss: Tensor, weight: float, inputs: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of a weighted loss, as a Trainer's backward pass has them: outside autocast.
+
+    Args:
+        loss: of one micro-batch.
+        weight: its factor. A loss in half precision is weighted in float32, where the factor of a gradient scaler fits.
+        inputs: what to differentiate with respect to; None is returned for those that the loss does not depend on.
+    """
+    with autocast_as(OFF):
+        weighted = (loss.float() if loss.dtype == torch.float16 else loss) * weight
+        found = torch.autograd.grad(weighted, inputs, allow_unused=True)
+    forget_casts()
+    return list(found)
 
 
 def require_finite(loss: Tensor, index: int) -> None:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters import Adapter, joined
 from lightning_januspipe.capture.calls import CallFormat
+from lightning_januspipe.capture.casts import has_casts, make_casts_explicit
 from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
@@ -30,6 +31,7 @@ from lightning_januspipe.capture.narrow import narrow
 from lightning_januspipe.capture.program import SLOT, Program, program_from_export
 from lightning_januspipe.capture.symbolic import DataSizes, symbolic_sizes
 from lightning_januspipe.capture.torchscript import inlined_torchscript
+from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 
 _LIBRARY = "januspipe"
 
@@ -46,11 +48,16 @@ def _(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 
 class _MarkGrad(TorchFunctionMode):
-    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`."""
+    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`, and keeps the autocast that it was called under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast = OFF
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.autograd.grad:
+            self.autocast = Autocast.current()
             given = grad_arguments(args, kwargs)
             outputs = as_sequence(given["outputs"])
             seeds = given.get("grad_outputs")
@@ -71,7 +78,8 @@ class _Call(nn.Module):
         form: the format of these.
         adapters: what is special to its package.
         sizes: integers that the forward reads from tensors; their carriers are the last inputs.
-        record: gets the returned tree, with empty tensors for its tensors, and the number of tensors in it.
+        record: gets the returned tree, with empty tensors for its tensors, the number of tensors in it, and the
+            autocast that the energy was differentiated under.
     """
 
     def __init__(
@@ -93,10 +101,10 @@ class _Call(nn.Module):
         num_own = len(tensors) - len(sizes.values)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
         sizes.begin(tensors[num_own:])
-        with _MarkGrad():
+        with _MarkGrad() as mark:
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
-        record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found))
+        record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
         return [*found, *sizes.sources]
 
 
@@ -118,7 +126,7 @@ def trace_potential(
         CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
     """
     form = form or CallFormat.of(call.args, call.kwargs)
-    returned: list[tuple[Any, int]] = []
+    returned: list[tuple[Any, int, Autocast]] = []
     sizes = DataSizes()
     wrapper = _Call(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
@@ -137,8 +145,12 @@ def trace_potential(
             stack.enter_context(_quiet())
             stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             exported = export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
+            ambient = Autocast.current()
+            if ambient != OFF or has_casts(exported):
+                make_casts_explicit(exported, ambient)
             if _needs_functionalization(exported):
-                exported = exported.run_decompositions({})
+                with autocast_as(OFF):
+                    exported = exported.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:
@@ -149,7 +161,9 @@ def trace_potential(
             "(nonzero, unique, masks as indices)."
         ) from error
     _refuse_state(exported, call.path)
-    program = program_from_export(exported, *returned[-1], prefix="potential.", num_sizes=len(sizes.values))
+    tree, num_outputs, autocast = returned[-1]
+    program = program_from_export(exported, tree, num_outputs, prefix="potential.", num_sizes=len(sizes.values))
+    program.autocast = autocast
     # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
     first = {p: name for name, p in potential.named_parameters()}
     named = dict(potential.named_parameters(remove_duplicate=False))

@@ -26,8 +26,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,9 +79,12 @@ class Executor:
         links: the connections to other ranks; None where there is one rank.
         device: where messages live.
         timeout: how long to wait for one message.
+        sent_as: type to which boundaries and their gradients are rounded for messages; None to send them as they are.
 
     Attributes:
         recorder: notes when each action starts and ends, if set.
+        annotate: gives the context that an action runs in by its name, as profilers do, if set. Without it, actions
+            are named to torch's own profiler where that is on.
     """
 
     def __init__(
@@ -90,12 +95,19 @@ class Executor:
         links: Links | None = None,
         device: torch.device | None = None,
         timeout: timedelta | None = None,
+        sent_as: torch.dtype | None = None,
     ) -> None:
         self.rank, self.stages, self.chain = rank, dict(stages), chain
         self.recorder: Recorder | None = None
-        self._links, self._timeout = links, timeout
+        self.annotate: Callable[[str], AbstractContextManager[Any]] | None = None
+        self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._device = device or torch.device("cpu")
         self._routes: dict[int, tuple[Schedule, Route]] = {}
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all messages to other ranks so far."""
+        return 0 if self._links is None else self._links.bytes_sent
 
     def close(self) -> None:
         """Let go of all connections: ranks that wait for this one are told at once that it will not answer."""
@@ -165,6 +177,8 @@ class _Step:
         self.route = route
         self._executor, self._inputs, self._loss = executor, inputs, loss
         self._links = executor._links
+        is_profiled = torch._C._autograd._profiler_enabled()
+        self._annotate = executor.annotate or (torch.profiler.record_function if is_profiled else None)
         self._posted = dict.fromkeys(route.incoming, 0)
         self._receives: dict[Message, Receive] = {}
         self._arrived: dict[Message, list[Tensor]] = {}
@@ -178,13 +192,7 @@ class _Step:
         """One action, with its messages."""
         stage = self._executor.stages[action.stage]
         came = self._take(action)
-        recorder = self._executor.recorder
-        if recorder is not None:
-            recorder.start(action)
-        results = self._compute(action, stage, came)
-        if recorder is not None:
-            recorder.end(action)
-        for target, tensors in results:
+        for target, tensors in self._watched(action, stage, came):
             self._hand_on(Message(action, target), tensors)
 
     def result(self, microbatch: int) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -214,6 +222,23 @@ class _Step:
         self._receives.clear()
 
     # -- phases ------------------------------------------------------------------------------------------------------
+
+    def _watched(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        """Run a phase, under a name if a profiler is on, and between two marks if there is a recorder."""
+        if self._annotate is not None:
+            with self._annotate(f"[JanusPipe]{action.phase.value} stage {action.stage}"):
+                return self._recorded(action, stage, came)
+        return self._recorded(action, stage, came)
+
+    def _recorded(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
+        recorder = self._executor.recorder
+        if recorder is None:
+            return self._compute(action, stage, came)
+        recorder.start(action)
+        try:
+            return self._compute(action, stage, came)
+        finally:
+            recorder.end(action)
 
     def _compute(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
         """Run a phase; returns the tensors for every action that takes some in."""
@@ -348,7 +373,7 @@ class _Step:
         assert self._links is not None
         action = message.source
         try:
-            self._links.to(peer).send(tensors, self.route.position(message.target))
+            self._links.to(peer).send(self._narrowed(message, tensors), self.route.position(message.target))
         except RuntimeError as error:
             raise PipelineError(
                 f"stage {action.stage} could not send the {action.phase.value} message of micro-batch "
@@ -366,11 +391,13 @@ class _Step:
             number = self.route.number(message)
             while self._posted[peer] < min(len(incoming), number + _RECEIVES_AHEAD):
                 following = incoming[self._posted[peer]]
-                self._receives[following] = channel.receive(self._shapes(following))
+                shapes = [(s, self._sent_dtype(d, is_boundary)) for s, d, is_boundary in self._shapes(following)]
+                self._receives[following] = channel.receive(shapes)
                 self._posted[peer] += 1
             while self._waited[peer] <= number:
                 following = incoming[self._waited[peer]]
-                self._arrived[following] = self._receives.pop(following).wait(self._executor._timeout)
+                came = self._receives.pop(following).wait(self._executor._timeout)
+                self._arrived[following] = self._widened(following, came)
                 self._waited[peer] += 1
             # The peer has run all its actions up to the one that sent this.
             self._links.to(peer).release(self.route.position(source))
@@ -385,26 +412,48 @@ class _Step:
     def _observables_before(self, stage: int) -> list[int]:
         return [i for i, s in enumerate(self._executor.chain.observable_stage) if s < stage]
 
-    def _shapes(self, message: Message) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of a message."""
+    def _sent_dtype(self, dtype: torch.dtype, is_boundary: bool) -> torch.dtype:
+        sent_as = self._executor._sent_as
+        is_wider = sent_as is not None and dtype.is_floating_point and dtype.itemsize > sent_as.itemsize
+        return sent_as if sent_as is not None and is_boundary and is_wider else dtype
+
+    def _narrowed(self, message: Message, tensors: list[Tensor]) -> list[Tensor]:
+        """A message as it is sent: first what belongs to the boundary, rounded."""
+        if self._executor._sent_as is None:
+            return tensors
+        source, target = message
+        function = self._executor.stages[source.stage].function
+        to_next = source.stage < target.stage
+        num = len(function.boundary_out if to_next else function.boundary_in)
+        return [t.to(self._sent_dtype(t.dtype, i < num)) for i, t in enumerate(tensors)]
+
+    def _widened(self, message: Message, tensors: list[Tensor]) -> list[Tensor]:
+        """A message that came, in the types that the stage computes with."""
+        if self._executor._sent_as is None:
+            return tensors
+        return [t.to(dtype) for t, (_, dtype, _) in zip(tensors, self._shapes(message), strict=True)]
+
+    def _shapes(self, message: Message) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
+        """Shapes and dtypes of a message, and whether they are of a boundary (or gradients of one)."""
         source, target = message
         function, chain = self._executor.stages[target.stage].function, self._executor.chain
-        specs: list[TensorSpec]
+        boundary, others = function.boundary_in, list[TensorSpec]()
         if source.phase is target.phase is Phase.FE:
-            specs = [*function.boundary_in, *(chain.observables[i] for i in self._observables_before(target.stage))]
+            others = [chain.observables[i] for i in self._observables_before(target.stage)]
         elif source.phase is target.phase is Phase.FF:
-            specs = [*function.boundary_out, *chain.coordinates, *chain.observables]
+            boundary, others = function.boundary_out, [*chain.coordinates, *chain.observables]
         elif source.phase is target.phase is Phase.BF:
-            specs = [*function.boundary_in, *chain.coordinates]
+            others = [*chain.coordinates]
         elif source.phase is target.phase is Phase.BE:
-            specs = list(function.boundary_out)
+            boundary = function.boundary_out
         elif source.phase is Phase.FE:
             is_last = target.stage == self.route.num_stages - 1
-            specs = [*function.boundary_in, *(chain.observables if is_last else ())]
+            others = [*chain.observables] if is_last else []
         else:
-            specs = [*function.boundary_in, *chain.coordinates, *chain.observables]
+            others = [*chain.coordinates, *chain.observables]
         symbols = self._inputs[target.microbatch].symbols
-        return [(s.sizes(symbols), s.dtype) for s in specs]
+        specs = [*((s, True) for s in boundary), *((s, False) for s in others)]
+        return [(s.sizes(symbols), s.dtype, is_boundary) for s, is_boundary in specs]
 
 
 @dataclass(frozen=True)

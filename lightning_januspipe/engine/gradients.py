@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class GradientBuffers:
-    """Sums of gradients, by parameter."""
+    """Sums of gradients, by parameter; those in half precision are summed in float32."""
 
     def __init__(self) -> None:
         self._sums: dict[nn.Parameter, Tensor] = {}
@@ -30,12 +30,16 @@ class GradientBuffers:
             elif parameter in self._owned:
                 total.add_(gradient.detach())
             else:  # what autograd returned may be shared with another gradient
-                self._sums[parameter] = total + gradient.detach()
+                self._sums[parameter] = total.to(_summed_in(total.dtype)) + gradient.detach()
                 self._owned.add(parameter)
 
     def get(self, parameter: nn.Parameter) -> Tensor | None:
         """The sum so far."""
         return self._sums.get(parameter)
+
+    def sums(self) -> list[Tensor]:
+        """All sums so far."""
+        return list(self._sums.values())
 
     def publish(self, scale: float) -> None:
         """Add the sums, times ``scale``, to ``p.grad``, and forget them."""
@@ -48,6 +52,10 @@ class GradientBuffers:
         """Forget all sums."""
         self._sums.clear()
         self._owned.clear()
+
+
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:

@@ -84,8 +84,8 @@ def run_local(
         measure_memory: also measure what each stage holds between its phases (times then mean little).
     """
     gradients = GradientBuffers()
-    stages = [Stage(f, gradients) for f in functions]
-    others = {i: Stage(functions[i], gradients) for i in apart}
+    stages = [Stage(f, gradients, chain.autocast) for f in functions]
+    others = {i: Stage(functions[i], gradients, chain.autocast) for i in apart}
     meter = _Meter(functions, gradients, others, tensors, measure_memory)
     observables: dict[int, Tensor] = {}
     received: dict[int, list[Tensor]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_januspipe.engine.timeline import Recorder
+from lightning_januspipe.schedule import Action
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,35 @@ class StorageCounter(TorchDispatchMode):
         made = [t for t in pytree.tree_leaves(result) if (s := _storage(t)) is not None and s._cdata not in given]
         self.note(made)
         return result
+
+
+class HeldRecorder(Recorder):
+    """Measures what a rank holds after each action, instead of times, which mean little meanwhile.
+
+    To be entered for a step. Everything that is made in the step and alive counts: what phases saved and messages, but
+    no gradients of parameters.
+
+    Args:
+        gradients: of parameters, as they are when called.
+    """
+
+    def __init__(self, gradients: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__(torch.device("cpu"))
+        self.peak = 0
+        self._gradients = gradients
+        self._counter = StorageCounter()
+
+    def __enter__(self) -> HeldRecorder:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+
+    def end(self, action: Action) -> None:
+        """See what is held now."""
+        super().end(action)
+        self.peak = max(self.peak, self._counter.alive(without=self._gradients()))
 
 
 def _storage(value: object) -> torch.UntypedStorage | None:

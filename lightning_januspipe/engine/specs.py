@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.engine.autocast import OFF, Autocast
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -111,8 +113,10 @@ class ChainSpec:
         coordinates: specs of the differentiation inputs; the derivative has the same.
         observables: specs of all observables, in order.
         observable_stage: the stage that computes each observable.
+        autocast: what FF differentiates under.
     """
 
     coordinates: tuple[TensorSpec, ...]
     observables: tuple[TensorSpec, ...]
     observable_stage: tuple[int, ...]
+    autocast: Autocast = OFF

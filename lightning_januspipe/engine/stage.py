@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.graph_split import (
     PATH,
@@ -62,11 +63,12 @@ class Stage:
     Args:
         function: the stage as a pure function.
         gradients: where parameter gradients are added up.
+        autocast: what FF differentiates under; all other phases run outside autocast.
     """
 
-    def __init__(self, function: StageFunction, gradients: GradientBuffers) -> None:
+    def __init__(self, function: StageFunction, gradients: GradientBuffers, autocast: Autocast = OFF) -> None:
         self.function = function
-        self._gradients = gradients
+        self._gradients, self._autocast = gradients, autocast
         self._inflight: dict[int, _Inflight] = {}
 
     @property
@@ -111,7 +113,7 @@ class Stage:
         roots = [(e, torch.ones_like(e)) for e in state.energies if e.requires_grad]
         roots += [(h, g) for h, g in zip(state.boundary_out, state.seeds, strict=True) if h.requires_grad]
         inputs = [*state.coordinates, *_differentiated(state.boundary_in)]
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast_as(self._autocast):
             found = gradients_of(roots, inputs, create_graph=create_graph, retain_graph=create_graph)
         num = len(state.coordinates)
         state.derivatives = [_or_zeros(g, x) for g, x in zip(found[:num], inputs[:num], strict=True)]
@@ -122,6 +124,7 @@ class Stage:
             del self._inflight[microbatch]
         return gradients, derivatives
 
+    @autocast_as(OFF)
     def backward_force(
         self,
         microbatch: int,
@@ -163,6 +166,7 @@ class Stage:
         state.derivatives, state.boundary_gradients, state.seeds = [], [], []
         return sent
 
+    @autocast_as(OFF)
     def backward_force_apart(
         self, microbatch: int, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -187,6 +191,7 @@ class Stage:
         self._gradients.add(parameters, found[num:])
         return _for_all(found[: len(seeds)], state.seeds), _for_all(found[len(seeds) : num], state.boundary_in)
 
+    @autocast_as(OFF)
     def backward_energy(
         self,
         microbatch: int,
@@ -234,6 +239,7 @@ class Stage:
             del self._inflight[microbatch]
         return sent
 
+    @autocast_as(OFF)
     def weight_force(self, microbatch: int) -> None:
         """WF: parameter gradients that BF deferred; also keeps for WE what arrives at the graph of FE."""
         state = self._inflight[microbatch]
@@ -244,6 +250,7 @@ class Stage:
         self._gradients.add(parameters, found)
         state.entering = state.entering + entering
 
+    @autocast_as(OFF)
     def weight_energy(self, microbatch: int) -> None:
         """WE: parameter gradients that BE deferred, and those of what WF kept."""
         state = self._inflight[microbatch]
@@ -257,7 +264,7 @@ class Stage:
 
     def _evaluate(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> _Inflight:
         leaves = [h.detach().requires_grad_(_is_differentiable(h)) for h in boundary]
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast_as(OFF):
             out = self.function(tensors, leaves)
         return _Inflight(leaves, out.boundary, out.energies, out.observables, out.coordinates)
 

@@ -82,7 +82,7 @@ def gantt(rows: Sequence[Row], path: str | os.PathLike[str], *, unit: str = "", 
         ValueError: If ``path`` ends otherwise, there is no row, or a report is not of its schedule.
     """
     suffix = _suffix(path)
-    _save(gantt_figure(rows, unit=unit, title=title), path, suffix)
+    save(gantt_figure(rows, unit=unit, title=title), path, suffix)
 
 
 def memory(
@@ -107,21 +107,22 @@ def memory(
             the limit is not a number > 0.
     """
     suffix = _suffix(path)
-    _save(memory_figure(rows, unit=unit, title=title, limit=limit), path, suffix)
+    save(memory_figure(rows, unit=unit, title=title, limit=limit), path, suffix)
 
 
-def gantt_figure(rows: Sequence[Row], *, unit: str = "", title: str = "") -> Figure:
+def gantt_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", below: float = 0.0) -> Figure:
     """The picture that `gantt` writes.
 
     The boxes are one collection per phase, with the id ``panel<row>-<phase>``; beside them there are
-    ``panel<row>-bubbles`` and, where a rank has several stages, ``panel<row>-bars``.
+    ``panel<row>-bubbles`` and, where a rank has several stages, ``panel<row>-bars``. ``below`` inches under the panels
+    stay free.
     """
     check_rows(rows)
     most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
     row_height = min(max(0.13, 2.4 / most_ranks), 0.26)
-    with _style():
+    with style():
         heights = [schedule.num_ranks * row_height for _, schedule, _ in rows]
-        figure, panels = _panels(_gantt_width(rows), heights, _gantt_legend(rows), 1.5, rows, unit, title)
+        figure, panels = _panels(_gantt_width(rows), heights, _gantt_legend(rows), 1.5, rows, unit, title, below)
         for index, (axes, (label, schedule, report)) in enumerate(zip(panels, rows, strict=True)):
             _set_titles(axes, label, _summary(report, unit))
             _draw_boxes(axes, schedule, report, f"panel{index}")
@@ -148,7 +149,7 @@ def memory_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", limit
     top = max(limit or 1.0, *(peak for _, _, report in rows for peak in report.peak_memory))
     bytes_per_unit, byte_unit = _byte_unit(top)
     most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
-    with _style():
+    with style():
         figure, panels = _panels(10.0, [1.8] * len(rows), _memory_legend(most_ranks, limit), 1.0, rows, unit, title)
         for index, (axes, (label, _, report)) in enumerate(zip(panels, rows, strict=True)):
             _set_titles(axes, label, _peak(report, limit))
@@ -392,13 +393,14 @@ def _panels(
     rows: Sequence[Row],
     unit: str,
     title: str,
+    below: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a title, a legend, and panels of the given heights below one another; sizes in inches."""
     from matplotlib.figure import Figure
 
     columns = min(len(legend), max(1, int((width - _LEFT - _RIGHT) / entry_width)))
     head = _TOP + (_TITLE if title else 0.0) + _LEGEND_LINE * math.ceil(len(legend) / columns) + 0.04
-    height = head + sum(heights) + len(heights) * (_PANEL_TITLE + _GAP) + _BOTTOM
+    height = head + sum(heights) + len(heights) * (_PANEL_TITLE + _GAP) + _BOTTOM + below
     figure = Figure(figsize=(width, height), dpi=_DPI)
     left, top = _LEFT / width, 1.0 - _TOP / height
     if title:
@@ -423,7 +425,7 @@ def _panels(
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """The same look on every machine, whatever the user's own settings are."""
     import matplotlib
 
@@ -456,8 +458,9 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     return suffix
 
 
-def _save(figure: Figure, path: str | os.PathLike[str], suffix: str) -> None:
+def save(figure: Figure, path: str | os.PathLike[str], suffix: str) -> None:
+    """Write a figure to a file, as ``.png`` or ``.svg``."""
     # Without dates and versions a picture changes only with what it shows.
     unset = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[suffix]
-    with _style():
+    with style():
         figure.savefig(path, format=suffix.removeprefix("."), metadata=unset)

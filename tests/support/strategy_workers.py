@@ -196,6 +196,13 @@ def error_of(case: str, strategy: dict[str, Any], arguments: dict[str, Any] | No
     return ""
 
 
+def unavailable_precision() -> str:
+    """The error for a precision plugin that the strategy does not know."""
+    plugin = importlib.import_module("lightning.pytorch.plugins.precision").Precision()
+    plugin.precision = "nvfp4"
+    return error_of("tiny", {}, {"plugins": [plugin]})
+
+
 def killed_and_told(path: str) -> None:
     """Rank 1 ends in the middle of a step; the others write down what they are told."""
     module = tiny.module()

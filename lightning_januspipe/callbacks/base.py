@@ -1,0 +1,23 @@
+"""The base classes of Lightning that callbacks here derive from: of ``lightning`` where it is installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelSummary
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch.callbacks import ModelSummary
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.callbacks import ModelSummary
+
+__all__ = ["Callback", "LightningModule", "ModelSummary", "Trainer", "runner_of"]
+
+
+def runner_of(trainer: Trainer) -> Any:
+    """This rank's part of the module under JanusPipe, once it is known; None before that and with other strategies."""
+    return getattr(trainer.strategy, "runner", None)

@@ -1,0 +1,182 @@
+"""What pipelined training costs: throughput, bubbles, phases, messages and memory, logged, and drawn at the end."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_januspipe.callbacks.base import LightningModule, Trainer, runner_of
+from lightning_januspipe.callbacks.picture import Curve, draw_run
+from lightning_januspipe.callbacks.throughput import Metered
+from lightning_januspipe.monitoring import PREFIX, RankNumbers, exchanged, metrics
+from lightning_januspipe.schedule import draw
+
+_MEMORY_EVERY = 10  # recorded steps
+
+
+class PipelineMonitor(Metered):
+    """Records a training step every so often, and logs what it cost; draws and writes all of it when training ends.
+
+    To all loggers and to ``trainer.callback_metrics``, where ``EarlyStopping`` finds them, go under ``januspipe/``
+
+    - ``atoms_per_s``, ``structures_per_s``: over all replicas, of the batches since the last recorded step, without
+      validations and without the first batch of the run;
+    - ``step_ms``: from the first to the last action of the pipeline (of the slowest replica, as the next two);
+    - ``bubble_fraction``: share of that time in which the busiest rank waits, and ``bubble_fraction/rank0`` …: in which
+      each rank waits;
+    - ``FE_ms/stage0`` …: mean time of each phase of each stage for one micro-batch;
+    - ``message_bytes``: what all ranks send to other stages in a step, without gradients;
+    - ``peak_memory_bytes/rank0`` …: on CUDA ``torch.cuda.max_memory_allocated``, on the CPU the most bytes that
+      micro-batches held between actions: saved tensors and messages; of each rank of the pipeline, with all its stages;
+    - ``microbatch_imbalance``: time of the slowest micro-batch over their mean; ``replica_imbalance``: of replicas.
+
+    All ranks get the same values. Without a pipeline there is no more to know than throughput, time, imbalance, and
+    memory on CUDA; with other strategies than JanusPipe throughput only. At the end, rank 0 writes
+    ``pipeline-monitor.svg`` (or ``.png``), with the last recorded step and curves of these numbers, and
+    ``pipeline-monitor.json``; after an exception in training, with what is known by then and without the step.
+
+    Recording costs one small collective, in the recorded step only. On the CPU memory is measured in the batch before,
+    which takes about twice as long for it: once, and again before every tenth recorded step (never with
+    ``every_n_steps=1``, nor in the first batches, whose times decide on the schedule).
+
+    Args:
+        every_n_steps: Every how many training batches one is recorded.
+        dirpath: Folder for the files; the logger's folder by default, or the Trainer's ``default_root_dir``.
+        suffix: ``svg`` or ``png``.
+
+    Attributes:
+        history: Metrics of every recorded step, with the number of its ``batch`` and the ``global_step`` after it.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1 or ``suffix`` is another.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: lightning_januspipe.callbacks.PipelineMonitor
+              init_args: {every_n_steps: 50}
+    """
+
+    def __init__(self, every_n_steps: int = 50, dirpath: str | None = None, suffix: str = "svg") -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}; expected a number of batches of at least 1")
+        if f".{suffix}" not in draw.SUFFIXES:
+            raise ValueError(f"suffix={suffix!r}; expected one of {', '.join(e[1:] for e in draw.SUFFIXES)}")
+        super().__init__(window=every_n_steps)
+        self.every_n_steps, self.dirpath, self.suffix = every_n_steps, dirpath, suffix
+        self.history: list[dict[str, float]] = []
+        self._num_batches = 0
+        self._folder = Path()
+        self._is_running = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        super().on_train_start(trainer, pl_module)
+        self.history, self._num_batches, self._is_running = [], 0, True
+        self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for a recording of this batch, if it is time."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        runner = runner_of(trainer)
+        left = -(self._num_batches + 1) % self.every_n_steps
+        if runner is None:
+            return
+        if left == 0:
+            runner.watch.ask()
+        elif left == 1 and hasattr(runner, "num_stages") and trainer.strategy.root_device.type == "cpu":
+            is_due = runner.watch.held is None or len(self.history) % _MEMORY_EVERY == 0
+            if is_due:
+                runner.watch.ask(memory=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was recorded."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._num_batches += 1
+        if self._num_batches % self.every_n_steps:
+            return
+        found = self._metrics(trainer)
+        self.history.append({"batch": self._num_batches - 1, "global_step": trainer.global_step, **found})
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({k: torch.tensor(v, device=device) for k, v in found.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and write, on one rank."""
+        self._is_running = False
+        if not self.history:
+            if trainer.is_global_zero:
+                warnings.warn(
+                    f"PipelineMonitor: training ended after {self._num_batches} batches, before the first one that was "
+                    f"to be recorded; ask for a smaller every_n_steps than {self.every_n_steps}",
+                    stacklevel=2,
+                )
+            return
+        rows = self._rows(trainer)  # which asks all ranks
+        if trainer.is_global_zero:
+            self._write(trainer, rows)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what this rank knows: others may have ended."""
+        if self._is_running and trainer.is_global_zero and self.history:
+            self._write(trainer, [])
+        self._is_running = False
+
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
+        if runner is None or mesh is None:
+            seconds, atoms, structures = self.measured()
+            rates = torch.tensor([atoms, structures], dtype=torch.float64) / (seconds or float("nan"))
+            rates = trainer.strategy.reduce(rates.to(trainer.strategy.root_device), reduce_op="sum")
+            names = ("atoms_per_s", "structures_per_s")
+            return {PREFIX + n: r for n, r in zip(names, rates.tolist(), strict=True) if seconds}
+        device = trainer.strategy.root_device
+        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.watch.held
+        mine = RankNumbers.of_step(runner.watch.own_step, self.measured(), held)
+        num_stages = getattr(runner, "num_stages", 0)
+        most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
+        return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
+
+    def _rows(self, trainer: Trainer) -> list[draw.Row]:
+        """The last recorded step of each pipeline, on global rank 0."""
+        runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
+        if not hasattr(runner, "recorded_step") or mesh is None or mesh.aborted:
+            return []
+        own = runner.recorded_step()
+        steps: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
+        dist.gather_object(own if mesh.pipeline_rank == 0 else None, steps, 0, group=mesh.host_group)
+        replicas = [step for step in steps or [] if step is not None]
+        names = [f"replica {i}" if len(replicas) > 1 else "recorded" for i in range(len(replicas))]
+        predicted = [("predicted", replicas[0].schedule, replicas[0].predicted)] if replicas else []
+        return [*predicted, *((n, s.schedule, s.recorded) for n, s in zip(names, replicas, strict=True))]
+
+    def _write(self, trainer: Trainer, rows: list[draw.Row]) -> None:
+        path = self._folder / "pipeline-monitor"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mesh = getattr(trainer.strategy, "mesh", None)
+        shape = {} if mesh is None else {"pipeline": mesh.shape.pipeline, "data": mesh.shape.data}
+        schedule = rows[0][1].name if rows else getattr(trainer.strategy, "schedule", None)
+        facts = {"mesh": shape, "schedule": schedule, "every_n_steps": self.every_n_steps, "steps": self.history}
+        path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        panels = [c for c in (self._curves("atoms_per_s", "bubble_fraction"), self._curves("step_ms")) if c]
+        if panels:
+            title = f"{schedule}, batch {self.history[-1]['batch']:.0f}" if rows else "Training"
+            draw_run(rows, panels, path.with_suffix(f".{self.suffix}"), title)
+
+    def _curves(self, *names: str) -> list[Curve]:
+        labels = {"atoms_per_s": "atoms/s", "bubble_fraction": "bubble fraction", "step_ms": "step (ms)"}
+        found = []
+        for name in names:
+            points = [(int(h["batch"]), h[PREFIX + name]) for h in self.history if PREFIX + name in h]
+            if points:
+                found.append(Curve(labels[name], [b for b, _ in points], [v for _, v in points]))
+        return found

@@ -1,0 +1,110 @@
+"""Lightning's summary of a model, with the stages that its parts went to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_januspipe.callbacks.base import LightningModule, ModelSummary, Trainer, runner_of
+
+
+class StageSummary(ModelSummary):
+    """Lightning's ModelSummary with a column for the stages whose phases read a part's parameters.
+
+    The counts are those of the whole model, on every rank. It is printed with the first training batch, when the stages
+    are known, and takes the place of the summary that the Trainer prints. Parameters outside the potential are held by
+    all ranks. Parts without parameters are left out. With other strategies, and in one stage, there is no such column.
+
+    Args:
+        max_depth: How deep nested parts are listed; -1 for all of them, 0 for no summary.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: lightning_januspipe.callbacks.StageSummary
+              init_args: {max_depth: 4}
+    """
+
+    def __init__(self, max_depth: int = 4) -> None:
+        super().__init__(max_depth)
+        self._is_printed = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing yet: the stages are not known."""
+        self._is_printed = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Print the summary, once and on one process."""
+        if self._is_printed:
+            return
+        self._is_printed = True
+        if self._max_depth and trainer.is_global_zero:
+            print_summary(self._summary(trainer, pl_module), runner_of(trainer), pl_module)
+
+
+def print_summary(summary: Any, runner: Any, module: nn.Module) -> None:
+    """Print a table of a Lightning summary's columns, with the stages of a pipeline, and the totals.
+
+    Args:
+        summary: what ``lightning.pytorch.utilities.model_summary.summarize`` returns.
+        runner: this rank's part of the pipeline; anything else has no stages.
+        module: the LightningModule.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {header.strip(): list(cells) for header, cells in summary._get_summary_data()}
+    if not any(cell not in ("0", "?", "n/a") for cell in columns.get("FLOPs", [])):
+        columns.pop("FLOPs", None)
+    stages = module_stages(runner, module)
+    if stages is not None:
+        columns["Stage"] = [describe(stages.get(name, ())) for name in columns["Name"]]
+    table = Table()
+    for header in columns:
+        table.add_column(header, overflow="fold", no_wrap=header in ("Params", "Stage"))
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in module.named_modules()}
+    for row, name in zip(zip(*columns.values(), strict=True), columns["Name"], strict=True):
+        if sizes.get(name, 1):
+            table.add_row(*map(str, row))
+    console = Console()
+    console.print(table)
+    total, trainable = summary.total_parameters, summary.trainable_parameters
+    console.print(f"Parameters: {total:,}, trainable: {trainable:,}, {summary.model_size:,.3f} MB", highlight=False)
+    if stages is not None:
+        ranks = [[s for s, r in enumerate(runner.placement) if r == rank] for rank in sorted(set(runner.placement))]
+        places = (f"rank {rank}: {describe(of_rank)}" for rank, of_rank in enumerate(ranks))
+        console.print(f"Stages of the pipeline, {', '.join(places)}", highlight=False)
+
+
+def module_stages(runner: Any, module: nn.Module) -> dict[str, frozenset[int]] | None:
+    """Name of every submodule → the stages that read its parameters; None without a pipeline.
+
+    Parameters that no stage reads, such as those outside the potential, count for all stages.
+    """
+    if not hasattr(runner, "num_stages"):
+        return None
+    potential = runner.capture.potential
+    prefix = f"{potential.path}." if potential.path else ""
+    everywhere = frozenset(range(runner.num_stages))
+    of_parameter: Mapping[str, Iterable[int]] = {
+        prefix + name: found for name, found in potential.parameter_stages().items() if found
+    }
+    of_object = {parameter: of_parameter.get(name) for name, parameter in module.named_parameters()}
+    return {
+        name: frozenset().union(*(of_object.get(p) or everywhere for p in part.parameters()))
+        for name, part in module.named_modules()
+    }
+
+
+def describe(stages: Iterable[int]) -> str:
+    """Numbers of stages as ranges, such as "0-2, 5"; a dash for none."""
+    runs: list[list[int]] = []
+    for stage in sorted(stages):
+        if runs and stage == runs[-1][1] + 1:
+            runs[-1][1] = stage
+        else:
+            runs.append([stage, stage])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "–"

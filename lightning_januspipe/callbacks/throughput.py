@@ -1,0 +1,134 @@
+"""Atoms and structures per second."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_januspipe import keys
+from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
+from lightning_januspipe.engine.microbatch import MicroBatches
+
+POSITION_KEYS = (keys.POSITIONS, "pos", "_positions")
+"""Names under which batches hold the (N, 3) positions: here and in ASE's ways, in PyG and NequIP, in SchNetPack."""
+
+
+class Metered(Callback):
+    """Measures batches of training over a moving window.
+
+    The time of validations is left out, and so is the first batch of a run, which may include compilation or the
+    capture of a potential.
+
+    Args:
+        window: Number of batches in the window.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self._batches: deque[tuple[float, int, int]] = deque(maxlen=window)
+        self._last_end: float | None = None
+        self._is_first = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier run measured."""
+        self._batches.clear()
+        self._is_first = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new interval."""
+        self._last_end = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the time of the validation out."""
+        self._last_end = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start a new interval where there is none."""
+        if self._last_end is None and not self._is_first:
+            self._last_end = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in this batch."""
+        now = time.perf_counter()
+        if self._last_end is not None:
+            self._batches.append((now - self._last_end, count_atoms(batch), count_structures(batch)))
+        self._last_end = now
+        self._is_first = False
+
+    def measured(self) -> tuple[float, int, int]:
+        """Seconds, atoms and structures of this rank's batches in the window."""
+        seconds = sum(interval for interval, _, _ in self._batches)
+        return seconds, sum(atoms for _, atoms, _ in self._batches), sum(found for _, _, found in self._batches)
+
+
+class Throughput(Metered):
+    """Logs how many atoms and structures are trained on per second, over all replicas.
+
+    The values are means over a moving window of batches. The time of validations is left out, and so is the first
+    batch of a run, which may include compilation or the capture of a potential.
+
+    Args:
+        window: Number of batches in the window.
+
+    Raises:
+        ValueError: ``window`` is below 1.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: lightning_januspipe.callbacks.Throughput
+              init_args: {window: 20}
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        if window < 1:
+            raise ValueError(f"window={window}; expected a number of batches of at least 1")
+        super().__init__(window)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the throughput up to this batch."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        seconds, atoms, structures = self.measured()
+        if seconds <= 0:
+            return
+        # Under JanusPipe the world size that the Trainer reports is that of the replicas.
+        for name, total in (("atoms_per_s", atoms), ("structures_per_s", structures)):
+            rate = trainer.world_size * total / seconds
+            pl_module.log(name, rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+
+
+def count_atoms(batch: Any) -> int:
+    """N of a batch, summed over its micro-batches; 0 where no positions are found."""
+    if isinstance(batch, MicroBatches):
+        return sum(count_atoms(part) for part in batch.batches)
+    for name in POSITION_KEYS:
+        positions = _get(batch, name)
+        if positions is not None:
+            return int(positions.shape[0])
+    return 0
+
+
+def count_structures(batch: Any) -> int:
+    """B of a batch, summed over its micro-batches; 1 where nothing tells."""
+    if isinstance(batch, MicroBatches):
+        return sum(batch.num_samples)
+    for name in (keys.CELL, keys.ENERGY):
+        value = _get(batch, name)
+        if value is not None and value.dim() > 0:
+            return int(value.shape[0])
+    num_graphs = getattr(batch, "num_graphs", None)  # PyG batches
+    if num_graphs is not None:
+        return int(num_graphs)
+    structure = _get(batch, keys.BATCH)
+    return 1 if structure is None or not len(structure) else int(structure.max()) + 1
+
+
+def _get(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)

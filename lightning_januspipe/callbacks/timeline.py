@@ -1,0 +1,91 @@
+"""The timeline of one step of a pipeline."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer, runner_of
+from lightning_januspipe.schedule import draw
+from lightning_januspipe.schedule.trace import write_chrome_trace
+
+
+class PipelineTimeline(Callback):
+    """Draws one training step as it ran on all ranks of a pipeline, beside the prediction for it.
+
+    Writes ``pipeline-step-N.svg`` (or ``.png``) and ``pipeline-step-N.json``, a trace for ``ui.perfetto.dev``. The
+    prediction is the simulation with the phase times that the schedule was made for; these are measured in the second
+    to fourth step of training, so a later step compares best. The clocks of the ranks are set when they have compared
+    their batches, at the start of the step: to a fraction of a millisecond.
+
+    Args:
+        step: Number of the training batch to record, from 0 on, counted from the start of ``fit``.
+        dirpath: Folder for the files; the logger's folder by default, or the Trainer's ``default_root_dir``.
+        suffix: ``svg`` or ``png``.
+
+    Raises:
+        ValueError: ``step`` is negative or ``suffix`` is another.
+
+    .. code-block:: yaml
+
+        trainer:
+          callbacks:
+            - class_path: lightning_januspipe.callbacks.PipelineTimeline
+              init_args: {step: 10}
+    """
+
+    def __init__(self, step: int = 10, dirpath: str | None = None, suffix: str = "svg") -> None:
+        super().__init__()
+        if step < 0:
+            raise ValueError(f"step={step}; expected the number of a training batch, 0 or more")
+        if f".{suffix}" not in draw.SUFFIXES:
+            raise ValueError(f"suffix={suffix!r}; expected one of {', '.join(e[1:] for e in draw.SUFFIXES)}")
+        self.step, self.dirpath, self.suffix = step, dirpath, suffix
+        self._num_batches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
+        self._num_batches = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for the recording."""
+        if self._num_batches == 0 and not hasattr(runner_of(trainer), "record_next_step"):
+            raise ValueError(
+                "PipelineTimeline draws the steps of a pipeline, but this run has none; use "
+                "Trainer(strategy='januspipe') with at least two processes, or leave the callback out"
+            )
+        if self._num_batches == self.step:
+            runner_of(trainer).record_next_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw what was recorded, on one rank."""
+        self._num_batches += 1
+        if self._num_batches != self.step + 1:
+            return
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
+        found = runner_of(trainer).recorded_step()  # and so does this
+        if not trainer.is_global_zero:
+            return
+        rows = [("predicted", found.schedule, found.predicted), ("recorded", found.schedule, found.recorded)]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"pipeline-step-{self.step}"
+        title = f"{found.schedule.name}, {found.schedule.num_ranks} ranks"
+        draw.gantt(rows, path.with_suffix(f".{self.suffix}"), unit="s", title=title)
+        write_chrome_trace(rows, path.with_suffix(".json"))
+        print(
+            f"januspipe: step {self.step} took {found.recorded.makespan:.3f} s in the pipeline (predicted "
+            f"{found.predicted.makespan:.3f} s), bubbles {100 * found.recorded.bubble_fraction:.1f} % (predicted "
+            f"{100 * found.predicted.bubble_fraction:.1f} %); timeline in {path.with_suffix('.' + self.suffix)}"
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the step did not come."""
+        if trainer.is_global_zero and self._num_batches <= self.step:
+            warnings.warn(
+                f"PipelineTimeline: training ended after {self._num_batches} batches, before step {self.step} that was "
+                "to be drawn; ask for an earlier one",
+                stacklevel=2,
+            )

@@ -1,0 +1,247 @@
+"""Make the casts of autocast operations of the traced graph.
+
+``torch.export`` records the operations that a forward calls, and not what autocast makes of them. Here the casts become
+nodes, so that a stage is a pure function whatever autocast does around it, and the types of what crosses its borders
+are those of the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
+
+_CAST = torch.ops.aten._to_copy.default
+_WRAP = torch.ops.higher_order.wrap_with_autocast
+
+
+def has_casts(exported: ExportedProgram) -> bool:
+    """Whether the traced forward switches autocast on or off."""
+    graphs = (m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule))
+    return any(node.target is _WRAP for graph in graphs for node in graph.nodes)
+
+
+def make_casts_explicit(exported: ExportedProgram, autocast: Autocast) -> None:
+    """Insert the casts that autocast makes, and take in the parts that the forward runs under an autocast of its own.
+
+    Args:
+        exported: a traced forward; its graph is changed. Run outside autocast it then gives what it gave under it.
+        autocast: what held when it was traced.
+    """
+    renamed = _rewrite(exported.graph_module, autocast)
+    for old, new in renamed.items():
+        exported.graph_signature.replace_all_uses(old, new)
+
+
+def _rewrite(module: fx.GraphModule, autocast: Autocast) -> dict[str, str]:
+    """Rewrite a graph, and those nested in it; returns the new names of nodes that were replaced."""
+    renamed: dict[str, str] = {}
+    known: set[Any] = set()
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _WRAP:
+            device_type, dtype, enabled, _, nested, *operands = node.args
+            inner = getattr(module, nested.target)
+            _rewrite(inner, autocast.changed(device_type, (dtype or _default(device_type)) if enabled else None))
+            renamed.update(_take_in(module, node, inner, operands))
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            for nested in node.args:
+                if isinstance(nested, fx.Node) and nested.op == "get_attr":
+                    _rewrite(getattr(module, str(nested.target)), autocast)
+        elif isinstance(node.target, torch._ops.OpOverload) and autocast.dtypes:
+            renamed.update(_cast(module.graph, node, autocast, known))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    # What replaced a node may have been replaced itself.
+    return {old: renamed.get(new, new) for old, new in renamed.items()}
+
+
+def _default(device_type: str) -> torch.dtype:
+    return torch.get_autocast_dtype(device_type)
+
+
+def _take_in(module: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, operands: Sequence[Any]) -> dict[str, str]:
+    """Replace a nested graph by its nodes."""
+    given = iter(operands)
+    values: dict[fx.Node, Any] = {}
+    results: Any = ()
+    with module.graph.inserting_before(node):
+        for source in inner.graph.nodes:
+            if source.op == "placeholder":
+                values[source] = next(given)
+            elif source.op == "output":
+                results = fx.node.map_arg(source.args[0], values.__getitem__)
+            else:
+                values[source] = module.graph.node_copy(source, values.__getitem__)
+                if source.op == "get_attr":  # a graph nested in this one
+                    name = f"{node.name}_{source.target}"
+                    setattr(module, name, getattr(inner, source.target))
+                    values[source].target = name
+    renamed = {}
+    for reader in list(node.users):
+        value = results[reader.args[1]]
+        renamed[reader.name] = value.name
+        reader.replace_all_uses_with(value)
+        module.graph.erase_node(reader)
+    module.graph.erase_node(node)
+    return renamed
+
+
+def _cast(graph: fx.Graph, node: fx.Node, autocast: Autocast, known: set[Any]) -> dict[str, str]:
+    """Insert an operation's casts before it; where these are inside of it, replace it by what it is made of.
+
+    Args:
+        graph: the graph.
+        node: an operation of it.
+        autocast: what holds.
+        known: descriptions of operations without casts.
+    """
+    leaves, spec = pytree.tree_flatten((list(node.args), dict(node.kwargs)))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, fx.Node)]
+    values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in leaves]
+    if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+        return {}
+    key = (node.target, spec, tuple(map(_described, values)))
+    if key in known:
+        return {}
+
+    def call(*given: Any) -> Any:
+        filled = list(values)
+        for place, value in zip(places, given, strict=True):
+            filled[place] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    operands = [values[i] for i in places]
+    with FakeTensorMode():
+        examples = [_example(v) for v in operands]
+    done = _operations(call, examples, autocast)
+    if done == _operations(call, examples, OFF):
+        known.add(key)
+        return {}
+    for dtype in dict.fromkeys((*(d for _, d in autocast.dtypes), torch.float32)):
+        converted = [v.to(dtype) if _is_cast(v) else v for v in examples]
+        if done is not None and _computing(_operations(call, converted, OFF)) == _computing(done):
+            with graph.inserting_before(node):
+                for place, value in zip(places, operands, strict=True):
+                    if _is_cast(value) and value.dtype != dtype:
+                        leaves[place] = _inserted(graph, leaves[place], dtype, value)
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            node.args, node.kwargs = tuple(args), kwargs
+            return {}
+    return _expand(graph, node, call, [leaves[i] for i in places], operands, autocast)
+
+
+def _inserted(graph: fx.Graph, source: fx.Node, dtype: torch.dtype, value: Tensor) -> fx.Node:
+    node = graph.call_function(_CAST, (source,), {"dtype": dtype})
+    node.meta = {"val": value.to(dtype)}
+    return node
+
+
+def _expand(
+    graph: fx.Graph,
+    node: fx.Node,
+    call: Callable[..., Any],
+    sources: Sequence[fx.Node],
+    operands: Sequence[Any],
+    autocast: Autocast,
+) -> dict[str, str]:
+    with autocast_as(autocast), torch.no_grad():
+        parts = make_fx(call)(*operands)
+    given = iter(sources)
+    values: dict[fx.Node, Any] = {}
+    result: Any = None
+    with graph.inserting_before(node):
+        for source in parts.graph.nodes:
+            if source.op == "placeholder":
+                values[source] = next(given)
+            elif source.op == "output":
+                result = fx.node.map_arg(source.args[0], values.__getitem__)
+            else:
+                values[source] = graph.node_copy(source, values.__getitem__)
+    assert isinstance(result, fx.Node), f"{node.target} returns one tensor"
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return {node.name: result.name}
+
+
+def _example(value: Any) -> Any:
+    """The same with the sizes of the traced call: of symbolic ones, operations outside of a trace make constants."""
+    if isinstance(value, Tensor):
+        sizes, strides = ([_example(s) for s in numbers] for numbers in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_example(v) for v in value)
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+def _is_cast(value: Any) -> bool:
+    """Whether autocast may cast a value: it leaves double precision as it is."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+
+def _described(value: Any) -> Any:
+    """What of an argument decides how an operation is done."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), value.device.type, tuple(s if isinstance(s, int) else "" for s in value.shape)
+    return "" if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else repr(value)
+
+
+Operation = tuple[Any, tuple[Any, ...]]
+
+
+class _Record(TorchDispatchMode):
+    """Keeps the operations that reach the device, with the types of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.prim.device.default:
+            given = pytree.tree_leaves((args, kwargs))
+            self.operations.append((func, tuple(x.dtype if isinstance(x, Tensor) else str(x) for x in given)))
+        return func(*args, **kwargs)
+
+
+def _operations(call: Callable[..., Any], operands: Sequence[Any], autocast: Autocast) -> list[Operation] | None:
+    """The operations of a call of examples; None where types do not fit."""
+    with autocast_as(autocast), torch.no_grad(), _quiet(), _Record() as record:
+        try:
+            call(*operands)
+        except Exception:
+            return None
+    return record.operations
+
+
+def _computing(operations: Sequence[Operation] | None) -> list[Operation] | None:
+    """Those that compute something: neither views nor casts."""
+    if operations is None:
+        return None
+    return [o for o in operations if o[0] is not _CAST and not o[0].is_view]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of operations that do not fit, which is what is asked."""
+    import logging
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

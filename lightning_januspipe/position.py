@@ -1,0 +1,196 @@
+"""Where training stands beside parameters and loops: random states, and the pass over the training loader.
+
+A checkpoint of plain Lightning counts the batches of an epoch, but training goes on with the first of them. Here the
+loader is brought to the batch after the last one that was trained on, with the random numbers that it had then.
+"""
+
+from __future__ import annotations
+
+import random
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_januspipe.mesh import Mesh
+
+KEY = "januspipe"
+"""The entry of a checkpoint that holds what :meth:`LoaderPosition.state` gives for each replica."""
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators of Python, numpy and torch, of types that ``torch.load(weights_only=True)`` reads."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set the generators to what :func:`random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def same_random_state(mesh: Mesh) -> None:
+    """Give all ranks of a pipeline the generators' states of its first stage: they run the same steps."""
+    states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
+    dist.broadcast_object_list(states, mesh.pipeline_ranks[0], group=mesh.control_group)
+    torch.set_rng_state(states[0][0])
+    random.setstate(states[0][1])
+    np.random.set_state(states[0][2])
+
+
+class LoaderPosition:
+    """Random states of one rank at the start of the present pass over the training data, and how to get back there.
+
+    Args:
+        device: this rank's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: dict[str, Any] | None = None
+        self._first: dict[str, Any] | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        self._num_done = 0
+        self._after: dict[str, Any] | None = None
+        self._is_settled = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on from here."""
+        return {"now": random_state(self._device), "began": self._began, "first": self._first}
+
+    def resume(self, checkpoint: Mapping[str, Any], replica: int) -> None:
+        """Go on from a checkpoint as soon as there is a loader.
+
+        Args:
+            checkpoint: a whole checkpoint; without the entry of :data:`KEY` only batches are counted.
+            replica: of this rank. If there were fewer when the checkpoint was saved, several go on with one's states.
+        """
+        saved = checkpoint.get(KEY, {}).get("replicas", [])
+        self._resumed = saved[replica % len(saved)] if saved else {}
+        self._num_done = batches_done(checkpoint)
+
+    def tracked(self, loader: Any) -> Any:
+        """A loader whose passes are known here. A loader that keeps a state of its own is left to Lightning."""
+        if not isinstance(loader, DataLoader) or callable(getattr(loader, "state_dict", None)):
+            return loader
+        kind = type(loader)
+        if issubclass(kind, _Tracked):
+            kind = kind.__mro__[2]
+        tracked_kind = types.new_class(kind.__name__, (_Tracked, kind))
+        tracked_kind.__module__, tracked_kind.__qualname__ = kind.__module__, kind.__qualname__
+        tracked: Any = object.__new__(tracked_kind)
+        tracked.__dict__.update(loader.__dict__)
+        tracked.__dict__["januspipe_position"] = self
+        return tracked
+
+    def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """A pass over the loader: a new one, or the rest of the one that was interrupted."""
+        if self._resumed is None:
+            self._began, self._first = random_state(self._device), None
+            return _Pass(make(), self)
+        return _Rest(make, self)
+
+    def rejoin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """The rest of the interrupted pass, when its next batch is asked for: the sampler's epoch is known then."""
+        assert self._resumed is not None
+        if self._num_done == 0:
+            if not self._is_settled:
+                self._set(self._resumed.get("now"))
+            self._began = random_state(self._device)
+            batches = make()
+            self.noted()
+            return batches
+        self._began, self._first = self._resumed.get("began"), self._resumed.get("first")
+        self._set(self._began)
+        batches = make()
+        self._set(self._first)
+        for _ in range(self._num_done):
+            next(batches, None)
+        self._set(self._resumed.get("now"))
+        return batches
+
+    def rejoined(self) -> None:
+        """The next batch is there; where it was read ahead, setting up goes on now."""
+        if not self._is_settled and self._resumed:
+            self._after = random_state(self._device)
+
+    def settle(self) -> None:
+        """Forget the random numbers that setting up has drawn: training begins now."""
+        self._is_settled = True
+        self._set(self._after or (self._resumed or {}).get("now"))
+
+    def moved_on(self) -> None:
+        """A batch was taken: the next pass is a new one."""
+        self._resumed = self._after = None
+
+    def noted(self) -> None:
+        """The first batch of a pass is asked for: samplers draw their seed only now."""
+        self._first = random_state(self._device)
+
+    def _set(self, state: Mapping[str, Any] | None) -> None:
+        if state is not None:
+            set_random_state(state, self._device)
+
+
+def batches_done(checkpoint: Mapping[str, Any]) -> int:
+    """How many batches of its epoch training had done when a checkpoint was saved; 0 at the end of an epoch."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if not progress:
+        return 0
+    total, current = progress["total"], progress["current"]
+    is_counted = total["completed"] == total["processed"]  # else it was saved by a hook at the end of a batch
+    done = int(current["completed"]) + (not is_counted)
+    return 0 if progress.get("is_last_batch") and done >= current["ready"] else done
+
+
+class _Tracked:
+    """Comes before the class of a loader in that of its copy."""
+
+    januspipe_position: LoaderPosition
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.januspipe_position.begin(super().__iter__)  # type: ignore[misc]
+
+
+class _Pass(Iterator[Any]):
+    """One pass over a tracked loader from its beginning."""
+
+    def __init__(self, batches: Iterator[Any], position: LoaderPosition) -> None:
+        self._batches, self._position, self._is_first = batches, position, True
+
+    def __next__(self) -> Any:
+        if self._is_first:
+            self._is_first = False
+            self._position.noted()
+        return next(self._batches)
+
+
+class _Rest(Iterator[Any]):
+    """What is left of a pass that a checkpoint has interrupted."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]], position: LoaderPosition) -> None:
+        self._make, self._position = make, position
+        self._batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        if self._batches is not None:
+            return next(self._batches)
+        self._batches = self._position.rejoin(self._make)
+        batch = next(self._batches)
+        self._position.rejoined()
+        return batch
