@@ -136,7 +136,8 @@ class Pipeline:
         self._placement, self._force_placement = first.placement, first.force_placement
         self._planner = replace(planner, placement=self._placement)
         self._evaluation = evaluation_schedule(self._placement, self._force_placement, mesh.shape.pipeline, 1)
-        self.step = CapturedStep(captured, module, self._add_outside, Proofs(captured, module).require)
+        self.proofs = Proofs(captured, module)
+        self.step = CapturedStep(captured, module, self._add_outside, self.proofs.note)
         links = _links(mesh)
         links.connect(first.messages())
         own = first.stages_of(mesh.pipeline_rank)
@@ -192,6 +193,7 @@ class Pipeline:
         try:
             inputs = [self._prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
             self._compare_batches(inputs, batches)
+            self._prove()
             schedule = self.schedule(len(batches))
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
@@ -223,6 +225,7 @@ class Pipeline:
         try:
             inputs = [self._prepare(0, step, batch)]
             self._compare_batches(inputs, [batch])
+            self._prove()
             (result,) = self.executor.evaluate(self._evaluation, inputs)
             observables, derivatives = self._share(result, inputs[0])
             with as_world(self._mesh.data_group):
@@ -385,6 +388,10 @@ class Pipeline:
     def _prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
         with as_world(self._mesh.alone_group):
             return self.step.prepare(index, step, batch)
+
+    def _prove(self) -> None:
+        with as_world(self._mesh.alone_group):
+            self.proofs.settle()
 
     def _refuse_unfreezing(self) -> None:
         changed = self._trainable ^ {n for n, p in self._module.named_parameters() if p.requires_grad}

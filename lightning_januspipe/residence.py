@@ -67,23 +67,31 @@ class Residence:
         self._gone = {}
 
     @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The values of all parameters on the device of every rank of a pipeline, all of which take part."""
+        fetched = self._fetch(keep=True, on_device=True)
+        try:
+            yield
+        finally:
+            _forget(fetched)
+
+    @contextmanager
     def whole_on_first_rank(self) -> Iterator[None]:
         """The values of all parameters on global rank 0, in host memory; tensors taken from them stay valid."""
         fetched = self._fetch(keep=self._mesh.rank == 0) if self._mesh.data_rank == 0 else []
         try:
             yield
         finally:
-            for parameter in fetched:
-                _replace(parameter, torch.empty_like(parameter, device="meta"))
+            _forget(fetched)
 
-    def _fetch(self, keep: bool) -> list[nn.Parameter]:
+    def _fetch(self, keep: bool, on_device: bool = False) -> list[nn.Parameter]:
         fetched = []
         for parameter, owner in self._gone.items():
             buffer = parameter.data if not parameter.is_meta else torch.empty_like(parameter, device=self._mesh.device)
             buffer = buffer.detach().contiguous()
             dist.broadcast(buffer, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
             if parameter.is_meta and keep:
-                _replace(parameter, buffer.cpu())
+                _replace(parameter, buffer if on_device else buffer.cpu())
                 fetched.append(parameter)
         return fetched
 
@@ -94,6 +102,11 @@ class Residence:
 
 def _is_needed(pipeline: Pipeline, parameter: nn.Parameter) -> bool:
     return pipeline.holds(parameter) or len(pipeline.ranks_of[parameter]) > 1
+
+
+def _forget(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        _replace(parameter, torch.empty_like(parameter, device="meta"))
 
 
 def _replace(parameter: nn.Parameter, values: Tensor) -> None:

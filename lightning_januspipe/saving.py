@@ -234,6 +234,7 @@ class CheckpointHooks:
             )
             return
         self._residence.release(self.runner)
+        self.runner.proofs.whole = self._residence.whole
 
     # -- exceptions --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ does not read are of no effect. So the first batch of each such kind is compared
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,41 +31,58 @@ class Proofs:
     Args:
         divided: the potential in stages, proven on ordinary batches.
         module: the LightningModule.
+
+    Attributes:
+        whole: a context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
     """
 
     def __init__(self, divided: DividedPotential, module: nn.Module) -> None:
         self._divided, self._module = divided, module
         self._proven: set[frozenset[str]] = set()
+        self._open: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
+        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def require(
+    def note(
         self, step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> None:
-        """Prove the potential for a call's kind, if it was not.
+        """Note a call, if it is of a kind that no proof has seen.
 
         Args:
             step: the user's step that makes the call.
             args: positional arguments of the call.
             kwargs: its keyword arguments.
             symbols: values of its size symbols.
+        """
+        divided = self._divided
+        call = PotentialCall(divided.path, args, kwargs, tuple(divided.outputs), divided.replaced)
+        potential = potential_of(self._module, step, call)
+        kinds = divided.kinds(potential, args, kwargs, symbols)
+        if kinds and not any(kinds <= proven for proven in (*self._proven, *self._open)):
+            self._open[kinds] = potential, call
+
+    def settle(self) -> None:
+        """Prove the potential for the calls that were noted.
 
         Raises:
             CaptureError: the stages differ from the module itself.
         """
-        divided, module = self._divided, self._module
-        call = PotentialCall(divided.path, args, kwargs, tuple(divided.outputs), divided.replaced)
-        potential = potential_of(module, step, call)
-        kinds = divided.kinds(potential, args, kwargs, symbols)
-        if not kinds or any(kinds <= proven for proven in self._proven):
+        if not self._open:
             return
-        with unchanged(module), capturing(module), torch.inference_mode(False), torch.enable_grad():
-            try:
+        noted, self._open = self._open, {}
+        with self.whole(), unchanged(self._module), capturing(self._module):
+            for kinds, (potential, call) in noted.items():
+                self._prove(kinds, potential, call)
+        self._proven.update(noted)
+
+    def _prove(self, kinds: frozenset[str], potential: nn.Module, call: PotentialCall) -> None:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
                 if potential.training:
-                    validate(divided, potential, call)
+                    validate(self._divided, potential, call)
                 else:
-                    validate_evaluation(divided, potential, call)
-            except CaptureError as error:
-                raise CaptureError(
-                    f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was proven when "
-                    f"training started, and with it {error}"
-                ) from error
-        self._proven.add(kinds)
+                    validate_evaluation(self._divided, potential, call)
+        except CaptureError as error:
+            raise CaptureError(
+                f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was proven when "
+                f"training started, and with it {error}"
+            ) from error

@@ -20,7 +20,7 @@ from lightning_januspipe.capture.instep import forward_replaced, step_with
 from lightning_januspipe.engine.autocast import OFF, autocast_as, forget_casts
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 
-Prove = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int]], None]
+Note = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int]], None]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class CapturedStep:
         module: the LightningModule.
         add_gradients: called with the parameters outside the stages and their gradients. Every rank computes the same
             ones, so only one rank of a pipeline may pass them on.
-        prove: called with each call of the potential (the step, its arguments, and the values of its size symbols)
-            before the stages get it.
+        note: called with each call of the potential: the step, its arguments, and the values of its size symbols.
     """
 
     def __init__(
@@ -53,9 +52,9 @@ class CapturedStep:
         captured: DividedPotential,
         module: nn.Module,
         add_gradients: Callable[[list[nn.Parameter], list[Tensor | None]], None],
-        prove: Prove | None = None,
+        note: Note | None = None,
     ) -> None:
-        self._captured, self._module, self._add, self._prove = captured, module, add_gradients, prove
+        self._captured, self._module, self._add, self._note = captured, module, add_gradients, note
         self._potential = module.get_submodule(captured.path)
         self._epilogue = captured.return_value(self._potential)
         self._inputs = captured.inputs(self._potential)
@@ -87,8 +86,8 @@ class CapturedStep:
             args, kwargs = call_arguments(self._module, self._captured.path, step, batch, in_step)
             tensors = self._inputs(args, kwargs)
         symbols = self._captured.bind_sizes(tensors)
-        if self._prove is not None:
-            self._prove(step, args, kwargs, symbols)
+        if self._note is not None:
+            self._note(step, args, kwargs, symbols)
         self._calls[index], self._seeds[index] = tensors, seed
         return MicrobatchInput(tensors, symbols)
 

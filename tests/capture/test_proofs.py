@@ -52,9 +52,11 @@ def captured(potential: Potential) -> tuple[Step, Capture]:
 
 
 def prepared(module: Step, found: Capture, *batches: Any) -> None:
-    step = CapturedStep(found.potential, module, GradientBuffers().add, Proofs(found.potential, module).require)
+    proofs = Proofs(found.potential, module)
+    step = CapturedStep(found.potential, module, GradientBuffers().add, proofs.note)
     for index, batch in enumerate(batches):
         step.prepare(index, module.training_step, batch)
+        proofs.settle()
 
 
 @pytest.mark.parametrize(
