@@ -231,6 +231,16 @@ def test_parameters_of_other_stages_leave_memory(pool: RankPool, tmp_path: Path)
             same(state, ours["optimizer_states"][0]["state"][i])
 
 
+def test_batches_of_another_kind_are_proven_with_all_parameters(pool: RankPool, tmp_path: Path) -> None:
+    """The micro-batches of the second batch have one structure, as none had when the potential was captured."""
+    more: dict[str, Any] = {"num_features": 8, "num_steps": 2, "num_train": 6, "callbacks": ()}
+    two = {"num_microbatches": 2}
+    (expected,) = pool.run(workers.train, two, str(tmp_path), more, world_size=1)
+    for found in pool.run(workers.train, two, str(tmp_path), more, world_size=2):
+        assert found["ended"] == "" and found["bytes"][0] < expected["bytes"][0]
+        same(expected["state"], found["state"])
+
+
 def test_parameters_come_back_after_an_exception_on_all_ranks(pool: RankPool, tmp_path: Path) -> None:
     """The checkpoint of an exception is whole, though no rank is, and training goes on from it elsewhere."""
     more: dict[str, Any] = {"num_features": 8}

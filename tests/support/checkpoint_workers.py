@@ -23,7 +23,7 @@ NUM_BATCHES = 4
 """Batches of an epoch; structures are of one size, so that a step is the same on every mesh."""
 
 
-def data(num_replicas: int = 1, shuffle: bool = False) -> Any:
+def data(num_replicas: int = 1, shuffle: bool = False, num_train: int = GLOBAL_BATCH * NUM_BATCHES) -> Any:
     """Structures of four atoms; a batch of all replicas together has four, the same ones on every mesh.
 
     With ``shuffle`` their order comes from the random numbers of the process, else from the epoch.
@@ -42,7 +42,7 @@ def data(num_replicas: int = 1, shuffle: bool = False) -> Any:
             )
 
     return Data(
-        num_train=GLOBAL_BATCH * NUM_BATCHES,
+        num_train=num_train,
         num_val=2,
         num_test=2,
         sizes=(4,),
@@ -129,6 +129,7 @@ def _train(
     callbacks: tuple[str, ...] = ("every step",),
     num_features: int = 0,
     shuffle: bool = False,
+    num_train: int = GLOBAL_BATCH * NUM_BATCHES,
     arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train and save into a folder; returns how it ended, and the module as it is then.
@@ -142,6 +143,7 @@ def _train(
         callbacks: names in CALLBACKS.
         num_features: of a module that is made in ``configure_model``; 0 is one that is not.
         shuffle: whether the training data are shuffled.
+        num_train: structures of the training data.
         arguments: of the Trainer.
     """
     module = module_in_hook(num_features) if num_features else tiny.module()
@@ -162,7 +164,7 @@ def _train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(module, data(num_replicas, shuffle), ckpt_path=resume)
+            trainer.fit(module, data(num_replicas, shuffle, num_train), ckpt_path=resume)
         except (Exception, SystemExit) as error:
             ended = f"{type(error).__name__}: {error}"
     return {
