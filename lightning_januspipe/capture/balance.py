@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_januspipe.capture.cut import Cut, Profile, find_cut
 from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import CaptureError, TooFewParts
+from lightning_januspipe.capture.errors import CaptureError, TooFewParts, shown
 from lightning_januspipe.capture.explicit import ExplicitPotential
 from lightning_januspipe.capture.find import PotentialCall
 from lightning_januspipe.capture.stages import CapturedPotential
@@ -131,8 +131,9 @@ def balance_parts(
         found.append((joined, run_captured(joined, potential, call, folded)[1].seconds))
     if not found:
         raise TooFewParts(
-            f"pipeline_size={len(set(placements[0]))}, but the potential {parts.path!r} has {parts.num_stages} parts. "
-            f"Use pipeline_size={parts.num_stages} or less, and give the other ranks to data_size, or make more parts.",
+            f"pipeline_size={len(set(placements[0]))}, but the potential {shown(parts.path)} has {parts.num_stages} "
+            f"parts. Use pipeline_size={parts.num_stages} or less, and give the other ranks to data_size, or make more "
+            "parts.",
             most=parts.num_stages,
         )
     return found

@@ -16,7 +16,7 @@ from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.divide import explicit_potential
 from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.explicit import ExplicitStages
 from lightning_januspipe.capture.find import (
     PotentialCall,
@@ -64,9 +64,9 @@ class Capture:
         total = sum(s.total for s in self.seconds)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
         num = sum(self.potential.num_operations)
-        name = repr(self.potential.path) if self.potential.path else "(the LightningModule itself)"
         return (
-            f"potential {name} {self.origin}: {num} operations in {len(self.seconds)} stages with {shares} of the "
+            f"potential {shown(self.potential.path)} {self.origin}: "
+            f"{num} operations in {len(self.seconds)} stages with {shares} of the "
             f"work, {summary(self.potential)}, ready after {self.elapsed:.1f} s"
         )
 
@@ -179,8 +179,8 @@ def _divided(job: _Job, stages: Stages) -> tuple[DividedPotential, list[PhaseSec
     has_own = isinstance(job.potential, ExplicitStages)
     if stages == "explicit" and not has_own:
         raise CaptureError(
-            f"stages='explicit', but the potential {job.call.path!r} ({type(job.potential).__name__}) declares none. "
-            "Give it stage_inputs, stage_parts, stage_outputs and stage_coordinates "
+            f"stages='explicit', but the potential {shown(job.call.path)} ({type(job.potential).__name__}) declares "
+            "none. Give it stage_inputs, stage_parts, stage_outputs and stage_coordinates "
             "(lightning_januspipe.ExplicitStages), or let it be traced with stages='auto'."
         )
     order = [stages] if stages != "auto" else ["captured", *(["explicit"] if has_own else [])]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.explicit import (
     ENERGY,
     ExplicitPotential,
@@ -36,11 +36,13 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
     names = {p: n for n, p in potential.named_parameters()}
     foreign = [i for i, part in enumerate(parts) if any(p not in names for p in part.parameters())]
     if foreign:
-        raise CaptureError(f"part {foreign[0]} of {first.path!r} has parameters that are none of the potential's")
+        raise CaptureError(f"part {foreign[0]} of {shown(first.path)} has parameters that are none of the potential's")
     runs = [_run(potential, parts, call) for call in (first, second)]
     (inputs, features, outputs, derived), (other_inputs, other_features, _, _) = runs
     if list(inputs) != list(other_inputs):
-        raise CaptureError(f"stage_inputs of {first.path!r} has other entries for another batch: {list(other_inputs)}")
+        raise CaptureError(
+            f"stage_inputs of {shown(first.path)} has other entries for another batch: {list(other_inputs)}"
+        )
     symbols: dict[str, tuple[int, int]] = {}
     known: dict[tuple[int, int], str] = {}
     for position, name in enumerate(inputs):
@@ -51,7 +53,7 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
 
     def spec(what: str, a: Tensor, b: Tensor) -> TensorSpec:
         if a.dim() != b.dim() or a.dtype != b.dtype:
-            raise CaptureError(f"{what} of {first.path!r} has another rank or dtype for another batch")
+            raise CaptureError(f"{what} of {shown(first.path)} has another rank or dtype for another batch")
         return TensorSpec(tuple(_size(what, first.path, p, known) for p in zip(a.shape, b.shape, strict=True)), a.dtype)
 
     return ExplicitPotential(
@@ -77,7 +79,7 @@ def _parts(potential: ExplicitStages, path: str) -> list[nn.Module]:
     wrong = [type(p).__name__ for p in parts if not isinstance(p, nn.Module)]
     if wrong or not parts:
         raise CaptureError(
-            f"stage_parts of the potential {path!r} returned {wrong or 'nothing'}; expected nn.Modules, called as "
+            f"stage_parts of the potential {shown(path)} returned {wrong or 'nothing'}; expected nn.Modules, called as "
             "part(inputs, features) -> features: what parameters a stage reads is seen from its modules"
         )
     return parts
@@ -97,13 +99,14 @@ def _run(
             features = part(inputs, features)
             if not isinstance(features, Mapping) or not all(isinstance(x, Tensor) for x in features.values()):
                 raise CaptureError(
-                    f"part {index} ({type(part).__name__}) of the potential {call.path!r} returned "
+                    f"part {index} ({type(part).__name__}) of the potential {shown(call.path)} returned "
                     f"{type(features).__name__}; expected a dict of tensors"
                 )
             found.append({n: x.detach() for n, x in features.items()})
     if ENERGY not in found[-1]:
         raise CaptureError(
-            f"the last part of the potential {call.path!r} returned {list(found[-1])}; expected {ENERGY!r} among them"
+            f"the last part of the potential {shown(call.path)} returned {list(found[-1])}; expected {ENERGY!r} among"
+            " them"
         )
     gradients = {n: torch.zeros_like(inputs[n]).requires_grad_() for n in potential.stage_coordinates}
     with torch.enable_grad():
@@ -122,8 +125,8 @@ def _refuse_parameters(potential: nn.Module, returned: list[Tensor], gradients: 
     read = [n for (n, _), g in zip(named, found, strict=True) if g is not None]
     if read:
         raise CaptureError(
-            f"stage_outputs of the potential {path!r} reads the parameters {', '.join(read[:3])}; only parts may read "
-            "parameters. Apply them in the last part."
+            f"stage_outputs of the potential {shown(path)} reads the parameters {', '.join(read[:3])}; only parts may "
+            "read parameters. Apply them in the last part."
         )
 
 
@@ -137,6 +140,7 @@ def _size(what: str, path: str, pair: tuple[int, int], known: Mapping[tuple[int,
         if a and pair[0] % a == 0 and (pair[0] // a) * b == pair[1]:
             return f"{pair[0] // a}*{symbol}"
     raise CaptureError(
-        f"{what} of the potential {path!r} has a dimension of {pair[0]} for one batch and {pair[1]} for another, which "
-        "is no size of an input (atoms, edges, structures) and no multiple of one. Pad it, or keep it inside a part."
+        f"{what} of the potential {shown(path)} has a dimension of {pair[0]} for one batch and {pair[1]} for another, "
+        "which is no size of an input (atoms, edges, structures) and no multiple of one. Pad it, or keep it inside a"
+        " part."
     )

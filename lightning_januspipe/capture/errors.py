@@ -18,3 +18,8 @@ class TooFewParts(CaptureError):
     def __init__(self, message: str, most: int = 1) -> None:
         super().__init__(message)
         self.most = most
+
+
+def shown(path: str) -> str:
+    """The dotted name of a potential in a message; empty is that of the LightningModule itself."""
+    return repr(path) if path else "(the LightningModule itself)"

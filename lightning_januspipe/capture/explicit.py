@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.containers import leaves
 from lightning_januspipe.capture.divided import Inputs
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
 
@@ -188,7 +188,7 @@ class ExplicitPotential:
             found = named_inputs(potential, self.path, args, kwargs)
             if list(found) != list(self.inputs_by_name):
                 raise CaptureError(
-                    f"stage_inputs of the potential {self.path!r} returned {list(found)}; it returned "
+                    f"stage_inputs of the potential {shown(self.path)} returned {list(found)}; it returned "
                     f"{list(self.inputs_by_name)} before. Every batch has to have the same entries."
                 )
             return list(found.values())
@@ -301,13 +301,13 @@ def named_inputs(
     wrong = [n for n, x in found.items() if not isinstance(x, Tensor)] if isinstance(found, Mapping) else ["(no dict)"]
     if wrong:
         raise CaptureError(
-            f"stage_inputs of the potential {path!r} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
+            f"stage_inputs of the potential {shown(path)} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
             "expected a dict of tensors"
         )
     missing = [n for n in potential.stage_coordinates if n not in found]
     if missing:
         raise CaptureError(
-            f"stage_inputs of the potential {path!r} returned {list(found)}, without the coordinates {missing}"
+            f"stage_inputs of the potential {shown(path)} returned {list(found)}, without the coordinates {missing}"
         )
     return dict(found)
 
@@ -316,7 +316,7 @@ def _require_shape(kind: str, name: str, value: Tensor, spec: TensorSpec, sizes:
     expected = spec.sizes(sizes)
     if tuple(value.shape) != expected or value.dtype != spec.dtype:
         raise CaptureError(
-            f"{kind} {name!r} of the potential {path!r} has shape {tuple(value.shape)} and {value.dtype}; expected "
-            f"{expected}, which is {spec.shape}, and {spec.dtype}. Sizes of features have to be constants or sizes of "
-            "inputs (atoms, edges, structures), or multiples of them."
+            f"{kind} {name!r} of the potential {shown(path)} has shape {tuple(value.shape)} and {value.dtype}; "
+            f"expected {expected}, which is {spec.shape}, and {spec.dtype}. Sizes of features have to be constants or "
+            "sizes of inputs (atoms, edges, structures), or multiples of them."
         )

@@ -47,6 +47,10 @@ class PotentialCall:
     step_parameters: tuple[str, ...] = ()
 
 
+_NO_WAY = ("appears to not have been used in the graph", "does not require grad")
+"""Words of torch for a derivative that does not exist."""
+
+
 class ReachedPotential(Exception):
     """Unwinds the user's step at the call of the potential, carrying the call's arguments."""
 
@@ -130,7 +134,16 @@ class _Watch(TorchFunctionMode):
             given = grad_arguments(args, kwargs)
             num_inputs = len(as_sequence(given["inputs"]))
             self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph")), num_inputs))
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError as error:
+            if func is torch.autograd.grad and any(w in str(error) for w in _NO_WAY):
+                raise CaptureError(
+                    "the energy does not depend on what it is differentiated by, or not in a differentiable way: "
+                    "torch.autograd.grad found no way from one to the other. Look for a detach(), torch.no_grad(), "
+                    ".data, or a conversion to numpy between positions (or strain) and energy."
+                ) from error
+            raise
         # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
         has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
         reader = next((name for name in self._stack if name), "")

@@ -15,7 +15,7 @@ from lightning_januspipe.capture.calls import CallFormat, size_carrier
 from lightning_januspipe.capture.containers import with_leaves
 from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.divided import Inputs
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
@@ -112,8 +112,8 @@ class CapturedPotential:
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
                 expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
                 raise CaptureError(
-                    f"the potential {self.path!r} was captured for size {expected} of dimension {dim} of its input "
-                    f"{places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
+                    f"the potential {shown(self.path)} was captured for size {expected} of dimension {dim} of its "
+                    f"input {places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
                 )
         symbols = self.program.bind(tensors)
         for condition in self.program.conditions:
@@ -122,7 +122,7 @@ class CapturedPotential:
                 where = {s: self.program.symbols[s] for s in sizes}
                 given = [f"{s} = {sizes[s]} (dimension {d} of its input {places[i]})" for s, (i, d) in where.items()]
                 raise CaptureError(
-                    f"the potential {self.path!r} was captured for sizes with {condition}, but this batch has "
+                    f"the potential {shown(self.path)} was captured for sizes with {condition}, but this batch has "
                     f"{', '.join(given)}. {_OTHER_SIZES}"
                 )
         return symbols

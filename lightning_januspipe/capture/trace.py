@@ -25,7 +25,7 @@ from lightning_januspipe.capture.adapters import Adapter, joined
 from lightning_januspipe.capture.calls import CallFormat
 from lightning_januspipe.capture.casts import has_casts, make_casts_explicit
 from lightning_januspipe.capture.containers import leaves, with_leaves
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.narrow import narrow
 from lightning_januspipe.capture.program import SLOT, Program, program_from_export
@@ -155,7 +155,7 @@ def trace_potential(
         raise
     except Exception as error:
         raise CaptureError(
-            f"the potential {call.path!r} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
+            f"the potential {shown(call.path)} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
             f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: Python branches on tensor "
             "values, tensor.tolist(), .numpy() or float(tensor) in the forward, or shapes that depend on values "
             "(nonzero, unique, masks as indices)."
@@ -194,16 +194,16 @@ def _refuse_state(exported: ExportedProgram, path: str) -> None:
     mutated = list(exported.graph_signature.buffers_to_mutate.values())
     if mutated:
         raise CaptureError(
-            f"the potential {path!r} updates buffers in its forward ({', '.join(mutated[:3])}), which has no meaning "
-            "while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
+            f"the potential {shown(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
+            "meaning while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
         )
     for node in _all_nodes(exported.graph_module):
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             if _is_disabled_dropout(node):
                 continue
             raise CaptureError(
-                f"the potential {path!r} draws random numbers in its forward ({node.target}); the phases of a stage "
-                "would not see the same numbers. Set dropout to 0, or draw the numbers in the dataset."
+                f"the potential {shown(path)} draws random numbers in its forward ({node.target}); the phases of a "
+                "stage would not see the same numbers. Set dropout to 0, or draw the numbers in the dataset."
             )
 
 

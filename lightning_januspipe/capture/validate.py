@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.containers import leaves, with_leaves
 from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.find import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.executor import LossGradients
@@ -87,8 +87,8 @@ def run_eager(potential: nn.Module, call: PotentialCall, divided: DividedPotenti
     tensors = _tensors(found)
     if len(tensors) <= max(divided.outputs, default=-1):
         raise CaptureError(
-            f"the potential {call.path!r} returns only {len(tensors)} tensors in evaluation, fewer than in training. "
-            "Call it with the same options in training_step and validation_step."
+            f"the potential {shown(call.path)} returns only {len(tensors)} tensors in evaluation, fewer than in "
+            "training. Call it with the same options in training_step and validation_step."
         )
     outputs = [tensors[i] for i in divided.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
@@ -115,8 +115,8 @@ def _refuse_other_form(call: PotentialCall, returned: Any, restored: Any) -> Non
         a, b = expected.get(place), found.get(place)
         if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor)) and not _is_same(a, b):
             raise CaptureError(
-                f"an adapter of the potential {call.path!r} changes what the forward returns: {place} is another value "
-                "after its joined() and separated(), of which the second has to be the inverse of the first"
+                f"an adapter of the potential {shown(call.path)} changes what the forward returns: {place} is another "
+                "value after its joined() and separated(), of which the second has to be the inverse of the first"
             )
 
 
@@ -134,7 +134,7 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
     """A force loss has to have a parameter gradient, or forces would not be trained, without a word."""
     parameters = [p for p in potential.parameters() if p.requires_grad]
     if not parameters:
-        raise CaptureError(f"the potential {path!r} has no trainable parameters (requires_grad is False for all)")
+        raise CaptureError(f"the potential {shown(path)} has no trainable parameters (requires_grad is False for all)")
     trainable = [d for d in derivatives if d.requires_grad]
     found: Sequence[Tensor | None] = []
     if trainable:
@@ -147,8 +147,8 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
     vanish = all(bool((d.detach().abs() < _VANISHING).all()) for d in trainable)
     if not known or (not vanish and not any(bool((g != 0).any()) for g in known)):
         raise CaptureError(
-            f"the potential {path!r} ({type(potential).__name__}) is not twice differentiable: a loss of its forces "
-            "has zero or missing gradients for every parameter. Look for a detach(), a torch.no_grad() or a "
+            f"the potential {shown(path)} ({type(potential).__name__}) is not twice differentiable: a loss of its "
+            "forces has zero or missing gradients for every parameter. Look for a detach(), a torch.no_grad() or a "
             "non-differentiable operation between positions and energy, or create_graph=False."
         )
 
@@ -158,8 +158,9 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], divided: Di
     read = [outputs[i] for i in divided.derived if i in call.read_outputs]
     if read and not any(x.requires_grad for x in read):
         raise CaptureError(
-            f"the potential {call.path!r} returns detached derivatives in training (forces without a gradient), so a "
-            "force loss would train nothing. Remove the detach() after torch.autograd.grad, or do it in evaluation."
+            f"the potential {shown(call.path)} returns detached derivatives in training (forces without a gradient), "
+            "so a force loss would train nothing. Remove the detach() after torch.autograd.grad, or do it in"
+            " evaluation."
         )
 
 
@@ -327,7 +328,7 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance
             return
         reason = f"largest difference {error:.2e} at a scale of {scale:.2e}"
     raise CaptureError(
-        f"the captured potential {path!r} differs from the module itself on a batch of other sizes: {what} has "
+        f"the captured potential {shown(path)} differs from the module itself on a batch of other sizes: {what} has "
         f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
         "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Train with "
         "pipeline_size=1, or rewrite that part."

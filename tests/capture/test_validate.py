@@ -235,3 +235,13 @@ def test_layers_in_a_coarser_type_than_positions() -> None:
     check(traced, captured)
     with pytest.raises(CaptureError, match="differs from the module itself"):
         check(traced, changed(traced, other_activation))
+
+
+@pytest.mark.parametrize("how", ["detach", "data"])
+def test_energy_that_does_not_depend_on_positions(how: str) -> None:
+    class Cut(Potential):
+        def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+            return super().features(batch, vectors.detach() if how == "detach" else vectors.data)
+
+    with pytest.raises(CaptureError, match=r"does not depend on what it is differentiated by.*Look for a detach\(\)"):
+        Traced(Step(Cut(2)))
