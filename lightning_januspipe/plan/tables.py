@@ -166,7 +166,7 @@ def schedule_legend(plan: Plan) -> str:
     """What the columns of :func:`schedule_table` mean."""
     text = (
         "live: most micro-batches that a rank holds. /ideal: step over the work of the busiest rank. bound: no folded "
-        "schedule of these stages is faster. gap: what a step takes beyond that. bubble: idle share of the busiest rank."
+        "schedule of these stages is faster. gap: the rest above it. bubble: idle share of the busiest rank."
     )
     if any(row.report.memory for row in plan.rows):
         text += " peak/rank: saved tensors."
