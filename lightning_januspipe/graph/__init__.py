@@ -1,0 +1,37 @@
+"""Atoms of one micro-batch on several ranks: who owns which rows, and exchanges that can be differentiated twice."""
+
+from lightning_januspipe.graph.axis import GraphAxis, GraphGroup
+from lightning_januspipe.graph.collectives import (
+    Exchange,
+    collect_rows,
+    count_once,
+    gather_halo,
+    replicate,
+    sum_halo,
+    sum_over_ranks,
+)
+from lightning_januspipe.graph.insert import Localized, localize
+from lightning_januspipe.graph.partition import halo_size, partition_atoms
+from lightning_januspipe.graph.prove import prove_division
+from lightning_januspipe.graph.shards import Shard, make_shards, rows_read, whole
+
+__all__ = [
+    "Exchange",
+    "GraphAxis",
+    "GraphGroup",
+    "Localized",
+    "Shard",
+    "collect_rows",
+    "count_once",
+    "gather_halo",
+    "halo_size",
+    "localize",
+    "make_shards",
+    "partition_atoms",
+    "prove_division",
+    "replicate",
+    "rows_read",
+    "sum_halo",
+    "sum_over_ranks",
+    "whole",
+]

@@ -1,0 +1,271 @@
+"""Exchanges between graph ranks that can be differentiated any number of times.
+
+Each operation is a linear map over all ranks, and its derivative is the transposed map, which is again one of these
+operations. A derivative that called a raw collective instead would leave energies and forces exact, and the gradient
+of a force loss wrong without a word.
+
+A tensor is here in one of three ways. *Rows*: each rank holds its own. *Partial*: each rank holds a summand.
+*Replicated*: each rank holds the same, and computes the same with it. The cotangent of rows are rows; that of a
+partial tensor is replicated, and that of a replicated one that own rows are computed from is partial.
+
+All ranks of a group have to call the same operations in the same order, those with empty shards too: run one program
+on all. Undefined gradients are passed on, as autograd's own operations do: which ones are undefined is a matter of the
+program. Made zeros, they would cost messages, and a walk that is held back somewhere would run through to the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_januspipe.graph.shards import Shard
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """What an operation needs to know.
+
+    Attributes:
+        shard: the class whose rows are exchanged, on the device of the tensors.
+        group: the ranks that share the rows, in the order of their numbers; None if there is only one.
+    """
+
+    shard: Shard
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        size, rank = (1, 0) if self.group is None else (self.group.size(), self.group.rank())
+        if (size, rank) != (self.shard.num_ranks, self.shard.rank):
+            raise ValueError(
+                f"the shard is of rank {self.shard.rank} of {self.shard.num_ranks}, but this is rank {rank} of {size} "
+                "of the process group; expected the shard of this rank"
+            )
+
+
+def gather_halo(x: Tensor, exchange: Exchange) -> Tensor:
+    """Extend own rows by the halo: one message to and from each neighbour.
+
+    Args:
+        x: (n_own, ...) own rows.
+        exchange: shard and group.
+
+    Returns:
+        (n_own + n_halo, ...); ``x`` itself where no rank has a halo. The derivative is :func:`sum_halo`.
+    """
+    _check_rows(x, exchange.shard.num_own)
+    return x if exchange.shard.is_free else _GatherHalo.apply(x, exchange)
+
+
+def sum_halo(y: Tensor, exchange: Exchange) -> Tensor:
+    """Add what the halos of all ranks hold to their owners' rows, the transpose of :func:`gather_halo`.
+
+    The order of summation is fixed, so that the result is the same in every run, on GPUs too.
+
+    Args:
+        y: (n_own + n_halo, ...) own rows and summands for those of other ranks.
+        exchange: shard and group.
+
+    Returns:
+        (n_own, ...); ``y`` itself where no rank has a halo.
+    """
+    _check_rows(y, exchange.shard.num_own + exchange.shard.num_halo)
+    return y if exchange.shard.is_free else _SumHalo.apply(y, exchange)
+
+
+def sum_over_ranks(x: Tensor, exchange: Exchange) -> Tensor:
+    """Sum a partial tensor over the ranks; halves are summed in float32.
+
+    Args:
+        x: of the same shape on all ranks.
+        exchange: only its group is used.
+
+    Returns:
+        The sum, replicated. The derivative is :func:`replicate`: the cotangent is the full one on every rank already,
+        and summing it once more would count it G times (Megatron-LM's g, arXiv 1909.08053, section 3).
+    """
+    return x if exchange.group is None else _SumOverRanks.apply(x, exchange)
+
+
+def replicate(x: Tensor, exchange: Exchange) -> Tensor:
+    """Mark where a replicated tensor begins to be used for own rows: positions, per-structure features.
+
+    Args:
+        x: the same on all ranks.
+        exchange: only its group is used.
+
+    Returns:
+        ``x``. The derivative is :func:`sum_over_ranks`, the transpose (Megatron-LM's f).
+    """
+    return x if exchange.group is None else _Replicate.apply(x, exchange)
+
+
+def count_once(x: Tensor, exchange: Exchange) -> Tensor:
+    """Mark a parameter that a replicated computation reads, as parameter gradients are summed over the ranks later.
+
+    Args:
+        x: the same on all ranks.
+        exchange: only its group is used.
+
+    Returns:
+        ``x``. Its gradient reaches the first rank only; the others get zeros.
+    """
+    return x if exchange.group is None else _CountOnce.apply(x, exchange)
+
+
+@torch.no_grad()
+def collect_rows(x: Tensor, exchange: Exchange) -> Tensor:
+    """All rows in global order on every rank; not differentiable.
+
+    Args:
+        x: (n_own, ...) own rows.
+        exchange: shard and group.
+
+    Returns:
+        (num_rows, ...), replicated.
+    """
+    shard = exchange.shard
+    _check_rows(x, shard.num_own)
+    if exchange.group is None:
+        return x.detach()
+    padded = x.new_zeros(max(shard.counts), *x.shape[1:])
+    padded[: shard.num_own] = x
+    rows = x.new_empty(shard.num_ranks, *padded.shape)
+    if rows.numel():
+        dist.all_gather(list(_as_bytes(rows.flatten(0, 1)).chunk(shard.num_ranks)), _as_bytes(padded), exchange.group)
+    return torch.cat([r[:n] for r, n in zip(rows, shard.counts, strict=True)])[shard.order]
+
+
+class _GatherHalo(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, exchange: Exchange) -> Tensor:
+        shard = exchange.shard
+        extended = x.new_empty(shard.num_own + shard.num_halo, *x.shape[1:])
+        extended[: shard.num_own] = x
+        sent = x.index_select(0, shard.send)
+        _all_to_all(extended[shard.num_own :], sent, shard.receive_counts, shard.send_counts, exchange)
+        return extended
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else sum_halo(gradients[0], ctx.exchange), None
+
+
+class _SumHalo(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, exchange: Exchange) -> Tensor:
+        shard = exchange.shard
+        received = y.new_empty(sum(shard.send_counts), *y.shape[1:])
+        _all_to_all(received, y[shard.num_own :], shard.send_counts, shard.receive_counts, exchange)
+        summed = y[: shard.num_own].clone(memory_format=torch.contiguous_format)
+        # One rank's rows after another's: within one call no row occurs twice, so that atomic additions cannot race.
+        parts = shard.send.split(shard.send_counts), received.split(shard.send_counts)
+        for rows, values in zip(*parts, strict=True):
+            if len(rows):
+                summed.index_add_(0, rows, values)
+        return summed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else gather_halo(gradients[0], ctx.exchange), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, exchange: Exchange) -> Tensor:
+        is_half = x.dtype in (torch.float16, torch.bfloat16)
+        total = x.to(torch.float32 if is_half else x.dtype, copy=True, memory_format=torch.contiguous_format)
+        if total.numel():
+            dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, group=exchange.group)
+        return total.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else replicate(gradients[0], ctx.exchange), None
+
+
+class _Replicate(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, exchange: Exchange) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else sum_over_ranks(gradients[0], ctx.exchange), None
+
+
+class _CountOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, exchange: Exchange) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else _OnFirstRank.apply(gradients[0], ctx.exchange), None
+
+
+class _OnFirstRank(torch.autograd.Function):
+    """Zeros on all ranks but the first; one node of the graph on each, so that further derivatives stay in step."""
+
+    @staticmethod
+    def forward(x: Tensor, exchange: Exchange) -> Tensor:
+        return x.view_as(x) if exchange.shard.rank == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        _remember(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else _OnFirstRank.apply(gradients[0], ctx.exchange), None
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Exchange]) -> None:
+    ctx.exchange = inputs[1]
+    ctx.set_materialize_grads(False)
+
+
+def _all_to_all(
+    into: Tensor, rows: Tensor, receive_counts: tuple[int, ...], send_counts: tuple[int, ...], exchange: Exchange
+) -> None:
+    """Send rows to each rank; as bytes, which every backend can send, whatever the dtype."""
+    if math.prod(rows.shape[1:]):  # the same on all ranks, unlike the number of rows
+        dist.all_to_all_single(
+            _as_bytes(into), _as_bytes(rows), list(receive_counts), list(send_counts), group=exchange.group
+        )
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """(n, ...) as (n, bytes of one row); a view if the rows are contiguous."""
+    rows = rows.detach().resolve_conj().resolve_neg().contiguous()
+    width = math.prod(rows.shape[1:]) * rows.element_size()
+    return rows.view(-1).view(torch.uint8).view(rows.shape[0], width)
+
+
+def _check_rows(x: Tensor, expected: int) -> None:
+    if x.dim() == 0 or x.shape[0] != expected:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} was given; expected {expected} rows on this rank")

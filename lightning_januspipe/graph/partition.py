@@ -1,0 +1,293 @@
+"""Which graph rank owns each atom of a micro-batch: equal work for all, and few rows to exchange.
+
+An edge belongs to the owner of its target, so a rank's work goes with the edges into its atoms, and the rows that it
+reads from others, its halo, are the sources of these edges. Structures are dealt whole where that balances, as then
+nothing is exchanged at all. Else several cheap divisions are tried, each cut where the work is equal, and the one with
+the smallest halo is taken, counted from the edges, which know of periodic images without the cell.
+
+All ranks compute the same plan from the same numbers; nothing here is random.
+"""
+
+from __future__ import annotations
+
+import heapq
+import importlib.util
+import math
+from collections.abc import Iterator
+from itertools import combinations_with_replacement, permutations
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+Order = Literal["spatial", "index"]
+
+ATOM_WEIGHT = 4.0
+"""Work for an atom beside that for its edges, in edges."""
+
+MAX_IMBALANCE = 1.05
+"""Up to which largest work over mean work structures are dealt whole."""
+
+
+def partition_atoms(
+    edge_target: Tensor,
+    edge_source: Tensor,
+    num_atoms: int,
+    num_ranks: int,
+    positions: Tensor | None = None,
+    *,
+    structure: Tensor | None = None,
+    cell: Tensor | None = None,
+    order: Order = "spatial",
+) -> Tensor:
+    """Give each atom to a rank.
+
+    The work of a rank is within that of one atom of the mean, or structures are dealt whole and it is at most
+    ``MAX_IMBALANCE`` of it.
+
+    Args:
+        edge_target: (E,) the atom that each edge is summed into.
+        edge_source: (E,) the atom whose features each edge reads.
+        num_atoms: N.
+        num_ranks: G; ranks may stay empty.
+        positions: (N, 3), in any unit.
+        structure: (N,) index of each atom's structure; by default found from the edges.
+        cell: (3, 3) or (B, 3, 3) with ``structure``, rows are cell vectors; folds positions back that have drifted
+            into other periodic images, which makes the halo smaller. Structures with a singular cell are left as
+            they are.
+        order: "spatial" for the smallest halo, or "index" for consecutive atoms (structures are not looked at).
+
+    Returns:
+        (N,) the owner of each atom, on the CPU.
+
+    Raises:
+        ValueError: sizes that do not fit together, an atom that does not exist, an unknown order.
+    """
+    if order not in ("spatial", "index"):
+        raise ValueError(f"order={order!r}; expected 'spatial' or 'index'")
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks={num_ranks}; expected a positive number")
+    target, source = (_checked_atoms(t, num_atoms) for t in (edge_target, edge_source))
+    if len(target) != len(source):
+        raise ValueError(f"{len(target)} targets and {len(source)} sources of edges; expected as many")
+    weight = ATOM_WEIGHT + np.bincount(target, minlength=num_atoms).astype(np.float64)
+    if num_ranks == 1 or num_atoms == 0:
+        return torch.zeros(num_atoms, dtype=torch.int64)
+    if order == "index":
+        return torch.from_numpy(_cut(np.arange(num_atoms), weight, num_ranks))
+    label = _structures(target, source, num_atoms, structure)
+    rank_of_structure, position_in_deal = _deal(np.bincount(label, weight).astype(np.float64), num_ranks)
+    owner = rank_of_structure[label]
+    loads = np.bincount(owner, weight, minlength=num_ranks)
+    if len(rank_of_structure) >= num_ranks and loads.max() * num_ranks <= MAX_IMBALANCE * loads.sum():
+        return torch.from_numpy(owner)
+    points = None if positions is None else _checked_positions(positions, num_atoms)
+    if points is not None and cell is not None:
+        points = _folded(points, cell.detach().to("cpu", torch.float64).numpy(), structure)
+    best, fewest = None, -1
+    for candidate in _candidates(target, source, weight, position_in_deal[label], points, num_ranks):
+        num = _count_halo(candidate, target, source, num_ranks)
+        if best is None or num < fewest:
+            best, fewest = candidate, num
+    assert best is not None
+    return torch.from_numpy(best)
+
+
+def halo_size(owner: Tensor, edge_target: Tensor, edge_source: Tensor, num_ranks: int) -> int:
+    """Rows that one exchange of atom features sends, summed over the ranks.
+
+    Args:
+        owner: (N,) the owner of each atom.
+        edge_target: (E,) targets of the edges.
+        edge_source: (E,) sources of the edges.
+        num_ranks: G.
+    """
+    ranks, target, source = (t.detach().to("cpu", torch.int64).numpy() for t in (owner, edge_target, edge_source))
+    return _count_halo(ranks, target, source, num_ranks)
+
+
+def _candidates(
+    target: Ints, source: Ints, weight: Floats, structure: Ints, points: Floats | None, num_ranks: int
+) -> Iterator[Ints]:
+    """Owners of the atoms, in different ways; each divides structure after structure, so that few are cut."""
+    num_atoms = len(weight)
+    yield _cut(np.lexsort((np.arange(num_atoms), structure)), weight, num_ranks)
+    yield _cut(np.arange(num_atoms), weight, num_ranks)
+    if points is not None:
+        is_one = structure.max() == 0
+        for axis in range(3):
+            slabs = np.lexsort((points[:, axis], structure))
+            for quarter in range(4 if is_one else 1):
+                # A first slab that begins within the cell: atoms that lie just outside of it do not meet a face.
+                yield _cut(np.roll(slabs, quarter * num_atoms // (4 * num_ranks)), weight, num_ranks)
+        if is_one:
+            for numbers in _factors(num_ranks):
+                # Reversed, equal numbers of parts give the same blocks up to a few atoms.
+                for axes in permutations(range(3), len(numbers)):
+                    if numbers != numbers[::-1] or axes[0] <= axes[-1]:
+                        yield _nested(points, weight, numbers, axes)
+            yield _bisected(points, weight, num_ranks)
+    found = _cuthill_mckee(target, source, num_atoms)
+    if found is not None:
+        yield _cut(found[np.argsort(structure[found], kind="stable")], weight, num_ranks)
+
+
+def _cut(order: Ints, weight: Floats, num_ranks: int) -> Ints:
+    """Divide atoms in an order, by the middle of each atom's work: each part is within one atom of the mean."""
+    ordered = weight[order]
+    middles = np.cumsum(ordered) - ordered / 2
+    owner = np.empty(len(order), dtype=np.int64)
+    owner[order] = np.minimum(middles * (num_ranks / ordered.sum()), num_ranks - 1).astype(np.int64)
+    return owner
+
+
+def _nested(points: Floats, weight: Floats, numbers: tuple[int, ...], axes: tuple[int, ...]) -> Ints:
+    """Slabs along one axis, each cut into bars along the next, and so on."""
+    owner = np.zeros(len(weight), dtype=np.int64)
+    for number, axis in zip(numbers, axes, strict=True):
+        parts = owner * number
+        for part in range(int(owner.max()) + 1):
+            inside = np.flatnonzero(owner == part)
+            if len(inside):
+                parts[inside] += _cut(np.argsort(points[inside, axis], kind="stable"), weight[inside], number)
+        owner = parts
+    return owner
+
+
+def _bisected(points: Floats, weight: Floats, num_ranks: int) -> Ints:
+    """Recursive coordinate bisection, always across the longest extent."""
+    owner = np.zeros(len(weight), dtype=np.int64)
+    stack = [(np.arange(len(weight)), 0, num_ranks)]
+    while stack:
+        inside, first, number = stack.pop()
+        if number == 1 or not len(inside):
+            owner[inside] = first
+            continue
+        axis = int(np.ptp(points[inside], axis=0).argmax())
+        # In as many equal parts as there are ranks, so that halves of odd numbers get their share.
+        upper = _cut(np.argsort(points[inside, axis], kind="stable"), weight[inside], number) >= number // 2
+        stack.append((inside[~upper], first, number // 2))
+        stack.append((inside[upper], first + number // 2, number - number // 2))
+    return owner
+
+
+def _folded(points: Floats, cell: Floats, structure: Tensor | None) -> Floats:
+    """Positions along the cell vectors, within the cell."""
+    if cell.ndim == 3 and len(cell) == 1:
+        cell = cell[0]
+    if cell.shape[-2:] != (3, 3) or cell.ndim not in (2, 3) or (cell.ndim == 3 and structure is None):
+        raise ValueError(f"cell has shape {cell.shape}; expected (3, 3), or (B, 3, 3) together with structure")
+    cells = cell[None] if cell.ndim == 2 else cell
+    lengths = np.linalg.norm(cells, axis=-1)
+    is_periodic = np.abs(np.linalg.det(cells)) > 1e-6 * lengths.prod(-1)
+    inverses = np.linalg.inv(np.where(is_periodic[:, None, None], cells, np.eye(3)))
+    index = np.zeros(len(points), np.int64)
+    if cell.ndim == 3 and structure is not None:
+        index = structure.detach().to("cpu", torch.int64).numpy()
+    fractions = np.einsum("na,nab->nb", points, inverses[index])
+    return np.where(is_periodic[index, None], (fractions - np.floor(fractions)) * lengths[index], points)
+
+
+def _factors(number: int) -> list[tuple[int, ...]]:
+    """The most even products of two and of three factors greater than one, where there are any."""
+    found: list[tuple[int, ...]] = []
+    for length in (2, 3):
+        all_of = [f for f in combinations_with_replacement(range(2, number), length) if math.prod(f) == number]
+        found += sorted(all_of, key=lambda f: f[-1] / f[0])[:1]
+    return found
+
+
+def _cuthill_mckee(target: Ints, source: Ints, num_atoms: int) -> Ints | None:
+    """An order in which neighbours are near each other, from the edges alone; None without scipy."""
+    if importlib.util.find_spec("scipy") is None or not len(target):
+        return None
+    from scipy.sparse.csgraph import reverse_cuthill_mckee  # type: ignore[import-untyped]
+
+    return reverse_cuthill_mckee(_adjacency(target, source, num_atoms), symmetric_mode=False).astype(np.int64)
+
+
+def _structures(target: Ints, source: Ints, num_atoms: int, structure: Tensor | None) -> Ints:
+    """(N,) number of the structure of each atom, 0, 1, ... in order of appearance; those given, or connected ones."""
+    if structure is not None:
+        given = structure.detach().cpu().numpy()
+        if given.shape != (num_atoms,):
+            raise ValueError(f"structure has shape {given.shape}; expected ({num_atoms},)")
+        label = given
+    elif importlib.util.find_spec("scipy") is not None:
+        from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+
+        _, label = connected_components(_adjacency(target, source, num_atoms), directed=False)
+    else:
+        label = _connected(target, source, num_atoms)
+    _, first, number = np.unique(label, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number].astype(np.int64)
+
+
+def _connected(target: Ints, source: Ints, num_atoms: int) -> Ints:
+    """Smallest atom that each atom is connected with: labels spread along edges, and jump to their labels' labels."""
+    label = np.arange(num_atoms)
+    while True:
+        spread = label.copy()
+        least = np.minimum(label[target], label[source])
+        np.minimum.at(spread, label[target], least)
+        np.minimum.at(spread, label[source], least)
+        spread = spread[spread]
+        if np.array_equal(spread, label):
+            return label
+        label = spread
+
+
+def _adjacency(target: Ints, source: Ints, num_atoms: int) -> Any:
+    from scipy.sparse import coo_matrix  # type: ignore[import-untyped]
+
+    ones = np.ones(len(target), dtype=np.int8)
+    return coo_matrix((ones, (target, source)), shape=(num_atoms, num_atoms)).tocsr()
+
+
+def _deal(work: Floats, num_ranks: int) -> tuple[Ints, Ints]:
+    """Structures whole: the largest first, each to the rank that has least to do.
+
+    Args:
+        work: (B,) of the structures.
+        num_ranks: G.
+
+    Returns:
+        (B,) rank of each structure, and (B,) its position when structures are sorted by rank.
+    """
+    rank_of = np.empty(len(work), dtype=np.int64)
+    loads = [(0.0, rank) for rank in range(num_ranks)]
+    for structure in np.argsort(-work, kind="stable").tolist():
+        load, rank = loads[0]
+        rank_of[structure] = rank
+        heapq.heapreplace(loads, (load + float(work[structure]), rank))
+    position = np.empty_like(rank_of)
+    position[np.argsort(rank_of, kind="stable")] = np.arange(len(work))
+    return rank_of, position
+
+
+def _count_halo(owner: Ints, target: Ints, source: Ints, num_ranks: int) -> int:
+    reader = owner[target]
+    crosses = reader != owner[source]
+    is_read = np.zeros(num_ranks * len(owner), dtype=np.bool_)
+    is_read[reader[crosses] * len(owner) + source[crosses]] = True
+    return int(np.count_nonzero(is_read))
+
+
+def _checked_atoms(index: Tensor, num_atoms: int) -> Ints:
+    atoms = index.detach().to("cpu", torch.int64).numpy()
+    if atoms.ndim != 1 or (len(atoms) and not 0 <= atoms.min() <= atoms.max() < num_atoms):
+        found = f"of shape {atoms.shape}" if atoms.ndim != 1 else f"from {atoms.min()} to {atoms.max()}"
+        raise ValueError(f"atoms of edges are {found}; expected one number below {num_atoms} for each edge")
+    return atoms
+
+
+def _checked_positions(positions: Tensor, num_atoms: int) -> Floats:
+    points = positions.detach().to("cpu", torch.float64).numpy()
+    if points.shape != (num_atoms, 3):
+        raise ValueError(f"positions have shape {points.shape}; expected ({num_atoms}, 3)")
+    return points
