@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning_januspipe.capture import Capture, CaptureError, Manner, ProgramCache, Stages, capture_module
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
+from lightning_januspipe.graph import prove_division
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.pipeline import MessageDtype, Pipeline, measured_latency
 from lightning_januspipe.planning import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
@@ -113,11 +114,11 @@ class Capturer:
             def capture_in(training: bool) -> Capture:
                 with request.ready(training):
                     examples = request.examples()
-                    evaluation = request.evaluation_step
+                    evaluation, step = request.evaluation_step, with_batch(request.step)
                     with as_world(mesh.alone_group):  # this rank alone runs the step now, with its collectives
-                        return capture_module(
+                        found = capture_module(
                             request.module,
-                            with_batch(request.step),
+                            step,
                             *examples,
                             placements(self.schedule, num_ranks),
                             self._potential,
@@ -127,6 +128,9 @@ class Capturer:
                             stages=self._stages,
                             cache=ProgramCache.default(),
                         )
+                        if mesh.shape.graph > 1:
+                            prove_division(found.potential, request.module, step, examples[1], mesh.shape.graph)
+                        return found
 
             def capture() -> Capture:
                 # Many potentials detach their forces in evaluation; some differentiate once only if they are told so.

@@ -85,6 +85,8 @@ class Mesh:
         self.device_mesh: DeviceMesh | None = None
         self.aborted = False
         self.down_group = self.up_group = self.control_group = self.alone_group = None
+        self.replica_group: dist.ProcessGroup | None = None
+        self.graph_group: dist.ProcessGroup | None = None
         self.pipeline_group: dist.ProcessGroup | None = None
         self.data_group: dist.ProcessGroup | None = None
         self.host_group: dist.ProcessGroup | None = None
@@ -103,6 +105,15 @@ class Mesh:
                 if (data, graph) == (self.data_rank, self.graph_rank):
                     self.down_group, self.up_group = down, up
                     self.control_group, self.pipeline_group = control, whole
+        for data in range(shape.data):
+            ranks = [shape.rank(p, data, g) for p in range(shape.pipeline) for g in range(shape.graph)]
+            replica = dist.new_group(ranks, backend="gloo", timeout=timeout)
+            if data == self.data_rank:
+                self.replica_group = replica
+            for pipeline in range(shape.pipeline) if shape.graph > 1 else ():
+                sharing = dist.new_group([shape.rank(pipeline, data, g) for g in range(shape.graph)], timeout=timeout)
+                if (pipeline, data) == (self.pipeline_rank, self.data_rank):
+                    self.graph_group = sharing
         for other in range(shape.size):
             group = dist.new_group([other])
             if other == rank:
@@ -112,10 +123,18 @@ class Mesh:
         """Close this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True
         groups = self.down_group, self.up_group, self.control_group, self.host_group, self.pipeline_group
+        groups += self.replica_group, self.graph_group
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
+        self.replica_group = self.graph_group = None
         for group in groups:
             if group is not None:
                 dist.destroy_process_group(group)
+
+    @property
+    def replica_ranks(self) -> list[int]:
+        """Global ranks that work on this rank's samples: those of its pipeline, and those that share their atoms."""
+        shape = self.shape
+        return [shape.rank(p, self.data_rank, g) for p in range(shape.pipeline) for g in range(shape.graph)]
 
     @property
     def pipeline_ranks(self) -> list[int]:

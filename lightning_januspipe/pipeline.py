@@ -12,8 +12,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from lightning_januspipe.averages import followers, held_by_all
-from lightning_januspipe.capture import Capture, CapturedStep, Proofs
+from lightning_januspipe.capture import Capture, CapturedStep, DividedPotential, Proofs
 from lightning_januspipe.capture.find import StepFunction
+from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.step import gradients_of_loss, loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
@@ -22,6 +23,7 @@ from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
+from lightning_januspipe.graph import GraphAxis, GraphGroup, localize
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
 from lightning_januspipe.preparation import on_first_rank
@@ -140,8 +142,10 @@ class Pipeline:
         self.step = CapturedStep(captured, module, self._add_outside, self.proofs.note)
         links = _links(mesh)
         links.connect(first.messages())
+        self._graph = _graph_axis(captured, mesh)
+        divided = captured if self._graph is None else self._graph.potential
         own = first.stages_of(mesh.pipeline_rank)
-        stages = {s: Stage(captured.stage(s, potential), self.gradients, captured.chain.autocast) for s in own}
+        stages = {s: Stage(divided.stage(s, potential), self.gradients, divided.chain.autocast) for s in own}
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
         self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout, sent_as)
         self.watch = Watch(mesh.device, self.gradients)
@@ -194,15 +198,18 @@ class Pipeline:
             inputs = [self._prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
             self._compare_batches(inputs, batches)
             self._prove()
+            inputs = self._divided(inputs)
             schedule = self.schedule(len(batches))
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+                if self._graph is not None:
+                    observables, derivatives = self._graph.joined(index, observables, derivatives)
                 with as_world(self._mesh.data_group):
                     result = self.step.loss(
                         index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
                     )
                 outputs[index] = result.output
-                return result.gradients
+                return result.gradients if self._graph is None else self._graph.own(index, result.gradients)
 
             self._costs_then = self._costs if self.watch.wants_times else self._costs_then
             is_learning = self._num_steps in _LEARNING_STEPS
@@ -217,7 +224,7 @@ class Pipeline:
             self._abort()
             raise
         finally:
-            self.step.clear()
+            self._clear()
         return outputs
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
@@ -226,15 +233,26 @@ class Pipeline:
             inputs = [self._prepare(0, step, batch)]
             self._compare_batches(inputs, [batch])
             self._prove()
+            inputs = self._divided(inputs)
             (result,) = self.executor.evaluate(self._evaluation, inputs)
             observables, derivatives = self._share(result, inputs[0])
+            if self._graph is not None:
+                observables, derivatives = self._graph.joined(0, observables, derivatives)
             with as_world(self._mesh.data_group):
                 return self.step.finish(0, step, batch, observables, derivatives)
         except BaseException:
             self._abort()
             raise
         finally:
-            self.step.clear()
+            self._clear()
+
+    def _divided(self, inputs: list[MicrobatchInput]) -> list[MicrobatchInput]:
+        return inputs if self._graph is None else [self._graph.divided(i, given) for i, given in enumerate(inputs)]
+
+    def _clear(self) -> None:
+        self.step.clear()
+        if self._graph is not None:
+            self._graph.clear()
 
     def _share(
         self, result: tuple[list[Tensor], list[Tensor]] | None, given: MicrobatchInput
@@ -256,14 +274,15 @@ class Pipeline:
         self._mesh.abort()
 
     def _agree(self, build: Callable[[], _Result]) -> _Result:
-        """What the pipeline's first rank builds, or its error, on every rank."""
+        """What the first rank of a replica builds, or its error, on every rank of it."""
+        first = self._mesh.replica_ranks[0]
 
         def broadcast(result: Any) -> Any:
             found = [result]
-            dist.broadcast_object_list(found, self._mesh.pipeline_ranks[0], group=self._mesh.control_group)
+            dist.broadcast_object_list(found, first, group=self._mesh.replica_group)
             return found[0]
 
-        return on_first_rank(build, self._mesh.pipeline_rank, broadcast)
+        return on_first_rank(build, self._mesh.rank - first, broadcast)
 
     # -- what a step costs -------------------------------------------------------------------------------------------
 
@@ -300,11 +319,8 @@ class Pipeline:
 
     def _of_first_replica(self, mine: _Result) -> _Result:
         """Replicas run one order: losses with collectives meet in the order of their micro-batches."""
-        mesh = self._mesh
-        if mesh.shape.data == 1:
-            return mine
         found = [mine]
-        dist.broadcast_object_list(found, mesh.shape.rank(mesh.pipeline_rank, 0, mesh.graph_rank), mesh.data_group)
+        dist.broadcast_object_list(found, 0, group=self._mesh.host_group)
         return found[0]
 
     def _gathered(self, mine: _Result) -> list[_Result]:
@@ -313,16 +329,18 @@ class Pipeline:
         return found
 
     def reduce(self) -> None:
-        """Sum the gradients of parameters that several ranks hold, then average over the replicas."""
+        """Sum the gradients of parameters that several ranks hold, over the graph ranks too; average over replicas."""
         shared = [p for p, ranks in self.ranks_of.items() if len(ranks) > 1]
         assert self._mesh.pipeline_group is not None
         reduce_gradients(shared, self._mesh.pipeline_group)
         for parameter in shared:
             if not self.holds(parameter):
                 parameter.grad = None
+        held = [p for p in self.ranks_of if self.holds(p)]
+        if self._mesh.graph_group is not None:
+            reduce_gradients(held, self._mesh.graph_group)
         if self._mesh.shape.data > 1:
             assert self._mesh.data_group is not None
-            held = [p for p in self.ranks_of if self.holds(p)]
             reduce_gradients(held, self._mesh.data_group, divide_by=self._mesh.shape.data)
 
     def holds(self, parameter: nn.Parameter) -> bool:
@@ -382,7 +400,7 @@ class Pipeline:
         return {p: ranks.get(p) or everywhere for p in self._module.parameters()}
 
     def _add_outside(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
-        if self._mesh.pipeline_rank == 0:
+        if self._mesh.rank == self._mesh.replica_ranks[0]:
             self.gradients.add(parameters, gradients)
 
     def _prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
@@ -402,14 +420,15 @@ class Pipeline:
             )
 
     def _compare_batches(self, inputs: Sequence[MicrobatchInput], batches: Sequence[Any]) -> None:
-        """Refuse to go on if the ranks of this pipeline hold different batches: nothing else would notice."""
+        """Refuse to go on if the ranks of this replica hold different batches: nothing else would notice."""
         labels = [[x for x in pytree.tree_leaves(b) if isinstance(x, Tensor)] for b in batches]
         mine = [fingerprint([*i.tensors, *more]) for i, more in zip(inputs, labels, strict=True)]
-        found = self._gathered(mine)
+        found: list[Any] = [None] * len(self._mesh.replica_ranks)
+        dist.all_gather_object(found, mine, group=self._mesh.replica_group)
         for rank, other in enumerate(found):
             same = len(other) == len(found[0]) and all(map(same_batch, found[0], other))
             if not same:
-                first, second = self._mesh.pipeline_ranks[0], self._mesh.pipeline_ranks[rank]
+                first, second = self._mesh.replica_ranks[0], self._mesh.replica_ranks[rank]
                 index = next(
                     (i for i, (a, b) in enumerate(zip(found[0], other, strict=False)) if not same_batch(a, b)), 0
                 )
@@ -422,10 +441,19 @@ class Pipeline:
                 )
 
 
+def _graph_axis(captured: DividedPotential, mesh: Mesh) -> GraphAxis | None:
+    if mesh.graph_group is None:
+        return None
+    assert isinstance(captured, CapturedPotential)
+    return GraphAxis(localize(captured), GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group))
+
+
 def measured_latency(mesh: Mesh) -> float:
     """Seconds that a message between two ranks of the pipeline takes; every rank gets that of the first rank."""
+    if mesh.shape.pipeline == 1:
+        return 0.0
     found = [message_latency(_links(mesh), mesh.pipeline_rank)]
-    dist.broadcast_object_list(found, mesh.pipeline_ranks[0], group=mesh.control_group)
+    dist.broadcast_object_list(found, mesh.replica_ranks[0], group=mesh.replica_group)
     return found[0]
 
 

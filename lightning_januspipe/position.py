@@ -45,9 +45,9 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def same_random_state(mesh: Mesh) -> None:
-    """Give all ranks of a pipeline the generators' states of its first stage: they run the same steps."""
+    """Give all ranks of a replica the generators' states of its first stage: they run the same steps."""
     states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
-    dist.broadcast_object_list(states, mesh.pipeline_ranks[0], group=mesh.control_group)
+    dist.broadcast_object_list(states, mesh.replica_ranks[0], group=mesh.replica_group)
     torch.set_rng_state(states[0][0])
     random.setstate(states[0][1])
     np.random.set_state(states[0][2])

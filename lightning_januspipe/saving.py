@@ -123,7 +123,7 @@ class CheckpointHooks:
         part, error = files.hidden(path), None
         shards, rest = folders.split_entries(checkpoint, lambda t: _storage(t) in owners)
         try:
-            if mesh.data_rank == 0:
+            if mesh.data_rank == mesh.graph_rank == 0:
                 folders.write_shards(part, shards, writes, mesh.control_group)
         except Exception as caught:  # raised on every rank
             error = caught
@@ -148,7 +148,7 @@ class CheckpointHooks:
         """Random states and loader positions of the first ranks of all replicas, on global rank 0."""
         mesh = self.mesh
         assert mesh is not None
-        mine = self._position.state() if mesh.pipeline_rank == 0 else None
+        mine = self._position.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
         if mesh.host_group is None:
             return [mine]
         found: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None

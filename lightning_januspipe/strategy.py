@@ -92,7 +92,6 @@ class JanusPipeBody(CheckpointHooks):
         if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
             raise ValueError(f"num_microbatches={num_microbatches!r}; expected a positive number or 'auto'")
         for name, given, available in (
-            ("graph_size", graph_size, 1),
             ("activation", activation, "keep"),
         ):
             if given != available:
@@ -218,7 +217,7 @@ class JanusPipeBody(CheckpointHooks):
     def setup(self, trainer: Any) -> None:
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
-        self.runner = Undivided(self.lightning_module, self.mesh) if self.mesh.shape.pipeline == 1 else None
+        self.runner = Undivided(self.lightning_module, self.mesh) if self.mesh.shape.pipeline * self.mesh.shape.graph == 1 else None
         if is_fitting(trainer):
             refuse_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:

@@ -418,6 +418,7 @@ class PlaceholderValues:
                 module = potential.get_submodule(owner)
                 self._sources.append((module._parameters if name in program.parameters else module._buffers, attribute))
 
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The values, in the order of the names."""
-        return [tensors[key].detach() if where is None else where[key] for where, key in self._sources]
+    def values(self, tensors: Sequence[Any]) -> list[Any]:
+        """The values, in the order of the names; of the call's tensors the values only."""
+        given = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
+        return [given[key] if where is None else where[key] for where, key in self._sources]

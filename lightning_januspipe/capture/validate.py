@@ -269,7 +269,7 @@ def validate(
         *zip((f"output {k}" for k in captured.outputs), eager.outputs, found.outputs, strict=True),
     ]
     scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
-    tolerance = _tolerance(captured, potential)
+    tolerance = rounding_tolerance(captured, potential)
     for what, a, b in pairs:
         _compare(what, a, b, _scale(a), tolerance, captured.path)
     for parameter, name in names.items():
@@ -295,12 +295,12 @@ def validate_evaluation(captured: DividedPotential, potential: nn.Module, call: 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    tolerance = _tolerance(captured, potential)
+    tolerance = rounding_tolerance(captured, potential)
     for position, a, b in zip(captured.outputs, eager.outputs, found.outputs, strict=True):
         _compare(f"in evaluation mode output {position}", a, b, _scale(a), tolerance, captured.path)
 
 
-def _tolerance(captured: DividedPotential, potential: nn.Module) -> float:
+def rounding_tolerance(captured: DividedPotential, potential: nn.Module) -> float:
     """The largest relative difference that rounding explains.
 
     The coarsest type that a potential computes in decides: positions, forces and energies may be of a finer one.

@@ -1,0 +1,100 @@
+"""The graph axis of a pipeline: micro-batches are divided before their first phase, and whole again for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_januspipe.capture.stages import CapturedPotential
+from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
+from lightning_januspipe.graph.collectives import Exchange, collect_rows
+from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.graph.insert import Kind, Localized, Value
+
+
+@dataclass(frozen=True)
+class GraphGroup:
+    """The ranks that share the atoms of each micro-batch.
+
+    Attributes:
+        size: how many, G.
+        rank: this one's place among them.
+        group: their process group.
+    """
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+class GraphAxis:
+    """What one rank does to the micro-batches of its pipeline, beside the phases.
+
+    Args:
+        localized: the potential with exchanges.
+        ranks: this rank's place.
+    """
+
+    def __init__(self, localized: Localized, ranks: GraphGroup) -> None:
+        self._localized, self._ranks = localized, ranks
+        self._divider = Divider(localized, ranks.size)
+        self._exchanges: dict[int, dict[str, Exchange]] = {}
+
+    @property
+    def potential(self) -> CapturedPotential:
+        """The potential whose stages work on own rows."""
+        return self._localized.potential
+
+    def divided(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
+        """A micro-batch with this rank's rows only.
+
+        Args:
+            index: the micro-batch.
+            given: the whole, the same on all graph ranks.
+        """
+        shards = self._divider.shards(given.tensors)
+        part = self._divider.part(given.tensors, shards, self._ranks.rank)
+        exchanges = {name: Exchange(shard, self._ranks.group) for name, shard in part.shards.items()}
+        self._exchanges[index] = exchanges
+        return MicrobatchInput([*part.tensors, *exchanges.values()], part.symbols)
+
+    def joined(
+        self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Observables and derivatives of all rows, for the user's loss; all graph ranks have to ask for them."""
+        kinds = self._localized
+        return (
+            [self._all_rows(index, y, v) for y, v in zip(observables, kinds.observables, strict=True)],
+            [self._all_rows(index, x, v) for x, v in zip(derivatives, kinds.derivatives, strict=True)],
+        )
+
+    def own(self, index: int, gradients: LossGradients) -> LossGradients:
+        """Of the loss's gradients those of this rank's rows: every graph rank has evaluated the same loss."""
+        kinds = self._localized
+        return LossGradients(
+            [self._own_rows(index, y, v) for y, v in zip(gradients.observables, kinds.observables, strict=True)],
+            [self._rows(index, x, v) for x, v in zip(gradients.derivatives, kinds.derivatives, strict=True)],
+        )
+
+    def clear(self) -> None:
+        """Forget all micro-batches."""
+        self._exchanges.clear()
+
+    def _all_rows(self, index: int, value: Tensor, kind: Value) -> Tensor:
+        if kind.kind is not Kind.OWN:
+            return value
+        exchange = self._exchanges[index][kind.rows]
+        if kind.dim == 0:
+            return collect_rows(value, exchange)
+        return collect_rows(value.movedim(kind.dim, 0), exchange).movedim(0, kind.dim)
+
+    def _own_rows(self, index: int, value: Tensor | None, kind: Value) -> Tensor | None:
+        return None if value is None else self._rows(index, value, kind)
+
+    def _rows(self, index: int, value: Tensor, kind: Value) -> Tensor:
+        if kind.kind is not Kind.OWN:
+            return value
+        return value.index_select(kind.dim, self._exchanges[index][kind.rows].shard.own)

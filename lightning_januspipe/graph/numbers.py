@@ -1,0 +1,302 @@
+"""Where a captured program holds numbers of rows: which atoms an edge joins, which edges an angle.
+
+A *class* of rows is what tensors have an entry for: atoms, edges, angles. It is named by the size symbol of the program
+that counts its rows. Index operations tell which inputs hold numbers of rows of which class, without any names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.program import Node, Program, Ref, refs
+
+_PASSING = {
+    *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unsqueeze.default"),
+    *("aten.squeeze.dims", "aten.expand.default", "aten.expand_as.default", "aten.clone.default"),
+    *(
+        "aten._to_copy.default",
+        "aten.to.dtype",
+        "aten.to.dtype_layout",
+        "aten.contiguous.default",
+        "aten.detach.default",
+    ),
+    *("aten.alias.default", "aten.flatten.using_ints", "aten.t.default", "aten.transpose.int", "aten.permute.default"),
+    *("aten.lift_fresh_copy.default", "aten.type_as.default", "aten.to.device", "aten.to.other"),
+}
+"""Operations that keep numbers what they are."""
+
+GATHERING = {
+    "aten.index.Tensor": (0, 1, None),
+    "aten._unsafe_index.Tensor": (0, 1, None),
+    "aten.index_select.default": (0, 2, 1),
+    "aten.gather.default": (0, 2, 1),
+}
+"""Reading rows: the places of what is read, of the numbers, and of the dimension (None where numbers are a list)."""
+
+SCATTERING = {
+    "aten.index_put.default": (0, 1, None),
+    "aten.index_add.default": (0, 2, 1),
+    "aten.scatter_add.default": (0, 2, 1),
+    "aten.scatter_reduce.two": (0, 2, 1),
+    "aten.scatter.src": (0, 2, 1),
+    "aten.scatter.value": (0, 2, 1),
+    "aten.index_reduce.default": (0, 2, 1),
+}
+"""Writing rows; places as in :data:`GATHERING`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input, or a part of it.
+
+    Attributes:
+        position: of the program's input.
+        selected: (dimension, place) of each selection, in order.
+    """
+
+    position: int
+    selected: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of rows in an input.
+
+    Attributes:
+        source: where they stand.
+        rows: the class of which each row has one.
+        of: the class that they count.
+        writes: whether rows are summed by them, anywhere.
+    """
+
+    source: Source
+    rows: str
+    of: str
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Use:
+    """One index operation along a dimension with rows.
+
+    Attributes:
+        node: the operation.
+        dim: of what it reads or writes.
+        symbol: size of that dimension.
+        index: name of the node with the numbers.
+        source: where these come from; None if they are computed.
+    """
+
+    node: Node
+    dim: int
+    symbol: str
+    index: str
+    source: Source | None
+
+
+def symbolic(size: int | str) -> str | None:
+    """A size that is a symbol by itself."""
+    return size if isinstance(size, str) and size.isidentifier() else None
+
+
+def indices(node: Node) -> list[tuple[int, str]]:
+    """Dimensions and index nodes of an index operation."""
+    table = GATHERING if node.target in GATHERING else SCATTERING
+    _, index, dim = table[node.target]
+    if dim is None:
+        return [(d, i.name) for d, i in enumerate(node.args[index]) if isinstance(i, Ref)]
+    return [(node.args[dim], node.args[index].name)]
+
+
+def base(node: Node) -> str:
+    """What an index operation reads or writes."""
+    return str(node.args[0].name)
+
+
+class NumbersOfRows:
+    """The index operations of a program, and the classes of rows that follow from them.
+
+    Args:
+        program: the captured potential's.
+        nodes: names of the operations of its forward pass.
+
+    Attributes:
+        uses: index operations along dimensions with symbolic sizes.
+        numbers: inputs with numbers of rows.
+        paths: nodes that hold numbers -> where they come from.
+    """
+
+    def __init__(self, program: Program, nodes: Sequence[str]) -> None:
+        self._program = program
+        self._positions = {name: i for i, name in enumerate(program.inputs)}
+        self._sources: dict[str, Source | None] = {}
+        self._same: dict[str, str] = {}
+        self.uses = [use for name in nodes for use in self._uses(program.by_name[name])]
+        of_source: dict[Source, str] = {}
+        for use in self.uses:
+            if use.source is not None:
+                of_source[use.source] = self._joined(of_source.setdefault(use.source, use.symbol), use.symbol)
+        written = {u.source for u in self.uses if u.node.target in SCATTERING}
+        self.numbers = [
+            Numbers(source, self.class_of(rows), self.class_of(of), source in written)
+            for source, of in of_source.items()
+            for rows in [self._rows(source)]
+            if rows is not None
+        ]
+
+    def class_of(self, symbol: str) -> str:
+        """The class that a size symbol counts: symbols that one input's numbers count are one class."""
+        while symbol in self._same:
+            symbol = self._same[symbol]
+        return symbol
+
+    def source(self, name: str) -> Source | None:
+        """The input, or part of one, that a node's values are; None if they are computed."""
+        if name not in self._sources:
+            self._sources[name] = self._find(self._program.by_name[name])
+        return self._sources[name]
+
+    def _find(self, node: Node) -> Source | None:
+        if node.op == "placeholder":
+            return Source(self._positions[node.name]) if node.name in self._positions else None
+        first = node.args[0] if node.args else None
+        if not isinstance(first, Ref):
+            return None
+        if node.target in _PASSING:
+            return self.source(first.name)
+        if node.target == "aten.select.int":
+            return self._selected(first.name, *node.args[1:3])
+        if getattr(node.target, "__name__", "") == "getitem":
+            whole = self._program.by_name[first.name]
+            if whole.target == "aten.unbind.int":
+                return self._selected(whole.args[0].name, whole.args[1] if len(whole.args) > 1 else 0, node.args[1])
+        return None
+
+    def _selected(self, name: str, dim: int, place: int) -> Source | None:
+        found, spec = self.source(name), self._program.by_name[name].spec
+        if found is None or spec is None or list(spec.shape) != self._sizes(found):
+            return None
+        return Source(found.position, (*found.selected, (dim % len(spec.shape), place)))
+
+    def _sizes(self, source: Source) -> list[int | str]:
+        """The shape of an input's part."""
+        spec = self._program.by_name[self._program.inputs[source.position]].spec
+        assert spec is not None
+        sizes = list(spec.shape)
+        for dim, _ in source.selected:
+            del sizes[dim]
+        return sizes
+
+    def _uses(self, node: Node) -> Iterable[Use]:
+        if node.target not in GATHERING and node.target not in SCATTERING:
+            return
+        spec = self._program.by_name[base(node)].spec
+        for dim, index in indices(node):
+            if spec is not None and spec.shape:
+                symbol = symbolic(spec.shape[dim])
+                if symbol is not None:
+                    yield Use(node, dim % len(spec.shape), symbol, index, self.source(index))
+
+    def _joined(self, a: str, b: str) -> str:
+        a, b = self.class_of(a), self.class_of(b)
+        if a != b:
+            self._same[b] = a
+        return a
+
+    def _rows(self, source: Source) -> str | None:
+        """The size symbol of the rows of an input's part."""
+        symbols = [s for s in map(symbolic, self._sizes(source)) if s is not None]
+        return symbols[0] if len(symbols) == 1 else None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes whose rows are divided over the ranks.
+
+    Attributes:
+        root: that of the atoms, whose owners are chosen.
+        owner: of every other class the numbers that tell to whose owner a row belongs.
+        readers: of every class the numbers that may point to rows of other ranks.
+    """
+
+    root: str
+    owner: Mapping[str, Numbers]
+    readers: Mapping[str, Sequence[Numbers]]
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, those that others hang on first."""
+        return [self.root, *self.owner]
+
+
+def find_classes(program: Program, found: NumbersOfRows) -> Classes:
+    """Which classes are divided, and by what.
+
+    Atoms are what energies are differentiated by, or where these are vectors of edges, what these join. Other rows
+    belong to the owner of the row that they are summed into, or that they are read with.
+
+    Raises:
+        CaptureError: there are no atoms that anything is looked up from.
+    """
+    specs = [program.by_name[n].spec for n in program.coordinates]
+    first = [symbolic(s.shape[0]) for s in specs if s is not None and len(s.shape) == 2]
+    known = [found.class_of(s) for s in first if s is not None]
+    if not known:
+        raise CaptureError(
+            "graph_size > 1 needs an energy that is differentiated by positions (N, 3) or edge vectors (E, 3); the "
+            "differentiation inputs of this potential have other shapes. Use graph_size=1."
+        )
+    root = known[0]
+    pairs = [n.of for n in found.numbers if n.rows == root]
+    twice = [of for of in dict.fromkeys(pairs) if pairs.count(of) > 1]
+    root = twice[0] if twice else root
+    owner: dict[str, Numbers] = {}
+    divided, grows = {root}, True
+    while grows:
+        candidates = [n for n in found.numbers if n.of in divided and n.rows not in divided]
+        candidates.sort(key=lambda n: not n.writes)
+        grows = bool(candidates)
+        if grows:
+            owner[candidates[0].rows] = candidates[0]
+            divided.add(candidates[0].rows)
+    readers = {
+        name: [n for n in found.numbers if n.of == name and owner.get(n.rows) is not n] for name in (root, *owner)
+    }
+    return Classes(root, owner, readers)
+
+
+def require_plain_use(program: Program, found: NumbersOfRows, classes: Classes, nodes: Sequence[str]) -> None:
+    """Refuse programs that compute with the numbers of divided rows: each rank has numbers of its own.
+
+    Raises:
+        CaptureError: they are compared, added, or looked up themselves.
+    """
+    divided = set(classes.names)
+    renumbered = [n.source for n in found.numbers if n.of in divided]
+    indexed = {(u.node.name, u.index) for u in found.uses}
+    for name in nodes:
+        node = program.by_name[name]
+        if found.source(name) is not None or node.spec is None:
+            continue
+        for given in dict.fromkeys(r.name for r in refs((node.args, node.kwargs))):
+            source = found.source(given)
+            if source is None or (name, given) in indexed:
+                continue
+            if any(_overlap(source, other) for other in renumbered) and not _only_shape(node, given):
+                raise CaptureError(
+                    f"graph_size > 1 is not possible: the potential computes {node.target} of the numbers of atoms or "
+                    "edges in one of its inputs, but each graph rank numbers its own rows. Use graph_size=1."
+                )
+
+
+def _overlap(a: Source, b: Source) -> bool:
+    shorter = min(len(a.selected), len(b.selected))
+    return a.position == b.position and a.selected[:shorter] == b.selected[:shorter]
+
+
+def _only_shape(node: Node, given: str) -> bool:
+    return str(node.target).startswith(("aten.new_", "aten.zeros_like", "aten.ones_like", "aten.full_like")) or (
+        str(node.target) == "aten.unbind.int"
+    )

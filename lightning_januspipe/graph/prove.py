@@ -1,0 +1,231 @@
+"""Proof that the exchanges of a localized potential are right: all graph ranks in lock-step in one process.
+
+Every operation runs on the rows of each rank in turn, exchanges on those of all. Energies, derivatives and the
+parameter gradient of a force loss have to be those of the whole micro-batch. That the exchanges' own backward passes
+are their transposes is not a matter of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.divided import DividedPotential
+from lightning_januspipe.capture.errors import CaptureError, shown
+from lightning_januspipe.capture.find import StepFunction, call_arguments
+from lightning_januspipe.capture.program import Node, PlaceholderValues, Ref, new_leaf, replace_refs, target_function
+from lightning_januspipe.capture.stages import CapturedPotential, independent_coordinates
+from lightning_januspipe.capture.unchanged import unchanged
+from lightning_januspipe.capture.validate import rounding_tolerance
+from lightning_januspipe.engine.autocast import OFF, autocast_as
+from lightning_januspipe.graph import operations
+from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.graph.insert import Kind, Localized, Value, localize
+from lightning_januspipe.graph.shards import Shard
+
+
+def prove_division(
+    divided: DividedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
+) -> None:
+    """Prove that a potential can be divided over graph ranks, on the potential call of one batch.
+
+    Args:
+        divided: the potential in stages.
+        module: the LightningModule.
+        step: its step, from a batch to its output.
+        batch: one micro-batch.
+        num_ranks: graph ranks.
+
+    Raises:
+        CaptureError: it cannot be divided; the message says why.
+    """
+    if not isinstance(divided, CapturedPotential):
+        raise CaptureError(
+            f"graph_size={num_ranks} needs a potential that can be traced, but {shown(divided.path)} is divided by "
+            "itself (explicit stages). Use graph_size=1."
+        )
+    potential = module.get_submodule(divided.path)
+    with unchanged(module):
+        args, kwargs = call_arguments(module, divided.path, step, batch, divided.replaced is not None)
+        prove(divided, localize(divided), potential, divided.inputs(potential)(args, kwargs), num_ranks)
+
+
+def prove(
+    captured: CapturedPotential, localized: Localized, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int
+) -> None:
+    """Compare a micro-batch divided over graph ranks with the whole one.
+
+    Args:
+        captured: the potential.
+        localized: the same with exchanges.
+        potential: the live potential.
+        tensors: the inputs of a micro-batch.
+        num_ranks: graph ranks.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    divider = Divider(localized, num_ranks)
+    shards = divider.shards(tensors)
+    parts = [divider.part(tensors, shards, rank) for rank in range(num_ranks)]
+    divided = _LockStep(localized.potential, potential, [p.tensors for p in parts], shards, localized.derivatives)
+    undivided = _LockStep(
+        captured, potential, [list(tensors)], {}, [Value(Kind.REPLICATED)] * len(localized.derivatives)
+    )
+    tolerance = rounding_tolerance(captured, potential)
+    weights: list[Tensor] = []
+    expected = undivided.results([Value(Kind.REPLICATED)] * len(localized.observables), weights)
+    found = divided.results(localized.observables, weights)
+    for (what, a), (_, b) in zip(expected, found, strict=True):
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        if what.startswith("the parameter gradient"):
+            scale = max(float(x.abs().max()) for w, x in expected if w.startswith("the parameter gradient"))
+        error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
+        if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
+            raise CaptureError(
+                f"graph_size > 1 is not possible: divided over {num_ranks} ranks, {what} of the potential "
+                f"{shown(captured.path)} differs by {error:.2e} at a scale of {scale:.2e}. It combines atoms or edges in "
+                "a way that was not recognized. Use graph_size=1."
+            )
+
+
+class _LockStep:
+    """A program on the rows of several ranks, as one function."""
+
+    def __init__(
+        self,
+        captured: CapturedPotential,
+        potential: nn.Module,
+        parts: Sequence[Sequence[Tensor]],
+        shards: dict[str, list[Shard]],
+        derivatives: Sequence[Value],
+    ) -> None:
+        program = captured.program
+        self._captured, self._program, self._shards, self._kinds = captured, program, shards, derivatives
+        forward = {*captured.regions.geometry, *captured.regions.body}
+        own = [n for n in program.nodes if n.op == "placeholder" and n.name not in program.inputs]
+        placeholders = PlaceholderValues(program, potential, [n.name for n in own])
+        common = dict(zip([n.name for n in own], placeholders.values([]), strict=True))
+        values: list[dict[str, Any]] = [dict(common) for _ in parts]
+        for part, of_rank in zip(parts, values, strict=True):
+            of_rank.update(zip(program.inputs, part, strict=False))
+        self._values = values
+        self._leaves: list[list[Tensor]] = [[] for _ in program.coordinates]
+        independent = set(independent_coordinates(program))
+        with torch.enable_grad(), autocast_as(OFF):
+            for node in program.nodes:
+                if node.name in forward:
+                    self._run(node)
+                if node.name in program.coordinates:
+                    self._differentiate(node.name, node.name in independent)
+        live = dict(potential.named_parameters())
+        self._parameters = {n: live[n] for n in program.parameters.values() if n in live and live[n].requires_grad}
+
+    def _run(self, node: Node) -> None:
+        exchanged = _EXCHANGES.get(node.target)
+        if exchanged is not None:
+            name, exchange, dim = (a.name if isinstance(a, Ref) else a for a in node.args)
+            rows = self._shards[exchange.removeprefix("exchange_")]
+            results = exchanged([v[name] for v in self._values], rows, dim)
+        else:
+            function = target_function(node.target)
+            results = [
+                function(*replace_refs(node.args, v.__getitem__), **replace_refs(node.kwargs, v.__getitem__))
+                for v in self._values
+            ]
+        for of_rank, result in zip(self._values, results, strict=True):
+            of_rank[node.name] = result
+
+    def _differentiate(self, name: str, is_independent: bool) -> None:
+        place = self._program.coordinates.index(name)
+        if is_independent:
+            leaves = [new_leaf(v[name]) for v in self._values]
+            if self._kinds[place].kind is not Kind.OWN:
+                leaves = leaves[:1] * len(leaves)
+            for of_rank, leaf in zip(self._values, leaves, strict=True):
+                of_rank[name] = leaf
+        self._leaves[place] = [v[name] for v in self._values]
+
+    def results(self, observables: Sequence[Value], weights: list[Tensor]) -> list[tuple[str, Tensor]]:
+        """Observables, derivatives and parameter gradients, each with words for it; weights of the loss are drawn once."""
+        energies = [self._values[0][n] for n in self._program.energies]
+        inputs = [x for leaves in self._leaves for x in dict.fromkeys(leaves)]
+        roots = [e.sum() for e in energies if e.requires_grad]
+        with torch.enable_grad(), autocast_as(self._program.autocast):
+            found = iter(
+                torch.autograd.grad(roots, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+            )
+        outputs = []
+        for name, value in zip(self._captured.regions.observables, observables, strict=True):
+            outputs.append((f"output {name}", self._joined([v[name] for v in self._values], value)))
+        for name, leaves, value in zip(self._program.coordinates, self._leaves, self._kinds, strict=True):
+            gradients = [next(found) for _ in dict.fromkeys(leaves)]
+            outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
+        if not weights:
+            generator = torch.Generator().manual_seed(0)
+            weights += [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _, x in outputs]
+        terms = [
+            (x.square() * w).sum() + (x * w).sum()
+            for (_, x), w in zip(outputs, weights, strict=True)
+            if x.is_floating_point() and x.requires_grad
+        ]
+        gradients = torch.autograd.grad(
+            terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        named = [
+            (f"the parameter gradient of a force loss for {n!r}", g)
+            for n, g in zip(self._parameters, gradients, strict=True)
+        ]
+        return [*((what, x.detach()) for what, x in outputs), *named]
+
+    def _joined(self, of_ranks: Sequence[Tensor], value: Value) -> Tensor:
+        if value.kind is not Kind.OWN:
+            return of_ranks[0]
+        order = self._shards[value.rows][0].order.to(of_ranks[0].device)
+        return torch.cat(list(of_ranks), value.dim).index_select(value.dim, order)
+
+
+def _gather_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    everything = torch.cat(list(values), dim).index_select(dim, shards[0].order.to(values[0].device))
+    halos = [everything.index_select(dim, s.halo.to(everything.device)) for s in shards]
+    return [torch.cat(pair, dim) for pair in zip(values, halos, strict=True)]
+
+
+def _sum_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    shape = list(values[0].shape)
+    shape[dim] = shards[0].num_rows
+    total = values[0].new_zeros(shape)
+    for value, shard in zip(values, shards, strict=True):
+        total = total.index_add(dim, torch.cat([shard.own, shard.halo]).to(value.device), value)
+    return [total.index_select(dim, s.own.to(total.device)) for s in shards]
+
+
+def _with_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    return [
+        torch.cat([x, x.new_zeros([s.num_halo if d == dim else n for d, n in enumerate(x.shape)])], dim)
+        for x, s in zip(values, shards, strict=True)
+    ]
+
+
+def _sum(values: Sequence[Tensor], _: Sequence[Shard], __: int) -> list[Tensor]:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return [total] * len(values)
+
+
+def _same(values: Sequence[Tensor], _: Sequence[Shard], __: int) -> list[Tensor]:
+    return list(values)
+
+
+_EXCHANGES: dict[Any, Callable[[Sequence[Tensor], Sequence[Shard], int], list[Tensor]]] = {
+    operations.gather_halo: _gather_halo,
+    operations.sum_halo: _sum_halo,
+    operations.with_room: _with_room,
+    operations.sum_over_ranks: _sum,
+    operations.replicate: _same,
+    operations.count_once: _same,
+}

@@ -1,0 +1,35 @@
+"""Training with micro-batches divided over graph ranks equals training in one process."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from lightning_januspipe.testing import RankPool, assert_matches_single_process
+
+
+def check(
+    pool: RankPool, devices: int, data: object = tiny.data, module: object = tiny.module, **strategy: object
+) -> None:
+    assert_matches_single_process(module, data, devices=devices, strategy=strategy, steps=3, pool=pool)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_graph_ranks_alone(pool: RankPool, devices: int) -> None:
+    check(pool, devices, pipeline_size=1, graph_size=devices, num_microbatches=2)
+
+
+@pytest.mark.parametrize("schedule", ["wavek-zb", "1f1b-fold", "1f1b-2nd"])
+def test_graph_ranks_in_a_pipeline(pool: RankPool, schedule: str) -> None:
+    check(pool, 4, pipeline_size=2, graph_size=2, num_microbatches=4, schedule=schedule)
+
+
+def test_graph_ranks_and_replicas(pool: RankPool) -> None:
+    check(pool, 4, pipeline_size=1, data_size=2, graph_size=2, num_microbatches=2)
+
+
+@pytest.mark.parametrize("strategy", [{"pipeline_size": 1}, {"pipeline_size": 2}])
+def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
+    """Boxes that no rank can have as a whole: every layer reads rows of other ranks."""
+    tiny.require("water.extxyz")
+    check(pool, 2 * strategy["pipeline_size"], tiny.water, tiny.water_module, graph_size=2, num_microbatches=2, **strategy)
