@@ -21,7 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_januspipe.engine.microbatch import MicroBatchCollate, MicroBatches, example_groups
+from lightning_januspipe.engine.microbatch import (
+    GroupedIndices,
+    GroupedSamples,
+    MicroBatchCollate,
+    MicroBatches,
+    example_groups,
+    sample_cost,
+)
 
 _NUM_SAMPLES = 12
 
@@ -98,6 +105,37 @@ def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
         if isinstance(loader.dataset, IterableDataset):
             return _read_iterable(loader, num_microbatches)
         return _read_map(loader, num_microbatches)
+
+
+def collates_microbatches(loader: Any) -> bool:
+    """Whether a loader is one of :func:`split_batches` that splits what its collating function gets."""
+    return isinstance(getattr(loader, "collate_fn", None), MicroBatchCollate)
+
+
+def take_groups(loader: Any, batch_sampler: Any) -> None:
+    """Let a loader of :func:`split_batches` take its batches from another sampler, and the micro-batches with them.
+
+    Args:
+        loader: the copy, which is changed. Its dataset is from now on seen through an object that passes groups on.
+        batch_sampler: gives :class:`~lightning_januspipe.engine.microbatch.GroupedIndices`.
+    """
+    loader.__dict__["batch_sampler"] = batch_sampler  # both are not to be set after __init__, where they are checked
+    if collates_microbatches(loader):
+        loader.__dict__["dataset"] = _GroupingDataset(loader.dataset)
+
+
+def measured_costs(loader: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(n,) costs of a dataset's samples, each read once, by as many workers as the loader has."""
+    which: dict[str, Any] = {"num_workers": loader.num_workers}
+    if loader.num_workers:
+        which |= {"multiprocessing_context": loader.multiprocessing_context, "worker_init_fn": loader.worker_init_fn}
+    with _same_random_numbers([loader.dataset]):
+        reader: Any = DataLoader(loader.dataset, batch_size=64, collate_fn=_costs_of, **which)
+        return np.asarray(list(chain.from_iterable(reader)), dtype=np.float64)
+
+
+def _costs_of(samples: Sequence[Any]) -> list[float]:
+    return [sample_cost(s) for s in samples]
 
 
 def without_inference(value: Any) -> Any:
@@ -190,6 +228,41 @@ class _SplitState:
         if batch.examples is not None:
             self.examples, batch.examples = self.examples or batch.examples, None
         return batch if self.num_microbatches > 1 else batch.batches[0]
+
+
+class _GroupingDataset:
+    """A dataset as a loader's fetcher sees it: the samples of grouped indices come in the same groups."""
+
+    def __init__(self, dataset: Any) -> None:
+        object.__setattr__(self, "_dataset", dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        dataset = self._dataset
+        many = getattr(dataset, "__getitems__", None)
+        samples = many(indices) if many else [dataset[i] for i in indices]
+        if isinstance(indices, GroupedIndices) and isinstance(samples, Sequence):
+            return GroupedSamples(samples, indices.sizes)
+        return samples
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._dataset[index]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._dataset, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _GroupingDataset, (self._dataset,)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        """That of the dataset, for callbacks that ask."""
+        return type(self._dataset)
 
 
 class _SplitLoader:

@@ -34,6 +34,7 @@ from lightning_januspipe.position import LoaderPosition, same_random_state
 from lightning_januspipe.precision import loss_scale, mesh_aware
 from lightning_januspipe.preparation import differentiable, is_fitting, training_mode
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
+from lightning_januspipe.regrouping import Balance, balance_replicas
 from lightning_januspipe.residence import Residence
 from lightning_januspipe.saving import CheckpointHooks
 from lightning_januspipe.schedule import PhaseCosts
@@ -67,6 +68,9 @@ class JanusPipeBody(CheckpointHooks):
         message_dtype: "bf16": features that stages send each other, and all gradients of these, are rounded to
             bfloat16 on the way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to
             1e-2 (``januspipe bench messages`` measures it). Energies and forces are sent as they are. None: all are.
+        balance: which samples share a micro-batch: "microbatches" deals out each replica's batch to its own
+            micro-batches, "replicas" the samples of all replicas' batches to all of theirs, so that none waits for
+            one with more to do. "auto": the latter, where the dataset knows what its samples cost.
     """
 
     lib: Any  # the modules of one Lightning (see registry.Library)
@@ -87,6 +91,7 @@ class JanusPipeBody(CheckpointHooks):
         memory_limit: float | None = None,
         stages: Stages = "auto",
         message_dtype: MessageDtype | None = None,
+        balance: Balance = "auto",
     ) -> None:
         super().__init__()
         if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
@@ -106,7 +111,9 @@ class JanusPipeBody(CheckpointHooks):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
         if message_dtype not in (None, *get_args(MessageDtype)):
             raise ValueError(f"message_dtype={message_dtype!r}; expected 'bf16' or None")
-        self._num_microbatches = num_microbatches
+        if balance not in get_args(Balance):
+            raise ValueError(f"balance={balance!r}; expected one of {', '.join(map(repr, get_args(Balance)))}")
+        self._num_microbatches, self._balance = num_microbatches, balance
         self._capturer = Capturer(schedule, wave_size, memory_limit, potential, stages, message_dtype)
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
@@ -280,11 +287,33 @@ class JanusPipeBody(CheckpointHooks):
         if trainer.training:
             require_samples(dataloader)
             required = self._num_microbatches != "auto"
+            user = dataloader
             dataloader = self._position.tracked(split_batches(dataloader, self.num_microbatches(), required))
+            self._balance_replicas(dataloader, may_change=dataloader is not user)
             self._train_loader = dataloader
         else:
             self._eval_loader = dataloader
         return dataloader
+
+    def _balance_replicas(self, loader: Any, may_change: bool) -> None:
+        shape = self.mesh_shape
+        if shape.data == 1 or self._balance == "microbatches":
+            return
+        why = balance_replicas(
+            loader,
+            self.num_microbatches(),
+            shape.data,
+            shape.coordinates(self.global_rank)[1],
+            required=self._balance == "replicas",
+            tell=self.broadcast,
+            is_teller=self.global_rank == 0,
+            may_change=may_change,
+        )
+        if why is not None and self._balance == "replicas":
+            raise ValueError(
+                f"balance='replicas', but the training loader cannot share its samples among replicas: {why}. Use "
+                "balance='auto', which then balances inside each replica."
+            )
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch, or each of its micro-batches, with the module's own hooks."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_januspipe.engine.microbatch import MicroBatches
 from lightning_januspipe.loading import split_batches
+from lightning_januspipe.regrouping import balance_replicas
 
 
 @dataclass
@@ -289,7 +290,19 @@ def train_undivided(
     loaders = []
     for replica in range(shape.data):
         loader = _ordered_loader(_train_loader(data), shape.data, replica)
-        loaders.append(split_batches(loader, num_microbatches, required=False))
+        loader = split_batches(loader, num_microbatches, required=False)
+        balance = (strategy or {}).get("balance", "auto")
+        if shape.data > 1 and balance != "microbatches":
+            balance_replicas(
+                loader,
+                num_microbatches,
+                shape.data,
+                replica,
+                required=balance == "replicas",
+                tell=lambda known: known,
+                is_teller=True,
+            )
+        loaders.append(loader)
     step = module.training_step
 
     def mean_step(batch: tuple[Any, ...], batch_idx: int) -> Tensor:

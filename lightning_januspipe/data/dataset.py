@@ -11,6 +11,8 @@ from ase import Atoms
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_januspipe import keys
+from lightning_januspipe.data.neighbors import estimate_num_edges
 from lightning_januspipe.data.structures import (
     atoms_to_sample,
     check_species,
@@ -117,6 +119,20 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
                 source=self.describe(index),
             )
         return dict(self._samples[index])
+
+    def sample_sizes(self) -> tuple[list[int], list[float]]:
+        """Return the numbers of atoms and of edges of all structures.
+
+        Edges are estimated for structures whose samples have not been made yet.
+        """
+        edges = []
+        for index, atoms in enumerate(self._structures):
+            sample = self._samples.get(index)
+            if sample is not None:
+                edges.append(float(sample[keys.EDGE_INDEX].shape[1]))
+            else:
+                edges.append(estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff))
+        return [len(atoms) for atoms in self._structures], edges
 
     def describe(self, index: int) -> str:
         """Return what a structure is called in messages: its file and frame."""

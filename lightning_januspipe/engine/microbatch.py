@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory as pin
+
+from lightning_januspipe.engine.packing import pack, work
 
 _MAX_DEPTH = 5
 
@@ -51,6 +54,37 @@ class MicroBatches:
         return MicroBatches([pin(b) for b in self.batches], self.num_samples, self.examples)
 
 
+class GroupedIndices(list[int]):
+    """What a batch sampler gives that has formed the micro-batches itself: indices, one micro-batch after another.
+
+    Args:
+        groups: the indices of each micro-batch.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        super().__init__(i for group in groups for i in group)
+        self.sizes = [len(group) for group in groups]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As groups: workers get a copy."""
+        ends = list(accumulate(self.sizes))
+        return GroupedIndices, ([self[e - n : e] for e, n in zip(ends, self.sizes, strict=True)],)
+
+
+class GroupedSamples(list[Any]):
+    """The samples of :class:`GroupedIndices`.
+
+    Args:
+        samples: one micro-batch after another.
+        sizes: samples of each micro-batch.
+    """
+
+    def __init__(self, samples: Sequence[Any], sizes: Sequence[int]) -> None:
+        super().__init__(samples)
+        ends = accumulate(sizes)
+        self.groups = [list(samples[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
+
+
 class MicroBatchCollate:
     """Wraps a loader's ``collate_fn``.
 
@@ -82,7 +116,10 @@ class MicroBatchCollate:
         """
         if not isinstance(samples, Sequence):
             return self._whole(samples)
-        groups = split_samples(samples, self.num_microbatches)
+        if isinstance(samples, GroupedSamples):
+            groups = samples.groups
+        else:
+            groups = split_samples(samples, self.num_microbatches)
         examples: list[list[Any]] = []
         if self._num_typical:  # of copies: collating may change what it collates
             examples = [[_copied(s) for s in group] for group in example_groups(samples, self._num_typical)]
@@ -107,7 +144,7 @@ class MicroBatchCollate:
 def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     """Samples in ``min(num_groups, len(samples))`` groups of nearly equal cost.
 
-    Largest first, each into the least loaded group; inside a group the order of the batch is kept.
+    See :func:`~lightning_januspipe.engine.packing.pack`; inside a group the order of the batch is kept.
 
     Raises:
         ValueError: there are no samples.
@@ -117,14 +154,8 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     num_groups = min(num_groups, len(samples))
     if num_groups == 1:
         return [list(samples)]
-    costs = [sample_cost(s) for s in samples]
-    loads = [0.0] * num_groups
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    for index in sorted(range(len(samples)), key=lambda i: -costs[i]):
-        lightest = min(range(num_groups), key=lambda g: (loads[g], len(groups[g])))
-        groups[lightest].append(index)
-        loads[lightest] += costs[index]
-    ordered = sorted((sorted(g) for g in groups), key=lambda g: g[0])
+    groups = pack([sample_cost(s) for s in samples], num_groups)
+    ordered = sorted(groups, key=lambda g: g[0])
     return [[samples[i] for i in g] for g in ordered]
 
 
@@ -145,14 +176,16 @@ def example_groups(samples: Sequence[Any], num_typical: int) -> tuple[list[Any],
 
 
 def sample_cost(sample: Any) -> float:
-    """How much work a sample is, about: its edges; without these, its atoms; without both, the numbers it holds.
+    """How much work a sample is, about: edges and atoms (see :func:`~lightning_januspipe.engine.packing.work`).
+
+    Where only one of these is found, that; without both, the numbers that the sample holds.
 
     Args:
         sample: a dict, a tuple, PyG data, an ``ase.Atoms``, or any object with attributes, also nested.
     """
     edges, atoms, numbers = _counts("", sample, 0)
-    found = next((c for c in (edges, atoms) if c is not None), numbers)
-    return float(max(found, 1))
+    found = work(atoms, edges)
+    return float(max(numbers if found is None else found, 1))
 
 
 def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, int]:

@@ -98,15 +98,15 @@ _Named = namedtuple("_Named", ["nbr_list", "xyz"])
 @pytest.mark.parametrize(
     ("sample", "cost"),
     [
-        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 20)}, 20),
-        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 0)}, 1),
-        ({"_positions": torch.zeros(4, 3), "_idx_i": torch.zeros(9), "_idx_j": torch.zeros(9)}, 9),
+        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 20)}, 36),
+        ({"pos": torch.zeros(4, 3), "edge_index": torch.zeros(2, 0)}, 16),
+        ({"_positions": torch.zeros(4, 3), "_idx_i": torch.zeros(9), "_idx_j": torch.zeros(9)}, 25),
         ({"_positions": torch.zeros(4, 3), "_n_atoms": torch.tensor([4]), "_cell": torch.zeros(1, 3, 3)}, 4),
         ({"pos": np.zeros((4, 3)), "name": "a name", "id": 7}, 4),
-        (_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5), y=1.0), 5),
-        ((_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5)), torch.zeros(3, 3), {"forces": [[0.0]]}), 5),
+        (_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5), y=1.0), 21),
+        ((_Graph(pos=torch.zeros(4, 3), edge_index=torch.zeros(2, 5)), torch.zeros(3, 3), {"forces": [[0.0]]}), 21),
         (_Record(torch.zeros(2, 3), -1.0), 2),
-        (_Named(torch.zeros(6, 2), torch.zeros(3, 3)), 6),
+        (_Named(torch.zeros(6, 2), torch.zeros(3, 3)), 18),
         (_Odd(), 5),
         ((torch.zeros(5), [np.zeros(2), None]), 7),
         (torch.zeros(9), 9),
@@ -117,7 +117,7 @@ _Named = namedtuple("_Named", ["nbr_list", "xyz"])
     ],
 )
 def test_sample_cost(sample: Any, cost: int) -> None:
-    """Edges; without these atoms; without both all numbers."""
+    """Edges and four for each atom; without edges, atoms; without both, all numbers."""
     assert sample_cost(sample) == cost
 
 

@@ -1,0 +1,175 @@
+"""Samples in groups of equal work, for the micro-batches of one replica or of all of them.
+
+Graph-aware re-scheduling (JanusPipe, arXiv 2605.18404): samples differ in size by orders of magnitude, and a pipeline
+waits for its largest micro-batch, replicas for the one with the most to do. Everything here is a function of numbers
+alone, so that all ranks find the same groups.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+ATOM_WEIGHT = 4.0
+"""Work for an atom beside that for its edges, in edges."""
+
+_MARGIN = 1e-4
+"""Share of the largest load by which an exchange has to lower it: less is rounding."""
+
+_Bin = list[tuple[float, int]]
+"""(cost, sample), the cheapest first."""
+
+
+def work(atoms: float | None, edges: float | None) -> float | None:
+    """How much work a sample is, in edges.
+
+    Args:
+        atoms: how many it has; None where that is not known.
+        edges: how many it has; None where that is not known: then atoms are counted.
+
+    Returns:
+        edges + ``ATOM_WEIGHT`` * atoms, or what is known; None where nothing is.
+    """
+    if edges is None or atoms is None:
+        return atoms if edges is None else edges
+    return edges + ATOM_WEIGHT * atoms
+
+
+def pack(costs: Sequence[float], num_bins: int, at_least: int = 1) -> list[list[int]]:
+    """Deal samples into bins with the largest sum as small as exchanges of single samples can make it.
+
+    The largest first, each into the bin with the least so far (LPT). Then samples of the fullest bin move to others or
+    change places with smaller ones there, as long as that lowers the larger sum of the two.
+
+    Args:
+        costs: of the samples, not negative.
+        num_bins: how many bins.
+        at_least: samples that each bin gets, where there are enough for that.
+
+    Returns:
+        The samples of each bin, in their order. Bins are in the order in which they got their first sample; they are
+        empty only where there are fewer samples than bins.
+
+    Raises:
+        ValueError: no bins, or a cost that is not a number >= 0.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins}; expected a positive number")
+    values = [float(c) for c in costs]
+    wrong = [c for c in values if not 0 <= c < float("inf")]
+    if wrong:
+        raise ValueError(f"the cost of a sample is {wrong[0]}; expected a number >= 0")
+    bins = _deal(values, num_bins, at_least)
+    _improve(bins, at_least)
+    return [sorted(sample for _, sample in content) for content in bins]
+
+
+def plan(costs: Sequence[float], num_replicas: int, num_groups: int) -> list[list[list[int]]]:
+    """Deal the samples of one step into the micro-batches of all replicas.
+
+    Replicas wait for each other at the end of the step, and stages for the largest micro-batch of their pipeline. So
+    sums of replicas are evened out together with their largest micro-batches, by the better one of two ways: samples
+    into all micro-batches, and these to replicas; or samples to replicas, and there into micro-batches.
+
+    Args:
+        costs: of the samples of all replicas.
+        num_replicas: D.
+        num_groups: K, micro-batches of each replica. Fewer where there are fewer than D·K samples, the same number for
+            all.
+
+    Returns:
+        For each replica the samples of its micro-batches. The k-th micro-batches of the replicas are about equal, the
+        largest come first.
+
+    Raises:
+        ValueError: there are fewer samples than replicas.
+    """
+    if len(costs) < num_replicas:
+        raise ValueError(f"{len(costs)} samples for {num_replicas} replicas; expected at least one for each")
+    num_groups = min(num_groups, len(costs) // num_replicas)
+
+    def load(group: Sequence[int]) -> float:
+        return sum(costs[i] for i in group)
+
+    groups = pack(costs, num_replicas * num_groups)
+    dealt = pack([load(g) for g in groups], num_replicas, at_least=num_groups)
+    plans = [[[groups[g] for g in mine] for mine in dealt]]
+    if num_replicas > 1:
+        nested = []
+        for mine in pack(costs, num_replicas, at_least=num_groups):
+            inner = pack([costs[i] for i in mine], num_groups)
+            nested.append([[mine[i] for i in group] for group in inner])
+        plans.append(nested)
+    best = min(plans, key=lambda p: max(sum(map(load, mine)) + max(map(load, mine)) for mine in p))
+    return [sorted(mine, key=lambda g: -load(g)) for mine in best]
+
+
+def imbalance(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:
+    """The largest sum of the groups' costs over their mean; 1 where there is nothing to do."""
+    loads = [sum(costs[i] for i in group) for group in groups]
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0
+
+
+def _deal(costs: Sequence[float], num_bins: int, at_least: int) -> list[_Bin]:
+    bins: list[_Bin] = [[] for _ in range(num_bins)]
+    only_missing = False
+    loads = [(0.0, 0, b) for b in range(num_bins)]  # of equal ones, that with the fewest samples
+    missing, left = num_bins * at_least, len(costs)
+    for sample in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if left <= missing and not only_missing:  # what is left is just what bins still lack
+            only_missing = True
+            loads = [entry for entry in loads if entry[1] < at_least]
+            heapq.heapify(loads)
+        load, num, b = loads[0]
+        bins[b].append((costs[sample], sample))
+        if only_missing and num + 1 == at_least and len(loads) > 1:
+            heapq.heappop(loads)
+        else:
+            heapq.heapreplace(loads, (load + costs[sample], num + 1, b))
+        missing -= num < at_least
+        left -= 1
+    for content in bins:
+        content.sort()
+    return bins
+
+
+def _improve(bins: list[_Bin], at_least: int) -> None:
+    """Exchange samples of the fullest bin with others while that lowers it."""
+    loads = [sum(cost for cost, _ in content) for content in bins]
+    least = max(sum(loads) / len(loads), max((content[-1][0] for content in bins if content), default=0.0))
+    for _ in range(8 * len(bins) + 64):
+        fullest = max(range(len(bins)), key=loads.__getitem__)
+        limit = loads[fullest] * (1 - _MARGIN)
+        if limit <= least:
+            return
+        can_move = len(bins[fullest]) > at_least
+        best, found = limit, None
+        for other in sorted(range(len(bins)), key=loads.__getitem__):
+            gap = loads[fullest] - loads[other]
+            if loads[fullest] - gap / 2 >= best:  # and so for all that follow
+                break
+            for mine in bins[fullest]:
+                for its in _near(bins[other], mine[0] - gap / 2, can_move):
+                    change = mine[0] - (its[0] if its else 0.0)
+                    larger = max(loads[fullest] - change, loads[other] + change)
+                    if larger < best:
+                        best, found = larger, (other, mine, its, change)
+        if found is None:
+            return
+        other, mine, its, change = found
+        bins[fullest].remove(mine)
+        insort(bins[other], mine)
+        if its:
+            bins[other].remove(its)
+            insort(bins[fullest], its)
+        loads[fullest] -= change
+        loads[other] += change
+
+
+def _near(content: _Bin, cost: float, can_move: bool) -> list[tuple[float, int] | None]:
+    """Samples of a bin next to a cost; None for no sample."""
+    place = bisect_left(content, (cost, -1))
+    found: list[tuple[float, int] | None] = list(content[max(place - 1, 0) : place + 1])
+    return [None, *found] if can_move else found
