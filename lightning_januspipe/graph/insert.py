@@ -23,7 +23,7 @@ from enum import Enum, auto
 from typing import Any
 
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.program import Node, Program, Ref, refs, replace_refs
+from lightning_januspipe.capture.program import Node, Ref, refs, replace_refs
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.graph import operations
@@ -114,9 +114,9 @@ class _Localizer:
         regions, cut = captured.regions, captured.cut
         forward = {*regions.geometry, *regions.body}
         self._forward = [n.name for n in self._program.nodes if n.name in forward]
-        self._found = NumbersOfRows(self._program, self._forward)
+        self._found = NumbersOfRows(self._program, self._forward, cut.sizes)
         self._classes = find_classes(self._program, self._found)
-        self._divided = set(self._classes.names)
+        self._divided = self._found.divided = set(self._classes.names)
         require_plain_use(self._program, self._found, self._classes, self._forward)
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
         self._owners = {n.source for n in self._classes.owner.values()}
@@ -158,13 +158,12 @@ class _Localizer:
         """The one divided dimension of a shape, if there is one."""
         found = []
         for dim, size in enumerate(spec.shape):
-            symbols = re.findall(r"[A-Za-z_]\w*", size) if isinstance(size, str) else []
-            divided = [s for s in symbols if self._found.class_of(s) in self._divided]
-            if divided:
-                factor = re.fullmatch(r"(?:(\d+)\*)?[A-Za-z_]\w*", str(size))
-                if factor is None:
-                    raise _refused(node, f"makes a dimension of {size} entries")
-                found.append(Value(Kind.OWN, self._found.class_of(divided[0]), dim, int(factor[1] or 1)))
+            try:
+                factor = self._found.factor(size)
+            except ValueError as error:
+                raise _refused(node, f"makes {error}") from error
+            if factor is not None:
+                found.append(Value(Kind.OWN, factor[0], dim, factor[1]))
         if len(found) > 1:
             raise _refused(node, "has two dimensions of atoms or edges")
         return found[0] if found else None
@@ -174,6 +173,10 @@ class _Localizer:
             if any(r.name in self._sizes for r in refs(node.args)) or self._is_divided_size(node):
                 self._sizes.add(node.name)
             return _PARTIAL
+        counted = self._found.counts(node.name)
+        if counted is not None and self._found.class_of(counted) in self._divided:
+            self._refuse_counting(node)
+            return self._rows_of(node.spec, node) or _PARTIAL if node.spec is not None else _PARTIAL
         self._refuse_sizes_as_numbers(node)
         if node.target in SCATTERING:
             written = self._written(node)
@@ -238,10 +241,10 @@ class _Localizer:
         name = str(node.args[0].name)
         value = self._values[name]
         use = self._use(node, value)
-        if use is None:
+        if use is None or use.counts is not None or use.source in self._owners:
             return
-        if use.source not in self._owners:
-            self._operand(node, name, operations.gather_halo, value.rows, value.dim)
+        extended = operations.with_room if self._is_zero(name) else operations.gather_halo
+        self._operand(node, name, extended, value.rows, value.dim)
 
     def _use(self, node: Node, value: Value) -> Use | None:
         """The index along the rows of what is read or written, which has to come from an input."""
@@ -250,7 +253,8 @@ class _Localizer:
         use = self._uses.get((node.name, value.dim))
         if use is None:
             return None
-        if use.source is None or value.times > 1:
+        is_known = use.source is not None or self._found.class_of(use.counts or "") == value.rows
+        if not is_known or value.times > 1:
             raise _refused(node, "looks atoms or edges up by numbers that it computes")
         return use
 
@@ -259,14 +263,14 @@ class _Localizer:
         name = str(node.args[0].name)
         value = self._values[name]
         dim = None if value.kind is not Kind.OWN else value.dim
-        dims = {d for n, d in self._uses if n == node.name}
         given = [n for n in self._operands(node) if n != name and self._values[n].kind is Kind.OWN]
         if dim is not None:
             use = self._use(node, value)
-            if use is None or use.source in self._owners:
-                if use is not None:
-                    self._replicate(node, self._operands(node))
-                return value if use is not None else None
+            if use is None:
+                return None
+            if use.counts is not None or use.source in self._owners:
+                self._replicate(node, self._operands(node))
+                return value
             if not _adds(node):
                 raise _refused(node, "writes rows that belong to other ranks")
             self._replicate(node, self._operands(node))
@@ -275,10 +279,8 @@ class _Localizer:
             return value
         if not given:
             return None
-        if dims and not _adds(node):
+        if not _adds(node):
             raise _refused(node, "combines all atoms or edges, but does not sum")
-        if not dims:
-            return None
         if not self._is_zero(name):
             raise _refused(node, "sums atoms or edges into values that are not zero at first")
         self._replicate(node, self._operands(node))
@@ -317,6 +319,16 @@ class _Localizer:
         plain = [a.name for a in (*node.args, *node.kwargs.values()) if isinstance(a, Ref) and a.name in self._sizes]
         if plain and not str(node.target).startswith(("aten.slice.", "aten.narrow.")):
             raise _refused(node, "computes with the number of atoms or edges")
+
+    def _refuse_counting(self, node: Node) -> None:
+        """Rows are counted on each rank for itself, which is right for looking them up, and for nothing else."""
+        for name in self._forward:
+            user = self._program.by_name[name]
+            if node.name not in user.inputs() or self._found.counts(name) is not None:
+                continue
+            uses = [u for u in self._found.uses if u.node.name == name and u.index == node.name]
+            if not uses:
+                raise _refused(node, "computes with the numbers of atoms or edges")
 
     def _refuse_mixing(self, node: Node, value: Value) -> None:
         if node.target in _MIXING:

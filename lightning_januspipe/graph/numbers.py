@@ -6,11 +6,15 @@ that counts its rows. Index operations tell which inputs hold numbers of rows of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.program import Node, Program, Ref, refs
+from lightning_januspipe.capture.program import Node, Program, Ref, refs, target_function
+from lightning_januspipe.engine.specs import TensorSpec
 
 _PASSING = {
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.unsqueeze.default"),
@@ -45,6 +49,9 @@ SCATTERING = {
     "aten.index_reduce.default": (0, 2, 1),
 }
 """Writing rows; places as in :data:`GATHERING`."""
+
+
+_BATCHED = {"aten.bmm.default", "aten.baddbmm.default", "aten.matmul.default"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Use:
         symbol: size of that dimension.
         index: name of the node with the numbers.
         source: where these come from; None if they are computed.
+        counts: where they are 0, 1, 2, ...: the size symbol that they end before.
     """
 
     node: Node
@@ -94,6 +102,7 @@ class Use:
     symbol: str
     index: str
     source: Source | None
+    counts: str | None
 
 
 def symbolic(size: int | str) -> str | None:
@@ -121,19 +130,23 @@ class NumbersOfRows:
     Args:
         program: the captured potential's.
         nodes: names of the operations of its forward pass.
+        sizes: values of the size expressions in shapes, on an example batch.
 
     Attributes:
         uses: index operations along dimensions with symbolic sizes.
         numbers: inputs with numbers of rows.
-        paths: nodes that hold numbers -> where they come from.
+        divided: the classes that are divided over the ranks, once they are known.
     """
 
-    def __init__(self, program: Program, nodes: Sequence[str]) -> None:
-        self._program = program
+    def __init__(self, program: Program, nodes: Sequence[str], sizes: Mapping[str, int]) -> None:
+        self._program, self._example = program, sizes
         self._positions = {name: i for i, name in enumerate(program.inputs)}
         self._sources: dict[str, Source | None] = {}
         self._same: dict[str, str] = {}
+        self.divided: set[str] = set()
         self.uses = [use for name in nodes for use in self._uses(program.by_name[name])]
+        for name in nodes:
+            self._join_broadcast(program.by_name[name])
         of_source: dict[Source, str] = {}
         for use in self.uses:
             if use.source is not None:
@@ -152,11 +165,66 @@ class NumbersOfRows:
             symbol = self._same[symbol]
         return symbol
 
+    def factor(self, size: int | str) -> tuple[str, int] | None:
+        """The one class that a size counts, and how many entries each of its rows takes; None if there is no class.
+
+        Raises:
+            ValueError: the size is no multiple of a number of rows.
+        """
+        symbols = re.findall(r"[A-Za-z_]\w*", size) if isinstance(size, str) else []
+        rows = [s for s in symbols if s in self._example and self.class_of(s) in self.divided]
+        if not rows:
+            return None
+        num = self._example[rows[0]]
+        symbols = {s: n for s, n in self._example.items() if s.isidentifier()}
+        same = {s: 2 * n for s, n in symbols.items() if self.class_of(s) == self.class_of(rows[0])}
+        once, double = (TensorSpec((size,), torch.int64).sizes(v)[0] for v in (symbols, {**symbols, **same}))
+        if double != 2 * once or once % num:
+            raise ValueError(f"a size {size}")
+        return self.class_of(rows[0]), once // num
+
+    def _join_broadcast(self, node: Node) -> None:
+        """Sizes that an operation takes for one are one, whichever symbols the trace has for them."""
+        is_batched = node.target in _BATCHED
+        if node.spec is None or not (is_batched or _is_pointwise(node)):
+            return
+        specs = [self._program.by_name[name].spec for name in node.inputs()]
+        for spec in specs:
+            for back in range(1, 1 + min(len(node.spec.shape), len(spec.shape) if spec is not None else 0)):
+                if spec is not None and not (is_batched and back != len(node.spec.shape)):
+                    self._join_sizes(node.spec.shape[-back], spec.shape[-back])
+
+    def _join_sizes(self, a: int | str, b: int | str) -> None:
+        if isinstance(a, str) and isinstance(b, str) and a != b and self._example.get(a, 0) == self._example.get(b, 1):
+            pair = [self._counting(a), self._counting(b)]
+            if pair[0] is not None and pair[1] is not None:
+                self._joined(pair[0], pair[1])
+
+    def _counting(self, size: str) -> str | None:
+        """The symbol in an expression that has its value, if it is more than one."""
+        value = self._example[size]
+        symbols = [s for s in re.findall(r"[A-Za-z_]\w*", size) if self._example.get(s) == value and value > 1]
+        return symbols[0] if len(symbols) == 1 else None
+
     def source(self, name: str) -> Source | None:
         """The input, or part of one, that a node's values are; None if they are computed."""
         if name not in self._sources:
             self._sources[name] = self._find(self._program.by_name[name])
         return self._sources[name]
+
+    def counts(self, name: str) -> str | None:
+        """The size symbol up to which a node's values count from 0; None if they are others."""
+        node = self._program.by_name[name]
+        first = node.args[0] if node.args else None
+        if not isinstance(first, Ref):
+            return None
+        if node.target in _PASSING:
+            return self.counts(first.name)
+        size = self._program.by_name[first.name]
+        if node.target != "aten.arange.default" or size.target != "aten.sym_size.int":
+            return None
+        spec = self._program.by_name[size.args[0].name].spec
+        return None if spec is None else symbolic(spec.shape[size.args[1]])
 
     def _find(self, node: Node) -> Source | None:
         if node.op == "placeholder":
@@ -197,7 +265,7 @@ class NumbersOfRows:
             if spec is not None and spec.shape:
                 symbol = symbolic(spec.shape[dim])
                 if symbol is not None:
-                    yield Use(node, dim % len(spec.shape), symbol, index, self.source(index))
+                    yield Use(node, dim % len(spec.shape), symbol, index, self.source(index), self.counts(index))
 
     def _joined(self, a: str, b: str) -> str:
         a, b = self.class_of(a), self.class_of(b)
@@ -209,6 +277,10 @@ class NumbersOfRows:
         """The size symbol of the rows of an input's part."""
         symbols = [s for s in map(symbolic, self._sizes(source)) if s is not None]
         return symbols[0] if len(symbols) == 1 else None
+
+
+def _is_pointwise(node: Node) -> bool:
+    return isinstance(node.target, str) and torch.Tag.pointwise in getattr(target_function(node.target), "tags", ())
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,8 @@ class _LockStep:
             outputs.append((f"output {name}", self._joined([v[name] for v in self._values], value)))
         for name, leaves, value in zip(self._program.coordinates, self._leaves, self._kinds, strict=True):
             gradients = [next(found) for _ in dict.fromkeys(leaves)]
+            if value.kind is not Kind.OWN:  # what each rank computes from a copy of its own
+                gradients = [torch.stack(gradients).sum(0)]
             outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
         if not weights:
             generator = torch.Generator().manual_seed(0)
