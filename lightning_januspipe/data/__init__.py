@@ -1,5 +1,6 @@
 """Atomic structures with energies, forces and stress, as batches of tensors."""
 
+from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
 from lightning_januspipe.data.datamodule import ASEDataModule, StructureDataModule, split_indices
 from lightning_januspipe.data.dataset import StructureDataset
@@ -10,6 +11,7 @@ from lightning_januspipe.data.structures import atoms_to_sample, read_structures
 
 __all__ = [
     "ASEDataModule",
+    "BudgetBatchSampler",
     "DatasetStatistics",
     "EMTDataModule",
     "StructureDataModule",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
 from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
@@ -39,10 +40,19 @@ class StructureDataModule(LightningDataModule):
     distributed one where needed.
 
     Attributes:
-        batch_size: Structures per batch and replica.
+        batch_size: Structures per batch and replica, without a budget.
     """
 
-    def __init__(self, *, batch_size: int, num_workers: int = 0, shuffle: bool = True, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+    ) -> None:
         """Keep the options of the loaders.
 
         Args:
@@ -51,16 +61,23 @@ class StructureDataModule(LightningDataModule):
                 then share them.
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.
+            max_atoms: Most atoms per batch and replica, in place of ``batch_size`` (see
+                :class:`~lightning_januspipe.data.budget.BudgetBatchSampler`).
+            max_edges: Most edges per batch and replica, in place of ``batch_size`` or beside ``max_atoms``.
 
         Raises:
-            ValueError: ``batch_size`` is below 1 or ``num_workers`` below 0.
+            ValueError: ``batch_size``, ``max_atoms`` or ``max_edges`` is below 1, or ``num_workers`` below 0.
         """
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; expected at least 1")
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers}; expected at least 0")
+        for name, limit in (("max_atoms", max_atoms), ("max_edges", max_edges)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit}; expected at least 1")
         self.batch_size = batch_size
+        self._max_atoms, self._max_edges = max_atoms, max_edges
         self._num_workers = num_workers
         self._shuffle = shuffle
         self._drop_last = drop_last
@@ -119,15 +136,29 @@ class StructureDataModule(LightningDataModule):
         dataset = self.dataset(split)
         if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
             return []  # Lightning's way to say that a loop has nothing to do
+        shuffle, drop_last = self._shuffle and split == "train", self._drop_last and split == "train"
+        how: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": shuffle, "drop_last": drop_last}
+        if self._max_atoms is not None or self._max_edges is not None:
+            batches = BudgetBatchSampler(
+                dataset,
+                max_atoms=self._max_atoms,
+                max_edges=self._max_edges,
+                shuffle=shuffle,
+                drop_last=drop_last,
+            )
+            how = {"batch_sampler": batches}
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            shuffle=self._shuffle and split == "train",
-            drop_last=self._drop_last and split == "train",
             num_workers=self._num_workers,
             persistent_workers=self._num_workers > 0,
             collate_fn=collate_structures,
+            **how,
         )
+
+    @property
+    def _precompute(self) -> bool:
+        """Whether datasets make all samples at once: workers share them, and a budget of edges counts them."""
+        return self._num_workers > 0 or self._max_edges is not None
 
 
 class ASEDataModule(StructureDataModule):
@@ -168,6 +199,8 @@ class ASEDataModule(StructureDataModule):
         num_workers: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
     ) -> None:
         """Keep the options; files are read in ``setup``.
 
@@ -191,11 +224,20 @@ class ASEDataModule(StructureDataModule):
             num_workers: Worker processes of each loader.
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.
+            max_atoms: Most atoms per batch and replica, in place of ``batch_size``.
+            max_edges: Most edges per batch and replica, in place of ``batch_size`` or beside ``max_atoms``.
 
         Raises:
             ValueError: A size is neither a count nor a fraction, or is given beside a file for the same split.
         """
-        super().__init__(batch_size=batch_size, num_workers=num_workers, shuffle=shuffle, drop_last=drop_last)
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            max_atoms=max_atoms,
+            max_edges=max_edges,
+        )
         for name, file, size in (("val", val_file, val_size), ("test", test_file, test_size)):
             if file is not None and size is not None:
                 raise ValueError(f"{name}_file={file!r} and {name}_size={size} are both given; expected one of them")
@@ -256,7 +298,7 @@ class ASEDataModule(StructureDataModule):
             stress_key=self._stress_key,
             dtype=self._dtype,
             require_labels=require_labels,
-            precompute=self._num_workers > 0,
+            precompute=self._precompute,
         )
 
 

@@ -85,6 +85,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         self._stress_key = stress_key
         self._require_labels = require_labels
         self._samples: dict[int, dict[str, Tensor]] = {}
+        self._precomputed = precompute
+        self._sizes: tuple[list[int], list[int]] | None = None
         if precompute:
             for index in range(len(self)):
                 self[index]
@@ -120,19 +122,21 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             )
         return dict(self._samples[index])
 
-    def sample_sizes(self) -> tuple[list[int], list[float]]:
-        """Return the numbers of atoms and of edges of all structures.
+    def sample_sizes(self) -> tuple[list[int], list[int]]:
+        """Return the numbers of atoms and of edges of all structures, the same in every process.
 
-        Edges are estimated for structures whose samples have not been made yet.
+        Edges are counted if all samples were made at once (``precompute``), else estimated.
         """
-        edges = []
-        for index, atoms in enumerate(self._structures):
-            sample = self._samples.get(index)
-            if sample is not None:
-                edges.append(float(sample[keys.EDGE_INDEX].shape[1]))
-            else:
-                edges.append(estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff))
-        return [len(atoms) for atoms in self._structures], edges
+        if self._sizes is None:
+            edges = []
+            for index, atoms in enumerate(self._structures):
+                if self._precomputed:
+                    edges.append(self._samples[index][keys.EDGE_INDEX].shape[1])
+                else:
+                    estimate = estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)
+                    edges.append(round(estimate))
+            self._sizes = [len(atoms) for atoms in self._structures], edges
+        return self._sizes
 
     def describe(self, index: int) -> str:
         """Return what a structure is called in messages: its file and frame."""

@@ -175,6 +175,8 @@ class EMTDataModule(StructureDataModule):
         shuffle: bool = True,
         drop_last: bool = False,
         save_dir: str | None = None,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
     ) -> None:
         """Keep the options; structures are made in ``setup``.
 
@@ -195,11 +197,20 @@ class EMTDataModule(StructureDataModule):
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.
             save_dir: Folder for ``train.extxyz``, ``val.extxyz`` and ``test.extxyz``; None to write nothing.
+            max_atoms: Most atoms per batch and replica, in place of ``batch_size``.
+            max_edges: Most edges per batch and replica, in place of ``batch_size`` or beside ``max_atoms``.
 
         Raises:
             ValueError: An option is out of its range (see :func:`emt_structures`).
         """
-        super().__init__(batch_size=batch_size, num_workers=num_workers, shuffle=shuffle, drop_last=drop_last)
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            max_atoms=max_atoms,
+            max_edges=max_edges,
+        )
         if num_train < 1 or num_val < 0 or num_test < 0:
             raise ValueError(
                 f"num_train={num_train}, num_val={num_val}, num_test={num_test}; expected at least one training "
@@ -257,5 +268,5 @@ class EMTDataModule(StructureDataModule):
             cutoff=self._cutoff,
             species=self._species,
             dtype=self._dtype,
-            precompute=self._num_workers > 0,
+            precompute=self._precompute,
         )
