@@ -215,6 +215,8 @@ class _Replicate(torch.autograd.Function):
 
 
 class _CountOnce(torch.autograd.Function):
+    """From a parameter, whose cotangents are summed over the ranks, to a replicated tensor."""
+
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         return x.view_as(x)
@@ -229,7 +231,7 @@ class _CountOnce(torch.autograd.Function):
 
 
 class _OnFirstRank(torch.autograd.Function):
-    """Zeros on all ranks but the first; one node of the graph on each, so that further derivatives stay in step."""
+    """From a replicated tensor to summands of it: itself and zeros. One node on every rank, to keep them in step."""
 
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
@@ -241,7 +243,7 @@ class _OnFirstRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else _OnFirstRank.apply(gradients[0], ctx.exchange), None
+        return None if gradients[0] is None else count_once(gradients[0], ctx.exchange), None
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Exchange]) -> None:
