@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graph_models
 import pytest
 import tiny
 
@@ -26,6 +27,19 @@ def test_graph_ranks_in_a_pipeline(pool: RankPool, schedule: str) -> None:
 
 def test_graph_ranks_and_replicas(pool: RankPool) -> None:
     check(pool, 4, pipeline_size=1, data_size=2, graph_size=2, num_microbatches=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [
+        (graph_models.both_ways, {"pipeline_size": 1}),
+        (graph_models.states, {"pipeline_size": 1}),
+        (graph_models.states, {"pipeline_size": 2}),
+        (graph_models.angles, {"pipeline_size": 2, "num_microbatches": 1}),
+    ],
+)
+def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[str, int]) -> None:
+    check(pool, 2 * more["pipeline_size"], graph_models.Data, module, **{"graph_size": 2, "num_microbatches": 2, **more})
 
 
 @pytest.mark.parametrize("strategy", [{"pipeline_size": 1}, {"pipeline_size": 2}])

@@ -51,7 +51,7 @@ _MIXING = {
     *("aten._softmax.default", "aten.softmax.int", "aten._log_softmax.default", "aten.cumprod.default"),
     *("aten.topk.default", "aten.sort.stable", "aten.argsort.stable", "aten.log_softmax.int"),
 }
-"""Operations along one dimension, which their second argument names, that keep its size."""
+"""Operations along some dimensions that keep their sizes."""
 _ADDING = {"aten.index_add.default", "aten.scatter_add.default"}
 
 
@@ -332,7 +332,8 @@ class _Localizer:
 
     def _refuse_mixing(self, node: Node, value: Value) -> None:
         if node.target in _MIXING:
-            dims = node.args[1] if len(node.args) > 1 else -1
+            place = 2 if node.target == "aten.roll.default" else 1
+            dims = node.args[place] if len(node.args) > place else None
             num = len(node.spec.shape) if node.spec is not None else 1
             dims = [dims] if isinstance(dims, int) else dims
             if not isinstance(dims, (list, tuple)) or value.dim in [d % num for d in dims]:

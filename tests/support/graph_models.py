@@ -1,0 +1,166 @@
+"""Potentials that join atoms in other ways than one sum over edges, for the tests of graph ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from capture_models import DTYPE, Batch, Layer, Potential, make_batch
+from plain_modules import Base, collate, losses
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+SIZES = (9, 4, 12, 1, 7, 2, 11, 3)
+
+
+class Data:
+    """Structures of which one is most of a micro-batch: no division deals them whole."""
+
+    def prepare_data(self) -> None: ...
+
+    def setup(self, stage: str) -> None: ...
+
+    def train_dataloader(self) -> Any:
+        samples: Any = [make_batch((size,), seed) for seed, size in enumerate(SIZES)]
+        return DataLoader(samples, batch_size=4, collate_fn=collate)
+
+
+class _BothWays(Layer):
+    def aggregate(self, h: Tensor, target: Tensor, messages: Tensor) -> Tensor:
+        return torch.zeros_like(h).index_add(0, target, messages)
+
+    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
+        there, back = self.filter(radial) * h[edges[0]], self.filter(radial) * h[edges[1]]
+        summed = self.aggregate(h, edges[1], there).index_add(0, edges[0], back)
+        return h + torch.tanh(self.mix(summed))
+
+
+class BothWays(Potential):
+    """Pairs that are summed into both of their atoms: what belongs to another rank's atom goes there."""
+
+    layer = _BothWays
+
+
+class States(Potential):
+    """Each structure has features that its atoms read and write, and the energy's scale and shift are trained."""
+
+    def __init__(self, num_layers: int = 3, width: int = 6) -> None:
+        super().__init__(num_layers, width)
+        self.states = nn.ModuleList(nn.Linear(width, width, dtype=DTYPE) for _ in range(num_layers))
+        self.first = nn.Parameter(torch.linspace(-0.5, 0.5, width, dtype=DTYPE))
+        self.scale = nn.Parameter(torch.tensor(1.3, dtype=DTYPE))
+        self.shift = nn.Parameter(torch.tensor(-0.2, dtype=DTYPE))
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
+        radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE)) ** 2))
+        h = self.embedding(batch["species"])
+        state = self.first.expand(batch["cell"].shape[0], -1) + batch["cell"].sum((1, 2))[:, None] / 9
+        for layer, mix in zip(self.layers, self.states, strict=True):
+            h = layer(h + state[batch["index"]], radial, batch["edges"])
+            state = torch.tanh(mix(state + torch.zeros_like(state).index_add(0, batch["index"], h)))
+        return h + state[batch["index"]]
+
+    def energy(self, batch: Batch, positions: Tensor, strain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        energy, extra = super().energy(batch, positions, strain)
+        return self.scale * energy.square() + self.shift, extra
+
+
+class Angles(Potential):
+    """Edges read the other edges into the atom that they come from: rows of edges are exchanged too."""
+
+    def __init__(self, num_layers: int = 2, width: int = 6) -> None:
+        super().__init__(num_layers, width)
+        self.turn = nn.Linear(width, width, dtype=DTYPE)
+
+    def forward(self, batch: Batch) -> Any:
+        return super().forward({**batch, "angles": batch["angles"]})
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
+        radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE)) ** 2))
+        h, (here, other) = self.embedding(batch["species"]), batch["angles"]
+        along = (vectors[here] * vectors[other]).sum(-1, keepdim=True) / (1 + distance[here] * distance[other])
+        e = self.layers[0].filter(radial)
+        for layer in self.layers:
+            e = e + torch.zeros_like(e).index_add(0, here, along * torch.tanh(self.turn(e))[other])
+            messages = h[batch["edges"][0]] * e
+            h = h + torch.tanh(layer.mix(torch.zeros_like(h).index_add(0, batch["edges"][1], messages)))
+        return h
+
+
+def angles_of(batch: Batch) -> Batch:
+    """The same with pairs of edges of which the second ends where the first begins."""
+    edges = batch["edges"]
+    here, other = (edges[0][:, None] == edges[1][None, :]).nonzero().T
+    return {**batch, "angles": torch.stack([here, other])}
+
+
+class MeanField(Potential):
+    """Atoms see the mean over all atoms of the batch: not a sum that ranks could share."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        return h - h.mean(0, keepdim=True)
+
+
+class Numbered(Potential):
+    """Pairs count once, by a comparison of the numbers of their atoms."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        once = (batch["edges"][0] < batch["edges"][1]).to(vectors.dtype)
+        return super().features(batch, vectors * once[:, None] + vectors)
+
+
+class Shifted(Potential):
+    """The neighbor in the list, which is on another rank for the last atom of each."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        return h + torch.roll(h, 1, 0)
+
+
+class Counted(Potential):
+    """Divides by the number of atoms, which no rank knows."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        return super().features(batch, vectors) / batch["species"].shape[0]
+
+
+class Looked(Potential):
+    """Atoms are looked up by numbers that the potential computes."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        return h + h[batch["species"] * 0]
+
+
+class _Module(Base):
+    def __init__(self, potential: nn.Module) -> None:
+        super().__init__()
+        self.potential = potential
+
+    def prepared(self, batch: Batch) -> Batch:
+        return batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        out = self.potential(self.prepared(batch))
+        loss = losses(batch, out["energy"], out["forces"], out["stress"])
+        return loss + 0.1 * out["charges"].square().mean()
+
+
+class _AnglesModule(_Module):
+    def prepared(self, batch: Batch) -> Batch:
+        return angles_of(batch)
+
+
+def both_ways() -> Base:
+    return _Module(BothWays())
+
+
+def states() -> Base:
+    return _Module(States())
+
+
+def angles() -> Base:
+    return _AnglesModule(Angles())
