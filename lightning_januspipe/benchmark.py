@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lightning_januspipe.benchmark_balance import balance
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.testing import RankPool
 
@@ -358,6 +359,7 @@ BENCHMARKS: dict[str, Callable[[Work, int], str]] = {
     "contention": contention,
     "simulation": simulation,
     "messages": messages,
+    "balance": balance,
 }
 
 

@@ -79,8 +79,8 @@ def plan(costs: Sequence[float], num_replicas: int, num_groups: int) -> list[lis
             all.
 
     Returns:
-        For each replica the samples of its micro-batches. The k-th micro-batches of the replicas are about equal, the
-        largest come first.
+        For each replica the samples of its micro-batches. The k-th micro-batches of the replicas are about equal; the
+        smallest come first, with which a pipeline fills sooner.
 
     Raises:
         ValueError: there are fewer samples than replicas.
@@ -102,7 +102,7 @@ def plan(costs: Sequence[float], num_replicas: int, num_groups: int) -> list[lis
             nested.append([[mine[i] for i in group] for group in inner])
         plans.append(nested)
     best = min(plans, key=lambda p: max(sum(map(load, mine)) + max(map(load, mine)) for mine in p))
-    return [sorted(mine, key=lambda g: -load(g)) for mine in best]
+    return [sorted(mine, key=load) for mine in best]
 
 
 def imbalance(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:

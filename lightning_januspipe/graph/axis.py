@@ -59,7 +59,7 @@ class GraphAxis:
         part = self._divider.part(given.tensors, shards, self._ranks.rank)
         exchanges = {name: Exchange(shard, self._ranks.group) for name, shard in part.shards.items()}
         self._exchanges[index] = exchanges
-        return MicrobatchInput([*part.tensors, *exchanges.values()], part.symbols)
+        return MicrobatchInput([*part.tensors, *exchanges.values(), *part.extended], part.symbols)
 
     def joined(
         self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]

@@ -20,14 +20,16 @@ class Part:
     """A micro-batch as one graph rank holds it.
 
     Attributes:
-        tensors: inputs of the localized potential without the exchanges, own rows only.
+        tensors: inputs of the potential, own rows only.
         symbols: values of its size symbols on this rank.
         shards: of each class.
+        extended: inputs with own rows and then those of the halo, as the localized potential takes them at its end.
     """
 
     tensors: list[Tensor]
     symbols: dict[str, int]
     shards: dict[str, Shard]
+    extended: list[Tensor]
 
 
 class Divider:
@@ -79,8 +81,11 @@ class Divider:
             local[position] = local[position].index_select(dim, mine[name].own)
         for source, name in self._localized.renumbered.items():
             local[source.position] = _renumbered(local[source.position], source, mine[name])
-        program = self._localized.potential.program
-        return Part(local, program.bind([*local]), mine)
+        extended = []
+        for position, dim in self._localized.extended:
+            shard = mine[self._localized.rows[position, dim]]
+            extended.append(tensors[position].index_select(dim, torch.cat([shard.own, shard.halo])))
+        return Part(local, self._localized.potential.program.bind(local), mine, extended)
 
     def _atoms(self, tensors: Sequence[Tensor], values: Mapping[Numbers, Tensor], num_atoms: int) -> Tensor:
         """The owner of each atom."""

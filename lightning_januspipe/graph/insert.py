@@ -88,6 +88,8 @@ class Localized:
         observables: kinds of the observables.
         derivatives: kinds of the differentiation inputs, and so of the derivative.
         positions: place of the input with positions (N, 3), if it is among the inputs.
+        extended: (position, dimension) of the inputs of which the potential also takes rows with the halo, after the
+            exchanges: every rank has them, so nothing has to be sent.
     """
 
     potential: CapturedPotential
@@ -97,6 +99,7 @@ class Localized:
     observables: tuple[Value, ...]
     derivatives: tuple[Value, ...]
     positions: int | None
+    extended: tuple[tuple[int, int], ...]
 
 
 def localize(captured: CapturedPotential) -> Localized:
@@ -127,6 +130,7 @@ class _Localizer:
         self._new: dict[str, list[Node]] = {}
         self._added: dict[tuple[str, str, str, int], str] = {}
         self._with: dict[str, list[str]] = {}
+        self._extended: dict[str, int] = {}
         self._cut = cut
 
     def run(self) -> Localized:
@@ -242,6 +246,10 @@ class _Localizer:
         value = self._values[name]
         use = self._use(node, value)
         if use is None or use.counts is not None or use.source in self._owners:
+            return
+        if name in self._program.inputs and not self._is_differentiable(name):
+            self._extended[name] = value.dim
+            node.args = (Ref(_extended(name)), *node.args[1:])
             return
         extended = operations.with_room if self._is_zero(name) else operations.gather_halo
         self._operand(node, name, extended, value.rows, value.dim)
@@ -380,8 +388,8 @@ class _Localizer:
     def _result(self) -> Localized:
         captured, program = self._captured, self._program
         nodes = []
-        exchanges = [_exchange(c) for c in self._classes.names]
-        placeholders = [Node(e, "placeholder", e, (), {}, None) for e in exchanges]
+        added = [*(_exchange(c) for c in self._classes.names), *map(_extended, self._extended)]
+        placeholders = [Node(e, "placeholder", e, (), {}, None) for e in added]
         is_first = True
         for node in program.nodes:
             if node.op != "placeholder" and is_first:
@@ -389,7 +397,7 @@ class _Localizer:
                 is_first = False
             nodes += self._new.get(node.name, [])
             nodes.append(self._nodes[node.name])
-        localized = replace(program, nodes=nodes, inputs=[*program.inputs, *exchanges])
+        localized = replace(program, nodes=nodes, inputs=[*program.inputs, *added])
         regions, cut = captured.regions, captured.cut
         potential = replace(
             captured,
@@ -415,6 +423,7 @@ class _Localizer:
             observables=tuple(self._values[n] for n in regions.observables),
             derivatives=tuple(self._values[n] for n in program.coordinates),
             positions=self._positions(),
+            extended=tuple((program.inputs.index(name), dim) for name, dim in self._extended.items()),
         )
 
     def _longer(self, names: Sequence[str]) -> list[str]:
@@ -455,6 +464,10 @@ def _adds(node: Node) -> bool:
 
 def _exchange(rows: str) -> str:
     return f"exchange_{rows}"
+
+
+def _extended(name: str) -> str:
+    return f"{name}__with_halo"
 
 
 def _refused(node: Node, what: str) -> CaptureError:

@@ -71,10 +71,12 @@ def prove(
     divider = Divider(localized, num_ranks)
     shards = divider.shards(tensors)
     parts = [divider.part(tensors, shards, rank) for rank in range(num_ranks)]
-    divided = _LockStep(localized.potential, potential, [p.tensors for p in parts], shards, localized.derivatives)
-    undivided = _LockStep(
-        captured, potential, [list(tensors)], {}, [Value(Kind.REPLICATED)] * len(localized.derivatives)
-    )
+    program = localized.potential.program
+    extended = program.inputs[len(program.inputs) - len(localized.extended) :]
+    inputs = [dict(zip([*captured.program.inputs, *extended], [*p.tensors, *p.extended], strict=True)) for p in parts]
+    same = [Value(Kind.REPLICATED)] * len(localized.derivatives)
+    divided = _LockStep(localized.potential, potential, inputs, shards, localized.derivatives)
+    undivided = _LockStep(captured, potential, [dict(zip(captured.program.inputs, tensors, strict=True))], {}, same)
     tolerance = rounding_tolerance(captured, potential)
     weights: list[Tensor] = []
     expected = undivided.results([Value(Kind.REPLICATED)] * len(localized.observables), weights)
@@ -99,7 +101,7 @@ class _LockStep:
         self,
         captured: CapturedPotential,
         potential: nn.Module,
-        parts: Sequence[Sequence[Tensor]],
+        parts: Sequence[dict[str, Tensor]],
         shards: dict[str, list[Shard]],
         derivatives: Sequence[Value],
     ) -> None:
@@ -111,7 +113,7 @@ class _LockStep:
         common = dict(zip([n.name for n in own], placeholders.values([]), strict=True))
         values: list[dict[str, Any]] = [dict(common) for _ in parts]
         for part, of_rank in zip(parts, values, strict=True):
-            of_rank.update(zip(program.inputs, part, strict=False))
+            of_rank.update(part)
         self._values = values
         self._leaves: list[list[Tensor]] = [[] for _ in program.coordinates]
         independent = set(independent_coordinates(program))

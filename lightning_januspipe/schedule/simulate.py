@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_januspipe.schedule.actions import DEFERRED_PHASES, Action, Phase, Schedule
@@ -57,7 +57,14 @@ class Report:
         return tuple(max((held for _, held in curve), default=0.0) for curve in self.memory)
 
 
-def simulate(schedule: Schedule, costs: Costs, *, comm: float | Link = 0.0, memory: Memory | None = None) -> Report:
+def simulate(
+    schedule: Schedule,
+    costs: Costs,
+    *,
+    comm: float | Link = 0.0,
+    memory: Memory | None = None,
+    weights: Sequence[float] | None = None,
+) -> Report:
     """Run a schedule in simulated time.
 
     Every action starts as soon as its rank has ended the one before and its messages are there. Messages travel beside
@@ -68,11 +75,16 @@ def simulate(schedule: Schedule, costs: Costs, *, comm: float | Link = 0.0, memo
         costs: Phase times: of a rank's share, the same on all ranks, or one entry per rank, or one per stage.
         comm: What a message between two ranks costs: its latency, or a `Link`.
         memory: Bytes that a micro-batch holds between its phases, for the memory over time; given like ``costs``.
+        weights: How long each micro-batch takes, in those of the costs; 1 for all by default.
 
     Raises:
         ScheduleError: If the schedule cannot run to its end.
-        ValueError: If ``comm`` is negative or not finite, or ``costs`` or ``memory`` do not fit the schedule.
+        ValueError: If ``comm`` is negative or not finite, or ``costs``, ``memory`` or ``weights`` do not fit the
+            schedule.
     """
+    factors = [1.0] * schedule.num_microbatches if weights is None else list(weights)
+    if len(factors) != schedule.num_microbatches or not all(math.isfinite(f) and f > 0 for f in factors):
+        raise ValueError(f"weights is {weights!r}, expected {schedule.num_microbatches} positive numbers.")
     if not isinstance(comm, Link):
         if not (math.isfinite(comm) and comm >= 0):
             raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
@@ -112,7 +124,7 @@ def simulate(schedule: Schedule, costs: Costs, *, comm: float | Link = 0.0, memo
             if missing is not None:
                 waiting[missing] = rank
                 break
-            duration = times(phase, stage)
+            duration = times(phase, stage) * factors[microbatch]
             start[action] = ready
             end[action] = clock[rank] = ready + duration
             busy[rank] += duration
@@ -129,7 +141,8 @@ def simulate(schedule: Schedule, costs: Costs, *, comm: float | Link = 0.0, memo
         validate(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")
     curves = () if memory is None else memory_over_time(schedule, start, end, memory)
-    return Report(max(end.values()), ideal_time(schedule, costs), peak_live(schedule), start, end, tuple(busy), curves)
+    ideal = ideal_time(schedule, costs) * sum(factors) / len(factors)
+    return Report(max(end.values()), ideal, peak_live(schedule), start, end, tuple(busy), curves)
 
 
 def ideal_time(schedule: Schedule, costs: Costs) -> float:
