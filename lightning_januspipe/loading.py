@@ -84,7 +84,7 @@ def seed_workers(loader: Any, worker_init: Callable[..., None], data_rank: int) 
         loader.worker_init_fn = partial(worker_init, rank=data_rank)
 
 
-def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
+def example_batches(loader: Any, num_microbatches: int, smallest: bool = False) -> tuple[Any, Any]:
     """Two batches for capture, collated by the loader's own function: one to trace, one to validate and profile on.
 
     They hold different numbers of samples; the first has at least two, the second about as many as a micro-batch. Of
@@ -93,6 +93,11 @@ def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
     What training sees is not changed. A map-style dataset is read at a few indices spread over it, at most 12 times,
     in a worker process if the loader has workers; neither sampler nor generator is touched. For an iterable dataset
     that :func:`split_batches` has seen, the samples are those of its first batch, which training gets all the same.
+
+    Args:
+        loader: the training (or evaluation) loader.
+        num_microbatches: into how many its batches are split.
+        smallest: of a map-style dataset, take the smallest of the samples that are read.
 
     Raises:
         ValueError: the loader gives no samples, or gives them only once.
@@ -104,7 +109,7 @@ def example_batches(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
             return _ends(list(islice(_fresh(loader, "loader"), 2)))
         if isinstance(loader.dataset, IterableDataset):
             return _read_iterable(loader, num_microbatches)
-        return _read_map(loader, num_microbatches)
+        return _read_map(loader, num_microbatches, smallest)
 
 
 def collates_microbatches(loader: Any) -> bool:
@@ -334,21 +339,22 @@ class _ExampleCollate:
 
     collate: Callable[[list[Any]], Any]
     num_typical: int
+    smallest: bool = False
 
     def __call__(self, samples: Any) -> tuple[Any, Any] | None:
         if not isinstance(samples, Sequence):
             return None
-        traced, other = example_groups(samples, self.num_typical)
+        traced, other = example_groups(samples, self.num_typical, self.smallest)
         return self.collate(traced), self.collate(other)
 
 
-def _read_map(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
+def _read_map(loader: Any, num_microbatches: int, smallest: bool) -> tuple[Any, Any]:
     dataset = loader.dataset
     if not _collates(loader):
         keys = _keys(loader, loader.sampler, 2)
         return _ends(list(_reader(loader, loader.collate_fn, batch_size=None, sampler=keys)))
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 2 * num_microbatches
-    collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)))
+    collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)), smallest)
     num = len(dataset) if hasattr(dataset, "__len__") else _NUM_SAMPLES
     if not num:
         raise ValueError("the dataset gives no samples")

@@ -47,7 +47,8 @@ class JanusPipeBody(CheckpointHooks):
     Args:
         pipeline_size: ranks of a pipeline; "auto": the processes over data_size × graph_size.
         data_size: replicas; "auto": 1 if pipeline_size is "auto" too, else what is left.
-        graph_size: ranks that share the atoms of a micro-batch; only 1 is available.
+        graph_size: ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's
+            memory. Needs a potential that can be traced.
         num_microbatches: into how many micro-batches each batch is split; "auto": twice the ranks, and 1 in one
             process. Fewer where a batch has fewer samples. The gradient is that of gradient accumulation over the
             micro-batches.
@@ -375,7 +376,9 @@ class JanusPipeBody(CheckpointHooks):
         trains = is_fitting(module.trainer) and not module.trainer.sanity_checking
 
         def examples() -> tuple[Any, Any]:
-            first, second = example_batches(loader, num_microbatches)
+            # A structure that is divided over ranks may be too large for the one that captures.
+            is_divided = self.mesh_shape.graph > 1
+            first, second = example_batches(loader, num_microbatches, smallest=is_divided)
             return self._moved(first), self._moved(second)
 
         @contextmanager

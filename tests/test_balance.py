@@ -280,3 +280,19 @@ def test_a_stream_cannot_be_balanced_across_replicas(pool: RankPool) -> None:
 def test_unknown_balance() -> None:
     with pytest.raises(ValueError, match="balance='even'; expected one of 'auto', 'microbatches', 'replicas'"):
         JanusPipeBody(balance="even")  # type: ignore[arg-type]
+
+
+def test_benchmark_deals_a_mixture() -> None:
+    from lightning_januspipe.benchmark_balance import WAYS, deal, mixture
+
+    structures = mixture(64)
+    sizes = sorted(map(len, structures))
+    assert sizes[0] >= 5 and sizes[len(sizes) // 2] <= 50 and 192 <= sizes[-1] <= 500
+    costs = sample_costs(StructureDataset(structures, cutoff=4.0))
+    assert costs is not None
+    found = {}
+    for way in WAYS:
+        dealt = deal(costs.tolist(), 2, 2, way)
+        assert sorted(i for mine in dealt for group in mine for i in group) == list(range(64))
+        found[way] = imbalance(costs.tolist(), [group for mine in dealt for group in mine])
+    assert found["replicas"] <= 1.05 < found["in the loader's order"] and found["replicas"] <= found["microbatches"]

@@ -128,3 +128,11 @@ def test_capture(layers: int, options: dict[str, Any], program: Any) -> None:
 
 
 _OF_ATOMS = {f"[0][0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
+
+
+@pytest.mark.parametrize("options", [[], ["--structures", "lone"]])
+def test_graph_ranks(options: list[str], tmp_path: Path) -> None:
+    reference = train(PROGRAM, tmp_path, "plain", *options)
+    janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
+    found = train(PROGRAM, tmp_path, "graph", *options, "--strategy", "januspipe", "--devices", "2", "--janus", janus)
+    assert_same(reference, found)

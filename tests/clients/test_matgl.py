@@ -67,6 +67,16 @@ def test_molecules_one_by_one(tmp_path: Path) -> None:
     assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
 
 
+@pytest.mark.parametrize("options", [[], ["--structures", "mixed", "--lone-atom"]])
+def test_graph_ranks(options: list[str], tmp_path: Path) -> None:
+    """TensorNet only: the others compute with the numbers of edges, which is refused."""
+    common = ["--model", "tensornet", *options]
+    reference = train(PROGRAM, tmp_path, "plain", *common)
+    janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
+    found = train(PROGRAM, tmp_path, "graph", *common, "--strategy", "januspipe", "--devices", "2", "--janus", janus)
+    assert_same(reference, found)
+
+
 def test_three_ranks(tmp_path: Path) -> None:
     reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
     assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))

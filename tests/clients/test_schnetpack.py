@@ -64,6 +64,18 @@ def test_lone_atoms(model: str, run: Runs) -> None:
     assert_same(run(*common, *ACCUMULATED), run(*common, *pipeline(4)), losses=False)
 
 
+@pytest.mark.parametrize(
+    ("devices", "sizes"),
+    [(2, '"pipeline_size": 1, "graph_size": 2'), (3, '"pipeline_size": 1, "graph_size": 3'), (4, '"graph_size": 2')],
+)
+@pytest.mark.parametrize("structures", ["crystals", "lone"])
+def test_graph_ranks(structures: str, devices: int, sizes: str, run: Runs) -> None:
+    """Crystals smaller than the cutoff that no rank has as a whole, and more ranks than some structures have atoms."""
+    common = ["--structures", structures]
+    found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
+    assert_same(run(*common), found)
+
+
 def test_molecules_one_by_one(run: Runs) -> None:
     common = ["--structures", "molecules", "--batch-size", "1", "--num-structures", "5"]
     assert_same(run(*common), run(*common, *pipeline(1)))

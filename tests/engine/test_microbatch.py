@@ -235,3 +235,9 @@ def test_rounding_is_no_difference() -> None:
     assert not same_batch(fingerprint([values]), fingerprint([changed]))
     assert not same_batch(fingerprint([values]), fingerprint([values.flip(0)]))
     assert not same_batch(fingerprint([]), fingerprint([values]))
+
+
+def test_examples_of_the_smallest_samples() -> None:
+    traced, typical = example_groups(_samples([9, 1, 7, 3, 5]), 1, smallest=True)
+    assert [s["x"].numel() for s in traced] == [1, 3]
+    assert [s["x"].numel() for s in typical] == [1]

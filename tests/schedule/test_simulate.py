@@ -205,3 +205,18 @@ def test_comm_must_be_a_latency(comm):
 def test_costs_must_fit_the_ranks():
     with pytest.raises(ValueError, match="a sequence of 2"):
         simulate(build_schedule("gpipe", 2, 1, ONES), [ONES])
+
+
+def test_microbatches_of_their_own_weights() -> None:
+    costs = PhaseCosts(1.0, 2.0, 3.0, 1.0)
+    schedule = build_schedule("1f1b-fold", 2, 3, costs)
+    plain = simulate(schedule, costs)
+    assert simulate(schedule, costs, weights=[2.0] * 3).makespan == pytest.approx(2 * plain.makespan)
+    uneven = simulate(schedule, costs, weights=[1.0, 4.0, 1.0])
+    for action, start in uneven.start.items():
+        lasted = (uneven.end[action] - start) / (plain.end[action] - plain.start[action])
+        assert lasted == pytest.approx(4.0 if action.microbatch == 1 else 1.0)
+    assert uneven.ideal == pytest.approx(2 * plain.ideal) and sum(uneven.busy) == pytest.approx(2 * sum(plain.busy))
+    for wrong in ([1.0], [1.0, 0.0, 1.0], [1.0, float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="expected 3 positive numbers"):
+            simulate(schedule, costs, weights=wrong)
