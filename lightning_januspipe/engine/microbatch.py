@@ -159,18 +159,22 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     return [[samples[i] for i in g] for g in ordered]
 
 
-def example_groups(samples: Sequence[Any], num_typical: int) -> tuple[list[Any], list[Any]]:
+def example_groups(samples: Sequence[Any], num_typical: int, smallest: bool = False) -> tuple[list[Any], list[Any]]:
     """Samples of two batches for capture, of different numbers of samples: one to trace, one to validate and profile.
 
     Args:
         samples: at least one; those of a group are repeated where there are too few.
         num_typical: samples of a usual micro-batch.
+        smallest: take the smallest samples for both.
 
     Returns:
         The largest two or three samples, and ``num_typical`` samples of middle sizes.
     """
     ordered = sorted(samples, key=sample_cost)
     num_traced = 3 if num_typical == 2 else 2
+    if smallest:
+        traced, typical = ([ordered[i % len(ordered)] for i in range(n)] for n in (num_traced, num_typical))
+        return traced, typical
     middle = [ordered[len(ordered) * (2 * i + 1) // (2 * num_typical)] for i in range(num_typical)]
     return [ordered[-1 - i % len(ordered)] for i in range(num_traced)], middle
 
