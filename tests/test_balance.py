@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Distribute
 
 from lightning_januspipe.data import BudgetBatchSampler, StructureDataset, emt_structures
 from lightning_januspipe.engine.microbatch import GroupedIndices, MicroBatches
-from lightning_januspipe.engine.packing import ATOM_WEIGHT, imbalance
+from lightning_januspipe.engine.packing import ATOM_WEIGHT, imbalance, plan
 from lightning_januspipe.loading import split_batches
 from lightning_januspipe.regrouping import balance_replicas
 from lightning_januspipe.sizes import sample_costs, sample_sizes
@@ -78,6 +78,9 @@ def test_samples_of_a_step_stay_and_groups_are_even(workers: dict[str, Any]) -> 
             sizes = [len(mine) for mine in samples]
             assert sizes == [min(3, len(plain[0][step]))] * 2
             costs = [v + 1 for v in range(24)]
+            both = plain[0][step] + plain[1][step]
+            dealt = plan([costs[i] for i in both], 2, 3)
+            assert samples == [[[both[i] for i in group] for group in mine] for mine in dealt], "other micro-batches"
             groups = [[int(v) for v in group] for mine in samples for group in mine]
             if step < 2:
                 assert imbalance(costs, [[i for g in groups[:3] for i in g], [i for g in groups[3:] for i in g]]) < 1.05
