@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lightning_januspipe.benchmark_balance import balance
+from lightning_januspipe.benchmark_graph import graph
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.testing import RankPool
 
@@ -360,6 +361,7 @@ BENCHMARKS: dict[str, Callable[[Work, int], str]] = {
     "simulation": simulation,
     "messages": messages,
     "balance": balance,
+    "graph": graph,
 }
 
 

@@ -63,11 +63,19 @@ def _molecule(rng: np.random.Generator) -> Atoms:
 
 
 def _water(rng: np.random.Generator) -> Atoms:
-    """Molecules in all directions on a lattice with the density of the liquid."""
+    return water_box([(4, 4, 4), (4, 4, 5), (4, 5, 5), (5, 5, 5)][int(rng.integers(4))], rng)
+
+
+def water_box(shape: tuple[int, int, int], rng: np.random.Generator) -> Atoms:
+    """Molecules in all directions on a lattice with the density of the liquid.
+
+    Args:
+        shape: molecules along each axis.
+        rng: draws the directions.
+    """
     from ase import Atoms
     from ase.build import molecule
 
-    shape = [(4, 4, 4), (4, 4, 5), (4, 5, 5), (5, 5, 5)][int(rng.integers(4))]
     box = Atoms(cell=np.array(shape) * 3.1, pbc=True)
     for place in np.ndindex(*shape):
         one = molecule("H2O")

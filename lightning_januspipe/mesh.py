@@ -122,8 +122,8 @@ class Mesh:
     def abort(self) -> None:
         """Close this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True
-        groups = self.down_group, self.up_group, self.control_group, self.host_group, self.pipeline_group
-        groups += self.replica_group, self.graph_group
+        groups: list[dist.ProcessGroup | None] = [self.down_group, self.up_group, self.control_group]
+        groups += [self.host_group, self.pipeline_group, self.replica_group, self.graph_group]
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
         self.replica_group = self.graph_group = None
         for group in groups:

@@ -23,7 +23,7 @@ from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
-from lightning_januspipe.graph import GraphAxis, GraphGroup, localize
+from lightning_januspipe.graph import GraphAxis, GraphGroup
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
 from lightning_januspipe.preparation import on_first_rank
@@ -142,7 +142,7 @@ class Pipeline:
         self.step = CapturedStep(captured, module, self._add_outside, self.proofs.note)
         links = _links(mesh)
         links.connect(first.messages())
-        self._graph = _graph_axis(captured, mesh)
+        self._graph = _graph_axis(captured, potential, mesh)
         divided = captured if self._graph is None else self._graph.potential
         own = first.stages_of(mesh.pipeline_rank)
         stages = {s: Stage(divided.stage(s, potential), self.gradients, divided.chain.autocast) for s in own}
@@ -441,11 +441,11 @@ class Pipeline:
                 )
 
 
-def _graph_axis(captured: DividedPotential, mesh: Mesh) -> GraphAxis | None:
+def _graph_axis(captured: DividedPotential, potential: nn.Module, mesh: Mesh) -> GraphAxis | None:
     if mesh.graph_group is None:
         return None
     assert isinstance(captured, CapturedPotential)
-    return GraphAxis(localize(captured), GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group))
+    return GraphAxis(captured, potential, GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group))
 
 
 def measured_latency(mesh: Mesh) -> float:

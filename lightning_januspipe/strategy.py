@@ -225,7 +225,8 @@ class JanusPipeBody(CheckpointHooks):
     def setup(self, trainer: Any) -> None:
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
-        self.runner = Undivided(self.lightning_module, self.mesh) if self.mesh.shape.pipeline * self.mesh.shape.graph == 1 else None
+        is_undivided = self.mesh.shape.pipeline == self.mesh.shape.graph == 1
+        self.runner = Undivided(self.lightning_module, self.mesh) if is_undivided else None
         if is_fitting(trainer):
             refuse_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:

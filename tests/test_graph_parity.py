@@ -36,14 +36,20 @@ def test_graph_ranks_and_replicas(pool: RankPool) -> None:
         (graph_models.states, {"pipeline_size": 1}),
         (graph_models.states, {"pipeline_size": 2}),
         (graph_models.angles, {"pipeline_size": 2, "num_microbatches": 1}),
+        (graph_models.attention, {"pipeline_size": 1}),
+        (graph_models.composed, {"pipeline_size": 1}),
     ],
 )
 def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[str, int]) -> None:
-    check(pool, 2 * more["pipeline_size"], graph_models.Data, module, **{"graph_size": 2, "num_microbatches": 2, **more})
+    check(
+        pool, 2 * more["pipeline_size"], graph_models.Data, module, **{"graph_size": 2, "num_microbatches": 2, **more}
+    )
 
 
 @pytest.mark.parametrize("strategy", [{"pipeline_size": 1}, {"pipeline_size": 2}])
 def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
     """Boxes that no rank can have as a whole: every layer reads rows of other ranks."""
     tiny.require("water.extxyz")
-    check(pool, 2 * strategy["pipeline_size"], tiny.water, tiny.water_module, graph_size=2, num_microbatches=2, **strategy)
+    check(
+        pool, 2 * strategy["pipeline_size"], tiny.water, tiny.water_module, graph_size=2, num_microbatches=2, **strategy
+    )

@@ -63,9 +63,12 @@ LossFunction = Callable[[int, list[Tensor], list[Tensor]], LossGradients]
 
 @dataclass(frozen=True)
 class MicrobatchInput:
-    """One micro-batch as the stages see it: the potential call's tensors, and the values of its size symbols."""
+    """One micro-batch as the stages see it: the potential call's tensors, and the values of its size symbols.
 
-    tensors: list[Tensor]
+    On graph ranks the tensors end with what exchanges between them need, which is no tensor.
+    """
+
+    tensors: list[Any]
     symbols: Mapping[str, int]
 
 

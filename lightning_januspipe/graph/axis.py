@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
 from lightning_januspipe.graph.divide import Divider
-from lightning_januspipe.graph.insert import Kind, Localized, Value
+from lightning_januspipe.graph.insert import Kind, Value, localize
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class GraphAxis:
     """What one rank does to the micro-batches of its pipeline, beside the phases.
 
     Args:
-        localized: the potential with exchanges.
+        captured: the potential.
+        potential: the live potential.
         ranks: this rank's place.
     """
 
-    def __init__(self, localized: Localized, ranks: GraphGroup) -> None:
-        self._localized, self._ranks = localized, ranks
-        self._divider = Divider(localized, ranks.size)
+    def __init__(self, captured: CapturedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
+        self._localized, self._ranks = localize(captured), ranks
+        self._divider = Divider(captured, self._localized, potential, ranks.size)
         self._exchanges: dict[int, dict[str, Exchange]] = {}
 
     @property
@@ -55,8 +56,8 @@ class GraphAxis:
             index: the micro-batch.
             given: the whole, the same on all graph ranks.
         """
-        shards = self._divider.shards(given.tensors)
-        part = self._divider.part(given.tensors, shards, self._ranks.rank)
+        plan = self._divider.plan(given.tensors)
+        part = self._divider.part(given.tensors, plan, self._ranks.rank)
         exchanges = {name: Exchange(shard, self._ranks.group) for name, shard in part.shards.items()}
         self._exchanges[index] = exchanges
         return MicrobatchInput([*part.tensors, *exchanges.values(), *part.extended], part.symbols)

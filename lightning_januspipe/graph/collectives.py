@@ -77,6 +77,28 @@ def sum_halo(y: Tensor, exchange: Exchange) -> Tensor:
     return y if exchange.shard.is_free else _SumHalo.apply(y, exchange)
 
 
+def max_halo(y: Tensor, exchange: Exchange) -> Tensor:
+    """The largest of what the halos of all ranks and the owner hold for each row.
+
+    The derivative goes to those that are as large, in equal shares, as that of torch's ``scatter_reduce`` does. It is
+    made of sums over halos, and so can be differentiated again.
+
+    Args:
+        y: (n_own + n_halo, ...) own rows and candidates for those of other ranks.
+        exchange: shard and group.
+
+    Returns:
+        (n_own, ...); ``y`` itself where no rank has a halo.
+    """
+    _check_rows(y, exchange.shard.num_own + exchange.shard.num_halo)
+    if exchange.shard.is_free:
+        return y
+    largest = _largest(y.detach(), exchange)
+    is_largest = y.detach() == gather_halo(largest, exchange)
+    num = sum_halo(is_largest.to(y.dtype), exchange)
+    return sum_halo(torch.where(is_largest, y, torch.zeros_like(y)), exchange) / num
+
+
 def sum_over_ranks(x: Tensor, exchange: Exchange) -> Tensor:
     """Sum a partial tensor over the ranks; halves are summed in float32.
 
@@ -162,15 +184,10 @@ class _GatherHalo(torch.autograd.Function):
 class _SumHalo(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
-        shard = exchange.shard
-        received = y.new_empty(sum(shard.send_counts), *y.shape[1:])
-        _all_to_all(received, y[shard.num_own :], shard.send_counts, shard.receive_counts, exchange)
-        summed = y[: shard.num_own].clone(memory_format=torch.contiguous_format)
+        summed = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
         # One rank's rows after another's: within one call no row occurs twice, so that atomic additions cannot race.
-        parts = shard.send.split(shard.send_counts), received.split(shard.send_counts)
-        for rows, values in zip(*parts, strict=True):
-            if len(rows):
-                summed.index_add_(0, rows, values)
+        for rows, values in _returned(y, exchange):
+            summed.index_add_(0, rows, values)
         return summed
 
     @staticmethod
@@ -244,6 +261,23 @@ class _OnFirstRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
         return None if gradients[0] is None else count_once(gradients[0], ctx.exchange), None
+
+
+def _largest(y: Tensor, exchange: Exchange) -> Tensor:
+    """Values of :func:`max_halo`."""
+    largest = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
+    for rows, values in _returned(y, exchange):
+        largest[rows] = torch.maximum(largest[rows], values)
+    return largest
+
+
+def _returned(y: Tensor, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
+    """Of each rank that has a halo of own rows: their local numbers, and what it holds for them."""
+    shard = exchange.shard
+    received = y.new_empty(sum(shard.send_counts), *y.shape[1:])
+    _all_to_all(received, y[shard.num_own :], shard.send_counts, shard.receive_counts, exchange)
+    parts = shard.send.split(shard.send_counts), received.split(shard.send_counts)
+    return [(rows, values) for rows, values in zip(*parts, strict=True) if len(rows)]
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Exchange]) -> None:

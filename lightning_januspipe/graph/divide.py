@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.capture.program import PlaceholderValues, build_module
+from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.graph.insert import Localized
 from lightning_januspipe.graph.numbers import Numbers, Source
-from lightning_januspipe.graph.partition import partition_atoms
+from lightning_januspipe.graph.partition import Order, partition_atoms
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read
 
 
@@ -23,7 +25,8 @@ class Part:
         tensors: inputs of the potential, own rows only.
         symbols: values of its size symbols on this rank.
         shards: of each class.
-        extended: inputs with own rows and then those of the halo, as the localized potential takes them at its end.
+        extended: what the localized potential takes at its end: inputs with own rows and then those of the halo, and
+            numbers that it computed before.
     """
 
     tensors: list[Tensor]
@@ -32,28 +35,53 @@ class Part:
     extended: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Who owns and who reads which rows of one micro-batch.
+
+    Attributes:
+        shards: for each class those of all ranks.
+        computed: numbers of rows that the potential computes, of the whole micro-batch.
+    """
+
+    shards: dict[str, list[Shard]]
+    computed: dict[str, Tensor]
+
+
 class Divider:
     """Divides micro-batches, on every rank alike.
 
     Args:
-        localized: the potential with exchanges.
+        captured: the potential.
+        localized: the same with exchanges.
+        potential: the live potential.
         num_ranks: graph ranks.
         order: see :func:`~lightning_januspipe.graph.partition.partition_atoms`.
     """
 
-    def __init__(self, localized: Localized, num_ranks: int, order: str = "spatial") -> None:
+    def __init__(
+        self,
+        captured: CapturedPotential,
+        localized: Localized,
+        potential: nn.Module,
+        num_ranks: int,
+        order: Order = "spatial",
+    ) -> None:
         self._localized, self._num_ranks, self._order = localized, num_ranks, order
         self._classes = localized.classes
+        self._computed = _Computed(captured, localized, potential)
 
-    def shards(self, tensors: Sequence[Tensor]) -> dict[str, list[Shard]]:
-        """Who owns and who reads which rows: for each class the shards of all ranks.
+    def plan(self, tensors: Sequence[Tensor]) -> Plan:
+        """Divide a micro-batch.
 
         Args:
             tensors: the inputs of the whole micro-batch.
         """
+        classes, computed = self._classes, self._computed(tensors)
         sizes = self._sizes(tensors)
-        classes = self._classes
-        values = {n: self._values(tensors, n.source) for n in self._all_numbers()}
+        values = {n: self._values(tensors, n.source, computed) for n in self._all_numbers()}
+        for numbers, found in values.items():
+            sizes.setdefault(numbers.rows, len(found))
         owners: dict[str, Tensor] = {classes.root: self._atoms(tensors, values, sizes[classes.root])}
         for name, numbers in classes.owner.items():
             owners[name] = owners[numbers.of][values[numbers]]
@@ -64,18 +92,18 @@ class Divider:
                 read = rows_read(values[numbers], owners[numbers.rows], sizes[name], self._num_ranks)
                 needed = [torch.cat(pair) for pair in zip(needed, read, strict=True)]
             shards[name] = make_shards(owners[name], needed, self._num_ranks)
-        return shards
+        return Plan(shards, computed)
 
-    def part(self, tensors: Sequence[Tensor], shards: Mapping[str, Sequence[Shard]], rank: int) -> Part:
+    def part(self, tensors: Sequence[Tensor], plan: Plan, rank: int) -> Part:
         """What one rank gets of a micro-batch.
 
         Args:
             tensors: the inputs of the whole micro-batch.
-            shards: see :meth:`shards`.
+            plan: of this micro-batch.
             rank: the graph rank.
         """
         device = tensors[0].device
-        mine = {name: of_class[rank].to(device) for name, of_class in shards.items()}
+        mine = {name: of_class[rank].to(device) for name, of_class in plan.shards.items()}
         local = list(tensors)
         for (position, dim), name in self._localized.rows.items():
             local[position] = local[position].index_select(dim, mine[name].own)
@@ -85,6 +113,10 @@ class Divider:
         for position, dim in self._localized.extended:
             shard = mine[self._localized.rows[position, dim]]
             extended.append(tensors[position].index_select(dim, torch.cat([shard.own, shard.halo])))
+        for numbers in self._localized.computed:
+            value, shard = plan.computed[numbers.source.node], mine[numbers.rows]
+            dim = next(d for d, size in enumerate(value.shape) if size == shard.num_rows)
+            extended.append(mine[numbers.of].local(value.index_select(dim, shard.own)).to(value.dtype))
         return Part(local, self._localized.potential.program.bind(local), mine, extended)
 
     def _atoms(self, tensors: Sequence[Tensor], values: Mapping[Numbers, Tensor], num_atoms: int) -> Tensor:
@@ -105,8 +137,8 @@ class Divider:
         classes = self._classes
         return list(dict.fromkeys([*classes.owner.values(), *(n for of in classes.readers.values() for n in of)]))
 
-    def _values(self, tensors: Sequence[Tensor], source: Source) -> Tensor:
-        found = tensors[source.position].detach()
+    def _values(self, tensors: Sequence[Tensor], source: Source, computed: Mapping[str, Tensor]) -> Tensor:
+        found = computed[source.node] if source.node else tensors[source.position].detach()
         for dim, place in source.selected:
             found = found.select(dim, place)
         return found.reshape(-1).to("cpu", torch.int64)
@@ -122,6 +154,22 @@ class Divider:
                     "for one for each atom or edge. Use graph_size=1."
                 )
         return sizes
+
+
+class _Computed:
+    """Numbers of rows that a potential computes from its inputs, of a whole micro-batch."""
+
+    def __init__(self, captured: CapturedPotential, localized: Localized, potential: nn.Module) -> None:
+        program, self._names = captured.program, [n.source.node for n in localized.computed]
+        nodes = [*captured.regions.geometry, *captured.regions.body]
+        names = [n.name for n in program.nodes if n.op == "placeholder" and n.name not in program.parameters]
+        self._placeholders = PlaceholderValues(program, potential, names) if self._names else None
+        self._module = build_module(program, nodes, names, self._names) if self._names else None
+
+    def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self._module is None or self._placeholders is None:
+            return {}
+        return dict(zip(self._names, self._module(*self._placeholders.values(tensors)), strict=True))
 
 
 def _renumbered(tensor: Tensor, source: Source, shard: Shard) -> Tensor:

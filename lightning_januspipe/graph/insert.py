@@ -31,6 +31,7 @@ from lightning_januspipe.graph.numbers import (
     GATHERING,
     SCATTERING,
     Classes,
+    Numbers,
     NumbersOfRows,
     Source,
     Use,
@@ -88,6 +89,8 @@ class Localized:
         observables: kinds of the observables.
         derivatives: kinds of the differentiation inputs, and so of the derivative.
         positions: place of the input with positions (N, 3), if it is among the inputs.
+        computed: numbers of rows that operations compute from inputs; they are computed for the whole micro-batch, and
+            are the last inputs.
         extended: (position, dimension) of the inputs of which the potential also takes rows with the halo, after the
             exchanges: every rank has them, so nothing has to be sent.
     """
@@ -100,6 +103,7 @@ class Localized:
     derivatives: tuple[Value, ...]
     positions: int | None
     extended: tuple[tuple[int, int], ...]
+    computed: tuple[Numbers, ...]
 
 
 def localize(captured: CapturedPotential) -> Localized:
@@ -120,6 +124,8 @@ class _Localizer:
         self._found = NumbersOfRows(self._program, self._forward, cut.sizes)
         self._classes = find_classes(self._program, self._found)
         self._divided = self._found.divided = set(self._classes.names)
+        self._computed = [n.source.node for n in self._found.numbers if n.source.node and n.of in self._divided]
+        self._forward = self._alive()
         require_plain_use(self._program, self._found, self._classes, self._forward)
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
         self._owners = {n.source for n in self._classes.owner.values()}
@@ -139,7 +145,7 @@ class _Localizer:
         self._nodes = {n.name: replace(n) for n in program.nodes}
         forward = set(self._forward)
         for node in program.nodes:
-            if node.op == "placeholder":
+            if node.op == "placeholder" or node.name in self._computed:
                 self._values[node.name] = self._of_input(node)
             elif node.name in forward:
                 self._values[node.name] = self._visit(self._nodes[node.name])
@@ -154,7 +160,8 @@ class _Localizer:
     # -- kinds -------------------------------------------------------------------------------------------------------
 
     def _of_input(self, node: Node) -> Value:
-        if node.name not in self._program.inputs or node.spec is None:
+        is_input = node.name in self._program.inputs or node.name in self._computed
+        if not is_input or node.spec is None:
             return _PARTIAL
         return self._rows_of(node.spec, node) or _PARTIAL
 
@@ -279,11 +286,14 @@ class _Localizer:
             if use.counts is not None or use.source in self._owners:
                 self._replicate(node, self._operands(node))
                 return value
-            if not _adds(node):
+            if not _adds(node) and not _is_largest(node):
                 raise _refused(node, "writes rows that belong to other ranks")
             self._replicate(node, self._operands(node))
-            self._operand(node, name, operations.with_room, value.rows, value.dim)
-            self._rename_and_follow(node.name, operations.sum_halo, value.rows, value.dim)
+            room, joined = (operations.with_room, operations.sum_halo)
+            if _is_largest(node):
+                room, joined = (operations.with_low_room, operations.max_halo)
+            self._operand(node, name, room, value.rows, value.dim)
+            self._rename_and_follow(node.name, joined, value.rows, value.dim)
             return value
         if not given:
             return None
@@ -388,10 +398,12 @@ class _Localizer:
     def _result(self) -> Localized:
         captured, program = self._captured, self._program
         nodes = []
-        added = [*(_exchange(c) for c in self._classes.names), *map(_extended, self._extended)]
+        added = [*(_exchange(c) for c in self._classes.names), *map(_extended, self._extended), *self._computed]
         placeholders = [Node(e, "placeholder", e, (), {}, None) for e in added]
         is_first = True
         for node in program.nodes:
+            if node.name in self._computed:
+                continue
             if node.op != "placeholder" and is_first:
                 nodes += placeholders
                 is_first = False
@@ -419,7 +431,8 @@ class _Localizer:
             potential=potential,
             classes=self._classes,
             rows=rows,
-            renumbered={n.source: n.of for n in self._found.numbers if n.of in self._divided},
+            renumbered={n.source: n.of for n in self._found.numbers if n.of in self._divided and not n.source.node},
+            computed=tuple(n for n in self._found.numbers if n.of in self._divided and n.source.node),
             observables=tuple(self._values[n] for n in regions.observables),
             derivatives=tuple(self._values[n] for n in program.coordinates),
             positions=self._positions(),
@@ -429,9 +442,21 @@ class _Localizer:
     def _longer(self, names: Sequence[str]) -> list[str]:
         found: list[str] = []
         for name in names:
+            if name in self._computed:
+                continue
             found += [n for n in self._with.get(name, []) if n not in found]
             found.append(name)
         return found
+
+    def _alive(self) -> list[str]:
+        """Operations that are still needed where computed numbers are inputs."""
+        regions, program = self._captured.regions, self._program
+        alive = {*program.energies, *program.coordinates, *regions.observables}
+        forward = set(self._forward)
+        for node in reversed(program.nodes):
+            if node.name in alive and node.name in forward and node.name not in self._computed:
+                alive.update(node.inputs())
+        return [n for n in self._forward if n in alive and n not in self._computed]
 
     def _positions(self) -> int | None:
         """The input that the first differentiation input of atoms is made from, if it has its shape."""
@@ -460,6 +485,12 @@ def _adds(node: Node) -> bool:
     if node.target == "aten.scatter_reduce.two":
         return node.args[4] == "sum"
     return node.target in _ADDING
+
+
+def _is_largest(node: Node) -> bool:
+    """Whether an index operation keeps the largest of floating-point values."""
+    is_float = node.spec is not None and node.spec.dtype.is_floating_point
+    return node.target == "aten.scatter_reduce.two" and node.args[4] == "amax" and is_float
 
 
 def _exchange(rows: str) -> str:

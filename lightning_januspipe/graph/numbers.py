@@ -56,15 +56,17 @@ _BATCHED = {"aten.bmm.default", "aten.baddbmm.default", "aten.matmul.default"}
 
 @dataclass(frozen=True)
 class Source:
-    """An input, or a part of it.
+    """An input, or a part of it, or integers that are computed from inputs.
 
     Attributes:
-        position: of the program's input.
+        position: of the program's input; -1 if it is none.
         selected: (dimension, place) of each selection, in order.
+        node: the operation that computes it, if it is no input.
     """
 
     position: int
     selected: tuple[tuple[int, int], ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class NumbersOfRows:
         self._program, self._example = program, sizes
         self._positions = {name: i for i, name in enumerate(program.inputs)}
         self._sources: dict[str, Source | None] = {}
+        self._of_inputs = self._depends_on_inputs_only(nodes)
         self._same: dict[str, str] = {}
         self.divided: set[str] = set()
         self.uses = [use for name in nodes for use in self._uses(program.by_name[name])]
@@ -176,9 +179,9 @@ class NumbersOfRows:
         if not rows:
             return None
         num = self._example[rows[0]]
-        symbols = {s: n for s, n in self._example.items() if s.isidentifier()}
-        same = {s: 2 * n for s, n in symbols.items() if self.class_of(s) == self.class_of(rows[0])}
-        once, double = (TensorSpec((size,), torch.int64).sizes(v)[0] for v in (symbols, {**symbols, **same}))
+        values = {s: n for s, n in self._example.items() if s.isidentifier()}
+        same = {s: 2 * n for s, n in values.items() if self.class_of(s) == self.class_of(rows[0])}
+        once, double = (TensorSpec((size,), torch.int64).sizes(v)[0] for v in (values, {**values, **same}))
         if double != 2 * once or once % num:
             raise ValueError(f"a size {size}")
         return self.class_of(rows[0]), once // num
@@ -209,8 +212,25 @@ class NumbersOfRows:
     def source(self, name: str) -> Source | None:
         """The input, or part of one, that a node's values are; None if they are computed."""
         if name not in self._sources:
-            self._sources[name] = self._find(self._program.by_name[name])
+            node = self._program.by_name[name]
+            found = self._find(node)
+            if found is None and self._is_computed(node):
+                found = Source(-1, (), name)
+            self._sources[name] = found
         return self._sources[name]
+
+    def _is_computed(self, node: Node) -> bool:
+        """Whether a node holds one integer for each row, computed from inputs only, such as the atom of an angle."""
+        if node.name not in self._of_inputs or node.spec is None or node.spec.dtype not in (torch.int64, torch.int32):
+            return False
+        return sum(symbolic(size) is not None for size in node.spec.shape) == 1
+
+    def _depends_on_inputs_only(self, nodes: Sequence[str]) -> set[str]:
+        found = {n.name for n in self._program.nodes if n.op == "placeholder"} - set(self._program.parameters)
+        for name in nodes:
+            if found.issuperset(self._program.by_name[name].inputs()):
+                found.add(name)
+        return found
 
     def counts(self, name: str) -> str | None:
         """The size symbol up to which a node's values count from 0; None if they are others."""
@@ -244,13 +264,13 @@ class NumbersOfRows:
 
     def _selected(self, name: str, dim: int, place: int) -> Source | None:
         found, spec = self.source(name), self._program.by_name[name].spec
-        if found is None or spec is None or list(spec.shape) != self._sizes(found):
+        if found is None or found.node or spec is None or list(spec.shape) != self._sizes(found):
             return None
         return Source(found.position, (*found.selected, (dim % len(spec.shape), place)))
 
     def _sizes(self, source: Source) -> list[int | str]:
         """The shape of an input's part."""
-        spec = self._program.by_name[self._program.inputs[source.position]].spec
+        spec = self._program.by_name[source.node or self._program.inputs[source.position]].spec
         assert spec is not None
         sizes = list(spec.shape)
         for dim, _ in source.selected:
@@ -364,6 +384,8 @@ def require_plain_use(program: Program, found: NumbersOfRows, classes: Classes, 
 
 
 def _overlap(a: Source, b: Source) -> bool:
+    if a.node or b.node:
+        return a.node == b.node
     shorter = min(len(a.selected), len(b.selected))
     return a.position == b.position and a.selected[:shorter] == b.selected[:shorter]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,18 @@ def gather_halo(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
 def sum_halo(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
     """Own rows, with what all ranks' halos hold for them; see :func:`~.collectives.sum_halo`."""
     return _along(collectives.sum_halo, x, exchange, dim)
+
+
+def max_halo(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
+    """Own rows, each the largest of what all ranks' halos hold for it; see :func:`~.collectives.max_halo`."""
+    return _along(collectives.max_halo, x, exchange, dim)
+
+
+def with_low_room(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
+    """Own rows, and then rows of the lowest numbers for the halo: to find the largest in, before :func:`max_halo`."""
+    num = exchange.shard.num_halo
+    shape = [num if d == dim else size for d, size in enumerate(x.shape)]
+    return torch.cat([x, x.new_full(shape, -math.inf)], dim)
 
 
 def with_room(x: Tensor, exchange: Exchange, dim: int) -> Tensor:

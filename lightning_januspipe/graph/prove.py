@@ -7,6 +7,7 @@ are their transposes is not a matter of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.find import StepFunction, call_arguments
-from lightning_januspipe.capture.program import Node, PlaceholderValues, Ref, new_leaf, replace_refs, target_function
+from lightning_januspipe.capture.program import Node, PlaceholderValues, new_leaf, replace_refs, target_function
 from lightning_januspipe.capture.stages import CapturedPotential, independent_coordinates
 from lightning_januspipe.capture.unchanged import unchanged
 from lightning_januspipe.capture.validate import rounding_tolerance
@@ -68,14 +69,14 @@ def prove(
     Raises:
         CaptureError: they differ.
     """
-    divider = Divider(localized, num_ranks)
-    shards = divider.shards(tensors)
-    parts = [divider.part(tensors, shards, rank) for rank in range(num_ranks)]
+    divider = Divider(captured, localized, potential, num_ranks)
+    plan = divider.plan(tensors)
+    parts = [divider.part(tensors, plan, rank) for rank in range(num_ranks)]
     program = localized.potential.program
-    extended = program.inputs[len(program.inputs) - len(localized.extended) :]
+    extended = program.inputs[len(program.inputs) - len(parts[0].extended) :]
     inputs = [dict(zip([*captured.program.inputs, *extended], [*p.tensors, *p.extended], strict=True)) for p in parts]
     same = [Value(Kind.REPLICATED)] * len(localized.derivatives)
-    divided = _LockStep(localized.potential, potential, inputs, shards, localized.derivatives)
+    divided = _LockStep(localized.potential, potential, inputs, plan.shards, localized.derivatives)
     undivided = _LockStep(captured, potential, [dict(zip(captured.program.inputs, tensors, strict=True))], {}, same)
     tolerance = rounding_tolerance(captured, potential)
     weights: list[Tensor] = []
@@ -89,8 +90,8 @@ def prove(
         if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
                 f"graph_size > 1 is not possible: divided over {num_ranks} ranks, {what} of the potential "
-                f"{shown(captured.path)} differs by {error:.2e} at a scale of {scale:.2e}. It combines atoms or edges in "
-                "a way that was not recognized. Use graph_size=1."
+                f"{shown(captured.path)} differs by {error:.2e} at a scale of {scale:.2e}. It combines atoms or "
+                "edges in a way that was not recognized. Use graph_size=1."
             )
 
 
@@ -129,9 +130,9 @@ class _LockStep:
     def _run(self, node: Node) -> None:
         exchanged = _EXCHANGES.get(node.target)
         if exchanged is not None:
-            name, exchange, dim = (a.name if isinstance(a, Ref) else a for a in node.args)
-            rows = self._shards[exchange.removeprefix("exchange_")]
-            results = exchanged([v[name] for v in self._values], rows, dim)
+            given, exchange, dim = node.args
+            rows = self._shards[exchange.name.removeprefix("exchange_")]
+            results = exchanged([v[given.name] for v in self._values], rows, dim)
         else:
             function = target_function(node.target)
             results = [
@@ -152,7 +153,12 @@ class _LockStep:
         self._leaves[place] = [v[name] for v in self._values]
 
     def results(self, observables: Sequence[Value], weights: list[Tensor]) -> list[tuple[str, Tensor]]:
-        """Observables, derivatives and parameter gradients, each with words for it; weights of the loss are drawn once."""
+        """Observables, derivatives and parameter gradients, each with words for it.
+
+        Args:
+            observables: what they are to the ranks.
+            weights: of the loss; drawn if there are none yet.
+        """
         energies = [self._values[0][n] for n in self._program.energies]
         inputs = [x for leaves in self._leaves for x in dict.fromkeys(leaves)]
         roots = [e.sum() for e in energies if e.requires_grad]
@@ -176,12 +182,12 @@ class _LockStep:
             for (_, x), w in zip(outputs, weights, strict=True)
             if x.is_floating_point() and x.requires_grad
         ]
-        gradients = torch.autograd.grad(
+        trained = torch.autograd.grad(
             terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True
         )
         named = [
             (f"the parameter gradient of a force loss for {n!r}", g)
-            for n, g in zip(self._parameters, gradients, strict=True)
+            for n, g in zip(self._parameters, trained, strict=True)
         ]
         return [*((what, x.detach()) for what, x in outputs), *named]
 
@@ -207,6 +213,28 @@ def _sum_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> li
     return [total.index_select(dim, s.own.to(total.device)) for s in shards]
 
 
+def _max_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    shape = list(values[0].shape)
+    shape[dim] = shards[0].num_rows
+    largest = values[0].new_full(shape, -math.inf)
+    for value, shard in zip(values, shards, strict=True):
+        rows = torch.cat([shard.own, shard.halo]).to(value.device)
+        held = torch.maximum(largest.index_select(dim, rows), value.detach())
+        largest = largest.index_copy(dim, rows, held)
+    own = [largest.index_select(dim, s.own.to(largest.device)) for s in shards]
+    are_largest = [v.detach() == g for v, g in zip(values, _gather_halo(own, shards, dim), strict=True)]
+    counts = _sum_halo([a.to(v.dtype) for a, v in zip(are_largest, values, strict=True)], shards, dim)
+    kept = [torch.where(a, v, torch.zeros_like(v)) for a, v in zip(are_largest, values, strict=True)]
+    return [s / n for s, n in zip(_sum_halo(kept, shards, dim), counts, strict=True)]
+
+
+def _with_low_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    return [
+        torch.cat([x, x.new_full([s.num_halo if d == dim else n for d, n in enumerate(x.shape)], -math.inf)], dim)
+        for x, s in zip(values, shards, strict=True)
+    ]
+
+
 def _with_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
     return [
         torch.cat([x, x.new_zeros([s.num_halo if d == dim else n for d, n in enumerate(x.shape)])], dim)
@@ -229,6 +257,8 @@ _EXCHANGES: dict[Any, Callable[[Sequence[Tensor], Sequence[Shard], int], list[Te
     operations.gather_halo: _gather_halo,
     operations.sum_halo: _sum_halo,
     operations.with_room: _with_room,
+    operations.max_halo: _max_halo,
+    operations.with_low_room: _with_low_room,
     operations.sum_over_ranks: _sum,
     operations.replicate: _same,
     operations.count_once: _same,

@@ -35,13 +35,18 @@ def exchanges(found: Localized) -> Counter[str]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
-@pytest.mark.parametrize("kind", [Potential, models.BothWays, models.States, models.Angles])
+@pytest.mark.parametrize(
+    "kind", [Potential, models.BothWays, models.States, models.Angles, models.Attention, models.Composed]
+)
 def test_a_divided_batch_is_the_whole_one(kind: type[Potential], num_ranks: int) -> None:
     source, found = localized(kind)
     captured = source.cut(2)
     call = source.call_on(BATCH)
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
-    halos = [s.num_halo for s in Divider(found, num_ranks).shards(tensors)[found.classes.root]]
+    halos = [
+        s.num_halo
+        for s in Divider(captured, found, source.potential, num_ranks).plan(tensors).shards[found.classes.root]
+    ]
     assert sum(halos) > 0, "rows of other ranks are read"
     prove(captured, found, source.potential, tensors, num_ranks)
 
@@ -73,7 +78,7 @@ def test_edges_of_angles_are_divided_too() -> None:
     assert len(found.classes.names) == 3
     call = source.call_on(BATCH)
     tensors = source.cut(2).inputs(source.potential)(call.args, call.kwargs)
-    shards = Divider(found, 3).shards(tensors)
+    shards = Divider(source.cut(2), found, source.potential, 3).plan(tensors).shards
     for name, of_class in shards.items():
         assert sum(s.num_own for s in of_class) == of_class[0].num_rows
         assert any(s.num_halo for s in of_class) == (name != found.classes.names[-1]), "nothing reads angles"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -96,6 +97,36 @@ def angles_of(batch: Batch) -> Batch:
     return {**batch, "angles": torch.stack([here, other])}
 
 
+class _Attention(Layer):
+    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
+        values = h[edges[0]] * self.filter(radial)
+        weights = 0.5 * (soft(values, edges[0], h) + soft(values, edges[1], h))
+        return h + torch.tanh(self.mix(self.aggregate(h, edges[1], weights * values)))
+
+
+def soft(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Softmax over the edges of each atom."""
+    index = index[:, None].expand_as(values)
+    largest = like.new_full(like.shape, -math.inf).scatter_reduce(0, index, values, "amax")
+    powers = torch.exp(values - largest.gather(0, index))
+    return powers / like.new_zeros(like.shape).scatter_reduce(0, index, powers, "sum").gather(0, index)
+
+
+class Attention(Potential):
+    """Weights over the edges out of an atom, which are not all on its rank, and over those into it."""
+
+    layer = _Attention
+
+
+class Composed(Angles):
+    """The atom that two edges share is looked up by the number of one of them."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        shared = batch["edges"][0][batch["angles"][0]]
+        return h + 0.1 * torch.zeros_like(h).index_add(0, shared, torch.tanh(h[shared]))
+
+
 class MeanField(Potential):
     """Atoms see the mean over all atoms of the batch: not a sum that ranks could share."""
 
@@ -128,11 +159,11 @@ class Counted(Potential):
 
 
 class Looked(Potential):
-    """Atoms are looked up by numbers that the potential computes."""
+    """Atoms are looked up by numbers that follow from features."""
 
     def features(self, batch: Batch, vectors: Tensor) -> Tensor:
         h = super().features(batch, vectors)
-        return h + h[batch["species"] * 0]
+        return h + h[(0 * h[:, 0]).long()]
 
 
 class _Module(Base):
@@ -164,3 +195,11 @@ def states() -> Base:
 
 def angles() -> Base:
     return _AnglesModule(Angles())
+
+
+def attention() -> Base:
+    return _Module(Attention())
+
+
+def composed() -> Base:
+    return _AnglesModule(Composed())
