@@ -503,6 +503,6 @@ def _extended(name: str) -> str:
 
 def _refused(node: Node, what: str) -> CaptureError:
     return CaptureError(
-        f"graph_size > 1 is not possible: operation {node.target} ({node.name}) of the potential {what}, for which there "
-        "is no exchange between graph ranks. Use graph_size=1."
+        f"graph_size > 1 is not possible: operation {node.target} ({node.name}) of the potential {what}, for which "
+        "there is no exchange between graph ranks. Use graph_size=1."
     )
