@@ -84,7 +84,7 @@ def seed_workers(loader: Any, worker_init: Callable[..., None], data_rank: int) 
         loader.worker_init_fn = partial(worker_init, rank=data_rank)
 
 
-def example_batches(loader: Any, num_microbatches: int, smallest: bool = False) -> tuple[Any, Any]:
+def example_batches(loader: Any, num_microbatches: int, limited: bool = False) -> tuple[Any, Any]:
     """Two batches for capture, collated by the loader's own function: one to trace, one to validate and profile on.
 
     They hold different numbers of samples; the first has at least two, the second about as many as a micro-batch. Of
@@ -97,7 +97,7 @@ def example_batches(loader: Any, num_microbatches: int, smallest: bool = False) 
     Args:
         loader: the training (or evaluation) loader.
         num_microbatches: into how many its batches are split.
-        smallest: of a map-style dataset, take the smallest of the samples that are read.
+        limited: of a map-style dataset, take samples that one process can hold.
 
     Raises:
         ValueError: the loader gives no samples, or gives them only once.
@@ -109,7 +109,7 @@ def example_batches(loader: Any, num_microbatches: int, smallest: bool = False) 
             return _ends(list(islice(_fresh(loader, "loader"), 2)))
         if isinstance(loader.dataset, IterableDataset):
             return _read_iterable(loader, num_microbatches)
-        return _read_map(loader, num_microbatches, smallest)
+        return _read_map(loader, num_microbatches, limited)
 
 
 def collates_microbatches(loader: Any) -> bool:
@@ -339,22 +339,22 @@ class _ExampleCollate:
 
     collate: Callable[[list[Any]], Any]
     num_typical: int
-    smallest: bool = False
+    limited: bool = False
 
     def __call__(self, samples: Any) -> tuple[Any, Any] | None:
         if not isinstance(samples, Sequence):
             return None
-        traced, other = example_groups(samples, self.num_typical, self.smallest)
+        traced, other = example_groups(samples, self.num_typical, self.limited)
         return self.collate(traced), self.collate(other)
 
 
-def _read_map(loader: Any, num_microbatches: int, smallest: bool) -> tuple[Any, Any]:
+def _read_map(loader: Any, num_microbatches: int, limited: bool) -> tuple[Any, Any]:
     dataset = loader.dataset
     if not _collates(loader):
         keys = _keys(loader, loader.sampler, 2)
         return _ends(list(_reader(loader, loader.collate_fn, batch_size=None, sampler=keys)))
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 2 * num_microbatches
-    collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)), smallest)
+    collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)), limited)
     num = len(dataset) if hasattr(dataset, "__len__") else _NUM_SAMPLES
     if not num:
         raise ValueError("the dataset gives no samples")

@@ -379,7 +379,7 @@ class JanusPipeBody(CheckpointHooks):
         def examples() -> tuple[Any, Any]:
             # A structure that is divided over ranks may be too large for the one that captures.
             is_divided = self.mesh_shape.graph > 1
-            first, second = example_batches(loader, num_microbatches, smallest=is_divided)
+            first, second = example_batches(loader, num_microbatches, limited=is_divided)
             return self._moved(first), self._moved(second)
 
         @contextmanager

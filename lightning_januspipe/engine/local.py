@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -65,28 +65,30 @@ class LocalResult:
 def run_local(
     functions: Sequence[StageFunction],
     chain: ChainSpec,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Any],
     loss: Callable[[list[Tensor], list[Tensor]], LossGradients],
     *,
     defer: bool = False,
     apart: Collection[int] = frozenset(),
     measure_memory: bool = False,
+    on_phase: Callable[[str, int], None] | None = None,
 ) -> LocalResult:
     """Walk one micro-batch through all phases of all stages.
 
     Args:
         functions: the stages, in order.
         chain: what they share.
-        tensors: the potential call's tensors.
+        tensors: the potential call's tensors, and on a graph rank its exchanges.
         loss: called with (observables, derivatives).
         defer: leave what only parameters wait for to WF and WE.
         apart: stages whose FF and BF run apart from FE and BE, as on another rank.
         measure_memory: also measure what each stage holds between its phases (times then mean little).
+        on_phase: called with the name of a phase and its stage before each of them.
     """
     gradients = GradientBuffers()
     stages = [Stage(f, gradients, chain.autocast) for f in functions]
     others = {i: Stage(functions[i], gradients, chain.autocast) for i in apart}
-    meter = _Meter(functions, gradients, others, tensors, measure_memory)
+    meter = _Meter(functions, gradients, others, tensors, measure_memory, on_phase)
     observables: dict[int, Tensor] = {}
     received: dict[int, list[Tensor]] = {}
     boundary: list[Tensor] = []
@@ -133,11 +135,12 @@ class _Meter:
         functions: Sequence[StageFunction],
         gradients: GradientBuffers,
         apart: Collection[int],
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Any],
         memory: bool,
+        on_phase: Callable[[str, int], None] | None,
     ) -> None:
-        self._functions, self._gradients, self._apart = functions, gradients, apart
-        self._cuda = any(t.is_cuda for t in tensors)
+        self._functions, self._gradients, self._apart, self._on_phase = functions, gradients, apart, on_phase
+        self._cuda = any(isinstance(t, Tensor) and t.is_cuda for t in tensors)
         self._seconds: list[dict[str, float]] = [{} for _ in functions]
         self._alive: list[dict[str, int]] = [{} for _ in functions]
         self._counters: dict[tuple[int, bool], StorageCounter] | None = {} if memory else None
@@ -189,6 +192,8 @@ class _Meter:
     def _timed(
         self, phase: str, index: int, function: Callable[..., _Result], messages: Sequence[Sequence[Tensor | None]]
     ) -> _Result:
+        if self._on_phase is not None:
+            self._on_phase(phase, index)
         self._synchronize()
         began = time.perf_counter()
         result = function(*messages)

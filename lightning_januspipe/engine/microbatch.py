@@ -159,22 +159,26 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     return [[samples[i] for i in g] for g in ordered]
 
 
-def example_groups(samples: Sequence[Any], num_typical: int, smallest: bool = False) -> tuple[list[Any], list[Any]]:
+MAX_EXAMPLE = 20_000.0
+"""Largest cost of a sample that is captured where training divides samples over several ranks."""
+
+
+def example_groups(samples: Sequence[Any], num_typical: int, limited: bool = False) -> tuple[list[Any], list[Any]]:
     """Samples of two batches for capture, of different numbers of samples: one to trace, one to validate and profile.
 
     Args:
         samples: at least one; those of a group are repeated where there are too few.
         num_typical: samples of a usual micro-batch.
-        smallest: take the smallest samples for both.
+        limited: take samples for both that one process can hold, where training divides them over several.
 
     Returns:
-        The largest two or three samples, and ``num_typical`` samples of middle sizes.
+        The largest two or three samples, and ``num_typical`` samples of middle sizes; where these are limited, of those
+        that cost no more than :data:`MAX_EXAMPLE`, or else of the smallest two.
     """
     ordered = sorted(samples, key=sample_cost)
     num_traced = 3 if num_typical == 2 else 2
-    if smallest:
-        traced, typical = ([ordered[i % len(ordered)] for i in range(n)] for n in (num_traced, num_typical))
-        return traced, typical
+    if limited:
+        ordered = [s for s in ordered if sample_cost(s) <= MAX_EXAMPLE] or ordered[:2]
     middle = [ordered[len(ordered) * (2 * i + 1) // (2 * num_typical)] for i in range(num_typical)]
     return [ordered[-1 - i % len(ordered)] for i in range(num_traced)], middle
 

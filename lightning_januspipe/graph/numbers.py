@@ -178,10 +178,10 @@ class NumbersOfRows:
         rows = [s for s in symbols if s in self._example and self.class_of(s) in self.divided]
         if not rows:
             return None
-        num = self._example[rows[0]]
+        num = 6  # any number; that of the example may be 0
         values = {s: n for s, n in self._example.items() if s.isidentifier()}
-        same = {s: 2 * n for s, n in values.items() if self.class_of(s) == self.class_of(rows[0])}
-        once, double = (TensorSpec((size,), torch.int64).sizes(v)[0] for v in (values, {**values, **same}))
+        counts = [{s: n for s in values if self.class_of(s) == self.class_of(rows[0])} for n in (num, 2 * num)]
+        once, double = (TensorSpec((size,), torch.int64).sizes({**values, **c})[0] for c in counts)
         if double != 2 * once or once % num:
             raise ValueError(f"a size {size}")
         return self.class_of(rows[0]), once // num

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from lightning_januspipe.engine import microbatch
 from lightning_januspipe.engine.microbatch import (
     MicroBatchCollate,
     MicroBatches,
@@ -237,7 +238,13 @@ def test_rounding_is_no_difference() -> None:
     assert not same_batch(fingerprint([]), fingerprint([values]))
 
 
-def test_examples_of_the_smallest_samples() -> None:
-    traced, typical = example_groups(_samples([9, 1, 7, 3, 5]), 1, smallest=True)
-    assert [s["x"].numel() for s in traced] == [1, 3]
-    assert [s["x"].numel() for s in typical] == [1]
+def test_examples_that_one_process_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples that training divides, those within the limit as usual, or else the smallest."""
+    samples = _samples([9, 1, 7, 3, 5])
+    monkeypatch.setattr(microbatch, "MAX_EXAMPLE", 6.0)
+    traced, typical = example_groups(samples, 1, limited=True)
+    assert [s["x"].numel() for s in traced] == [5, 3]
+    assert [s["x"].numel() for s in typical] == [3]
+    monkeypatch.setattr(microbatch, "MAX_EXAMPLE", 0.5)
+    traced, typical = example_groups(samples, 1, limited=True)
+    assert sorted(s["x"].numel() for s in traced) == [1, 3] and len(typical) == 1
