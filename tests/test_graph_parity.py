@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import graph_models
 import pytest
 import tiny
@@ -53,3 +55,19 @@ def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
     check(
         pool, 2 * strategy["pipeline_size"], tiny.water, tiny.water_module, graph_size=2, num_microbatches=2, **strategy
     )
+
+
+@pytest.mark.parametrize("strategy", [{"graph_size": 2}, {"graph_size": 4}, {"graph_size": 2, "pipeline_size": 2}])
+def test_odd_structures(pool: RankPool, strategy: dict[str, int]) -> None:
+    """Vacuum, wires, cells smaller than the cutoff, atoms without edges, and more ranks than atoms."""
+    sizes = {"pipeline_size": 1, "num_microbatches": 4, **strategy}
+    module = partial(tiny.module, stress_weight=0.0)
+    check(pool, sizes["pipeline_size"] * sizes["graph_size"], tiny.OddStructures, module, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_three_dimensions() -> None:
+    """Two stages, two replicas and two graph ranks."""
+    with RankPool(8) as pool:
+        check(pool, 8, pipeline_size=2, data_size=2, graph_size=2, num_microbatches=2)

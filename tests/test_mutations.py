@@ -14,6 +14,7 @@ from lightning_januspipe.loading import example_batches
 from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
 
 STAGES: dict[str, Any] = {"num_microbatches": 3}
+GRAPH: dict[str, Any] = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 3}
 REPLICAS: dict[str, Any] = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
 
 
@@ -47,6 +48,24 @@ def test_faults_between_replicas_are_found(pool: RankPool) -> None:
     assert not isinstance(error.value, RankError), "the run itself failed"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "halo without second derivative",
+        "halo scaled by the ranks",
+        "energies summed again",
+        "strain summed on one rank",
+        "graph ranks averaged",
+    ],
+)
+def test_faults_between_graph_ranks_are_found(pool: RankPool, name: str) -> None:
+    with pytest.raises(AssertionError, match="differs by|gradient of .* is None|the loss of step 0 is") as error:
+        _check(name, pool, 2, GRAPH)
+    only_gradients = name in ("halo without second derivative", "graph ranks averaged")
+    assert ("the loss of step 0" not in str(error.value)) == only_gradients
+    assert not isinstance(error.value, RankError), "the run itself failed"
+
+
 @pytest.mark.parametrize("name", ["second copy not trained", "part of the other rank lost"])
 def test_faults_between_the_copies_of_a_stage_are_found(pool: RankPool, name: str) -> None:
     module = partial(mutants.mutated, name, "on_train_epoch_start", tiny.module)
@@ -56,7 +75,7 @@ def test_faults_between_the_copies_of_a_stage_are_found(pool: RankPool, name: st
     assert not isinstance(error.value, RankError), "the run itself failed"
 
 
-@pytest.mark.parametrize(("devices", "strategy"), [(2, STAGES), (4, REPLICAS)], ids=["stages", "replicas"])
+@pytest.mark.parametrize(("devices", "strategy"), [(2, STAGES), (2, GRAPH), (4, REPLICAS)])
 def test_without_a_fault_the_check_passes(pool: RankPool, devices: int, strategy: dict[str, Any]) -> None:
     _check("unchanged", pool, devices, strategy)
 

@@ -15,6 +15,7 @@ from lightning_januspipe.capture.step import CapturedStep
 from lightning_januspipe.engine import executor
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.graph import collectives
 from lightning_januspipe.schedule import Phase
 
 
@@ -136,6 +137,22 @@ def _part_of_the_other_rank_lost() -> Mutation:
     return Stage, "backward_energy", backward_energy
 
 
+def _raw_backward(function: type, exchange: Callable[..., Tensor], factor: float = 1.0) -> Mutation:
+    """A backward pass that is not differentiated again, or is scaled."""
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        (given,) = gradients
+        if given is None:
+            return None, None
+        return (exchange(given, ctx.exchange) * factor if factor != 1 else exchange(given.detach(), ctx.exchange)), None
+
+    return function, "backward", staticmethod(backward)
+
+
+def _graph_ranks_not_summed() -> Mutation:
+    return pipeline, "reduce_gradients", lambda parameters, group, divide_by=1: reduce_gradients(parameters, group, 2)
+
+
 MUTATIONS: dict[str, Callable[[], Mutation]] = {
     "unchanged": _unchanged,
     "second-order term cut": _no_second_order_term,
@@ -149,4 +166,9 @@ MUTATIONS: dict[str, Callable[[], Mutation]] = {
     "WE lost": lambda: _gradients_lost("weight_energy"),
     "second copy not trained": lambda: _gradients_lost("backward_force_apart"),
     "part of the other rank lost": _part_of_the_other_rank_lost,
+    "halo without second derivative": lambda: _raw_backward(collectives._GatherHalo, collectives.sum_halo),
+    "halo scaled by the ranks": lambda: _raw_backward(collectives._GatherHalo, collectives.sum_halo, 2.0),
+    "energies summed again": lambda: _raw_backward(collectives._SumOverRanks, collectives.sum_over_ranks, 1.0),
+    "strain summed on one rank": lambda: _raw_backward(collectives._Replicate, collectives.replicate),
+    "graph ranks averaged": _graph_ranks_not_summed,
 }

@@ -110,3 +110,41 @@ def water_module() -> Any:
 def ethanol_module() -> Any:
     """For ethanol."""
     return _molecular_module(["H", "C", "O"], 3)
+
+
+class OddStructures:
+    """A slab with vacuum, a wire, lone atoms, a pair, a cell of one atom, and a cluster; two batches of four."""
+
+    def prepare_data(self) -> None: ...
+
+    def setup(self, stage: str) -> None: ...
+
+    def train_dataloader(self) -> Any:
+        import numpy as np
+        from ase import Atoms
+        from ase.build import bulk, fcc111
+        from ase.calculators.emt import EMT
+
+        from lightning_januspipe.data import StructureDataset, collate_structures
+
+        rng = np.random.default_rng(0)
+        wire = bulk("Cu", "fcc", a=3.7, cubic=True) * (1, 1, 2)
+        wire.pbc = (False, False, True)
+        cluster = (bulk("Ni", "fcc", a=3.6, cubic=True) * (2, 2, 1))[:11]
+        structures = [
+            fcc111("Cu", (2, 2, 3), vacuum=9.0),
+            Atoms("Al", [[0.0, 0.0, 0.0]]),
+            bulk("Ni", "fcc", a=3.6),
+            Atoms("CuNi", [[0.0, 0.0, 0.0], [2.3, 0.2, 0.1]]),
+            wire,
+            Atoms(cluster.numbers, cluster.positions),
+            Atoms("Cu", [[1.0, 2.0, 3.0]]),
+            bulk("Al", "fcc", a=4.0, cubic=True),
+        ]
+        for atoms in structures:
+            atoms.positions += 0.05 * rng.standard_normal(atoms.positions.shape)
+            atoms.calc = EMT()
+            atoms.get_potential_energy()
+            atoms.get_forces()
+        dataset = StructureDataset(structures, cutoff=5.0, species=["Cu", "Ni", "Al"], dtype=torch.float64)
+        return torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=collate_structures)
