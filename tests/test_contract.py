@@ -56,5 +56,6 @@ def test_learning_rate_finder(pool: RankPool) -> None:
 
 
 def test_the_same_optimizer_for_two_fits(pool: RankPool) -> None:
-    for first, second in pool.run(workers.same_optimizer_twice, world_size=2):
-        assert first == second > 20
+    (first, second), other = pool.run(workers.same_optimizer_twice, world_size=2)
+    assert first == second > 20
+    assert other == [0, 0], "one rank writes, so one gathers"
