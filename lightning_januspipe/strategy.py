@@ -32,7 +32,7 @@ from lightning_januspipe.pipeline import MessageDtype, Pipeline, Undivided
 from lightning_januspipe.planning import is_searched
 from lightning_januspipe.position import LoaderPosition, same_random_state
 from lightning_januspipe.precision import loss_scale, mesh_aware
-from lightning_januspipe.preparation import differentiable, is_fitting, training_mode
+from lightning_januspipe.preparation import differentiable, is_fitting, training_mode, unlogged
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
 from lightning_januspipe.residence import Residence
 from lightning_januspipe.saving import CheckpointHooks
@@ -190,6 +190,7 @@ class JanusPipeBody(CheckpointHooks):
     def _configure_launcher(self) -> None:
         _ = self.mesh_shape  # an error here comes before any process is started
         assert self.cluster_environment is not None
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self._num_nodes)
         if self.is_distributed and not self.cluster_environment.creates_processes_externally:
             self._launcher = self.lib.launcher._SubprocessScriptLauncher(
                 self.cluster_environment, self.num_processes, self._num_nodes
@@ -319,6 +320,9 @@ class JanusPipeBody(CheckpointHooks):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Training has taken a batch; ask whether any rank was told to stop."""
+        results = self.lightning_module.trainer._results
+        if isinstance(batch, MicroBatches) and results is not None:
+            results.batch_size = sum(batch.num_samples) or None  # for what hooks log without one
         self._position.moved_on()
         if self._interruption is not None:
             self._interruption.ask()
@@ -352,7 +356,8 @@ class JanusPipeBody(CheckpointHooks):
 
         @contextmanager
         def ready(training: bool) -> Generator[None, None, None]:
-            with differentiable(), training_mode(module, training), self.precision_plugin.forward_context():
+            quiet = unlogged(module.trainer, self.lib.loggers.DummyLogger)
+            with differentiable(), training_mode(module, training), quiet, self.precision_plugin.forward_context():
                 yield
 
         evaluation = module.validation_step if trains and module.trainer.enable_validation else None
