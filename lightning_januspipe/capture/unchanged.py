@@ -24,7 +24,8 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
     metrics = metrics_of(module)
     gradients = {p: p.grad for p in module.parameters()}
-    attributes = {m: _attributes(m) for m in module.modules() if m not in metrics}
+    known = {id(m) for m in metrics}  # metrics are not compared by ==, of which they make a metric
+    attributes = {m: _attributes(m) for m in module.modules() if id(m) not in known}
     with kept_random_state(), silent_log(module), kept_metrics(metrics):
         try:
             yield
