@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import resource
 import statistics
 import sys
@@ -40,7 +41,7 @@ class Work:
         num_features: channels of the potential.
         l_max: largest degree of its features.
         cutoff: its cutoff, in Å.
-        dtype: "float32" or "float64".
+        dtype: of the potential and of what is computed with it.
     """
 
     data: str | None = None
@@ -384,10 +385,18 @@ def main(args: Sequence[str] | None = None) -> None:
         help=" ".join(f"{n}: {f.__doc__}" for n, f in BENCHMARKS.items())
         + " emulate: All schedules with phases that sleep; has options of its own, see januspipe bench emulate --help.",
     )
-    parser.add_argument("--runs", type=int, default=5, help="runs of each configuration; medians are over these")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=5,
+        help="runs of each configuration, of which medians are taken (default: %(default)s)",
+    )
+    explained = dict(re.findall(r"^ {8}(\w+): (.*)\.$", Work.__doc__ or "", re.MULTILINE))
     for field_ in fields(Work):
         kind = str if field_.type in ("str", "str | None") else int if field_.type == "int" else float
-        parser.add_argument(f"--{field_.name}", type=kind, default=field_.default, help=f"default: {field_.default}")
+        text = explained[field_.name] + ("" if field_.default is None else " (default: %(default)s)")
+        choices = ("float32", "float64") if field_.name == "dtype" else None
+        parser.add_argument(f"--{field_.name}", type=kind, choices=choices, default=field_.default, help=text)
     given = vars(parser.parse_args(words))
     name, runs = given.pop("name"), given.pop("runs")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import pkgutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,7 +91,15 @@ class PotentialCLI(LightningCLI):
         """Parse; where the data shall give arguments of the potential, let placeholders stand for them."""
         self._missing = missing_arguments(args)
         placeholders = [f"--{POTENTIAL}{name}={FROM_DATA[name]}" for name in self._missing]
-        self.config = parser.parse_args([*args, *placeholders])
+        if not any(arg.startswith("--print_config") for arg in args):
+            self.config = parser.parse_args([*args, *placeholders])
+            return
+        printed = io.StringIO()
+        try:
+            with redirect_stdout(printed):
+                self.config = parser.parse_args([*args, *placeholders])
+        finally:
+            print(without_placeholders(printed.getvalue(), self._missing), end="")
 
     def before_instantiate_classes(self) -> None:
         """Replace the placeholders by what the data says."""
@@ -150,6 +160,25 @@ def missing_arguments(args: Sequence[str]) -> list[str]:
         for name in FROM_DATA
         if name in accepted and not any(f"{key}.".startswith(f"model.potential.{name}.") for key in given)
     ]
+
+
+def without_placeholders(config: str, names: Sequence[str]) -> str:
+    """A printed configuration that leaves to the data what is left to it, and so can be used as a recipe.
+
+    Args:
+        config: YAML, in which arguments of the potential have placeholders.
+        names: These arguments.
+    """
+    lines, path = [], list[tuple[int, str]]()
+    for line in config.splitlines():
+        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
+        if key and not key.startswith(("#", "-")):
+            path = [*((i, k) for i, k in path if i < indent), (indent, key)]
+            dotted = ".".join(k for _, k in path)
+            if dotted.removeprefix(POTENTIAL) in names and dotted.startswith(POTENTIAL):
+                line = f"{' ' * indent}# {key}: taken from the data"
+        lines.append(line)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def given_arguments(args: Sequence[str]) -> dict[str, Any]:

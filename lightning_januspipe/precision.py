@@ -16,7 +16,7 @@ SUPPORTED = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mix
 
 
 class MeshClipping:
-    """Mixin for a precision plugin: ``clip_grad_by_norm`` counts every parameter of the pipeline once."""
+    """Mixin for a precision plugin: norms count every parameter of the pipeline once; a rank may have no gradients."""
 
     januspipe_strategy: Any
 
@@ -27,6 +27,11 @@ class MeshClipping:
             super().clip_grad_by_norm(optimizer, clip_val)  # type: ignore[misc]
             return
         clip_gradients_by_norm(list(self.main_params(optimizer)), clip_val, strategy.runner, strategy.mesh)  # type: ignore[attr-defined]
+
+    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
+        """Clip gradients by value, where there are any: torch's own function fails without."""
+        if any(p.grad is not None for p in self.main_params(optimizer)):  # type: ignore[attr-defined]
+            super().clip_grad_by_value(optimizer, clip_val)  # type: ignore[misc]
 
 
 class MeshScaling:

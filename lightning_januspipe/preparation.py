@@ -73,6 +73,22 @@ def training_mode(module: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
+def unlogged(trainer: Any, substitute: Callable[[], Any]) -> Iterator[None]:
+    """What a step gives to its loggers by hand goes nowhere: the step is run for capture only.
+
+    Args:
+        trainer: the Trainer.
+        substitute: makes a logger that takes everything.
+    """
+    loggers = trainer.loggers
+    trainer.loggers = [substitute() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
 def differentiable() -> Iterator[None]:
     """Leave the Trainer's inference mode, in which autograd fails also under enable_grad."""
     with torch.inference_mode(False):

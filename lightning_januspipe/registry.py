@@ -37,6 +37,7 @@ class Library:
         self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
         self.precision = load(f"{pytorch}.plugins.precision")
         self.profilers = load(f"{pytorch}.profilers")
+        self.loggers = load(f"{pytorch}.loggers.logger")
         self.helpers = load(f"{pytorch}.utilities.model_helpers")
         self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
         self.utils_rank_zero = load("lightning_utilities.core.rank_zero")

@@ -32,44 +32,54 @@ from lightning_januspipe.pipeline import MessageDtype, Pipeline, Undivided
 from lightning_januspipe.planning import is_searched
 from lightning_januspipe.position import LoaderPosition, same_random_state
 from lightning_januspipe.precision import loss_scale, mesh_aware
-from lightning_januspipe.preparation import differentiable, is_fitting, training_mode
+from lightning_januspipe.preparation import differentiable, is_fitting, training_mode, unlogged
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
 from lightning_januspipe.regrouping import Balance, balance_replicas
 from lightning_januspipe.residence import Residence
 from lightning_januspipe.saving import CheckpointHooks
 from lightning_januspipe.schedule import PhaseCosts
-from lightning_januspipe.schedule.build import build_schedule
+from lightning_januspipe.schedule.build import ScheduleName, build_schedule
 
 
 class JanusPipeBody(CheckpointHooks):
-    """Everything of the strategy that does not depend on which Lightning it is bound to.
+    """Trains a potential that conserves energy on several devices: its layers in a pipeline, and replicas of that.
+
+    This is everything that does not depend on which Lightning it is bound to (see
+    :mod:`~lightning_januspipe.registry`).
 
     Args:
-        pipeline_size: ranks of a pipeline; "auto": the processes over data_size × graph_size.
-        data_size: replicas; "auto": 1 if pipeline_size is "auto" too, else what is left.
-        graph_size: ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's
-            memory. Needs a potential that can be traced.
-        num_microbatches: into how many micro-batches each batch is split; "auto": twice the ranks, and 1 in one
-            process. Fewer where a batch has fewer samples. The gradient is that of gradient accumulation over the
-            micro-batches.
-        schedule: order of phases: "wavek-zb" (the fastest), "wavek" (that of the paper), "1f1b-fold", "gpipe", or one
-            of the unfolded baselines to compare with, "1f1b-2nd" and "hanayo-2nd".
-        wave_size: micro-batches in a wave of "wavek" and "wavek-zb", which are also the most that a rank holds at once:
-            fewer take less memory and more time. "auto" takes up to twice the ranks.
-        potential: dotted name of the submodule that differentiates the energy; found by itself if not given.
-        activation: what is kept between phases; only "keep" is available.
-        save_distributed_checkpoint: save folders of ``torch.distributed.checkpoint``, into which each rank writes its
-            part, instead of single files. Both kinds are loaded, whatever this is.
-        process_group_backend: backend of torch.distributed; by default the device's.
-        timeout: how long a rank waits for a message of another (a timedelta, or seconds).
-        memory_limit: most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold
-            fewer micro-batches for it. None is no limit.
-        stages: where the stages come from: "captured" by tracing, "explicit" (the potential declares them, see
-            :class:`~lightning_januspipe.capture.explicit.ExplicitStages`), or "auto", the first of these that works.
-        message_dtype: "bf16": features that stages send each other, and all gradients of these, are rounded to
-            bfloat16 on the way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to
-            1e-2 (``januspipe bench messages`` measures it). Energies and forces are sent as they are. None: all are.
-        balance: which samples share a micro-batch: "microbatches" deals out each replica's batch to its own
+        pipeline_size: Ranks of a pipeline, each with a share of the layers. "auto": the number of processes over
+            data_size × graph_size.
+        data_size: Replicas of the pipeline, each with batches of its own. "auto": 1 if pipeline_size is "auto" too,
+            else as many as the processes are enough for.
+        graph_size: Ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's
+            memory. More than 1 needs a potential that can be traced.
+        num_microbatches: Into how many micro-batches each batch is split; fewer where a batch has fewer samples. The
+            gradient is that of gradient accumulation over the micro-batches. "auto": twice the ranks of a pipeline,
+            and 1 in one process.
+        schedule: Order of the phases. "wavek-zb" is the fastest and "wavek" the one of the paper; "1f1b-fold" and
+            "gpipe" are simpler; "1f1b-2nd" and "hanayo-2nd" are unfolded baselines to compare with.
+        wave_size: Micro-batches in a wave of "wavek" and "wavek-zb", which are also the most that a rank holds at once:
+            fewer take less memory and more time. "auto": up to twice the ranks of a pipeline.
+        potential: Dotted name of the submodule that differentiates the energy, such as "model.potential". None: it is
+            found by itself.
+        activation: What is kept of a micro-batch between its phases. Only "keep", everything, is available.
+        save_distributed_checkpoint: Whether to save checkpoints as folders of torch.distributed.checkpoint, into which
+            each rank writes its part, instead of single files. Both kinds are loaded, whatever this is.
+        process_group_backend: Backend of torch.distributed, such as "nccl" or "gloo". None: the one of the device.
+        timeout: How long a rank waits for a message of another, in seconds or as hours:minutes:seconds (in Python, a
+            timedelta).
+        memory_limit: Most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold
+            fewer micro-batches for it. None: no limit.
+        stages: Where the stages come from: "captured" by tracing the potential, or "explicit", declared by it as
+            lightning_januspipe.capture.explicit.ExplicitStages. "auto": the first of these that works.
+        message_dtype: "bf16" rounds the features that stages send each other, and all gradients of these, to bfloat16
+            on the way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to 1e-2
+            (januspipe bench messages measures it). Energies and forces are sent as they are. None: everything is.
+
+    Raises:
+        ValueError: An argument is out of its range, or not available.
+        balance: Which samples share a micro-batch: "microbatches" deals out each replica's batch to its own
             micro-batches, "replicas" the samples of all replicas' batches to all of theirs, so that none waits for
             one with more to do. "auto": the latter, where the dataset knows what its samples cost.
     """
@@ -82,7 +92,7 @@ class JanusPipeBody(CheckpointHooks):
         data_size: Size = "auto",
         graph_size: int = 1,
         num_microbatches: Size = "auto",
-        schedule: str = "wavek-zb",
+        schedule: ScheduleName = "wavek-zb",
         wave_size: Size = "auto",
         potential: str | None = None,
         activation: Literal["keep"] = "keep",
@@ -118,6 +128,8 @@ class JanusPipeBody(CheckpointHooks):
         self._capturer = Capturer(schedule, wave_size, memory_limit, potential, stages, message_dtype)
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+        if self._timeout <= timedelta(0):
+            raise ValueError(f"timeout={timeout!r}; expected a time > 0, in seconds or as a timedelta")
         self._num_nodes = 1
         self._reduce_gradients = True
         self._train_loader: Any = None
@@ -197,6 +209,7 @@ class JanusPipeBody(CheckpointHooks):
     def _configure_launcher(self) -> None:
         _ = self.mesh_shape  # an error here comes before any process is started
         assert self.cluster_environment is not None
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self._num_nodes)
         if self.is_distributed and not self.cluster_environment.creates_processes_externally:
             self._launcher = self.lib.launcher._SubprocessScriptLauncher(
                 self.cluster_environment, self.num_processes, self._num_nodes
@@ -349,6 +362,9 @@ class JanusPipeBody(CheckpointHooks):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Training has taken a batch; ask whether any rank was told to stop."""
+        results = self.lightning_module.trainer._results
+        if isinstance(batch, MicroBatches) and results is not None:
+            results.batch_size = sum(batch.num_samples) or None  # for what hooks log without one
         self._position.moved_on()
         if self._interruption is not None:
             self._interruption.ask()
@@ -384,7 +400,8 @@ class JanusPipeBody(CheckpointHooks):
 
         @contextmanager
         def ready(training: bool) -> Generator[None, None, None]:
-            with differentiable(), training_mode(module, training), self.precision_plugin.forward_context():
+            quiet = unlogged(module.trainer, self.lib.loggers.DummyLogger)
+            with differentiable(), training_mode(module, training), quiet, self.precision_plugin.forward_context():
                 yield
 
         evaluation = module.validation_step if trains and module.trainer.enable_validation else None

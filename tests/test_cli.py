@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import get_args
 
 import ase.io
+import jsonargparse
 import pytest
 import torch
 import yaml
 
+from lightning_januspipe import strategy_class
 from lightning_januspipe.cli import (
     FROM_DATA,
     PotentialCLI,
@@ -17,11 +22,15 @@ from lightning_januspipe.cli import (
     main,
     missing_arguments,
 )
-from lightning_januspipe.data import EMTDataModule, StructureDataModule, emt_structures
+from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
+from lightning_januspipe.models import EquivariantPotential, PotentialModule
+from lightning_januspipe.schedule.build import GENERATORS, ScheduleName
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 EXTXYZ = str(ROOT / "recipes" / "extxyz.yaml")
+FINETUNE = str(ROOT / "recipes" / "finetune.yaml")
+RESUME = str(ROOT / "recipes" / "resume.yaml")
 POTENTIAL = "lightning_januspipe.models.EquivariantPotential"
 
 ONE_PROCESS = ["--trainer.strategy=auto", "--trainer.devices=1", "--trainer.accelerator=cpu"]
@@ -66,6 +75,64 @@ class TestHelp:
             main(["fit", "--config", QUICKSTART, *ONE_PROCESS, "--trainer.max_epoch=3"])
         assert exit_info.value.code == 2
         assert "max_epoch" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
+    def test_every_argument_of_the_strategy_is_explained(self, namespace: str) -> None:
+        pytest.importorskip(namespace)
+        explained(strategy_class(namespace))
+
+    @pytest.mark.parametrize("cls", [PotentialModule, EquivariantPotential, EMTDataModule, ASEDataModule])
+    def test_every_argument_of_models_and_data_is_explained(self, cls: type) -> None:
+        explained(cls)
+
+    def test_of_the_strategy(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["fit", "--trainer.strategy.help", "lightning_januspipe.JanusPipeStrategy"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "Trains a potential that conserves energy on several devices" in text
+        assert "--trainer.strategy.schedule {gpipe,1f1b-fold,1f1b-2nd,hanayo-2nd,wavek,wavek-zb} Order of" in text
+        assert "default: wavek-zb)" in text and "(type: timedelta | float, default: 0:30:00)" in text
+        assert get_args(ScheduleName) == tuple(GENERATORS)
+
+    @pytest.mark.parametrize(("given", "said"), [("schedule=wavezb", "'wavek-zb'"), ("wave_size=2.5", "'auto'")])
+    def test_wrong_values_are_refused(self, given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", "--config", QUICKSTART, f"--trainer.strategy.{given}"])
+        assert exit_info.value.code == 2
+        assert said in capsys.readouterr().err
+
+    def test_benchmarks_explain_their_options(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["bench", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "--cutoff CUTOFF its cutoff, in Å (default: 5.0)" in text and "None" not in text.split("--num_atoms")[-1]
+
+    def test_printed_configurations_leave_to_the_data_what_is_left_to_it(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for recipe in (QUICKSTART, "printed.yaml"):
+            with pytest.raises(SystemExit) as exit_info:
+                main(["fit", "--config", recipe, "--print_config"])
+            assert exit_info.value.code == 0
+            text = capsys.readouterr().out
+            Path("printed.yaml").write_text(text)
+            potential = yaml.safe_load(text)["model"]["init_args"]["potential"]["init_args"]
+            assert not set(FROM_DATA) & set(potential) and potential["num_features"] == 16
+            assert "# cutoff: taken from the data" in text
+            assert yaml.safe_load(text)["data"]["init_args"]["cutoff"] == 4.5
+            assert missing_arguments(["fit", "--config", "printed.yaml"]) == list(FROM_DATA)
+
+
+def explained(cls: type) -> None:
+    """Assert that a command line tells the type, default and meaning of every argument of a class."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(cls, "cls")
+    actions = {action.dest.removeprefix("cls."): action for action in parser._actions}
+    for name in inspect.signature(cls).parameters:
+        text = str(actions[name].help)
+        assert text[:1].isupper() or text[:1] in '"`', (name, text)
+        assert len(text.split()) >= 3 and ":class:" not in text, (name, text)
+        assert actions[name].metavar is not None or actions[name].choices or actions[name].option_strings, name
 
 
 class TestMissingArguments:
@@ -191,16 +258,84 @@ class TestFit:
         assert cli.config.fit.data.init_args.train_file == "my.extxyz"
 
     def test_explicit_values_win(self) -> None:
-        given = ["--model.potential.species=[Al, Cu, Ni]", "--model.potential.per_species_shift=[1.0, 2.0, 3.0]"]
+        given = ["--model.potential.species=[Cu, Al, Ni]", "--model.potential.per_species_shift=[1.0, 2.0, 3.0]"]
         args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, *given, "--trainer.fast_dev_run=true", "--data.species=[Cu]"]
         cli = PotentialCLI(["fit", "--config", QUICKSTART, *args])
-        assert cli.model.potential.species == ("Al", "Cu", "Ni")
+        assert cli.model.potential.species == ("Cu", "Al", "Ni")
         assert cli.model.potential.energy_model.shift.tolist() == [1.0, 2.0, 3.0]
 
     def test_without_test_data(self) -> None:
         args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--data.num_test=0", "--trainer.max_epochs=1"]
         cli = PotentialCLI(["fit", "--config", QUICKSTART, *args])
         assert not cli.report.errors.test and cli.report.errors.after
+
+
+IN_ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy.pipeline_size=1"]
+
+
+def test_finetune() -> None:
+    """The recipe starts from the weights and with the potential of an earlier run, and trains its last layers."""
+    args = [*IN_ONE_PROCESS, *QUIET, *SMALL_EMT, "--trainer.max_epochs=2"]
+    first = PotentialCLI(["fit", "--config", QUICKSTART, *SMALL, *args])
+    config = "lightning_logs/version_0/config.yaml"
+    second = PotentialCLI(["fit", "--config", config, "--config", FINETUNE, *args, "--test_after_fit=last"])
+
+    old = torch.load("lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    new = second.model.state_dict()
+    same = {name for name in new if torch.equal(new[name], old[name])}
+    frozen = {name for name, _ in second.model.named_parameters() if "embedding" in name or "layers.0." in name}
+    trained = {name for name, _ in second.model.named_parameters()} - frozen
+    assert frozen and frozen <= same and not trained & same
+    assert second.model.potential.avg_num_neighbors == first.model.potential.avg_num_neighbors
+    assert second.datamodule.statistics().avg_num_neighbors != first.datamodule.statistics().avg_num_neighbors
+    assert second.config.fit.data.init_args.strain == 0.08 and second.config.fit.data.init_args.cutoff == 4.5
+    assert second.report.errors.before["forces_mae"] != first.report.errors.before["forces_mae"]
+
+
+def test_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe, stopped in the middle of an epoch and started again, ends as one that was never stopped."""
+    args = ["fit", "--config", RESUME, *IN_ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=3"]
+    Path("whole").mkdir()
+    monkeypatch.chdir("whole")
+    whole = PotentialCLI(args)
+    monkeypatch.chdir("..")
+
+    step = PotentialModule.training_step
+    steps: set[int] = set()
+
+    def stopped_once(module: PotentialModule, batch, batch_idx: int):
+        if module.trainer.global_step == 5 and not Path("resumable/on_exception.ckpt").exists():
+            raise RuntimeError("stopped")
+        steps.add(module.trainer.global_step)
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(PotentialModule, "training_step", stopped_once)
+    with pytest.raises(RuntimeError, match="stopped"):
+        PotentialCLI(args)
+    assert steps == {0, 1, 2, 3, 4}
+    steps.clear()
+    resumed = PotentialCLI(args)
+    assert steps == {5, 6, 7, 8}
+    assert resumed.trainer.global_step == whole.trainer.global_step == 9
+    assert not Path("resumable/on_exception.ckpt").exists()
+    best = [torch.load(f"{f}/resumable/best.ckpt", weights_only=True)["state_dict"] for f in (".", "whole")]
+    torch.testing.assert_close(best[0], best[1], rtol=1e-5, atol=1e-6)
+    assert resumed.report.errors.test == pytest.approx(whole.report.errors.test, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resume_two_processes() -> None:
+    """Killed while it trains, the same command goes on from the last checkpoint."""
+    args = ["fit", "--config", RESUME, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=12"]  # 36 steps
+    command = [sys.executable, "-m", "lightning_januspipe.cli", *args]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not Path("resumable/last.ckpt").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "Restored all states from the checkpoint at" in done.stderr
+    assert done.stdout.count("Checkpoint: ") == 1
 
 
 @pytest.mark.slow

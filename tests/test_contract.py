@@ -26,11 +26,6 @@ def test_freezing_in_the_middle(pool: RankPool) -> None:
         assert message.startswith("ValueError") and "requires_grad" in message and "layers.0" in message
 
 
-def test_weight_averaging(pool: RankPool) -> None:
-    for message in pool.run(workers.weight_average, world_size=2):
-        assert message.startswith("ValueError") and "StochasticWeightAveraging" in message
-
-
 def test_several_training_loaders(pool: RankPool) -> None:
     for message in pool.run(workers.several_loaders, world_size=2):
         assert message.startswith("ValueError") and "several loaders" in message
@@ -50,11 +45,7 @@ def test_one_loader_for_training_and_validation(pool: RankPool, num_workers: int
         assert "val_loss" in found["metrics"] and "train_loss" in found["metrics"]
 
 
-def test_learning_rate_finder(pool: RankPool) -> None:
-    first, second = pool.run(workers.found_learning_rate, world_size=2)
-    assert first == second and len(first) > 2 and all(loss > 0 for loss in first)
-
-
 def test_the_same_optimizer_for_two_fits(pool: RankPool) -> None:
-    for first, second in pool.run(workers.same_optimizer_twice, world_size=2):
-        assert first == second > 20
+    (first, second), other = pool.run(workers.same_optimizer_twice, world_size=2)
+    assert first == second > 20
+    assert other == [0, 0], "one rank writes, so one gathers"

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"engine"},
     "planning": {"engine", "schedule"},
     "pipeline": {"averages", "capture", "engine", "graph", "mesh", "planning", "preparation", "recording", "schedule"},
-    "models": {"keys"},
+    "models": {"folders", "keys"},
     "data": {"keys", "sizes"},
     "sizes": {"engine"},
     "regrouping": {"engine", "loading", "sizes"},

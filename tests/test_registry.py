@@ -49,7 +49,8 @@ import importlib.util as util
 find_spec = util.find_spec
 util.find_spec = lambda name, *rest: None if name == "lightning" else find_spec(name, *rest)
 import lightning_januspipe
-print(lightning_januspipe.JanusPipeStrategy.__mro__[2].__module__, lightning_januspipe.JanusPipeStrategy.__module__)
+strategy = lightning_januspipe.JanusPipeStrategy
+print(next(c for c in strategy.__mro__ if c.__name__ == "ParallelStrategy").__module__, strategy.__module__)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

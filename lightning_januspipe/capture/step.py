@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,7 @@ class CapturedStep:
         others = [p for p in module.parameters() if p.requires_grad and p not in inside]
         read = [named[name] for name in captured.step_parameters if named[name].requires_grad]
         self.outside_parameters: list[nn.Parameter] = list(dict.fromkeys([*others, *self._epilogue.parameters, *read]))
+        self._metrics = metrics_of(module)
         self._calls: dict[int, list[Tensor]] = {}
         self._seeds: dict[int, int] = {}
 
@@ -81,7 +82,7 @@ class CapturedStep:
         # One number of the shared generator for each micro-batch: it goes on by as much on every rank, whatever the
         # step draws, and the step draws the same when it is run again.
         seed = int(torch.randint(2**31, ()).item())
-        with _seeded(seed), silent_log(self._module), torch.enable_grad():
+        with _seeded(seed), silent_log(self._module), kept_metrics(self._metrics), torch.enable_grad():
             in_step = self._captured.replaced is not None
             args, kwargs = call_arguments(self._module, self._captured.path, step, batch, in_step)
             tensors = self._inputs(args, kwargs)
@@ -229,6 +230,29 @@ def replaced_log(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
             del module.log
         else:
             module.log = own
+
+
+def metrics_of(module: nn.Module) -> list[Any]:
+    """The metrics of torchmetrics in a module."""
+    return [m for m in module.modules() if hasattr(m, "_copy_state_dict") and hasattr(m, "_update_count")]
+
+
+@contextmanager
+def kept_metrics(metrics: Sequence[Any]) -> Iterator[None]:
+    """Metrics that are updated or reset inside the block are as before after it."""
+    kept = [_metric_state(m) for m in metrics]
+    try:
+        yield
+    finally:
+        for metric, state in zip(metrics, kept, strict=True):
+            if metric._update_count != state["_update_count"]:
+                metric.__dict__.update(state)
+
+
+def _metric_state(metric: Any) -> dict[str, Any]:
+    """A metric's states and counters; of lists the entries, which are not changed in place."""
+    state = {n: getattr(metric, n) for n in (*metric._defaults, "_update_count", "_computed", "_forward_cache")}
+    return {n: v.clone() if isinstance(v, Tensor) else list(v) if isinstance(v, list) else v for n, v in state.items()}
 
 
 class RandomState:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.step import kept_random_state, silent_log
+from lightning_januspipe.capture.step import kept_metrics, kept_random_state, metrics_of, silent_log
 
 
 @contextmanager
@@ -22,10 +22,11 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     numbers. What objects of other classes hold is left.
     """
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
-    metrics = {m: _metric_state(m) for m in module.modules() if hasattr(m, "_copy_state_dict")}
+    metrics = metrics_of(module)
     gradients = {p: p.grad for p in module.parameters()}
-    attributes = {m: _attributes(m) for m in module.modules() if m not in metrics}
-    with kept_random_state(), silent_log(module):
+    known = {id(m) for m in metrics}  # metrics are not compared by ==, of which they make a metric
+    attributes = {m: _attributes(m) for m in module.modules() if id(m) not in known}
+    with kept_random_state(), silent_log(module), kept_metrics(metrics):
         try:
             yield
         finally:
@@ -34,8 +35,6 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for name, buffer in module.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
-            for metric, state in metrics.items():
-                metric.__dict__.update(state)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
 
@@ -92,12 +91,3 @@ def _entries(container: Any) -> Any:
     if isinstance(container, dict):
         return [(id(k), id(v)) for k, v in container.items()]
     return {id(x) for x in container} if isinstance(container, set) else [id(x) for x in container]
-
-
-def _metric_state(metric: Any) -> dict[str, Any]:
-    """A torchmetrics metric's states and counters."""
-    kept = {**metric._copy_state_dict()}
-    for name in ("_update_count", "_computed", "_forward_cache"):
-        if name in metric.__dict__:
-            kept[name] = metric.__dict__[name]
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}

@@ -1,6 +1,6 @@
 """LightningModule that trains a conservative potential on energies, forces and stresses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe import keys
+from lightning_januspipe.models import starting
 from lightning_januspipe.models.errors import MaskedError, masked_loss
 
 if TYPE_CHECKING:
@@ -42,9 +43,15 @@ class PotentialModule(LightningModule):
         monitor: Logged value that the plateau scheduler watches.
         plateau_factor: Factor on the rate at a plateau.
         plateau_patience: Epochs without improvement before the rate is lowered.
+        initial_weights: Checkpoint of an earlier run to start from, a file or a folder of torch.distributed.checkpoint.
+            Its weights are loaded, and nothing else, when a Trainer first sets the module up; a checkpoint that the
+            Trainer itself resumes from replaces them.
+        frozen: Parameters that are not trained, as dotted parts of their names: "embedding", "layers.0",
+            "layers.[0-2]".
 
     Raises:
-        ValueError: An unknown name, a negative weight, or only zero weights.
+        ValueError: An unknown name, a negative weight, only zero weights, or a name in ``frozen`` that matches nothing.
+            In ``setup``: initial weights of another model, or data with species at other places than the potential.
 
     Example:
         >>> from lightning_januspipe.models import EquivariantPotential
@@ -74,6 +81,8 @@ class PotentialModule(LightningModule):
         monitor: str = "val_loss",
         plateau_factor: float = 0.5,
         plateau_patience: int = 25,
+        initial_weights: str | None = None,
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, value, choices in (
@@ -86,8 +95,10 @@ class PotentialModule(LightningModule):
         weights = {keys.ENERGY: energy_weight, keys.FORCES: force_weight, keys.STRESS: stress_weight}
         if min(weights.values()) < 0 or not any(weights.values()):
             raise ValueError(f"loss weights must not be negative, and one must be positive; got {weights}")
-        self.save_hyperparameters(ignore=["potential"])
+        self.save_hyperparameters(ignore=["potential", "initial_weights"])
         self.potential = potential
+        starting.freeze(potential, frozen)
+        self._initial_weights = initial_weights
         self.weights = weights
         self.huber_delta = huber_delta if loss == "huber" else None
         self.metrics = nn.ModuleDict(
@@ -139,10 +150,27 @@ class PotentialModule(LightningModule):
         with gradients_enabled(batch) as batch:
             return {name: value.detach() for name, value in self(batch).items()}
 
+    def setup(self, stage: str) -> None:
+        """Load the initial weights once, and check the species of the data."""
+        starting.check_species(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
+        if self._initial_weights is not None:
+            starting.load_weights(self, self.potential, self._initial_weights)
+            self._initial_weights = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the weights mean nothing without."""
+        if arguments := starting.arguments_of(self.potential):
+            checkpoint[starting.KEY] = arguments
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Weights that are loaded by now stay."""
+        self._initial_weights = None
+
     def configure_optimizers(self) -> Any:
-        """The optimizer and, if asked for, its learning rate scheduler."""
+        """The optimizer of what is not frozen and, if asked for, its learning rate scheduler."""
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams["optimizer"]]
-        optimizer = kind(self.parameters(), lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = kind(trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
         if self.hparams["lr_scheduler"] is None:
             return optimizer
         scheduler: Any

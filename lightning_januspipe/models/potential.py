@@ -274,6 +274,7 @@ class EquivariantPotential(ConservativePotential):
         super().__init__(energy_model)
         self.species = energy_model.species
         self.cutoff = energy_model.cutoff
+        self.avg_num_neighbors = float(avg_num_neighbors)
 
 
 def cell_volume(cell: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from lightning_januspipe.schedule.actions import Schedule
 from lightning_januspipe.schedule.costs import Costs, Memory
@@ -15,6 +16,9 @@ from lightning_januspipe.schedule.simulate import simulate
 from lightning_januspipe.schedule.unfolded import hanayo_unfolded, one_f_one_b_unfolded
 from lightning_januspipe.schedule.validate import validate
 from lightning_januspipe.schedule.wavek import wavek, wavek_deferred
+
+ScheduleName = Literal["gpipe", "1f1b-fold", "1f1b-2nd", "hanayo-2nd", "wavek", "wavek-zb"]
+"""The names of all schedules, for command lines and type checkers."""
 
 GENERATORS: Mapping[str, Callable[[Request], Schedule]] = {
     "gpipe": gpipe,

@@ -81,18 +81,6 @@ def unfrozen() -> str:
     return ""
 
 
-def weight_average() -> str:
-    """Lightning's own average of weights."""
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-
-    callback = StochasticWeightAveraging(swa_lrs=1e-3)
-    try:
-        make_trainer({}, max_epochs=2, limit_val_batches=0, callbacks=[callback]).fit(tiny.module(), tiny.data())
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def several_loaders() -> str:
     """A dict of training loaders."""
     loaders = {"a": tiny.data().train_dataloader(), "b": tiny.data().train_dataloader()}
@@ -144,17 +132,6 @@ def one_loader_for_both(num_workers: int) -> dict[str, Any]:
         "copied": same,
         "metrics": plain(trainer.callback_metrics),
     }
-
-
-def found_learning_rate() -> list[float]:
-    """Lightning's learning rate finder, which saves, trains, and restores the optimizer."""
-    from lightning.pytorch.tuner import Tuner
-
-    module = tiny.module()
-    trainer = make_trainer({}, max_epochs=1, limit_val_batches=0)
-    finder = Tuner(trainer).lr_find(module, tiny.data(), num_training=5, attr_name="learning_rate", update_attr=False)
-    assert finder is not None
-    return list(finder.results["loss"])
 
 
 def same_optimizer_twice() -> list[int]:
