@@ -143,17 +143,21 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def volume(num_ranks: int = 4) -> str:
+def volume(data: str | None = None, num_ranks: int = 4) -> str:
     """Rows that an all-gather of all atoms would send before each layer, over those that are sent.
 
     Args:
+        data: a file of which the first structure is repeated; None for molecules of water on a lattice.
         num_ranks: G.
     """
+    from ase.io import read
+
     from lightning_januspipe.data.neighbors import neighbor_list
 
     lines = [f"| atoms | {' | '.join(f'{c} Å' for c in _CUTOFFS)} |", "|---" * (1 + len(_CUTOFFS)) + "|"]
     for copies in _COPIES:
-        box = water_box((4, 4, 4), np.random.default_rng(0)).repeat(copies)
+        unit: Any = water_box((4, 4, 4), np.random.default_rng(0)) if data is None else read(data, 0)
+        box = unit.repeat(copies)
         cells = [f"{len(box)}"]
         for cutoff in _CUTOFFS:
             edges = torch.as_tensor(neighbor_list(box.positions, box.cell.array, box.pbc, cutoff)[0])
@@ -166,4 +170,4 @@ def volume(num_ranks: int = 4) -> str:
 
 def graph(work: Work, runs: int = 1) -> str:
     """Memory, time and exchange of ranks that share the atoms of one structure."""
-    return f"{memory(work, runs)}\n\nAll-gather over exchange, 4 graph ranks:\n\n{volume()}"
+    return f"{memory(work, runs)}\n\nAll-gather over exchange, 4 graph ranks:\n\n{volume(work.data)}"
