@@ -29,6 +29,7 @@ class Residence:
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self._module, self._mesh = module, mesh
         self._gone: dict[nn.Parameter, int] = {}
+        self._stale: dict[nn.Parameter, int] = {}
 
     @property
     def is_partial(self) -> bool:
@@ -56,6 +57,8 @@ class Residence:
         ranks = pipeline.ranks_of
         # Gradients of a parameter with several holders are summed over all ranks.
         self._gone = {p: pipeline.owner(p) for p in self._module.parameters() if len(ranks[p]) == 1}
+        # Ranks that do not hold such a parameter have its values of before training.
+        self._stale = {p: pipeline.owner(p) for p in pipeline.partly_held() if p not in self._gone}
         for parameter in self._gone:
             if not pipeline.holds(parameter):
                 parameter.grad = None
@@ -64,7 +67,7 @@ class Residence:
     def restore(self) -> None:
         """Bring all parameters back, those of other stages into host memory; every rank of a pipeline takes part."""
         self._fetch(keep=True)
-        self._gone = {}
+        self._gone, self._stale = {}, {}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -86,6 +89,10 @@ class Residence:
 
     def _fetch(self, keep: bool, on_device: bool = False) -> list[nn.Parameter]:
         fetched = []
+        for parameter, owner in self._stale.items():
+            values = parameter.detach().contiguous()
+            dist.broadcast(values, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
+            parameter.data.copy_(values)
         for parameter, owner in self._gone.items():
             buffer = parameter.data if not parameter.is_meta else torch.empty_like(parameter, device=self._mesh.device)
             buffer = buffer.detach().contiguous()

@@ -231,6 +231,16 @@ def test_parameters_of_other_stages_leave_memory(pool: RankPool, tmp_path: Path)
             same(state, ours["optimizer_states"][0]["state"][i])
 
 
+def test_parameters_of_some_ranks_are_up_to_date_on_all(pool: RankPool, tmp_path: Path) -> None:
+    """Weights that two of four ranks train, not the first, which writes the file."""
+    more: dict[str, Any] = {"num_features": 8, "tied": True, "num_steps": 3}
+    (expected,) = pool.run(workers.train, None, str(tmp_path / "one"), more, world_size=1)
+    for found in pool.run(workers.train, {}, str(tmp_path / "four"), more, world_size=4):
+        same(expected["state"], found["state"])
+    plain, ours = (torch.load(tmp_path / name / "last.ckpt") for name in ("one", "four"))
+    same(plain["state_dict"], ours["state_dict"])
+
+
 def test_batches_of_another_kind_are_proven_with_all_parameters(pool: RankPool, tmp_path: Path) -> None:
     """The micro-batches of the second batch have one structure, as none had when the potential was captured."""
     more: dict[str, Any] = {"num_features": 8, "num_steps": 2, "num_train": 6, "callbacks": ()}

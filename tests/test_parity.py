@@ -6,6 +6,9 @@ micro-batches has fewer samples than these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import mutants
 import pytest
 import tiny
@@ -26,19 +29,24 @@ def test_one_process(pool: RankPool, num_microbatches: int) -> None:
     check(pool, 1, num_microbatches=num_microbatches)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("num_microbatches", [1, 4, 8])
-def test_two_ranks(pool: RankPool, num_microbatches: int, schedule: str) -> None:
+def in_turn(cases: Sequence[tuple[object, ...]]) -> list[object]:
+    """All cases, of which every second one is slow."""
+    return [pytest.param(*case, marks=pytest.mark.slow) if i % 2 else case for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("schedule", "num_microbatches"), in_turn(list(product(SCHEDULES, [1, 4, 8]))))
+def test_two_ranks(pool: RankPool, schedule: str, num_microbatches: int) -> None:
     check(pool, 2, num_microbatches=num_microbatches, schedule=schedule)
 
 
-@pytest.mark.parametrize(("devices", "schedule"), [*((4, s) for s in SCHEDULES), (3, "wavek"), (3, "wavek-zb")])
+@pytest.mark.parametrize(
+    ("devices", "schedule"), in_turn([*((4, s) for s in SCHEDULES), (3, "wavek-zb"), (3, "wavek")])
+)
 def test_more_ranks(pool: RankPool, devices: int, schedule: str) -> None:
     check(pool, devices, num_microbatches=8, schedule=schedule)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
-@pytest.mark.parametrize("devices", [3, 4])
+@pytest.mark.parametrize(("devices", "num_microbatches"), in_turn(list(product([3, 4], [1, 2, 4]))))
 def test_more_ranks_and_fewer_microbatches(pool: RankPool, devices: int, num_microbatches: int) -> None:
     check(pool, devices, num_microbatches=num_microbatches)
 

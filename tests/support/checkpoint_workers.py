@@ -90,8 +90,13 @@ class Noise(Callback):
             group["lr"] = 1e-3 * factor
 
 
-def module_in_hook(num_features: int = 8) -> Any:
-    """A module whose potential is made in ``configure_model``; its optimizer has momentum and a schedule."""
+def module_in_hook(num_features: int = 8, tied: bool = False) -> Any:
+    """A module whose potential is made in ``configure_model``; its optimizer has momentum and a schedule.
+
+    Args:
+        num_features: channels.
+        tied: whether the last two layers share a part of their weights.
+    """
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
     class Made(PotentialModule):  # type: ignore[misc, valid-type]
@@ -106,6 +111,10 @@ def module_in_hook(num_features: int = 8) -> Any:
                 self.potential = EquivariantPotential(
                     ["Cu", "Ni", "Al"], 5.0, num_layers=4, num_features=num_features, l_max=1
                 )
+                if tied:
+                    *_, before, last = self.potential.energy_model.layers
+                    last.radial_network.linears[0] = before.radial_network.linears[0]
+                    last.radial_network.linears[1] = before.radial_network.linears[1]
 
     return Made()
 
@@ -128,6 +137,7 @@ def _train(
     stop: tuple[str, int, int | None] | None = None,
     callbacks: tuple[str, ...] = ("every step",),
     num_features: int = 0,
+    tied: bool = False,
     shuffle: bool = False,
     num_train: int = GLOBAL_BATCH * NUM_BATCHES,
     arguments: dict[str, Any] | None = None,
@@ -142,11 +152,12 @@ def _train(
         stop: how to end before, after how many steps, and on which rank (None: all).
         callbacks: names in CALLBACKS.
         num_features: of a module that is made in ``configure_model``; 0 is one that is not.
+        tied: whether layers of that module share weights.
         shuffle: whether the training data are shuffled.
         num_train: structures of the training data.
         arguments: of the Trainer.
     """
-    module = module_in_hook(num_features) if num_features else tiny.module()
+    module = module_in_hook(num_features, tied) if num_features else tiny.module()
     chosen = [CALLBACKS[name](folder) for name in callbacks]
     chosen += [Stop(*stop)] if stop else []
     num_replicas = 1 if strategy is None else strategy.get("data_size", 1)
