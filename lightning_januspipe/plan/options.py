@@ -66,7 +66,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     size = parser.add_argument_group("what to plan")
     size.add_argument(
-        "--ranks", type=_positive, metavar="P", help="ranks of the pipeline (default: those of the recipe)"
+        "--ranks",
+        type=_positive,
+        metavar="P",
+        help="ranks of the pipeline (default: those of the recipe); with --meshes of all three axes together",
     )
     size.add_argument(
         "--num_microbatches",
@@ -88,6 +91,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="micro-batches in a wave of wavek and wavek-zb, or auto",
     )
     size.add_argument("--max_live", type=_positive, metavar="L", help="most micro-batches that a rank may hold at once")
+    size.add_argument(
+        "--graph_sizes",
+        type=_sizes,
+        metavar="1,2,4",
+        help="with a recipe: graph ranks among which its micro-batches are divided, to compare what each would have "
+        "(default: 1 and the recipe's graph_size, if that is more; with --meshes 1,2,4)",
+    )
+    size.add_argument(
+        "--meshes",
+        action="store_true",
+        help="with a recipe: compare all ways to share --ranks (default: all of the recipe's) between pipeline, "
+        "replicas and graph ranks",
+    )
     limits = parser.add_argument_group("the machine")
     limits.add_argument(
         "--memory_limit",
@@ -96,14 +112,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="what saved tensors of micro-batches may take on a rank: 40e9, 40GB or 40GiB",
     )
     limits.add_argument(
-        "--latency", type=_number, default=0.0, metavar="SECONDS", help="what a message takes (default 0)"
+        "--latency",
+        type=_number,
+        metavar="SECONDS",
+        help="what a message takes (default 0; with --meshes and between graph ranks 20e-6)",
     )
     limits.add_argument(
         "--bandwidth",
         type=_bandwidth,
-        default=math.inf,
         metavar="BYTES/S",
-        help="of messages between two ranks, in each direction (default: no limit)",
+        help="of messages between two ranks, in each direction (default: no limit; with --meshes and between graph "
+        "ranks 10GB)",
     )
     recipe = parser.add_argument_group("with a recipe")
     recipe.add_argument(
@@ -180,6 +199,10 @@ def _names(text: str) -> tuple[str, ...]:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise argparse.ArgumentTypeError(f"{name!r} is no schedule; expected all, or {', '.join(GENERATORS)}{hint}")
     return names
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(part.strip()) for part in text.split(",")))
 
 
 def _costs(text: str) -> PhaseCosts:

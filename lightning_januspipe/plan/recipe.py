@@ -11,11 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_januspipe.callbacks import count_atoms, count_structures
 from lightning_januspipe.cli import PotentialCLI
-from lightning_januspipe.loading import example_batches, require_samples
+from lightning_januspipe.engine.microbatch import MicroBatches
+from lightning_januspipe.loading import example_batches, require_samples, split_batches
 from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.plan.graph import GraphShare, Sharing
 from lightning_januspipe.plan.measure import Measured, measure_stages
 from lightning_januspipe.precision import SUPPORTED
 from lightning_januspipe.preparation import with_batch
@@ -63,6 +66,8 @@ class Asked:
         memory_limit: bytes, or None.
         wave_size: micro-batches per wave, or "auto".
         schedule: name of the schedule, or None where the strategy is another one.
+        graph_size: ranks that share the atoms of a micro-batch.
+        num_processes: of the Trainer.
     """
 
     num_ranks: int
@@ -71,6 +76,8 @@ class Asked:
     memory_limit: float | None = None
     wave_size: Any = "auto"
     schedule: str | None = None
+    graph_size: int = 1
+    num_processes: int = 1
 
 
 def asked_of_strategy(trainer: Any) -> Asked:
@@ -98,6 +105,8 @@ def asked_of_strategy(trainer: Any) -> Asked:
         given.get("memory_limit"),
         given.get("wave_size", "auto"),
         given.get("schedule"),
+        shape.graph,
+        world,
     )
 
 
@@ -166,6 +175,25 @@ class Recipe:
         """Two batches as the strategy takes them for capture, the second about as large as a micro-batch."""
         traced, other = example_batches(self._loader, num_microbatches)
         return self._moved(traced), self._moved(other)
+
+    def microbatches(self, num_microbatches: int, most: int) -> list[Any]:
+        """The first micro-batches of the first batch, as training would have them."""
+        batch = next(iter(split_batches(self._loader, num_microbatches, required=False)))
+        return [self._moved(one) for one in (list(batch)[:most] if isinstance(batch, MicroBatches) else [batch])]
+
+    def sharing(self, measured: Measured, batches: Sequence[Any]) -> Sharing:
+        """Divides micro-batches of a captured potential over graph ranks."""
+        with self._trainer.strategy.precision_plugin.train_step_context():
+            return Sharing(self._model, with_batch(self._model.training_step), measured.potential, batches)
+
+    def share(self, sharing: Sharing, num_ranks: int, known: GraphShare | None = None) -> GraphShare:
+        """What a graph rank has; see :meth:`~lightning_januspipe.plan.graph.Sharing.share`."""
+        with self._trainer.strategy.precision_plugin.train_step_context():
+            return sharing.share(num_ranks, known)
+
+    def potential(self, measured: Measured) -> nn.Module:
+        """The live potential."""
+        return self._model.get_submodule(measured.potential.path)
 
     def measure(
         self,

@@ -9,7 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_januspipe.plan.graph import GraphShare
 from lightning_januspipe.plan.measure import Measured
+from lightning_januspipe.plan.meshes import Meshes
 from lightning_januspipe.plan.rows import Plan, ScheduleRow, format_bytes
 
 _WIDTH = 120
@@ -171,6 +173,86 @@ def schedule_legend(plan: Plan) -> str:
     if any(row.report.memory for row in plan.rows):
         text += " peak/rank: saved tensors."
     return text + " speed: against 1f1b-2nd. Loading of data and the optimizer are not counted."
+
+
+def graph_table(shares: Sequence[GraphShare], measured: Measured) -> Table:
+    """One row for every number of graph ranks among which micro-batches are divided."""
+    classes = list(dict.fromkeys(name for share in shares for name in share.halo or {}))
+    table = _table(
+        f"Micro-batches divided over graph ranks ({shares[0].num_microbatches} looked at)",
+        ("graph", "atoms", "edges"),
+        [f"{name} halo" for name in classes],
+        ("whole", "exchanges", "sent", "time", "memory"),
+    )
+    held = max(m.energy + max(m.force, m.kept) for m in measured.memory)
+    for share in shares:
+        if share.refused:
+            table.add_row(str(share.num_ranks), *["–"] * (len(classes) + 7))
+            continue
+        halo = share.halo or {}
+        table.add_row(
+            str(share.num_ranks),
+            f"{share.atoms:.2f}",
+            f"{share.edges:.2f}",
+            *(f"{100 * halo.get(name, 0.0):.0f} %" for name in classes),
+            f"{share.num_whole}/{share.num_microbatches}",
+            f"{share.num_exchanges:.0f}",
+            format_bytes(share.bytes_sent),
+            f"{100 * share.time:.0f} %",
+            format_bytes(share.memory * held),
+        )
+    return table
+
+
+def refusals(shares: Sequence[GraphShare]) -> list[str]:
+    """Why micro-batches cannot be divided, each reason once."""
+    found: dict[str, list[str]] = {}
+    for share in shares:
+        if share.refused:
+            found.setdefault(share.refused, []).append(str(share.num_ranks))
+    return [f"! graph_size={', '.join(sizes)}: {why}" for why, sizes in found.items()]
+
+
+GRAPH_LEGEND = (
+    "atoms, edges: of the largest rank over the mean. halo: rows that other ranks get copies of, over all. whole: "
+    "micro-batches whose structures are dealt whole, so that no rows are exchanged. exchanges, sent: of one rank for a "
+    "micro-batch, in FE, FF, BF and BE of all stages. time: of the slowest rank, of that with all atoms, without "
+    "exchanges. memory: what a micro-batch holds on the busiest stage."
+)
+
+
+def mesh_table(meshes: Meshes) -> Table:
+    """One row for every way to share the devices; the choice is marked."""
+    table = _table(
+        f"{meshes.rows[0].shape.size} ranks",
+        ("", "schedule"),
+        ("pipeline", "data", "graph", "step ms", "reduce", "structures", "struct/s", "peak/rank", "weights"),
+    )
+    table.columns[1].justify = "left"
+    for row in meshes.rows:
+        chosen, rate, time = row.plan.choice, row.structures_per_second, row.step_time
+        memory = "–" if row.memory is None else format_bytes(row.memory) + ("" if row.fits else " !")
+        table.add_row(
+            "→" if row is meshes.choice else "",
+            "–" if chosen is None else chosen.name,
+            *(str(size) for size in (row.shape.pipeline, row.shape.data, row.shape.graph)),
+            "–" if time is None else _milliseconds(time),
+            _milliseconds(row.reduce),
+            f"{row.structures:g}",
+            "–" if rate is None else _three_digits(rate),
+            memory,
+            format_bytes(row.weights),
+            style="bold" if row is meshes.choice else None,
+        )
+    return table
+
+
+MESH_LEGEND = (
+    "schedule: the fastest that fits, with one stage on each rank. reduce: gradients summed over replicas and graph "
+    "ranks, in ms, which the step includes. structures: of a step, over all replicas. peak/rank: saved tensors. "
+    "weights: parameters of the largest stage; gradients and the optimizer come on top. Of meshes that are about as "
+    "fast, that which exchanges least is taken: replicas before stages, stages before graph ranks."
+)
 
 
 def _table(title: str, *groups: Sequence[str]) -> Table:

@@ -1,0 +1,199 @@
+"""How a number of devices is best shared between pipeline, replicas and graph ranks: ``januspipe plan --meshes``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.plan.graph import GraphLink, GraphShare, stages_of_share
+from lightning_januspipe.plan.measure import Measured, TooManyRanks
+from lightning_januspipe.plan.rows import Options, Plan, plan_stages
+
+# Predictions are good to some percent: a mesh with more exchanges, or more stages, has to gain more.
+_LEAST_GAIN = 0.03
+
+
+@dataclass(frozen=True)
+class MeshRow:
+    """One way to share the devices.
+
+    Attributes:
+        shape: pipeline × data × graph.
+        plan: schedules of one of its replicas.
+        reduce: seconds in which gradients are summed over replicas and graph ranks, once in a step.
+        weights: bytes of the parameters of the largest rank.
+    """
+
+    shape: MeshShape
+    plan: Plan
+    reduce: float
+    weights: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether a schedule keeps within the memory limit."""
+        return self.plan.choice is not None
+
+    @property
+    def step_time(self) -> float | None:
+        """Seconds of a training step, without loading data and the optimizer; None where nothing fits."""
+        chosen = self.plan.choice
+        return None if chosen is None else chosen.step_time + self.reduce
+
+    @property
+    def structures(self) -> float:
+        """Structures of a step, over all replicas."""
+        return self.shape.data * self.plan.options.num_microbatches * (self.plan.structures or 1)
+
+    @property
+    def structures_per_second(self) -> float | None:
+        """Throughput; None where nothing fits."""
+        return None if self.step_time is None else self.structures / self.step_time
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes that the micro-batches of a rank hold at most, or at least would where nothing fits."""
+        chosen = self.plan.choice
+        if chosen is not None:
+            return chosen.peak_memory
+        return min((row.needed for row in self.plan.rows if row.needed is not None), default=None)
+
+    def arguments(self) -> str:
+        """The strategy that is this mesh."""
+        chosen, options, shape = self.plan.choice, self.plan.options, self.shape
+        assert chosen is not None
+        limit = "" if options.memory_limit is None else f", memory_limit={options.memory_limit:g}"
+        return (
+            f"JanusPipeStrategy(pipeline_size={shape.pipeline}, data_size={shape.data}, graph_size={shape.graph}, "
+            f'num_microbatches={options.num_microbatches}, schedule="{chosen.name}"{limit})'
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        chosen = self.plan.choice
+        return {
+            "pipeline_size": self.shape.pipeline,
+            "data_size": self.shape.data,
+            "graph_size": self.shape.graph,
+            "schedule": None if chosen is None else chosen.name,
+            "fits": self.fits,
+            "step_time": self.step_time,
+            "reduce": self.reduce,
+            "structures": self.structures,
+            "structures_per_second": self.structures_per_second,
+            "memory": self.memory,
+            "weights": self.weights,
+        }
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """All ways to share the devices.
+
+    Attributes:
+        rows: the fastest first, those that do not fit last.
+        left_out: why others are not there.
+    """
+
+    rows: tuple[MeshRow, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def choice(self) -> MeshRow | None:
+        """Of the fastest that fit that which exchanges least: replicas before stages, stages before graph ranks."""
+        fitting = [row for row in self.rows if row.structures_per_second is not None]
+        most = max((row.structures_per_second or 0.0 for row in fitting), default=0.0)
+        fastest = [row for row in fitting if (row.structures_per_second or 0.0) >= most * (1 - _LEAST_GAIN)]
+        return min(fastest, key=lambda row: (row.shape.graph, row.shape.pipeline), default=None)
+
+
+def shapes(num_devices: int, graph_sizes: Sequence[int]) -> list[MeshShape]:
+    """All meshes of a number of devices.
+
+    Args:
+        num_devices: their product.
+        graph_sizes: graph ranks to take; those that do not divide the devices are left out.
+    """
+    return [
+        MeshShape(pipeline, num_devices // (graph * pipeline), graph)
+        for graph in dict.fromkeys(graph_sizes)
+        if num_devices % graph == 0
+        for pipeline in range(1, num_devices // graph + 1)
+        if (num_devices // graph) % pipeline == 0
+    ]
+
+
+def compare_meshes(
+    num_devices: int,
+    shares: Mapping[int, GraphShare],
+    measure: Callable[[int], Measured],
+    shares_of: Callable[[Measured, GraphShare], GraphShare],
+    potential: nn.Module,
+    options: Options,
+    schedules: Sequence[str],
+    link: GraphLink,
+    *,
+    structures: float,
+    atoms: float | None,
+) -> Meshes:
+    """Predict the throughput of every mesh.
+
+    Args:
+        num_devices: of all of them together.
+        shares: what a graph rank has, by graph size.
+        measure: the potential in a number of stages; raises :class:`TooManyRanks`.
+        shares_of: the share of a graph rank in these stages.
+        potential: the live potential.
+        options: micro-batches of each replica, and limits.
+        schedules: names of schedules.
+        link: between all ranks.
+        structures: in a micro-batch.
+        atoms: in a micro-batch.
+    """
+    stages: dict[int, Measured] = {}
+    left_out, rows = [], []
+    too_many: int | None = None
+    for shape in sorted(shapes(num_devices, list(shares)), key=lambda s: (s.pipeline, s.graph)):
+        share = shares[shape.graph]
+        if share.refused or (too_many is not None and shape.pipeline >= too_many):
+            continue
+        try:
+            if shape.pipeline not in stages:
+                stages[shape.pipeline] = measure(shape.pipeline)
+        except TooManyRanks as error:
+            too_many = shape.pipeline
+            left_out.append(f"pipeline_size={shape.pipeline}: {error}")
+            continue
+        measured = stages[shape.pipeline]
+        if shape.graph > 1:
+            share = shares_of(measured, share)
+        if share.refused:
+            left_out.append(f"graph_size={shape.graph}: {share.refused}")
+            continue
+        plan = plan_stages(
+            [stages_of_share(measured, shape.pipeline, share, link)],
+            replace(options, num_ranks=shape.pipeline),
+            schedules,
+            structures=structures,
+            atoms=atoms,
+        )
+        weights = _largest_weights(measured, potential)
+        sharing = shape.data * shape.graph
+        summed = link.seconds(2 * weights * (sharing - 1) / sharing, 1) if sharing > 1 else 0.0
+        rows.append(MeshRow(shape, plan, summed, weights))
+    rows.sort(key=lambda row: (-(row.structures_per_second or 0.0), row.memory or 0.0))
+    return Meshes(tuple(rows), tuple(left_out))
+
+
+def _largest_weights(measured: Measured, potential: nn.Module) -> int:
+    """Bytes of the parameters of the stage that has most."""
+    sizes = {name: p.nbytes for name, p in potential.named_parameters()}
+    of_stage = [0] * measured.num_stages
+    for name, stages in measured.potential.parameter_stages().items():
+        for stage in stages:
+            of_stage[stage] += sizes.get(name, 0)
+    return max(of_stage)
