@@ -121,7 +121,9 @@ class TestMeshes:
         4: GraphShare(4, refused="no exchange for it"),
     }
 
-    def compare(self, found: SimpleNamespace, limit: float | None = None) -> Meshes:
+    def compare(
+        self, found: SimpleNamespace, limit: float | None = None, shares: dict[int, GraphShare] = SHARES
+    ) -> Meshes:
         def measure(num_stages: int) -> Measured:
             if num_stages > 2:
                 raise TooManyRanks(num_stages, 2)
@@ -133,7 +135,7 @@ class TestMeshes:
 
         return compare_meshes(
             4,
-            self.SHARES,
+            shares,
             measure,
             lambda _, share: share,
             tiny.module().potential,
@@ -162,6 +164,13 @@ class TestMeshes:
         assert divided.plan.choice is not None
         assert divided.plan.choice.step_time == pytest.approx(4 * (0.9 * 0.08 + exchanged))
         assert best.arguments().startswith("JanusPipeStrategy(pipeline_size=1, data_size=4, graph_size=1, ")
+
+    def test_replicas_where_graph_ranks_are_hardly_faster(self, found: SimpleNamespace) -> None:
+        for time, expected in ((0.49, MeshShape(1, 4, 1)), (0.45, MeshShape(1, 2, 2))):
+            halved = replace(self.SHARES[2], time=time, together={})
+            meshes = self.compare(found, shares={**self.SHARES, 2: halved})
+            assert meshes.rows[0].shape == MeshShape(1, 2, 2)
+            assert meshes.choice is not None and meshes.choice.shape == expected
 
     def test_as_many_stages_and_graph_ranks_as_memory_needs(self, found: SimpleNamespace) -> None:
         # One rank has to hold 5 MB, two graph ranks hold 2.5 MB each, two stages 2 MB, both together 1 MB.
