@@ -68,9 +68,10 @@ def test_molecules_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--structures", "mixed", "--lone-atom"]])
-def test_graph_ranks(options: list[str], tmp_path: Path) -> None:
-    """TensorNet only: the others compute with the numbers of edges, which is refused."""
-    common = ["--model", "tensornet", *options]
+@pytest.mark.parametrize("model", MODELS)
+def test_graph_ranks(model: str, options: list[str], tmp_path: Path) -> None:
+    """Line graphs and three-body terms too."""
+    common = ["--model", model, *options]
     reference = train(PROGRAM, tmp_path, "plain", *common)
     janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
     found = train(PROGRAM, tmp_path, "graph", *common, "--strategy", "januspipe", "--devices", "2", "--janus", janus)

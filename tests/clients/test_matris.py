@@ -58,6 +58,16 @@ def test_microbatches_are_accumulation(tmp_path: Path) -> None:
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 
+@pytest.mark.parametrize("structures", ["periodic", "mixed"])
+def test_graph_ranks(structures: str, tmp_path: Path) -> None:
+    """Attention over line graphs, divided too."""
+    common = ["--structures", structures]
+    reference = train(PROGRAM, tmp_path, "plain", *common)
+    janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
+    found = train(PROGRAM, tmp_path, "graph", *common, "--strategy", "januspipe", "--devices", "2", "--janus", janus)
+    assert_same(reference, found)
+
+
 def test_three_ranks(tmp_path: Path) -> None:
     reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
     assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))
