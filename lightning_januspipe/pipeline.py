@@ -271,6 +271,8 @@ class Pipeline:
     def _abort(self) -> None:
         """This rank cannot go on: the others must not wait for it, even if its process lives on."""
         self.executor.close()
+        if self._graph is not None:
+            self._graph.close()
         self._mesh.abort()
 
     def _agree(self, build: Callable[[], _Result]) -> _Result:
@@ -424,7 +426,14 @@ class Pipeline:
         labels = [[x for x in pytree.tree_leaves(b) if isinstance(x, Tensor)] for b in batches]
         mine = [fingerprint([*i.tensors, *more]) for i, more in zip(inputs, labels, strict=True)]
         found: list[Any] = [None] * len(self._mesh.replica_ranks)
-        dist.all_gather_object(found, mine, group=self._mesh.replica_group)
+        try:
+            dist.all_gather_object(found, mine, group=self._mesh.replica_group)
+        except RuntimeError as error:
+            # Without the frames of torch, which refer to the group: this rank's connections have to close in turn.
+            raise PipelineError(
+                f"global rank {self._mesh.rank} could not compare its batch with those of the other ranks of its "
+                f"pipeline: {error}. One of them has ended or hangs; its own output has the cause."
+            ) from error.with_traceback(None)
         for rank, other in enumerate(found):
             same = len(other) == len(found[0]) and all(map(same_batch, found[0], other))
             if not same:

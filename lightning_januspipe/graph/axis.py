@@ -40,7 +40,8 @@ class GraphAxis:
     """
 
     def __init__(self, captured: CapturedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
-        self._localized, self._ranks = localize(captured), ranks
+        self._localized, self._rank = localize(captured), ranks.rank
+        self._group: dist.ProcessGroup | None = ranks.group
         self._divider = Divider(captured, self._localized, potential, ranks.size)
         self._exchanges: dict[int, dict[str, Exchange]] = {}
 
@@ -57,8 +58,8 @@ class GraphAxis:
             given: the whole, the same on all graph ranks.
         """
         plan = self._divider.plan(given.tensors)
-        part = self._divider.part(given.tensors, plan, self._ranks.rank)
-        exchanges = {name: Exchange(shard, self._ranks.group) for name, shard in part.shards.items()}
+        part = self._divider.part(given.tensors, plan, self._rank)
+        exchanges = {name: Exchange(shard, self._group) for name, shard in part.shards.items()}
         self._exchanges[index] = exchanges
         return MicrobatchInput([*part.tensors, *exchanges.values(), *part.extended], part.symbols)
 
@@ -83,6 +84,13 @@ class GraphAxis:
     def clear(self) -> None:
         """Forget all micro-batches."""
         self._exchanges.clear()
+
+    def close(self) -> None:
+        """Let go of the group, in all exchanges too, so that its connections can be closed."""
+        for of_microbatch in self._exchanges.values():
+            for exchange in of_microbatch.values():
+                exchange.close()
+        self._group = None
 
     def _all_rows(self, index: int, value: Tensor, kind: Value) -> Tensor:
         if kind.kind is not Kind.OWN:

@@ -16,6 +16,7 @@ program. Made zeros, they would cost messages, and a walk that is held back some
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.graph.shards import Shard
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Exchange:
     """What an operation needs to know.
 
     Attributes:
         shard: the class whose rows are exchanged, on the device of the tensors.
         group: the ranks that share the rows, in the order of their numbers; None if there is only one.
+
+    Raises:
+        ValueError: the shard is not this rank's.
     """
 
     shard: Shard
@@ -45,6 +50,10 @@ class Exchange:
                 f"the shard is of rank {self.shard.rank} of {self.shard.num_ranks}, but this is rank {rank} of {size} "
                 "of the process group; expected the shard of this rank"
             )
+
+    def close(self) -> None:
+        """Let go of the group: its connections are closed when nothing refers to it, as graphs do to exchanges."""
+        self.group = None
 
 
 def gather_halo(x: Tensor, exchange: Exchange) -> Tensor:
@@ -158,7 +167,8 @@ def collect_rows(x: Tensor, exchange: Exchange) -> Tensor:
     padded[: shard.num_own] = x
     rows = x.new_empty(shard.num_ranks, *padded.shape)
     if rows.numel():
-        dist.all_gather(list(_as_bytes(rows.flatten(0, 1)).chunk(shard.num_ranks)), _as_bytes(padded), exchange.group)
+        parts = list(_as_bytes(rows.flatten(0, 1)).chunk(shard.num_ranks))
+        _call(dist.all_gather, exchange, parts, _as_bytes(padded))
     return torch.cat([r[:n] for r, n in zip(rows, shard.counts, strict=True)])[shard.order]
 
 
@@ -205,7 +215,7 @@ class _SumOverRanks(torch.autograd.Function):
         is_half = x.dtype in (torch.float16, torch.bfloat16)
         total = x.to(torch.float32 if is_half else x.dtype, copy=True, memory_format=torch.contiguous_format)
         if total.numel():
-            dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, group=exchange.group)
+            _call(dist.all_reduce, exchange, torch.view_as_real(total) if total.is_complex() else total)
         return total.to(x.dtype)
 
     @staticmethod
@@ -290,9 +300,24 @@ def _all_to_all(
 ) -> None:
     """Send rows to each rank; as bytes, which every backend can send, whatever the dtype."""
     if math.prod(rows.shape[1:]):  # the same on all ranks, unlike the number of rows
-        dist.all_to_all_single(
-            _as_bytes(into), _as_bytes(rows), list(receive_counts), list(send_counts), group=exchange.group
-        )
+        sizes = list(receive_counts), list(send_counts)
+        _call(dist.all_to_all_single, exchange, _as_bytes(into), _as_bytes(rows), *sizes)
+
+
+def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> None:
+    """Call a collective over the group of an exchange.
+
+    Raises:
+        PipelineError: a rank did not answer.
+    """
+    try:
+        collective(*args, group=exchange.group)
+    except RuntimeError as error:
+        # Without the frames of torch, which refer to the group: this rank's connections have to close in turn.
+        raise PipelineError(
+            f"graph rank {exchange.shard.rank} waited in an exchange of rows for another of {exchange.shard.num_ranks} "
+            f"graph ranks, which did not come: {error}. That rank has ended or hangs; its own output has the cause."
+        ) from error.with_traceback(None)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:
