@@ -176,15 +176,17 @@ class _LockStep:
             outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
         if not weights:
             generator = torch.Generator().manual_seed(0)
-            weights += [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _, x in outputs]
+            for _, x in outputs:
+                # Of order one, whatever the units: derivatives in half precision must not overflow.
+                scale = max(1.0, float(x.detach().abs().max())) if x.numel() else 1.0
+                drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                weights.append((drawn / (scale * max(1, x.numel()) ** 0.5)).to(x))
         terms = [
-            (x.square() * w).sum() + (x * w).sum()
+            ((x * w).square() + x * w).sum()
             for (_, x), w in zip(outputs, weights, strict=True)
             if x.is_floating_point() and x.requires_grad
         ]
-        trained = torch.autograd.grad(
-            terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True
-        )
+        trained = torch.autograd.grad(terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
         named = [
             (f"the parameter gradient of a force loss for {n!r}", g)
             for n, g in zip(self._parameters, trained, strict=True)
