@@ -147,7 +147,7 @@ def metrics(numbers: Sequence[RankNumbers], shape: MeshShape) -> dict[str, float
     if sent := _known(n.bytes_sent for n in numbers):
         found["message_bytes"] = math.fsum(sent)
     for rank in range(shape.pipeline):
-        if held := _known(r[rank].peak_memory for r in replicas):
+        if held := _known(n.peak_memory for i, n in enumerate(numbers) if shape.coordinates(i)[0] == rank):
             found[f"peak_memory_bytes/rank{rank}"] = max(held)
     return {PREFIX + name: value for name, value in found.items()}
 

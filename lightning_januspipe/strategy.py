@@ -382,8 +382,10 @@ class JanusPipeBody(CheckpointHooks):
         self._capture_for_evaluation("predict_step")
 
     def _capture_for_evaluation(self, name: str) -> None:
-        # In the sanity check before training every rank has the whole module, unless it was made to be divided.
-        if self.runner is None and (self._residence is not None or not is_fitting(self.lightning_module.trainer)):
+        # In the sanity check before training every rank has the whole module, unless it was made to be divided, but
+        # structures that are divided over ranks may be too large for each.
+        is_whole = self._residence is None and self.mesh_shape.graph == 1
+        if self.runner is None and not (is_whole and is_fitting(self.lightning_module.trainer)):
             self._capture(self._eval_loader, getattr(self.lightning_module, name), 1)
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
