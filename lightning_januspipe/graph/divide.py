@@ -79,7 +79,7 @@ class Divider:
         """
         classes, computed = self._classes, self._computed(tensors)
         sizes = self._sizes(tensors)
-        values = {n: self._values(tensors, n.source, computed) for n in self._all_numbers()}
+        values = {n: self._values(tensors, n, computed) for n in self._all_numbers()}
         for numbers, found in values.items():
             sizes.setdefault(numbers.rows, len(found))
         owners: dict[str, Tensor] = {classes.root: self._atoms(tensors, values, sizes[classes.root])}
@@ -89,7 +89,9 @@ class Divider:
         for name in classes.names:
             needed = [torch.empty(0, dtype=torch.int64)] * self._num_ranks
             for numbers in classes.readers[name]:
-                read = rows_read(values[numbers], owners[numbers.rows], sizes[name], self._num_ranks)
+                found = values[numbers]
+                reader = owners[numbers.rows].reshape(-1, *[1] * (found.dim() - 1)).expand_as(found)
+                read = rows_read(found.reshape(-1), reader.reshape(-1), sizes[name], self._num_ranks)
                 needed = [torch.cat(pair) for pair in zip(needed, read, strict=True)]
             shards[name] = make_shards(owners[name], needed, self._num_ranks)
         return Plan(shards, computed)
@@ -127,8 +129,12 @@ class Divider:
             if owning.of == classes.root:
                 target = values[owning]
                 others = [n for n in classes.readers[classes.root] if n.rows == owning.rows]
-                source = values[others[0]] if others else target
+                source = values[others[0]].reshape(-1) if others and not others[0].is_table else target
                 break
+        else:  # a table of neighbors instead of a list of edges
+            for table in (n for n in classes.readers[classes.root] if n.rows == classes.root):
+                source = values[table].reshape(-1)
+                target = torch.arange(num_atoms).repeat_interleave(len(source) // max(num_atoms, 1))
         place = self._localized.positions
         positions = None if place is None else tensors[place].detach().cpu()
         return partition_atoms(target, source, num_atoms, self._num_ranks, positions, order=self._order)
@@ -137,11 +143,14 @@ class Divider:
         classes = self._classes
         return list(dict.fromkeys([*classes.owner.values(), *(n for of in classes.readers.values() for n in of)]))
 
-    def _values(self, tensors: Sequence[Tensor], source: Source, computed: Mapping[str, Tensor]) -> Tensor:
+    def _values(self, tensors: Sequence[Tensor], numbers: Numbers, computed: Mapping[str, Tensor]) -> Tensor:
+        """(rows,), or of a table (rows, ...)."""
+        source = numbers.source
         found = computed[source.node] if source.node else tensors[source.position].detach()
         for dim, place in source.selected:
             found = found.select(dim, place)
-        return found.reshape(-1).to("cpu", torch.int64)
+        found = found.movedim(numbers.dim, 0).to("cpu", torch.int64)
+        return found if numbers.is_table else found.reshape(-1)
 
     def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """The number of rows of each class."""

@@ -128,6 +128,7 @@ class _Localizer:
         self._forward = self._alive()
         require_plain_use(self._program, self._found, self._classes, self._forward)
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
+        self._known = {n.source for n in self._found.numbers}
         self._owners = {n.source for n in self._classes.owner.values()}
         self._on_parameter = self._dependent(set(self._program.parameters))
         self._on_coordinate = self._dependent(set(self._program.coordinates))
@@ -268,7 +269,7 @@ class _Localizer:
         use = self._uses.get((node.name, value.dim))
         if use is None:
             return None
-        is_known = use.source is not None or self._found.class_of(use.counts or "") == value.rows
+        is_known = use.source in self._known or self._found.class_of(use.counts or "") == value.rows
         if not is_known or value.times > 1:
             raise _refused(node, "looks atoms or edges up by numbers that it computes")
         return use

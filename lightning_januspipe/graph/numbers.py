@@ -75,15 +75,19 @@ class Numbers:
 
     Attributes:
         source: where they stand.
-        rows: the class of which each row has one.
+        rows: the class of which each row has one, or several.
         of: the class that they count.
         writes: whether rows are summed by them, anywhere.
+        dim: of the rows.
+        is_table: whether each row has several, as in a table of the neighbors of each atom.
     """
 
     source: Source
     rows: str
     of: str
     writes: bool
+    dim: int = 0
+    is_table: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,17 @@ class NumbersOfRows:
                 of_source[use.source] = self._joined(of_source.setdefault(use.source, use.symbol), use.symbol)
         written = {u.source for u in self.uses if u.node.target in SCATTERING}
         self.numbers = [
-            Numbers(source, self.class_of(rows), self.class_of(of), source in written)
+            Numbers(
+                source,
+                self.class_of(rows),
+                self.class_of(of),
+                source in written,
+                dim,
+                any(s != 1 for s in sizes[:dim] + sizes[dim + 1 :]),
+            )
             for source, of in of_source.items()
-            for rows in [self._rows(source)]
-            if rows is not None
+            for sizes in [self._sizes(source)]
+            for dim, rows in self._rows(sizes)
         ]
 
     def class_of(self, symbol: str) -> str:
@@ -293,10 +304,13 @@ class NumbersOfRows:
             self._same[b] = a
         return a
 
-    def _rows(self, source: Source) -> str | None:
-        """The size symbol of the rows of an input's part."""
-        symbols = [s for s in map(symbolic, self._sizes(source)) if s is not None]
-        return symbols[0] if len(symbols) == 1 else None
+    def _rows(self, sizes: Sequence[int | str]) -> list[tuple[int, str]]:
+        """Dimension and size symbol of the rows of numbers; nothing where it is not clear which they are."""
+        found = [(dim, s) for dim, s in enumerate(map(symbolic, sizes)) if s is not None]
+        if len(found) > 1:  # a table may have as many columns as there are
+            counted = {self.class_of(u.symbol) for u in self.uses}
+            found = [(dim, s) for dim, s in found if self.class_of(s) in counted]
+        return found if len(found) == 1 else []
 
 
 def _is_pointwise(node: Node) -> bool:
@@ -347,7 +361,7 @@ def find_classes(program: Program, found: NumbersOfRows) -> Classes:
     owner: dict[str, Numbers] = {}
     divided, grows = {root}, True
     while grows:
-        candidates = [n for n in found.numbers if n.of in divided and n.rows not in divided]
+        candidates = [n for n in found.numbers if n.of in divided and n.rows not in divided and not n.is_table]
         candidates.sort(key=lambda n: not n.writes)
         grows = bool(candidates)
         if grows:
@@ -370,7 +384,8 @@ def require_plain_use(program: Program, found: NumbersOfRows, classes: Classes, 
     indexed = {(u.node.name, u.index) for u in found.uses}
     for name in nodes:
         node = program.by_name[name]
-        if found.source(name) is not None or node.spec is None:
+        own = found.source(name)
+        if node.spec is None or (own is not None and own.node != name):  # the same numbers, or a part of them
             continue
         for given in dict.fromkeys(r.name for r in refs((node.args, node.kwargs))):
             source = found.source(given)
