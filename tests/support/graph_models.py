@@ -166,7 +166,7 @@ class Looked(Potential):
         return h + h[(0 * h[:, 0]).long()]
 
 
-class _Module(Base):
+class Module(Base):
     def __init__(self, potential: nn.Module) -> None:
         super().__init__()
         self.potential = potential
@@ -180,17 +180,17 @@ class _Module(Base):
         return loss + 0.1 * out["charges"].square().mean()
 
 
-class _AnglesModule(_Module):
+class _AnglesModule(Module):
     def prepared(self, batch: Batch) -> Batch:
         return angles_of(batch)
 
 
 def both_ways() -> Base:
-    return _Module(BothWays())
+    return Module(BothWays())
 
 
 def states() -> Base:
-    return _Module(States())
+    return Module(States())
 
 
 def angles() -> Base:
@@ -198,7 +198,7 @@ def angles() -> Base:
 
 
 def attention() -> Base:
-    return _Module(Attention())
+    return Module(Attention())
 
 
 def composed() -> Base:

@@ -1,0 +1,181 @@
+"""What graph ranks do in the tests of Lightning's contract: faults of one of them, and values that all have to share."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from unittest.mock import patch
+
+import lightning
+import tiny
+import torch
+from capture_models import Batch, Potential
+from graph_models import Angles, Module, angles_of
+from strategy_workers import make_trainer, plain
+from torch import Tensor, nn
+
+from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.pipeline import Undivided
+
+FAULTY = 1
+"""The rank that something happens to."""
+
+TIMEOUT = 40
+"""Seconds that a rank waits for a message."""
+
+
+def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
+    """Train with a fault on one rank; how this rank ended, and how many seconds after the fault.
+
+    Args:
+        how: "before" the potential, in the "division", in the "loss", "not finite", in "evaluation", or "other batch".
+        strategy: sizes.
+    """
+    module, began = tiny.module(num_layers=2), [time.monotonic()]
+    trainer = make_trainer(
+        {"timeout": TIMEOUT, **strategy}, max_steps=2, limit_val_batches=int(how == "evaluation"), val_check_interval=1
+    )
+
+    def is_due() -> bool:
+        is_here = trainer.strategy.mesh.rank == FAULTY and trainer.global_step == 1
+        began[0] = time.monotonic() if is_here else began[0]
+        return is_here
+
+    def faulty(step: Any) -> Any:
+        def run(batch: Batch, batch_idx: int) -> Any:
+            if how == "before" and is_due():
+                raise OSError("no such table")
+            if how == "other batch" and is_due():
+                batch = {**batch, "positions": batch["positions"] + 0.01}
+            loss = step(batch, batch_idx)
+            if how in ("loss", "evaluation") and is_due():
+                raise OSError("no such table")
+            return loss * torch.nan if how == "not finite" and is_due() else loss
+
+        return run
+
+    def plan(self: Divider, tensors: list[Tensor]) -> Any:
+        if how == "division" and is_due():
+            raise OSError("no such table")
+        return divide(self, tensors)
+
+    divide = Divider.plan
+    name = "validation_step" if how == "evaluation" else "training_step"
+    setattr(module, name, faulty(getattr(module, name)))
+    try:
+        with patch.object(Divider, "plan", plan):
+            trainer.fit(module, tiny.data())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began[0]
+    return "", 0.0
+
+
+def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """A sanity check before training: how often this rank ran a whole structure, and what validation found."""
+    calls = []
+    whole = Undivided.evaluate_step
+
+    def counting(self: Undivided, step: Any, batch: Any) -> Any:
+        calls.append(len(batch["positions"]))
+        return whole(self, step, batch)
+
+    found: dict[str, float] = {}
+
+    class Look(lightning.Callback):
+        def on_sanity_check_end(self, trainer: Any, module: Any) -> None:
+            found.update(plain(trainer.callback_metrics))
+
+    trainer = make_trainer(strategy, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1, callbacks=[Look()])
+    with patch.object(Undivided, "evaluate_step", counting):
+        trainer.fit(tiny.module(num_layers=2), tiny.data())
+    return len(calls), found
+
+
+def partly_frozen() -> Any:
+    """The first layer is frozen, and the loss has a trained factor of its own outside the potential."""
+    module = tiny.module()
+    module.factor = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    module.potential.energy_model.layers[0].requires_grad_(False)
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: module.factor.square() * step(batch, batch_idx)
+    return module
+
+
+# -- potentials with numbers that are easily mistaken ------------------------------------------------------------------
+
+
+class Narrow(Potential):
+    """Numbers of atoms in 32 bits."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        return super().features({**batch, "edges": batch["edges"].int()}, vectors)
+
+
+class Table(Potential):
+    """Three neighbours of each atom in a table, beside the list of edges."""
+
+    def forward(self, batch: Batch) -> Any:
+        return super().forward({**batch, "near": batch["near"]})
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        return h + torch.tanh(h[batch["near"]]).sum(1)
+
+
+class Values(Potential):
+    """The numbers of atoms are features too."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        odd = (2 * batch["edges"][0]).to(vectors.dtype)
+        return super().features(batch, vectors * (1 + 0.01 * torch.cos(odd))[:, None])
+
+
+class Pairs(Potential):
+    """As many states as atoms, in another order: two classes whose sizes are always equal."""
+
+    def forward(self, batch: Batch) -> Any:
+        return super().forward({**batch, "partner": batch["partner"]})
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        return h + torch.tanh(torch.zeros_like(h).index_add(0, batch["partner"], h))
+
+
+def table_of(batch: Batch) -> Batch:
+    """The same with three atoms for each, some of them itself."""
+    index = batch["index"]
+    first = torch.searchsorted(index, index)
+    size = torch.bincount(index)[index]
+    place = torch.arange(len(index)) - first
+    near = torch.stack([first + (place + k) % size for k in (1, 2, 5)], 1)
+    return {**batch, "near": near, "partner": near[:, 0]}
+
+
+class _TableModule(Module):
+    def prepared(self, batch: Batch) -> Batch:
+        return table_of(batch)
+
+
+class _AnglesModule(Module):
+    def prepared(self, batch: Batch) -> Batch:
+        return angles_of(batch)
+
+
+def narrow() -> nn.Module:
+    return Module(Narrow())
+
+
+def table() -> nn.Module:
+    return _TableModule(Table())
+
+
+def values() -> nn.Module:
+    return Module(Values())
+
+
+def pairs() -> nn.Module:
+    return _TableModule(Pairs())
+
+
+def angles() -> nn.Module:
+    return _AnglesModule(Angles())
