@@ -60,7 +60,7 @@ def pack(costs: Sequence[float], num_bins: int, at_least: int = 1) -> list[list[
     wrong = [c for c in values if not 0 <= c < float("inf")]
     if wrong:
         raise ValueError(f"the cost of a sample is {wrong[0]}; expected a number >= 0")
-    bins = _deal(values, num_bins, at_least)
+    bins = deal(values, num_bins, at_least)
     _improve(bins, at_least)
     return [sorted(sample for _, sample in content) for content in bins]
 
@@ -112,7 +112,12 @@ def imbalance(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:
     return max(loads) * len(loads) / total if total else 1.0
 
 
-def _deal(costs: Sequence[float], num_bins: int, at_least: int) -> list[_Bin]:
+def deal(costs: Sequence[float], num_bins: int, at_least: int = 0) -> list[list[tuple[float, int]]]:
+    """The first step of :func:`pack`: the largest sample first, each into the bin with the least so far.
+
+    Returns:
+        The (cost, sample) of each bin, the cheapest first.
+    """
     bins: list[_Bin] = [[] for _ in range(num_bins)]
     only_missing = False
     loads = [(0.0, 0, b) for b in range(num_bins)]  # of equal ones, that with the fewest samples

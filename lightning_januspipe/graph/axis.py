@@ -12,7 +12,8 @@ from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
 from lightning_januspipe.graph.divide import Divider
-from lightning_januspipe.graph.insert import Kind, Value, localize
+from lightning_januspipe.graph.insert import localize
+from lightning_januspipe.graph.kinds import Kind, Value
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ All ranks compute the same plan from the same numbers; nothing here is random.
 
 from __future__ import annotations
 
-import heapq
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -22,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_januspipe.engine.packing import ATOM_WEIGHT, deal
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 Order = Literal["spatial", "index"]
-
-ATOM_WEIGHT = 4.0
-"""Work for an atom beside that for its edges, in edges."""
 
 MAX_IMBALANCE = 1.05
 """Up to which largest work over mean work structures are dealt whole."""
@@ -260,11 +258,8 @@ def _deal(work: Floats, num_ranks: int) -> tuple[Ints, Ints]:
         (B,) rank of each structure, and (B,) its position when structures are sorted by rank.
     """
     rank_of = np.empty(len(work), dtype=np.int64)
-    loads = [(0.0, rank) for rank in range(num_ranks)]
-    for structure in np.argsort(-work, kind="stable").tolist():
-        load, rank = loads[0]
-        rank_of[structure] = rank
-        heapq.heapreplace(loads, (load + float(work[structure]), rank))
+    for rank, structures in enumerate(deal(work.tolist(), num_ranks)):
+        rank_of[[structure for _, structure in structures]] = rank
     position = np.empty_like(rank_of)
     position[np.argsort(rank_of, kind="stable")] = np.arange(len(work))
     return rank_of, position

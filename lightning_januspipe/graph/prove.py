@@ -24,7 +24,8 @@ from lightning_januspipe.capture.validate import rounding_tolerance
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.graph import operations
 from lightning_januspipe.graph.divide import Divider
-from lightning_januspipe.graph.insert import Kind, Localized, Value, localize
+from lightning_januspipe.graph.insert import Localized, localize
+from lightning_januspipe.graph.kinds import Kind, Value
 from lightning_januspipe.graph.shards import Shard
 
 

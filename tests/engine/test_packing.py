@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_januspipe.engine.packing import ATOM_WEIGHT, imbalance, pack, plan, work
-from lightning_januspipe.graph import partition
 
 COSTS = st.lists(st.integers(0, 60), min_size=1, max_size=30)
 
@@ -102,4 +101,3 @@ def test_what_cannot_be_packed() -> None:
 def test_work() -> None:
     assert work(3, 10) == 10 + 3 * ATOM_WEIGHT
     assert (work(3, None), work(None, 10), work(None, None)) == (3, 10, None)
-    assert ATOM_WEIGHT == partition.ATOM_WEIGHT, "atoms weigh the same in micro-batches and in the graph partition"

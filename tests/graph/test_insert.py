@@ -11,7 +11,8 @@ from capture_models import Potential, Step, Traced, make_batch
 
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.graph.divide import Divider
-from lightning_januspipe.graph.insert import Kind, Localized, localize
+from lightning_januspipe.graph.insert import Localized, localize
+from lightning_januspipe.graph.kinds import Kind
 from lightning_januspipe.graph.prove import prove
 
 BATCH = models.angles_of(make_batch((9, 4, 3)))
