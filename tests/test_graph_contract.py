@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import callback_workers
 import checkpoint_workers as checkpoints
 import graph_contract_workers as workers
 import graph_models
-import optimization_workers
+import logging_workers
 import precision_workers as precisions
 import pytest
 import strategy_workers
@@ -152,9 +153,33 @@ def test_module_made_in_configure_model(pool: RankPool, tmp_path: Path) -> None:
 
 def test_average_of_weights(pool: RankPool, tmp_path: Path) -> None:
     more = {"num_steps": 3, "callbacks": ("every step", "average")}
-    (expected,) = pool.run(checkpoints.train, None, str(tmp_path / "plain"), more, world_size=1)
+    pool.run(checkpoints.train, None, str(tmp_path / "plain"), more, world_size=1)
     strategy = {"pipeline_size": 2, "graph_size": 2}
     pool.run(checkpoints.train, strategy, str(tmp_path / "ranks"), more, world_size=4)
     files = [torch.load(tmp_path / where / "step=3.ckpt", weights_only=False) for where in ("plain", "ranks")]
     for name, value in files[0]["state_dict"].items():
         torch.testing.assert_close(files[1]["state_dict"][name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_samples_are_logged_once(pool: RankPool, tmp_path: Path) -> None:
+    """With replicas that each have graph ranks, all ranks see what replicas alone log."""
+    strategy = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 1}
+    arguments = ("lightning", 2, 1e-3)
+    replicas = pool.run(logging_workers.fit_and_log, strategy, str(tmp_path / "a"), *arguments, world_size=2)
+    given = {**strategy, "graph_size": 2}
+    ranks = pool.run(logging_workers.fit_and_log, given, str(tmp_path / "b"), *arguments, world_size=4)
+    for rank, found in enumerate(ranks):
+        logging_workers.check(replicas[rank // 2]["history"], found["history"])
+
+
+def test_monitor(pool: RankPool, tmp_path: Path) -> None:
+    """Messages and memory of all graph ranks, atoms of each structure once."""
+    strategy = {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4}
+    ranks = pool.run(callback_workers.monitored, strategy, str(tmp_path), world_size=4)
+    assert all(r["history"] == ranks[0]["history"] and r["history"] for r in ranks)
+    for row in ranks[0]["history"]:
+        sent = sum(r["sent"][int(row["batch"])] for r in ranks)
+        assert row["januspipe/message_bytes"] == sent > 0
+    last = ranks[0]["history"][-1]
+    assert 4 <= last["januspipe/atoms_per_s"] / last["januspipe/structures_per_s"] <= 16
+    assert {f"januspipe/peak_memory_bytes/rank{i}" for i in range(2)} <= set(last)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graph_derivative_workers import FAULTS, force_loss, numerical_derivatives, third_derivative, under_faults
 from graph_workers import (
     DIVISIONS,
-    FAULTS,
-    force_loss,
     messages,
-    numerical_derivatives,
     phases,
     refusals,
     same_bits,
-    third_derivative,
-    under_faults,
     values,
     with_a_part_that_needs_no_gradient,
 )

@@ -8,6 +8,7 @@ from functools import cache
 import graph_models as models
 import pytest
 from capture_models import Potential, Step, Traced, make_batch
+from graph_contract_workers import Values
 
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.graph.divide import Divider
@@ -103,6 +104,7 @@ def test_stages_have_the_exchanges_of_what_they_run() -> None:
         (models.Numbered, "computes aten.lt.Tensor of the numbers of atoms or edges"),
         (models.Shifted, "combines all atoms or edges"),
         (models.Counted, "computes with the number of atoms or edges"),
+        (Values, "computes aten.mul.Tensor of the numbers of atoms or edges"),
         (models.Looked, "looks atoms or edges up by numbers that it computes"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What graph ranks do in the tests of Lightning's contract: faults of one of them, and values that all have to share."""
+"""What graph ranks do in the tests of Lightning's contract: faults of one of them, and more."""
 
 from __future__ import annotations
 
@@ -167,10 +167,6 @@ def narrow() -> nn.Module:
 
 def table() -> nn.Module:
     return _TableModule(Table())
-
-
-def values() -> nn.Module:
-    return Module(Values())
 
 
 def pairs() -> nn.Module:
