@@ -107,11 +107,10 @@ class JanusPipeBody(CheckpointHooks):
         super().__init__()
         if num_microbatches != "auto" and (not isinstance(num_microbatches, int) or num_microbatches < 1):
             raise ValueError(f"num_microbatches={num_microbatches!r}; expected a positive number or 'auto'")
-        for name, given, available in (
-            ("activation", activation, "keep"),
-        ):
-            if given != available:
-                raise ValueError(f"{name}={given!r} is not available; use {name}={available!r}")
+        if not isinstance(graph_size, int) or graph_size < 1:
+            raise ValueError(f"graph_size={graph_size!r}; expected a positive number")
+        if activation != "keep":
+            raise ValueError(f"activation={activation!r} is not available; use activation='keep'")
         build_schedule(schedule, 2, 2, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
         if wave_size != "auto" and not is_searched(schedule):
             warnings.warn(f"wave_size={wave_size} has no effect: schedule={schedule!r} has no waves", stacklevel=2)

@@ -65,7 +65,7 @@ def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int
         ({"schedule": "1f1b-flod"}, ["1f1b-flod", "1f1b-fold", "wavek"]),
         ({"num_microbatches": 0}, ["num_microbatches=0"]),
         ({"wave_size": "all"}, ["wave_size", "all"]),
-        ({"graph_size": 2}, ["graph_size=2"]),
+        ({"graph_size": 0}, ["graph_size=0", "positive"]),
         ({"activation": "recompute"}, ["recompute", "keep"]),
     ],
 )
