@@ -76,12 +76,12 @@ class JanusPipeBody(CheckpointHooks):
         message_dtype: "bf16" rounds the features that stages send each other, and all gradients of these, to bfloat16
             on the way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to 1e-2
             (januspipe bench messages measures it). Energies and forces are sent as they are. None: everything is.
-
-    Raises:
-        ValueError: An argument is out of its range, or not available.
         balance: Which samples share a micro-batch: "microbatches" deals out each replica's batch to its own
             micro-batches, "replicas" the samples of all replicas' batches to all of theirs, so that none waits for
             one with more to do. "auto": the latter, where the dataset knows what its samples cost.
+
+    Raises:
+        ValueError: An argument is out of its range, or not available.
     """
 
     lib: Any  # the modules of one Lightning (see registry.Library)
