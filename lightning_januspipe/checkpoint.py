@@ -118,7 +118,8 @@ class StageOptimizer:
         if len(self.optimizer.param_groups) != len(self._groups):
             raise ValueError(
                 f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, but had {len(self._groups)} "
-                "when training started. Make all groups in configure_optimizers, or train with pipeline_size=1."
+                "when training started. Make all groups in configure_optimizers, or train "
+                "with pipeline_size=1 and graph_size=1."
             )
 
 

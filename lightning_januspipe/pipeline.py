@@ -418,7 +418,8 @@ class Pipeline:
         if changed:
             raise ValueError(
                 f"requires_grad of {', '.join(sorted(changed)[:3])} was changed after training had started, when the "
-                "stages were made. Freeze and unfreeze before Trainer.fit, or train with pipeline_size=1."
+                "stages were made. Freeze and unfreeze before Trainer.fit, or train with "
+                "pipeline_size=1 and graph_size=1."
             )
 
     def _compare_batches(self, inputs: Sequence[MicrobatchInput], batches: Sequence[Any]) -> None:

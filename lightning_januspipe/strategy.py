@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import Stages
@@ -26,13 +25,14 @@ from lightning_januspipe.loading import (
     split_batches,
     without_inference,
 )
-from lightning_januspipe.mesh import Mesh, MeshShape, Size
+from lightning_januspipe.mesh import Mesh, Size
 from lightning_januspipe.metrics import LogRecorder, ReplicaGather, merge_outputs
 from lightning_januspipe.pipeline import MessageDtype, Pipeline, Undivided
 from lightning_januspipe.planning import is_searched
-from lightning_januspipe.position import LoaderPosition, same_random_state
+from lightning_januspipe.position import same_random_state
 from lightning_januspipe.precision import loss_scale, mesh_aware
 from lightning_januspipe.preparation import differentiable, is_fitting, training_mode, unlogged
+from lightning_januspipe.processes import ProcessHooks
 from lightning_januspipe.refusals import refuse_module, refuse_trainer
 from lightning_januspipe.regrouping import Balance, balance_replicas
 from lightning_januspipe.residence import Residence
@@ -41,7 +41,7 @@ from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import ScheduleName, build_schedule
 
 
-class JanusPipeBody(CheckpointHooks):
+class JanusPipeBody(ProcessHooks, CheckpointHooks):
     """Trains a potential that conserves energy on several devices: its layers in a pipeline, and replicas of that.
 
     This is everything that does not depend on which Lightning it is bound to (see
@@ -139,98 +139,6 @@ class JanusPipeBody(CheckpointHooks):
         self._metric_gather = ReplicaGather()
         self.mesh: Mesh | None = None
         self.runner: Undivided | Pipeline | None = None
-
-    # -- processes ---------------------------------------------------------------------------------------------------
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether the Trainer has to inject distributed samplers and honour ``sync_dist``."""
-        return self.num_processes * self._num_nodes > 1
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this machine."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 1
-
-    @property
-    def root_device(self) -> torch.device:
-        """This rank's device."""
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def mesh_shape(self) -> MeshShape:
-        """Sizes of the three axes.
-
-        Raises:
-            ValueError: they do not multiply to the number of processes.
-        """
-        world = self._num_nodes * self.num_processes
-        return MeshShape.resolve(self._pipeline_size, self._data_size, self._graph_size, world)
-
-    @property
-    def world_size(self) -> int:
-        """Number of data-parallel replicas.
-
-        Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``: ranks of one pipeline see the
-        same samples, so only replicas count.
-        """
-        return self.mesh_shape.data
-
-    @property
-    def process_group_backend(self) -> str | None:
-        """Backend of torch.distributed."""
-        return self._process_group_backend
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks of one pipeline draw the same samples."""
-        shape = self.mesh_shape
-        return {"num_replicas": shape.data, "rank": shape.coordinates(self.global_rank)[1]}
-
-    def set_world_ranks(self) -> None:
-        """Tell the cluster environment and Lightning's rank-zero helpers who this process is."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self._num_nodes * self.num_processes)
-        for module in (self.lib.rank_zero, self.lib.utils_rank_zero):
-            module.rank_zero_only.rank = self.global_rank
-
-    def _configure_launcher(self) -> None:
-        _ = self.mesh_shape  # an error here comes before any process is started
-        assert self.cluster_environment is not None
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self._num_nodes)
-        if self.is_distributed and not self.cluster_environment.creates_processes_externally:
-            self._launcher = self.lib.launcher._SubprocessScriptLauncher(
-                self.cluster_environment, self.num_processes, self._num_nodes
-            )
-
-    def setup_environment(self) -> None:
-        """Start torch.distributed and lay the mesh."""
-        super().setup_environment()  # type: ignore[misc]
-        self.lib.seed.reset_seed()
-        self.set_world_ranks()
-        if self.is_distributed:
-            self._process_group_backend = (
-                self._process_group_backend
-                or self.lib.distributed._get_default_process_group_backend_for_device(self.root_device)
-            )
-            # Without device_id, which would let NCCL's sends and receives wait for one another whatever their peers.
-            self.lib.distributed._init_dist_connection(self.cluster_environment, self._process_group_backend)
-        if self.mesh is None or self.mesh.aborted:
-            self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
-        self.lightning_module._device_mesh = self.mesh.device_mesh
-        self._position = LoaderPosition(self.root_device)
-        self._num_runs += 1
 
     # -- module and data ---------------------------------------------------------------------------------------------
 
@@ -493,52 +401,6 @@ class JanusPipeBody(CheckpointHooks):
         # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
         with differentiable(), whole:
             return runner.evaluate_step(lambda b: function(b, *args, **kwargs), without_inference(batch))
-
-    # -- collectives for Lightning -----------------------------------------------------------------------------------
-
-    def _is_joined(self) -> bool:
-        """Whether there are other ranks, with none of which this one has broken off."""
-        return self.is_distributed and dist.is_initialized() and not (self.mesh is not None and self.mesh.aborted)
-
-    def _host_group(self) -> dist.ProcessGroup | None:
-        # A rank that fails closes it, so that the others do not wait there.
-        return None if self.mesh is None else self.mesh.host_group
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
-        if self._is_joined():
-            dist.barrier(group=self._host_group())
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """An object of one global rank, on all ranks."""
-        if not self._is_joined():
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src, group=self._host_group())
-        return objects[0]
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the data-parallel replicas: the ranks of one pipeline hold the same values."""
-        if not isinstance(tensor, Tensor) or self.mesh is None or (group is None and self.mesh.shape.data == 1):
-            return tensor
-        return self.lib.distributed._sync_ddp_if_available(tensor, group or self.mesh.data_group, reduce_op=reduce_op)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over the data-parallel replicas, as ``(D, ...)``; in one replica the tensor itself."""
-        if self.mesh is None or (group is None and self.mesh.shape.data == 1):
-            return tensor
-        return self.lib.distributed._all_gather_ddp_if_available(
-            tensor, group=group or self.mesh.data_group, sync_grads=sync_grads
-        )
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """A decision of all ranks of the mesh."""
-        if not self._is_joined():
-            return decision
-        group = self._host_group()
-        count = torch.tensor(int(decision), device="cpu" if group is not None else self.root_device)
-        dist.all_reduce(count, group=group)
-        return bool(count == dist.get_world_size()) if all else bool(count > 0)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

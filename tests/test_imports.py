@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "folders": {"files"},
     "interruption": {"mesh"},
     "position": {"mesh"},
+    "processes": {"mesh", "position"},
     "residence": {"mesh", "pipeline"},
     "saving": {
         *("averages", "checkpoint", "engine", "files", "folders", "interruption"),
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "preparation": set(),
     "strategy": {
         *("capture", "capturing", "checkpoint", "engine", "graph", "interruption", "loading"),
-        *("mesh", "metrics", "pipeline", "planning", "position", "precision", "preparation", "refusals"),
+        *("mesh", "metrics", "pipeline", "planning", "position", "precision", "preparation", "processes", "refusals"),
         *("regrouping", "residence", "saving", "schedule"),
     },
     "recording": {"engine", "schedule"},

@@ -98,8 +98,8 @@ def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
     Raises:
         CaptureError: a differentiation input depends on a parameter.
     """
-    on_parameter = _dependent(program, set(program.parameters))
-    on_gradient = _dependent(program, {program.gradient})
+    on_parameter = program.dependent(program.parameters)
+    on_gradient = program.dependent({program.gradient})
     for name in program.coordinates:
         if name in on_parameter:
             raise CaptureError(
@@ -175,14 +175,6 @@ def find_cut(
     return _assemble(program, order, free, [ends[p].sent for p in positions], profile, positions)
 
 
-def _dependent(program: Program, roots: set[str]) -> set[str]:
-    found = set(roots)
-    for node in program.nodes:
-        if node.op != "placeholder" and any(i in found for i in node.inputs()):
-            found.add(node.name)
-    return found
-
-
 def _ancestors(program: Program, roots: Sequence[str]) -> set[str]:
     found = set(roots)
     for node in reversed(program.nodes):
@@ -210,7 +202,7 @@ def _repeatable(
     whole = sum(work.values()) or 1.0
     closure = closures(program, [name for name, sums in num_sums(program, body).items() if sums == 0])
     share = {name: sum(work[part] for part in parts) / whole for name, parts in closure.items()}
-    on_batch = _dependent(program, set(program.inputs))
+    on_batch = program.dependent(program.inputs)
     of_parameters = {name for name in body if name not in on_batch}
 
     def together(names: Collection[str]) -> set[str]:

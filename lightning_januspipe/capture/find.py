@@ -190,7 +190,8 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
         raise CaptureError(
             f"the step of {type(module).__name__} uses parameters of its potential {path!r} outside the potential's "
             f"forward ({', '.join(sorted(outside)[:3])}). In a pipeline every rank holds only its own stage's "
-            "parameters: use weight_decay of the optimizer for regularization, or train with pipeline_size=1."
+            "parameters: use weight_decay of the optimizer for regularization, or train with "
+            "pipeline_size=1 and graph_size=1."
         )
     read = _read_of_joined(
         module.get_submodule(path), returned.output, {leaf for i, leaf, _ in watch.read if i == position}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,14 @@ class Program:
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Values of the size symbols for one call's tensors."""
         return {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
+
+    def dependent(self, roots: Collection[str]) -> set[str]:
+        """These values, and all that are computed from them."""
+        found = set(roots)
+        for node in self.nodes:
+            if node.op != "placeholder" and any(i in found for i in node.inputs()):
+                found.add(node.name)
+        return found
 
 
 def refs(tree: Any) -> Iterable[Ref]:

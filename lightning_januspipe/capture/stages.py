@@ -17,6 +17,7 @@ from lightning_januspipe.capture.cut import Cut, Regions
 from lightning_januspipe.capture.divided import Inputs
 from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.program import PlaceholderValues, Program, build_module
+from lightning_januspipe.capture.reach import reach_of
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
 
@@ -49,11 +50,13 @@ class CapturedPotential:
     def chain(self) -> ChainSpec:
         """Specs of derivative and observables."""
         owner = {n: s for s, names in enumerate(self.cut.bodies) for n in names}
+        reach = reach_of(self.program, self.regions)
         return ChainSpec(
             coordinates=tuple(_spec(self.program, n) for n in self.program.coordinates),
             observables=tuple(_spec(self.program, n) for n in self.regions.observables),
             observable_stage=tuple(owner[n] for n in self.regions.observables),
             autocast=self.program.autocast,
+            reach=tuple(tuple(reach[n] for n in names) for names in self.cut.boundaries),
         )
 
     @property
@@ -173,7 +176,7 @@ class CapturedPotential:
 
 _OTHER_SIZES = (
     "The forward turns that size into a constant (int(...), len(...)) or has a Python branch that depends on it: use "
-    "tensor.shape and torch.where instead, or train with pipeline_size=1."
+    "tensor.shape and torch.where instead, or train with pipeline_size=1 and graph_size=1."
 )
 
 
@@ -313,7 +316,8 @@ class _Unavailable:
     def __getattr__(self, name: str) -> object:
         raise CaptureError(
             f"output {self._position} of the potential is read now, but was not read by the step on which the "
-            "potential was captured, so it is not computed. Read it in training_step too, or set pipeline_size=1."
+            "potential was captured, so it is not computed. Read it in training_step too, or "
+            "set pipeline_size=1 and graph_size=1."
         )
 
     @classmethod

@@ -331,7 +331,7 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance
         f"the captured potential {shown(path)} differs from the module itself on a batch of other sizes: {what} has "
         f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
         "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Train with "
-        "pipeline_size=1, or rewrite that part."
+        "pipeline_size=1 and graph_size=1, or rewrite that part."
     )
 
 

@@ -114,7 +114,7 @@ class EmulatedStage(Stage):
         self._check(Phase.FF, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
 
     def forward_force(
-        self, microbatch: int, boundary_gradients: Sequence[Tensor], *, create_graph: bool = True
+        self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
         """FF: a gradient of the boundary, and a derivative with this stage's entry only."""
         assert create_graph, "evaluation is not emulated"
@@ -150,7 +150,7 @@ class EmulatedStage(Stage):
     def backward_energy(
         self,
         microbatch: int,
-        boundary_cotangents: Sequence[Tensor],
+        boundary_cotangents: Sequence[Tensor | None],
         observable_cotangents: Sequence[Tensor | None],
         *,
         defer: bool = False,
@@ -202,7 +202,7 @@ class EmulatedStage(Stage):
         self,
         phase: Phase,
         microbatch: int,
-        came: Sequence[Tensor],
+        came: Sequence[Tensor | None],
         specs: Sequence[TensorSpec],
         source: Phase,
         step: int,
@@ -214,6 +214,7 @@ class EmulatedStage(Stage):
             raise EmulationError(f"{action} got {len(came)} tensors, expected {len(specs)}")
         expected = self._label(source, self.function.index + step, microbatch, kind)
         for tensor in came:
+            assert tensor is not None
             for found in (tensor[:_LABEL].tolist(), tensor[-_LABEL:].tolist()):
                 if found != expected:
                     raise EmulationError(

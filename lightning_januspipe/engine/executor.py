@@ -288,7 +288,9 @@ class _Step:
             stage.recompute_energy(m, self._inputs[m].tensors, own[:num_in])
             own = own[num_in:]
         num = 0 if is_last else len(function.boundary_out)
-        gradients, derivatives = stage.forward_force(m, came.chain[:num], create_graph=self._loss is not None)
+        gradients, derivatives = stage.forward_force(
+            m, self._executor.chain.force_seeds(action.stage, came.chain[:num]), create_graph=self._loss is not None
+        )
         if is_last:
             observables = own
         else:
@@ -331,7 +333,7 @@ class _Step:
         seeds = self._loss_gradients(m)
         cotangents = stage.backward_energy(
             m,
-            came.chain,
+            self._executor.chain.read_cotangents(action.stage, came.chain, seeds.observables),
             [seeds.observables[i] for i in function.observables],
             defer=self.route.is_deferred,
             more=more,

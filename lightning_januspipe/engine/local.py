@@ -101,7 +101,9 @@ def run_local(
     for i, stage in reversed(list(enumerate(stages))):
         if i in others:
             meter.run("recompute", i, partial(others[i].recompute_energy, 0, tensors), received[i])
-        boundary, parts = meter.run("ff", i, partial(others.get(i, stage).forward_force, 0), boundary)
+        boundary, parts = meter.run(
+            "ff", i, partial(others.get(i, stage).forward_force, 0), chain.force_seeds(i, boundary)
+        )
         derivatives = parts if derivatives is None else [a + b for a, b in zip(derivatives, parts, strict=True)]
     assert derivatives is not None
     seeds = loss(known, derivatives)
@@ -116,7 +118,7 @@ def run_local(
     for i, stage in reversed(list(enumerate(stages))):
         own = [seeds.observables[k] for k in stage.function.observables]
         backward = partial(stage.backward_energy, 0, defer=defer, more=more.get(i, ()))
-        boundary = meter.run("be", i, backward, boundary, own)
+        boundary = meter.run("be", i, backward, chain.read_cotangents(i, boundary, seeds.observables), own)
     for i, stage in enumerate(stages if defer else ()):
         if i not in others:
             meter.run("wf", i, partial(stage.weight_force, 0))

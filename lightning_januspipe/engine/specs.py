@@ -106,6 +106,21 @@ class StageFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class Reach:
+    """Where a value of a boundary leads.
+
+    Attributes:
+        energy: an energy depends on it.
+        forces: an energy's derivative may depend on it; not so if the energy is linear in it.
+        observables: those that depend on it.
+    """
+
+    energy: bool
+    forces: bool
+    observables: frozenset[int]
+
+
+@dataclass(frozen=True)
 class ChainSpec:
     """What all stages of a chain share.
 
@@ -114,9 +129,42 @@ class ChainSpec:
         observables: specs of all observables, in order.
         observable_stage: the stage that computes each observable.
         autocast: what FF differentiates under.
+        reach: for each boundary where each of its values leads; nothing at all where that is not known.
     """
 
     coordinates: tuple[TensorSpec, ...]
     observables: tuple[TensorSpec, ...]
     observable_stage: tuple[int, ...]
     autocast: Autocast = OFF
+    reach: tuple[tuple[Reach, ...], ...] = ()
+
+    def force_seeds(self, stage: int, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """What a stage received for FF, None for values that lead to no energy.
+
+        Args:
+            stage: position of the stage that received them.
+            gradients: ∂E/∂h_out, one for each value that it sent.
+        """
+        if not gradients or not self.reach:
+            return gradients
+        return [g if r.energy else None for g, r in zip(gradients, self.reach[stage], strict=True)]
+
+    def read_cotangents(
+        self, stage: int, cotangents: Sequence[Tensor], seeds: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """What a stage received for BE, None for values that the loss depends on in no way.
+
+        A message holds zeros for them. With these, parameters that only a charge depends on, say, would have a gradient
+        of zeros where a single process has none, and an optimizer would decay them.
+
+        Args:
+            stage: position of the stage that received them.
+            cotangents: λ_out = ∂L/∂h_out, one for each value that it sent.
+            seeds: ∂L/∂y for every observable, None where the loss does not read it.
+        """
+        if not cotangents or not self.reach:
+            return cotangents
+        return [
+            c if r.forces or any(seeds[i] is not None for i in r.observables) else None
+            for c, r in zip(cotangents, self.reach[stage], strict=True)
+        ]

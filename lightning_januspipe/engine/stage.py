@@ -95,23 +95,26 @@ class Stage:
         self._inflight[microbatch] = state
 
     def forward_force(
-        self, microbatch: int, boundary_gradients: Sequence[Tensor], *, create_graph: bool = True
+        self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
         """FF: ∂E/∂h_in for the stage before, and this stage's part of ∂E/∂x, both detached.
 
         Args:
             microbatch: index of the micro-batch.
-            boundary_gradients: ∂E/∂h_out from the stage after (none in the last stage).
+            boundary_gradients: ∂E/∂h_out from the stage after (none in the last stage), None where a value leads to no
+                energy.
             create_graph: keep what BF needs; off in evaluation.
         """
         state = self._inflight[microbatch]
         if boundary_gradients:
             # Of a boundary that takes no gradient (frozen parameters before it, no geometry) the seed is not used.
             state.seeds = [
-                g.detach().requires_grad_(create_graph and _is_differentiable(g)) for g in boundary_gradients
+                torch.zeros_like(h) if g is None else g.detach().requires_grad_(create_graph and _is_differentiable(g))
+                for h, g in zip(state.boundary_out, boundary_gradients, strict=True)
             ]
         roots = [(e, torch.ones_like(e)) for e in state.energies if e.requires_grad]
-        roots += [(h, g) for h, g in zip(state.boundary_out, state.seeds, strict=True) if h.requires_grad]
+        seeded = zip(state.boundary_out, state.seeds, boundary_gradients or state.seeds, strict=True)
+        roots += [(h, seed) for h, seed, given in seeded if h.requires_grad and given is not None]
         inputs = [*state.coordinates, *_differentiated(state.boundary_in)]
         with torch.enable_grad(), autocast_as(self._autocast):
             found = gradients_of(roots, inputs, create_graph=create_graph, retain_graph=create_graph)
@@ -195,7 +198,7 @@ class Stage:
     def backward_energy(
         self,
         microbatch: int,
-        boundary_cotangents: Sequence[Tensor],
+        boundary_cotangents: Sequence[Tensor | None],
         observable_cotangents: Sequence[Tensor | None],
         *,
         defer: bool = False,
@@ -205,7 +208,8 @@ class Stage:
 
         Args:
             microbatch: index of the micro-batch.
-            boundary_cotangents: λ_out = ∂L/∂h_out from the stage after (none in the last stage).
+            boundary_cotangents: λ_out = ∂L/∂h_out from the stage after (none in the last stage), None where the loss
+                does not read a value.
             observable_cotangents: ∂L/∂y of this stage's observables, None where the loss does not read one.
             defer: leave to WE what only parameters wait for.
             more: μ_in from the rank that runs FF and BF, where that is another one.

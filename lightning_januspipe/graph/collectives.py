@@ -172,7 +172,24 @@ def collect_rows(x: Tensor, exchange: Exchange) -> Tensor:
     return torch.cat([r[:n] for r, n in zip(rows, shard.counts, strict=True)])[shard.order]
 
 
-class _GatherHalo(torch.autograd.Function):
+class _Exchanging(torch.autograd.Function):
+    """What keeps the exchange for the derivative, and passes undefined gradients on."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+        ctx.exchange = inputs[1]
+        ctx.set_materialize_grads(False)
+
+
+def _transposed(
+    function: Callable[[Tensor, Exchange], Tensor], ctx: Any, gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, None]:
+    """The gradients of an exchange, by its transpose."""
+    (given,) = gradients
+    return None if given is None else function(given, ctx.exchange), None
+
+
+class _GatherHalo(_Exchanging):
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         shard = exchange.shard
@@ -183,15 +200,11 @@ class _GatherHalo(torch.autograd.Function):
         return extended
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else sum_halo(gradients[0], ctx.exchange), None
+        return _transposed(sum_halo, ctx, gradients)
 
 
-class _SumHalo(torch.autograd.Function):
+class _SumHalo(_Exchanging):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
         summed = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
@@ -201,15 +214,11 @@ class _SumHalo(torch.autograd.Function):
         return summed
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else gather_halo(gradients[0], ctx.exchange), None
+        return _transposed(gather_halo, ctx, gradients)
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _SumOverRanks(_Exchanging):
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         is_half = x.dtype in (torch.float16, torch.bfloat16)
@@ -219,29 +228,21 @@ class _SumOverRanks(torch.autograd.Function):
         return total.to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else replicate(gradients[0], ctx.exchange), None
+        return _transposed(replicate, ctx, gradients)
 
 
-class _Replicate(torch.autograd.Function):
+class _Replicate(_Exchanging):
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else sum_over_ranks(gradients[0], ctx.exchange), None
+        return _transposed(sum_over_ranks, ctx, gradients)
 
 
-class _CountOnce(torch.autograd.Function):
+class _CountOnce(_Exchanging):
     """From a parameter, whose cotangents are summed over the ranks, to a replicated tensor."""
 
     @staticmethod
@@ -249,15 +250,11 @@ class _CountOnce(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else _OnFirstRank.apply(gradients[0], ctx.exchange), None
+        return _transposed(_OnFirstRank.apply, ctx, gradients)
 
 
-class _OnFirstRank(torch.autograd.Function):
+class _OnFirstRank(_Exchanging):
     """From a replicated tensor to summands of it: itself and zeros. One node on every rank, to keep them in step."""
 
     @staticmethod
@@ -265,12 +262,8 @@ class _OnFirstRank(torch.autograd.Function):
         return x.view_as(x) if exchange.shard.rank == 0 else torch.zeros_like(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
-        _remember(ctx, inputs)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else count_once(gradients[0], ctx.exchange), None
+        return _transposed(count_once, ctx, gradients)
 
 
 def _largest(y: Tensor, exchange: Exchange) -> Tensor:
@@ -288,11 +281,6 @@ def _returned(y: Tensor, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
     _all_to_all(received, y[shard.num_own :], shard.send_counts, shard.receive_counts, exchange)
     parts = shard.send.split(shard.send_counts), received.split(shard.send_counts)
     return [(rows, values) for rows, values in zip(*parts, strict=True) if len(rows)]
-
-
-def _remember(ctx: Any, inputs: tuple[Tensor, Exchange]) -> None:
-    ctx.exchange = inputs[1]
-    ctx.set_materialize_grads(False)
 
 
 def _all_to_all(

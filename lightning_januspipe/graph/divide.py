@@ -13,7 +13,7 @@ from lightning_januspipe.capture.program import PlaceholderValues, build_module
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.graph.insert import Localized
 from lightning_januspipe.graph.numbers import Numbers, Source
-from lightning_januspipe.graph.partition import Order, partition_atoms
+from lightning_januspipe.graph.partition import partition_atoms
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read
 
 
@@ -56,7 +56,6 @@ class Divider:
         localized: the same with exchanges.
         potential: the live potential.
         num_ranks: graph ranks.
-        order: see :func:`~lightning_januspipe.graph.partition.partition_atoms`.
     """
 
     def __init__(
@@ -65,9 +64,8 @@ class Divider:
         localized: Localized,
         potential: nn.Module,
         num_ranks: int,
-        order: Order = "spatial",
     ) -> None:
-        self._localized, self._num_ranks, self._order = localized, num_ranks, order
+        self._localized, self._num_ranks = localized, num_ranks
         self._classes = localized.classes
         self._computed = _Computed(captured, localized, potential)
 
@@ -137,7 +135,7 @@ class Divider:
                 target = torch.arange(num_atoms).repeat_interleave(len(source) // max(num_atoms, 1))
         place = self._localized.positions
         positions = None if place is None else tensors[place].detach().cpu()
-        return partition_atoms(target, source, num_atoms, self._num_ranks, positions, order=self._order)
+        return partition_atoms(target, source, num_atoms, self._num_ranks, positions)
 
     def _all_numbers(self) -> list[Numbers]:
         classes = self._classes

@@ -88,8 +88,8 @@ class _Localizer:
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
         self._known = {n.source for n in self._found.numbers}
         self._owners = {n.source for n in self._classes.owner.values()}
-        self._on_parameter = self._dependent(set(self._program.parameters))
-        self._on_coordinate = self._dependent(set(self._program.coordinates))
+        self._on_parameter = self._program.dependent(self._program.parameters)
+        self._on_coordinate = self._program.dependent(self._program.coordinates)
         self._values: dict[str, Value] = {}
         self._sizes: set[str] = set()
         self._extended: dict[str, int] = {}
@@ -327,13 +327,6 @@ class _Localizer:
                 if source is not None and not source.selected and spec.shape[1:] == (3,):
                     return source.position
         return None
-
-    def _dependent(self, roots: set[str]) -> set[str]:
-        found = set(roots)
-        for name in self._forward:
-            if any(i in found for i in self._program.by_name[name].inputs()):
-                found.add(name)
-        return found
 
     def _is_differentiable(self, name: str) -> bool:
         return name in self._on_parameter or name in self._on_coordinate

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from capture_models import DTYPE, Batch, Potential, Step, Traced, make_batch
+from capture_models import DTYPE, Batch, Potential, Step, Traced, assert_parity, make_batch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.cut import Cut
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.stages import CapturedStage, Epilogue
 
@@ -109,6 +111,50 @@ def test_frozen_parameters_are_not_trained() -> None:
     stages = stages_of(Traced(Step(potential)), 1)
     assert len(stages[0].parameters) == len(list(potential.parameters())) - 1
     assert not any(p is potential.readout.bias for p in stages[0].parameters)
+
+
+class WithCharges(Step):
+    """The loss reads the charges."""
+
+    def training_step(self, batch: Batch) -> Any:
+        out = self.potential(batch)
+        return (out["forces"] - batch["forces"]).square().mean() + out["charges"].square().mean()
+
+
+class ChargesOfAllLayers(Potential):
+    """Charges come from a running sum that leads to no energy; each layer has a share."""
+
+    def energy(self, batch: Batch, positions: Tensor, strain: Tensor) -> Any:
+        total = []
+
+        def share(layer: nn.Module, given: Any, h: Tensor) -> None:
+            total.append(self.charge(h)[:, 0] + (total[-1] if total else 0.0))
+
+        hooks = [layer.register_forward_hook(share) for layer in self.layers]
+        energy, _ = super().energy(batch, positions, strain)
+        for hook in hooks:
+            hook.remove()
+        return energy, {"charges": total[-1]}
+
+
+@pytest.mark.parametrize("step", [Step, WithCharges], ids=["charges are not read", "charges are read"])
+@pytest.mark.parametrize("potential", [Potential, ChargesOfAllLayers])
+def test_parameters_without_gradients_have_none_wherever_the_cut_is(
+    potential: type[Potential], step: type[Step]
+) -> None:
+    """A gradient of zeros would be decayed by the optimizer."""
+    traced = Traced(step(potential(2)))
+    program, body, batch = traced.program, traced.regions.body, make_batch((3, 1, 2))
+    seen = 0
+    for end in range(1, len(body)):
+        later = {i for n in body[end:] for i in program.by_name[n].inputs()}
+        sent = [n for n in body[:end] if n in later]
+        if all(program.by_name[n].spec is not None for n in sent):
+            cut = Cut([body[:end], body[end:]], [[], []], [sent])
+            captured = replace(traced.cut(1), cut=cut)
+            assert_parity(captured, traced.module, batch)
+            seen += any(not r.energy for r in captured.chain.reach[0])
+    assert seen, "no place was between a charge and what it is made of"
 
 
 def epilogue_result(traced: Traced, batch: Batch) -> tuple[Any, Any]:

@@ -221,10 +221,11 @@ def loss_in(output: Any) -> Tensor:
 
 
 def assert_parity(captured: DividedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
-    """Loss and every parameter gradient equal those of the undivided double backward."""
+    """Loss and every parameter gradient equal those of the undivided double backward; none where that has none."""
     expected_loss, expected = eager_gradients(module, batch)
     loss, found = staged_gradients(captured, module, batch)
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
+    assert set(found) == set(expected)
     scale = max(float(g.abs().max()) for g in expected.values())
     assert scale > 1e-3
     for name, parameter in module.named_parameters():

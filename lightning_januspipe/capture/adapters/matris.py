@@ -338,7 +338,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     if not hasattr(module, name):
         raise CaptureError(
             f"{module.__name__} has no {name!r}: the adapter is written for MatRIS 0.1. Install matris 0.1, or train "
-            "with pipeline_size=1."
+            "with pipeline_size=1 and graph_size=1."
         )
     before = getattr(module, name)
     setattr(module, name, value)
