@@ -6,6 +6,7 @@ Importing this package registers ``Trainer(strategy="januspipe")`` with every Li
 from importlib.util import find_spec
 
 from lightning_januspipe.capture import Adapter, ExplicitStages, run_stages
+from lightning_januspipe.graph import with_halo
 from lightning_januspipe.registry import NAMESPACES, register, strategy_class
 
 __version__ = "0.1.0"
@@ -17,4 +18,4 @@ for _namespace in _installed:
     register(_namespace)
 JanusPipeStrategy = strategy_class(_installed[0])
 
-__all__ = ["Adapter", "ExplicitStages", "JanusPipeStrategy", "run_stages", "strategy_class"]
+__all__ = ["Adapter", "ExplicitStages", "JanusPipeStrategy", "run_stages", "strategy_class", "with_halo"]

@@ -8,10 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightning_januspipe.capture import Capture, CaptureError, Manner, ProgramCache, Stages, capture_module
+from lightning_januspipe.capture.find import StepFunction
+from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
-from lightning_januspipe.graph import prove_division
+from lightning_januspipe.graph import call_tensors, division_of, prove_division
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.pipeline import MessageDtype, Pipeline, measured_latency
 from lightning_januspipe.planning import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
@@ -106,12 +110,13 @@ class Capturer:
         # One number for all replicas: by it the stages are placed.
         latency = broadcast(measured_latency(mesh))
         news = ""
+        to_prove: list[Tensor] = []
         if self._kept is None or not self._kept.serves(request):
 
             def step_time(seconds: list[PhaseSeconds]) -> float:
                 return self._planner(num_ranks, latency, seconds).step_time(request.num_microbatches)
 
-            def capture_in(training: bool) -> Capture:
+            def capture_in(training: bool) -> tuple[Capture, list[Tensor]]:
                 with request.ready(training):
                     examples = request.examples()
                     evaluation, step = request.evaluation_step, with_batch(request.step)
@@ -128,11 +133,10 @@ class Capturer:
                             stages=self._stages,
                             cache=ProgramCache.default(),
                         )
-                        if mesh.shape.graph > 1:
-                            prove_division(found.potential, request.module, step, examples[1], mesh.shape.graph)
-                        return found
+                        proof = _proof(found, request.module, step, examples[1], mesh.shape.graph)
+                        return found, proof
 
-            def capture() -> Capture:
+            def capture() -> tuple[Capture, list[Tensor]]:
                 # Many potentials detach their forces in evaluation; some differentiate once only if they are told so.
                 try:
                     return capture_in(not request.trains)
@@ -141,14 +145,17 @@ class Capturer:
                         raise
                 return capture_in(False)
 
-            result = on_first_rank(capture, rank, broadcast)
+            result, to_prove = on_first_rank(capture, rank, broadcast)
             self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
             news = f"januspipe: {result.describe()}; {self.schedule}, {request.num_microbatches} micro-batches"
         found = self._kept.capture
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
         planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
-        return Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype), news
+        pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
+        if to_prove:
+            pipeline.prove_division([t.to(mesh.device) for t in to_prove])
+        return pipeline, news
 
     def _planner(
         self,
@@ -167,6 +174,22 @@ class Capturer:
             memory_limit,
             latency,
         )
+
+
+def _proof(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:
+    """Prove that a potential can be divided over graph ranks.
+
+    Returns:
+        Where that takes all ranks together, the potential's inputs to prove it with, on the CPU; else nothing.
+    """
+    potential = capture.potential
+    if num_ranks == 1:
+        return []
+    if isinstance(potential, CapturedPotential):
+        prove_division(potential, module, step, batch, num_ranks)
+        return []
+    division_of(potential, module.get_submodule(potential.path))
+    return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]
 
 
 def _name(step: Callable[..., Any]) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_januspipe.averages import followers, held_by_all
 from lightning_januspipe.capture import Capture, CapturedStep, DividedPotential, Proofs
 from lightning_januspipe.capture.find import StepFunction
-from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.capture.step import gradients_of_loss, loss_of, require_finite
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
@@ -23,7 +22,7 @@ from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
-from lightning_januspipe.graph import GraphAxis, GraphGroup
+from lightning_januspipe.graph import GraphAxis, GraphGroup, prove_together
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
 from lightning_januspipe.preparation import on_first_rank
@@ -246,6 +245,24 @@ class Pipeline:
         finally:
             self._clear()
 
+    def prove_division(self, tensors: Sequence[Tensor]) -> None:
+        """Prove a division over graph ranks that takes all of them; see :func:`~.graph.together.prove_together`.
+
+        Args:
+            tensors: inputs of the potential, the same on all ranks.
+
+        Raises:
+            CaptureError: the divided potential computes something else than the whole one.
+        """
+        captured, mesh = self.capture.potential, self._mesh
+        assert mesh.graph_group is not None
+        ranks = GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group)
+        try:
+            prove_together(captured, self._module.get_submodule(captured.path), tensors, ranks)
+        except BaseException:
+            self._abort()
+            raise
+
     def _divided(self, inputs: list[MicrobatchInput]) -> list[MicrobatchInput]:
         return inputs if self._graph is None else [self._graph.divided(i, given) for i, given in enumerate(inputs)]
 
@@ -454,7 +471,6 @@ class Pipeline:
 def _graph_axis(captured: DividedPotential, potential: nn.Module, mesh: Mesh) -> GraphAxis | None:
     if mesh.graph_group is None:
         return None
-    assert isinstance(captured, CapturedPotential)
     return GraphAxis(captured, potential, GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group))
 
 

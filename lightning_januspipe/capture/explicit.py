@@ -39,6 +39,9 @@ class ExplicitStages(Protocol):
 
     :func:`run_stages` does just that, and may serve as ``forward``.
 
+    For graph ranks it also has ``stage_edges``: source and target of the edges, each the name of an input (E,), or of one
+    (2, E) and the row of it. Its parts then call :func:`~lightning_januspipe.with_halo`.
+
     Attributes:
         stage_coordinates: names of the inputs that the energy is differentiated by, such as positions and strain.
     """
@@ -231,13 +234,13 @@ class ExplicitStage:
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
         divided = self._divided
-        inputs = dict(zip(divided.inputs_by_name, tensors, strict=True))
-        for name in divided.coordinates:
-            inputs[name] = inputs[name].detach().requires_grad_()
+        inputs, coordinates = self._inputs(tensors)
         features: Tensors = dict(zip(self._received, boundary, strict=True))
         with autocast_as(divided.autocast):
             for part in self._parts:
                 features = part(inputs, features)
+            if self._is_last:
+                features = self._results(features, inputs)
         returned = [features[name] for name in self._returned]
         sizes = {s: tensors[i].shape[d] for s, (i, d) in divided.symbols.items()}
         for (name, spec), value in zip(self._returned.items(), returned, strict=True):
@@ -246,8 +249,20 @@ class ExplicitStage:
             boundary=[] if self._is_last else returned,
             energies=[features[ENERGY].sum()] if self._is_last else [],
             observables=returned if self._is_last else [],
-            coordinates=[inputs[name] for name in divided.coordinates],
+            coordinates=coordinates,
         )
+
+    def _inputs(self, tensors: Sequence[Any]) -> tuple[Tensors, list[Tensor]]:
+        """What the parts are called with, and the leaves of the differentiation inputs."""
+        divided = self._divided
+        inputs: dict[str, Tensor] = dict(zip(divided.inputs_by_name, tensors, strict=True))
+        for name in divided.coordinates:
+            inputs[name] = inputs[name].detach().requires_grad_()
+        return inputs, [inputs[name] for name in divided.coordinates]
+
+    def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
+        """What the last part returned, of all atoms."""
+        return results
 
 
 class ExplicitReturnValue:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.divided import DividedPotential
+from lightning_januspipe.capture.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
 from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.graph.division import Division, LocalPotential
+from lightning_januspipe.graph.explicit import localize_explicit
 from lightning_januspipe.graph.insert import localize
 from lightning_januspipe.graph.kinds import Kind, Value
 
@@ -31,6 +35,22 @@ class GraphGroup:
     group: dist.ProcessGroup
 
 
+def division_of(divided: DividedPotential, potential: nn.Module) -> Division:
+    """How a potential is divided over graph ranks.
+
+    Args:
+        divided: the potential in stages.
+        potential: the live potential.
+
+    Raises:
+        CaptureError: it cannot be divided; the message says why.
+    """
+    if isinstance(divided, ExplicitPotential):
+        return localize_explicit(divided, potential)
+    assert isinstance(divided, CapturedPotential)
+    return localize(divided)
+
+
 class GraphAxis:
     """What one rank does to the micro-batches of its pipeline, beside the phases.
 
@@ -40,16 +60,16 @@ class GraphAxis:
         ranks: this rank's place.
     """
 
-    def __init__(self, captured: CapturedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
-        self._localized, self._rank = localize(captured), ranks.rank
+    def __init__(self, captured: DividedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
+        self._division, self._rank = division_of(captured, potential), ranks.rank
         self._group: dist.ProcessGroup | None = ranks.group
-        self._divider = Divider(captured, self._localized, potential, ranks.size)
+        self._divider = Divider(captured, self._division, potential, ranks.size)
         self._exchanges: dict[int, dict[str, Exchange]] = {}
 
     @property
-    def potential(self) -> CapturedPotential:
+    def potential(self) -> LocalPotential:
         """The potential whose stages work on own rows."""
-        return self._localized.potential
+        return self._division.potential
 
     def divided(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
         """A micro-batch with this rank's rows only.
@@ -68,7 +88,7 @@ class GraphAxis:
         self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Observables and derivatives of all rows, for the user's loss; all graph ranks have to ask for them."""
-        kinds = self._localized
+        kinds = self._division
         return (
             [self._all_rows(index, y, v) for y, v in zip(observables, kinds.observables, strict=True)],
             [self._all_rows(index, x, v) for x, v in zip(derivatives, kinds.derivatives, strict=True)],
@@ -76,7 +96,7 @@ class GraphAxis:
 
     def own(self, index: int, gradients: LossGradients) -> LossGradients:
         """Of the loss's gradients those of this rank's rows: every graph rank has evaluated the same loss."""
-        kinds = self._localized
+        kinds = self._division
         return LossGradients(
             [self._own_rows(index, y, v) for y, v in zip(gradients.observables, kinds.observables, strict=True)],
             [self._rows(index, x, v) for x, v in zip(gradients.derivatives, kinds.derivatives, strict=True)],

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError
 from lightning_januspipe.capture.program import PlaceholderValues, build_module
 from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.graph.insert import Localized
+from lightning_januspipe.graph.division import Division
 from lightning_januspipe.graph.numbers import Numbers, Source
 from lightning_januspipe.graph.partition import partition_atoms
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read
@@ -53,21 +54,21 @@ class Divider:
 
     Args:
         captured: the potential.
-        localized: the same with exchanges.
+        division: how it is divided.
         potential: the live potential.
         num_ranks: graph ranks.
     """
 
     def __init__(
         self,
-        captured: CapturedPotential,
-        localized: Localized,
+        captured: DividedPotential,
+        division: Division,
         potential: nn.Module,
         num_ranks: int,
     ) -> None:
-        self._localized, self._num_ranks = localized, num_ranks
-        self._classes = localized.classes
-        self._computed = _Computed(captured, localized, potential)
+        self._division, self._num_ranks = division, num_ranks
+        self._classes = division.classes
+        self._computed = _Computed(captured, division.computed, potential)
 
     def plan(self, tensors: Sequence[Tensor]) -> Plan:
         """Divide a micro-batch.
@@ -105,19 +106,19 @@ class Divider:
         device = tensors[0].device
         mine = {name: of_class[rank].to(device) for name, of_class in plan.shards.items()}
         local = list(tensors)
-        for (position, dim), name in self._localized.rows.items():
+        for (position, dim), name in self._division.rows.items():
             local[position] = local[position].index_select(dim, mine[name].own)
-        for source, name in self._localized.renumbered.items():
+        for source, name in self._division.renumbered.items():
             local[source.position] = _renumbered(local[source.position], source, mine[name])
         extended = []
-        for position, dim in self._localized.extended:
-            shard = mine[self._localized.rows[position, dim]]
+        for position, dim in self._division.extended:
+            shard = mine[self._division.rows[position, dim]]
             extended.append(tensors[position].index_select(dim, torch.cat([shard.own, shard.halo])))
-        for numbers in self._localized.computed:
+        for numbers in self._division.computed:
             value, shard = plan.computed[numbers.source.node], mine[numbers.rows]
             dim = next(d for d, size in enumerate(value.shape) if size == shard.num_rows)
             extended.append(mine[numbers.of].local(value.index_select(dim, shard.own)).to(value.dtype))
-        return Part(local, self._localized.potential.program.bind(local), mine, extended)
+        return Part(local, self._division.bind(local), mine, extended)
 
     def _atoms(self, tensors: Sequence[Tensor], values: Mapping[Numbers, Tensor], num_atoms: int) -> Tensor:
         """The owner of each atom."""
@@ -133,7 +134,7 @@ class Divider:
             for table in (n for n in classes.readers[classes.root] if n.rows == classes.root):
                 source = values[table].reshape(-1)
                 target = torch.arange(num_atoms).repeat_interleave(len(source) // max(num_atoms, 1))
-        place = self._localized.positions
+        place = self._division.positions
         positions = None if place is None else tensors[place].detach().cpu()
         return partition_atoms(target, source, num_atoms, self._num_ranks, positions)
 
@@ -153,7 +154,7 @@ class Divider:
     def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """The number of rows of each class."""
         sizes: dict[str, int] = {}
-        for (position, dim), name in self._localized.rows.items():
+        for (position, dim), name in self._division.rows.items():
             size = tensors[position].shape[dim]
             if sizes.setdefault(name, size) != size:
                 raise CaptureError(
@@ -166,12 +167,17 @@ class Divider:
 class _Computed:
     """Numbers of rows that a potential computes from its inputs, of a whole micro-batch."""
 
-    def __init__(self, captured: CapturedPotential, localized: Localized, potential: nn.Module) -> None:
-        program, self._names = captured.program, [n.source.node for n in localized.computed]
-        nodes = [*captured.regions.geometry, *captured.regions.body]
-        names = [n.name for n in program.nodes if n.op == "placeholder" and n.name not in program.parameters]
-        self._placeholders = PlaceholderValues(program, potential, names) if self._names else None
-        self._module = build_module(program, nodes, names, self._names) if self._names else None
+    def __init__(self, captured: DividedPotential, computed: Sequence[Numbers], potential: nn.Module) -> None:
+        self._names = [n.source.node for n in computed]
+        self._placeholders: PlaceholderValues | None = None
+        self._module: nn.Module | None = None
+        if computed:
+            assert isinstance(captured, CapturedPotential)
+            program = captured.program
+            nodes = [*captured.regions.geometry, *captured.regions.body]
+            names = [n.name for n in program.nodes if n.op == "placeholder" and n.name not in program.parameters]
+            self._placeholders = PlaceholderValues(program, potential, names)
+            self._module = build_module(program, nodes, names, self._names)
 
     def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         if self._module is None or self._placeholders is None:

@@ -16,7 +16,8 @@ from lightning_januspipe.capture.program import Node, Ref, refs
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.graph import operations
-from lightning_januspipe.graph.classes import Classes, find_classes, require_plain_use
+from lightning_januspipe.graph.classes import find_classes, require_plain_use
+from lightning_januspipe.graph.division import Division
 from lightning_januspipe.graph.kinds import (
     CONSTANT,
     CONTRACTING,
@@ -32,37 +33,15 @@ from lightning_januspipe.graph.kinds import (
     mixes,
     refused,
 )
-from lightning_januspipe.graph.numbers import GATHERING, SCATTERING, Numbers, NumbersOfRows, Source, Use
+from lightning_januspipe.graph.numbers import GATHERING, SCATTERING, NumbersOfRows, Use
 from lightning_januspipe.graph.rewrite import Rewrite, exchange_name, extended_name
 
 
 @dataclass(frozen=True)
-class Localized:
-    """A captured potential for several graph ranks.
-
-    Attributes:
-        potential: with exchanges; its inputs end with one exchange for each of ``classes.names``.
-        classes: what is divided, and by what.
-        rows: (position of an input, dimension) -> the class that it has an entry for.
-        renumbered: parts of inputs that hold numbers of rows -> the class that they count.
-        observables: kinds of the observables.
-        derivatives: kinds of the differentiation inputs, and so of the derivative.
-        positions: place of the input with positions (N, 3), if it is among the inputs.
-        computed: numbers of rows that operations compute from inputs; they are computed for the whole micro-batch, and
-            are the last inputs.
-        extended: (position, dimension) of the inputs of which the potential also takes rows with the halo, after the
-            exchanges: every rank has them, so nothing has to be sent.
-    """
+class Localized(Division):
+    """A captured potential for several graph ranks."""
 
     potential: CapturedPotential
-    classes: Classes
-    rows: dict[tuple[int, int], str]
-    renumbered: dict[Source, str]
-    observables: tuple[Value, ...]
-    derivatives: tuple[Value, ...]
-    positions: int | None
-    extended: tuple[tuple[int, int], ...]
-    computed: tuple[Numbers, ...]
 
 
 def localize(captured: CapturedPotential) -> Localized:
@@ -296,8 +275,10 @@ class _Localizer:
             for value in [self._values[name]]
             if value.kind is Kind.OWN
         }
+        potential = self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed])
         return Localized(
-            potential=self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed]),
+            potential=potential,
+            bind=potential.program.bind,
             classes=self._classes,
             rows=rows,
             renumbered={n.source: n.of for n in self._found.numbers if n.of in self._divided and not n.source.node},

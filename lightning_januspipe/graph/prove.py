@@ -30,9 +30,9 @@ from lightning_januspipe.graph.shards import Shard
 
 
 def prove_division(
-    divided: DividedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
+    divided: CapturedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
 ) -> None:
-    """Prove that a potential can be divided over graph ranks, on the potential call of one batch.
+    """Prove that a captured potential can be divided over graph ranks, on the potential call of one batch.
 
     Args:
         divided: the potential in stages.
@@ -44,15 +44,15 @@ def prove_division(
     Raises:
         CaptureError: it cannot be divided; the message says why.
     """
-    if not isinstance(divided, CapturedPotential):
-        raise CaptureError(
-            f"graph_size={num_ranks} needs a potential that can be traced, but {shown(divided.path)} is divided by "
-            "itself (explicit stages). Use graph_size=1."
-        )
     potential = module.get_submodule(divided.path)
+    prove(divided, localize(divided), potential, call_tensors(divided, module, step, batch), num_ranks)
+
+
+def call_tensors(divided: DividedPotential, module: nn.Module, step: StepFunction, batch: Any) -> list[Tensor]:
+    """The tensors of the potential's call in a step; the module is left as it was."""
     with unchanged(module):
         args, kwargs = call_arguments(module, divided.path, step, batch, divided.replaced is not None)
-        prove(divided, localize(divided), potential, divided.inputs(potential)(args, kwargs), num_ranks)
+        return divided.inputs(module.get_submodule(divided.path))(args, kwargs)
 
 
 def prove(
@@ -83,17 +83,63 @@ def prove(
     weights: list[Tensor] = []
     expected = undivided.results([Value(Kind.REPLICATED)] * len(localized.observables), weights)
     found = divided.results(localized.observables, weights)
+    require_same(expected, found, tolerance, captured.path, num_ranks)
+
+
+def require_same(
+    expected: Sequence[tuple[str, Tensor]],
+    found: Sequence[tuple[str, Tensor]],
+    tolerance: float,
+    path: str,
+    num_ranks: int,
+) -> None:
+    """Compare what a divided micro-batch gives with what the whole one does.
+
+    Args:
+        expected: energies, derivatives and parameter gradients of the whole one, each with words for it.
+        found: the same of the divided one.
+        tolerance: largest error, relative to the largest entry; of parameter gradients that of all.
+        path: of the potential.
+        num_ranks: graph ranks.
+
+    Raises:
+        CaptureError: they differ.
+    """
     for (what, a), (_, b) in zip(expected, found, strict=True):
         scale = float(a.abs().max()) if a.numel() else 0.0
-        if what.startswith("the parameter gradient"):
-            scale = max(float(x.abs().max()) for w, x in expected if w.startswith("the parameter gradient"))
+        if what.startswith(GRADIENT[:22]):
+            scale = max(float(x.abs().max()) for w, x in expected if w.startswith(GRADIENT[:22]))
         error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
         if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
                 f"graph_size > 1 is not possible: divided over {num_ranks} ranks, {what} of the potential "
-                f"{shown(captured.path)} differs by {error:.2e} at a scale of {scale:.2e}. It combines atoms or "
+                f"{shown(path)} differs by {error:.2e} at a scale of {scale:.2e}. It combines atoms or "
                 "edges in a way that was not recognized. Use graph_size=1."
             )
+
+
+GRADIENT = "the parameter gradient of a force loss for {!r}"
+
+
+def draw_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of :func:`force_loss` for each number of each output."""
+    generator = torch.Generator().manual_seed(0)
+    weights = []
+    for x in outputs:
+        # Of order one, whatever the units: derivatives in half precision must not overflow.
+        scale = max(1.0, float(x.detach().abs().max())) if x.numel() else 1.0
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        weights.append((drawn / (scale * max(1, x.numel()) ** 0.5)).to(x))
+    return weights
+
+
+def force_loss(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Terms of a loss that depends on every number of every output that can be differentiated."""
+    return [
+        ((x * w).square() + x * w).sum()
+        for x, w in zip(outputs, weights, strict=True)
+        if x.is_floating_point() and x.requires_grad
+    ]
 
 
 class _LockStep:
@@ -176,22 +222,10 @@ class _LockStep:
                 gradients = [torch.stack(gradients).sum(0)]
             outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
         if not weights:
-            generator = torch.Generator().manual_seed(0)
-            for _, x in outputs:
-                # Of order one, whatever the units: derivatives in half precision must not overflow.
-                scale = max(1.0, float(x.detach().abs().max())) if x.numel() else 1.0
-                drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-                weights.append((drawn / (scale * max(1, x.numel()) ** 0.5)).to(x))
-        terms = [
-            ((x * w).square() + x * w).sum()
-            for (_, x), w in zip(outputs, weights, strict=True)
-            if x.is_floating_point() and x.requires_grad
-        ]
+            weights += draw_weights([x for _, x in outputs])
+        terms = force_loss([x for _, x in outputs], weights)
         trained = torch.autograd.grad(terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
-        named = [
-            (f"the parameter gradient of a force loss for {n!r}", g)
-            for n, g in zip(self._parameters, trained, strict=True)
-        ]
+        named = [(GRADIENT.format(n), g) for n, g in zip(self._parameters, trained, strict=True)]
         return [*((what, x.detach()) for what, x in outputs), *named]
 
     def _joined(self, of_ranks: Sequence[Tensor], value: Value) -> Tensor:

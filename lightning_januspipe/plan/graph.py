@@ -192,12 +192,12 @@ class Sharing:
         if measured is not None and measured.refused:
             return measured
         try:
-            if measured is None:
-                smallest = min(range(len(self._batches)), key=lambda i: sum(t.numel() for t in self._tensors[i]))
-                prove_division(self._divided, self._module, self._step, self._batches[smallest], num_ranks)
             captured = self._divided
             if not isinstance(captured, CapturedPotential):
-                raise CaptureError("graph_size > 1 needs a potential that can be traced")
+                raise CaptureError("graph ranks can be predicted for potentials that are traced only (explicit stages)")
+            if measured is None:
+                smallest = min(range(len(self._batches)), key=lambda i: sum(t.numel() for t in self._tensors[i]))
+                prove_division(captured, self._module, self._step, self._batches[smallest], num_ranks)
             return self._share(captured, num_ranks, measured)
         except CaptureError as error:
             return GraphShare(num_ranks, refused=str(error))

@@ -9,7 +9,7 @@ import torch
 from capture_models import DTYPE, Batch, filter_of
 from torch import Tensor, nn
 
-from lightning_januspipe import run_stages
+from lightning_januspipe import run_stages, with_halo
 
 Features = dict[str, Tensor]
 
@@ -18,6 +18,7 @@ def radial_of(inputs: Features) -> Tensor:
     """Radial functions (E, 4) of strained distances."""
     strain = inputs["strain"][inputs["index"]]
     strained = inputs["positions"] + torch.einsum("ni,nij->nj", inputs["positions"], 0.5 * (strain + strain.mT))
+    strained = with_halo(strained, inputs)
     vectors = strained[inputs["edges"][1]] - strained[inputs["edges"][0]]
     distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
     return torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE)) ** 2))
@@ -32,7 +33,7 @@ class Embed(nn.Module):
 
     def forward(self, inputs: Features, features: Features) -> Features:
         rows = [self.table.weight[int(s)] for s in inputs["species"].tolist()]
-        return {"h": torch.stack(rows)}
+        return {"h": torch.stack([*rows, self.table.weight[0]])[:-1]}  # also without any atoms
 
 
 class Interact(nn.Module):
@@ -45,7 +46,7 @@ class Interact(nn.Module):
 
     def forward(self, inputs: Features, features: Features) -> Features:
         h = features["h"]
-        messages = h[inputs["edges"][0]] * self.filters(radial_of(inputs))
+        messages = with_halo(h, inputs)[inputs["edges"][0]] * self.filters(radial_of(inputs))
         return {"h": h + torch.tanh(self.mix(torch.zeros_like(h).index_add(0, inputs["edges"][1], messages)))}
 
 
@@ -67,6 +68,7 @@ class SelfDividing(nn.Module):
     """A potential with stages of its own."""
 
     stage_coordinates: Sequence[str] = ("positions", "strain")
+    stage_edges = (("edges", 0), ("edges", 1))
 
     def __init__(self, num_layers: int = 3, width: int = 6) -> None:
         super().__init__()
@@ -89,3 +91,38 @@ class SelfDividing(nn.Module):
 
     def forward(self, batch: Batch) -> Any:
         return run_stages(self, batch)
+
+
+class _Alone(Interact):
+    """Reads the features of other ranks' atoms without asking for them."""
+
+    def forward(self, inputs: Features, features: Features) -> Features:
+        return super().forward(dict(inputs, positions=inputs["positions"]), features)
+
+
+class _Shifted(Read):
+    """Shifts the energy of each structure, which each graph rank would do."""
+
+    def __init__(self, table: nn.Embedding, width: int) -> None:
+        super().__init__(table, width)
+        self.shift = nn.Parameter(torch.tensor(0.3, dtype=DTYPE))
+
+    def forward(self, inputs: Features, features: Features) -> Features:
+        found = super().forward(inputs, features)
+        return {**found, "energy": found["energy"] + self.shift}
+
+
+class Alone(SelfDividing):
+    """Lacks an exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts[1] = _Alone(self.parts[2].filters, 6)
+
+
+class Shifted(SelfDividing):
+    """Has a term of the energy that is no sum over atoms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts[-1] = _Shifted(self.parts[0].table, 6)

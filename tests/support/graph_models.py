@@ -118,6 +118,20 @@ class Attention(Potential):
     layer = _Attention
 
 
+class _Peaks(Layer):
+    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
+        values = h[edges[0]] * self.filter(radial)
+        lowest = values.new_full(h.shape, -1.0)
+        largest = lowest.scatter_reduce(0, edges[0][:, None].expand_as(values), values, "amax")
+        return h + torch.tanh(self.mix(self.aggregate(h, edges[1], largest[edges[0]] * values)))
+
+
+class Peaks(Potential):
+    """The largest of what leaves an atom is a factor, whose derivative does not cancel as in a softmax."""
+
+    layer = _Peaks
+
+
 class Composed(Angles):
     """The atom that two edges share is looked up by the number of one of them."""
 
@@ -199,6 +213,10 @@ def angles() -> Base:
 
 def attention() -> Base:
     return Module(Attention())
+
+
+def peaks() -> Base:
+    return Module(Peaks())
 
 
 def composed() -> Base:

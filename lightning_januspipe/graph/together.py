@@ -1,0 +1,88 @@
+"""Proof that a potential with stages of its own is divided right: by all graph ranks together, as in training.
+
+Its parts run as they are, exchanges included, so that no process can stand for several ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.divided import DividedPotential
+from lightning_januspipe.capture.errors import CaptureError, shown
+from lightning_januspipe.capture.validate import rounding_tolerance
+from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
+from lightning_januspipe.engine.local import run_local
+from lightning_januspipe.graph.axis import GraphAxis, GraphGroup
+from lightning_januspipe.graph.division import LocalPotential
+from lightning_januspipe.graph.prove import GRADIENT, draw_weights, force_loss, require_same
+
+
+def prove_together(
+    divided: DividedPotential, potential: nn.Module, tensors: Sequence[Tensor], ranks: GraphGroup
+) -> None:
+    """Compare a micro-batch divided over graph ranks with the whole one, which each rank computes for itself.
+
+    Args:
+        divided: the potential in stages.
+        potential: the live potential.
+        tensors: its inputs, the same on all graph ranks.
+        ranks: this rank's place; all of them have to call this.
+
+    Raises:
+        CaptureError: they differ, on every rank; or a part failed on this rank, where others may still wait.
+    """
+    axis = GraphAxis(divided, potential, ranks)
+    given = MicrobatchInput(list(tensors), divided.bind_sizes(tensors))
+    weights: list[Tensor] = []
+    expected = _results(divided, divided, potential, given, None, weights)
+    try:
+        found = _results(axis.potential, divided, potential, axis.divided(0, given), axis, weights)
+    except (IndexError, RuntimeError) as error:
+        raise CaptureError(
+            f"graph_size > 1 is not possible: on graph rank {ranks.rank} of {ranks.size}, a part of the potential "
+            f"{shown(divided.path)} failed: {error}. A part has to call with_halo(features, inputs) before it looks "
+            "features up by the atoms that edges come from, and to work without any atoms. Or use graph_size=1."
+        ) from error
+    for what, gradient in found:
+        if what.startswith(GRADIENT[:22]):
+            dist.all_reduce(gradient, group=ranks.group)
+    require_same(expected, found, rounding_tolerance(divided, potential), divided.path, ranks.size)
+
+
+def _results(
+    local: DividedPotential | LocalPotential,
+    divided: DividedPotential,
+    potential: nn.Module,
+    given: MicrobatchInput,
+    axis: GraphAxis | None,
+    weights: list[Tensor],
+) -> list[tuple[str, Tensor]]:
+    """Observables, derivatives and parameter gradients, through all phases."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+        if axis is not None:
+            observables, derivatives = axis.joined(0, observables, derivatives)
+        words = [f"result {i} of the last part" for i in range(len(observables))]
+        words += [f"derivative {i}" for i in range(len(derivatives))]
+        values = [v.detach().requires_grad_(v.is_floating_point()) for v in (*observables, *derivatives)]
+        outputs.extend((what, v.detach()) for what, v in zip(words, values, strict=True))
+        if not weights:
+            weights.extend(draw_weights(values))
+        with torch.enable_grad():
+            terms = force_loss(values, weights)
+            found = iter(torch.autograd.grad(terms, [v for v in values if v.requires_grad]))
+        seeds = [next(found) if v.requires_grad else None for v in values]
+        num = len(observables)
+        tangents = [torch.zeros_like(v) if s is None else s for s, v in zip(seeds[num:], values[num:], strict=True)]
+        gradients = LossGradients(seeds[:num], tangents)
+        return gradients if axis is None else axis.own(0, gradients)
+
+    functions = [local.stage(i, potential) for i in range(local.num_stages)]
+    result = run_local(functions, divided.chain, given.tensors, loss)
+    named = [(n, p, result.gradients.get(p)) for n, p in potential.named_parameters() if p.requires_grad]
+    return outputs + [(GRADIENT.format(n), torch.zeros_like(p) if g is None else g.clone()) for n, p, g in named]

@@ -1,0 +1,112 @@
+"""Potentials that divide themselves on graph ranks: what they have to say, and the proof that they are right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import graph_explicit_workers as workers
+import graph_models
+import plain_modules
+import pytest
+import torch
+from explicit_models import Alone, Features, SelfDividing
+from torch import nn
+
+from lightning_januspipe import with_halo
+from lightning_januspipe.capture import CaptureError
+from lightning_januspipe.capture.explicit import ExplicitPotential
+from lightning_januspipe.graph import division_of
+from lightning_januspipe.graph.kinds import Kind
+from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
+
+
+def test_rows_are_found_by_their_sizes() -> None:
+    module, found = workers.captured(SelfDividing())
+    division = division_of(found.potential, module.potential)
+    names = list(found.potential.inputs_by_name)  # type: ignore[attr-defined]
+    divided = {(names[position], dim) for position, dim in division.rows}
+    assert divided == {("positions", 0), ("species", 0), ("edges", 1), ("index", 0)}
+    assert {(names[s.position], s.selected) for s in division.renumbered} == {
+        ("edges", ((0, 0),)), ("edges", ((0, 1),))
+    }  # fmt: skip
+    assert [v.kind for v in division.observables] == [Kind.REPLICATED, Kind.OWN], "energies and charges"
+    assert [v.kind for v in division.derivatives] == [Kind.OWN, Kind.REPLICATED], "positions and strain"
+    assert division.positions == names.index("positions")
+
+
+def test_one_rank_needs_no_halo() -> None:
+    features = torch.randn(3, 2)
+    assert with_halo(features, {"positions": torch.randn(3, 3)}) is features
+
+
+def changed(**attributes: Any) -> nn.Module:
+    return type("Changed", (SelfDividing,), attributes)()
+
+
+class _State(nn.Module):
+    """Hands on something for each structure."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, inputs: Features, features: Features) -> Features:
+        found = self.part(inputs, features)
+        return {**found, "state": inputs["cell"].sum((1, 2)) + 0 * found["h"].sum()}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"stage_edges": None}, r"has stage_edges = None; expected the source and the target of edges, among"),
+        ({"stage_edges": ("from", "to")}, r"has stage_edges = \('from', 'to'\); expected"),
+        ({"stage_edges": ("positions", ("edges", 0))}, r"names 'positions' \[\] of shape .* one number for each edge"),
+        ({"stage_edges": (("edges", 0), "species")}, "expected two of the same size, that of the edges"),
+        ({"stage_edges": ("species", "species")}, "expected two of the same size, that of the edges"),
+        ({"stage_coordinates": ("strain",)}, r"needs positions \(N, 3\) among stage_coordinates"),
+    ],
+)
+def test_what_has_to_be_declared(attributes: dict[str, Any], reason: str) -> None:
+    _, found = workers.captured(SelfDividing())
+    divided = found.potential
+    assert isinstance(divided, ExplicitPotential)
+    if "stage_coordinates" in attributes:
+        divided = replace(divided, coordinates=attributes["stage_coordinates"])
+    with pytest.raises(CaptureError, match=reason) as caught:
+        division_of(divided, changed(**attributes))
+    assert "graph_size=1" in str(caught.value)
+
+
+def test_features_of_structures_are_not_handed_on() -> None:
+    potential = SelfDividing()
+    potential.parts[1] = _State(potential.parts[1])
+    module, found = workers.captured(potential)
+    with pytest.raises(CaptureError, match=r"part 1 .* hands on 'state' of shape .* no row for each atom"):
+        division_of(found.potential, module.potential)
+
+
+@pytest.mark.parametrize(("num_ranks", "sizes"), [(2, (9, 4, 3)), (3, (12,)), (3, (1, 1))])
+def test_proof(pool: RankPool, num_ranks: int, sizes: tuple[int, ...]) -> None:
+    """Also where a rank has no atoms."""
+    assert pool.run(workers.prove, "SelfDividing", sizes, world_size=num_ranks) == [""] * num_ranks
+
+
+def test_what_is_no_sum_over_atoms_is_refused(pool: RankPool) -> None:
+    for reason in pool.run(workers.prove, "Shifted", (9, 4, 3), world_size=2):
+        assert "divided over 2 ranks, result 0 of the last part" in reason and "differs by 3.00e-01" in reason
+
+
+class LacksExchange(plain_modules.Explicit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential = Alone()
+
+
+def test_a_part_that_does_not_ask_for_other_atoms_is_refused(pool: RankPool) -> None:
+    """Before training, and without a rank that waits for ever."""
+    strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1}
+    with pytest.raises(RankError, match=r"with_halo\(features, inputs\) before it looks"):
+        assert_matches_single_process(
+            LacksExchange, graph_models.Data, devices=2, strategy=strategy, steps=1, pool=pool
+        )
