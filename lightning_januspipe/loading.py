@@ -33,7 +33,9 @@ from lightning_januspipe.engine.microbatch import (
 _NUM_SAMPLES = 12
 
 
-def split_batches(loader: Any, num_microbatches: int, required: bool) -> Any:
+def split_batches(
+    loader: Any, num_microbatches: int, required: bool, ahead: Callable[[int, Any], Tensor | None] | None = None
+) -> Any:
     """A loader that gives :class:`~lightning_januspipe.engine.microbatch.MicroBatches`.
 
     The user's loader is not changed: it may serve for validation too. Only its ``state_dict``, where it has one, tells
@@ -43,6 +45,8 @@ def split_batches(loader: Any, num_microbatches: int, required: bool) -> Any:
         loader: the user's loader.
         num_microbatches: into how many.
         required: whether the user asked for this number, so that a loader that cannot be split is an error.
+        ahead: what to find out about each micro-batch where it is collated; see
+            :class:`~lightning_januspipe.engine.microbatch.MicroBatchCollate`.
 
     Returns:
         A copy that splits. The loader itself where one micro-batch is wanted or it cannot be split; but a copy that
@@ -58,7 +62,7 @@ def split_batches(loader: Any, num_microbatches: int, required: bool) -> Any:
         num_microbatches = 1
     if num_microbatches == 1 and not (reads_ahead and _is_distributed()):
         return loader
-    split = _split_copy(loader, num_microbatches, required, reads_ahead)
+    split = _split_copy(loader, num_microbatches, required, reads_ahead, ahead)
     if split is None:
         _cannot_split(loader, num_microbatches, required, "has a collate_fn that cannot be replaced")
         return loader
@@ -300,7 +304,13 @@ class _SplitIterator(Iterator[Any]):
         return (self._state.checked(b, self._name) for b in self._batches)
 
 
-def _split_copy(loader: Any, num_microbatches: int, required: bool, reads_ahead: bool) -> Any:
+def _split_copy(
+    loader: Any,
+    num_microbatches: int,
+    required: bool,
+    reads_ahead: bool,
+    ahead: Callable[[int, Any], Tensor | None] | None,
+) -> Any:
     """A copy made without ``__init__``, which in subclasses may ignore or rename its arguments; None if it cannot be.
 
     A loader with a state is represented by its copy: where it was copied before, it is the copy that went on.
@@ -320,7 +330,9 @@ def _split_copy(loader: Any, num_microbatches: int, required: bool, reads_ahead:
     split.split_state = _SplitState(num_microbatches, collates, reads_ahead)
     if collates:
         typical = max(1, round((loader.batch_size or 1) / num_microbatches)) if reads_ahead else None
-        collate = MicroBatchCollate(loader.collate_fn, num_microbatches, required=required, num_typical=typical)
+        collate = MicroBatchCollate(
+            loader.collate_fn, num_microbatches, required=required, num_typical=typical, ahead=ahead
+        )
         with suppress(AttributeError):
             split.collate_fn = collate
         if split.collate_fn is not collate:

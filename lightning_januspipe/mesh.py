@@ -137,6 +137,11 @@ class Mesh:
         return [shape.rank(p, self.data_rank, g) for p in range(shape.pipeline) for g in range(shape.graph)]
 
     @property
+    def replica_rank(self) -> int:
+        """This rank's place among them."""
+        return self.replica_ranks.index(self.rank)
+
+    @property
     def pipeline_ranks(self) -> list[int]:
         """Global ranks of this rank's pipeline, first stage first."""
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]

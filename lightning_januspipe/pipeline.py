@@ -22,7 +22,7 @@ from lightning_januspipe.engine.p2p import Links, PipelineError, message_latency
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
-from lightning_januspipe.graph import GraphAxis, GraphGroup, prove_together
+from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, prove_together
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.planning import Planner, is_searched, measured_costs
 from lightning_januspipe.preparation import on_first_rank
@@ -51,13 +51,20 @@ class Undivided:
         self._module, self._mesh = module, mesh
         self.watch = Watch(mesh.device, self.gradients)
 
-    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
+    def train_step(
+        self,
+        steps: Sequence[StepFunction],
+        batches: Sequence[Any],
+        loss_scale: float = 1.0,
+        ahead: Sequence[Tensor | None] = (),
+    ) -> list[Any]:
         """Run the user's step on every micro-batch; gradients end in ``gradients``.
 
         Args:
             steps: the user's training step for each micro-batch, from a batch to what it returns.
             batches: the micro-batches.
             loss_scale: of a gradient scaler: what the gradients are multiplied by, from the losses on.
+            ahead: for graph ranks, owners of the atoms of each micro-batch, where the loader has chosen them.
 
         Returns:
             What the steps returned.
@@ -184,7 +191,13 @@ class Pipeline:
     def _is_placed(self, schedule: Schedule) -> bool:
         return (schedule.placement, schedule.force_placement) == (self._placement, self._force_placement)
 
-    def train_step(self, steps: Sequence[StepFunction], batches: Sequence[Any], loss_scale: float = 1.0) -> list[Any]:
+    def train_step(
+        self,
+        steps: Sequence[StepFunction],
+        batches: Sequence[Any],
+        loss_scale: float = 1.0,
+        ahead: Sequence[Tensor | None] = (),
+    ) -> list[Any]:
         """All phases of all micro-batches; see :meth:`Undivided.train_step`.
 
         Raises:
@@ -197,7 +210,7 @@ class Pipeline:
             inputs = [self._prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
             self._compare_batches(inputs, batches)
             self._prove()
-            inputs = self._divided(inputs)
+            inputs = self._divided(inputs, ahead)
             schedule = self.schedule(len(batches))
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
@@ -263,8 +276,13 @@ class Pipeline:
             self._abort()
             raise
 
-    def _divided(self, inputs: list[MicrobatchInput]) -> list[MicrobatchInput]:
-        return inputs if self._graph is None else [self._graph.divided(i, given) for i, given in enumerate(inputs)]
+    def _divided(self, inputs: list[MicrobatchInput], ahead: Sequence[Tensor | None] = ()) -> list[MicrobatchInput]:
+        if self._graph is None:
+            return inputs
+        mesh = self._mesh
+        assert mesh.replica_group is not None
+        replica = Replica(len(mesh.replica_ranks), mesh.replica_rank, mesh.replica_group)
+        return self._graph.divided_alike(inputs, replica, ahead)
 
     def _clear(self) -> None:
         self.step.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from lightning_januspipe.capture.step import replaced_log
 from lightning_januspipe.capturing import Capturer, CaptureRequest
 from lightning_januspipe.checkpoint import broadcast_module
 from lightning_januspipe.engine.microbatch import MicroBatches
+from lightning_januspipe.graph import OwnersAhead
 from lightning_januspipe.interruption import Interruption
 from lightning_januspipe.loading import (
     example_batches,
@@ -210,12 +212,19 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             require_samples(dataloader)
             required = self._num_microbatches != "auto"
             user = dataloader
-            dataloader = self._position.tracked(split_batches(dataloader, self.num_microbatches(), required))
+            split = split_batches(dataloader, self.num_microbatches(), required, self._owners_ahead())
+            dataloader = self._position.tracked(split)
             self._balance_replicas(dataloader, may_change=dataloader is not user)
             self._train_loader = dataloader
         else:
             self._eval_loader = dataloader
         return dataloader
+
+    def _owners_ahead(self) -> OwnersAhead | None:
+        """Where atoms are divided over ranks, the loader's workers choose who owns which."""
+        if self.mesh is None or self.mesh_shape.graph == 1:
+            return None
+        return OwnersAhead(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
 
     def _balance_replicas(self, loader: Any, may_change: bool) -> None:
         shape = self.mesh_shape
@@ -241,7 +250,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         """Move a batch, or each of its micro-batches, with the module's own hooks."""
         move = super().batch_to_device  # type: ignore[misc]
         if isinstance(batch, MicroBatches):
-            return MicroBatches([move(b, device, dataloader_idx) for b in batch], batch.num_samples)
+            return replace(batch, batches=[move(b, device, dataloader_idx) for b in batch])
         return move(batch, device, dataloader_idx)
 
     # -- capture -----------------------------------------------------------------------------------------------------
@@ -254,7 +263,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         # A batch transfer hook of the user gets batches, not the micro-batches' container.
         transfer = module._on_before_batch_transfer
         module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
-            MicroBatches([transfer(b, dataloader_idx) for b in batch], batch.num_samples)
+            replace(batch, batches=[transfer(b, dataloader_idx) for b in batch])
             if isinstance(batch, MicroBatches)
             else transfer(batch, dataloader_idx)
         )
@@ -347,7 +356,8 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
             steps = [step_of(n) for n in sizes]
-            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin))
+            ahead = batch.ahead if split else ()
+            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), ahead)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
 

@@ -39,8 +39,8 @@ class ExplicitStages(Protocol):
 
     :func:`run_stages` does just that, and may serve as ``forward``.
 
-    For graph ranks it also has ``stage_edges``: source and target of the edges, each the name of an input (E,), or of one
-    (2, E) and the row of it. Its parts then call :func:`~lightning_januspipe.with_halo`.
+    For graph ranks it also has ``stage_edges``: source and target of the edges, each the name of an input (E,), or the
+    name of one (2, E) and the row of it. Its parts then call :func:`~lightning_januspipe.with_halo`.
 
     Attributes:
         stage_coordinates: names of the inputs that the energy is differentiated by, such as positions and strain.

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,10 +22,10 @@ from lightning_januspipe.engine.packing import pack, work
 
 _MAX_DEPTH = 5
 
-_EDGES = ("edge_index", "idx_i", "edge_src", "senders", "nbr_list", "neighbor_list")
+EDGES = ("edge_index", "idx_i", "edge_src", "senders", "nbr_list", "neighbor_list")
 """In the names under which samples keep their edges: two rows or columns of E indices, or one."""
 
-_ATOMS = ("pos", "positions", "coords", "coordinates", "cart_coords", "r", "xyz")
+ATOMS = ("pos", "positions", "coords", "coordinates", "cart_coords", "r", "xyz")
 """Names under which samples keep their atoms' positions, without underscores around them: N rows."""
 
 
@@ -37,11 +37,13 @@ class MicroBatches:
         batches: one collated batch for each micro-batch.
         num_samples: how many samples each holds; 0 where that is not known.
         examples: two collated batches for capture, of samples of this batch; the loader takes them away.
+        ahead: what the loader's process found out about each micro-batch beside collating it, None where nothing.
     """
 
     batches: list[Any]
     num_samples: list[int]
     examples: tuple[Any, Any] | None = None
+    ahead: list[Tensor | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -51,7 +53,7 @@ class MicroBatches:
 
     def pin_memory(self) -> MicroBatches:
         """Called by a loader's pinning thread."""
-        return MicroBatches([pin(b) for b in self.batches], self.num_samples, self.examples)
+        return replace(self, batches=[pin(b) for b in self.batches])
 
 
 class GroupedIndices(list[int]):
@@ -93,6 +95,7 @@ class MicroBatchCollate:
         num_microbatches: into how many groups the samples of a batch go; fewer where there are fewer samples.
         required: whether a batch that cannot be split is an error, or one micro-batch.
         num_typical: samples of a usual micro-batch, if the first batch in each process shall carry examples.
+        ahead: called with the place of each micro-batch and the collated micro-batch, in the process that collates.
     """
 
     def __init__(
@@ -102,8 +105,9 @@ class MicroBatchCollate:
         *,
         required: bool = True,
         num_typical: int | None = None,
+        ahead: Callable[[int, Any], Tensor | None] | None = None,
     ) -> None:
-        self.collate = collate
+        self.collate, self._ahead = collate, ahead
         self.num_microbatches = num_microbatches
         self._required = required
         self._num_typical = num_typical
@@ -127,6 +131,8 @@ class MicroBatchCollate:
         if examples:
             found.examples = self.collate(examples[0]), self.collate(examples[1])
             self._num_typical = None
+        if self._ahead is not None:
+            found.ahead = [self._ahead(i, batch) for i, batch in enumerate(found.batches)]
         return found
 
     def _whole(self, batch: Any) -> MicroBatches:
@@ -201,9 +207,9 @@ def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, 
     if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
         shape = tuple(value.shape)
         numbers = value.numel() if isinstance(value, Tensor) else int(value.size)
-        if any(n in name for n in _EDGES):
+        if any(n in name for n in EDGES):
             return numbers // 2 if len(shape) == 2 else numbers, None, numbers
-        if name.strip("_").lower() in _ATOMS and len(shape) == 2:
+        if name.strip("_").lower() in ATOMS and len(shape) == 2:
             return None, shape[0], numbers
         return None, None, numbers
     if depth > _MAX_DEPTH or value is None or isinstance(value, (str, bytes, int, float)):
@@ -212,6 +218,15 @@ def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, 
     edges = [e for e, _, _ in found if e is not None]
     atoms = [a for _, a, _ in found if a is not None]
     return sum(edges) if edges else None, max(atoms) if atoms else None, sum(n for _, _, n in found)
+
+
+def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a sample or batch of any form, with the names under which they are found."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif depth <= _MAX_DEPTH and value is not None and not isinstance(value, (str, bytes, int, float)):
+        for inner, part in _parts(value):
+            yield from named_tensors(part, inner, depth + 1)
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:

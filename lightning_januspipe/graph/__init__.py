@@ -1,6 +1,7 @@
 """Atoms of one micro-batch on several ranks: who owns which rows, and exchanges that can be differentiated twice."""
 
-from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, division_of
+from lightning_januspipe.graph.ahead import OwnersAhead
+from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica, division_of
 from lightning_januspipe.graph.collectives import (
     Exchange,
     collect_rows,
@@ -22,6 +23,8 @@ __all__ = [
     "GraphAxis",
     "GraphGroup",
     "Localized",
+    "OwnersAhead",
+    "Replica",
     "Shard",
     "call_tensors",
     "collect_rows",

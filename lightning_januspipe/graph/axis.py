@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -12,8 +13,9 @@ from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
+from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
-from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.graph.divide import Divider, Plan
 from lightning_januspipe.graph.division import Division, LocalPotential
 from lightning_januspipe.graph.explicit import localize_explicit
 from lightning_januspipe.graph.insert import localize
@@ -28,6 +30,21 @@ class GraphGroup:
         size: how many, G.
         rank: this one's place among them.
         group: their process group.
+    """
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The ranks that hold the same micro-batches: those of all stages, and their graph ranks.
+
+    Attributes:
+        size: how many.
+        rank: this one's place among them.
+        group: their process group, for tensors on the CPU.
     """
 
     size: int
@@ -78,7 +95,45 @@ class GraphAxis:
             index: the micro-batch.
             given: the whole, the same on all graph ranks.
         """
-        plan = self._divider.plan(given.tensors)
+        return self._part(index, given, self._divider.planned(given.tensors))
+
+    def divided_alike(
+        self, inputs: Sequence[MicrobatchInput], replica: Replica, ahead: Sequence[Tensor | None] = ()
+    ) -> list[MicrobatchInput]:
+        """The micro-batches of a step, by owners that one rank chose for each and told all.
+
+        The ranks of a replica take turns in choosing, so that each has to for a few only, and none disagree about a
+        position that differs in its last digit.
+
+        Args:
+            inputs: the whole micro-batches, the same on all ranks of the replica.
+            replica: these ranks; all of them have to call this.
+            ahead: owners that were chosen before, where they were.
+
+        Raises:
+            PipelineError: a rank did not answer.
+        """
+        looks = [self._divider.look(given.tensors) for given in inputs]
+        sizes = [self._divider.num_atoms(look) for look in looks]
+        told = torch.zeros(sum(sizes), dtype=torch.int32)
+        of_microbatch = told.split(sizes)
+        for index in range(replica.rank, len(inputs), replica.size):
+            chosen = ahead[index] if index < len(ahead) else None
+            if chosen is None or len(chosen) != sizes[index]:
+                chosen = self._divider.owners(inputs[index].tensors, looks[index])
+            of_microbatch[index].copy_(chosen)
+        try:
+            dist.all_reduce(told, group=replica.group)
+        except RuntimeError as error:
+            raise PipelineError(
+                f"graph rank {self._rank} waited for what the {replica.size} ranks with the same micro-batches chose "
+                f"for them: {error}. One of them has ended or hangs; its own output has the cause."
+            ) from error.with_traceback(None)
+        owners = told.to(torch.int64).split(sizes)
+        plans = [self._divider.plan(look, o) for look, o in zip(looks, owners, strict=True)]
+        return [self._part(i, given, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]
+
+    def _part(self, index: int, given: MicrobatchInput, plan: Plan) -> MicrobatchInput:
         part = self._divider.part(given.tensors, plan, self._rank)
         exchanges = {name: Exchange(shard, self._group) for name, shard in part.shards.items()}
         self._exchanges[index] = exchanges

@@ -49,6 +49,21 @@ class Plan:
     computed: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one micro-batch says of its rows.
+
+    Attributes:
+        values: numbers of rows, on the CPU.
+        sizes: of each class.
+        computed: numbers that the potential computes, of the whole micro-batch.
+    """
+
+    values: Mapping[Numbers, Tensor]
+    sizes: Mapping[str, int]
+    computed: dict[str, Tensor]
+
+
 class Divider:
     """Divides micro-batches, on every rank alike.
 
@@ -70,18 +85,46 @@ class Divider:
         self._classes = division.classes
         self._computed = _Computed(captured, division.computed, potential)
 
-    def plan(self, tensors: Sequence[Tensor]) -> Plan:
-        """Divide a micro-batch.
+    def look(self, tensors: Sequence[Tensor]) -> Look:
+        """What a micro-batch says of its rows.
 
         Args:
             tensors: the inputs of the whole micro-batch.
+
+        Raises:
+            CaptureError: inputs that were taken for one entry for each atom, or edge, differ in size.
         """
-        classes, computed = self._classes, self._computed(tensors)
-        sizes = self._sizes(tensors)
+        computed, sizes = self._computed(tensors), self._sizes(tensors)
         values = {n: self._values(tensors, n, computed) for n in self._all_numbers()}
         for numbers, found in values.items():
             sizes.setdefault(numbers.rows, len(found))
-        owners: dict[str, Tensor] = {classes.root: self._atoms(tensors, values, sizes[classes.root])}
+        return Look(values, sizes, computed)
+
+    def num_atoms(self, look: Look) -> int:
+        """Rows of the class whose owners are chosen."""
+        return look.sizes[self._classes.root]
+
+    def owners(self, tensors: Sequence[Tensor], look: Look) -> Tensor:
+        """Choose the owner of each atom.
+
+        Args:
+            tensors: the inputs of the whole micro-batch.
+            look: what they say.
+
+        Returns:
+            (N,), on the CPU.
+        """
+        return self._atoms(tensors, look.values, self.num_atoms(look))
+
+    def plan(self, look: Look, owners_of_atoms: Tensor) -> Plan:
+        """Divide a micro-batch.
+
+        Args:
+            look: what it says of its rows.
+            owners_of_atoms: (N,) ranks.
+        """
+        classes, values = self._classes, look.values
+        owners: dict[str, Tensor] = {classes.root: owners_of_atoms}
         for name, numbers in classes.owner.items():
             owners[name] = owners[numbers.of][values[numbers]]
         shards = {}
@@ -90,10 +133,15 @@ class Divider:
             for numbers in classes.readers[name]:
                 found = values[numbers]
                 reader = owners[numbers.rows].reshape(-1, *[1] * (found.dim() - 1)).expand_as(found)
-                read = rows_read(found.reshape(-1), reader.reshape(-1), sizes[name], self._num_ranks)
+                read = rows_read(found.reshape(-1), reader.reshape(-1), look.sizes[name], self._num_ranks)
                 needed = [torch.cat(pair) for pair in zip(needed, read, strict=True)]
             shards[name] = make_shards(owners[name], needed, self._num_ranks)
-        return Plan(shards, computed)
+        return Plan(shards, look.computed)
+
+    def planned(self, tensors: Sequence[Tensor]) -> Plan:
+        """Divide a micro-batch by owners that are chosen here."""
+        look = self.look(tensors)
+        return self.plan(look, self.owners(tensors, look))
 
     def part(self, tensors: Sequence[Tensor], plan: Plan, rank: int) -> Part:
         """What one rank gets of a micro-batch.

@@ -71,7 +71,7 @@ def prove(
         CaptureError: they differ.
     """
     divider = Divider(captured, localized, potential, num_ranks)
-    plan = divider.plan(tensors)
+    plan = divider.planned(tensors)
     parts = [divider.part(tensors, plan, rank) for rank in range(num_ranks)]
     program = localized.potential.program
     extended = program.inputs[len(program.inputs) - len(parts[0].extended) :]

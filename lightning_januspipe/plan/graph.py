@@ -205,7 +205,7 @@ class Sharing:
     def _share(self, captured: CapturedPotential, num_ranks: int, measured: GraphShare | None) -> GraphShare:
         localized = localize(captured)
         divider = Divider(captured, localized, self._potential, num_ranks)
-        divisions = [divider.plan(tensors).shards for tensors in self._tensors]
+        divisions = [divider.planned(tensors).shards for tensors in self._tensors]
         groups = [CountingGroup(rank, num_ranks) for rank in range(num_ranks)]
         axes = [GraphAxis(captured, self._potential, GraphGroup(num_ranks, g.rank(), g)) for g in groups]
         walks = [

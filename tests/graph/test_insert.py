@@ -47,7 +47,7 @@ def test_a_divided_batch_is_the_whole_one(kind: type[Potential], num_ranks: int)
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
     halos = [
         s.num_halo
-        for s in Divider(captured, found, source.potential, num_ranks).plan(tensors).shards[found.classes.root]
+        for s in Divider(captured, found, source.potential, num_ranks).planned(tensors).shards[found.classes.root]
     ]
     assert sum(halos) > 0, "rows of other ranks are read"
     prove(captured, found, source.potential, tensors, num_ranks)
@@ -80,7 +80,7 @@ def test_edges_of_angles_are_divided_too() -> None:
     assert len(found.classes.names) == 3
     call = source.call_on(BATCH)
     tensors = source.cut(2).inputs(source.potential)(call.args, call.kwargs)
-    shards = Divider(source.cut(2), found, source.potential, 3).plan(tensors).shards
+    shards = Divider(source.cut(2), found, source.potential, 3).planned(tensors).shards
     for name, of_class in shards.items():
         assert sum(s.num_own for s in of_class) == of_class[0].num_rows
         assert any(s.num_halo for s in of_class) == (name != found.classes.names[-1]), "nothing reads angles"

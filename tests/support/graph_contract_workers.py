@@ -14,7 +14,10 @@ from graph_models import Angles, Module, angles_of
 from strategy_workers import make_trainer, plain
 from torch import Tensor, nn
 
+from lightning_januspipe.data import EMTDataModule
+from lightning_januspipe.graph import divide
 from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.graph.partition import partition_atoms
 from lightning_januspipe.pipeline import Undivided
 
 FAULTY = 1
@@ -54,16 +57,16 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
 
         return run
 
-    def plan(self: Divider, tensors: list[Tensor]) -> Any:
+    def look(self: Divider, tensors: list[Tensor]) -> Any:
         if how == "division" and is_due():
             raise OSError("no such table")
-        return divide(self, tensors)
+        return looked(self, tensors)
 
-    divide = Divider.plan
+    looked = Divider.look
     name = "validation_step" if how == "evaluation" else "training_step"
     setattr(module, name, faulty(getattr(module, name)))
     try:
-        with patch.object(Divider, "plan", plan):
+        with patch.object(Divider, "look", look):
             trainer.fit(module, tiny.data())
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - began[0]
@@ -89,6 +92,36 @@ def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
     with patch.object(Undivided, "evaluate_step", counting):
         trainer.fit(tiny.module(num_layers=2), tiny.data())
     return len(calls), found
+
+
+def divided_steps(num_workers: int, other_way: bool = False) -> tuple[list[int], list[float]]:
+    """Train on two graph ranks, with four micro-batches in each step.
+
+    Args:
+        num_workers: of the loader.
+        other_way: rank 1 divides atoms in another order than rank 0.
+
+    Returns:
+        For how many atoms this process chose owners each time while training, and the trained parameters.
+    """
+    strategy = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 4}
+    module = tiny.module(num_layers=2)
+    data = EMTDataModule(
+        16, 4, 0, sizes=(4, 8, 16), dtype="float64", batch_size=8, shuffle=False, num_workers=num_workers
+    )
+    trainer = make_trainer(strategy, max_steps=2, limit_val_batches=0)
+    chosen: list[int] = []
+
+    def choose(target: Tensor, source: Tensor, num_atoms: int, *others: Any) -> Tensor:
+        if trainer.strategy.runner is None:  # the proof before training
+            return partition_atoms(target, source, num_atoms, *others)
+        chosen.append(num_atoms)
+        order: Any = "index" if other_way and trainer.strategy.mesh.rank == 1 else "spatial"
+        return partition_atoms(target, source, num_atoms, *others, order=order)
+
+    with patch.object(divide, "partition_atoms", choose):
+        trainer.fit(module, data)
+    return chosen, torch.cat([p.detach().reshape(-1) for p in module.parameters()]).tolist()
 
 
 def partly_frozen() -> Any:
