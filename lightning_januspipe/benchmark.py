@@ -7,7 +7,6 @@ else the machine does meets all of them. Printed are medians over the runs, and 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import resource
 import statistics
@@ -22,37 +21,11 @@ import torch
 
 from lightning_januspipe.benchmark_balance import balance
 from lightning_januspipe.benchmark_graph import graph
+from lightning_januspipe.benchmark_work import Work, trainer_of
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.testing import RankPool
 
 _WARM_UP = 5
-
-
-@dataclass(frozen=True)
-class Work:
-    """The same work for every configuration.
-
-    Attributes:
-        data: an extxyz file; None for boxes of metal made with ASE's EMT.
-        num_atoms: about how many atoms a box of EMT metal has.
-        batch_size: structures in a batch.
-        steps: timed optimizer steps of a run; five more warm up, until the schedule is settled.
-        num_layers: layers of the potential.
-        num_features: channels of the potential.
-        l_max: largest degree of its features.
-        cutoff: its cutoff, in Å.
-        dtype: of the potential and of what is computed with it.
-    """
-
-    data: str | None = None
-    num_atoms: int = 108
-    batch_size: int = 8
-    steps: int = 3
-    num_layers: int = 4
-    num_features: int = 32
-    l_max: int = 1
-    cutoff: float = 5.0
-    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -110,7 +83,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
                 predicted.append(step.predicted.makespan)
                 recorded.append(step.recorded.makespan)
 
-    trainer = _trainer(strategy, work.steps + _WARM_UP, Clock())
+    trainer = trainer_of(strategy, work.steps + _WARM_UP, Clock())
     np.random.seed(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer.fit(module, loader)
@@ -120,53 +93,20 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
 
 def _module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
     """The seeded module in the default dtype, and two batches in ``dtype``."""
-    from lightning_januspipe.data import StructureDataset, collate_structures, dataset_statistics, emt_structures
-    from lightning_januspipe.models import EquivariantPotential, PotentialModule
+    from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
+    from lightning_januspipe.models import PotentialModule
 
     torch.manual_seed(0)
     size = work.batch_size * 2
     structures: Any = work.data or emt_structures(size, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
     dataset = StructureDataset(structures, cutoff=work.cutoff, dtype=dtype)
     samples = [dataset[i % len(dataset)] for i in range(size)]
-    statistics_ = dataset_statistics(
-        torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), len(dataset.species)
-    )
-    potential = EquivariantPotential(
-        dataset.species,
-        work.cutoff,
-        num_layers=work.num_layers,
-        num_features=work.num_features,
-        l_max=work.l_max,
-        avg_num_neighbors=max(statistics_.avg_num_neighbors, 1.0),
-        per_species_shift=list(statistics_.energy_shifts),
-    )
+    potential = work.potential(torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), dataset.species)
     module = PotentialModule(potential, energy_weight=energy_weight, force_weight=1.0)
     loader: Any = torch.utils.data.DataLoader(
         _Samples(samples), batch_size=work.batch_size, collate_fn=collate_structures
     )
     return module, loader
-
-
-def _trainer(strategy: dict[str, Any] | None, steps: int, callback: Any, **arguments: Any) -> Any:
-    import lightning
-
-    import lightning_januspipe
-
-    bound = "auto" if strategy is None else lightning_januspipe.strategy_class("lightning")(**strategy)
-    return lightning.Trainer(
-        accelerator="cpu",
-        devices=int(os.environ["WORLD_SIZE"]),
-        strategy=bound,
-        max_steps=steps,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        **arguments,
-    )
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
@@ -319,7 +259,7 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Grad
             gradients = {n: p.grad.detach().double() for n, p in held}
             found.append(Gradients(gradients, getattr(runner, "bytes_sent", 0)))
 
-    _trainer(strategy, 1, Keep(), precision=precision).fit(module, loader)
+    trainer_of(strategy, 1, Keep(), precision=precision).fit(module, loader)
     return found[0]
 
 

@@ -19,7 +19,7 @@ from lightning_januspipe.testing import RankPool
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from lightning_januspipe.benchmark import Work
+    from lightning_januspipe.benchmark_work import Work
 
 MESHES = ((8, 2, 2), (4, 2, 4))
 """Pipeline × data × graph ranks of the simulation."""

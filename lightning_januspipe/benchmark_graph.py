@@ -10,17 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_januspipe.benchmark_balance import water_box
+from lightning_januspipe.benchmark_work import Work, trainer_of
 from lightning_januspipe.graph.partition import halo_size, partition_atoms
 from lightning_januspipe.testing import RankPool
-
-if TYPE_CHECKING:
-    from lightning_januspipe.benchmark import Work
 
 SIZES = (1, 2, 4)
 """Graph ranks."""
@@ -57,23 +55,15 @@ def step_on_one_structure(work: Work, graph_size: int) -> Usage:
     """
     import lightning
 
-    import lightning_januspipe
     from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
-    from lightning_januspipe.models import EquivariantPotential, PotentialModule
+    from lightning_januspipe.models import PotentialModule
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     large = emt_structures(1, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
     small = emt_structures(8, sizes=(32,), vacancy_probability=0.0, seed=1)  # what the potential is captured on
     dataset = StructureDataset([*large, *small], cutoff=work.cutoff, dtype=torch.float32)
-    potential = EquivariantPotential(
-        dataset.species,
-        work.cutoff,
-        num_layers=work.num_layers,
-        num_features=work.num_features,
-        l_max=work.l_max,
-        avg_num_neighbors=40.0,
-    )
+    potential = work.potential(dataset, dataset.species)
     found: list[Usage] = []
 
     class Measure(lightning.Callback):
@@ -85,19 +75,8 @@ def step_on_one_structure(work: Work, graph_size: int) -> Usage:
             seconds, peak = time.perf_counter() - self._began, _resident("VmHWM") - self._before
             found.append(Usage(peak, seconds, float(outputs["loss"]), len(large[0])))
 
-    shared: Any = lightning_januspipe.JanusPipeStrategy(pipeline_size=1, graph_size=graph_size, num_microbatches=1)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=graph_size,
-        strategy=shared if graph_size > 1 else "auto",
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[Measure()],
-    )
+    shared = {"pipeline_size": 1, "graph_size": graph_size, "num_microbatches": 1}
+    trainer = trainer_of(shared if graph_size > 1 else None, 2, Measure())
     loader = torch.utils.data.DataLoader(dataset, batch_size=1, sampler=[0, 0], collate_fn=collate_structures)
     trainer.fit(PotentialModule(potential), loader)
     return found[-1]

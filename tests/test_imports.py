@@ -57,11 +57,11 @@ ALLOWED: dict[str, set[str]] = {
 }
 """What each part may import beside itself. Parts that are not listed are free: they are the ends of the graph."""
 
-FREE = {"benchmark", "benchmark_balance", "benchmark_graph", "cli", "emulate", "plan", "testing"}
+FREE = {"benchmark", "benchmark_balance", "benchmark_graph", "benchmark_work", "cli", "emulate", "plan", "testing"}
 
 LIGHTNING_ALLOWED = {
     *("strategy", "precision", "callbacks", "checkpoint", "cli", "testing", "plan", "benchmark", "benchmark_balance"),
-    "benchmark_graph",
+    *("benchmark_graph", "benchmark_work"),
     *("data", "models.lightning_module"),
 }
 """Parts and modules that may import lightning or pytorch_lightning outside ``if TYPE_CHECKING``."""
