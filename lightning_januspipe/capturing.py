@@ -16,7 +16,7 @@ from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.local import PhaseSeconds
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.graph import call_tensors, division_of, prove_division
-from lightning_januspipe.mesh import Mesh, as_world
+from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.pipeline import MessageDtype, Pipeline, measured_latency
 from lightning_januspipe.planning import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
 from lightning_januspipe.preparation import on_first_rank, with_batch
@@ -147,7 +147,8 @@ class Capturer:
 
             result, to_prove = on_first_rank(capture, rank, broadcast)
             self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
-            news = f"januspipe: {result.describe()}; {self.schedule}, {request.num_microbatches} micro-batches"
+            manner = manner_in_words(self.schedule, request.num_microbatches, mesh.shape)
+            news = f"januspipe: {result.describe()}; {manner}"
         found = self._kept.capture
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
@@ -174,6 +175,17 @@ class Capturer:
             memory_limit,
             latency,
         )
+
+
+def manner_in_words(schedule: str, num_microbatches: int, shape: MeshShape) -> str:
+    """How the ranks will work, in words."""
+    words = [schedule if shape.pipeline > 1 else "no pipeline"]
+    words.append(f"{num_microbatches} micro-batches" if num_microbatches > 1 else "one micro-batch")
+    if shape.graph > 1:
+        words.append(f"the atoms of each on {shape.graph} ranks")
+    if shape.data > 1:
+        words.append(f"{shape.data} replicas")
+    return ", ".join(words)
 
 
 def _proof(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:

@@ -63,11 +63,11 @@ class Capture:
         """One line for a user: what was found, and how it is divided."""
         total = sum(s.total for s in self.seconds)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
-        num = sum(self.potential.num_operations)
+        num, num_stages = sum(self.potential.num_operations), len(self.seconds)
+        stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
         return (
-            f"potential {shown(self.potential.path)} {self.origin}: "
-            f"{num} operations in {len(self.seconds)} stages with {shares} of the "
-            f"work, {summary(self.potential)}, ready after {self.elapsed:.1f} s"
+            f"potential {shown(self.potential.path)} {self.origin}: {num} operations in "
+            f"{stages if num_stages > 1 else 'one stage'}, ready after {self.elapsed:.1f} s"
         )
 
 

@@ -139,6 +139,7 @@ def test_description() -> None:
     assert re.search(r"a boundary of \d+ bytes per atom, ready after", text)
     shares = [int(x) for x in re.findall(r"(\d+) %", text)]
     assert len(shares) == 2 and 99 <= sum(shares) <= 101
+    assert "operations in one stage, ready after" in capture(Step(Potential(3)), 1).describe()
 
 
 def test_batch_with_other_entries() -> None:
