@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning_januspipe.mesh import Mesh
-    from lightning_januspipe.pipeline import Pipeline, Undivided
+    from lightning_januspipe.pipeline import Pipeline
+    from lightning_januspipe.undivided import Undivided
 
 SUPPORTED = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 

@@ -16,10 +16,11 @@ from lightning_januspipe.checkpoint import StageOptimizer, indexed_state, named_
 from lightning_januspipe.engine.p2p import PipelineError
 from lightning_januspipe.interruption import Interruption
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.pipeline import Pipeline, Undivided
+from lightning_januspipe.pipeline import Pipeline
 from lightning_januspipe.position import KEY, LoaderPosition
 from lightning_januspipe.preparation import is_fitting, on_first_rank
 from lightning_januspipe.residence import Residence
+from lightning_januspipe.undivided import Undivided
 
 
 class CheckpointHooks:

@@ -29,7 +29,7 @@ from lightning_januspipe.loading import (
 )
 from lightning_januspipe.mesh import Mesh, Size
 from lightning_januspipe.metrics import LogRecorder, ReplicaGather, merge_outputs
-from lightning_januspipe.pipeline import MessageDtype, Pipeline, Undivided
+from lightning_januspipe.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.planning import is_searched
 from lightning_januspipe.position import same_random_state
 from lightning_januspipe.precision import loss_scale, mesh_aware
@@ -41,6 +41,7 @@ from lightning_januspipe.residence import Residence
 from lightning_januspipe.saving import CheckpointHooks
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import ScheduleName, build_schedule
+from lightning_januspipe.undivided import Undivided
 
 
 class JanusPipeBody(ProcessHooks, CheckpointHooks):

@@ -18,9 +18,9 @@ from engine_workers import clip_in_pipeline, clip_parameters
 from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh, MeshShape
-from lightning_januspipe.pipeline import Undivided
 from lightning_januspipe.precision import MeshClipping, MeshScaling, clip_gradients_by_norm, loss_scale, mesh_aware
 from lightning_januspipe.testing import RankPool
+from lightning_januspipe.undivided import Undivided
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])

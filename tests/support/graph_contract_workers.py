@@ -18,7 +18,7 @@ from lightning_januspipe.data import EMTDataModule
 from lightning_januspipe.graph import divide
 from lightning_januspipe.graph.divide import Divider
 from lightning_januspipe.graph.partition import partition_atoms
-from lightning_januspipe.pipeline import Undivided
+from lightning_januspipe.undivided import Undivided
 
 FAULTY = 1
 """The rank that something happens to."""
