@@ -395,7 +395,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--emulate",
         action="store_true",
         help="with balance: run the simulated meshes, with a process for each of their 32 ranks, real messages, and "
-        "phases that sleep; every one of --steps takes about a minute",
+        "phases that sleep; every one of --steps takes more than a minute",
     )
     explained = dict(re.findall(r"^ {8}(\w+): (.*)\.$", Work.__doc__ or "", re.MULTILINE))
     for field_ in fields(Work):

@@ -179,8 +179,8 @@ def emulated(work: Work, runs: int, report: Callable[[str], None] = print, pool:
         pool: where to run; None starts processes for this call.
     """
     lines = [
-        "| P, D, G | groups | divided | simulated (s) | emulated (s) | over simulated | range | throughput, simulated "
-        "| emulated | range |",
+        "| P, D, G | groups | divided | simulated (s) | emulated (s) | over simulated | range "
+        "| throughput, simulated | throughput, emulated | range |",
         "|---" * 10 + "|",
     ]
     notes = []
@@ -189,7 +189,7 @@ def emulated(work: Work, runs: int, report: Callable[[str], None] = print, pool:
         schedule, steps = _steps(work, work.steps, shape.pipeline, shape.data)
         mean = statistics.mean(map(sum, steps)) / (shape.size // shape.pipeline * schedule.num_microbatches)
         rounds = [_shared(costs, shape, schedule, way, mean) for _ in range(runs) for costs in steps for way in WAYS]
-        unit = suitable_unit([schedule], COSTS, shape.data * shape.graph)
+        unit = suitable_unit([schedule], COSTS, shape)
         report(f"P, D, G = {_name(shape)}: {len(rounds)} steps in {shape.size} processes")
         mesh = emulate_mesh(shape, schedule, COSTS, rounds, seconds_per_unit=unit, pool=pool)
         lines += _rows(shape, rounds, mesh)

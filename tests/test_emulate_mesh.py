@@ -169,8 +169,9 @@ class TestBenchmark:
 
     def test_unit_of_pipelines_side_by_side(self) -> None:
         schedules = [build_schedule("wavek-zb", 8, 2, COSTS, chunks=2)]
-        assert suitable_unit(schedules, COSTS, 4) == pytest.approx(32e-3 / 0.3)
-        assert suitable_unit([build_schedule("gpipe", 1, 2, COSTS)], COSTS, 2) == pytest.approx(8e-3)
+        assert suitable_unit(schedules, COSTS, MeshShape(8, 2, 2)) == pytest.approx(32e-3 / 0.3)
+        assert suitable_unit(schedules, COSTS, MeshShape(8, 1, 4)) == pytest.approx(64e-3 / 0.3)
+        assert suitable_unit(schedules, COSTS, MeshShape(8, 1, 1)) == pytest.approx(8e-3 / 0.3)
 
     def test_command(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(benchmark_balance, "emulated", lambda work, runs: f"{work.steps} steps, {runs} runs")
