@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -313,7 +314,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: command line after ``bench``; None for ``sys.argv``.
     """
     words = sys.argv[1:] if args is None else list(args)
-    if words[:1] == ["emulate"] or "--emulate" in words:
+    if words[:1] == ["emulate"] or ("--emulate" in words and not BENCHMARKS.keys() & set(words)):
         from lightning_januspipe.emulate.command import main as emulate
 
         emulate([w for i, w in enumerate(words) if w != "--emulate" and (i, w) != (0, "emulate")])
@@ -328,8 +329,13 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--runs",
         type=int,
-        default=5,
-        help="runs of each configuration, of which medians are taken (default: %(default)s)",
+        help="runs of each configuration, of which medians are taken (default: 5; 1 with --emulate)",
+    )
+    parser.add_argument(
+        "--emulate",
+        action="store_true",
+        help="with balance: run the simulated meshes, with a process for each of their 32 ranks, real messages, and "
+        "phases that sleep; every one of --steps takes more than a minute",
     )
     explained = dict(re.findall(r"^ {8}(\w+): (.*)\.$", Work.__doc__ or "", re.MULTILINE))
     for field_ in fields(Work):
@@ -338,6 +344,9 @@ def main(args: Sequence[str] | None = None) -> None:
         choices = ("float32", "float64") if field_.name == "dtype" else None
         parser.add_argument(f"--{field_.name}", type=kind, choices=choices, default=field_.default, help=text)
     given = vars(parser.parse_args(words))
-    name, runs = given.pop("name"), given.pop("runs")
+    name, runs, emulated = given.pop("name"), given.pop("runs"), given.pop("emulate")
+    if emulated and name != "balance":
+        parser.error(f"{name} is not emulated; expected --emulate with balance, or januspipe bench emulate")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    print(f"\n{BENCHMARKS[name](Work(**given), runs)}")
+    benchmark = partial(balance, emulate=True) if emulated else BENCHMARKS[name]
+    print(f"\n{benchmark(Work(**given), runs or (1 if emulated else 5))}")

@@ -1,19 +1,22 @@
-"""What sharing samples among replicas gains on structures of very different sizes: counted, simulated, and timed."""
+"""What sharing samples among replicas gains on structures of very different sizes: simulated, emulated, and timed."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lightning_januspipe.emulate.command import COSTS
+from lightning_januspipe.emulate import EmulatedMesh, MeshWork, MicrobatchWork, emulate_mesh
+from lightning_januspipe.emulate.command import COSTS, suitable_unit
+from lightning_januspipe.engine import packing
 from lightning_januspipe.engine.packing import imbalance, pack, plan
 from lightning_januspipe.graph.partition import MAX_IMBALANCE
-from lightning_januspipe.schedule import build_schedule, simulate
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.schedule import Schedule, build_schedule, simulate
 from lightning_januspipe.testing import RankPool
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_januspipe.benchmark_work import Work
 
 MESHES = ((8, 2, 2), (4, 2, 4))
-"""Pipeline × data × graph ranks of the simulation."""
+"""Pipeline × data × graph ranks of simulation and emulation."""
 
 WAYS = ("in the loader's order", "microbatches", "replicas")
 
@@ -111,32 +114,37 @@ def deal(costs: Sequence[float], num_replicas: int, num_groups: int, way: str) -
     return [[[int(i) for i in group] for group in np.array_split(mine, num_groups)] for mine in shares]
 
 
+def _steps(work: Work, num_steps: int, num_ranks: int, num_replicas: int) -> tuple[Schedule, list[list[float]]]:
+    """The schedule of a mesh, and the costs of the samples of every step, replica after replica."""
+    from lightning_januspipe.data import StructureDataset
+    from lightning_januspipe.sizes import sample_costs
+
+    num_groups = 2 * num_ranks
+    per_step = num_replicas * num_groups * work.batch_size
+    costs = sample_costs(StructureDataset(mixture(per_step * num_steps), cutoff=_CUTOFF))
+    assert costs is not None
+    return build_schedule("wavek-zb", num_ranks, num_groups, COSTS), costs.reshape(num_steps, per_step).tolist()
+
+
 def counted(work: Work) -> str:
     """Imbalance of micro-batches and of replicas, and the simulated time of a step.
 
     Args:
         work: of which ``batch_size`` is the number of structures in a micro-batch.
     """
-    from lightning_januspipe.data import StructureDataset
-    from lightning_januspipe.sizes import sample_costs
-
     lines = ["| P, D, G | groups | micro-batches | worst | replicas | worst | step over ideal | throughput |"]
     lines.append("|---" * 8 + "|")
     for num_ranks, num_replicas, num_graph in MESHES:
-        num_groups = 2 * num_ranks
-        per_step = num_replicas * num_groups * work.batch_size
-        dataset = StructureDataset(mixture(per_step * _NUM_STEPS), cutoff=_CUTOFF)
-        all_costs = sample_costs(dataset)
-        assert all_costs is not None
-        schedule = build_schedule("wavek-zb", num_ranks, num_groups, COSTS)
+        schedule, steps = _steps(work, _NUM_STEPS, num_ranks, num_replicas)
         first: list[float] = []
         for way in WAYS:
             micro, across, times, over = [], [], [], []
-            for costs in all_costs.reshape(_NUM_STEPS, per_step).tolist():
-                dealt = deal(costs, num_replicas, num_groups, way)
+            for costs in steps:
+                dealt = deal(costs, num_replicas, schedule.num_microbatches, way)
                 micro.append(imbalance(costs, [g for mine in dealt for g in mine]))
                 across.append(imbalance(costs, [[i for g in mine for i in g] for mine in dealt]))
-                replicas = [[_on_graph_ranks([costs[i] for i in g], num_graph) for g in mine] for mine in dealt]
+                shared = [[shared_by_graph_ranks([costs[i] for i in g], num_graph) for g in mine] for mine in dealt]
+                replicas = [[max(one.loads) for one in mine] for mine in shared]
                 times.append(max(simulate(schedule, COSTS, weights=mine).makespan for mine in replicas))
                 over.append(times[-1] / (sum(costs) / num_graph / num_replicas * COSTS.total))
             first = first or times
@@ -147,10 +155,92 @@ def counted(work: Work) -> str:
     return "\n".join(lines)
 
 
-def _on_graph_ranks(costs: list[float], num_ranks: int) -> float:
-    """Work of the busiest graph rank: structures are dealt whole where that balances, else atoms are, evenly."""
-    whole = imbalance(costs, pack(costs, num_ranks))
-    return sum(costs) / num_ranks * (whole if whole <= MAX_IMBALANCE else 1.0)
+def shared_by_graph_ranks(costs: Sequence[float], num_ranks: int) -> MicrobatchWork:
+    """The work of a micro-batch, as graph ranks share it: structures whole where that balances, else atoms, evenly.
+
+    Args:
+        costs: of its structures.
+        num_ranks: G.
+    """
+    loads = tuple(sum(cost for cost, _ in dealt) for dealt in packing.deal(costs, num_ranks))
+    if num_ranks == 1 or (len(costs) >= num_ranks and max(loads) * num_ranks <= MAX_IMBALANCE * sum(loads)):
+        return MicrobatchWork(loads)
+    return MicrobatchWork((sum(costs) / num_ranks,) * num_ranks, is_divided=True)
+
+
+def emulated(work: Work, runs: int, report: Callable[[str], None] = print, pool: RankPool | None = None) -> str:
+    """The ways in turn on emulated meshes, a process for each rank: every step of samples in each way.
+
+    Args:
+        work: of which ``batch_size`` is the number of structures in a micro-batch, and ``steps`` that of the steps, the
+            first ones of those that :func:`counted` simulates.
+        runs: how often each step in each way.
+        report: gets a line before each mesh.
+        pool: where to run; None starts processes for this call.
+    """
+    lines = [
+        "| P, D, G | groups | divided | simulated (s) | emulated (s) | over simulated | range "
+        "| throughput, simulated | throughput, emulated | range |",
+        "|---" * 10 + "|",
+    ]
+    notes = []
+    for sizes in MESHES:
+        shape = MeshShape(*sizes)
+        schedule, steps = _steps(work, work.steps, shape.pipeline, shape.data)
+        mean = statistics.mean(map(sum, steps)) / (shape.size // shape.pipeline * schedule.num_microbatches)
+        rounds = [_shared(costs, shape, schedule, way, mean) for _ in range(runs) for costs in steps for way in WAYS]
+        unit = suitable_unit([schedule], COSTS, shape)
+        report(f"P, D, G = {_name(shape)}: {len(rounds)} steps in {shape.size} processes")
+        mesh = emulate_mesh(shape, schedule, COSTS, rounds, seconds_per_unit=unit, pool=pool)
+        lines += _rows(shape, rounds, mesh)
+        notes.append(_runtime(shape, unit, mesh))
+    return "\n".join([*lines, "", *notes])
+
+
+def _name(shape: MeshShape) -> str:
+    return f"{shape.pipeline}, {shape.data}, {shape.graph}"
+
+
+def _shared(costs: Sequence[float], shape: MeshShape, schedule: Schedule, way: str, mean: float) -> MeshWork:
+    """All micro-batches of a step; loads of graph ranks are in a mean one."""
+    return [
+        [shared_by_graph_ranks([costs[i] / mean for i in group], shape.graph) for group in mine]
+        for mine in deal(costs, shape.data, schedule.num_microbatches, way)
+    ]
+
+
+def _rows(shape: MeshShape, rounds: Sequence[MeshWork], mesh: EmulatedMesh) -> list[str]:
+    """One row for each way; steps are in turn in all ways, and gains are those of the same samples."""
+    lines, num = [], len(WAYS)
+    for position, way in enumerate(WAYS):
+        works, steps = rounds[position::num], mesh.steps[position::num]
+        divided = [one.is_divided for work in works for mine in work for one in mine]
+        over = [100 * (step.makespan / step.simulated - 1) for step in steps]
+        pairs = list(zip(mesh.steps[::num], steps, strict=True))
+        gains = [first.makespan / step.makespan for first, step in pairs]
+        lines.append(
+            f"| {_name(shape)} | {way} | {statistics.mean(divided):.0%} "
+            f"| {statistics.median(step.simulated for step in steps):.3f} "
+            f"| {statistics.median(step.makespan for step in steps):.3f} "
+            f"| {statistics.median(over):+.1f} % | {min(over):+.1f} to {max(over):+.1f} % "
+            f"| {statistics.median(first.simulated / step.simulated for first, step in pairs):.2f} "
+            f"| {statistics.median(gains):.2f} | {min(gains):.2f} to {max(gains):.2f} |"
+        )
+    return lines
+
+
+def _runtime(shape: MeshShape, unit: float, mesh: EmulatedMesh) -> str:
+    def ms(seconds: float) -> str:
+        return f"{1e3 * seconds:.2f} ms"
+
+    return (
+        f"{_name(shape)}: a rank works {unit * COSTS.total:.3f} s on a mean micro-batch. An action that waited for "
+        f"another rank's began {ms(mesh.handover)} after that had ended, one that waited for nothing "
+        f"{ms(mesh.turnaround)} after the one before it; phases took {ms(mesh.oversleep)} longer than asked for, "
+        f"exchanges of graph ranks {ms(mesh.exchange)} and reductions of gradients {ms(mesh.reduction)} from when the "
+        f"last one had come. The busiest process used {mesh.cpu:.0%} of a core; ranks ran "
+        f"{'before' if mesh.urgent else 'among'} other programs."
+    )
 
 
 def timed(work: Work, runs: int) -> str:
@@ -264,6 +354,8 @@ def _fit(work: Work, balance: str) -> list[tuple[float, float]]:
     return times[1:]
 
 
-def balance(work: Work, runs: int = 5) -> str:
+def balance(work: Work, runs: int = 5, emulate: bool = False) -> str:
     """Structures of very different sizes: micro-batches of each replica's own samples or of all replicas' samples."""
+    if emulate:
+        return f"Emulated:\n\n{emulated(work, runs)}"
     return f"Simulated:\n\n{counted(work)}\n\nTwo replicas on this machine:\n\n{timed(work, runs)}"

@@ -183,7 +183,7 @@ class TestCommand:
     def test_bench_emulate(
         self, words: list[str], pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ) -> None:
-        monkeypatch.setattr("lightning_januspipe.emulate.command.RankPool", lambda size: nullcontext(pool))
+        monkeypatch.setattr("lightning_januspipe.emulate.command.device_pool", lambda size: nullcontext(pool))
         options = ["--ranks=2", "--microbatches=3", "--schedules=gpipe", "--repeats=1", "--seconds_per_unit=0.002"]
         main([*words, *options, "--costs=1,1,1,1,1,1", f"--output={tmp_path}"])
         assert "| gpipe | 0.0" in capsys.readouterr().out

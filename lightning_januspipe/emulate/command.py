@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-from lightning_januspipe.emulate.run import EmulatedRun, emulate
+from lightning_januspipe.emulate.run import EmulatedRun, device_pool, emulate
+from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.schedule.costs import action_times
@@ -62,7 +63,7 @@ def compare(
     schedules = [build_schedule(name, num_ranks, num_microbatches, costs) for name in names]
     unit = suitable_unit(schedules, costs) if seconds_per_unit is None else seconds_per_unit
     runs = []
-    with nullcontext(pool) if pool is not None else RankPool(num_ranks) as ranks:
+    with nullcontext(pool) if pool is not None else device_pool(num_ranks) as ranks:
         for schedule in schedules:
             run = emulate(
                 schedule, costs, seconds_per_unit=unit, repeats=repeats, message_bytes=message_bytes, pool=ranks
@@ -72,10 +73,17 @@ def compare(
     return runs
 
 
-def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts) -> float:
+def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts, mesh: MeshShape | None = None) -> float:
     """Seconds in one unit of the costs with which the shortest of all actions is long against the runtime's own time.
 
-    That is 8 ms on up to 8 ranks; more ranks share the same cores, so it grows to 12 ms on 32.
+    That is 8 ms on up to 8 ranks; more ranks share the same cores, so it grows to 12 ms on 32. Pipelines side by side
+    do the same things at the same times, and those of graph ranks exchange more: there it is 0.5 ms for each rank and
+    each graph rank that it meets, but at least 8 ms.
+
+    Args:
+        schedules: what will run.
+        costs: of one rank's share for one micro-batch.
+        mesh: in which the pipelines run; None for one at a time.
     """
     num_ranks = max(schedule.num_ranks for schedule in schedules)
     shortest = min(
@@ -85,6 +93,8 @@ def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts) -> float:
         for stage in range(schedule.num_stages)
         if (duration := action_times(schedule, costs)(phase, stage)) > 0
     )
+    if mesh is not None:
+        return max(8e-3, 0.5e-3 * mesh.size * mesh.graph) / shortest
     return (8e-3 + max(0, num_ranks - 8) * 4e-3 / 24) / shortest
 
 

@@ -35,7 +35,7 @@ class RankRecord:
         times: for every step, start and end of the rank's actions in seconds after the common start.
         cpu: for every step, seconds that the rank's process computed, all threads together.
         latencies: seconds from a message's sending to its arrival, each.
-        urgent: whether the rank ran before other programs, see :func:`_urgent`.
+        urgent: whether the rank ran before other programs, see :func:`urgently`.
     """
 
     times: list[list[tuple[float, float]]] = field(default_factory=list)
@@ -70,13 +70,13 @@ def emulate_rank(schedule: Schedule, costs: Costs, repeats: int, message_bytes: 
         for step in range(repeats + 1):
             for index, stage in stages.items():
                 stage.seconds = {p: times(p, index) if step else 0.0 for p in Phase}
-            inputs, loss = _step_data(schedule, step)
+            inputs, loss = step_data(schedule, step)
             ran.clear()
             if step:
-                with _no_garbage_collection(), _urgent() as urgent:
+                with no_garbage_collection(), urgently() as urgent:
                     if step == 1:
                         record.latencies.extend(_message_latencies(links, rank, size, message_bytes, timeout))
-                    start = _common_start()
+                    start = common_start()
                     recorder.reset()
                     before = time.process_time()
                     executor.run(schedule, inputs, loss)
@@ -106,7 +106,7 @@ def check_order(rank: int, ran: Sequence[Action], order: Sequence[Action]) -> No
             raise EmulationError(f"rank {rank} ran {found} as its action {position}, its schedule has {expected} there")
 
 
-def _common_start() -> float:
+def common_start() -> float:
     """Wait for all ranks, and then until a time that is the same on all; the clock is one for the whole machine."""
     dist.barrier()
     start = torch.tensor([time.perf_counter() + _START_AFTER], dtype=torch.float64)
@@ -115,7 +115,7 @@ def _common_start() -> float:
     return float(start)
 
 
-def _step_data(schedule: Schedule, step: int) -> tuple[list[MicrobatchInput], Callable[..., LossGradients]]:
+def step_data(schedule: Schedule, step: int) -> tuple[list[MicrobatchInput], Callable[..., LossGradients]]:
     """Micro-batches that consist of their serial number, and a loss that checks what the chain made of them."""
     num = schedule.num_microbatches
     serials = [step * num + m + 1 for m in range(num)]
@@ -169,7 +169,8 @@ def _age(message: Tensor) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Nothing but the step takes time."""
     gc.collect()
     gc.disable()
     try:
@@ -179,7 +180,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _urgent() -> Iterator[bool]:
+def urgently() -> Iterator[bool]:
     """Run before other programs, where the system lets this process; says whether it does.
 
     A rank that sleeps most of the time would else wait for a core whenever something else computes, which is not what

@@ -90,7 +90,7 @@ def emulate(
     simulated = simulate(schedule, seconds)
     # A rank may have to wait for a whole step; the rest is for what else the machine does.
     timeout = 60 + 3 * simulated.makespan
-    with nullcontext(pool) if pool is not None else RankPool(schedule.num_ranks) as ranks:
+    with nullcontext(pool) if pool is not None else device_pool(schedule.num_ranks) as ranks:
         records = ranks.run(
             emulate_rank,
             schedule,
@@ -102,6 +102,11 @@ def emulate(
             timeout=120 + (repeats + 1) * timeout,
         )
     return _evaluated(schedule, seconds, simulated, records)
+
+
+def device_pool(size: int) -> RankPool:
+    """Processes of emulated devices, forked from one that has imported what they need: many fit on one machine."""
+    return RankPool(size, preload=("lightning_januspipe.emulate",))
 
 
 def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[PhaseCosts]:
@@ -124,7 +129,7 @@ def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Seq
     }
     report = replace(recorded_report(schedule, spans), makespan=makespans[step], ideal=simulated.ideal)
     asked = action_times(schedule, costs)
-    handover, turnaround = _pauses(schedule, report)
+    handovers, turnarounds = pauses(schedule, report)
     return EmulatedRun(
         schedule=schedule,
         simulated=simulated,
@@ -135,15 +140,15 @@ def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Seq
         oversleep=statistics.median(
             s.end - s.start - asked(s.action.phase, s.action.stage) for of in spans.values() for s in of
         ),
-        handover=handover,
-        turnaround=turnaround,
+        handover=statistics.median(handovers or [0.0]),
+        turnaround=statistics.median(turnarounds or [0.0]),
         cpu=max(record.cpu[step] for record in records) / makespans[step],
         urgent=all(all(record.urgent) for record in records),
     )
 
 
-def _pauses(schedule: Schedule, report: Report) -> tuple[float, float]:
-    """Median time from an end to the start of what waited for it: on another rank, and on the same one."""
+def pauses(schedule: Schedule, report: Report) -> tuple[list[float], list[float]]:
+    """Times from an end to the start of what waited for it: on another rank, and on the same one."""
     handovers, turnarounds = [], []
     for order in schedule.actions:
         free: float | None = None
@@ -154,4 +159,4 @@ def _pauses(schedule: Schedule, report: Report) -> tuple[float, float]:
             elif free is not None:
                 turnarounds.append(report.start[action] - free)
             free = report.end[action]
-    return statistics.median(handovers or [0.0]), statistics.median(turnarounds or [0.0])
+    return handovers, turnarounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,6 +79,11 @@ class EmulatedStage(Stage):
         num_stages: length of the chain.
         seconds: how long each phase takes.
         ran: gets every action that runs.
+
+    Attributes:
+        weights: how long each micro-batch takes, in ``seconds``; 1 for all where there are none.
+        meet: called at the start of every phase with the action and the serial number of its micro-batch, if set; the
+            time that it takes is added to that of the phase.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class EmulatedStage(Stage):
     ) -> None:
         super().__init__(function, GradientBuffers())
         self.seconds = seconds
+        self.weights: Sequence[float] = ()
+        self.meet: Callable[[Action, int], None] | None = None
         self._num_stages, self._ran = num_stages, ran
         self._serials: dict[int, int] = {}
 
@@ -180,8 +187,12 @@ class EmulatedStage(Stage):
     @contextmanager
     def _phase(self, phase: Phase, microbatch: int) -> Iterator[None]:
         """Takes the time of the phase, in which the block's is contained."""
-        deadline = time.perf_counter() + self.seconds[phase]
-        self._ran.append(Action(phase, self.function.index, microbatch))
+        action = Action(phase, self.function.index, microbatch)
+        self._ran.append(action)
+        if self.meet is not None:
+            self.meet(action, self._serials[microbatch])
+        weight = self.weights[microbatch] if self.weights else 1.0
+        deadline = time.perf_counter() + weight * self.seconds[phase]
         yield
         sleep_until(deadline)
 

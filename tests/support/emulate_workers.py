@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_januspipe.emulate import MeshWork, MicrobatchWork, mesh_rank
+from lightning_januspipe.emulate.mesh_rank import emulate_mesh_rank
 from lightning_januspipe.emulate.rank import emulate_rank
 from lightning_januspipe.emulate.stage import EmulatedStage
+from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.p2p import Channel
 from lightning_januspipe.engine.route import Route
+from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.schedule import PhaseCosts, Schedule
 from lightning_januspipe.schedule.actions import Message
 
@@ -84,3 +89,44 @@ def with_two_actions_swapped(schedule: Schedule, rank: int, position: int) -> st
 
     with mock.patch.object(Route, "__init__", wrong):
         return _emulate(schedule)
+
+
+def _emulate_mesh(shape: MeshShape, schedule: Schedule, steps: list[MeshWork]) -> str:
+    """The error of this rank, or nothing."""
+    try:
+        emulate_mesh_rank(shape, schedule, PhaseCosts(1e-3, 1e-3, 1e-3, 1e-3), steps, 256, timedelta(seconds=60))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def with_other_work(schedule: Schedule) -> str:
+    """Run on two graph ranks of which each takes another micro-batch for the one that is divided."""
+    whole, divided = MicrobatchWork((1.0, 1.0)), MicrobatchWork((1.0, 1.0), is_divided=True)
+    order = [divided, whole] if int(os.environ["RANK"]) == 0 else [whole, divided]
+    return _emulate_mesh(MeshShape(1, 1, 2), schedule, [[order]])
+
+
+def with_an_unreduced_gradient(schedule: Schedule) -> str:
+    """Run on two replicas that sum their gradients and do not average them."""
+
+    def wrong(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:
+        reduce_gradients(parameters, group)
+
+    with mock.patch.object(mesh_rank, "reduce_gradients", wrong):
+        return _emulate_mesh(MeshShape(1, 2), schedule, [[[MicrobatchWork((1.0,))]] * 2])
+
+
+def with_the_end_of_a_rank(schedule: Schedule, rank: int) -> str:
+    """Run on two pipelines of two ranks, graph ranks of each other, of which one ends in its second BF."""
+    backward_force = EmulatedStage.backward_force
+
+    def wrong(self: EmulatedStage, microbatch: int, *args: Any, **more: Any) -> list[Tensor]:
+        if dist.get_rank() == rank and microbatch == 1:
+            os._exit(1)
+        return backward_force(self, microbatch, *args, **more)
+
+    work = [MicrobatchWork((1.0, 1.0), is_divided=True)] * schedule.num_microbatches
+    with mock.patch.object(EmulatedStage, "backward_force", wrong):
+        emulate_mesh_rank(MeshShape(2, 1, 2), schedule, PhaseCosts(1, 1, 1, 1), [[work]], 256, timedelta(seconds=60))
+    return ""
