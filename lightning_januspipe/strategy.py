@@ -114,7 +114,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             raise ValueError(f"graph_size={graph_size!r}; expected a positive number")
         if activation != "keep":
             raise ValueError(f"activation={activation!r} is not available; use activation='keep'")
-        build_schedule(schedule, 2, 2, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
+        build_schedule(schedule, 1, 1, PhaseCosts(1, 1, 1, 1), wave_size=wave_size)  # names the mistake, if any
         if wave_size != "auto" and not is_searched(schedule):
             warnings.warn(f"wave_size={wave_size} has no effect: schedule={schedule!r} has no waves", stacklevel=2)
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size

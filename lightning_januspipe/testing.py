@@ -49,8 +49,9 @@ class RankPool:
     Args:
         size: number of processes.
         preload: modules that one more process imports, from which those of the pool are then forked; this saves the
-            seconds whenever some are started, also after a failure, and most of their memory. Their import must not
-            touch a GPU. None starts every process anew.
+            seconds whenever some are started, also after a failure. That process serves all pools that are given
+            modules, and imports those of the first. Their import must not touch a GPU. None starts every process
+            anew.
 
     Example:
         >>> with RankPool(2) as pool:
@@ -90,10 +91,11 @@ class RankPool:
         num = world_size or self.size
         if not 1 <= num <= self.size:
             raise ValueError(f"world_size={num}, but the pool has {self.size} processes")
-        self._start()
-        port = _free_port()
+        self._start(num)
+        # Of this process, so that no rank waits for another to open it, and no one else can take its port.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         for rank, pipe in enumerate(self._pipes[:num]):
-            pipe.send((function, args, rank, num, port))
+            pipe.send((function, args, rank, num, store.port))
         results: dict[int, tuple[bool, Any]] = {}
         pending = {self._pipes[r]: r for r in range(num)}
         while pending:
@@ -123,24 +125,27 @@ class RankPool:
         self._processes, self._pipes = [], []
         atexit.unregister(self.close)
 
-    def _start(self) -> None:
+    def _start(self, num: int) -> None:
         atexit.register(self.close)
         context: Any = multiprocessing.get_context("spawn" if self._preload is None else "forkserver")
         if self._preload is not None:
             context.set_forkserver_preload([__name__, *self._preload])
-        while len(self._processes) < self.size:
+        while len(self._processes) < num:
             ours, theirs = context.Pipe()
             # Not daemonic: loaders with workers have to be able to start processes of their own.
-            process = context.Process(target=_serve, args=(theirs, dict(os.environ)))
+            # How those start is as in this process, not as the pool's own.
+            method = multiprocessing.get_start_method(allow_none=True)
+            process = context.Process(target=_serve, args=(theirs, dict(os.environ), method))
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+def _serve(pipe: Connection, environment: dict[str, str], start_method: str | None) -> None:
     os.environ.clear()  # a forked process has that of the one that it was forked from
     os.environ.update(environment)
+    multiprocessing.set_start_method(start_method, force=True)
     np.random.seed()
     torch.set_num_threads(1)
     while True:
@@ -157,6 +162,7 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
             TORCHELASTIC_RUN_ID="januspipe-testing",
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         dtype = torch.get_default_dtype()
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pools import pool_of
 
 from lightning_januspipe.capture.cache import VARIABLE
 from lightning_januspipe.testing import RankPool
@@ -31,5 +32,5 @@ def _one_thread_and_default_dtype() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Up to four ranks over gloo on loopback; ``pool.run(function, ..., world_size=2)``."""
-    with RankPool(4) as ranks:
+    with pool_of(4) as ranks:
         yield ranks

@@ -106,7 +106,7 @@ def flat(values: Any) -> list[float]:
     return [x for v in values for x in flat(v)] if isinstance(values, list) else [values]
 
 
-@pytest.mark.parametrize("name", ["simple", "advanced", "pytorch"])
+@pytest.mark.parametrize("name", ["simple", pytest.param("advanced", marks=pytest.mark.slow), "pytorch"])
 def test_phases_have_names_in_profilers(pool: RankPool, tmp_path: Path, name: str) -> None:
     seen = pool.run(workers.profiled, name, str(tmp_path), world_size=2)
     text = "\n".join(t for files in seen for t in files.values())

@@ -10,11 +10,14 @@ from typing import Any
 import checkpoint_workers as workers
 import pytest
 import torch
+from pools import pool_of
 
 from lightning_januspipe.folders import consolidate, is_folder, main, read_folder
 from lightning_januspipe.testing import RankError, RankPool
 
 FOLDERS = {"save_distributed_checkpoint": True}
+# With two stages on a rank, if that is faster.
+CHUNKS = {"schedule": "wavek-zb"}
 
 
 def same(expected: dict[str, Any], found: dict[str, Any], what: str = "") -> None:
@@ -36,13 +39,13 @@ def uninterrupted(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.fixture
 def fragile() -> Iterator[RankPool]:
     """Processes of a test that kills them."""
-    with RankPool(1) as ranks:
+    with pool_of(1) as ranks:
         yield ranks
 
 
 MESHES = {
     "2x1 to 1x2": (({}, 2), ({"pipeline_size": 1, "data_size": 2}, 2)),
-    "4x1 to 2x2": (({}, 4), ({"pipeline_size": 2, "data_size": 2}, 4)),
+    "4x1 to 2x2": ((CHUNKS, 4), (CHUNKS | {"pipeline_size": 2, "data_size": 2}, 4)),
     "1 to 3x1": ((None, 1), ({}, 3)),
 }
 
@@ -87,7 +90,7 @@ def test_sigterm_on_one_rank(pool: RankPool, uninterrupted: dict[str, Any], tmp_
 
 
 def test_sigkill(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
-    with RankPool(2) as ranks, pytest.raises(RankError, match="rank 1 died"):
+    with pool_of(2) as ranks, pytest.raises(RankError, match="rank 1 died"):
         ranks.run(workers.train, {}, str(tmp_path), {"stop": ("sigkill", 3, 1)}, world_size=2, timeout=120)
     for found in pool.run(workers.train, {}, str(tmp_path), {"resume": "last"}, world_size=3):
         same(uninterrupted["state"], found["state"])
@@ -102,7 +105,7 @@ def test_sigkill(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) 
 def test_interrupted(
     uninterrupted: dict[str, Any], tmp_path: Path, how: str, rank: int | None, meshes: str, saves: dict[str, Any]
 ) -> None:
-    with RankPool(4) as ranks:
+    with pool_of(4) as ranks:
         interrupt_and_resume(ranks, uninterrupted, tmp_path, how, rank, meshes, **saves)
 
 
@@ -218,7 +221,7 @@ def test_parameters_of_other_stages_leave_memory(pool: RankPool, tmp_path: Path)
     (expected,) = pool.run(workers.train, None, str(tmp_path / "one"), more, world_size=1)
     whole, moments = expected["bytes"]
     for name, saves in (("files", {}), ("folders", FOLDERS)):
-        ranks = pool.run(workers.train, saves, str(tmp_path / name), more, world_size=2)
+        ranks = pool.run(workers.train, saves | CHUNKS, str(tmp_path / name), more, world_size=2)
         for found in ranks:
             assert found["ended"] == ""
             assert 0 < found["bytes"][0] < 0.75 * whole and found["bytes"][1] < 0.75 * moments

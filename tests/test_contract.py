@@ -14,8 +14,14 @@ def test_random_numbers_move_on_and_are_shared(pool: RankPool) -> None:
     assert len(first) == len(set(first)) == 6, "micro-batches or steps drew the same numbers"
 
 
-@pytest.mark.parametrize("validate_first", [False, True])
-@pytest.mark.parametrize("how", ["submodule", "directly", "embedding"])
+@pytest.mark.parametrize(
+    ("how", "validate_first"),
+    [
+        ("submodule", True),
+        *((how, False) for how in ("submodule", "directly", "embedding")),
+        *(pytest.param(how, True, marks=pytest.mark.slow) for how in ("directly", "embedding")),
+    ],
+)
 def test_parameters_read_past_the_potential(pool: RankPool, how: str, validate_first: bool) -> None:
     for message in pool.run(workers.outside_parameters, how, validate_first, world_size=2):
         assert "CaptureError" in message and "outside the potential" in message, message

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from emulate_workers import with_a_repeated_message, with_a_silent_stage, with_two_actions_swapped
@@ -17,14 +18,15 @@ from lightning_januspipe.emulate.command import compare, parse_costs, suitable_u
 from lightning_januspipe.emulate.rank import check_order
 from lightning_januspipe.emulate.stage import EmulatedStage, emulated_chain, observable, sleep_until
 from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
-from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.schedule.costs import action_times
 from lightning_januspipe.testing import RankPool
 
 COSTS = PhaseCosts(1.0, 1.5, 1.4, 0.9, 1.1, 0.6)
 UNIT = 2e-3
-CASES = [(name, 4, "auto") for name in GENERATORS] + [
-    ("gpipe", 2, "auto"),
+CASES: list[Any] = [(name, 4, "auto") for name in ("gpipe", "1f1b-2nd", "hanayo-2nd", "wavek-zb")] + [
+    pytest.param("1f1b-fold", 4, "auto", marks=pytest.mark.slow),
+    pytest.param("wavek", 4, "auto", marks=pytest.mark.slow),
+    pytest.param("gpipe", 2, "auto", marks=pytest.mark.slow),
     ("wavek-zb", 2, 1),
     ("wavek-zb", 4, 3),
     ("1f1b-2nd", 2, 4),

@@ -8,6 +8,7 @@ from pathlib import Path
 import bad_modules  # noqa: F401 - fails here, not in the ranks, if it cannot be imported
 import pytest
 import strategy_workers as workers
+from pools import pool_of
 
 import lightning_januspipe
 from lightning_januspipe.testing import RankError, RankPool
@@ -110,7 +111,7 @@ def test_a_rank_that_dies_in_the_middle_of_a_step(tmp_path: Path) -> None:
     """The others end within the timeout and say what they waited for."""
     mark = tmp_path / "mark"
     began = time.monotonic()
-    with RankPool(3) as ranks, pytest.raises(RankError) as caught:
+    with pool_of(3) as ranks, pytest.raises(RankError) as caught:
         ranks.run(workers.killed_and_told, str(mark), world_size=3)
     assert mark.exists(), "rank 1 never reached the place where it should die"
     assert time.monotonic() - began < 90

@@ -20,7 +20,7 @@ import torch
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
 GRAPH: dict[str, Any] = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2}
-BOTH: dict[str, Any] = {**GRAPH, "pipeline_size": 2}
+BOTH: dict[str, Any] = {**GRAPH, "pipeline_size": 2, "schedule": "wavek"}
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_samples_are_logged_once(pool: RankPool, tmp_path: Path) -> None:
 
 def test_monitor(pool: RankPool, tmp_path: Path) -> None:
     """Messages and memory of all graph ranks, atoms of each structure once."""
-    strategy = {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4}
+    strategy = {**BOTH, "num_microbatches": 4}
     ranks = pool.run(callback_workers.monitored, strategy, str(tmp_path), world_size=4)
     assert all(r["history"] == ranks[0]["history"] and r["history"] for r in ranks)
     for row in ranks[0]["history"]:

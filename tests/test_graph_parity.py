@@ -8,8 +8,14 @@ import graph_models
 import plain_modules
 import pytest
 import tiny
+from pools import pool_of
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
+
+
+def slow(*case: object) -> object:
+    """A case that takes the path of another one."""
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def check(
@@ -18,12 +24,12 @@ def check(
     assert_matches_single_process(module, data, devices=devices, strategy=strategy, steps=3, pool=pool)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("devices", [slow(2), 3, slow(4)])
 def test_graph_ranks_alone(pool: RankPool, devices: int) -> None:
     check(pool, devices, pipeline_size=1, graph_size=devices, num_microbatches=2)
 
 
-@pytest.mark.parametrize("schedule", ["wavek-zb", "1f1b-fold", "1f1b-2nd"])
+@pytest.mark.parametrize("schedule", ["wavek-zb", slow("1f1b-fold"), "1f1b-2nd"])
 def test_graph_ranks_in_a_pipeline(pool: RankPool, schedule: str) -> None:
     check(pool, 4, pipeline_size=2, graph_size=2, num_microbatches=4, schedule=schedule)
 
@@ -36,7 +42,7 @@ def test_graph_ranks_and_replicas(pool: RankPool) -> None:
     ("module", "more"),
     [
         (graph_models.both_ways, {"pipeline_size": 1}),
-        (graph_models.states, {"pipeline_size": 1}),
+        slow(graph_models.states, {"pipeline_size": 1}),
         (graph_models.states, {"pipeline_size": 2}),
         (graph_models.angles, {"pipeline_size": 2, "num_microbatches": 1}),
         (graph_models.attention, {"pipeline_size": 1}),
@@ -70,7 +76,7 @@ def test_stages_of_the_potential(pool: RankPool, pipeline_size: int, graph_size:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("strategy", [{"pipeline_size": 1}, {"pipeline_size": 2}])
+@pytest.mark.parametrize("strategy", [slow({"pipeline_size": 1}), {"pipeline_size": 2}])
 def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
     """Boxes that no rank can have as a whole: every layer reads rows of other ranks."""
     tiny.require("water.extxyz")
@@ -79,7 +85,9 @@ def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", [{"graph_size": 2}, {"graph_size": 4}, {"graph_size": 2, "pipeline_size": 2}])
+@pytest.mark.parametrize(
+    "strategy", [slow({"graph_size": 2}), {"graph_size": 4}, slow({"graph_size": 2, "pipeline_size": 2})]
+)
 def test_odd_structures(pool: RankPool, strategy: dict[str, int]) -> None:
     """Vacuum, wires, cells smaller than the cutoff, atoms without edges, and more ranks than atoms."""
     sizes = {"pipeline_size": 1, "num_microbatches": 4, **strategy}
@@ -91,5 +99,5 @@ def test_odd_structures(pool: RankPool, strategy: dict[str, int]) -> None:
 @pytest.mark.timeout(600)
 def test_three_dimensions() -> None:
     """Two stages, two replicas and two graph ranks."""
-    with RankPool(8) as pool:
+    with pool_of(8) as pool:
         check(pool, 8, pipeline_size=2, data_size=2, graph_size=2, num_microbatches=2)

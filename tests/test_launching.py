@@ -19,7 +19,7 @@ import lightning_januspipe
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.testing import RankPool, _free_port
 
-PIPELINE: dict[str, Any] = {"num_microbatches": 1}
+PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
 REPLICAS: dict[str, Any] = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 1}
 
 # -- options of the Trainer ------------------------------------------------------------------------------------------

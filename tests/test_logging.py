@@ -17,7 +17,7 @@ from torch import nn
 from lightning_januspipe.metrics import grad_norm
 from lightning_januspipe.testing import RankPool
 
-PIPELINE: dict[str, Any] = {"num_microbatches": 1}
+PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
 INFERRED = ("unsized", "end", "from_callback", "reduced_mean")
 """Logged without a batch size: Lightning takes the first tensor's length, which is the number of atoms here."""
 

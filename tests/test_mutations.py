@@ -15,9 +15,10 @@ from lightning_januspipe.capture import CaptureError, capture_module
 from lightning_januspipe.loading import example_batches
 from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
 
-STAGES: dict[str, Any] = {"num_microbatches": 3}
+STAGES: dict[str, Any] = {"num_microbatches": 3, "schedule": "wavek"}
+DEFERRED: dict[str, Any] = {"num_microbatches": 3}
 GRAPH: dict[str, Any] = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 3}
-REPLICAS: dict[str, Any] = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
+REPLICAS: dict[str, Any] = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2, "schedule": "wavek"}
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def _check(name: str, pool: RankPool, devices: int, strategy: dict[str, Any]) ->
 )
 def test_faults_between_stages_are_found(pool: RankPool, name: str) -> None:
     with _found("differs by|gradient of .* is None"):
-        _check(name, pool, 2, STAGES)
+        _check(name, pool, 2, DEFERRED if name in ("WF lost", "WE lost") else STAGES)
 
 
 def test_faults_between_replicas_are_found(pool: RankPool) -> None:
@@ -81,7 +82,7 @@ def test_faults_between_the_copies_of_a_stage_are_found(pool: RankPool, name: st
         assert_matches_single_process(module, mutants.data, devices=4, strategy=strategy, steps=1, pool=pool)
 
 
-@pytest.mark.parametrize(("devices", "strategy"), [(2, STAGES), (2, GRAPH), (4, REPLICAS)])
+@pytest.mark.parametrize(("devices", "strategy"), [(2, STAGES), (2, DEFERRED), (2, GRAPH), (4, REPLICAS)])
 def test_without_a_fault_the_check_passes(pool: RankPool, devices: int, strategy: dict[str, Any]) -> None:
     _check("unchanged", pool, devices, strategy)
 

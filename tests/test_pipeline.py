@@ -15,7 +15,7 @@ from lightning_januspipe.schedule.draw import SUFFIXES
 from lightning_januspipe.testing import RankPool, compare_records, train_undivided
 
 
-@pytest.mark.parametrize("schedule", ["wavek", "wavek-zb"])
+@pytest.mark.parametrize("schedule", [pytest.param("wavek", marks=pytest.mark.slow), "wavek-zb"])
 def test_a_new_schedule_in_mid_training_changes_no_number(pool: RankPool, schedule: str) -> None:
     strategy = {"schedule": schedule, "num_microbatches": 4}
     results = pool.run(pipeline_workers.train_and_replan, strategy, 6, world_size=2)
@@ -34,7 +34,14 @@ def test_two_stages_on_each_rank(pool: RankPool, placement: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize(
-    ("schedule", "size"), [("wavek-zb", 2), ("wavek-zb", 4), ("wavek", 2), ("1f1b-2nd", 2), ("hanayo-2nd", 2)]
+    ("schedule", "size"),
+    [
+        pytest.param("wavek-zb", 2, marks=pytest.mark.slow),
+        ("wavek-zb", 4),
+        pytest.param("wavek", 2, marks=pytest.mark.slow),
+        ("1f1b-2nd", 2),
+        pytest.param("hanayo-2nd", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: int) -> None:
     results = pool.run(pipeline_workers.fit, {"schedule": schedule, "num_microbatches": 4}, world_size=size)
@@ -103,7 +110,7 @@ def test_timeline_in_the_default_folder(pool: RankPool, tmp_path: Path) -> None:
     assert pipeline_workers.exists(str(tmp_path)) == ["pipeline-step-0.json", "pipeline-step-0.png"]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b-2nd", "hanayo-2nd", "wavek-zb"])
+@pytest.mark.parametrize("schedule", ["1f1b-2nd", pytest.param("hanayo-2nd", marks=pytest.mark.slow), "wavek-zb"])
 def test_stages_stay_where_they_are(pool: RankPool, schedule: str) -> None:
     """A smaller batch after costs were measured anew gets a schedule for the places that the stages have."""
     strategy = {"schedule": schedule, "num_microbatches": 4}

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +111,7 @@ class Runs:
     def __init__(self, pool: RankPool) -> None:
         self.plain = cache(lambda *a: pool.run(workers.train, a[0], None, *a[1:], world_size=1)[0])
         self._pool = pool
+        self._pipelined: dict[str, list[Any]] = {}
 
     def exact(self, num_microbatches: int, namespace: str = "lightning") -> Tensor:
         """The gradient of the first step in float64."""
@@ -122,7 +119,10 @@ class Runs:
 
     def pipelined(self, precision: str, num_microbatches: int, *arguments: Any, **strategy: Any) -> list[Any]:
         """The records of both ranks."""
-        return self._pool.run(workers.train, precision, strategy, num_microbatches, *arguments, world_size=2)
+        run = (precision, strategy, num_microbatches, *arguments)
+        if repr(run) not in self._pipelined:
+            self._pipelined[repr(run)] = self._pool.run(workers.train, *run, world_size=2)
+        return self._pipelined[repr(run)]
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +144,10 @@ def error(found: Tensor, expected: Tensor) -> float:
     ("precision", "num_microbatches", "rounding"),
     [
         ("32-true", 3, 1e-6),
-        ("bf16-true", 1, 4e-2),
+        pytest.param("bf16-true", 1, 4e-2, marks=pytest.mark.slow),
         ("bf16-true", 3, 4e-2),
         ("16-true", 3, 5e-3),
-        ("bf16-mixed", 1, 2.5e-2),
+        pytest.param("bf16-mixed", 1, 2.5e-2, marks=pytest.mark.slow),
         ("bf16-mixed", 3, 2.5e-2),
         ("16-mixed", 1, 3e-3),
         ("16-mixed", 3, 3e-3),
@@ -166,7 +166,7 @@ def test_gradients_are_as_good_as_those_of_plain_lightning(
     assert all(rank["losses"][0] == pytest.approx(loss, rel=rounding) for rank in ranks)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 3])
+@pytest.mark.parametrize("num_microbatches", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_double_precision_is_exact(runs: Runs, num_microbatches: int) -> None:
     assert error(flat(runs.pipelined("64-true", num_microbatches)), runs.exact(num_microbatches)) < 1e-12
 
@@ -177,7 +177,7 @@ def test_one_process_is_plain_lightning(pool: RankPool, runs: Runs, precision: s
     assert torch.equal(flat([record]), flat([runs.plain(precision, 1)]))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow), "16-mixed"])
 def test_plugins_of_the_other_lightning(runs: Runs, precision: str) -> None:
     pytest.importorskip("pytorch_lightning")
     arguments = (2, 1, "pytorch_lightning", 1.0)
@@ -208,7 +208,8 @@ def test_published_gradients_are_scaled_and_seeds_too(runs: Runs) -> None:
     assert error(small, exact) == pytest.approx(error(flat([plain]), exact), rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["layers.0.linear_down.0", "readout.2.weight"])
+# Each is read by one operation, which one rank has.
+@pytest.mark.parametrize("name", ["layers.0.gate.weight", "readout.2.weight"])
 def test_step_that_overflows_on_one_rank_is_skipped_on_all(runs: Runs, name: str) -> None:
     arguments = (1, 3, "lightning", 2.0**10, f"potential.energy_model.{name}")
     plain, ranks = runs.plain("16-mixed", *arguments), runs.pipelined("16-mixed", *arguments)
@@ -246,14 +247,21 @@ def test_scaler_asks_all_ranks(pool: RankPool, case: str) -> None:
         assert made == ([False] * 3 if (case, rank) == ("no gradients", 0) else [True, False, True])
 
 
-# -- messages, and what ranks inherit --------------------------------------------------------------------------------
+# -- messages --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["wavek-zb", "1f1b-2nd"])
-@pytest.mark.parametrize(("precision", "most"), [("32-true", 5e-3), ("64-true", 5e-3)])
-def test_messages_in_bfloat16(runs: Runs, schedule: str, precision: str, most: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "schedule"),
+    [
+        ("32-true", "wavek-zb"),
+        ("64-true", "1f1b-2nd"),
+        pytest.param("32-true", "1f1b-2nd", marks=pytest.mark.slow),
+        pytest.param("64-true", "wavek-zb", marks=pytest.mark.slow),
+    ],
+)
+def test_messages_in_bfloat16(runs: Runs, precision: str, schedule: str) -> None:
     found = flat(runs.pipelined(precision, 3, message_dtype="bf16", schedule=schedule))
-    assert 1e-4 < error(found, runs.exact(3)) < most
+    assert 1e-4 < error(found, runs.exact(3)) < 5e-3
 
 
 def test_evaluation_has_the_same_messages(pool: RankPool) -> None:
@@ -262,14 +270,3 @@ def test_evaluation_has_the_same_messages(pool: RankPool) -> None:
     )
     assert rounded[0] == rounded[1]
     assert 1e-7 < abs(rounded[0]["val_forces_mae"] / exact[0]["val_forces_mae"] - 1) < 1e-2
-
-
-def test_launched_ranks_have_the_precision_of_matrix_products(tmp_path: Path) -> None:
-    command = [sys.executable, workers.__file__, str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    path = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, env={**environment, "PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f"rank-{i}").read_text() for i in (0, 1)] == ["medium True"] * 2

@@ -66,16 +66,27 @@ def test_logged_values_are_means_over_microbatches(pool: RankPool) -> None:
             assert found["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-9)
 
 
-@pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
-@pytest.mark.parametrize("strategy", ["januspipe", "januspipe_gpipe", TWO], ids=["name", "gpipe", "object"])
+@pytest.mark.parametrize(
+    ("namespace", "strategy"),
+    [
+        ("lightning", "januspipe_gpipe"),
+        ("lightning", TWO),
+        ("pytorch_lightning", "januspipe"),
+        ("pytorch_lightning", TWO),
+        pytest.param("lightning", "januspipe", marks=pytest.mark.slow),
+        pytest.param("pytorch_lightning", "januspipe_gpipe", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_both_lightnings(pool: RankPool, namespace: str, strategy: Any) -> None:
     pytest.importorskip(namespace)
-    (expected,) = pool.run(workers.fit_namespace, namespace, None, world_size=1)
     ranks = pool.run(workers.fit_namespace, namespace, strategy, world_size=2)
     for found in ranks:
         assert found["schedule"] == ("gpipe" if strategy == "januspipe_gpipe" else "wavek-zb")
         close(ranks[0]["state"], found["state"])
-        if strategy is TWO:  # one micro-batch, so the reference is the undivided batch
+    if strategy is TWO:  # one micro-batch, so the reference is the undivided batch
+        (expected,) = pool.run(workers.fit_namespace, namespace, None, world_size=1)
+        for found in ranks:
             close(expected["losses"], found["losses"])
             close(expected["state"], found["state"])
             close(expected["metrics"], found["metrics"])
@@ -107,21 +118,36 @@ def test_an_instance_of_the_other_lightning_is_refused_by_lightning_itself() -> 
     assert not issubclass(lightning_januspipe.strategy_class("pytorch_lightning"), ours)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(pool: RankPool) -> dict[str, Any]:
+    """Two epochs of plain Lightning."""
+    return pool.run(workers.fit, None, {"max_epochs": 2}, world_size=1)[0]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def one_epoch(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float]]:
+    """The checkpoint and the losses of one epoch on two ranks."""
+    file = str(tmp_path_factory.mktemp("one") / "two.ckpt")
+    return file, pool.run(workers.fit, TWO, {"max_epochs": 1}, file, world_size=2)[0]["losses"]
+
+
 @pytest.mark.parametrize("strategy", [None, {}, {"num_microbatches": 1}], ids=["plain", "one process", "pipeline"])
-def test_checkpoint_of_a_pipeline_continues_anywhere(pool: RankPool, tmp_path: Path, strategy: Any) -> None:
+def test_checkpoint_of_a_pipeline_continues_anywhere(
+    pool: RankPool, uninterrupted: dict[str, Any], one_epoch: tuple[str, list[float]], strategy: Any
+) -> None:
     """One epoch on two ranks, then another elsewhere, are as two that never stopped."""
-    (expected,) = pool.run(workers.fit, None, {"max_epochs": 2}, world_size=1)
-    file = str(tmp_path / "two.ckpt")
-    ranks = pool.run(workers.fit, TWO, {"max_epochs": 1}, file, world_size=2)
-    close(expected["losses"][:3], ranks[0]["losses"])
+    expected, (file, losses) = uninterrupted, one_epoch
+    close(expected["losses"][:3], losses)
     world = 2 if strategy == TWO else 1
     for found in pool.run(workers.fit, strategy, {"max_epochs": 2}, None, file, world_size=world):
         close(expected["losses"][3:], found["losses"])
         close(expected["state"], found["state"])
 
 
-def test_checkpoint_of_plain_lightning_continues_in_a_pipeline(pool: RankPool, tmp_path: Path) -> None:
-    (expected,) = pool.run(workers.fit, None, {"max_epochs": 2}, world_size=1)
+def test_checkpoint_of_plain_lightning_continues_in_a_pipeline(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = uninterrupted
     file = str(tmp_path / "plain.ckpt")
     pool.run(workers.fit, None, {"max_epochs": 1}, file, world_size=1)
     for found in pool.run(workers.fit, TWO, {"max_epochs": 2}, None, file, world_size=3):
@@ -158,16 +184,22 @@ def test_ranks_start_from_the_same_parameters(pool: RankPool) -> None:
 SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
-import tiny, lightning, lightning_januspipe
+import tiny, torch, lightning, lightning_januspipe
+torch.set_float32_matmul_precision("medium")
+module, settings = tiny.module(), []
+module.on_train_batch_start = lambda *_: settings.append(
+    f"{{torch.get_float32_matmul_precision()}} {{torch.backends.cuda.matmul.allow_tf32}}")
 trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="januspipe", max_steps=2, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)
-trainer.fit(tiny.module(), tiny.data())
-print(f"rank {{trainer.global_rank}} loss {{float(trainer.callback_metrics['train_loss']):.12f}}", flush=True)
+trainer.fit(module, tiny.data())
+loss = float(trainer.callback_metrics["train_loss"])
+print(f"rank {{trainer.global_rank}} loss {{loss:.12f}} {{settings[0]}}", flush=True)
 """
 
 
 @pytest.mark.parametrize("launcher", ["trainer", "torchrun"])
 def test_launchers(tmp_path: Path, launcher: str) -> None:
+    """The ranks have one loss, and the script's precision of matrix products."""
     script = tmp_path / "script.py"
     here = Path(__file__).parent
     script.write_text(SCRIPT.format(paths=[str(here / "support"), str(here.parent)]))
@@ -177,5 +209,7 @@ def test_launchers(tmp_path: Path, launcher: str) -> None:
         command = [sys.executable, *run, f"--master-port={_free_port()}", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = dict(re.findall(r"rank (\d) loss (\d+\.\d{12})", done.stdout))  # lines of the ranks may run together
+    losses = dict(
+        re.findall(r"rank (\d) loss (\d+\.\d{12}) medium True", done.stdout)
+    )  # lines of the ranks may run together
     assert set(losses) == {"0", "1"} and losses["0"] == losses["1"], done.stdout

@@ -16,7 +16,7 @@ from lightning_januspipe.capture.errors import CaptureError, TooFewParts, shown
 from lightning_januspipe.capture.explicit import ExplicitPotential
 from lightning_januspipe.capture.find import PotentialCall
 from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.capture.validate import Manner, run_captured, validate
+from lightning_januspipe.capture.validate import Manner, validate
 from lightning_januspipe.engine.local import PhaseSeconds
 
 _REFINEMENTS = 3
@@ -57,8 +57,7 @@ def balance(
     folded = replace(manner, apart=False)  # costs are those of a stage whose phases are together
 
     def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
-        validate(candidate, potential, call, folded)
-        return run_captured(candidate, potential, call, folded)[1].seconds  # the second run is warm
+        return validate(candidate, potential, call, folded, num_runs=2)  # the second run is warm
 
     several = placement if len(placement) > len(set(placement)) else None
     best, best_seconds = captured, measured(captured)
@@ -120,15 +119,13 @@ def balance_parts(
         TooFewParts: they are fewer than stages.
     """
     folded = replace(manner, apart=False)
-    validate(parts, potential, call, folded)
-    of_parts = run_captured(parts, potential, call, folded)[1].seconds
+    of_parts = validate(parts, potential, call, folded, num_runs=2)
     found = []
     for placement in placements:
         if len(placement) > parts.num_stages:
             continue
         joined = replace(parts, bounds=_bounds([s.total for s in of_parts], placement))
-        validate(joined, potential, call, folded)
-        found.append((joined, run_captured(joined, potential, call, folded)[1].seconds))
+        found.append((joined, validate(joined, potential, call, folded, num_runs=2)))
     if not found:
         raise TooFewParts(
             f"pipeline_size={len(set(placements[0]))}, but the potential {shown(parts.path)} has {parts.num_stages} "

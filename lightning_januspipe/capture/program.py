@@ -42,7 +42,10 @@ class Node:
 
     def inputs(self) -> list[str]:
         """Names of the nodes whose values this one uses, each once, in order."""
-        return list(dict.fromkeys(r.name for r in refs((self.args, self.kwargs))))
+        found: dict[str, None] = {}
+        _add_names(self.args, found)
+        _add_names(self.kwargs, found)
+        return list(found)
 
 
 @dataclass
@@ -97,6 +100,20 @@ class Program:
             if node.op != "placeholder" and any(i in found for i in node.inputs()):
                 found.add(node.name)
         return found
+
+
+def _add_names(tree: Any, found: dict[str, None]) -> None:
+    """The names of :func:`refs`, without generators: every graph is asked for them many times."""
+    if isinstance(tree, Ref):
+        found[tree.name] = None
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            _add_names(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _add_names(item, found)
+    elif isinstance(tree, slice):
+        _add_names((tree.start, tree.stop, tree.step), found)
 
 
 def refs(tree: Any) -> Iterable[Ref]:

@@ -5,7 +5,7 @@ Energies and forces that agree prove nothing about training, so the parameter gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,16 +187,15 @@ def run_captured(
     call: PotentialCall,
     manner: Manner = TOGETHER,
     measure_memory: bool = False,
+    num_runs: int = 1,
 ) -> tuple[Eager, LocalResult]:
-    """The same through the phases of all stages, in this process.
+    """The same through the phases of all stages, in this process; of several runs, what the last one took.
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
     """
     stages = [captured.stage(i, potential) for i in range(captured.num_stages)]
     epilogue = captured.return_value(potential)
     tensors = captured.inputs(potential)(call.args, call.kwargs)
-    outputs: list[Tensor] = []
-    outside = GradientBuffers()
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
@@ -217,21 +216,33 @@ def run_captured(
             [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)],
         )
 
-    result = run_local(
-        stages,
-        captured.chain,
-        tensors,
-        loss,
-        defer=manner.defer,
-        apart=range(len(stages)) if manner.apart else (),
-        measure_memory=measure_memory,
-    )
+    eager: Eager | None = None
+    for _ in range(num_runs):
+        outputs: list[Tensor] = []
+        outside = GradientBuffers()
+        result = run_local(
+            stages,
+            captured.chain,
+            tensors,
+            loss,
+            defer=manner.defer,
+            apart=range(len(stages)) if manner.apart else (),
+            measure_memory=measure_memory,
+        )
+        if eager is None:
+            gradients = _sum_of(potential.parameters() if potential.training else (), result.gradients, outside)
+            eager = Eager(result.derivatives, [x.detach() for x in outputs], gradients)
+    assert eager is not None
+    return eager, result
+
+
+def _sum_of(parameters: Iterable[nn.Parameter], *buffers: GradientBuffers) -> dict[nn.Parameter, Tensor]:
     gradients: dict[nn.Parameter, Tensor] = {}
-    for parameter in potential.parameters() if potential.training else ():
-        for found in (result.gradients.get(parameter), outside.get(parameter)):
+    for parameter in parameters:
+        for found in (b.get(parameter) for b in buffers):
             if found is not None:
                 gradients[parameter] = gradients[parameter] + found if parameter in gradients else found
-    return Eager(result.derivatives, [x.detach() for x in outputs], gradients), result
+    return gradients
 
 
 def validate(
@@ -239,6 +250,7 @@ def validate(
     potential: nn.Module,
     call: PotentialCall,
     manner: Manner = TOGETHER,
+    num_runs: int = 1,
 ) -> list[PhaseSeconds]:
     """Compare a captured potential with the eager module.
 
@@ -247,9 +259,10 @@ def validate(
         potential: the live potential.
         call: a call with other numbers of atoms, edges and structures than the one that was traced.
         manner: how the phases are run.
+        num_runs: how often; the first run takes longer.
 
     Returns:
-        Measured phase times of each stage.
+        Measured phase times of each stage in the last run.
 
     Raises:
         CaptureError: a quantity differs; the message names the first one and the usual cause.
@@ -257,7 +270,7 @@ def validate(
     captured.bind_sizes(captured.inputs(potential)(call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
     eager = run_eager(potential, call, captured)
-    found, result = run_captured(captured, potential, call, manner)
+    found, result = run_captured(captured, potential, call, manner, num_runs=num_runs)
     # A model may give its strain another shape for one structure than for several; what it returns decides.
     derivatives = [
         ("∂E/∂x", a.reshape(b.shape), b)

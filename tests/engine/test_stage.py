@@ -240,6 +240,15 @@ class _Saved:
     tensor: Tensor
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """Garbage collections look at what the tests make, not at all that was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @contextmanager
 def _watched() -> Iterator[weakref.WeakSet[_Saved]]:
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()

@@ -145,7 +145,7 @@ def _train(
     """Train and save into a folder; returns how it ended, and the module as it is then.
 
     Args:
-        strategy: arguments of the strategy; None is plain Lightning.
+        strategy: arguments of the strategy, of which some have other defaults here; None is plain Lightning.
         folder: of the checkpoints.
         num_steps: optimizer steps in all.
         resume: ckpt_path.
@@ -161,7 +161,7 @@ def _train(
     chosen = [CALLBACKS[name](folder) for name in callbacks]
     chosen += [Stop(*stop)] if stop else []
     num_replicas = 1 if strategy is None else strategy.get("data_size", 1)
-    given = {"num_microbatches": 1, "timeout": 60, **(strategy or {})}
+    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60, **(strategy or {})}
     residents = Residents()
     lightning.seed_everything(1, verbose=False)
     trainer = make_trainer(

@@ -57,7 +57,7 @@ def outside_parameters(how: str, validate_first: bool) -> str:
         return loss + module.potential.energy_model.embedding(batch["species"]).square().sum()
 
     changed_step(module, around)
-    trainer = make_trainer({"num_microbatches": 1}, max_steps=1, limit_val_batches=2)
+    trainer = make_trainer({"num_microbatches": 1, "schedule": "wavek"}, max_steps=1, limit_val_batches=2)
     try:
         if validate_first:
             trainer.validate(module, tiny.data(), verbose=False)
@@ -74,8 +74,9 @@ def unfrozen() -> str:
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             module.potential.energy_model.layers[0].requires_grad_(False)
 
+    trainer = make_trainer({"schedule": "wavek"}, max_steps=2, limit_val_batches=0, callbacks=[Freeze()])
     try:
-        make_trainer({}, max_steps=2, limit_val_batches=0, callbacks=[Freeze()]).fit(tiny.module(), tiny.data())
+        trainer.fit(tiny.module(), tiny.data())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -122,7 +123,7 @@ def one_loader_for_both(num_workers: int) -> dict[str, Any]:
     workers = {"num_workers": num_workers, "persistent_workers": True} if num_workers else {}
     loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=collate, **workers)
     next(iter(loader))
-    trainer = make_trainer({"num_microbatches": 2}, max_epochs=1)
+    trainer = make_trainer({"num_microbatches": 2, "schedule": "wavek"}, max_epochs=1)
     trainer.fit(module, loader, loader)
     copied = copy.deepcopy(module)
     same = all(torch.equal(a, b) for a, b in zip(copied.parameters(), module.parameters(), strict=True))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import tiny
@@ -16,7 +14,6 @@ import torch.distributed as dist
 from strategy_workers import library, make_trainer, namespaced_module
 from torch import nn
 
-from lightning_januspipe import strategy_class
 from lightning_januspipe.engine.microbatch import MicroBatches
 from lightning_januspipe.loading import split_batches
 from lightning_januspipe.precision import mesh_aware
@@ -191,25 +188,3 @@ def scaled_steps(case: str) -> tuple[list[float], list[bool]]:
         scales.append(float(scaler.get_scale()))
         made.append(not torch.equal(before, parameter.detach()))
     return scales, made
-
-
-def matmul_precision(folder: str) -> None:
-    """A script of a user, launched by the Trainer: each rank writes down the precision of its matrix products."""
-    torch.set_float32_matmul_precision("medium")
-    module, data = tiny.module(), tiny.data()
-
-    def on_train_batch_start(*_: Any) -> None:
-        path = Path(folder) / f"rank-{module.trainer.global_rank}"
-        path.write_text(f"{torch.get_float32_matmul_precision()} {torch.backends.cuda.matmul.allow_tf32}")
-
-    module.on_train_batch_start = on_train_batch_start
-    strategy = strategy_class("lightning")(pipeline_size=1, data_size=2, num_microbatches=1)
-    trainer = library("lightning").Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_steps=1, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, data)
-
-
-if __name__ == "__main__":
-    matmul_precision(*sys.argv[1:])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -89,6 +91,12 @@ class Adapter:
         return returned
 
 
+@lru_cache(maxsize=1)
+def _registered(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Adapters of the packages on ``sys.path``, which is slow to search."""
+    return tuple(entry_points(group=GROUP))
+
+
 def adapters_of(potential: nn.Module) -> list[Adapter]:
     """Adapters for the packages that define a potential or one of its parts; those of other projects first.
 
@@ -100,7 +108,7 @@ def adapters_of(potential: nn.Module) -> list[Adapter]:
     def concerns(package: str) -> bool:
         return any(m == package or m.startswith(f"{package}.") for m in modules)
 
-    registered = {e.name: e for e in entry_points(group=GROUP) if concerns(e.name)}
+    registered = {e.name: e for e in _registered(tuple(sys.path)) if concerns(e.name)}
     found = [_loaded(e) for _, e in sorted(registered.items())]
     for package, place in BUILT_IN.items():
         if package not in registered and concerns(package):
