@@ -56,7 +56,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         data_size: Replicas of the pipeline, each with batches of its own. "auto": 1 if pipeline_size is "auto" too,
             else as many as the processes are enough for.
         graph_size: Ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's
-            memory. More than 1 needs a potential that can be traced.
+            memory. More than 1 needs a potential that can be traced, or parts that call ``with_halo``.
         num_microbatches: Into how many micro-batches each batch is split; fewer where a batch has fewer samples. The
             gradient is that of gradient accumulation over the micro-batches. "auto": twice the ranks of a pipeline,
             and 1 in one process.
