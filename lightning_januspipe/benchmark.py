@@ -314,7 +314,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: command line after ``bench``; None for ``sys.argv``.
     """
     words = sys.argv[1:] if args is None else list(args)
-    if words[:1] == ["emulate"] or ("--emulate" in words and not BENCHMARKS.keys() & set(words)):
+    if words[:1] == ["emulate"] or ("--emulate" in words and words[0] not in BENCHMARKS):
         from lightning_januspipe.emulate.command import main as emulate
 
         emulate([w for i, w in enumerate(words) if w != "--emulate" and (i, w) != (0, "emulate")])
@@ -349,4 +349,4 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(f"{name} is not emulated; expected --emulate with balance, or januspipe bench emulate")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     benchmark = partial(balance, emulate=True) if emulated else BENCHMARKS[name]
-    print(f"\n{benchmark(Work(**given), runs or (1 if emulated else 5))}")
+    print(f"\n{benchmark(Work(**given), (1 if emulated else 5) if runs is None else runs)}")

@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_januspipe.capture import Capture, CaptureError, Manner, ProgramCache, Stages, capture_module
+from lightning_januspipe.capture import (
+    Capture,
+    CaptureError,
+    ExplicitStages,
+    Manner,
+    ProgramCache,
+    Stages,
+    capture_module,
+)
 from lightning_januspipe.capture.find import StepFunction
 from lightning_januspipe.capture.stages import CapturedPotential
 from lightning_januspipe.engine.local import PhaseSeconds
@@ -155,7 +163,9 @@ class Capturer:
         planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
         pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
         if to_prove:
-            pipeline.prove_division([t.to(mesh.device) for t in to_prove])
+            with request.ready(not request.trains):
+                # What was received in Lightning's inference mode cannot be differentiated.
+                pipeline.prove_division([t.clone().to(mesh.device) for t in to_prove])
         return pipeline, news
 
     def _planner(
@@ -198,7 +208,12 @@ def _proof(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ra
     if num_ranks == 1:
         return []
     if isinstance(potential, CapturedPotential):
-        prove_division(potential, module, step, batch, num_ranks)
+        try:
+            prove_division(potential, module, step, batch, num_ranks)
+        except CaptureError as error:
+            if not isinstance(module.get_submodule(potential.path), ExplicitStages):
+                raise
+            raise CaptureError(f"{error} Or take the stages that it declares, with stages='explicit'.") from error
         return []
     division_of(potential, module.get_submodule(potential.path))
     return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]

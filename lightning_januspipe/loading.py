@@ -331,7 +331,11 @@ def _split_copy(
     if collates:
         typical = max(1, round((loader.batch_size or 1) / num_microbatches)) if reads_ahead else None
         collate = MicroBatchCollate(
-            loader.collate_fn, num_microbatches, required=required, num_typical=typical, ahead=ahead
+            loader.collate_fn,
+            num_microbatches,
+            required=required,
+            num_typical=typical,
+            ahead=ahead if num_microbatches > 1 else None,
         )
         with suppress(AttributeError):
             split.collate_fn = collate

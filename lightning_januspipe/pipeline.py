@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_januspipe.averages import followers, held_by_all
 from lightning_januspipe.capture import Capture, CapturedStep, DividedPotential, Proofs
 from lightning_januspipe.capture.find import StepFunction
+from lightning_januspipe.capture.unchanged import unchanged
 from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.microbatch import fingerprint, same_batch
@@ -192,14 +193,16 @@ class Pipeline:
         Raises:
             CaptureError: the divided potential computes something else than the whole one.
         """
-        captured, mesh = self.capture.potential, self._mesh
-        assert mesh.graph_group is not None
-        ranks = GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group)
+        captured = self.capture.potential
+        assert self._graph is not None
         try:
-            prove_together(captured, self._module.get_submodule(captured.path), tensors, ranks)
+            with unchanged(self._module):
+                prove_together(self._graph, captured, self._module.get_submodule(captured.path), tensors)
         except BaseException:
             self._abort()
             raise
+        finally:
+            self._graph.clear()
 
     def _divided(self, inputs: list[MicrobatchInput], ahead: Sequence[Tensor | None] = ()) -> list[MicrobatchInput]:
         if self._graph is None:
@@ -218,7 +221,7 @@ class Pipeline:
         self, result: tuple[list[Tensor], list[Tensor]] | None, given: MicrobatchInput
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Energies and forces of the rank that has them, on all ranks of the pipeline."""
-        chain = self.capture.potential.chain
+        chain = self.executor.chain
         shapes = [(s.sizes(given.symbols), s.dtype) for s in (*chain.observables, *chain.coordinates)]
         if result is not None:
             buffer = pack([*result[0], *result[1]])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import random
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -92,10 +94,12 @@ class RankPool:
         if not 1 <= num <= self.size:
             raise ValueError(f"world_size={num}, but the pool has {self.size} processes")
         self._start(num)
-        # Of this process, so that no rank waits for another to open it, and no one else can take its port.
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        for rank, pipe in enumerate(self._pipes[:num]):
-            pipe.send((function, args, rank, num, store.port))
+        with reserved_port() as port:
+            for rank, pipe in enumerate(self._pipes[:num]):
+                pipe.send((function, args, rank, num, port))
+            return self._results(num, timeout)
+
+    def _results(self, num: int, timeout: float) -> list[Any]:
         results: dict[int, tuple[bool, Any]] = {}
         pending = {self._pipes[r]: r for r in range(num)}
         while pending:
@@ -162,7 +166,6 @@ def _serve(pipe: Connection, environment: dict[str, str], start_method: str | No
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
             TORCHELASTIC_RUN_ID="januspipe-testing",
-            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         dtype = torch.get_default_dtype()
         try:
@@ -176,10 +179,25 @@ def _serve(pipe: Connection, environment: dict[str, str], start_method: str | No
         pipe.send(answer)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free TCP port on loopback that nobody else is given in the block.
+
+    It is below those that the system gives to who asks for any, and its UDP namesake is held, which is asked for first.
+    """
+    numbers = random.SystemRandom()
+    while True:
+        port = numbers.randrange(20_000, 32_000)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as guard, socket.socket() as probe:
+            try:
+                guard.bind(("127.0.0.1", port))
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks' store has it
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            probe.close()
+            yield port
+            return
 
 
 def assert_matches_single_process(

@@ -8,14 +8,9 @@ import graph_models
 import plain_modules
 import pytest
 import tiny
-from pools import pool_of
+from pools import pool_of, slow
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
-
-
-def slow(*case: object) -> object:
-    """A case that takes the path of another one."""
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def check(
@@ -67,12 +62,14 @@ def test_steps_that_differentiate_by_themselves(pool: RankPool, module: object, 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("pipeline_size", "graph_size"), [(1, 2), (2, 2), (1, 3)])
-def test_stages_of_the_potential(pool: RankPool, pipeline_size: int, graph_size: int) -> None:
+@pytest.mark.parametrize(
+    ("pipeline_size", "graph_size", "schedule"), [(1, 3, "wavek-zb"), (2, 2, "wavek-zb"), (2, 2, "1f1b-2nd")]
+)
+def test_stages_of_the_potential(pool: RankPool, pipeline_size: int, graph_size: int, schedule: str) -> None:
     """Hand-written parts, which call one function for the atoms of other ranks."""
     check(
         pool, pipeline_size * graph_size, graph_models.Data, plain_modules.Explicit,
-        pipeline_size=pipeline_size, graph_size=graph_size, num_microbatches=2,
+        pipeline_size=pipeline_size, graph_size=graph_size, num_microbatches=2, schedule=schedule,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from logging_workers import DDP, check
 
 import lightning_januspipe
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.testing import RankPool, _free_port
+from lightning_januspipe.testing import RankPool, reserved_port
 
 PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
 REPLICAS: dict[str, Any] = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 1}
@@ -106,9 +106,15 @@ SLURM = {
 
 def started(folder: Path, sizes: dict[str, int], strategy: dict[str, Any], environments: list[dict[str, str]]) -> Any:
     """What each rank has written, of one process started by hand for each environment."""
+    with reserved_port() as port:
+        return _started(folder, sizes, strategy, environments, str(port))
+
+
+def _started(
+    folder: Path, sizes: dict[str, int], strategy: dict[str, Any], environments: list[dict[str, str]], port: str
+) -> Any:
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here / "support"), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    port = str(_free_port())
     command = [sys.executable, "-W", "ignore", str(here / "support" / "launching_workers.py"), str(folder)]
     command += [json.dumps(sizes), json.dumps(strategy)]
     common = {**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -12,15 +12,11 @@ from itertools import product
 import mutants
 import pytest
 import tiny
+from pools import slow
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
 SCHEDULES = ("gpipe", "1f1b-fold", "wavek", "wavek-zb", "1f1b-2nd", "hanayo-2nd")
-
-
-def slow(*case: object) -> object:
-    """A case that takes the path of another one."""
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def check(

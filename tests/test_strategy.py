@@ -13,7 +13,7 @@ import strategy_workers as workers
 import torch
 
 import lightning_januspipe
-from lightning_januspipe.testing import RankPool, _free_port
+from lightning_januspipe.testing import RankPool, reserved_port
 
 TWO = {"num_microbatches": 1}
 
@@ -204,10 +204,11 @@ def test_launchers(tmp_path: Path, launcher: str) -> None:
     here = Path(__file__).parent
     script.write_text(SCRIPT.format(paths=[str(here / "support"), str(here.parent)]))
     command = [sys.executable, str(script)]
-    if launcher == "torchrun":
-        run = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-        command = [sys.executable, *run, f"--master-port={_free_port()}", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    with reserved_port() as port:
+        if launcher == "torchrun":
+            run = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+            command = [sys.executable, *run, f"--master-port={port}", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = dict(
         re.findall(r"rank (\d) loss (\d+\.\d{12}) medium True", done.stdout)

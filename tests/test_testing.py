@@ -6,9 +6,14 @@ import multiprocessing
 import os
 
 import pytest
-from pools import pool_of, state
+from pools import init_twice, pool_of, state
 
-from lightning_januspipe.testing import RankError
+from lightning_januspipe.testing import RankError, RankPool
+
+
+def test_several_process_groups_in_one_job(pool: RankPool) -> None:
+    """What the first has left behind does not disturb the second."""
+    assert pool.run(init_twice, world_size=2) == [2.0, 2.0]
 
 
 def test_forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def reach_of(program: Program, regions: Regions) -> dict[str, Reach]:
     """For each value of the body where it leads.
 
     What autograd saves of an operation decides whether derivatives of the energy depend on an operand; an operation
-    that is not known to save none of it counts as one that does.
+    that is not known to save none of it counts as one that does. What such an operation stands between then has a
+    gradient of zeros where one process has none.
     """
     on_coordinate = program.dependent(program.coordinates)
     energy = set(program.energies)

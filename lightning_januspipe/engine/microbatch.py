@@ -221,7 +221,13 @@ def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, 
 
 
 def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a sample or batch of any form, with the names under which they are found."""
+    """The tensors in a sample or batch of any form, with the names under which they are found.
+
+    Args:
+        value: a tensor, a dict, a list or tuple, PyG data, or any object with attributes, also nested.
+        name: the name of a value that is a tensor itself.
+        depth: how deep it lies.
+    """
     if isinstance(value, Tensor):
         yield name, value
     elif depth <= _MAX_DEPTH and value is not None and not isinstance(value, (str, bytes, int, float)):

@@ -129,7 +129,8 @@ class ChainSpec:
         observables: specs of all observables, in order.
         observable_stage: the stage that computes each observable.
         autocast: what FF differentiates under.
-        reach: for each boundary where each of its values leads; nothing at all where that is not known.
+        reach: for each boundary where each of its values leads; nothing at all where that is not known, as with stages
+            of the potential's own: parameters that lead to what the loss does not read then get gradients of zeros.
     """
 
     coordinates: tuple[TensorSpec, ...]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -56,7 +57,8 @@ def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
         batch: a dict, a tuple, PyG data, or any object with attributes, also nested.
         num_ranks: graph ranks, G.
     """
-    named = [(name.strip("_").lower(), tensor) for name, tensor in named_tensors(batch)]
+    named = [(name.strip("_").lower(), t) for name, t in named_tensors(batch) if t.layout == torch.strided]
+    named = [(name, t) for name, t in named if t.device.type == "cpu" and not t.is_nested]
     positions = next((t for n, t in named if n in ATOMS and t.dim() == 2 and t.shape[1] == 3), None)
     edges = _edges(named)
     if positions is None or edges is None:
@@ -73,7 +75,7 @@ def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
 
 def _edges(named: list[tuple[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
     """Targets and sources. Which row of two is which does not matter: lists of edges hold both directions."""
-    integers = [(n, t) for n, t in named if not t.is_floating_point() and not t.is_complex()]
+    integers = [(n, t.to(torch.int64)) for n, t in named if t.dtype in (torch.int64, torch.int32)]
     for _, tensor in ((n, t) for n, t in integers if any(e in n for e in EDGES) and t.dim() == 2):
         if 2 in tensor.shape:
             first, second = (tensor if tensor.shape[0] == 2 else tensor.T).unbind(0)

@@ -75,10 +75,15 @@ class GraphAxis:
         captured: the potential.
         potential: the live potential.
         ranks: this rank's place.
+
+    Attributes:
+        size: graph ranks, G.
+        rank: this one's place among them.
     """
 
     def __init__(self, captured: DividedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
-        self._division, self._rank = division_of(captured, potential), ranks.rank
+        self._division = division_of(captured, potential)
+        self.size, self.rank = ranks.size, ranks.rank
         self._group: dist.ProcessGroup | None = ranks.group
         self._divider = Divider(captured, self._division, potential, ranks.size)
         self._exchanges: dict[int, dict[str, Exchange]] = {}
@@ -96,6 +101,24 @@ class GraphAxis:
             given: the whole, the same on all graph ranks.
         """
         return self._part(index, given, self._divider.planned(given.tensors))
+
+    def scattered(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
+        """The same where neighbouring atoms are on different ranks, as no training divides them."""
+        return self._part(index, given, self._divider.scattered(given.tensors))
+
+    def sum_over_ranks(self, tensor: Tensor) -> None:
+        """Add up a tensor over the graph ranks, in place.
+
+        Raises:
+            PipelineError: a rank did not answer.
+        """
+        try:
+            dist.all_reduce(tensor, group=self._group)
+        except RuntimeError as error:
+            raise PipelineError(
+                f"graph rank {self.rank} waited for another of {self.size} graph ranks, which did not come: {error}. "
+                "That rank has ended or hangs; its own output has the cause."
+            ) from error.with_traceback(None)
 
     def divided_alike(
         self, inputs: Sequence[MicrobatchInput], replica: Replica, ahead: Sequence[Tensor | None] = ()
@@ -126,7 +149,7 @@ class GraphAxis:
             dist.all_reduce(told, group=replica.group)
         except RuntimeError as error:
             raise PipelineError(
-                f"graph rank {self._rank} waited for what the {replica.size} ranks with the same micro-batches chose "
+                f"graph rank {self.rank} waited for what the {replica.size} ranks with the same micro-batches chose "
                 f"for them: {error}. One of them has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
         owners = told.to(torch.int64).split(sizes)
@@ -134,7 +157,7 @@ class GraphAxis:
         return [self._part(i, given, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]
 
     def _part(self, index: int, given: MicrobatchInput, plan: Plan) -> MicrobatchInput:
-        part = self._divider.part(given.tensors, plan, self._rank)
+        part = self._divider.part(given.tensors, plan, self.rank)
         exchanges = {name: Exchange(shard, self._group) for name, shard in part.shards.items()}
         self._exchanges[index] = exchanges
         return MicrobatchInput([*part.tensors, *exchanges.values(), *part.extended], part.symbols)

@@ -138,6 +138,11 @@ class Divider:
             shards[name] = make_shards(owners[name], needed, self._num_ranks)
         return Plan(shards, look.computed)
 
+    def scattered(self, tensors: Sequence[Tensor]) -> Plan:
+        """Divide a micro-batch as badly as can be: neighbouring atoms, and each structure, on different ranks."""
+        look = self.look(tensors)
+        return self.plan(look, torch.arange(self.num_atoms(look)) % self._num_ranks)
+
     def planned(self, tensors: Sequence[Tensor]) -> Plan:
         """Divide a micro-batch by owners that are chosen here."""
         look = self.look(tensors)

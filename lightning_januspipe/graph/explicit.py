@@ -178,8 +178,10 @@ def localize_explicit(divided: ExplicitPotential, potential: nn.Module) -> Divis
 def _declared(divided: ExplicitPotential, potential: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """Source and target of the edges: names of inputs, and rows of them."""
     given = getattr(potential, "stage_edges", None)
-    ends = [(e, ()) if isinstance(e, str) else (e[0], tuple(e[1:])) for e in given or ()]
-    if len(ends) != 2 or any(name not in divided.inputs_by_name for name, _ in ends):
+    pairs = [(e,) if isinstance(e, str) else e for e in given] if isinstance(given, (list, tuple)) else []
+    ends = [(str(e[0]), tuple(e[1:])) for e in pairs if isinstance(e, (list, tuple)) and e]
+    is_right = len(pairs) == len(ends) == len(set(ends)) == 2
+    if not is_right or any(name not in divided.inputs_by_name for name, _ in ends):
         raise CaptureError(
             f"the potential {shown(divided.path)} has stage_edges = {given!r}; expected the source and the target of "
             f"edges, among its inputs {list(divided.inputs_by_name)}. {_HOW}"
@@ -192,8 +194,12 @@ def _end(
 ) -> tuple[Source, str]:
     """One end of the edges, and the symbol of their number."""
     name, selected = given
-    shape = divided.inputs_by_name[name].shape[len(selected) :]
-    if len(shape) != 1 or not isinstance(shape[0], str):
+    whole = divided.inputs_by_name[name].shape
+    shape = whole[len(selected) :]
+    is_row = all(
+        isinstance(n, int) and isinstance(i, int) and 0 <= i < n for i, n in zip(selected, whole, strict=False)
+    )
+    if len(shape) != 1 or not isinstance(shape[0], str) or not is_row:
         raise CaptureError(
             f"stage_edges of the potential {shown(divided.path)} names {name!r} {list(selected)} of shape {shape}; "
             f"expected one number for each edge. {_HOW}"

@@ -71,7 +71,7 @@ def prove(
         CaptureError: they differ.
     """
     divider = Divider(captured, localized, potential, num_ranks)
-    plan = divider.planned(tensors)
+    plan = divider.scattered(tensors)  # dealt whole, nothing would be exchanged
     parts = [divider.part(tensors, plan, rank) for rank in range(num_ranks)]
     program = localized.potential.program
     extended = program.inputs[len(program.inputs) - len(parts[0].extended) :]
@@ -107,8 +107,8 @@ def require_same(
     """
     for (what, a), (_, b) in zip(expected, found, strict=True):
         scale = float(a.abs().max()) if a.numel() else 0.0
-        if what.startswith(GRADIENT[:22]):
-            scale = max(float(x.abs().max()) for w, x in expected if w.startswith(GRADIENT[:22]))
+        if what.startswith(GRADIENT):
+            scale = max(float(x.abs().max()) for w, x in expected if w.startswith(GRADIENT))
         error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
         if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
@@ -118,7 +118,8 @@ def require_same(
             )
 
 
-GRADIENT = "the parameter gradient of a force loss for {!r}"
+GRADIENT = "the parameter gradient of a force loss for "
+"""How parameter gradients are named, before the parameter's name."""
 
 
 def draw_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -225,7 +226,7 @@ class _LockStep:
             weights += draw_weights([x for _, x in outputs])
         terms = force_loss([x for _, x in outputs], weights)
         trained = torch.autograd.grad(terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
-        named = [(GRADIENT.format(n), g) for n, g in zip(self._parameters, trained, strict=True)]
+        named = [(f"{GRADIENT}{n!r}", g) for n, g in zip(self._parameters, trained, strict=True)]
         return [*((what, x.detach()) for what, x in outputs), *named]
 
     def _joined(self, of_ranks: Sequence[Tensor], value: Value) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.divided import DividedPotential
@@ -16,41 +15,44 @@ from lightning_januspipe.capture.errors import CaptureError, shown
 from lightning_januspipe.capture.validate import rounding_tolerance
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.local import run_local
-from lightning_januspipe.graph.axis import GraphAxis, GraphGroup
+from lightning_januspipe.engine.p2p import PipelineError
+from lightning_januspipe.graph.axis import GraphAxis
 from lightning_januspipe.graph.division import LocalPotential
 from lightning_januspipe.graph.prove import GRADIENT, draw_weights, force_loss, require_same
 
 
-def prove_together(
-    divided: DividedPotential, potential: nn.Module, tensors: Sequence[Tensor], ranks: GraphGroup
-) -> None:
+def prove_together(axis: GraphAxis, divided: DividedPotential, potential: nn.Module, tensors: Sequence[Tensor]) -> None:
     """Compare a micro-batch divided over graph ranks with the whole one, which each rank computes for itself.
 
+    Neighbouring atoms are on different ranks, so that all exchanges are needed, and sums over atoms are over ranks too.
+
     Args:
+        axis: this rank's place; all graph ranks have to call this.
         divided: the potential in stages.
-        potential: the live potential.
+        potential: the live potential; its parts run three times.
         tensors: its inputs, the same on all graph ranks.
-        ranks: this rank's place; all of them have to call this.
 
     Raises:
         CaptureError: they differ, on every rank; or a part failed on this rank, where others may still wait.
+        PipelineError: another rank did not answer.
     """
-    axis = GraphAxis(divided, potential, ranks)
     given = MicrobatchInput(list(tensors), divided.bind_sizes(tensors))
     weights: list[Tensor] = []
     expected = _results(divided, divided, potential, given, None, weights)
     try:
-        found = _results(axis.potential, divided, potential, axis.divided(0, given), axis, weights)
+        found = _results(axis.potential, divided, potential, axis.scattered(0, given), axis, weights)
+    except (PipelineError, torch.OutOfMemoryError):
+        raise
     except (IndexError, RuntimeError) as error:
         raise CaptureError(
-            f"graph_size > 1 is not possible: on graph rank {ranks.rank} of {ranks.size}, a part of the potential "
+            f"graph_size > 1 is not possible: on graph rank {axis.rank} of {axis.size}, a part of the potential "
             f"{shown(divided.path)} failed: {error}. A part has to call with_halo(features, inputs) before it looks "
             "features up by the atoms that edges come from, and to work without any atoms. Or use graph_size=1."
         ) from error
     for what, gradient in found:
-        if what.startswith(GRADIENT[:22]):
-            dist.all_reduce(gradient, group=ranks.group)
-    require_same(expected, found, rounding_tolerance(divided, potential), divided.path, ranks.size)
+        if what.startswith(GRADIENT):
+            axis.sum_over_ranks(gradient)
+    require_same(expected, found, rounding_tolerance(divided, potential), divided.path, axis.size)
 
 
 def _results(
@@ -85,4 +87,10 @@ def _results(
     functions = [local.stage(i, potential) for i in range(local.num_stages)]
     result = run_local(functions, divided.chain, given.tensors, loss)
     named = [(n, p, result.gradients.get(p)) for n, p in potential.named_parameters() if p.requires_grad]
-    return outputs + [(GRADIENT.format(n), torch.zeros_like(p) if g is None else g.clone()) for n, p, g in named]
+    return outputs + [
+        (
+            f"{GRADIENT}{n!r}",
+            torch.zeros(p.shape).to(p) if g is None else g.clone(memory_format=torch.contiguous_format),
+        )
+        for n, p, g in named
+    ]

@@ -48,8 +48,15 @@ def test_edges_and_positions_are_found_by_their_names(batch: Any) -> None:
         {"edge_index": EDGES.double(), "pos": POSITIONS},
         {"edge_index": EDGES + 9, "pos": POSITIONS},
         {"edge_index": EDGES - 1, "pos": POSITIONS},
+        {"edge_index": EDGES.to_sparse(), "pos": POSITIONS},
+        {"edge_index": EDGES.to("meta"), "pos": POSITIONS},
+        {"edge_index": torch.nested.nested_tensor([SOURCE, TARGET]), "pos": POSITIONS},
+        {"edge_index": EDGES.to(torch.uint16), "pos": POSITIONS},
     ],
-    ids=["other names", "no positions", "no edges", "features of edges", "too large", "negative"],
+    ids=[
+        *("other names", "no positions", "no edges", "features of edges", "too large", "negative"),
+        *("sparse", "on no device", "nested", "unsigned"),
+    ],
 )
 def test_nothing_is_guessed(batch: Any) -> None:
     assert owners_by_name(batch, 2) is None

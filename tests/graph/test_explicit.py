@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import graph_explicit_workers as workers
@@ -63,7 +64,11 @@ class _State(nn.Module):
         ({"stage_edges": ("from", "to")}, r"has stage_edges = \('from', 'to'\); expected"),
         ({"stage_edges": ("positions", ("edges", 0))}, r"names 'positions' \[\] of shape .* one number for each edge"),
         ({"stage_edges": (("edges", 0), "species")}, "expected two of the same size, that of the edges"),
-        ({"stage_edges": ("species", "species")}, "expected two of the same size, that of the edges"),
+        ({"stage_edges": ("species", "index")}, "expected two of the same size, that of the edges"),
+        ({"stage_edges": (("edges", 0), ("edges", 0))}, "expected the source and the target of edges"),
+        ({"stage_edges": (0, 1)}, r"has stage_edges = \(0, 1\); expected the source and the target"),
+        ({"stage_edges": "edges"}, "expected the source and the target of edges"),
+        ({"stage_edges": (("edges", 5), ("edges", 0))}, r"names 'edges' \[5\] of shape"),
         ({"stage_coordinates": ("strain",)}, r"needs positions \(N, 3\) among stage_coordinates"),
     ],
 )
@@ -86,15 +91,33 @@ def test_features_of_structures_are_not_handed_on() -> None:
         division_of(found.potential, module.potential)
 
 
-@pytest.mark.parametrize(("num_ranks", "sizes"), [(2, (9, 4, 3)), (3, (12,)), (3, (1, 1))])
+@pytest.mark.parametrize(("num_ranks", "sizes"), [(2, (9, 4, 3)), (2, (4, 4)), (3, (12,)), (3, (1, 1))])
 def test_proof(pool: RankPool, num_ranks: int, sizes: tuple[int, ...]) -> None:
     """Also where a rank has no atoms."""
     assert pool.run(workers.prove, "SelfDividing", sizes, world_size=num_ranks) == [""] * num_ranks
 
 
-def test_what_is_no_sum_over_atoms_is_refused(pool: RankPool) -> None:
-    for reason in pool.run(workers.prove, "Shifted", (9, 4, 3), world_size=2):
-        assert "divided over 2 ranks, result 0 of the last part" in reason and "differs by 3.00e-01" in reason
+@pytest.mark.parametrize("kind", ["Shifted", "Squared"])
+@pytest.mark.parametrize("sizes", [(9, 4, 3), (4, 4)], ids=["", "could be dealt whole"])
+def test_what_is_no_sum_over_atoms_is_refused(pool: RankPool, kind: str, sizes: tuple[int, ...]) -> None:
+    for reason in pool.run(workers.prove, kind, sizes, world_size=2):
+        assert "divided over 2 ranks, result 0 of the last part" in reason and "differs by" in reason
+
+
+def test_proof_leaves_the_module_as_it_was_also_in_inference_mode(pool: RankPool) -> None:
+    """And in the default type of the precision."""
+    strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1}
+    for calls, loss in pool.run(workers.validated, strategy, world_size=2):
+        assert calls == 0, "a buffer counts calls of the part in training only"
+        assert loss == pytest.approx(pool.run(workers.validated, None, world_size=1)[0][1], rel=1e-9)
+
+
+def test_a_part_that_fails_on_one_rank_ends_all_at_once(pool: RankPool, tmp_path: Path) -> None:
+    """Although that rank keeps its exception."""
+    strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1, "timeout": 90}
+    (other, seconds), (own, _) = pool.run(workers.failed, strategy, str(tmp_path), world_size=2, timeout=120)
+    assert own == "ValueError: no such table"
+    assert other.startswith("PipelineError: graph rank 0 waited") and seconds < 30
 
 
 class LacksExchange(plain_modules.Explicit):

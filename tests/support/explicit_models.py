@@ -112,6 +112,22 @@ class _Shifted(Read):
         return {**found, "energy": found["energy"] + self.shift}
 
 
+class _Squared(Read):
+    """Squares the energies of structures before they are complete."""
+
+    def forward(self, inputs: Features, features: Features) -> Features:
+        found = super().forward(inputs, features)
+        return {**found, "energy": found["energy"].square()}
+
+
+class Squared(SelfDividing):
+    """Has an energy that is no sum over atoms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts[-1] = _Squared(self.parts[0].table, 6)
+
+
 class Alone(SelfDividing):
     """Lacks an exchange."""
 
