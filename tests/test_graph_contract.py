@@ -53,9 +53,10 @@ def test_owners_are_chosen_by_the_loaders_workers(pool: RankPool) -> None:
     """Else by the ranks in turns; and by both of them alike, even if they would not agree."""
     (own, alone), (other, _) = pool.run(workers.divided_steps, 0, world_size=2)
     assert len(own) == len(other) == 2 * 2, "two steps, and every other micro-batch of four"
-    for chosen, parameters in pool.run(workers.divided_steps, 2, world_size=2):
-        assert chosen == [], "the loader's workers had chosen"
-        assert parameters == pytest.approx(alone, rel=1e-9, abs=1e-12)
+    for num_ranks in (2, 4):
+        for chosen, parameters in pool.run(workers.divided_steps, 2, world_size=num_ranks):
+            assert chosen == [], "the loader's workers had chosen"
+            assert parameters == pytest.approx(alone, rel=1e-9, abs=1e-12)
     for _, parameters in pool.run(workers.divided_steps, 0, True, world_size=2):
         assert parameters == pytest.approx(alone, rel=1e-9, abs=1e-12)
 

@@ -95,7 +95,7 @@ def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 def divided_steps(num_workers: int, other_way: bool = False) -> tuple[list[int], list[float]]:
-    """Train on two graph ranks, with four micro-batches in each step.
+    """Train on two graph ranks in each stage, with four micro-batches in each step.
 
     Args:
         num_workers: of the loader.
@@ -104,7 +104,7 @@ def divided_steps(num_workers: int, other_way: bool = False) -> tuple[list[int],
     Returns:
         For how many atoms this process chose owners each time while training, and the trained parameters.
     """
-    strategy = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 4}
+    strategy = {"graph_size": 2, "num_microbatches": 4, "schedule": "wavek"}
     module = tiny.module(num_layers=2)
     data = EMTDataModule(
         16, 4, 0, sizes=(4, 8, 16), dtype="float64", batch_size=8, shuffle=False, num_workers=num_workers

@@ -103,7 +103,7 @@ class _Failing(explicit_models.Read):
 
 
 def failed(strategy: dict[str, Any], folder: str) -> tuple[str, float]:
-    """How training ended on this rank, and when. The rank that failed lives on until the other has ended, or a minute."""
+    """How training ended on this rank, and when. The rank that failed lives on until the other has ended."""
     ended = Path(folder) / "ended"
     module = plain_modules.Explicit()
     module.potential.parts[-1] = _Failing(module.potential.parts[0].table, 6)
