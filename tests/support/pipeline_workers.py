@@ -54,6 +54,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
     from lightning_januspipe.schedule import request
 
     stages: list[int] = []
+    world, layouts = int(os.environ["WORLD_SIZE"]), request.layouts
     make = pipeline.Pipeline.__init__
 
     def noted(self: Any, *arguments: Any, **more: Any) -> None:
@@ -62,7 +63,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
 
     with (
         patch.object(capturing, "placements", lambda *_: (placement,)),
-        patch.object(request, "layouts", lambda *_: (placement,)),
+        patch.object(request, "layouts", lambda num, *rest: (placement,) if num == world else layouts(num, *rest)),
         patch.object(pipeline.Pipeline, "__init__", noted),
     ):
         return train_in_pipeline(tiny.module, tiny.data, strategy, steps, {}), sorted(stages)
