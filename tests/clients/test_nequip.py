@@ -63,7 +63,10 @@ def test_microbatches_are_accumulation(options: list[str], run: Runs) -> None:
 
 @pytest.mark.parametrize(
     ("devices", "sizes"),
-    [(2, '"pipeline_size": 1, "graph_size": 2'), (3, '"pipeline_size": 1, "graph_size": 3'), (4, '"graph_size": 2')],
+    [
+        *((n, f'"pipeline_size": 1, "graph_size": {n}') for n in (2, 3, 4)),
+        (4, '"graph_size": 2'),
+    ],
 )
 @pytest.mark.parametrize("options", [[], ["--structures", "lone"]])
 def test_graph_ranks(options: list[str], devices: int, sizes: str, run: Runs) -> None:
@@ -71,6 +74,16 @@ def test_graph_ranks(options: list[str], devices: int, sizes: str, run: Runs) ->
     common = ["--layers", "4", *options]
     found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
     assert_same(run(*common), found)
+
+
+@pytest.mark.parametrize(("devices", "pipeline_size"), [(4, 1), (8, 2)])
+def test_graph_ranks_and_replicas(devices: int, pipeline_size: int, run: Runs) -> None:
+    """As two replicas that each train their whole batches in one process."""
+    common = ["--layers", "4"]
+    sizes = f'"pipeline_size": {pipeline_size}, "data_size": 2, "graph_size": 2'
+    found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
+    whole = '{"num_microbatches": 1, "pipeline_size": 1, "data_size": 2}'
+    assert_same(run(*common, "--devices", "2", "--janus", whole), found)
 
 
 def test_molecules_one_by_one(run: Runs) -> None:
