@@ -17,7 +17,7 @@ from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.divide import explicit_potential
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError, shown
-from lightning_januspipe.capture.explicit import ExplicitStages
+from lightning_januspipe.capture.explicit import ExplicitPotential, ExplicitStages
 from lightning_januspipe.capture.find import (
     PotentialCall,
     StepFunction,
@@ -65,8 +65,9 @@ class Capture:
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
         num, num_stages = sum(self.potential.num_operations), len(self.seconds)
         stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
+        what = "parts" if isinstance(self.potential, ExplicitPotential) else "operations"
         return (
-            f"potential {shown(self.potential.path)} {self.origin}: {num} operations in "
+            f"potential {shown(self.potential.path)} {self.origin}: {num} {what} in "
             f"{stages if num_stages > 1 else 'one stage'}, ready after {self.elapsed:.1f} s"
         )
 

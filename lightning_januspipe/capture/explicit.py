@@ -333,5 +333,6 @@ def _require_shape(kind: str, name: str, value: Tensor, spec: TensorSpec, sizes:
         raise CaptureError(
             f"{kind} {name!r} of the potential {shown(path)} has shape {tuple(value.shape)} and {value.dtype}; "
             f"expected {expected}, which is {spec.shape}, and {spec.dtype}. Sizes of features have to be constants or "
-            "sizes of inputs (atoms, edges, structures), or multiples of them."
+            "sizes of inputs (atoms, edges, structures), or multiples of them. Take the number of structures from the "
+            "shape of an input, not from its values (index.max() + 1)."
         )

@@ -102,9 +102,9 @@ class GraphAxis:
         """
         return self._part(index, given, self._divider.planned(given.tensors))
 
-    def scattered(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
-        """The same where neighbouring atoms are on different ranks, as no training divides them."""
-        return self._part(index, given, self._divider.scattered(given.tensors))
+    def scattered(self, index: int, given: MicrobatchInput, over: int | None = None) -> MicrobatchInput:
+        """The same as no training divides it; see :meth:`~.divide.Divider.scattered`."""
+        return self._part(index, given, self._divider.scattered(given.tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         """Add up a tensor over the graph ranks, in place.

@@ -138,10 +138,15 @@ class Divider:
             shards[name] = make_shards(owners[name], needed, self._num_ranks)
         return Plan(shards, look.computed)
 
-    def scattered(self, tensors: Sequence[Tensor]) -> Plan:
-        """Divide a micro-batch as badly as can be: neighbouring atoms, and each structure, on different ranks."""
+    def scattered(self, tensors: Sequence[Tensor], over: int | None = None) -> Plan:
+        """Divide a micro-batch as badly as can be: neighbouring atoms, and each structure, on different ranks.
+
+        Args:
+            tensors: the inputs of the whole micro-batch.
+            over: the first of the ranks only, so that the others have no atoms; None for all.
+        """
         look = self.look(tensors)
-        return self.plan(look, torch.arange(self.num_atoms(look)) % self._num_ranks)
+        return self.plan(look, torch.arange(self.num_atoms(look)) % (over or self._num_ranks))
 
     def planned(self, tensors: Sequence[Tensor]) -> Plan:
         """Divide a micro-batch by owners that are chosen here."""

@@ -92,6 +92,7 @@ def require_same(
     tolerance: float,
     path: str,
     num_ranks: int,
+    why: str = "It combines atoms or edges in a way that was not recognized.",
 ) -> None:
     """Compare what a divided micro-batch gives with what the whole one does.
 
@@ -101,6 +102,7 @@ def require_same(
         tolerance: largest error, relative to the largest entry; of parameter gradients that of all.
         path: of the potential.
         num_ranks: graph ranks.
+        why: usual causes.
 
     Raises:
         CaptureError: they differ.
@@ -113,8 +115,7 @@ def require_same(
         if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
                 f"graph_size > 1 is not possible: divided over {num_ranks} ranks, {what} of the potential "
-                f"{shown(path)} differs by {error:.2e} at a scale of {scale:.2e}. It combines atoms or "
-                "edges in a way that was not recognized. Use graph_size=1."
+                f"{shown(path)} differs by {error:.2e} at a scale of {scale:.2e}. {why} Or use graph_size=1."
             )
 
 

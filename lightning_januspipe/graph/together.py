@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.divided import DividedPotential
 from lightning_januspipe.capture.errors import CaptureError, shown
+from lightning_januspipe.capture.explicit import ExplicitPotential
 from lightning_januspipe.capture.validate import rounding_tolerance
 from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.local import run_local
@@ -24,12 +25,13 @@ from lightning_januspipe.graph.prove import GRADIENT, draw_weights, force_loss, 
 def prove_together(axis: GraphAxis, divided: DividedPotential, potential: nn.Module, tensors: Sequence[Tensor]) -> None:
     """Compare a micro-batch divided over graph ranks with the whole one, which each rank computes for itself.
 
-    Neighbouring atoms are on different ranks, so that all exchanges are needed, and sums over atoms are over ranks too.
+    Once neighbouring atoms are on different ranks, so that all exchanges are needed, and sums over atoms are over ranks
+    too. Once the first rank has all atoms, and the others none.
 
     Args:
         axis: this rank's place; all graph ranks have to call this.
         divided: the potential in stages.
-        potential: the live potential; its parts run three times.
+        potential: the live potential; its parts run several times.
         tensors: its inputs, the same on all graph ranks.
 
     Raises:
@@ -39,20 +41,28 @@ def prove_together(axis: GraphAxis, divided: DividedPotential, potential: nn.Mod
     given = MicrobatchInput(list(tensors), divided.bind_sizes(tensors))
     weights: list[Tensor] = []
     expected = _results(divided, divided, potential, given, None, weights)
-    try:
-        found = _results(axis.potential, divided, potential, axis.scattered(0, given), axis, weights)
-    except (PipelineError, torch.OutOfMemoryError):
-        raise
-    except (IndexError, RuntimeError) as error:
-        raise CaptureError(
-            f"graph_size > 1 is not possible: on graph rank {axis.rank} of {axis.size}, a part of the potential "
-            f"{shown(divided.path)} failed: {error}. A part has to call with_halo(features, inputs) before it looks "
-            "features up by the atoms that edges come from, and to work without any atoms. Or use graph_size=1."
-        ) from error
-    for what, gradient in found:
-        if what.startswith(GRADIENT):
-            axis.sum_over_ranks(gradient)
-    require_same(expected, found, rounding_tolerance(divided, potential), divided.path, axis.size)
+    for over in (None, 1):
+        try:
+            found = _results(axis.potential, divided, potential, axis.scattered(0, given, over), axis, weights)
+        except (PipelineError, torch.OutOfMemoryError):
+            raise
+        except (IndexError, RuntimeError) as error:
+            raise CaptureError(
+                f"graph_size > 1 is not possible: on graph rank {axis.rank} of {axis.size}, a part of the potential "
+                f"{shown(divided.path)} failed: {error}. Usual causes: a part looks features up by the atoms that "
+                "edges come from without with_halo(features, inputs), or stage_edges has source and target the wrong way "
+                "round, or a part does not work without any atoms. Or use graph_size=1."
+            ) from error
+        for what, gradient in found:
+            if what.startswith(GRADIENT):
+                axis.sum_over_ranks(gradient)
+        require_same(expected, found, rounding_tolerance(divided, potential), divided.path, axis.size, _CAUSES)
+
+
+_CAUSES = (
+    "Results for structures have to be sums over atoms, which are added up over the ranks: add constants for each "
+    "atom, and square or average nothing. Features of other atoms come from with_halo."
+)
 
 
 def _results(
@@ -65,12 +75,14 @@ def _results(
 ) -> list[tuple[str, Tensor]]:
     """Observables, derivatives and parameter gradients, through all phases."""
     outputs: list[tuple[str, Tensor]] = []
+    assert isinstance(divided, ExplicitPotential)
+    names = list(divided.features[-1])
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         if axis is not None:
             observables, derivatives = axis.joined(0, observables, derivatives)
-        words = [f"result {i} of the last part" for i in range(len(observables))]
-        words += [f"derivative {i}" for i in range(len(derivatives))]
+        words = [f"the result {name!r}" for name in names]
+        words += [f"the derivative by {name!r}" for name in divided.coordinates]
         values = [v.detach().requires_grad_(v.is_floating_point()) for v in (*observables, *derivatives)]
         outputs.extend((what, v.detach()) for what, v in zip(words, values, strict=True))
         if not weights:

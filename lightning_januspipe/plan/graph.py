@@ -194,7 +194,9 @@ class Sharing:
         try:
             captured = self._divided
             if not isinstance(captured, CapturedPotential):
-                raise CaptureError("graph ranks can be predicted for potentials that are traced only (explicit stages)")
+                raise CaptureError(
+                    "they are predicted only for what can be traced; explicit stages can be trained with them"
+                )
             if measured is None:
                 smallest = min(range(len(self._batches)), key=lambda i: sum(t.numel() for t in self._tensors[i]))
                 prove_division(captured, self._module, self._step, self._batches[smallest], num_ranks)

@@ -11,7 +11,7 @@ import graph_models
 import plain_modules
 import pytest
 import torch
-from explicit_models import Alone, Features, SelfDividing
+from explicit_models import Alone, CountsStructures, Features, SelfDividing
 from torch import nn
 
 from lightning_januspipe import with_halo
@@ -101,7 +101,7 @@ def test_proof(pool: RankPool, num_ranks: int, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("sizes", [(9, 4, 3), (4, 4)], ids=["", "could be dealt whole"])
 def test_what_is_no_sum_over_atoms_is_refused(pool: RankPool, kind: str, sizes: tuple[int, ...]) -> None:
     for reason in pool.run(workers.prove, kind, sizes, world_size=2):
-        assert "divided over 2 ranks, result 0 of the last part" in reason and "differs by" in reason
+        assert "divided over 2 ranks, the result 'energy'" in reason and "have to be sums over atoms" in reason
 
 
 def test_proof_leaves_the_module_as_it_was_also_in_inference_mode(pool: RankPool) -> None:
@@ -120,6 +120,20 @@ def test_a_part_that_fails_on_one_rank_ends_all_at_once(pool: RankPool, tmp_path
     assert other.startswith("PipelineError: graph rank 0 waited") and seconds < 30
 
 
+class Counting(plain_modules.Explicit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential = CountsStructures()
+
+
+def test_the_number_of_structures_is_that_of_an_input(pool: RankPool) -> None:
+    """A rank may have no atoms of the last structure; found before training."""
+    strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1}
+    with pytest.raises(RankError, match="Take the number of structures from the shape of an input") as caught:
+        assert_matches_single_process(Counting, graph_models.Data, devices=2, strategy=strategy, steps=1, pool=pool)
+    assert "prove_together" in str(caught.value)
+
+
 class LacksExchange(plain_modules.Explicit):
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +143,7 @@ class LacksExchange(plain_modules.Explicit):
 def test_a_part_that_does_not_ask_for_other_atoms_is_refused(pool: RankPool) -> None:
     """Before training, and without a rank that waits for ever."""
     strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1}
-    with pytest.raises(RankError, match=r"with_halo\(features, inputs\) before it looks"):
+    with pytest.raises(RankError, match=r"without with_halo\(features, inputs\), or stage_edges"):
         assert_matches_single_process(
             LacksExchange, graph_models.Data, devices=2, strategy=strategy, steps=1, pool=pool
         )
