@@ -50,8 +50,8 @@ def prove_together(axis: GraphAxis, divided: DividedPotential, potential: nn.Mod
             raise CaptureError(
                 f"graph_size > 1 is not possible: on graph rank {axis.rank} of {axis.size}, a part of the potential "
                 f"{shown(divided.path)} failed: {error}. Usual causes: a part looks features up by the atoms that "
-                "edges come from without with_halo(features, inputs), or stage_edges has source and target the wrong way "
-                "round, or a part does not work without any atoms. Or use graph_size=1."
+                "edges come from without with_halo(features, inputs), or stage_edges has source and target the wrong "
+                "way round, or a part does not work without any atoms. Or use graph_size=1."
             ) from error
         for what, gradient in found:
             if what.startswith(GRADIENT):
