@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from lightning_januspipe.capture import Adapter, ExplicitStages, run_stages
 from lightning_januspipe.graph import with_halo
-from lightning_januspipe.registry import NAMESPACES, register, strategy_class
+from lightning_januspipe.strategy.registry import NAMESPACES, register, strategy_class
 
 __version__ = "0.1.0"
 

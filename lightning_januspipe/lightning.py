@@ -1,6 +1,6 @@
 """The strategy for a Trainer of ``lightning``: ``lightning_januspipe.lightning.JanusPipeStrategy``."""
 
-from lightning_januspipe.registry import strategy_class
+from lightning_januspipe.strategy.registry import strategy_class
 
 JanusPipeStrategy = strategy_class("lightning")
 

@@ -4,7 +4,7 @@
 ``lightning``. Projects that import ``pytorch_lightning`` name this one in their configurations.
 """
 
-from lightning_januspipe.registry import strategy_class
+from lightning_januspipe.strategy.registry import strategy_class
 
 JanusPipeStrategy = strategy_class("pytorch_lightning")
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_januspipe.engine.microbatch import MicroBatches
-from lightning_januspipe.loading import split_batches
-from lightning_januspipe.regrouping import balance_replicas
+from lightning_januspipe.loader.balance import balance_replicas
+from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.split import split_batches
 
 
 @dataclass

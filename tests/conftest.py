@@ -8,7 +8,7 @@ import pytest
 import torch
 from pools import pool_of
 
-from lightning_januspipe.capture.cache import VARIABLE
+from lightning_januspipe.capture.cache.store import VARIABLE
 from lightning_januspipe.testing import RankPool
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_januspipe.cli import main
+from lightning_januspipe.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from lightning_januspipe.callbacks.base import LightningModule, Trainer, runner_of
 from lightning_januspipe.callbacks.picture import Curve, draw_run
+from lightning_januspipe.callbacks.rank_metrics import PREFIX, RankNumbers, exchanged, metrics
 from lightning_januspipe.callbacks.throughput import Metered
-from lightning_januspipe.monitoring import PREFIX, RankNumbers, exchanged, metrics
 from lightning_januspipe.schedule import draw
 
 _MEMORY_EVERY = 10  # recorded steps

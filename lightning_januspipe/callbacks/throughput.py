@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
-from lightning_januspipe.engine.microbatch import MicroBatches
+from lightning_januspipe.loader.microbatch import MicroBatches
 
 POSITION_KEYS = (keys.POSITIONS, "pos", "_positions")
 """Names under which batches hold the (N, 3) positions: here and in ASE's ways, in PyG and NequIP, in SchNetPack."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer, runner_of
 from lightning_januspipe.schedule import draw
-from lightning_januspipe.schedule.trace import write_chrome_trace
+from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 
 
 class PipelineTimeline(Callback):

@@ -10,14 +10,14 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_januspipe.capture.cut import Cut, Profile, find_cut
-from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import CaptureError, TooFewParts, shown
-from lightning_januspipe.capture.explicit import ExplicitPotential
-from lightning_januspipe.capture.find import PotentialCall
-from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.capture.validate import Manner, validate
-from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.capture.cut.cut import Cut, Profile, find_cut
+from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.stages.explicit import ExplicitPotential
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.validate.against_eager import Manner, validate
+from lightning_januspipe.engine.specs import PhaseSeconds
+from lightning_januspipe.errors import CaptureError, TooFewParts, shown
 
 _REFINEMENTS = 3
 _LEAST_GAIN = 0.02

@@ -11,31 +11,33 @@ from torch import nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
 from lightning_januspipe.capture.balance import StepTime, balance, balance_parts, fastest
-from lightning_januspipe.capture.cache import ProgramCache
-from lightning_januspipe.capture.calls import CallFormat
-from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
-from lightning_januspipe.capture.divide import explicit_potential
-from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import CaptureError, shown
-from lightning_januspipe.capture.explicit import ExplicitPotential, ExplicitStages
-from lightning_januspipe.capture.find import (
-    PotentialCall,
-    StepFunction,
-    call_arguments,
-    evaluation_call,
-    find_potential,
-)
-from lightning_januspipe.capture.instep import potential_of
-from lightning_januspipe.capture.key import program_key
-from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.program import Program
+from lightning_januspipe.capture.cache.key import program_key
+from lightning_januspipe.capture.cache.store import ProgramCache
+from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
+from lightning_januspipe.capture.cut.profile import measure
+from lightning_januspipe.capture.cut.split_shared_linear import narrow
+from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction, call_arguments
+from lightning_januspipe.capture.find.in_step import potential_of
+from lightning_januspipe.capture.find.potential import evaluation_call, find_potential
 from lightning_januspipe.capture.report import summary
-from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.capture.trace import trace_potential
-from lightning_januspipe.capture.unchanged import unchanged
-from lightning_januspipe.capture.validate import TOGETHER, Manner, run_captured, validate, validate_evaluation
-from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.stages.explicit import ExplicitPotential, ExplicitStages
+from lightning_januspipe.capture.stages.explicit_shapes import explicit_potential
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.trace.program import Program
+from lightning_januspipe.capture.trace.trace import trace_potential
+from lightning_januspipe.capture.validate.against_eager import (
+    TOGETHER,
+    Manner,
+    run_captured,
+    validate,
+    validate_evaluation,
+)
+from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.engine.memory import PhaseBytes
+from lightning_januspipe.engine.specs import PhaseSeconds
+from lightning_januspipe.errors import CaptureError, shown
 
 Stages = Literal["auto", "captured", "explicit"]
 """Where stages come from: tracing, the potential's own, or the first of these two that works."""
@@ -219,7 +221,7 @@ def _by_tracing(job: _Job) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
             except CaptureError:  # a new trace decides
                 job.cache.discard(key.digest)
     began = time.perf_counter()
-    program = trace_potential(job.potential, call, form, adapters)
+    program = narrow(trace_potential(job.potential, call, form, adapters))
     note = f", not cached: {key.reason}" if key is not None and key.digest is None else ""
     origin = f"captured (traced in {time.perf_counter() - began:.1f} s{note})"
     found = _cut(job, call, form, program)

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_januspipe.capture.cut import Profile
-from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.explicit import ExplicitPotential
-from lightning_januspipe.capture.sizes import Words, words_of
-from lightning_januspipe.capture.stages import CapturedPotential
+from lightning_januspipe.capture.cut.cut import Profile
+from lightning_januspipe.capture.size_names import Words, words_of
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.stages.explicit import ExplicitPotential
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
 from lightning_januspipe.engine.specs import TensorSpec
 
 

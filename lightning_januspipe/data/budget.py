@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler, Sampler
 
-from lightning_januspipe.sizes import SampleSizes, sample_sizes
+from lightning_januspipe.loader.sample_sizes import SampleSizes, sample_sizes
 
 _MAX_OPEN = 16
 """Batches that are filled side by side: more waste less of the budget, and mix less."""
@@ -102,8 +102,9 @@ class BudgetBatchSampler(Sampler[list[int]]):
     replica.
 
     Args:
-        dataset: one that knows the sizes of its samples (see :func:`~lightning_januspipe.sizes.sample_sizes`), or these
-            themselves. Lightning gives a distributed sampler here, and the other arguments with ``batch_size``.
+        dataset: one that knows the sizes of its samples, or these themselves (see
+            :func:`~lightning_januspipe.loader.sample_sizes.sample_sizes`). Lightning gives a distributed sampler
+            here, and the other arguments with ``batch_size``.
         batch_size: a budget, in place of the limits.
         drop_last: leave out the emptiest batches that do not go evenly into replicas, instead of dividing others.
         max_atoms: largest number of atoms in a batch.

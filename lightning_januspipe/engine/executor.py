@@ -34,42 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.engine.p2p import Links, PipelineError, Receive
+from lightning_januspipe.engine.p2p import Links, Receive
 from lightning_januspipe.engine.route import Route
-from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
+from lightning_januspipe.engine.specs import ChainSpec, LossFunction, LossGradients, MicrobatchInput, TensorSpec
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import Recorder
+from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.actions import Message, predecessor, successor
 
 _RECEIVES_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class LossGradients:
-    """What the four phases need of the loss of one micro-batch.
-
-    Attributes:
-        observables: ∂L/∂y for every observable, None where the loss does not read it.
-        derivatives: v = ∂L/∂(∂E/∂x).
-    """
-
-    observables: list[Tensor | None]
-    derivatives: list[Tensor]
-
-
-LossFunction = Callable[[int, list[Tensor], list[Tensor]], LossGradients]
-
-
-@dataclass(frozen=True)
-class MicrobatchInput:
-    """One micro-batch as the stages see it: the potential call's tensors, and the values of its size symbols.
-
-    On graph ranks the tensors end with what exchanges between them need, which is no tensor.
-    """
-
-    tensors: list[Any]
-    symbols: Mapping[str, int]
 
 
 class Executor:

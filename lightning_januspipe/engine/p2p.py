@@ -20,10 +20,6 @@ from torch import Tensor
 _ALIGNMENT = 16
 
 
-class PipelineError(RuntimeError):
-    """A rank could not go on; the message names phase, stage and micro-batch."""
-
-
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of any dtype as one buffer of bytes."""
     parts = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -169,3 +169,51 @@ class ChainSpec:
             c if r.forces or any(seeds[i] is not None for i in r.observables) else None
             for c, r in zip(cotangents, self.reach[stage], strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class LossGradients:
+    """What the four phases need of the loss of one micro-batch.
+
+    Attributes:
+        observables: ∂L/∂y for every observable, None where the loss does not read it.
+        derivatives: v = ∂L/∂(∂E/∂x).
+    """
+
+    observables: list[Tensor | None]
+    derivatives: list[Tensor]
+
+
+LossFunction = Callable[[int, list[Tensor], list[Tensor]], LossGradients]
+
+
+@dataclass(frozen=True)
+class MicrobatchInput:
+    """One micro-batch as the stages see it: the potential call's tensors, and the values of its size symbols.
+
+    On graph ranks the tensors end with what exchanges between them need, which is no tensor.
+    """
+
+    tensors: list[Any]
+    symbols: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """Measured seconds of the phases of one stage for one micro-batch.
+
+    Of a stage that is apart, FF counts FE's recomputation and BF the way back through it. WF and WE are 0 where
+    nothing is deferred.
+    """
+
+    fe: float
+    ff: float
+    bf: float
+    be: float
+    wf: float = 0.0
+    we: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return self.fe + self.ff + self.bf + self.be + self.wf + self.we

@@ -19,7 +19,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.graph_split import (
+from lightning_januspipe.engine.specs import StageFunction
+from lightning_januspipe.engine.weight_split import (
     PATH,
     WEIGHTS,
     Deferred,
@@ -30,7 +31,6 @@ from lightning_januspipe.engine.graph_split import (
     walk,
     walk_to_parameters,
 )
-from lightning_januspipe.engine.specs import StageFunction
 
 
 @dataclass

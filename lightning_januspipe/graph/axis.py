@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.explicit import ExplicitPotential
-from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.p2p import PipelineError
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.stages.explicit import ExplicitPotential
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
+from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
-from lightning_januspipe.graph.divide import Divider, Plan
-from lightning_januspipe.graph.division import Division, LocalPotential
 from lightning_januspipe.graph.explicit import localize_explicit
-from lightning_januspipe.graph.insert import localize
-from lightning_januspipe.graph.kinds import Kind, Value
+from lightning_januspipe.graph.insert_exchanges import localize
+from lightning_januspipe.graph.placement import Kind, Value
+from lightning_januspipe.graph.shard_microbatch import Divider, Plan
+from lightning_januspipe.graph.sharded_potential import Division, LocalPotential
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_januspipe.engine.p2p import PipelineError
+from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.graph.shards import Shard
 
 

@@ -12,14 +12,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.errors import CaptureError, shown
-from lightning_januspipe.capture.explicit import ExplicitPotential, ExplicitStage, Tensors
+from lightning_januspipe.capture.stages.explicit import ExplicitPotential, ExplicitStage, Tensors
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
-from lightning_januspipe.graph.classes import Classes
+from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph.collectives import Exchange, gather_halo, replicate, sum_over_ranks
-from lightning_januspipe.graph.division import Division
-from lightning_januspipe.graph.kinds import REPLICATED, Kind, Value
-from lightning_januspipe.graph.numbers import Numbers, Source
+from lightning_januspipe.graph.index_analysis import Numbers, Source
+from lightning_januspipe.graph.placement import REPLICATED, Kind, Value
+from lightning_januspipe.graph.row_classes import Classes
+from lightning_januspipe.graph.sharded_potential import Division
 
 _HOW = (
     "For graph_size > 1, set stage_edges = (('edge_index', 0), ('edge_index', 1)): the input, and the row of it, with "
@@ -43,7 +43,7 @@ class LocalInputs(dict[str, Tensor]):
 def with_halo(features: Tensor, inputs: Tensors) -> Tensor:
     """Features of all atoms that a part's edges join: own ones, and copies of those of other graph ranks.
 
-    A part of :class:`~lightning_januspipe.capture.explicit.ExplicitStages` calls it before it looks features up by the
+    A part of :class:`~lightning_januspipe.ExplicitStages` calls it before it looks features up by the
     atoms that edges come from. All graph ranks have to call it alike. On one rank nothing is added.
 
     Args:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_januspipe.engine.packing import ATOM_WEIGHT, deal
+from lightning_januspipe.loader.packing import ATOM_WEIGHT, deal
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_januspipe.capture.program import Node, Program, Ref, replace_refs
-from lightning_januspipe.capture.stages import CapturedPotential
-from lightning_januspipe.graph.numbers import GATHERING, SCATTERING
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.trace.program import Node, Program, Ref, replace_refs
+from lightning_januspipe.graph.index_analysis import GATHERING, SCATTERING
 
 
 class Rewrite:

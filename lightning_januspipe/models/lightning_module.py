@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe import keys
-from lightning_januspipe.models import starting
 from lightning_januspipe.models.errors import MaskedError, masked_loss
+from lightning_januspipe.models.initial_weights import KEY, arguments_of, check_species, freeze, load_weights
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -97,7 +97,7 @@ class PotentialModule(LightningModule):
             raise ValueError(f"loss weights must not be negative, and one must be positive; got {weights}")
         self.save_hyperparameters(ignore=["potential", "initial_weights"])
         self.potential = potential
-        starting.freeze(potential, frozen)
+        freeze(potential, frozen)
         self._initial_weights = initial_weights
         self.weights = weights
         self.huber_delta = huber_delta if loss == "huber" else None
@@ -152,15 +152,15 @@ class PotentialModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the initial weights once, and check the species of the data."""
-        starting.check_species(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
+        check_species(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self._initial_weights is not None:
-            starting.load_weights(self, self.potential, self._initial_weights)
+            load_weights(self, self.potential, self._initial_weights)
             self._initial_weights = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the weights mean nothing without."""
-        if arguments := starting.arguments_of(self.potential):
-            checkpoint[starting.KEY] = arguments
+        if arguments := arguments_of(self.potential):
+            checkpoint[KEY] = arguments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that are loaded by now stay."""

@@ -9,8 +9,8 @@
     print(plan.choice.name, plan.choice.step_time, [row.over_ideal for row in plan.rows])
 """
 
+from lightning_januspipe.plan.compare import Plan, ScheduleRow, Stages, plan_costs, plan_stages
 from lightning_januspipe.plan.measure import Measured, TooManyRanks, measure_stages
-from lightning_januspipe.plan.rows import Plan, ScheduleRow, Stages, plan_costs, plan_stages
 
 __all__ = [
     "Measured",

@@ -11,19 +11,18 @@ from typing import Any
 from torch import nn
 
 from lightning_januspipe.capture import Capture, CapturedPotential, Manner, capture_module
-from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.errors import TooFewParts
-from lightning_januspipe.capture.find import PotentialCall, call_arguments
-from lightning_januspipe.capture.instep import potential_of
-from lightning_januspipe.capture.profile import measure
+from lightning_januspipe.capture.cut.profile import measure
+from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
+from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report, sent
-from lightning_januspipe.capture.step import kept_random_state, silent_log
-from lightning_januspipe.capture.validate import TOGETHER, run_captured, validate
-from lightning_januspipe.engine.local import PhaseSeconds
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.validate.against_eager import TOGETHER, run_captured, validate
+from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
 from lightning_januspipe.engine.p2p import packed_size
-from lightning_januspipe.engine.specs import TensorSpec
-from lightning_januspipe.plan.rows import Stages
-from lightning_januspipe.planning import memory_costs, phase_costs
+from lightning_januspipe.engine.specs import PhaseSeconds, TensorSpec
+from lightning_januspipe.errors import TooFewParts
+from lightning_januspipe.plan.compare import Stages
+from lightning_januspipe.runtime.planner import memory_costs, phase_costs
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
 

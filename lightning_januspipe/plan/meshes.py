@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.plan.graph import GraphLink, GraphShare, stages_of_share
+from lightning_januspipe.plan.compare import Options, Plan, plan_stages
+from lightning_januspipe.plan.graph_share import GraphLink, GraphShare, stages_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
-from lightning_januspipe.plan.rows import Options, Plan, plan_stages
 
 # Predictions are good to some percent: a mesh with more exchanges, or more stages, has to gain more.
 _LEAST_GAIN = 0.03

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_januspipe.schedule.actions import Action, Phase, Schedule
-from lightning_januspipe.schedule.simulate import Report
+from lightning_januspipe.schedule.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_januspipe.schedule.actions import Schedule
 
 if TYPE_CHECKING:
-    from lightning_januspipe.schedule.simulate import Report
+    from lightning_januspipe.schedule.report import Report
 
 IDLE = "."
 RUNNING = "-"

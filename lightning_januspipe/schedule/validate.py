@@ -27,8 +27,8 @@ from dataclasses import replace
 from itertools import product
 
 from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES, Action, Schedule
+from lightning_januspipe.schedule.dependency_table import steps_of
 from lightning_januspipe.schedule.render import render
-from lightning_januspipe.schedule.steps import steps_of
 
 _GRID_COLUMNS = 15
 

@@ -10,8 +10,8 @@ import torch
 from capture_models import DTYPE, Batch, Potential, Step, Traced, assert_parity, eager_gradients, make_batch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.stages import independent_coordinates
-from lightning_januspipe.capture.validate import validate
+from lightning_januspipe.capture.stages.captured import independent_coordinates
+from lightning_januspipe.capture.validate.against_eager import validate
 
 
 class ChargeStep(Step):

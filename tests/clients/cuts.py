@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "programs"))
 from structures import CUTOFF, SYMBOLS
 
 from lightning_januspipe.capture import CapturedPotential, ProgramCache, capture_module
-from lightning_januspipe.capture.errors import TooFewParts
 from lightning_januspipe.capture.report import report
-from lightning_januspipe.loading import example_batches
-from lightning_januspipe.preparation import with_batch
+from lightning_januspipe.errors import TooFewParts
+from lightning_januspipe.loader.examples import example_batches
+from lightning_januspipe.runtime.user_step import with_batch
 
 Model = tuple[str, Any, Any]
 """A name, a LightningModule and its training batches."""

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_januspipe.engine.microbatch import MicroBatches, sample_cost
-from lightning_januspipe.engine.packing import ATOM_WEIGHT
-from lightning_januspipe.loading import example_batches, split_batches
+from lightning_januspipe.loader.examples import example_batches
+from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.packing import ATOM_WEIGHT
+from lightning_januspipe.loader.sample_fields import sample_cost
+from lightning_januspipe.loader.split import split_batches
 
 pytestmark = [
     pytest.mark.slow,

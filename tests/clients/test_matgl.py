@@ -19,7 +19,7 @@ from capture_models import assert_parity
 from torch import nn
 
 from lightning_januspipe.capture import capture_module
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.errors import CaptureError
 
 from .compare import PROGRAMS, assert_same, train
 

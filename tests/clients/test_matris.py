@@ -22,7 +22,7 @@ from capture_models import Step, assert_parity
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import capture_module
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.errors import CaptureError
 
 from .compare import assert_same, train
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import BudgetBatchSampler, EMTDataModule, StructureDataset, emt_structures
-from lightning_januspipe.sizes import SampleSizes
+from lightning_januspipe.loader.sample_sizes import SampleSizes
 
 
 def _sizes(num: int = 200) -> SampleSizes:

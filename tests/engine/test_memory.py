@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, chain, loss_gradients, microbatch
 
-from lightning_januspipe.engine.local import LocalResult, run_local
 from lightning_januspipe.engine.memory import PhaseBytes, StorageCounter
+from lightning_januspipe.engine.single_process import LocalResult, run_local
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
 
 NUM_ATOMS = 4

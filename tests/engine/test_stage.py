@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
 
-from lightning_januspipe.engine.executor import LossGradients
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.local import run_local
+from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.engine.stage import Stage
 
 

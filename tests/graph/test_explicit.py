@@ -16,9 +16,9 @@ from torch import nn
 
 from lightning_januspipe import with_halo
 from lightning_januspipe.capture import CaptureError
-from lightning_januspipe.capture.explicit import ExplicitPotential
+from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.graph import division_of
-from lightning_januspipe.graph.kinds import Kind
+from lightning_januspipe.graph.placement import Kind
 from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
 
 

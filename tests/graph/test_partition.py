@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_januspipe.engine.packing import ATOM_WEIGHT
 from lightning_januspipe.graph import halo_size, make_shards, partition_atoms, rows_read
 from lightning_januspipe.graph import partition as partition_module
 from lightning_januspipe.graph.partition import MAX_IMBALANCE
+from lightning_januspipe.loader.packing import ATOM_WEIGHT
 
 CELL = 10.0
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lightning_januspipe.capture.cache import VARIABLE, ProgramCache
-from lightning_januspipe.capture.program import Node, Program, Ref
+from lightning_januspipe.capture.cache.store import VARIABLE, ProgramCache
+from lightning_januspipe.capture.trace.program import Node, Program, Ref
 from lightning_januspipe.engine.specs import TensorSpec
 
 KEY = "0" * 64

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of
-from lightning_januspipe.capture.calls import CallFormat
-from lightning_januspipe.capture.containers import shallow_copy
-from lightning_januspipe.capture.cut import Cut, find_cut, find_regions
-from lightning_januspipe.capture.divided import DividedPotential
-from lightning_januspipe.capture.find import PotentialCall, call_arguments, find_potential
-from lightning_januspipe.capture.instep import potential_of
-from lightning_januspipe.capture.profile import measure
-from lightning_januspipe.capture.stages import CallInputs, CapturedPotential
-from lightning_januspipe.capture.step import CapturedStep
-from lightning_januspipe.capture.trace import trace_potential
+from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
+from lightning_januspipe.capture.cut.profile import measure
+from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
+from lightning_januspipe.capture.find.in_step import potential_of
+from lightning_januspipe.capture.find.potential import find_potential
+from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.trace.trace import trace_potential
+from lightning_januspipe.capture.trees import shallow_copy
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.local import run_local
+from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.runtime.user_step import CapturedStep
 
 Batch = dict[str, Tensor]
 DTYPE = torch.float64

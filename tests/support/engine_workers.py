@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, LAST, Layout, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
 
-from lightning_januspipe.engine.executor import Executor, LossGradients, MicrobatchInput
+from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
-from lightning_januspipe.engine.p2p import Channel, Links, PipelineError
+from lightning_januspipe.engine.p2p import Channel, Links
 from lightning_januspipe.engine.route import evaluation_schedule
+from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
-from lightning_januspipe.precision import clip_gradients_by_norm
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
+from lightning_januspipe.strategy.precision import clip_gradients_by_norm
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, list[Layout]] = {

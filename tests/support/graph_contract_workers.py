@@ -15,10 +15,10 @@ from strategy_workers import make_trainer, plain
 from torch import Tensor, nn
 
 from lightning_januspipe.data import EMTDataModule
-from lightning_januspipe.graph import divide
-from lightning_januspipe.graph.divide import Divider
+from lightning_januspipe.graph import shard_microbatch as divide
 from lightning_januspipe.graph.partition import partition_atoms
-from lightning_januspipe.undivided import Undivided
+from lightning_januspipe.graph.shard_microbatch import Divider
+from lightning_januspipe.runtime.single_stage import Undivided
 
 FAULTY = 1
 """The rank that something happens to."""

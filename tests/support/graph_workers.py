@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, ToyStage, chain, loss_gradients, microbatch, undivided
 
-from lightning_januspipe.engine.local import run_local
+from lightning_januspipe.engine.single_process import run_local
 from lightning_januspipe.engine.specs import StageOutput
 from lightning_januspipe.graph import collectives, make_shards, rows_read
 from lightning_januspipe.graph.collectives import Exchange

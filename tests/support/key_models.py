@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.find import PotentialCall
-from lightning_januspipe.capture.key import program_key
+from lightning_januspipe.capture.cache.key import program_key
+from lightning_januspipe.capture.find.grad_call import PotentialCall
 
 SCALE = 2.0
 OPTIONS = {"power": 2}

@@ -10,12 +10,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from lightning_januspipe import pipeline
-from lightning_januspipe.capture.step import CapturedStep
 from lightning_januspipe.engine import executor
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import collectives
+from lightning_januspipe.runtime import pipeline
+from lightning_januspipe.runtime.user_step import CapturedStep
 from lightning_januspipe.schedule import Phase
 
 

@@ -13,8 +13,10 @@ import strategy_workers
 import tiny
 from lightning.pytorch import Callback
 
-from lightning_januspipe import capturing, pipeline, planning
 from lightning_januspipe.callbacks import PipelineTimeline
+from lightning_januspipe.runtime import build as capturing
+from lightning_januspipe.runtime import pipeline
+from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
 from lightning_januspipe.testing import Record, train_in_pipeline
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from strategy_workers import library, make_trainer, namespaced_module
 from torch import nn
 
-from lightning_januspipe.engine.microbatch import MicroBatches
-from lightning_januspipe.loading import split_batches
-from lightning_januspipe.precision import mesh_aware
+from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.split import split_batches
+from lightning_januspipe.strategy.precision import mesh_aware
 
 
 def loader(precision: str) -> Any:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.engine.executor import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
+from lightning_januspipe.engine.specs import ChainSpec, LossGradients, MicrobatchInput, StageOutput, TensorSpec
 
 FLOAT = torch.float64
 NUM_FEATURES = 5

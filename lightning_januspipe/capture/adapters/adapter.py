@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_januspipe.capture.errors import CaptureError
+from lightning_januspipe.errors import CaptureError
 
 GROUP = "lightning_januspipe.adapters"
 """Entry points of this group name a package (``my_package``, or ``my_package.models``) and its adapter's class."""

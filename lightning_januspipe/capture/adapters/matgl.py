@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.instep import forward_replaced
+from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.errors import CaptureError
 
 
 class MatGLAdapter(Adapter):

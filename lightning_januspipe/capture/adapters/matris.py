@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.containers import children
-from lightning_januspipe.capture.errors import CaptureError
-from lightning_januspipe.capture.instep import forward_replaced
+from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.trees import children
+from lightning_januspipe.errors import CaptureError
 
 _UNITS_OF_ANGLE = 5  # columns of a line graph: atom, undirected and directed edge of one arm, and of the other
 

@@ -13,7 +13,7 @@ from functools import partial
 from torch import nn
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.instep import forward_replaced
+from lightning_januspipe.capture.patches import forward_replaced
 
 
 class NequIPAdapter(Adapter):

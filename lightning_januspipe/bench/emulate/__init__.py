@@ -1,0 +1,29 @@
+"""Emulated devices: schedules run by the real executor with real messages, and phases that sleep.
+
+A sleeping rank needs no core, so a pipeline of many ranks runs in full length on a machine with a few. What is left of
+a step beside its phases is the runtime: the executor, the messages, the waiting of one rank for another. So this
+measures the runtime, and how true the simulated times of schedules are.
+
+Pipelines run alone (:func:`emulate`) or as a mesh (:func:`emulate_mesh`), where each micro-batch takes a time of its
+own, graph ranks meet in its phases, and replicas at the end of the step.
+
+Every tensor that a phase makes says where it comes from, and every phase checks what it gets: a message that reached
+the wrong action ends the run.
+"""
+
+from lightning_januspipe.bench.emulate.mesh import EmulatedMesh, EmulatedStep, emulate_mesh
+from lightning_januspipe.bench.emulate.mesh_rank import MeshWork, MicrobatchWork
+from lightning_januspipe.bench.emulate.run import EmulatedRun, emulate
+from lightning_januspipe.bench.emulate.stage import EmulatedStage, EmulationError
+
+__all__ = [
+    "EmulatedMesh",
+    "EmulatedRun",
+    "EmulatedStage",
+    "EmulatedStep",
+    "EmulationError",
+    "MeshWork",
+    "MicrobatchWork",
+    "emulate",
+    "emulate_mesh",
+]

@@ -1,0 +1,211 @@
+"""``januspipe bench emulate``: all schedules on emulated devices, as a table and as pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+
+from lightning_januspipe.bench.emulate.run import EmulatedRun, device_pool, emulate
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
+from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
+from lightning_januspipe.schedule.costs import action_times
+from lightning_januspipe.schedule.draw import Row, gantt
+from lightning_januspipe.testing import RankPool
+
+BASELINE = "1f1b-2nd"
+COSTS = PhaseCosts(1.0, 1.35, 1.9, 0.7, 0.8, 0.9)
+"""Used where none are given: ratios measured on the reference potential, as docs/benchmarks.md tells."""
+
+_COLUMNS = (
+    "schedule",
+    "simulated (s)",
+    "with messages (s)",
+    "emulated, median (s)",
+    "range (s)",
+    "against simulated",
+    "against that with messages",
+    "makespan / ideal",
+    f"speed against {BASELINE}",
+    "peak live",
+)
+
+
+def compare(
+    names: Sequence[str],
+    num_ranks: int,
+    num_microbatches: int,
+    costs: PhaseCosts = COSTS,
+    *,
+    seconds_per_unit: float | None = None,
+    repeats: int = 3,
+    message_bytes: int = 1024,
+    pool: RankPool | None = None,
+    report: Callable[[str], None] = print,
+) -> list[EmulatedRun]:
+    """Run schedules one after another on the same emulated devices.
+
+    Args:
+        names: names of schedules.
+        num_ranks: number of ranks, each a process.
+        num_microbatches: micro-batches of a step.
+        costs: times of one rank's share for one micro-batch.
+        seconds_per_unit: seconds in one unit of the costs; None chooses it by :func:`suitable_unit`.
+        repeats: steps of each schedule.
+        message_bytes: bytes of the boundary between two stages.
+        pool: where to run; None starts processes for this call.
+        report: gets a line after each schedule.
+    """
+    schedules = [build_schedule(name, num_ranks, num_microbatches, costs) for name in names]
+    unit = suitable_unit(schedules, costs) if seconds_per_unit is None else seconds_per_unit
+    runs = []
+    with nullcontext(pool) if pool is not None else device_pool(num_ranks) as ranks:
+        for schedule in schedules:
+            run = emulate(
+                schedule, costs, seconds_per_unit=unit, repeats=repeats, message_bytes=message_bytes, pool=ranks
+            )
+            runs.append(run)
+            report(f"{schedule.name}: {run.makespan:.3f} s, simulated {run.with_messages.makespan:.3f} s")
+    return runs
+
+
+def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts, mesh: MeshShape | None = None) -> float:
+    """Seconds in one unit of the costs with which the shortest of all actions is long against the runtime's own time.
+
+    That is 8 ms on up to 8 ranks; more ranks share the same cores, so it grows to 12 ms on 32. Pipelines side by side
+    do the same things at the same times, and those of graph ranks exchange more: there it is 0.5 ms for each rank and
+    each graph rank that it meets, but at least 8 ms.
+
+    Args:
+        schedules: what will run.
+        costs: of one rank's share for one micro-batch.
+        mesh: in which the pipelines run; None for one at a time.
+    """
+    num_ranks = max(schedule.num_ranks for schedule in schedules)
+    shortest = min(
+        duration
+        for schedule in schedules
+        for phase in schedule.phases
+        for stage in range(schedule.num_stages)
+        if (duration := action_times(schedule, costs)(phase, stage)) > 0
+    )
+    if mesh is not None:
+        return max(8e-3, 0.5e-3 * mesh.size * mesh.graph) / shortest
+    return (8e-3 + max(0, num_ranks - 8) * 4e-3 / 24) / shortest
+
+
+def table(runs: Sequence[EmulatedRun]) -> str:
+    """A Markdown table of runs on the same devices, and what the runtime itself took."""
+    baseline = next((run for run in runs if run.schedule.name == BASELINE), None)
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    for run in runs:
+        cells = (
+            run.schedule.name,
+            f"{run.simulated.makespan:.3f}",
+            f"{run.with_messages.makespan:.3f}",
+            f"{run.makespan:.3f}",
+            f"{min(run.makespans):.3f} to {max(run.makespans):.3f}",
+            f"{run.makespan / run.simulated.makespan - 1:+.1%}",
+            f"{run.error:+.1%}",
+            f"{run.makespan / run.simulated.ideal:.3f}",
+            f"{baseline.makespan / run.makespan:.2f}" if baseline is not None else "",
+            f"{max(run.report.peak_live)}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _runtime(runs)])
+
+
+def _runtime(runs: Sequence[EmulatedRun]) -> str:
+    def range_of(values: Sequence[float]) -> str:
+        return f"{1e3 * min(values):.2f} to {1e3 * max(values):.2f} ms"
+
+    where = "before other programs" if all(run.urgent for run in runs) else "among other programs"
+    return (
+        f"Medians of each schedule: a message took {range_of([run.latency for run in runs])}; an action that waited "
+        f"for another rank's began {range_of([run.handover for run in runs])} after that had ended, one that waited "
+        f"for nothing {range_of([run.turnaround for run in runs])} after the one before it; phases took "
+        f"{range_of([run.oversleep for run in runs])} longer than asked for; the busiest process used "
+        f"{max(run.cpu for run in runs):.0%} of a core. Ranks ran {where} on the machine."
+    )
+
+
+def pictures(runs: Sequence[EmulatedRun], folder: Path) -> None:
+    """Write for every run a Gantt chart of its simulation and of the real step, and a trace of both.
+
+    Args:
+        runs: what to draw.
+        folder: where the files ``<schedule>.png`` and ``<schedule>.json`` go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        schedule = run.schedule
+        rows: list[Row] = [
+            ("simulated", schedule, run.with_messages),
+            ("emulated", schedule, run.report),
+        ]
+        title = f"{schedule.name}, {schedule.num_ranks} ranks, {schedule.num_microbatches} micro-batches"
+        gantt(rows, folder / f"{schedule.name}.png", unit="s", title=title)
+        write_chrome_trace(rows, folder / f"{schedule.name}.json")
+
+
+def parse_costs(text: str) -> PhaseCosts:
+    """Costs from numbers with commas between them: FE, FF, BF, BE, WF, WE.
+
+    Raises:
+        ValueError: there are not six numbers, or one of them is not a possible cost.
+    """
+    names = [f.name for f in fields(PhaseCosts)]
+    parts = text.split(",")
+    if len(parts) != len(names):
+        raise ValueError(f"costs {text!r}: expected {len(names)} numbers with commas between them: {','.join(names)}")
+    return PhaseCosts(*map(float, parts))
+
+
+def main(args: Sequence[str]) -> None:
+    """``januspipe bench emulate``.
+
+    Args:
+        args: command line after ``emulate``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="januspipe bench emulate",
+        description="Run schedules with the real executor and real messages between processes, with phases that "
+        "sleep, and compare the times with the simulated ones.",
+    )
+    parser.add_argument("--ranks", type=int, default=8, help="ranks of the pipeline, one process each; default: 8")
+    parser.add_argument("--microbatches", type=int, default=16, help="micro-batches of a step; default: 16")
+    default = ",".join(f"{getattr(COSTS, f.name):g}" for f in fields(COSTS))
+    parser.add_argument("--costs", default=default, help=f"times of FE,FF,BF,BE,WF,WE; default: {default}")
+    parser.add_argument(
+        "--schedules", default="all", help=f"names with commas between them, out of {', '.join(GENERATORS)}; or all"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each schedule; default: 3")
+    parser.add_argument(
+        "--seconds_per_unit", type=float, help="seconds in one unit of the costs; default: so that the runtime is small"
+    )
+    parser.add_argument(
+        "--message_bytes", type=int, default=1024, help="bytes of the boundary between two stages; default: 1024"
+    )
+    parser.add_argument("--output", type=Path, help="folder for a Gantt chart (PNG) and a trace of every schedule")
+    given = parser.parse_args(args)
+    names = list(GENERATORS) if given.schedules == "all" else given.schedules.split(",")
+    try:
+        runs = compare(
+            names,
+            given.ranks,
+            given.microbatches,
+            parse_costs(given.costs),
+            seconds_per_unit=given.seconds_per_unit,
+            repeats=given.repeats,
+            message_bytes=given.message_bytes,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"\n{table(runs)}")
+    if given.output is not None:
+        pictures(runs, given.output)
+        print(f"\nPictures and traces are in {given.output}.")

@@ -1,0 +1,210 @@
+"""Steps of whole meshes on emulated devices: pipelines side by side, replicas that meet, micro-batches of any size."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+from lightning_januspipe.bench.emulate.mesh_rank import MeshRecord, MeshWork, emulate_mesh_rank
+from lightning_januspipe.bench.emulate.run import device_pool, in_seconds, pauses
+from lightning_januspipe.engine.timeline import Span, recorded_report
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.schedule import Schedule, simulate
+from lightning_januspipe.schedule.costs import Costs, action_times
+from lightning_januspipe.testing import RankPool
+
+
+@dataclass(frozen=True)
+class EmulatedStep:
+    """One step of a mesh. Times are in seconds after the common start of all ranks.
+
+    Attributes:
+        simulated: time of the slowest replica, whose micro-batches take as long as their largest load, without any
+            cost of messages, exchanges and reductions.
+        actions: by global rank, its actions as they ran.
+        exchanges: by global rank, the actions in which it met the other graph ranks, with the time that this took.
+        reductions: by global rank, start and end of the reduction of gradients.
+    """
+
+    simulated: float
+    actions: tuple[tuple[Span, ...], ...]
+    exchanges: tuple[tuple[Span, ...], ...]
+    reductions: tuple[tuple[float, float], ...]
+
+    @property
+    def makespan(self) -> float:
+        """Until the last rank has its gradients."""
+        return max(end for _, end in self.reductions)
+
+
+@dataclass(frozen=True)
+class EmulatedMesh:
+    """Steps of a mesh, and what the runtime itself took: medians over all ranks and steps, in seconds.
+
+    Attributes:
+        steps: the steps, in their order.
+        oversleep: time that a phase took longer than asked for, without its exchange.
+        handover: time from the end of an action to the start of one on another rank that waited for it.
+        turnaround: time from the end of an action to the start of the next one on its rank, where that waited for
+            nothing.
+        exchange: time from when the last of the graph ranks had come to an exchange, until all had what they need; 0
+            if there was none.
+        reduction: the same, of the reduction of gradients over all ranks that hold a stage.
+        cpu: share of one core that the busiest rank's process used.
+        urgent: whether all ranks ran before other programs on the machine.
+    """
+
+    steps: tuple[EmulatedStep, ...]
+    oversleep: float
+    handover: float
+    turnaround: float
+    exchange: float
+    reduction: float
+    cpu: float
+    urgent: bool
+
+
+def emulate_mesh(
+    shape: MeshShape,
+    schedule: Schedule,
+    costs: Costs,
+    steps: Sequence[MeshWork],
+    *,
+    seconds_per_unit: float,
+    message_bytes: int = 1024,
+    pool: RankPool | None = None,
+) -> EmulatedMesh:
+    """Run steps on an emulated mesh, one process for each rank.
+
+    Every replica has micro-batches of its own. Graph ranks meet in an all-to-all of a few bytes at the start of every
+    phase of a micro-batch that is divided (of a model, they do so before every layer that needs neighbours). When all
+    actions are done, gradients are summed over the graph ranks and averaged over the replicas as in training; they have
+    64 entries, so this is the waiting for one another and not the time of large messages. Left out is what graph ranks
+    exchange for the loss.
+
+    Args:
+        shape: sizes of the mesh.
+        schedule: what every pipeline runs.
+        costs: times of one rank's share for a micro-batch with load 1.
+        steps: of every step, the micro-batches of all replicas.
+        seconds_per_unit: seconds in one unit of the costs.
+        message_bytes: bytes of the boundary between two stages.
+        pool: where to run; None starts processes for this call.
+
+    Raises:
+        ValueError: an argument is not positive, the work does not fit the mesh and the schedule, or the pool has too
+            few processes.
+        RankError: a rank failed; an :class:`EmulationError` in its message is a message in the wrong place.
+    """
+    for name, value in (("seconds_per_unit", seconds_per_unit), ("message_bytes", message_bytes)):
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}; expected a positive number")
+    if schedule.num_ranks != shape.pipeline:
+        raise ValueError(f"{schedule.name!r} has {schedule.num_ranks} ranks; expected {shape.pipeline}, as the mesh")
+    if pool is not None and pool.size < shape.size:
+        raise ValueError(f"the mesh has {shape.size} ranks, but the pool has {pool.size} processes")
+    if not steps:
+        raise ValueError("there are no steps; expected at least one")
+    for work in steps:
+        _check(work, shape, schedule)
+    seconds = in_seconds(costs, seconds_per_unit)
+    simulated = [_simulated(schedule, seconds, work) for work in steps]
+    # A rank may have to wait for a whole step; the rest is for what else the machine does.
+    timeout = 60 + 3 * max(simulated)
+    with nullcontext(pool) if pool is not None else device_pool(shape.size) as ranks:
+        records = ranks.run(
+            emulate_mesh_rank,
+            shape,
+            schedule,
+            seconds,
+            list(steps),
+            message_bytes,
+            timedelta(seconds=timeout),
+            world_size=shape.size,
+            timeout=120 + timeout + 3 * sum(simulated),
+        )
+    return _evaluated(shape, schedule, seconds, steps, simulated, records)
+
+
+def _check(work: MeshWork, shape: MeshShape, schedule: Schedule) -> None:
+    found = [len(mine) for mine in work]
+    if found != [schedule.num_microbatches] * shape.data:
+        raise ValueError(
+            f"the replicas have {found} micro-batches; expected {schedule.num_microbatches} of each of {shape.data}"
+        )
+    for entry in (entry for mine in work for entry in mine):
+        if len(entry.loads) != shape.graph or not all(load > 0 for load in entry.loads):
+            raise ValueError(f"the loads of a micro-batch are {entry.loads}; expected {shape.graph} positive numbers")
+        if entry.is_divided and shape.graph == 1:
+            raise ValueError("a micro-batch is divided, but there is one graph rank")
+
+
+def _simulated(schedule: Schedule, costs: Costs, work: MeshWork) -> float:
+    return max(simulate(schedule, costs, weights=[max(entry.loads) for entry in mine]).makespan for mine in work)
+
+
+def _evaluated(
+    shape: MeshShape,
+    schedule: Schedule,
+    costs: Costs,
+    works: Sequence[MeshWork],
+    simulated: Sequence[float],
+    records: Sequence[MeshRecord],
+) -> EmulatedMesh:
+    steps = tuple(
+        EmulatedStep(
+            simulated[i],
+            tuple(tuple(record.actions[i]) for record in records),
+            tuple(tuple(record.exchanges[i]) for record in records),
+            tuple(record.reductions[i] for record in records),
+        )
+        for i in range(len(works))
+    )
+    asked = action_times(schedule, costs)
+    oversleeps, handovers, turnarounds, exchanges, reductions = [], [], [], [], []
+    for step, work in zip(steps, works, strict=True):
+        for rank, spans in enumerate(step.actions):
+            _, data, graph = shape.coordinates(rank)
+            met = {span.action: span.end - span.start for span in step.exchanges[rank]}
+            for span in spans:
+                load = work[data][span.action.microbatch].loads[graph]
+                sleep = load * asked(span.action.phase, span.action.stage)
+                oversleeps.append(span.end - span.start - met.get(span.action, 0.0) - sleep)
+        for pipeline in _pipelines(shape):
+            report = recorded_report(schedule, {p: step.actions[rank] for p, rank in enumerate(pipeline)})
+            waited, went_on = pauses(schedule, report)
+            handovers += waited
+            turnarounds += went_on
+        for group in _graph_groups(shape):
+            for spans in zip(*(step.exchanges[rank] for rank in group), strict=True):
+                exchanges.append(_together((span.start, span.end) for span in spans))
+        for p in range(shape.pipeline):
+            holders = [shape.rank(p, d, g) for d in range(shape.data) for g in range(shape.graph)]
+            reductions.append(_together(step.reductions[rank] for rank in holders))
+    return EmulatedMesh(
+        steps,
+        statistics.median(oversleeps),
+        statistics.median(handovers or [0.0]),
+        statistics.median(turnarounds or [0.0]),
+        statistics.median(exchanges or [0.0]),
+        statistics.median(reductions),
+        max(used / step.makespan for record in records for used, step in zip(record.cpu, steps, strict=True)),
+        all(all(record.urgent) for record in records),
+    )
+
+
+def _together(times: Iterable[tuple[float, float]]) -> float:
+    """Time from the last start to the last end."""
+    starts, ends = zip(*times, strict=True)
+    return max(ends) - max(starts)
+
+
+def _pipelines(shape: MeshShape) -> list[list[int]]:
+    return [[shape.rank(p, d, g) for p in range(shape.pipeline)] for d in range(shape.data) for g in range(shape.graph)]
+
+
+def _graph_groups(shape: MeshShape) -> list[list[int]]:
+    return [[shape.rank(p, d, g) for g in range(shape.graph)] for p in range(shape.pipeline) for d in range(shape.data)]

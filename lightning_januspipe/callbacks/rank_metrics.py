@@ -1,0 +1,166 @@
+"""What a recorded step says in numbers: of one rank, as a vector that all ranks exchange, and of the whole mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.distributed as dist
+
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.runtime.step_recorder import OwnStep
+from lightning_januspipe.schedule import Phase
+
+PREFIX = "januspipe/"
+
+_PHASES = tuple(Phase)
+_NUM_SCALARS = 8
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """What one rank has measured; nan where it has not.
+
+    Attributes:
+        seconds: of the batches since the numbers before.
+        atoms: in these batches.
+        structures: in these batches.
+        start: when its first action of the recorded step started, in seconds on the clock of its pipeline.
+        end: when the last one ended.
+        busy: seconds that its actions took.
+        bytes_sent: to other stages, in the recorded step.
+        peak_memory: the most bytes that it held.
+        phases: mean seconds of an action, by stage and phase.
+        microbatches: seconds of this rank's actions of each micro-batch.
+    """
+
+    seconds: float = math.nan
+    atoms: float = math.nan
+    structures: float = math.nan
+    start: float = math.nan
+    end: float = math.nan
+    busy: float = math.nan
+    bytes_sent: float = math.nan
+    peak_memory: float = math.nan
+    phases: Mapping[tuple[int, Phase], float] = field(default_factory=dict)
+    microbatches: Sequence[float] = ()
+
+    @classmethod
+    def of_step(cls, own: OwnStep | None, measured: tuple[float, int, int], peak_memory: float | None) -> RankNumbers:
+        """Numbers of a recorded step.
+
+        Args:
+            own: the step, if one was recorded.
+            measured: seconds, atoms and structures of the batches since the numbers before.
+            peak_memory: in bytes, if known.
+        """
+        seconds, atoms, structures = measured
+        peak = math.nan if peak_memory is None else float(peak_memory)
+        if own is None or not own.spans:
+            return cls(seconds or math.nan, atoms, structures, peak_memory=peak)
+        sums: dict[tuple[int, Phase], list[float]] = {}
+        microbatches = [0.0] * (1 + max(s.action.microbatch for s in own.spans))
+        for span in own.spans:
+            taken = span.end - span.start
+            microbatches[span.action.microbatch] += taken
+            if own.schedule is not None:
+                sums.setdefault((span.action.stage, span.action.phase), []).append(taken)
+        return cls(
+            seconds or math.nan,
+            atoms,
+            structures,
+            min(s.start for s in own.spans),
+            max(s.end for s in own.spans),
+            math.fsum(microbatches),
+            math.nan if own.schedule is None else float(own.bytes_sent),
+            peak,
+            {key: math.fsum(times) / len(times) for key, times in sums.items()},
+            microbatches,
+        )
+
+    def vector(self, num_stages: int, num_microbatches: int) -> list[float]:
+        """All numbers in a list whose length depends on the arguments only."""
+        scalars = [self.seconds, self.atoms, self.structures, self.start, self.end, self.busy]
+        phases = [self.phases.get((s, p), math.nan) for s in range(num_stages) for p in _PHASES]
+        padding = [math.nan] * (num_microbatches - len(self.microbatches))
+        return [*scalars, self.bytes_sent, self.peak_memory, *phases, *self.microbatches, *padding]
+
+    @classmethod
+    def from_vector(cls, values: Sequence[float], num_stages: int) -> RankNumbers:
+        """The inverse of :meth:`vector`."""
+        first = _NUM_SCALARS + num_stages * len(_PHASES)
+        keys = [(s, p) for s in range(num_stages) for p in _PHASES]
+        phases = {k: v for k, v in zip(keys, values[_NUM_SCALARS:first], strict=True) if not math.isnan(v)}
+        scalars = (f.name for f in fields(cls)[:_NUM_SCALARS])
+        measured = dict(zip(scalars, values[:_NUM_SCALARS], strict=True))
+        return cls(**measured, phases=phases, microbatches=[v for v in values[first:] if not math.isnan(v)])
+
+
+def exchanged(
+    mine: RankNumbers, num_stages: int, num_microbatches: int, group: dist.ProcessGroup | None
+) -> list[RankNumbers]:
+    """The numbers of all ranks, by global rank, on all ranks, in one collective.
+
+    Args:
+        mine: of this rank.
+        num_stages: of the pipeline; 0 where the module is undivided.
+        num_microbatches: the most that a step has.
+        group: all ranks, on the host; None where there is one.
+    """
+    vector = torch.tensor(mine.vector(num_stages, num_microbatches), dtype=torch.float64)
+    found = [vector]
+    if group is not None:
+        found = [torch.empty_like(vector) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(found, vector, group=group)
+    return [RankNumbers.from_vector(v.tolist(), num_stages) for v in found]
+
+
+def metrics(numbers: Sequence[RankNumbers], shape: MeshShape) -> dict[str, float]:
+    """Metrics of the whole mesh by name; those that nothing is known of are left out.
+
+    Args:
+        numbers: by global rank.
+        shape: sizes of the mesh.
+    """
+    replicas = [[numbers[shape.rank(p, d, 0)] for p in range(shape.pipeline)] for d in range(shape.data)]
+    found: dict[str, float] = {}
+    seconds = _known(n.seconds for n in numbers)
+    if seconds:
+        found["atoms_per_s"] = sum(r[0].atoms for r in replicas) / max(seconds)
+        found["structures_per_s"] = sum(r[0].structures for r in replicas) / max(seconds)
+    makespans = [max(n.end for n in r) - min(n.start for n in r) for r in replicas]
+    if not any(math.isnan(m) for m in makespans):
+        slowest = replicas[makespans.index(max(makespans))]
+        found["step_ms"] = 1e3 * max(makespans)
+        if shape.pipeline > 1:
+            found["bubble_fraction"] = max(0.0, 1.0 - max(n.busy for n in slowest) / max(makespans))
+            for rank, of_rank in enumerate(slowest):
+                found[f"bubble_fraction/rank{rank}"] = max(0.0, 1.0 - of_rank.busy / max(makespans))
+        found["microbatch_imbalance"] = max(_imbalance(_totals(r)) for r in replicas)
+        if shape.data > 1:
+            found["replica_imbalance"] = _imbalance(makespans)
+    for key in sorted({k for n in numbers for k in n.phases}, key=lambda k: (k[0], _PHASES.index(k[1]))):
+        times = [n.phases[key] for n in numbers if key in n.phases]
+        found[f"{key[1].value}_ms/stage{key[0]}"] = 1e3 * math.fsum(times) / len(times)
+    if sent := _known(n.bytes_sent for n in numbers):
+        found["message_bytes"] = math.fsum(sent)
+    for rank in range(shape.pipeline):
+        if held := _known(n.peak_memory for i, n in enumerate(numbers) if shape.coordinates(i)[0] == rank):
+            found[f"peak_memory_bytes/rank{rank}"] = max(held)
+    return {PREFIX + name: value for name, value in found.items()}
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [v for v in values if not math.isnan(v)]
+
+
+def _totals(replica: Sequence[RankNumbers]) -> list[float]:
+    """Seconds of each micro-batch over the ranks of a pipeline."""
+    return [math.fsum(times) for times in zip(*(n.microbatches for n in replica), strict=True)]
+
+
+def _imbalance(times: Sequence[float]) -> float:
+    """The longest time over the mean."""
+    return max(times) * len(times) / math.fsum(times)

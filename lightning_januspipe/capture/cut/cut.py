@@ -1,0 +1,347 @@
+"""Cut a traced potential into a chain of stages: small boundaries, balanced costs.
+
+Values that depend on no parameter are geometry: cheap, recomputed by every stage that needs them, never sent. The rest,
+the body, is cut in execution order. Layer borders are found without being named: they are where little is alive.
+
+What is sent, what is computed again and how many parts there are follows from sizes alone; measured times decide only
+which of the possible cuts is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+from lightning_januspipe.capture.cut.cut_points import BORDER_COST, best_positions, find_places, most_parts
+from lightning_januspipe.capture.cut.reorder import arranged, closures, num_sums, traffic
+from lightning_januspipe.capture.trace.program import Node, Program
+from lightning_januspipe.errors import CaptureError, TooFewParts
+
+# What takes more than this share of the whole work to compute is never repeated: an eighth of it on eight stages
+# doubles their work.
+_MOST_REPEATED = 0.125
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What of a program is what.
+
+    Attributes:
+        body: operations that depend on a parameter and lead to the energy or an observable, in execution order.
+        geometry: operations of the forward pass that depend on no parameter.
+        observables: values of the body that the epilogue reads (per-structure energies, charges, ...).
+        epilogue: operations from derivative and observables to the forward's outputs.
+        epilogue_parameters: placeholders of the parameters that the epilogue reads itself.
+        outputs: positions of the outputs that the epilogue computes; the others are not available after capture.
+        derived: those of them that depend on the derivative (forces, stress).
+    """
+
+    body: list[str]
+    geometry: list[str]
+    observables: list[str]
+    epilogue: list[str]
+    epilogue_parameters: list[str]
+    outputs: list[int]
+    derived: list[int]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured on one example batch.
+
+    Attributes:
+        seconds: to compute each value of the forward pass.
+        num_bytes: of each of these values.
+        sizes: values of the size expressions in shapes.
+    """
+
+    seconds: Mapping[str, float]
+    num_bytes: Mapping[str, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A chain of stages.
+
+    Attributes:
+        bodies: operations of the body owned by each stage.
+        replicated: operations of the body that a stage computes again for itself.
+        boundaries: values sent from each stage to the next (one fewer than stages).
+        costs: estimated seconds of the forward pass of each stage, geometry not counted.
+        boundary_bytes: bytes of each boundary on the example batch.
+        sizes: values of the size expressions in shapes, on the example batch.
+    """
+
+    bodies: list[list[str]]
+    replicated: list[list[str]]
+    boundaries: list[list[str]]
+    costs: list[float] = field(default_factory=list)
+    boundary_bytes: list[int] = field(default_factory=list)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.bodies)
+
+
+def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
+    """Classify the operations of a program.
+
+    Args:
+        program: the traced potential.
+        read_outputs: positions of the outputs that the user's step reads; small ones (at most nine numbers per atom
+            or structure) are always kept, for validation steps and callbacks.
+
+    Raises:
+        CaptureError: a differentiation input depends on a parameter.
+    """
+    on_parameter = program.dependent(program.parameters)
+    on_gradient = program.dependent({program.gradient})
+    for name in program.coordinates:
+        if name in on_parameter:
+            raise CaptureError(
+                f"the energy is differentiated with respect to {name!r}, which depends on a parameter; forces have to "
+                "be derivatives with respect to positions or strain"
+            )
+    epilogue: set[str] = set()
+    observables: set[str] = set()
+    direct: set[str] = set()
+    kept = [i for i in range(len(program.outputs)) if i in read_outputs or _is_small(program, program.outputs[i])]
+    stack = [program.outputs[i] for i in kept]
+    while stack:
+        name = stack.pop()
+        node = program.by_name[name]
+        if name in epilogue or name in observables or name == program.gradient:
+            continue
+        if node.op == "placeholder":
+            if name in program.parameters:
+                direct.add(name)
+            continue
+        if name in on_parameter and name not in on_gradient:
+            observables.add(name)
+            continue
+        epilogue.add(name)
+        stack.extend(node.inputs())
+    forward = _ancestors(program, [*program.energies, *program.coordinates, *observables])
+    operations = [n.name for n in program.nodes if n.op != "placeholder" and n.name in forward]
+    return Regions(
+        body=[n for n in operations if n in on_parameter],
+        geometry=[n for n in operations if n not in on_parameter],
+        observables=[n for n in operations if n in observables],
+        epilogue=[n.name for n in program.nodes if n.name in epilogue],
+        epilogue_parameters=sorted(direct),
+        outputs=kept,
+        derived=[i for i in kept if program.outputs[i] in on_gradient],
+    )
+
+
+def find_cut(
+    program: Program, regions: Regions, profile: Profile, num_stages: int, placement: Sequence[int] | None = None
+) -> Cut:
+    """The best chain of ``num_stages`` stages.
+
+    Args:
+        program: the traced potential.
+        regions: its classification.
+        profile: measured costs; they have to be the same on every rank, so one rank measures.
+        num_stages: how many stages.
+        placement: the rank of each stage, if a rank has several: the ranks' work is balanced, not that of the stages.
+
+    Raises:
+        TooFewParts: the potential has fewer cuttable parts than stages.
+    """
+    fixed = {*regions.observables, *program.energies}
+    work = traffic(program, regions.body, profile.num_bytes)
+    free = _repeatable(program, regions.body, fixed, work, profile.num_bytes)
+    order = arranged(program, regions.body, free, fixed, profile.num_bytes)
+    ends = _boundaries(program, order, free, profile.num_bytes)
+    of_order = [work[name] for name in order]
+    places = find_places(of_order, [(end.num_bytes, end.num_rows) for end in ends])
+    points = places.points
+    most = max(places.num_layers, most_parts(_StageCosts(program, order, free, of_order, points), points, len(order)))
+    num_ranks = num_stages if placement is None else len(set(placement))
+    if num_ranks > most or num_stages > len(points) + 1:
+        raise TooFewParts(
+            f"pipeline_size={num_ranks}, but the potential has only {most} cuttable part(s) of comparable cost. Use "
+            f"pipeline_size={most} or less, and give the other ranks to data_size.",
+            most=most,
+        )
+    seconds = _StageCosts(program, order, free, [max(profile.seconds.get(n, 0.0), 1e-9) for n in order], points)
+    sent = [end.num_bytes / max(places.border, 1.0) for end in ends]
+    positions = best_positions(seconds, points, sent, num_stages, placement)
+    return _assemble(program, order, free, [ends[p].sent for p in positions], profile, positions)
+
+
+def _ancestors(program: Program, roots: Sequence[str]) -> set[str]:
+    found = set(roots)
+    for node in reversed(program.nodes):
+        if node.name in found:
+            found.update(node.inputs())
+    return found
+
+
+def _is_small(program: Program, name: str) -> bool:
+    spec = program.by_name[name].spec
+    return spec is not None and math.prod(s for s in spec.shape[1:] if isinstance(s, int)) <= 9
+
+
+def _repeatable(
+    program: Program,
+    body: Sequence[str],
+    fixed: Collection[str],
+    work: Mapping[str, float],
+    num_bytes: Mapping[str, int],
+) -> set[str]:
+    """Operations that every stage that needs them computes for itself.
+
+    These are values of parameters alone, and local ones that cost little compared with sending them.
+    """
+    whole = sum(work.values()) or 1.0
+    closure = closures(program, [name for name, sums in num_sums(program, body).items() if sums == 0])
+    share = {name: sum(work[part] for part in parts) / whole for name, parts in closure.items()}
+    on_batch = program.dependent(program.inputs)
+    of_parameters = {name for name in body if name not in on_batch}
+
+    def together(names: Collection[str]) -> set[str]:
+        return of_parameters.union(*(closure[name] for name in names))
+
+    cheap = together([name for name in closure if share[name] <= _MOST_REPEATED])
+    order = arranged(program, body, cheap, fixed, num_bytes)
+    ends = _boundaries(program, order, cheap, num_bytes)
+    border = find_places([work[name] for name in order], [(end.num_bytes, end.num_rows) for end in ends]).border
+
+    def is_worth(name: str) -> bool:
+        borders = num_bytes.get(name, 0) / max(border, 1.0)
+        return share[name] <= min(_MOST_REPEATED, BORDER_COST * borders)
+
+    return together([name for name in closure if is_worth(name)])
+
+
+@dataclass(frozen=True)
+class _End:
+    """A place for a cut.
+
+    Attributes:
+        sent: values alive there.
+        num_bytes: of these; infinite where there can be no cut.
+        num_rows: most rows of one of them: atoms or edges, say.
+    """
+
+    sent: frozenset[str]
+    num_bytes: float
+    num_rows: int
+
+
+def _boundaries(
+    program: Program, order: Sequence[str], free: Collection[str], num_bytes: Mapping[str, int]
+) -> list[_End]:
+    """What is sent if the cut is after each operation."""
+    last = dict.fromkeys(order, -1)
+    for i, name in enumerate(order):
+        for source in program.by_name[name].inputs():
+            if source in last:
+                last[source] = i
+    rows = {name: _num_rows(program.by_name[name], num_bytes.get(name, 0)) for name in order}
+    ends: list[_End] = []
+    alive: set[str] = set()
+    for i, name in enumerate(order):
+        alive = {n for n in alive if last[n] > i}
+        if last[name] > i and name not in free:
+            alive.add(name)
+        # What is free belongs to the stage that uses it first, so no cut comes right after it.
+        is_sendable = name not in free and all(program.by_name[n].spec is not None for n in alive)
+        size = float(sum(num_bytes.get(n, 0) for n in alive)) if is_sendable else math.inf
+        ends.append(_End(frozenset(alive), size, max((rows[n] for n in alive), default=0)))
+    return ends
+
+
+def _num_rows(node: Node, num_bytes: int) -> int:
+    """The product of a value's symbolic sizes."""
+    if node.spec is None:
+        return 0
+    constant = math.prod(s for s in node.spec.shape if isinstance(s, int))
+    return num_bytes // max(node.spec.dtype.itemsize * constant, 1)
+
+
+class _StageCosts:
+    """What a stage costs that owns a range of operations: theirs, and those that it computes again.
+
+    Args:
+        program: the traced potential.
+        order: operations.
+        free: those that a stage computes again where it needs them and does not own them.
+        cost: of each operation.
+        points: operations after which the chain may be cut.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        order: Sequence[str],
+        free: Collection[str],
+        cost: Sequence[float],
+        points: Sequence[int],
+    ) -> None:
+        self._sums = [0.0, *accumulate(cost)]
+        index = {name: i for i, name in enumerate(order)}
+        reads = [[index[i] for i in program.by_name[name].inputs() if i in free] for name in order]
+        readers = [i for i, sources in enumerate(reads) if sources]
+        self._again: dict[int, list[float]] = {}
+        for start in (p + 1 for p in points):
+            found: set[int] = set()
+            spent = [0.0] * len(order)
+            for reader in readers:
+                stack = list(reads[reader]) if reader >= start else []
+                while stack:
+                    source = stack.pop()
+                    if source < start and source not in found:
+                        found.add(source)
+                        spent[reader] += cost[source]
+                        stack.extend(reads[source])
+            self._again[start] = [0.0, *accumulate(spent)]
+
+    def __call__(self, start: int, end: int) -> float:
+        """The cost of the operations from ``start`` to before ``end``."""
+        again = self._again[start][end] if start else 0.0
+        return self._sums[end] - self._sums[start] + again
+
+
+def _assemble(
+    program: Program,
+    order: Sequence[str],
+    free: Collection[str],
+    sent: Sequence[Collection[str]],
+    profile: Profile,
+    positions: Sequence[int],
+) -> Cut:
+    """The stages for given cut positions: who owns, who computes again, what is sent on.
+
+    A value needed two stages later is sent through the stage between.
+    """
+    bodies = [list(order[a:b]) for a, b in pairwise([0, *(p + 1 for p in positions), len(order)])]
+    owner = {n: s for s, names in enumerate(bodies) for n in names}
+    replicated: list[list[str]] = []
+    for stage, names in enumerate(bodies):
+        again: set[str] = set()
+        stack = [i for n in names for i in program.by_name[n].inputs()]
+        while stack:
+            name = stack.pop()
+            if name in free and owner[name] < stage and name not in again:
+                again.add(name)
+                stack.extend(program.by_name[name].inputs())
+        replicated.append([n for n in order if n in again])
+    boundaries = [[n for n in order if n in names] for names in sent]
+    return Cut(
+        bodies=bodies,
+        replicated=replicated,
+        boundaries=boundaries,
+        costs=[
+            sum(profile.seconds.get(n, 0.0) for n in [*names, *again])
+            for names, again in zip(bodies, replicated, strict=True)
+        ],
+        boundary_bytes=[sum(profile.num_bytes.get(n, 0) for n in names) for names in boundaries],
+        sizes=profile.sizes,
+    )

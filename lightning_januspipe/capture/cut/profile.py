@@ -1,0 +1,83 @@
+"""Measure what every operation of a traced potential costs, and how large its value is, on one example batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.cut.cut import Profile, Regions
+from lightning_januspipe.capture.trace.program import (
+    PlaceholderValues,
+    Program,
+    new_leaf,
+    replace_refs,
+    target_function,
+)
+from lightning_januspipe.engine.autocast import OFF, autocast_as
+
+# At least so many runs, and while there is time more of them: on a busy machine the least of a few is no measure.
+_LEAST_REPEATS, _MOST_REPEATS = 3, 20
+_SECONDS = 1.0
+
+
+def measure(
+    program: Program, regions: Regions, potential: nn.Module, tensors: Sequence[Tensor], repeats: int | None = None
+) -> Profile:
+    """Seconds (the least of several runs) and bytes of every operation of body and geometry, and sizes.
+
+    Args:
+        program: the traced potential.
+        regions: its classification.
+        potential: the live potential, for parameters and buffers.
+        tensors: the call's tensors.
+        repeats: how often the forward pass is run; None for as often as time allows. The first run warms up.
+    """
+    wanted = {*regions.body, *regions.geometry}
+    nodes = [n for n in program.nodes if n.name in wanted]
+    functions = [target_function(n.target) for n in nodes]
+    coordinates = set(program.coordinates)
+    names = [n.name for n in program.nodes if n.op == "placeholder"]
+    start_values = dict(zip(names, PlaceholderValues(program, potential, names).values(tensors), strict=True))
+    on_cuda = any(t.is_cuda for t in tensors)
+    seconds: dict[str, float] = {}
+    num_bytes: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    started = time.perf_counter()
+    for repeat in range((repeats or _MOST_REPEATS) + 1):
+        if repeats is None and repeat > _LEAST_REPEATS and time.perf_counter() - started > _SECONDS:
+            break
+        values = {k: new_leaf(v) if k in coordinates else v for k, v in start_values.items()}
+        with torch.enable_grad(), autocast_as(OFF):
+            for node, function in zip(nodes, functions, strict=True):
+                args = replace_refs(node.args, values.__getitem__)
+                kwargs = replace_refs(node.kwargs, values.__getitem__)
+                began = time.perf_counter()
+                value = function(*args, **kwargs)
+                if on_cuda:
+                    torch.cuda.synchronize()
+                spent = time.perf_counter() - began
+                if node.name in coordinates and isinstance(value, Tensor) and not value.requires_grad:
+                    value = new_leaf(value)
+                values[node.name] = value
+                if repeat:
+                    seconds[node.name] = min(seconds.get(node.name, spent), spent)
+                if isinstance(value, Tensor):
+                    num_bytes[node.name] = value.numel() * value.element_size()
+        sizes = _sizes(program, values)
+        # With the last value goes the graph of autograd: not in the time of the next run's first operation.
+        values.clear()
+        value = None
+    return Profile(seconds, num_bytes, sizes)
+
+
+def _sizes(program: Program, values: Mapping[str, object]) -> dict[str, int]:
+    """Values of the size expressions in the shapes of some values."""
+    found: dict[str, int] = {}
+    for name, value in values.items():
+        spec = program.by_name[name].spec
+        if spec is not None and isinstance(value, Tensor) and value.dim() == len(spec.shape):
+            found.update({s: size for s, size in zip(spec.shape, value.shape, strict=True) if isinstance(s, str)})
+    return found

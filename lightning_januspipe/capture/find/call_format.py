@@ -1,0 +1,155 @@
+"""Arguments of the potential's call, by their place: batches may hold the same entries in another order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_januspipe.capture.trees import leaves, with_leaves
+from lightning_januspipe.errors import CaptureError, shown
+
+
+def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of a call by their place in it, in a fixed order."""
+    return dict(sorted(leaves((args, kwargs))))
+
+
+def size_carrier(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """An integer as the length of an empty tensor, ``(size, 0)``: lengths stay symbols, numbers become constants."""
+    return torch.empty((size, 0), device=device)
+
+
+_ABSENT = "(no value)"
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """What a call of the potential looked like when it was captured.
+
+    Attributes:
+        tensors: places of its tensors, in the order of the program's inputs.
+        sizes: places of its integers (a number of graphs, say); inputs too, after the tensors, as lengths.
+        constants: places and values of its other leaves, as far as they did not change from batch to batch; they are
+            part of the program.
+        evaluation: values of constants in evaluation, where these are others (``training=False``).
+        without_effect: places of leaves that the captured potential does not read.
+    """
+
+    tensors: list[str]
+    constants: dict[str, Any]
+    sizes: list[str] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    without_effect: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        other: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> CallFormat:
+        """The format of one call.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            other: arguments of a second call; leaves that are another there, such as file names, are taken for ones
+                without effect (the validation on that second call judges it), and integers for sizes.
+        """
+        found = call_leaves(args, kwargs)
+        second = found if other is None else call_leaves(*other)
+        tensors = [p for p, x in found.items() if isinstance(x, Tensor)]
+        sizes = [p for p, x in found.items() if p in second and _is_size(x) and _is_size(second[p])]
+        # Numbers that are always 0 or 1 are flags rather than sizes.
+        sizes = [p for p in sizes if found[p] > 1 or second[p] != found[p]]
+        known = {*tensors, *sizes}
+        constants = {
+            p: x for p, x in found.items() if p not in known and p in second and (x is second[p] or _same(x, second[p]))
+        }
+        without_effect = (found.keys() | second.keys()) - known - constants.keys()
+        return cls(tensors, constants, sizes, without_effect=frozenset(without_effect))
+
+    def with_evaluation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFormat:
+        """The format of this call and of that in evaluation, whose constants may have other values."""
+        found = call_leaves(args, kwargs)
+        values = {p: found.get(p, _ABSENT) for p in self.constants}
+        return replace(
+            self,
+            evaluation={p: x for p, x in values.items() if not _same(x, self.constants[p])},
+            without_effect=frozenset(self.without_effect | self.new_entries(args, kwargs)),
+        )
+
+    def new_entries(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+        """Places of a call's leaves that there were none of; but for tensors, entries of one list count as one."""
+        known = {*self.tensors, *self.sizes, *self.constants, *self.without_effect}
+        lists = {_list_of(p) for p in known}
+        return {
+            p
+            for p, x in call_leaves(args, kwargs).items()
+            if p not in known and (isinstance(x, Tensor) or _list_of(p) not in lists)
+        }
+
+    def bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Tensors of another call and carriers of its sizes, in the order of the program's inputs.
+
+        Args:
+            path: the potential's name, for the message.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+
+        Raises:
+            CaptureError: the call lacks a tensor, or has other constants.
+        """
+        found = call_leaves(args, kwargs)
+        missing = [p for p in self.tensors if not isinstance(found.get(p), Tensor)]
+        missing += [p for p in self.sizes if not _is_size(found.get(p))]
+        if missing:
+            raise CaptureError(
+                f"the potential {shown(path)} was captured with the tensors {[*self.tensors, *self.sizes]}, but this "
+                f"batch calls it without {missing}. Every batch has to hold the same entries."
+            )
+        for place, value in self.constants.items():
+            given = found.get(place, _ABSENT)
+            if not _same(given, value) and not _same(given, self.evaluation.get(place, value)):
+                raise CaptureError(
+                    f"the potential {shown(path)} was captured with {place} = {value!r}, but this batch calls it with "
+                    f"{given!r}. Values that change with the batch have to be tensors or integers."
+                )
+        tensors = [found[p] for p in self.tensors]
+        device = tensors[0].device if tensors else "cpu"
+        return [*tensors, *(size_carrier(found[p], device) for p in self.sizes)]
+
+    def unbind(self, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other tensors and sizes in the places of their own.
+
+        Args:
+            args: positional arguments of a call of this format.
+            kwargs: its keyword arguments.
+            tensors: what :meth:`bind` would return for the wanted call.
+        """
+        values: dict[str, Any] = dict(zip(self.tensors, tensors, strict=False))
+        carriers = tensors[len(self.tensors) :]
+        values.update({p: c.shape[0] for p, c in zip(self.sizes, carriers, strict=False)})
+        replace: Callable[[str, Any], Any] = lambda place, leaf: values.get(place, leaf)  # noqa: E731
+        changed: tuple[tuple[Any, ...], dict[str, Any]] = with_leaves((args, kwargs), replace)
+        return changed
+
+
+def _list_of(place: str) -> str:
+    return re.sub(r"\[\d+\]$", "[*]", place)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a is b or a == b)
+    except (TypeError, ValueError, RuntimeError):  # objects that cannot be compared count as different
+        return False

@@ -1,0 +1,91 @@
+"""The call that differentiates the energy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.errors import CaptureError
+
+StepFunction = Callable[[Any], Any]
+
+
+@dataclass
+class PotentialCall:
+    """One call of the potential, as the user's step made it.
+
+    Attributes:
+        path: dotted name of the potential inside the LightningModule; empty for the LightningModule itself.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        read_outputs: which of the tensors in the returned tree the step read afterwards.
+        replaced: where the step itself differentiates: the submodules whose outputs it differentiates, and the call's
+            one argument is the batch (see :class:`~lightning_januspipe.capture.find.in_step.StepPotential`). Else None.
+        step_parameters: names of parameters inside the potential that such a step reads by itself.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    read_outputs: tuple[int, ...] = ()
+    replaced: tuple[str, ...] | None = None
+    step_parameters: tuple[str, ...] = ()
+
+
+class ReachedPotential(Exception):
+    """Unwinds the user's step at the call of the potential, carrying the call's arguments."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_of_call = args
+        self.kwargs_of_call = kwargs
+
+
+def as_sequence(value: Any) -> list[Tensor]:
+    """A tensor or a sequence of tensors, as ``torch.autograd.grad`` takes them, as a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def grad_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call of ``torch.autograd.grad`` by name."""
+    names = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def call_arguments(
+    module: nn.Module, path: str, step: StepFunction, batch: Any, in_step: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the user's step up to its call of the potential and return that call's arguments; nothing after it runs.
+
+    Args:
+        module: the LightningModule.
+        path: the potential.
+        step: the user's step.
+        batch: the batch; the step gets a shallow copy.
+        in_step: the step itself stands for the potential, and the batch is its argument.
+
+    Raises:
+        CaptureError: the potential is not called.
+    """
+    if in_step:
+        return (batch,), {}
+    submodule = module.get_submodule(path)
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise ReachedPotential(args, kwargs)
+
+    handle = submodule.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        step(shallow_copy(batch))
+    except ReachedPotential as reached:
+        return reached.args_of_call, reached.kwargs_of_call
+    finally:
+        handle.remove()
+    raise CaptureError(
+        f"the step of {type(module).__name__} did not call its potential {path!r} for this batch. Every batch has to "
+        "go through the potential; skip unwanted batches in the dataset or its sampler."
+    )

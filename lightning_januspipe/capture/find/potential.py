@@ -1,0 +1,276 @@
+"""Find the potential of a LightningModule: the submodule that differentiates an energy in its ``forward``.
+
+One ordinary step of the user's module is run on a real batch under a ``TorchFunctionMode``, which sees the call of
+``torch.autograd.grad`` however it was imported. Where the step itself makes that call, all of the step before it stands
+for the potential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from lightning_januspipe.capture.adapters import adapters_of, joined
+from lightning_januspipe.capture.find.grad_call import (
+    PotentialCall,
+    StepFunction,
+    as_sequence,
+    call_arguments,
+    grad_arguments,
+)
+from lightning_januspipe.capture.trees import leaves, shallow_copy
+from lightning_januspipe.errors import CaptureError
+
+_NO_WAY = ("appears to not have been used in the graph", "does not require grad")
+"""Words of torch for a derivative that does not exist."""
+
+
+@dataclass
+class _GradCall:
+    stack: tuple[str, ...]
+    create_graph: bool
+    num_inputs: int
+
+
+@dataclass
+class _Returned:
+    """A module that returned to the step itself: not from within another module."""
+
+    name: str
+    output: Any
+    num_grads: tuple[int, int]  # calls of torch.autograd.grad before it began, and before it returned
+
+
+class _Watch(TorchFunctionMode):
+    """Records calls of ``torch.autograd.grad`` and which outputs of modules are read after these returned.
+
+    Args:
+        module: the LightningModule.
+        potential: dotted name of the potential, where the user gave one; else it is the outermost submodule.
+    """
+
+    def __init__(self, module: nn.Module, potential: str | None) -> None:
+        super().__init__()
+        self._names = {id(m): name for name, m in module.named_modules()}
+        self._parameter_ids = {id(p): n for n, p in module.named_parameters()}
+        self._potential = potential
+        self._stack: list[str] = []
+        self._grads_before: list[int] = []  # for each entry of the stack, how many grad calls preceded it
+        self._output_ids: dict[int, tuple[int, int]] = {}
+        self.grads: list[_GradCall] = []
+        self.returned: list[_Returned] = []  # outputs are kept alive, so that their ids stay their own
+        self.read: set[tuple[int, int, str]] = set()  # which module that returned, which leaf, the module that reads it
+        self.parameters_read: set[tuple[str, tuple[str, ...]]] = set()  # with the modules that were running
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of every module."""
+        name = self._names.get(id(module))
+        if name is not None:
+            self._stack.append(name)
+            self._grads_before.append(len(self.grads))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of every module."""
+        name = self._names.get(id(module))
+        if name is None or not self._stack or self._stack[-1] != name:
+            return
+        self._stack.pop()
+        before = self._grads_before.pop()
+        outermost = not any(self._stack)  # the forward of the LightningModule itself may be running
+        if name == self._potential if self._potential is not None else outermost:
+            for i, tensor in enumerate(_tensors(output)):
+                self._output_ids[id(tensor)] = len(self.returned), i
+            self.returned.append(_Returned(name, output, (before, len(self.grads))))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            given = grad_arguments(args, kwargs)
+            num_inputs = len(as_sequence(given["inputs"]))
+            self.grads.append(_GradCall(tuple(self._stack), bool(given.get("create_graph")), num_inputs))
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError as error:
+            if func is torch.autograd.grad and any(w in str(error) for w in _NO_WAY):
+                raise CaptureError(
+                    "the energy does not depend on what it is differentiated by, or not in a differentiable way: "
+                    "torch.autograd.grad found no way from one to the other. Look for a detach(), torch.no_grad(), "
+                    ".data, or a conversion to numpy between positions (or strain) and energy."
+                ) from error
+            raise
+        # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
+        has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
+        reader = next((name for name in self._stack if name), "")
+        for leaf in map(id, pytree.tree_leaves((args, kwargs))):
+            if leaf in self._output_ids:
+                self.read.add((*self._output_ids[leaf], reader))
+            if leaf in self._parameter_ids and has_values:
+                self.parameters_read.add((self._parameter_ids[leaf], tuple(self._stack)))
+        return result
+
+
+def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential: str | None = None) -> PotentialCall:
+    """Run one step and return the call of the potential made in it.
+
+    Args:
+        module: the LightningModule.
+        step: a training (or evaluation) step of ``module``, from a batch to what it returns.
+        batch: a batch.
+        potential: dotted name of the potential, where the user gave one.
+
+    Raises:
+        CaptureError: no energy is differentiated; two are; the graph is not kept for the second derivative; the step
+            differentiates what no submodule computes; or ``potential`` names no submodule, or one that differentiates
+            nothing.
+    """
+    if potential is not None and potential not in dict(module.named_modules()):
+        raise CaptureError(
+            f"potential={potential!r} is not a submodule of {type(module).__name__}; its direct submodules are "
+            f"{[n for n, _ in module.named_children()]}. Give the dotted name of the one that returns the forces."
+        )
+    watch = _Watch(module, potential)
+    with _global_hooks(watch.enter, watch.leave), watch:
+        step(shallow_copy(batch))
+    _judge(module, watch, potential)
+    if not watch.grads[0].stack or not any(r.num_grads == (0, 1) for r in watch.returned):
+        return _in_step(module, watch, batch)
+    of_submodule = [r for r in watch.returned if r.num_grads == (0, 1) and r.name] if potential is None else []
+    returned = (of_submodule or [r for r in watch.returned if r.num_grads == (0, 1)])[0]
+    path, position = returned.name, watch.returned.index(returned)
+    prefix = f"{path}." if path else ""
+    inside = {f"{prefix}{n}" for n, _ in module.get_submodule(path).named_parameters()}
+    outside = {name for name, running in watch.parameters_read if name in inside and path not in running}
+    if path and outside:
+        raise CaptureError(
+            f"the step of {type(module).__name__} uses parameters of its potential {path!r} outside the potential's "
+            f"forward ({', '.join(sorted(outside)[:3])}). In a pipeline every rank holds only its own stage's "
+            "parameters: use weight_decay of the optimizer for regularization, or train with "
+            "pipeline_size=1 and graph_size=1."
+        )
+    read = _read_of_joined(
+        module.get_submodule(path), returned.output, {leaf for i, leaf, _ in watch.read if i == position}
+    )
+    args, kwargs = call_arguments(module, path, step, batch)
+    return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=tuple(sorted(outside)))
+
+
+def _in_step(module: nn.Module, watch: _Watch, batch: Any) -> PotentialCall:
+    """The step as the potential: what comes before its call of ``torch.autograd.grad``."""
+    name = type(module).__name__
+    before = [r for r in watch.returned if r.num_grads == (0, 0) and _is_differentiable(r.output)]
+    whole = [r for r in before if not r.name]  # the LightningModule's own forward
+    outer = whole or before
+    names = [r.name for r in outer]
+    if not names:
+        raise CaptureError(
+            f"the step of {name} calls torch.autograd.grad on an energy that no submodule returned. Compute the energy "
+            "in the forward of a submodule (an nn.Module that returns it), and call that in the step."
+        )
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise CaptureError(
+            f"the step of {name} calls {twice or 'its own forward'!r} twice before torch.autograd.grad; each submodule "
+            "can be called once for an energy. Concatenate the two batches, or give each call a module of its own."
+        )
+    position, read = watch.grads[0].num_inputs, set(range(watch.grads[0].num_inputs))
+    for returned in outer:
+        index = watch.returned.index(returned)
+        read |= {position + leaf for i, leaf, reader in watch.read if i == index and reader not in names}
+        position += len(_tensors(returned.output))
+    inside = {f"{n}." for n in names} if "" not in names else {""}
+    parameters = {p for p, running in watch.parameters_read if not any(n in running for n in names)}
+    # What submodules that are called for the loss alone hold is read there only.
+    own = {p for p in parameters if any(p.startswith(n) for n in inside)} | {
+        p for p, running in watch.parameters_read if not any(running)
+    }
+    return PotentialCall("", (batch,), {}, tuple(sorted(read)), tuple(names), tuple(sorted(own)))
+
+
+def _read_of_joined(potential: nn.Module, returned: Any, read: set[int]) -> set[int]:
+    """Which tensors the step reads, counted in what the traced call returns: adapters may join those of a list."""
+    adapters = adapters_of(potential)
+    if not adapters:
+        return read
+    places = [p for p, x in leaves(returned) if isinstance(x, Tensor)]
+    traced = [p for p, x in leaves(joined(adapters, potential, returned)) if isinstance(x, Tensor)]
+    found = [[k for k, p in enumerate(traced) if f"{places[i]}[".startswith((f"{p}[", f"{p}."))] for i in read]
+    return {k for those in found for k in those or range(len(traced))}
+
+
+def _is_differentiable(output: Any) -> bool:
+    return any(x.requires_grad for x in _tensors(output))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for _, x in leaves(tree) if isinstance(x, Tensor)]
+
+
+def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, batch: Any) -> PotentialCall:
+    """The call that a step makes of the potential in evaluation mode, where arguments such as ``training`` differ.
+
+    Args:
+        module: the LightningModule.
+        step: its evaluation step.
+        call: the call in training.
+        batch: the batch of that call. A step that is made for other batches only is taken to call as in training.
+    """
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        args, kwargs = call_arguments(module, call.path, step, batch, call.replaced is not None)
+    except Exception:
+        return call
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _judge(module: nn.Module, watch: _Watch, potential: str | None) -> None:
+    """Raise the error that says what is wrong with the calls that were seen."""
+    step, grads = f"the step of {type(module).__name__}", watch.grads
+    if not grads:
+        raise CaptureError(
+            f"{step} never called torch.autograd.grad, so no forces -dE/dr were found. The januspipe strategy trains "
+            "conservative potentials; compute forces with torch.autograd.grad(energy, positions, create_graph=True), "
+            "or use another strategy for direct-force models."
+        )
+    places = [next((n for n in g.stack if n), "the step itself") for g in grads]
+    if potential is not None and not any(r.num_grads[0] < r.num_grads[1] for r in watch.returned):
+        raise CaptureError(
+            f"potential={potential!r} was named, but torch.autograd.grad is called in {places[0]!r}. "
+            + (f"Pass potential={places[0]!r}, or leave it out" if any(grads[0].stack) else "Leave it out")
+            + " to have it found."
+        )
+    if len(grads) > 1:
+        raise CaptureError(
+            f"{step} differentiates {len(grads)} times (in {', '.join(map(repr, places))}); exactly one "
+            "torch.autograd.grad call in one call of the potential can be pipelined. Ask for all derivatives in one "
+            "call, e.g. torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)."
+        )
+    if not grads[0].create_graph and module.training:
+        raise CaptureError(
+            f"the potential {places[0]!r} is not twice differentiable in training: torch.autograd.grad was "
+            "called without create_graph=True, so a force loss gives no parameter gradients. Pass "
+            "create_graph=self.training."
+        )
+
+
+@contextmanager
+def _global_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Module hooks on every module for the duration of the block."""
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

@@ -1,0 +1,338 @@
+"""Potentials that divide themselves: for what cannot be traced, and for a start without tracing.
+
+Both ways end in the same: for each stage a pure function of (parameters, boundary in, batch) to (boundary out,
+outputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.stages.staged_potential import Inputs
+from lightning_januspipe.capture.trees import leaves
+from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
+from lightning_januspipe.errors import CaptureError, shown
+
+ENERGY = "energy"
+Tensors = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class ExplicitStages(Protocol):
+    """What an ``nn.Module`` has that divides itself; its own ``forward`` stays what it is.
+
+    The parts run one after the other, and the pipeline may be cut between any two of them::
+
+        features = {}
+        for part in self.stage_parts():
+            features = part(inputs, features)
+        energy = features["energy"]                                          # (B,)
+        gradients = torch.autograd.grad(energy.sum(), coordinates, create_graph=True)
+        return self.stage_outputs(inputs, features, gradients)
+
+    :func:`run_stages` does just that, and may serve as ``forward``.
+
+    For graph ranks it also has ``stage_edges``: source and target of the edges, each the name of an input (E,), or the
+    name of one (2, E) and the row of it. Its parts then call :func:`~lightning_januspipe.with_halo`.
+
+    Attributes:
+        stage_coordinates: names of the inputs that the energy is differentiated by, such as positions and strain.
+    """
+
+    stage_coordinates: Sequence[str]
+
+    def stage_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Named tensors from the arguments of ``forward``: all that the parts need of a batch; no parameter is read.
+
+        A coordinate that the batch lacks is made here, a strain of zeros (B, 3, 3), say.
+        """
+
+    def stage_parts(self) -> Sequence[nn.Module]:
+        """The chain: modules called as ``part(inputs, features) -> features``.
+
+        Only what a part returns reaches the next one. A part reads no other parameters than its own; two parts may
+        share submodules. Geometry (distances, radial basis) is computed from ``inputs`` by each part that needs it.
+        The last part returns ``"energy"`` (B,) in eV, and what else ``stage_outputs`` needs.
+        """
+
+    def stage_outputs(self, inputs: Tensors, results: Tensors, gradients: Tensors) -> Any:
+        """What ``forward`` returns.
+
+        Args:
+            inputs: from :meth:`stage_inputs`.
+            results: from the last part.
+            gradients: ∂E/∂x by the coordinate's name, in the shape of the coordinate.
+        """
+
+
+def run_stages(potential: ExplicitStages, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a potential that divides itself, undivided.
+
+    Args:
+        potential: an ``nn.Module`` with :class:`ExplicitStages`.
+        args: positional arguments of its forward.
+        kwargs: keyword arguments of its forward.
+    """
+    assert isinstance(potential, nn.Module)
+    inputs = dict(potential.stage_inputs(*args, **kwargs))
+    with torch.enable_grad():
+        for name in potential.stage_coordinates:
+            inputs[name] = inputs[name].detach().requires_grad_()
+        features: Tensors = {}
+        for part in potential.stage_parts():
+            features = part(inputs, features)
+        coordinates = [inputs[name] for name in potential.stage_coordinates]
+        found = torch.autograd.grad(features[ENERGY].sum(), coordinates, create_graph=potential.training)
+    gradients = dict(zip(potential.stage_coordinates, found, strict=True))
+    return potential.stage_outputs(inputs, features, gradients)
+
+
+@dataclass(frozen=True)
+class ExplicitPotential:
+    """A potential in its own stages (a :class:`~lightning_januspipe.capture.stages.staged_potential.DividedPotential`).
+
+    Attributes:
+        path: dotted name of the potential inside the LightningModule.
+        bounds: first part of each stage, and the number of parts.
+        inputs_by_name: names and specs of the inputs, in order.
+        features: names and specs of what each part returns; the last entry is what the outputs are made of.
+        symbols: size symbol -> (input position, dimension) that defines it.
+        coordinates: names of the differentiation inputs.
+        parameters: names of the parameters that each part reads.
+        part_bytes: bytes of what each part returned on the batch that was measured.
+        outputs: all tensors that the forward returns.
+        derived: those that depend on the derivative.
+        autocast: what its parts run under, and its energy is differentiated under.
+    """
+
+    path: str
+    bounds: tuple[int, ...]
+    inputs_by_name: dict[str, TensorSpec]
+    features: tuple[dict[str, TensorSpec], ...]
+    symbols: dict[str, tuple[int, int]]
+    coordinates: tuple[str, ...]
+    parameters: tuple[tuple[str, ...], ...]
+    part_bytes: tuple[int, ...]
+    outputs: tuple[int, ...]
+    derived: tuple[int, ...]
+    autocast: Autocast = OFF
+    replaced: tuple[str, ...] | None = None
+    step_parameters: tuple[str, ...] = ()
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Floating-point types of what its parts return."""
+        return {s.dtype for features in self.features for s in features.values() if s.dtype.is_floating_point}
+
+    @property
+    def num_stages(self) -> int:
+        """Length of the chain."""
+        return len(self.bounds) - 1
+
+    @property
+    def num_operations(self) -> list[int]:
+        """Parts of each stage."""
+        return [b - a for a, b in pairwise(self.bounds)]
+
+    @property
+    def boundary_bytes(self) -> list[int]:
+        """Bytes of each boundary on the batch that was measured."""
+        return [self.part_bytes[bound - 1] for bound in self.bounds[1:-1]]
+
+    @property
+    def chain(self) -> ChainSpec:
+        """Specs of derivative and observables: all that the last part returns."""
+        results = self.features[-1]
+        return ChainSpec(
+            coordinates=tuple(self.inputs_by_name[n] for n in self.coordinates),
+            observables=tuple(results.values()),
+            observable_stage=(self.num_stages - 1,) * len(results),
+            autocast=self.autocast,
+        )
+
+    def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Values of the size symbols for one call's tensors.
+
+        Raises:
+            CaptureError: an input has another size where it was found to have one size only.
+        """
+        sizes = {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
+        for (name, spec), tensor in zip(self.inputs_by_name.items(), tensors, strict=True):
+            _require_shape("input", name, tensor, spec, sizes, self.path)
+        return sizes
+
+    def kinds(
+        self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
+    ) -> frozenset[str]:
+        """None: the parts run as they are, with all their branches."""
+        return frozenset()
+
+    def parameter_stages(self) -> dict[str, set[int]]:
+        """Name of each parameter inside the potential -> the stages that read it."""
+        stages: dict[str, set[int]] = {}
+        for stage, (first, last) in enumerate(pairwise(self.bounds)):
+            for names in self.parameters[first:last]:
+                for name in names:
+                    stages.setdefault(name, set()).add(stage)
+        return stages
+
+    def inputs(self, potential: nn.Module) -> Inputs:
+        """From a call of the potential to its named tensors, in order."""
+        assert isinstance(potential, ExplicitStages)
+
+        def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+            found = named_inputs(potential, self.path, args, kwargs)
+            if list(found) != list(self.inputs_by_name):
+                raise CaptureError(
+                    f"stage_inputs of the potential {shown(self.path)} returned {list(found)}; it returned "
+                    f"{list(self.inputs_by_name)} before. Every batch has to have the same entries."
+                )
+            return list(found.values())
+
+        return bound
+
+    def stage(self, index: int, potential: nn.Module) -> ExplicitStage:
+        """One stage."""
+        return ExplicitStage(self, index, potential)
+
+    def return_value(self, potential: nn.Module) -> ExplicitReturnValue:
+        """What the forward returns."""
+        return ExplicitReturnValue(self, potential)
+
+
+class ExplicitStage:
+    """Some of the parts (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
+
+    Args:
+        divided: the whole chain.
+        index: position of this stage in it.
+        potential: the live potential.
+    """
+
+    def __init__(self, divided: ExplicitPotential, index: int, potential: nn.Module) -> None:
+        assert isinstance(potential, ExplicitStages)
+        first, last = divided.bounds[index], divided.bounds[index + 1]
+        self._divided = divided
+        self._parts = list(potential.stage_parts())[first:last]
+        self._received = divided.features[first - 1] if first else {}
+        self._returned = divided.features[last - 1]
+        self._is_last = index == divided.num_stages - 1
+        self.index = index
+        self.boundary_in: Sequence[TensorSpec] = list(self._received.values())
+        self.boundary_out: Sequence[TensorSpec] = [] if self._is_last else list(self._returned.values())
+        self.observables: Sequence[int] = range(len(self._returned)) if self._is_last else ()
+        used = (p for part in self._parts for p in part.parameters() if p.requires_grad)
+        self.parameters: Sequence[nn.Parameter] = list(dict.fromkeys(used))
+
+    def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
+        """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
+        divided = self._divided
+        inputs, coordinates = self._inputs(tensors)
+        features: Tensors = dict(zip(self._received, boundary, strict=True))
+        with autocast_as(divided.autocast):
+            for part in self._parts:
+                features = part(inputs, features)
+            if self._is_last:
+                features = self._results(features, inputs)
+        returned = [features[name] for name in self._returned]
+        sizes = {s: tensors[i].shape[d] for s, (i, d) in divided.symbols.items()}
+        for (name, spec), value in zip(self._returned.items(), returned, strict=True):
+            _require_shape("feature", name, value, spec, sizes, divided.path)
+        return StageOutput(
+            boundary=[] if self._is_last else returned,
+            energies=[features[ENERGY].sum()] if self._is_last else [],
+            observables=returned if self._is_last else [],
+            coordinates=coordinates,
+        )
+
+    def _inputs(self, tensors: Sequence[Any]) -> tuple[Tensors, list[Tensor]]:
+        """What the parts are called with, and the leaves of the differentiation inputs."""
+        divided = self._divided
+        inputs: dict[str, Tensor] = dict(zip(divided.inputs_by_name, tensors, strict=True))
+        for name in divided.coordinates:
+            inputs[name] = inputs[name].detach().requires_grad_()
+        return inputs, [inputs[name] for name in divided.coordinates]
+
+    def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
+        """What the last part returned, of all atoms."""
+        return results
+
+
+class ExplicitReturnValue:
+    """Calls ``stage_outputs`` (a :class:`~lightning_januspipe.capture.stages.staged_potential.ReturnValue`)."""
+
+    parameters: Sequence[nn.Parameter] = ()
+
+    def __init__(self, divided: ExplicitPotential, potential: nn.Module) -> None:
+        assert isinstance(potential, ExplicitStages)
+        self._divided, self._potential = divided, potential
+
+    def __call__(
+        self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
+    ) -> Any:
+        """The potential's return value."""
+        divided = self._divided
+        inputs = dict(zip(divided.inputs_by_name, call_tensors, strict=True))
+        results = dict(zip(divided.features[-1], observables, strict=True))
+        gradients = dict(zip(divided.coordinates, derivatives, strict=True))
+        return self._potential.stage_outputs(inputs, results, gradients)
+
+    def tensors(
+        self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """All tensors in it."""
+        return returned_tensors(self(call_tensors, observables, derivatives))
+
+    def of_forward(self, returned: Any) -> Any:
+        """What the forward itself returned, which has the form of this return value."""
+        return returned
+
+    def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
+        """The return value, which has the form of the forward's own."""
+        return value
+
+
+def returned_tensors(value: Any) -> list[Tensor]:
+    """Tensors in what a forward returned, in order."""
+    return [x for _, x in leaves(value) if isinstance(x, Tensor)]
+
+
+def named_inputs(
+    potential: ExplicitStages, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What ``stage_inputs`` returns for a call.
+
+    Raises:
+        CaptureError: something else than a dict of tensors, or one that lacks a coordinate.
+    """
+    found = potential.stage_inputs(*args, **kwargs)
+    wrong = [n for n, x in found.items() if not isinstance(x, Tensor)] if isinstance(found, Mapping) else ["(no dict)"]
+    if wrong:
+        raise CaptureError(
+            f"stage_inputs of the potential {shown(path)} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
+            "expected a dict of tensors"
+        )
+    missing = [n for n in potential.stage_coordinates if n not in found]
+    if missing:
+        raise CaptureError(
+            f"stage_inputs of the potential {shown(path)} returned {list(found)}, without the coordinates {missing}"
+        )
+    return dict(found)
+
+
+def _require_shape(kind: str, name: str, value: Tensor, spec: TensorSpec, sizes: Mapping[str, int], path: str) -> None:
+    expected = spec.sizes(sizes)
+    if tuple(value.shape) != expected or value.dtype != spec.dtype:
+        raise CaptureError(
+            f"{kind} {name!r} of the potential {shown(path)} has shape {tuple(value.shape)} and {value.dtype}; "
+            f"expected {expected}, which is {spec.shape}, and {spec.dtype}. Sizes of features have to be constants or "
+            "sizes of inputs (atoms, edges, structures), or multiples of them. Take the number of structures from the "
+            "shape of an input, not from its values (index.max() + 1)."
+        )

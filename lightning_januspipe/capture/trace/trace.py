@@ -1,0 +1,249 @@
+"""Trace a potential, its ``torch.autograd.grad`` call included, to one functional graph with symbolic sizes.
+
+The call is replaced by one opaque operator while tracing, so the graph shows what is differentiated with respect to
+what; everything before it is the energy, everything after it the epilogue (signs, volumes, packing of outputs).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental import _config as symbolic_config
+from torch.overrides import TorchFunctionMode
+
+from lightning_januspipe.capture.adapters import Adapter, joined
+from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
+from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
+from lightning_januspipe.capture.trace.data_sizes import DataSizes, symbolic_sizes
+from lightning_januspipe.capture.trace.program import SLOT, Program, program_from_export
+from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
+from lightning_januspipe.capture.trees import leaves, with_leaves
+from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
+from lightning_januspipe.errors import CaptureError, shown
+
+_LIBRARY = "januspipe"
+
+
+@torch.library.custom_op(f"{_LIBRARY}::energy_gradient", mutates_args=())
+def energy_gradient(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Stands for ``torch.autograd.grad(outputs, inputs)`` in a traced graph; it is cut out and never run."""
+    raise NotImplementedError("energy_gradient marks a place in a traced graph and is never run")
+
+
+@energy_gradient.register_fake
+def _(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in inputs]
+
+
+class _MarkGrad(TorchFunctionMode):
+    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`, and keeps the autocast that it was called under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast = OFF
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            self.autocast = Autocast.current()
+            given = grad_arguments(args, kwargs)
+            outputs = as_sequence(given["outputs"])
+            seeds = given.get("grad_outputs")
+            if seeds is not None:
+                outputs = [
+                    o if s is None else (o * s.detach()).sum() for o, s in zip(outputs, as_sequence(seeds), strict=True)
+                ]
+            return tuple(torch.ops.januspipe.energy_gradient(outputs, as_sequence(given["inputs"])))
+        return func(*args, **kwargs)
+
+
+class _Call(nn.Module):
+    """The potential as a function of the tensors of its call only, so that nothing else is an input.
+
+    Args:
+        potential: the potential.
+        call: its call, with the arguments that its adapters made.
+        form: the format of these.
+        adapters: what is special to its package.
+        sizes: integers that the forward reads from tensors; their carriers are the last inputs.
+        record: gets the returned tree, with empty tensors for its tensors, the number of tensors in it, and the
+            autocast that the energy was differentiated under.
+    """
+
+    def __init__(
+        self,
+        potential: nn.Module,
+        call: PotentialCall,
+        form: CallFormat,
+        adapters: Sequence[Adapter],
+        sizes: DataSizes,
+        record: Callable[..., None],
+    ) -> None:
+        super().__init__()
+        self.potential = potential
+        # Export puts attributes back as they were, so the record is an object of its own.
+        self._given = (call, form, adapters, sizes, record)
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        call, form, adapters, sizes, record = self._given
+        num_own = len(tensors) - len(sizes.values)
+        args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
+        sizes.begin(tensors[num_own:])
+        with _MarkGrad() as mark:
+            output = joined(adapters, self.potential, self.potential(*args, **kwargs))
+        found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
+        record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
+        return [*found, *sizes.sources]
+
+
+def trace_potential(
+    potential: nn.Module, call: PotentialCall, form: CallFormat | None = None, adapters: Sequence[Adapter] = ()
+) -> Program:
+    """Trace one call of ``potential``.
+
+    Args:
+        potential: the submodule found by :func:`find_potential`, left as it is.
+        call: arguments with at least two structures of different sizes, so that no size looks like a constant.
+        form: the format of its calls.
+        adapters: what is special to its package; ``call`` has the arguments that they made.
+
+    Returns:
+        The functional program of energy and epilogue.
+
+    Raises:
+        CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
+    """
+    form = form or CallFormat.of(call.args, call.kwargs)
+    returned: list[tuple[Any, int, Autocast]] = []
+    sizes = DataSizes()
+    wrapper = _Call(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
+    wrapper.training = potential.training  # train() would also change submodules that the user froze
+    try:
+        with ExitStack() as stack:
+            for adapter in adapters:
+                stack.enter_context(adapter.tracing(potential))
+            stack.enter_context(inlined_torchscript(potential))
+            stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), sizes))
+            stack.enter_context(torch.enable_grad())
+            # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
+            tensors = [t.detach() for t in form.bind(call.path, call.args, call.kwargs)]
+            _run_once(potential, call, form, tensors, sizes)
+            tensors += sizes.carriers(tensors[0].device)
+            shapes = (tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in tensors),)
+            stack.enter_context(_quiet())
+            stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+            exported = export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
+            ambient = Autocast.current()
+            if ambient != OFF or has_casts(exported):
+                make_casts_explicit(exported, ambient)
+            if _needs_functionalization(exported):
+                with autocast_as(OFF):
+                    exported = exported.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the potential {shown(call.path)} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
+            f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: Python branches on tensor "
+            "values, tensor.tolist(), .numpy() or float(tensor) in the forward, or shapes that depend on values "
+            "(nonzero, unique, masks as indices)."
+        ) from error
+    _refuse_state(exported, call.path)
+    tree, num_outputs, autocast = returned[-1]
+    program = program_from_export(exported, tree, num_outputs, prefix="potential.", num_sizes=len(sizes.values))
+    program.autocast = autocast
+    # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
+    first = {p: name for name, p in potential.named_parameters()}
+    named = dict(potential.named_parameters(remove_duplicate=False))
+    program.parameters = {placeholder: first[named[name]] for placeholder, name in program.parameters.items()}
+    return program
+
+
+def _run_once(
+    potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], sizes: DataSizes
+) -> None:
+    """Run the forward as it is, to know the integers that it reads from tensors."""
+    sizes.begin(None)
+    args, kwargs = form.unbind(call.args, call.kwargs, tensors)
+    potential(*args, **kwargs)
+
+
+def _needs_functionalization(exported: ExportedProgram) -> bool:
+    """Whether the graph mutates a tensor or nests graphs; a cut that follows data flow would drop such nodes."""
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return True
+    return False
+
+
+def _refuse_state(exported: ExportedProgram, path: str) -> None:
+    mutated = list(exported.graph_signature.buffers_to_mutate.values())
+    if mutated:
+        raise CaptureError(
+            f"the potential {shown(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
+            "meaning while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
+        )
+    for node in _all_nodes(exported.graph_module):
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            if _is_disabled_dropout(node):
+                continue
+            raise CaptureError(
+                f"the potential {shown(path)} draws random numbers in its forward ({node.target}); the phases of a "
+                "stage would not see the same numbers. Set dropout to 0, or draw the numbers in the dataset."
+            )
+
+
+def _is_disabled_dropout(node: fx.Node) -> bool:
+    return "dropout" in str(node.target) and len(node.args) >= 2 and node.args[1] in (0, 0.0)
+
+
+def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule):
+            yield from child.graph.nodes
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else "no message"
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of code that is neither torch's nor this package's."""
+    ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f" (at {frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line!r})" if frames else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without export's logs of dimensions that it makes constant, and the whole graph that it prints on failure.
+
+    The sizes that a program accepts and the validation on other sizes judge the first; the error names the line.
+    """
+    names = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

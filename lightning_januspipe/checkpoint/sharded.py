@@ -1,0 +1,175 @@
+"""Checkpoints as folders of ``torch.distributed.checkpoint``: each rank writes what it owns, nothing is gathered.
+
+A folder holds the shards and ``meta.pt``, as those of Lightning's FSDP strategy:
+
+- ``model``: the entry ``state_dict`` of a Lightning checkpoint, by the module's own keys;
+- ``optimizer_0``: the first entry of ``optimizer_states``, its state and parameter groups by parameter names;
+- averages of weights, which belong to single stages as the weights do;
+- ``meta.pt``: all other entries: loops, callbacks, schedulers, hyper-parameters, random states.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lightning_januspipe.checkpoint import atomic
+
+META = "meta.pt"
+_APART = "januspipe_averages"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a checkpoint as a folder."""
+    return (path / META).is_file() and (path / ".metadata").is_file()
+
+
+def split_entries(
+    checkpoint: dict[str, Any], is_sharded: Callable[[Tensor], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a Lightning checkpoint goes into shards, and what into ``meta.pt``.
+
+    Args:
+        checkpoint: as Lightning makes it.
+        is_sharded: whether a tensor beside module and optimizers belongs to single stages; the same on every rank.
+    """
+    rest = dict(checkpoint)
+    shards = {"model": rest.pop("state_dict")}
+    shards.update({f"optimizer_{i}": s for i, s in enumerate(rest.pop("optimizer_states", []))})
+    apart: list[tuple[tuple[Any, ...], Tensor]] = []
+    for key in list(rest):
+        if isinstance(rest[key], dict) and rest[key] and all(isinstance(v, Tensor) for v in rest[key].values()):
+            if any(map(is_sharded, rest[key].values())):
+                shards[key] = rest.pop(key)
+        else:
+            rest[key] = _take_apart(rest[key], (key,), is_sharded, apart)
+    if apart:
+        shards[_APART] = {str(i): tensor for i, (_, tensor) in enumerate(apart)}
+        rest[_APART] = [list(path) for path, _ in apart]
+    return shards, rest
+
+
+def join_entries(shards: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`split_entries`."""
+    tensors = shards.pop(_APART, {})
+    for i, path in enumerate(rest.pop(_APART, [])):
+        holder: Any = rest
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = tensors[str(i)]
+    checkpoint = {**rest, **shards}
+    checkpoint["state_dict"] = checkpoint.pop("model")
+    numbered = sorted((k for k in checkpoint if re.fullmatch(r"optimizer_\d+", k)), key=lambda k: int(k[10:]))
+    if numbered:
+        checkpoint["optimizer_states"] = [checkpoint.pop(k) for k in numbered]
+    return checkpoint
+
+
+def _take_apart(value: Any, path: tuple[Any, ...], is_sharded: Callable[[Tensor], bool], apart: list[Any]) -> Any:
+    """A value with None in the place of sharded tensors, which go to ``apart`` with their paths."""
+    if isinstance(value, Tensor) and is_sharded(value):
+        apart.append((path, value))
+        return None
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        return type(value)((k, _take_apart(v, (*path, k), is_sharded, apart)) for k, v in value.items())
+    if isinstance(value, (list, tuple)) and any(map(is_sharded, tensors_of(value))):
+        return [_take_apart(v, (*path, i), is_sharded, apart) for i, v in enumerate(value)]
+    return value
+
+
+def write_shards(
+    folder: Path, entries: dict[str, Any], writes: Callable[[str, Any], bool], group: dist.ProcessGroup | None
+) -> None:
+    """Write the entries of a checkpoint from all ranks of a pipeline; all of them take part.
+
+    Args:
+        folder: exists and is empty.
+        entries: nested dicts and lists, of the same structure on every rank.
+        writes: whether this rank writes a value with its dotted key; one rank has to.
+        group: of the ranks that write, with a backend for the CPU; None in one process.
+    """
+    planner = _OwnedPlanner(writes)
+    writer = FileSystemWriter(folder, sync_files=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        save(entries, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+
+
+def read_folder(folder: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """The whole checkpoint in CPU memory, as one file would give it, but with optimizer states by parameter names.
+
+    Args:
+        folder: written by :func:`write_shards`, with ``meta.pt``.
+        weights_only: how ``meta.pt`` is read; see ``torch.load``. The index of the shards is a pickle in any case.
+
+    Raises:
+        FileNotFoundError: it is no checkpoint.
+    """
+    if not is_folder(folder):
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {META} and no .metadata")
+    shards: dict[str, Any] = {}
+    reader = FileSystemReader(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        _load_state_dict(shards, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return join_entries(shards, torch.load(folder / META, map_location="cpu", weights_only=weights_only))
+
+
+def consolidate(folder: str | Path, file: str | Path, weights_only: bool = False) -> None:
+    """Make one file of a folder; plain Lightning loads it.
+
+    Args:
+        folder: a checkpoint that was saved with ``save_distributed_checkpoint=True``. Read only what you trust: it
+            holds pickles.
+        file: is replaced if it exists.
+        weights_only: how ``meta.pt`` is read; see ``torch.load``.
+    """
+    checkpoint = read_folder(Path(folder), weights_only)
+    checkpoint["optimizer_states"] = [by_index(s) for s in checkpoint.get("optimizer_states", [])]
+    if not checkpoint["optimizer_states"]:
+        del checkpoint["optimizer_states"]
+    with atomic.replacing(Path(file).absolute()) as part:
+        torch.save(checkpoint, part)
+
+
+def by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by the indices that torch saves, whether its keys are names or indices."""
+    order = [key for group in state["param_groups"] for key in group["params"]]
+    index = {key: i for i, key in enumerate(order)}
+    groups = [{**g, "params": [index[key] for key in g["params"]]} for g in state["param_groups"]]
+    found = {index[key]: s for key, s in state.get("state", {}).items()}
+    return {"state": dict(sorted(found.items())), "param_groups": groups}
+
+
+class _OwnedPlanner(DefaultSavePlanner):
+    """Saves of a state that all ranks describe alike only what this rank writes."""
+
+    def __init__(self, writes: Callable[[str, Any], bool]) -> None:
+        super().__init__()
+        self._writes = writes
+
+    def set_up_planner(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_up_planner(state_dict, *args, **kwargs)
+        self.state_dict = {key: value for key, value in self.state_dict.items() if self._writes(key, value)}
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,388 @@
+"""``januspipe plan``: what each schedule would give, and which one to take."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_januspipe.cli.plan_options import make_parser
+from lightning_januspipe.cli.plan_tables import (
+    GRAPH_LEGEND,
+    MESH_LEGEND,
+    STAGE_LEGEND,
+    cut_lines,
+    graph_table,
+    make_console,
+    mesh_table,
+    notes,
+    refusals,
+    schedule_legend,
+    schedule_table,
+    stage_table,
+)
+from lightning_januspipe.plan.compare import Options, Plan, format_bytes, plan_costs, plan_stages
+from lightning_januspipe.plan.export import write_plan
+from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, stages_of_share
+from lightning_januspipe.plan.measure import Measured, TooManyRanks
+from lightning_januspipe.plan.meshes import compare_meshes
+from lightning_januspipe.runtime.planner import placements
+from lightning_januspipe.schedule import PhaseCosts
+
+if TYPE_CHECKING:
+    from lightning_januspipe.cli.recipe import Asked, Recipe
+
+_LARGE_SPREAD = 0.25
+_GRAPH_SIZES = (1, 2, 4)
+# First parts of the names of fit's options; jsonargparse judges the rest.
+_OF_FIT = ("config", "c", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path")
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``januspipe plan``.
+
+    Args:
+        args: command line after ``plan``.
+    """
+    parser = make_parser()
+    given, fit = parser.parse_known_args(list(args))
+    try:
+        _refuse_unknown(parser, fit)
+        if given.costs is None and not fit:
+            raise ValueError(
+                "expected a recipe (--config recipes/quickstart.yaml) or phase times (--costs FE,FF,BF,BE[,WF,WE])"
+            )
+        if given.costs is None:
+            _plan_recipe(given, fit)
+        else:
+            _plan_costs(given, fit)
+    except ValueError as error:
+        if not _is_own(error):
+            raise
+        parser.error(str(error))
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, fit: Sequence[str]) -> None:
+    """Refuse what neither ``plan`` nor ``fit`` has, before a model is made."""
+    if fit and not fit[0].startswith("-"):
+        raise ValueError(f"got {fit[0]!r}, expected an option: --config {fit[0]} for a recipe, or --costs {fit[0]}")
+    own = [option for action in parser._actions for option in action.option_strings]
+    for option in (arg.partition("=")[0] for arg in fit if arg.startswith("--")):
+        if option.lstrip("-").partition(".")[0].removesuffix("+") not in _OF_FIT:
+            close = difflib.get_close_matches(option, [*own, "--config"], n=1)
+            hint = f"did you mean {close[0]}?" if close else "see januspipe plan --help"
+            raise ValueError(f"unknown option {option}: {hint}")
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether an error is a message of this package to its user; others keep their traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = Path(__file__).resolve().parents[1]
+    return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).resolve().parents
+
+
+def _plan_costs(given: argparse.Namespace, fit: Sequence[str]) -> None:
+    """The form with given times."""
+    if fit:
+        raise ValueError(f"--costs needs no model, but {fit[0]} was given too: leave out one of them")
+    if given.ranks is None:
+        raise ValueError("--costs needs --ranks too, the number of ranks")
+    if given.extrapolate:
+        raise ValueError("--extrapolate is for a recipe: --costs are those of one rank's share already")
+    if given.memory_limit is not None and given.memory is None:
+        raise ValueError("--memory_limit with --costs needs --memory ENERGY,FORCE,KEPT too, what a micro-batch holds")
+    for option, value in (("--graph_sizes", given.graph_sizes), ("--meshes", given.meshes)):
+        if value:
+            raise ValueError(f"{option} is for a recipe: it divides micro-batches of its data")
+    if given.bandwidth is not None and math.isfinite(given.bandwidth) and given.message_bytes is None:
+        raise ValueError("--bandwidth with --costs needs --message_bytes BYTES too, the size of a message")
+    plan = plan_costs(
+        given.costs,
+        given.ranks,
+        given.num_microbatches or 2 * given.ranks,
+        schedules=given.schedules,
+        memory=given.memory,
+        memory_limit=given.memory_limit,
+        wave_size=given.wave_size or "auto",
+        max_live=given.max_live,
+        latency=given.latency or 0.0,
+        bandwidth=given.bandwidth or math.inf,
+        message_bytes=given.message_bytes or 0.0,
+    )
+    costs: PhaseCosts = given.costs
+    names = ("fe", "ff", "bf", "be", "wf", "we")
+    times = ", ".join(f"{name.upper()} {1e3 * getattr(costs, name):g}" for name in names)
+    console = make_console()
+    console.print(f"One rank's share of a micro-batch, in ms: {times}; {1e3 * costs.total:g} in all.", soft_wrap=True)
+    about = {"source": "costs", "seconds": {name: getattr(costs, name) for name in names}}
+    _show(plan, given, about, [])
+
+
+def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
+    """The form with a model."""
+    from lightning_januspipe.cli.recipe import Recipe, sizes
+
+    for option, value in (("--memory", given.memory), ("--message_bytes", given.message_bytes)):
+        if value is not None:
+            raise ValueError(f"{option} is for --costs: with a recipe it is measured")
+    if given.meshes and given.extrapolate:
+        raise ValueError("--extrapolate is for one pipeline, and --meshes compares several: leave out one of them")
+    recipe = Recipe(fit)
+    if given.meshes:
+        _plan_meshes(given, recipe)
+        return
+    asked = recipe.asked
+    num_ranks = given.ranks or asked.num_ranks
+    num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
+    examples = recipe.examples(num_microbatches)
+    structures, atoms = sizes(examples[1])
+    wanted = dict.fromkeys((tuple(range(num_ranks)), *(p for s in given.schedules for p in placements(s, num_ranks))))
+    measured: list[Measured] = []
+    for placement in wanted:
+        try:
+            or_fewer = given.extrapolate and not measured
+            measured.append(
+                recipe.measure(examples, placement, asked.potential, or_fewer=or_fewer, repeats=given.repeats)
+            )
+        except TooManyRanks as error:
+            if not measured:
+                fewer = f"give --ranks {error.most}" if error.most > 1 else "take a deeper model"
+                raise ValueError(
+                    f"{error}: {fewer}, or --extrapolate to divide its times evenly all the same"
+                ) from None
+        if measured[0].num_stages < num_ranks:
+            break
+    link = _graph_link(given)
+    graph_sizes = given.graph_sizes or ((1, asked.graph_size) if asked.graph_size > 1 else ())
+    batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES) if graph_sizes else []
+    shares = _shares(recipe, measured[0], batches, graph_sizes) if graph_sizes else {}
+    used = shares.get(asked.graph_size)
+    is_divided = used is not None and used.num_ranks > 1 and not used.refused
+    divisions = [one.stages(num_ranks) for one in measured]
+    if used is not None and is_divided:
+        own = [used, *(recipe.share(recipe.sharing(one, batches), used.num_ranks, used) for one in measured[1:])]
+        divisions = [stages_of_share(m, num_ranks, s, link) for m, s in zip(measured, own, strict=True)]
+    plan = plan_stages(
+        divisions,
+        _options(given, asked, num_ranks, num_microbatches),
+        given.schedules,
+        structures=structures,
+        atoms=atoms or None,
+    )
+    _describe(recipe, measured, structures, atoms, num_microbatches)
+    extrapolated = measured[0].num_stages < num_ranks
+    about = {
+        "source": recipe.module_name,
+        "potential": measured[0].potential.path,
+        "device": str(recipe.device),
+        "precision": recipe.precision,
+        "num_threads": torch.get_num_threads(),
+        "repeats": min(one.repeats for one in measured),
+        "spread": max(one.spread for one in measured),
+        "extrapolated": extrapolated,
+        "graph_size": used.num_ranks if used is not None and is_divided else 1,
+        "graph": [share.to_dict() for share in shares.values()],
+    }
+    console = make_console()
+    for one in measured:
+        console.print()
+        console.print(stage_table(one, num_ranks))
+        for line in cut_lines(one):
+            console.print(line, soft_wrap=True)
+    console.print()
+    console.print(STAGE_LEGEND)
+    if extrapolated:
+        console.print(
+            f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "
+            f"fewer than {num_ranks} ranks. What follows divides its times and memory evenly over {num_ranks} ranks, "
+            "with boundaries as above: a deeper model of as much work. This model itself cannot run so.",
+        )
+    _show_shares(list(shares.values()), measured[0])
+    if is_divided:
+        console.print(
+            f"\nWhat follows is of micro-batches divided over {asked.graph_size} graph ranks: {num_ranks} ranks of the "
+            f"pipeline are {num_ranks * asked.graph_size}. {_assumed(link)}",
+            soft_wrap=True,
+        )
+    _show(plan, given, about, measured)
+
+
+def _plan_meshes(given: argparse.Namespace, recipe: Recipe) -> None:
+    """The form with a model and a number of devices."""
+    from lightning_januspipe.cli.recipe import sizes
+
+    asked, link = recipe.asked, _graph_link(given)
+    num_ranks = given.ranks or asked.num_processes
+    num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
+    examples = recipe.examples(num_microbatches)
+    structures, atoms = sizes(examples[1])
+    batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES)
+    measured: dict[int, Measured] = {}
+
+    def measure(num_stages: int) -> Measured:
+        if num_stages not in measured:
+            found = recipe.measure(examples, range(num_stages), asked.potential, or_fewer=False, repeats=given.repeats)
+            measured[num_stages] = found
+        return measured[num_stages]
+
+    whole = measure(1)
+    wanted = given.graph_sizes or _GRAPH_SIZES
+    shares = _shares(recipe, whole, batches, [size for size in wanted if num_ranks % size == 0] or [1])
+    meshes = compare_meshes(
+        num_ranks,
+        shares,
+        measure,
+        lambda one, share: recipe.share(recipe.sharing(one, batches), share.num_ranks, share),
+        recipe.potential(whole),
+        _options(given, asked, num_ranks, num_microbatches, link),
+        given.schedules,
+        link,
+        structures=structures,
+        atoms=atoms or None,
+    )
+    console = make_console()
+    _describe(recipe, list(measured.values()), structures, atoms, num_microbatches)
+    _show_shares(list(shares.values()), whole)
+    console.print()
+    for line in meshes.left_out:
+        console.print(f"! {line}", soft_wrap=True)
+    if not meshes.rows:
+        raise ValueError(f"{num_ranks} ranks cannot be shared: see above; give other --graph_sizes, or other --ranks")
+    console.print(mesh_table(meshes))
+    console.print(MESH_LEGEND)
+    console.print(_assumed(link))
+    best = meshes.choice
+    if best is None:
+        least = min((row.memory for row in meshes.rows if row.memory is not None), default=0.0)
+        console.print(f"\n→ No mesh fits: the least that a rank needs is {format_bytes(least)}.", soft_wrap=True)
+        return
+    console.print(f"\n→ {best.arguments()}", soft_wrap=True)
+    if given.output is not None:
+        about = {
+            "source": recipe.module_name,
+            "potential": whole.potential.path,
+            "device": str(recipe.device),
+            "precision": recipe.precision,
+            "num_threads": torch.get_num_threads(),
+            "graph_size": best.shape.graph,
+            "graph": [share.to_dict() for share in shares.values()],
+            "meshes": [row.to_dict() for row in meshes.rows],
+        }
+        _write(best.plan, given, about, [measured[best.shape.pipeline]])
+
+
+def _shares(
+    recipe: Recipe, measured: Measured, batches: Sequence[Any], graph_sizes: Sequence[int]
+) -> dict[int, GraphShare]:
+    """What graph ranks have, by their number; that of one first."""
+    sharing = recipe.sharing(measured, batches)
+    return {size: recipe.share(sharing, size) for size in sorted({1, *graph_sizes})}
+
+
+def _show_shares(shares: Sequence[GraphShare], measured: Measured) -> None:
+    """The table of graph ranks."""
+    if not shares:
+        return
+    console = make_console()
+    console.print()
+    console.print(graph_table(shares, measured))
+    for line in refusals(shares):
+        console.print(line, soft_wrap=True)
+    console.print(GRAPH_LEGEND)
+
+
+def _graph_link(given: argparse.Namespace) -> GraphLink:
+    """What exchanges cost, as given or usual."""
+    usual = GraphLink()
+    return GraphLink(
+        usual.latency if given.latency is None else given.latency,
+        usual.bandwidth if given.bandwidth is None else given.bandwidth,
+    )
+
+
+def _assumed(link: GraphLink) -> str:
+    rate = f"{format_bytes(link.bandwidth)}/s" if math.isfinite(link.bandwidth) else "any number of bytes per second"
+    return f"Exchanges: {1e6 * link.latency:g} µs each, {rate} (--latency, --bandwidth)."
+
+
+def _options(
+    given: argparse.Namespace, asked: Asked, num_ranks: int, num_microbatches: int, link: GraphLink | None = None
+) -> Options:
+    """What all schedules have in common; messages of a pipeline cost nothing by default."""
+    return Options(
+        num_ranks,
+        num_microbatches,
+        given.wave_size or asked.wave_size,
+        given.max_live,
+        given.memory_limit if given.memory_limit is not None else asked.memory_limit,
+        (given.latency or 0.0) if link is None else link.latency,
+        (given.bandwidth or math.inf) if link is None else link.bandwidth,
+    )
+
+
+def _describe(recipe: Any, measured: Sequence[Measured], structures: int, atoms: int, num_microbatches: int) -> None:
+    """What was measured, and how well."""
+    console, first = make_console(), measured[0]
+    num_operations = sum(first.potential.num_operations)
+    threads, on_cpu = torch.get_num_threads(), recipe.device.type == "cpu"
+    console.print(
+        f"Potential {first.potential.path!r} of {recipe.module_name}, {num_operations} operations, "
+        f"captured in {sum(one.elapsed for one in measured):.1f} s.\n"
+        f"Measured on a micro-batch of {_count(structures, 'structure')}"
+        + (f" with {_count(atoms, 'atom')}" if atoms else "")
+        + f", {recipe.precision} on {recipe.device}"
+        + (f" with {_count(threads, 'thread')}" if on_cpu else "")
+        + f"; medians of {min(one.repeats for one in measured)} runs.",
+        soft_wrap=True,
+    )
+    spread = max(one.spread for one in measured)
+    if spread > _LARGE_SPREAD:
+        console.print(
+            f"Note: half of the runs lie {100 * spread:.0f} % apart, so times are uncertain: this machine is busy. "
+            "More --repeats help.",
+            soft_wrap=True,
+        )
+    if recipe.batch_size is not None and recipe.batch_size < num_microbatches:
+        console.print(
+            f"Note: batches have {recipe.batch_size} samples, so that training would have {recipe.batch_size} "
+            f"micro-batches instead of {num_microbatches}. Raise the batch size.",
+            soft_wrap=True,
+        )
+    if on_cpu and threads > 1:
+        console.print(
+            f"Note: times are with {threads} threads; set OMP_NUM_THREADS to the threads that each rank will have.",
+            soft_wrap=True,
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+def _show(plan: Plan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
+    """The table of schedules, the choice, and the files."""
+    console = make_console()
+    if plan.rows:
+        console.print()
+        console.print(schedule_table(plan))
+        console.print(schedule_legend(plan))
+    for line in notes(plan):
+        console.print(line, soft_wrap=True)
+    console.print(f"\n→ {plan.reason()}", soft_wrap=True)
+    _write(plan, given, about, measured)
+
+
+def _write(plan: Plan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
+    """The files, where they are asked for."""
+    console = make_console()
+    if given.output is not None and plan.rows:
+        console.print("\nWritten:")
+        for path in write_plan(plan, given.output, given.format, about, measured):
+            console.print(f"  {path}", soft_wrap=True)

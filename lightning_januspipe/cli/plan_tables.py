@@ -1,0 +1,275 @@
+"""The tables of ``januspipe plan``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lightning_januspipe.plan.compare import Plan, ScheduleRow, format_bytes
+from lightning_januspipe.plan.graph_share import GraphShare
+from lightning_januspipe.plan.measure import Measured
+from lightning_januspipe.plan.meshes import Meshes
+
+_WIDTH = 120
+_UNEVEN = 1.3  # largest stage over an even one
+_MOST_TENSORS, _MOST_PARAMETERS = 4, 3  # that are named in a line
+
+
+def make_console() -> Console:
+    """Standard output: no colours and 120 columns where it is not a terminal."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(file=sys.stdout, width=_WIDTH, color_system=None, highlight=False)
+
+
+def stage_table(measured: Measured, num_ranks: int) -> Table:
+    """Times, share of the work and memory of each stage."""
+    per_rank = measured.num_stages // num_ranks
+    title = f"{measured.num_stages} stages"
+    if per_rank > 1:
+        title += f", {per_rank} on each rank"
+    table = _table(
+        title,
+        ("stage", "work"),
+        ("FE", "FF", "BF", "BE"),
+        ("BF'", "BE'", "WF", "WE"),
+        ("energy", "force", "kept"),
+        ("sends", "geom.", "again"),
+    )
+    total = sum(costs.total for costs in measured.costs)
+    rows = zip(measured.costs, measured.deferred, measured.memory, strict=True)
+    for stage, (costs, deferred, memory) in enumerate(rows):
+        is_last = stage == measured.num_stages - 1
+        table.add_row(
+            str(stage),
+            f"{100 * costs.total / total:.0f} %",
+            *(_milliseconds(time) for time in (costs.fe, costs.ff, costs.bf, costs.be)),
+            *(_milliseconds(time) for time in (deferred.bf, deferred.be, deferred.wf, deferred.we)),
+            *(format_bytes(held) for held in (memory.energy, memory.force, memory.kept)),
+            "–" if is_last else format_bytes(measured.boundary_bytes(stage)),
+            *_repeated(measured, stage),
+        )
+    whole = measured.costs
+    sums = [sum(getattr(costs, name) for costs in whole) for name in ("fe", "ff", "bf", "be")]
+    late = [sum(getattr(costs, name) for costs in measured.deferred) for name in ("bf", "be", "wf", "we")]
+    held = [sum(getattr(memory, name) for memory in measured.memory) for name in ("energy", "force", "kept")]
+    table.add_section()
+    table.add_row("all", "100 %", *map(_milliseconds, [*sums, *late]), *map(format_bytes, held), "", "", "")
+    return table
+
+
+def _repeated(measured: Measured, stage: int) -> list[str]:
+    """Shares of a stage's FE that go into geometry and into what is computed again."""
+    if not measured.report.repeated:  # the potential divides itself
+        return ["", ""]
+    repeated = measured.report.repeated[stage]
+    shares = (repeated.geometry_share, repeated.again_share)
+    return ["–" if share is None else f"{100 * share:.0f} %" for share in shares]
+
+
+def cut_lines(measured: Measured) -> list[str]:
+    """What every stage passes on to the next, and which parameters several stages hold."""
+    found = measured.report
+    lines = []
+    for stage, boundary in enumerate(found.boundaries):
+        tensors = _listed([str(tensor) for tensor in boundary.tensors], _MOST_TENSORS)
+        size = format_bytes(measured.boundary_bytes(stage))
+        lines.append(f"stage {stage} → {stage + 1}: {boundary}, {size} here: {tensors}")
+    for word, place in found.defined.items():
+        lines.append(f"{word}s: the size of {place}")
+    groups: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for parameter in found.shared:
+        groups.setdefault((parameter.stages, parameter.reason), []).append(parameter.name)
+    for (stages, reason), names in groups.items():
+        places = ", ".join(map(str, stages))
+        lines.append(f"on stages {places}, gradients summed ({reason}): {_listed(names, _MOST_PARAMETERS)}")
+    return lines
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def schedule_table(plan: Plan) -> Table:
+    """One row for every schedule; the choice is marked."""
+    has_data, has_memory = plan.structures is not None, any(row.report.memory for row in plan.rows)
+    has_bytes = any(row.message_bytes for row in plan.rows)
+    rate = ("struct/s", "atoms/s") if has_data and plan.atoms else ("struct/s",) if has_data else ("µbatch/s",)
+    table = _table(
+        f"{plan.options.num_ranks} ranks, {plan.options.num_microbatches} micro-batches",
+        ("", "schedule"),
+        ("stages", "live", "step ms", "/ideal", "bound", "gap", "bubble", *rate),
+        (("peak/rank",) if has_memory else ()) + (("sent",) if has_bytes else ("messages",)) + ("speed",),
+    )
+    table.columns[1].justify = "left"
+    for row in plan.rows:
+        table.add_row(*_cells(plan, row, has_memory, has_bytes), style="bold" if row is plan.choice else None)
+    return table
+
+
+def _cells(plan: Plan, row: ScheduleRow, has_memory: bool, has_bytes: bool) -> list[str]:
+    cells = ["→" if row is plan.choice else "", row.name, str(row.schedule.num_stages), str(row.num_live)]
+    cells += [_milliseconds(row.step_time), f"{row.over_ideal:.3f}"]
+    cells += (
+        ["–", "–"]
+        if row.bound is None or row.gap is None
+        else [
+            _milliseconds(row.bound),
+            f"{100 * row.gap:.1f} %",
+        ]
+    )
+    cells.append(f"{100 * row.report.bubble_fraction:.1f} %")
+    if plan.structures is None:
+        cells.append(_three_digits(plan.per_second(1, row)))
+    else:
+        cells.append(_three_digits(plan.per_second(plan.structures, row)))
+        if plan.atoms:
+            cells.append(_three_digits(plan.per_second(plan.atoms, row)))
+    if has_memory:
+        peak = row.peak_memory
+        cells.append("–" if peak is None else format_bytes(peak) + ("" if row.fits else " !"))
+    cells.append(format_bytes(row.message_bytes) if has_bytes else str(row.num_messages))
+    speed = plan.speed(row)
+    cells.append("–" if speed is None else f"{speed:.2f}")
+    return cells
+
+
+def notes(plan: Plan) -> list[str]:
+    """What does not fit, and what could not be built."""
+    limit, ranks = plan.options.memory_limit, plan.options.num_ranks
+    lines = []
+    if plan.busiest * ranks > _UNEVEN:
+        lines.append(
+            f"! The stages are uneven: the largest has {100 * plan.busiest:.0f} % of the work, an even one would have "
+            f"{100 / ranks:.0f} %. With one stage on each rank, {ranks} ranks are at best {1 / plan.busiest:.1f} times "
+            "as fast as one."
+        )
+    lines += [
+        f"! {row.name} does not fit in {format_bytes(limit or 0)} per rank: it needs {format_bytes(row.needed or 0)}"
+        for row in plan.rows
+        if not row.fits
+    ]
+    return [*lines, *(f"! {name}: {reason}" for name, reason in plan.failed.items())]
+
+
+STAGE_LEGEND = (
+    "Times in ms. BF', BE', WF, WE: with weight gradients deferred. energy, force, kept: bytes held per micro-batch "
+    "from FE to BE, from FF to BF, from BF to BE. geom., again: shares of FE that are geometry, which every stage "
+    "computes for itself, and what depends on parameters and is computed again instead of being sent."
+)
+
+
+def schedule_legend(plan: Plan) -> str:
+    """What the columns of :func:`schedule_table` mean."""
+    text = (
+        "live: most micro-batches that a rank holds. /ideal: step over the work of the busiest rank. bound: no folded "
+        "schedule of these stages is faster. gap: the rest above it. bubble: idle share of the busiest rank."
+    )
+    if any(row.report.memory for row in plan.rows):
+        text += " peak/rank: saved tensors."
+    return text + " speed: against 1f1b-2nd. Loading of data and the optimizer are not counted."
+
+
+def graph_table(shares: Sequence[GraphShare], measured: Measured) -> Table:
+    """One row for every number of graph ranks among which micro-batches are divided."""
+    classes = list(dict.fromkeys(name for share in shares for name in share.halo or {}))
+    table = _table(
+        f"Micro-batches divided over graph ranks ({shares[0].num_microbatches} looked at)",
+        ("graph", "atoms", "edges"),
+        [f"{name} halo" for name in classes],
+        ("whole", "exchanges", "sent", "time", "memory"),
+    )
+    held = max(m.energy + max(m.force, m.kept) for m in measured.memory)
+    for share in shares:
+        if share.refused:
+            table.add_row(str(share.num_ranks), *["–"] * (len(classes) + 7))
+            continue
+        halo = share.halo or {}
+        table.add_row(
+            str(share.num_ranks),
+            f"{share.atoms:.2f}",
+            f"{share.edges:.2f}",
+            *(f"{100 * halo.get(name, 0.0):.0f} %" for name in classes),
+            f"{share.num_whole}/{share.num_microbatches}",
+            f"{share.num_exchanges:.0f}",
+            format_bytes(share.bytes_sent),
+            f"{100 * share.time:.0f} %",
+            format_bytes(share.memory * held),
+        )
+    return table
+
+
+def refusals(shares: Sequence[GraphShare]) -> list[str]:
+    """Why micro-batches cannot be divided, each reason once."""
+    found: dict[str, list[str]] = {}
+    for share in shares:
+        if share.refused:
+            found.setdefault(share.refused, []).append(str(share.num_ranks))
+    return [f"! graph_size={', '.join(sizes)}: {why}" for why, sizes in found.items()]
+
+
+GRAPH_LEGEND = (
+    "atoms, edges: of the largest rank over the mean. halo: rows that other ranks get copies of, over all. whole: "
+    "micro-batches whose structures are dealt whole, so that no rows are exchanged. exchanges, sent: of one rank for a "
+    "micro-batch, in FE, FF, BF and BE of all stages. time: of the slowest rank, of that with all atoms, without "
+    "exchanges. memory: what a micro-batch holds on the busiest stage."
+)
+
+
+def mesh_table(meshes: Meshes) -> Table:
+    """One row for every way to share the devices; the choice is marked."""
+    table = _table(
+        f"{meshes.rows[0].shape.size} ranks",
+        ("", "schedule"),
+        ("pipeline", "data", "graph", "step ms", "reduce", "structures", "struct/s", "peak/rank", "weights"),
+    )
+    table.columns[1].justify = "left"
+    for row in meshes.rows:
+        chosen, rate, time = row.plan.choice, row.structures_per_second, row.step_time
+        memory = "–" if row.memory is None else format_bytes(row.memory) + ("" if row.fits else " !")
+        table.add_row(
+            "→" if row is meshes.choice else "",
+            "–" if chosen is None else chosen.name,
+            *(str(size) for size in (row.shape.pipeline, row.shape.data, row.shape.graph)),
+            "–" if time is None else _milliseconds(time),
+            _milliseconds(row.reduce),
+            f"{row.structures:g}",
+            "–" if rate is None else _three_digits(rate),
+            memory,
+            format_bytes(row.weights),
+            style="bold" if row is meshes.choice else None,
+        )
+    return table
+
+
+MESH_LEGEND = (
+    "schedule: the fastest that fits, with one stage on each rank. reduce: gradients summed over replicas and graph "
+    "ranks, in ms, which the step includes. structures: of a step, over all replicas. peak/rank: saved tensors. "
+    "weights: parameters of the largest stage; gradients and the optimizer come on top. Of meshes that are about as "
+    "fast, that which exchanges least is taken: replicas before stages, stages before graph ranks."
+)
+
+
+def _table(title: str, *groups: Sequence[str]) -> Table:
+    """A narrow table of numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    for group in groups:
+        for name in group:
+            table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return _three_digits(1e3 * seconds)
+
+
+def _three_digits(value: float) -> str:
+    if value == 0:
+        return "0"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}"

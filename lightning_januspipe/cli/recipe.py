@@ -1,0 +1,238 @@
+"""What a recipe trains, made as for ``januspipe fit``, in one process and without training."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_januspipe.callbacks import count_atoms, count_structures
+from lightning_januspipe.cli.fit import PotentialCLI
+from lightning_januspipe.loader.examples import example_batches
+from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.split import require_samples, split_batches
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.plan.graph_share import GraphShare, Sharing
+from lightning_januspipe.plan.measure import Measured, measure_stages
+from lightning_januspipe.runtime.user_step import with_batch
+from lightning_januspipe.strategy.precision import SUPPORTED
+
+_FEWEST_RANKS = 2
+
+
+class PlanCLI(PotentialCLI):
+    """The model and the data of ``januspipe fit``, with a Trainer of one device that runs nothing.
+
+    Attributes:
+        asked: the recipe's own arguments of the Trainer.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(["fit", *args])
+
+    def before_instantiate_classes(self) -> None:
+        """Keep what the recipe asks of the Trainer, and let it do nothing of that."""
+        super().before_instantiate_classes()
+        trainer = self.config.fit.trainer
+        self.asked = trainer.clone()
+        precision = str(trainer.precision or "32-true")
+        if precision not in ("32", "64", *SUPPORTED):
+            raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
+        trainer.strategy, trainer.devices, trainer.num_nodes = "auto", 1, 1
+        trainer.callbacks, trainer.logger = None, False
+        trainer.enable_checkpointing = trainer.enable_progress_bar = trainer.enable_model_summary = False
+        if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            warnings.warn(f"there is no {trainer.accelerator} here: times are those of the CPU", stacklevel=2)
+            trainer.accelerator = "cpu"
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is trained."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe asks of the strategy.
+
+    Attributes:
+        num_ranks: ranks of the pipeline.
+        num_microbatches: into how many micro-batches a batch is split, or None for twice the ranks.
+        potential: dotted name of the potential, or None.
+        memory_limit: bytes, or None.
+        wave_size: micro-batches per wave, or "auto".
+        schedule: name of the schedule, or None where the strategy is another one.
+        graph_size: ranks that share the atoms of a micro-batch.
+        num_processes: of the Trainer.
+    """
+
+    num_ranks: int
+    num_microbatches: int | None = None
+    potential: str | None = None
+    memory_limit: float | None = None
+    wave_size: Any = "auto"
+    schedule: str | None = None
+    graph_size: int = 1
+    num_processes: int = 1
+
+
+def asked_of_strategy(trainer: Any) -> Asked:
+    """Sizes from the arguments of a Trainer: those of JanusPipeStrategy, else a pipeline over all of its devices.
+
+    Args:
+        trainer: ``devices``, ``num_nodes`` and ``strategy`` as a parsed configuration has them.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of processes.
+    """
+    world = _num_devices(trainer.devices, trainer.accelerator) * int(trainer.num_nodes)
+    strategy = trainer.strategy
+    given: dict[str, Any] = {}
+    if not isinstance(strategy, str) and str(strategy.class_path).endswith("JanusPipeStrategy"):
+        given = vars(getattr(strategy, "init_args", None) or SimpleNamespace())
+    shape = MeshShape.resolve(
+        given.get("pipeline_size", "auto"), given.get("data_size", "auto"), given.get("graph_size", 1), world
+    )
+    num_microbatches = given.get("num_microbatches", "auto")
+    return Asked(
+        max(shape.pipeline, _FEWEST_RANKS),
+        None if num_microbatches == "auto" else int(num_microbatches),
+        given.get("potential"),
+        given.get("memory_limit"),
+        given.get("wave_size", "auto"),
+        given.get("schedule"),
+        shape.graph,
+        world,
+    )
+
+
+def _num_devices(devices: Any, accelerator: str) -> int:
+    if isinstance(devices, str) and devices.isdigit():
+        return int(devices)
+    if devices in ("auto", -1, "-1"):
+        return max(torch.cuda.device_count(), 1) if accelerator != "cpu" else 1
+    if isinstance(devices, str):
+        return len([part for part in devices.split(",") if part.strip()])
+    return len(devices) if isinstance(devices, (list, tuple)) else int(devices)
+
+
+class Recipe:
+    """Model and data of a recipe, ready to be captured.
+
+    Args:
+        args: the command line of ``fit``, without its name.
+
+    Raises:
+        ValueError: the recipe asks for what cannot be planned.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        with _quiet():
+            cli = PlanCLI(args)
+        self.asked = asked_of_strategy(cli.asked)
+        self.precision = str(cli.trainer.precision)
+        self._trainer, self._model, self._data = cli.trainer, cli.model, cli.datamodule
+        plugin = self._trainer.strategy.precision_plugin
+        self._trainer._data_connector.attach_data(self._model, datamodule=self._data)  # for its transfer hooks
+        self._trainer.strategy.connect(self._model)
+        self._trainer.training = True
+        source = self._data if self._data is not None else self._model
+        source.prepare_data()
+        if self._data is not None:
+            self._data.setup("fit")
+        self._model.setup("fit")
+        with plugin.module_init_context():
+            self._model.configure_model()
+        self._model = plugin.convert_module(self._model).to(self.device)
+        self._model.train()
+        loader = source.train_dataloader()
+        if isinstance(loader, (list, tuple, dict)):
+            raise ValueError("train_dataloader gives several loaders; one is supported")
+        require_samples(loader)
+        self._loader = loader
+
+    @property
+    def device(self) -> torch.device:
+        """Where times are measured."""
+        return self._trainer.strategy.root_device
+
+    @property
+    def module_name(self) -> str:
+        """Class of the LightningModule."""
+        return type(self._model).__name__
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a batch, where the loader tells."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        return getattr(self._loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+
+    def examples(self, num_microbatches: int) -> tuple[Any, Any]:
+        """Two batches as the strategy takes them for capture, the second about as large as a micro-batch."""
+        traced, other = example_batches(self._loader, num_microbatches)
+        return self._moved(traced), self._moved(other)
+
+    def microbatches(self, num_microbatches: int, most: int) -> list[Any]:
+        """The first micro-batches of the first batch, as training would have them."""
+        batch = next(iter(split_batches(self._loader, num_microbatches, required=False)))
+        return [self._moved(one) for one in (list(batch)[:most] if isinstance(batch, MicroBatches) else [batch])]
+
+    def sharing(self, measured: Measured, batches: Sequence[Any]) -> Sharing:
+        """Divides micro-batches of a captured potential over graph ranks."""
+        with self._trainer.strategy.precision_plugin.train_step_context():
+            return Sharing(self._model, with_batch(self._model.training_step), measured.potential, batches)
+
+    def share(self, sharing: Sharing, num_ranks: int, known: GraphShare | None = None) -> GraphShare:
+        """What a graph rank has; see :meth:`~lightning_januspipe.plan.graph_share.Sharing.share`."""
+        with self._trainer.strategy.precision_plugin.train_step_context():
+            return sharing.share(num_ranks, known)
+
+    def potential(self, measured: Measured) -> nn.Module:
+        """The live potential."""
+        return self._model.get_submodule(measured.potential.path)
+
+    def measure(
+        self,
+        examples: tuple[Any, Any],
+        placement: Sequence[int],
+        potential: str | None,
+        *,
+        or_fewer: bool,
+        repeats: int | None,
+    ) -> Measured:
+        """Capture and measure; see :func:`~lightning_januspipe.plan.measure.measure_stages`."""
+        step = with_batch(self._model.training_step)
+        # Times of phases are those of training: in the precision's dtype, with the random numbers as they are.
+        with self._trainer.strategy.precision_plugin.train_step_context():
+            return measure_stages(
+                self._model, step, *examples, placement, potential, repeats=repeats, or_fewer=or_fewer
+            )
+
+    def _moved(self, batch: Any) -> Any:
+        strategy = self._trainer.strategy
+        batch = strategy.precision_plugin.convert_input(batch)
+        return strategy.batch_to_device(self._model._on_before_batch_transfer(batch, dataloader_idx=0))
+
+
+def sizes(batch: Any) -> tuple[int, int]:
+    """Structures and atoms of a batch; 0 atoms where no positions are found."""
+    return count_structures(batch), count_atoms(batch)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing about devices and seeds: none of them is used to train."""
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if "lightning" in name]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

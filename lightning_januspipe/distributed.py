@@ -1,0 +1,90 @@
+"""What ranks do together beside messages and gradients."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_Result = TypeVar("_Result")
+
+
+def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callable[[Any], Any]) -> _Result:
+    """What a function returns on rank 0, on every rank; its error is raised on every rank too.
+
+    Args:
+        function: called on rank 0.
+        rank: this rank.
+        broadcast: gives an object of rank 0 to all ranks.
+    """
+    result: Any = None
+    content = b""
+    if rank == 0:
+        try:
+            result = function()
+            content = _pickled(result)
+        except Exception as error:  # raised again on every rank
+            result = _portable(error)
+            content = pickle.dumps(result)
+    content = broadcast(content)
+    if rank != 0:
+        with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            result = pickle.loads(content)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _pickled(result: Any) -> bytes:
+    """A result as it is sent; if broadcasting failed instead, the other ranks would wait for this one."""
+    try:
+        return pickle.dumps(result)
+    except Exception as error:  # objects may refuse in any way
+        raise ValueError(
+            f"what the first rank found cannot be sent to the others: {type(error).__name__}: {error}. Objects that a "
+            "potential is called with or returns have to be such that pickle takes them: define their classes and "
+            "functions at module level, or give it tensors instead."
+        ) from error
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that survives pickling: of foreign types only the message does."""
+    known = type(error).__module__.split(".")[0] in ("builtins", "lightning_januspipe")
+    return error if known and len(error.args) == 1 else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+_CHUNK = 2**26
+"""Bytes that are broadcast at once."""
+
+
+def broadcast_module(module: nn.Module, device: torch.device) -> None:
+    """Give every rank the parameters and buffers of global rank 0, as data-parallel training does at its start.
+
+    Args:
+        module: its tensors may be on the CPU.
+        device: this rank's, from which it sends.
+    """
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    for same in _chunks(tensors):
+        flat = torch.cat([t.detach().reshape(-1).to(device) for t in same])
+        dist.broadcast(flat, 0)
+        for tensor, values in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.data.copy_(values.view_as(tensor))
+
+
+def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        chunk: list[Tensor] = []
+        for tensor in (t for t in tensors if t.dtype == dtype):
+            chunk.append(tensor)
+            if sum(t.numel() * t.element_size() for t in chunk) >= _CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk

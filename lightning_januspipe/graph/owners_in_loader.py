@@ -1,0 +1,87 @@
+"""Owners of atoms chosen in the loader's worker processes, while training goes on.
+
+What the potential will be called with is not known there, so edges and positions are found by their names. Any choice
+of owners is right: one that was made from other edges than the potential's exchanges more rows than it had to, and one
+for another number of atoms is not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from lightning_januspipe.graph.partition import partition_atoms
+from lightning_januspipe.loader.sample_fields import ATOMS, EDGES, named_tensors
+
+_PAIRS = (("idx_i", "idx_j"), ("edge_dst", "edge_src"), ("receivers", "senders"))
+"""Names of targets and sources, where each has a tensor of its own."""
+
+
+@dataclass(frozen=True)
+class OwnersAhead:
+    """Chooses owners for every ``size``-th micro-batch of a batch, starting at ``rank``.
+
+    Attributes:
+        num_ranks: graph ranks, G.
+        rank: this rank's place among those that hold the same micro-batches.
+        size: how many these are.
+    """
+
+    num_ranks: int
+    rank: int
+    size: int
+
+    def __call__(self, index: int, batch: Any) -> Tensor | None:
+        """Owners of the atoms of one micro-batch.
+
+        Args:
+            index: its place in the batch.
+            batch: as collated.
+
+        Returns:
+            (N,); None outside of worker processes, where it is another rank's turn, and where no edges were found.
+        """
+        if get_worker_info() is None or index % self.size != self.rank:
+            return None
+        return owners_by_name(batch, self.num_ranks)
+
+
+def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
+    """Owners of the atoms of a collated batch whose edges and positions have usual names; None where they have not.
+
+    Args:
+        batch: a dict, a tuple, PyG data, or any object with attributes, also nested.
+        num_ranks: graph ranks, G.
+    """
+    named = [(name.strip("_").lower(), t) for name, t in named_tensors(batch) if t.layout == torch.strided]
+    named = [(name, t) for name, t in named if t.device.type == "cpu" and not t.is_nested]
+    positions = next((t for n, t in named if n in ATOMS and t.dim() == 2 and t.shape[1] == 3), None)
+    edges = _edges(named)
+    if positions is None or edges is None:
+        return None
+    target, source = edges
+    num_atoms = len(positions)
+    if (
+        len(target)
+        and not 0 <= int(min(target.min(), source.min())) <= int(max(target.max(), source.max())) < num_atoms
+    ):
+        return None  # numbers of something else
+    return partition_atoms(target, source, num_atoms, num_ranks, positions)
+
+
+def _edges(named: list[tuple[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """Targets and sources. Which row of two is which does not matter: lists of edges hold both directions."""
+    integers = [(n, t.to(torch.int64)) for n, t in named if t.dtype in (torch.int64, torch.int32)]
+    for _, tensor in ((n, t) for n, t in integers if any(e in n for e in EDGES) and t.dim() == 2):
+        if 2 in tensor.shape:
+            first, second = (tensor if tensor.shape[0] == 2 else tensor.T).unbind(0)
+            return second, first
+    for ends in _PAIRS:
+        found = [next((t for n, t in integers if n == end and t.dim() == 1), None) for end in ends]
+        if found[0] is not None and found[1] is not None and len(found[0]) == len(found[1]):
+            return found[0], found[1]
+    return None

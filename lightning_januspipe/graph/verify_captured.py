@@ -1,0 +1,304 @@
+"""Proof that the exchanges of a localized potential are right: all graph ranks in lock-step in one process.
+
+Every operation runs on the rows of each rank in turn, exchanges on those of all. Energies, derivatives and the
+parameter gradient of a force loss have to be those of the whole micro-batch. That the exchanges' own backward passes
+are their transposes is not a matter of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
+from lightning_januspipe.capture.stages.captured import CapturedPotential, independent_coordinates
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.trace.program import Node, PlaceholderValues, new_leaf, replace_refs, target_function
+from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
+from lightning_januspipe.capture.validate.side_effects import unchanged
+from lightning_januspipe.engine.autocast import OFF, autocast_as
+from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.graph import exchange_ops
+from lightning_januspipe.graph.insert_exchanges import Localized, localize
+from lightning_januspipe.graph.placement import Kind, Value
+from lightning_januspipe.graph.shard_microbatch import Divider
+from lightning_januspipe.graph.shards import Shard
+
+
+def prove_division(
+    divided: CapturedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
+) -> None:
+    """Prove that a captured potential can be divided over graph ranks, on the potential call of one batch.
+
+    Args:
+        divided: the potential in stages.
+        module: the LightningModule.
+        step: its step, from a batch to its output.
+        batch: one micro-batch.
+        num_ranks: graph ranks.
+
+    Raises:
+        CaptureError: it cannot be divided; the message says why.
+    """
+    potential = module.get_submodule(divided.path)
+    prove(divided, localize(divided), potential, call_tensors(divided, module, step, batch), num_ranks)
+
+
+def call_tensors(divided: DividedPotential, module: nn.Module, step: StepFunction, batch: Any) -> list[Tensor]:
+    """The tensors of the potential's call in a step; the module is left as it was."""
+    with unchanged(module):
+        args, kwargs = call_arguments(module, divided.path, step, batch, divided.replaced is not None)
+        return divided.inputs(module.get_submodule(divided.path))(args, kwargs)
+
+
+def prove(
+    captured: CapturedPotential, localized: Localized, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int
+) -> None:
+    """Compare a micro-batch divided over graph ranks with the whole one.
+
+    Args:
+        captured: the potential.
+        localized: the same with exchanges.
+        potential: the live potential.
+        tensors: the inputs of a micro-batch.
+        num_ranks: graph ranks.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    divider = Divider(captured, localized, potential, num_ranks)
+    plan = divider.scattered(tensors)  # dealt whole, nothing would be exchanged
+    parts = [divider.part(tensors, plan, rank) for rank in range(num_ranks)]
+    program = localized.potential.program
+    extended = program.inputs[len(program.inputs) - len(parts[0].extended) :]
+    inputs = [dict(zip([*captured.program.inputs, *extended], [*p.tensors, *p.extended], strict=True)) for p in parts]
+    same = [Value(Kind.REPLICATED)] * len(localized.derivatives)
+    divided = _LockStep(localized.potential, potential, inputs, plan.shards, localized.derivatives)
+    undivided = _LockStep(captured, potential, [dict(zip(captured.program.inputs, tensors, strict=True))], {}, same)
+    tolerance = rounding_tolerance(captured, potential)
+    weights: list[Tensor] = []
+    expected = undivided.results([Value(Kind.REPLICATED)] * len(localized.observables), weights)
+    found = divided.results(localized.observables, weights)
+    require_same(expected, found, tolerance, captured.path, num_ranks)
+
+
+def require_same(
+    expected: Sequence[tuple[str, Tensor]],
+    found: Sequence[tuple[str, Tensor]],
+    tolerance: float,
+    path: str,
+    num_ranks: int,
+    why: str = "It combines atoms or edges in a way that was not recognized.",
+) -> None:
+    """Compare what a divided micro-batch gives with what the whole one does.
+
+    Args:
+        expected: energies, derivatives and parameter gradients of the whole one, each with words for it.
+        found: the same of the divided one.
+        tolerance: largest error, relative to the largest entry; of parameter gradients that of all.
+        path: of the potential.
+        num_ranks: graph ranks.
+        why: usual causes.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    for (what, a), (_, b) in zip(expected, found, strict=True):
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        if what.startswith(GRADIENT):
+            scale = max(float(x.abs().max()) for w, x in expected if w.startswith(GRADIENT))
+        error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
+        if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
+            raise CaptureError(
+                f"graph_size > 1 is not possible: divided over {num_ranks} ranks, {what} of the potential "
+                f"{shown(path)} differs by {error:.2e} at a scale of {scale:.2e}. {why} Or use graph_size=1."
+            )
+
+
+GRADIENT = "the parameter gradient of a force loss for "
+"""How parameter gradients are named, before the parameter's name."""
+
+
+def draw_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of :func:`force_loss` for each number of each output."""
+    generator = torch.Generator().manual_seed(0)
+    weights = []
+    for x in outputs:
+        # Of order one, whatever the units: derivatives in half precision must not overflow.
+        scale = max(1.0, float(x.detach().abs().max())) if x.numel() else 1.0
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        weights.append((drawn / (scale * max(1, x.numel()) ** 0.5)).to(x))
+    return weights
+
+
+def force_loss(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Terms of a loss that depends on every number of every output that can be differentiated."""
+    return [
+        ((x * w).square() + x * w).sum()
+        for x, w in zip(outputs, weights, strict=True)
+        if x.is_floating_point() and x.requires_grad
+    ]
+
+
+class _LockStep:
+    """A program on the rows of several ranks, as one function."""
+
+    def __init__(
+        self,
+        captured: CapturedPotential,
+        potential: nn.Module,
+        parts: Sequence[dict[str, Tensor]],
+        shards: dict[str, list[Shard]],
+        derivatives: Sequence[Value],
+    ) -> None:
+        program = captured.program
+        self._captured, self._program, self._shards, self._kinds = captured, program, shards, derivatives
+        forward = {*captured.regions.geometry, *captured.regions.body}
+        own = [n for n in program.nodes if n.op == "placeholder" and n.name not in program.inputs]
+        placeholders = PlaceholderValues(program, potential, [n.name for n in own])
+        common = dict(zip([n.name for n in own], placeholders.values([]), strict=True))
+        values: list[dict[str, Any]] = [dict(common) for _ in parts]
+        for part, of_rank in zip(parts, values, strict=True):
+            of_rank.update(part)
+        self._values = values
+        self._leaves: list[list[Tensor]] = [[] for _ in program.coordinates]
+        independent = set(independent_coordinates(program))
+        with torch.enable_grad(), autocast_as(OFF):
+            for node in program.nodes:
+                if node.name in forward:
+                    self._run(node)
+                if node.name in program.coordinates:
+                    self._differentiate(node.name, node.name in independent)
+        live = dict(potential.named_parameters())
+        self._parameters = {n: live[n] for n in program.parameters.values() if n in live and live[n].requires_grad}
+
+    def _run(self, node: Node) -> None:
+        exchanged = _EXCHANGES.get(node.target)
+        if exchanged is not None:
+            given, exchange, dim = node.args
+            rows = self._shards[exchange.name.removeprefix("exchange_")]
+            results = exchanged([v[given.name] for v in self._values], rows, dim)
+        else:
+            function = target_function(node.target)
+            results = [
+                function(*replace_refs(node.args, v.__getitem__), **replace_refs(node.kwargs, v.__getitem__))
+                for v in self._values
+            ]
+        for of_rank, result in zip(self._values, results, strict=True):
+            of_rank[node.name] = result
+
+    def _differentiate(self, name: str, is_independent: bool) -> None:
+        place = self._program.coordinates.index(name)
+        if is_independent:
+            leaves = [new_leaf(v[name]) for v in self._values]
+            if self._kinds[place].kind is not Kind.OWN:
+                leaves = leaves[:1] * len(leaves)
+            for of_rank, leaf in zip(self._values, leaves, strict=True):
+                of_rank[name] = leaf
+        self._leaves[place] = [v[name] for v in self._values]
+
+    def results(self, observables: Sequence[Value], weights: list[Tensor]) -> list[tuple[str, Tensor]]:
+        """Observables, derivatives and parameter gradients, each with words for it.
+
+        Args:
+            observables: what they are to the ranks.
+            weights: of the loss; drawn if there are none yet.
+        """
+        energies = [self._values[0][n] for n in self._program.energies]
+        inputs = [x for leaves in self._leaves for x in dict.fromkeys(leaves)]
+        roots = [e.sum() for e in energies if e.requires_grad]
+        with torch.enable_grad(), autocast_as(self._program.autocast):
+            found = iter(
+                torch.autograd.grad(roots, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+            )
+        outputs = []
+        for name, value in zip(self._captured.regions.observables, observables, strict=True):
+            outputs.append((f"output {name}", self._joined([v[name] for v in self._values], value)))
+        for name, leaves, value in zip(self._program.coordinates, self._leaves, self._kinds, strict=True):
+            gradients = [next(found) for _ in dict.fromkeys(leaves)]
+            if value.kind is not Kind.OWN:  # what each rank computes from a copy of its own
+                gradients = [torch.stack(gradients).sum(0)]
+            outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
+        if not weights:
+            weights += draw_weights([x for _, x in outputs])
+        terms = force_loss([x for _, x in outputs], weights)
+        trained = torch.autograd.grad(terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
+        named = [(f"{GRADIENT}{n!r}", g) for n, g in zip(self._parameters, trained, strict=True)]
+        return [*((what, x.detach()) for what, x in outputs), *named]
+
+    def _joined(self, of_ranks: Sequence[Tensor], value: Value) -> Tensor:
+        if value.kind is not Kind.OWN:
+            return of_ranks[0]
+        order = self._shards[value.rows][0].order.to(of_ranks[0].device)
+        return torch.cat(list(of_ranks), value.dim).index_select(value.dim, order)
+
+
+def _gather_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    everything = torch.cat(list(values), dim).index_select(dim, shards[0].order.to(values[0].device))
+    halos = [everything.index_select(dim, s.halo.to(everything.device)) for s in shards]
+    return [torch.cat(pair, dim) for pair in zip(values, halos, strict=True)]
+
+
+def _sum_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    shape = list(values[0].shape)
+    shape[dim] = shards[0].num_rows
+    total = values[0].new_zeros(shape)
+    for value, shard in zip(values, shards, strict=True):
+        total = total.index_add(dim, torch.cat([shard.own, shard.halo]).to(value.device), value)
+    return [total.index_select(dim, s.own.to(total.device)) for s in shards]
+
+
+def _max_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    shape = list(values[0].shape)
+    shape[dim] = shards[0].num_rows
+    largest = values[0].new_full(shape, -math.inf)
+    for value, shard in zip(values, shards, strict=True):
+        rows = torch.cat([shard.own, shard.halo]).to(value.device)
+        held = torch.maximum(largest.index_select(dim, rows), value.detach())
+        largest = largest.index_copy(dim, rows, held)
+    own = [largest.index_select(dim, s.own.to(largest.device)) for s in shards]
+    are_largest = [v.detach() == g for v, g in zip(values, _gather_halo(own, shards, dim), strict=True)]
+    counts = _sum_halo([a.to(v.dtype) for a, v in zip(are_largest, values, strict=True)], shards, dim)
+    kept = [torch.where(a, v, torch.zeros_like(v)) for a, v in zip(are_largest, values, strict=True)]
+    return [s / n for s, n in zip(_sum_halo(kept, shards, dim), counts, strict=True)]
+
+
+def _with_low_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    return [
+        torch.cat([x, x.new_full([s.num_halo if d == dim else n for d, n in enumerate(x.shape)], -math.inf)], dim)
+        for x, s in zip(values, shards, strict=True)
+    ]
+
+
+def _with_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
+    return [
+        torch.cat([x, x.new_zeros([s.num_halo if d == dim else n for d, n in enumerate(x.shape)])], dim)
+        for x, s in zip(values, shards, strict=True)
+    ]
+
+
+def _sum(values: Sequence[Tensor], _: Sequence[Shard], __: int) -> list[Tensor]:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return [total] * len(values)
+
+
+def _same(values: Sequence[Tensor], _: Sequence[Shard], __: int) -> list[Tensor]:
+    return list(values)
+
+
+_EXCHANGES: dict[Any, Callable[[Sequence[Tensor], Sequence[Shard], int], list[Tensor]]] = {
+    exchange_ops.gather_halo: _gather_halo,
+    exchange_ops.sum_halo: _sum_halo,
+    exchange_ops.with_room: _with_room,
+    exchange_ops.max_halo: _max_halo,
+    exchange_ops.with_low_room: _with_low_room,
+    exchange_ops.sum_over_ranks: _sum,
+    exchange_ops.replicate: _same,
+    exchange_ops.count_once: _same,
+}

@@ -1,0 +1,191 @@
+"""Example batches for capture."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_januspipe.loader.microbatch import MicroBatchCollate, example_groups
+from lightning_januspipe.loader.sample_fields import sample_cost
+from lightning_januspipe.loader.split import SplitLoader, collates_samples, first_and_last, fresh_pass
+
+_NUM_SAMPLES = 12
+
+
+def example_batches(loader: Any, num_microbatches: int, limited: bool = False) -> tuple[Any, Any]:
+    """Two batches for capture, collated by the loader's own function: one to trace, one to validate and profile on.
+
+    They hold different numbers of samples; the first has at least two, the second about as many as a micro-batch. Of
+    ready-made batches they are the first two.
+
+    What training sees is not changed. A map-style dataset is read at a few indices spread over it, at most 12 times,
+    in a worker process if the loader has workers; neither sampler nor generator is touched. For an iterable dataset
+    that :func:`split_batches` has seen, the samples are those of its first batch, which training gets all the same.
+
+    Args:
+        loader: the training (or evaluation) loader.
+        num_microbatches: into how many its batches are split.
+        limited: of a map-style dataset, take samples that one process can hold.
+
+    Raises:
+        ValueError: the loader gives no samples, or gives them only once.
+    """
+    if isinstance(loader, SplitLoader) and loader.split_state.reads_ahead:
+        return loader.split_state.examples_of(loader)
+    with _same_random_numbers([getattr(loader, name, None) for name in ("dataset", "collate_fn")]):
+        if not isinstance(loader, DataLoader):
+            return first_and_last(list(islice(fresh_pass(loader, "loader"), 2)))
+        if isinstance(loader.dataset, IterableDataset):
+            return _read_iterable(loader, num_microbatches)
+        return _read_map(loader, num_microbatches, limited)
+
+
+def measured_costs(loader: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(n,) costs of a dataset's samples, each read once, by as many workers as the loader has."""
+    which: dict[str, Any] = {"num_workers": loader.num_workers}
+    if loader.num_workers:
+        which |= {"multiprocessing_context": loader.multiprocessing_context, "worker_init_fn": loader.worker_init_fn}
+    with _same_random_numbers([loader.dataset]):
+        reader: Any = DataLoader(loader.dataset, batch_size=64, collate_fn=_costs_of, **which)
+        return np.asarray(list(chain.from_iterable(reader)), dtype=np.float64)
+
+
+def _costs_of(samples: Sequence[Any]) -> list[float]:
+    return [sample_cost(s) for s in samples]
+
+
+@dataclasses.dataclass
+class _ExampleCollate:
+    """Collates samples to the two batches for capture; None where a dataset gives ready-made batches."""
+
+    collate: Callable[[list[Any]], Any]
+    num_typical: int
+    limited: bool = False
+
+    def __call__(self, samples: Any) -> tuple[Any, Any] | None:
+        if not isinstance(samples, Sequence):
+            return None
+        traced, other = example_groups(samples, self.num_typical, self.limited)
+        return self.collate(traced), self.collate(other)
+
+
+def _read_map(loader: Any, num_microbatches: int, limited: bool) -> tuple[Any, Any]:
+    dataset = loader.dataset
+    if not collates_samples(loader):
+        keys = _keys(loader, loader.sampler, 2)
+        return first_and_last(list(_reader(loader, loader.collate_fn, batch_size=None, sampler=keys)))
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 2 * num_microbatches
+    collate = _ExampleCollate(_collate_of(loader), max(1, round(batch_size / num_microbatches)), limited)
+    num = len(dataset) if hasattr(dataset, "__len__") else _NUM_SAMPLES
+    if not num:
+        raise ValueError("the dataset gives no samples")
+    few = min(num, _NUM_SAMPLES)
+    keys = [i * num // few for i in range(few)]
+    try:
+        (found,) = _reader(loader, collate, batch_sampler=[keys])
+    except Exception as error:  # its keys may be others than 0, 1, 2, …; the sampler knows them
+        try:
+            keys = list(chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)))[:_NUM_SAMPLES]
+            (found,) = _reader(loader, collate, batch_sampler=[keys])
+        except Exception:
+            raise error from None
+    return found or first_and_last(list(_reader(loader, collate.collate, batch_sampler=[keys[-2:], keys[:1]])))
+
+
+def _read_iterable(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
+    if not loader.num_workers:
+        fresh_pass(loader.dataset, "dataset")
+    if not collates_samples(loader):
+        return first_and_last(list(islice(_reader(loader, loader.collate_fn, batch_size=None), 2)))
+    num_typical = max(1, round((loader.batch_size or 1) / num_microbatches))
+    reader = _reader(loader, _ExampleCollate(_collate_of(loader), num_typical), batch_size=_NUM_SAMPLES)
+    for found in reader:
+        return found
+    raise ValueError("the dataset gives no samples")
+
+
+def _reader(loader: Any, collate: Callable[[Any], Any], **which: Any) -> Any:
+    """A loader of a few samples of the same dataset, read where the user's loader reads: here, or in a worker.
+
+    What a dataset opens on first use must not be open in this process when workers are forked from it.
+    """
+    if loader.num_workers:
+        which.update(
+            num_workers=1,
+            multiprocessing_context=loader.multiprocessing_context,
+            worker_init_fn=loader.worker_init_fn,
+            timeout=loader.timeout,
+            prefetch_factor=1,
+        )
+    return DataLoader(loader.dataset, collate_fn=collate, **which)
+
+
+def _collate_of(loader: Any) -> Callable[[list[Any]], Any]:
+    collate = loader.collate_fn
+    return collate.collate if isinstance(collate, MicroBatchCollate) else collate
+
+
+def _keys(loader: Any, sampler: Any, num: int) -> list[Any]:
+    """The first keys of a copy of a sampler, which may have a state; the dataset that it may know is not copied."""
+    with suppress(Exception):
+        sampler = copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
+    return list(islice(iter(sampler), num))
+
+
+@contextmanager
+def _same_random_numbers(dataset: Any = None) -> Iterator[None]:
+    """Looking at samples must not change which ones training sees: also not by generators that a dataset holds."""
+    restore = [_restorer(g) for g in _generators(dataset)]
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for function in restore:
+                function()
+
+
+def _generators(value: Any) -> list[Any]:
+    """Random number generators among the attributes of an object, and of what it holds, nearest first."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    todo = deque([(value, 0)])
+    while todo and len(seen) < 1000:
+        item, depth = todo.popleft()
+        parts: Iterable[Any] = ()
+        if id(item) in seen or depth > 6:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            found.append(item)
+        elif isinstance(item, (list, tuple, Mapping)):
+            parts = islice(item.values() if isinstance(item, Mapping) else item, 50)
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, types.ModuleType, Tensor, nn.Module)):
+            parts = vars(item).values()
+        todo.extend((part, depth + 1) for part in parts)
+    return found
+
+
+def _restorer(generator: Any) -> Callable[[], None]:
+    """A function that sets a generator back to where it is now."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return partial(setattr, bits, "state", bits.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())

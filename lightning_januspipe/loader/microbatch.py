@@ -1,0 +1,187 @@
+"""Micro-batches: the samples of a batch in groups of equal cost, each collated by the project's own function.
+
+No batch format has to be known. The gradient is that of gradient accumulation over the same groups: each weighs
+1 / (number of groups), whatever its size.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory as pin
+
+from lightning_januspipe.loader.packing import pack
+from lightning_januspipe.loader.sample_fields import sample_cost
+
+
+@dataclass
+class MicroBatches:
+    """A batch as a loader gives it to the strategy.
+
+    Attributes:
+        batches: one collated batch for each micro-batch.
+        num_samples: how many samples each holds; 0 where that is not known.
+        examples: two collated batches for capture, of samples of this batch; the loader takes them away.
+        ahead: what the loader's process found out about each micro-batch beside collating it, None where nothing.
+    """
+
+    batches: list[Any]
+    num_samples: list[int]
+    examples: tuple[Any, Any] | None = None
+    ahead: list[Tensor | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def pin_memory(self) -> MicroBatches:
+        """Called by a loader's pinning thread."""
+        return replace(self, batches=[pin(b) for b in self.batches])
+
+
+class GroupedIndices(list[int]):
+    """What a batch sampler gives that has formed the micro-batches itself: indices, one micro-batch after another.
+
+    Args:
+        groups: the indices of each micro-batch.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        super().__init__(i for group in groups for i in group)
+        self.sizes = [len(group) for group in groups]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As groups: workers get a copy."""
+        ends = list(accumulate(self.sizes))
+        return GroupedIndices, ([self[e - n : e] for e, n in zip(ends, self.sizes, strict=True)],)
+
+
+class GroupedSamples(list[Any]):
+    """The samples of :class:`GroupedIndices`.
+
+    Args:
+        samples: one micro-batch after another.
+        sizes: samples of each micro-batch.
+    """
+
+    def __init__(self, samples: Sequence[Any], sizes: Sequence[int]) -> None:
+        super().__init__(samples)
+        ends = accumulate(sizes)
+        self.groups = [list(samples[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
+
+
+class MicroBatchCollate:
+    """Wraps a loader's ``collate_fn``.
+
+    Args:
+        collate: the loader's own function, from a list of samples to a batch.
+        num_microbatches: into how many groups the samples of a batch go; fewer where there are fewer samples.
+        required: whether a batch that cannot be split is an error, or one micro-batch.
+        num_typical: samples of a usual micro-batch, if the first batch in each process shall carry examples.
+        ahead: called with the place of each micro-batch and the collated micro-batch, in the process that collates.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[Any], Any],
+        num_microbatches: int,
+        *,
+        required: bool = True,
+        num_typical: int | None = None,
+        ahead: Callable[[int, Any], Tensor | None] | None = None,
+    ) -> None:
+        self.collate, self._ahead = collate, ahead
+        self.num_microbatches = num_microbatches
+        self._required = required
+        self._num_typical = num_typical
+
+    def __call__(self, samples: Any) -> MicroBatches:
+        """Split and collate.
+
+        Raises:
+            ValueError: there are no samples, or they are a batch already.
+        """
+        if not isinstance(samples, Sequence):
+            return self._whole(samples)
+        if isinstance(samples, GroupedSamples):
+            groups = samples.groups
+        else:
+            groups = split_samples(samples, self.num_microbatches)
+        examples: list[list[Any]] = []
+        if self._num_typical:  # of copies: collating may change what it collates
+            examples = [[_copied(s) for s in group] for group in example_groups(samples, self._num_typical)]
+        found = MicroBatches([self.collate(g) for g in groups], [len(g) for g in groups])
+        if examples:
+            found.examples = self.collate(examples[0]), self.collate(examples[1])
+            self._num_typical = None
+        if self._ahead is not None:
+            found.ahead = [self._ahead(i, batch) for i, batch in enumerate(found.batches)]
+        return found
+
+    def _whole(self, batch: Any) -> MicroBatches:
+        what = (
+            f"the dataset's __getitems__ gives a {type(batch).__name__}, not a list of samples, so that a batch cannot "
+            f"be split into {self.num_microbatches} micro-batches"
+        )
+        how = "Let __getitems__ return a list of samples, which collate_fn joins"
+        if self._required:
+            raise ValueError(f"{what}. {how}, or use num_microbatches=1 with accumulate_grad_batches.")
+        warnings.warn(f"{what}: each batch is one micro-batch. {how}.", stacklevel=2)
+        return MicroBatches([self.collate(batch)], [0])
+
+
+def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
+    """Samples in ``min(num_groups, len(samples))`` groups of nearly equal cost.
+
+    See :func:`~lightning_januspipe.loader.packing.pack`; inside a group the order of the batch is kept.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError("a batch without samples cannot be split; check the batch sampler, which gave an empty batch")
+    num_groups = min(num_groups, len(samples))
+    if num_groups == 1:
+        return [list(samples)]
+    groups = pack([sample_cost(s) for s in samples], num_groups)
+    ordered = sorted(groups, key=lambda g: g[0])
+    return [[samples[i] for i in g] for g in ordered]
+
+
+MAX_EXAMPLE = 20_000.0
+"""Largest cost of a sample that is captured where training divides samples over several ranks."""
+
+
+def example_groups(samples: Sequence[Any], num_typical: int, limited: bool = False) -> tuple[list[Any], list[Any]]:
+    """Samples of two batches for capture, of different numbers of samples: one to trace, one to validate and profile.
+
+    Args:
+        samples: at least one; those of a group are repeated where there are too few.
+        num_typical: samples of a usual micro-batch.
+        limited: take samples for both that one process can hold, where training divides them over several.
+
+    Returns:
+        The largest two or three samples, and ``num_typical`` samples of middle sizes; where these are limited, of those
+        that cost no more than :data:`MAX_EXAMPLE`, or else of the smallest two.
+    """
+    ordered = sorted(samples, key=sample_cost)
+    num_traced = 3 if num_typical == 2 else 2
+    if limited:
+        ordered = [s for s in ordered if sample_cost(s) <= MAX_EXAMPLE] or ordered[:2]
+    middle = [ordered[len(ordered) * (2 * i + 1) // (2 * num_typical)] for i in range(num_typical)]
+    return [ordered[-1 - i % len(ordered)] for i in range(num_traced)], middle
+
+
+def _copied(sample: Any) -> Any:
+    try:
+        return copy.copy(sample)
+    except Exception:  # what cannot be copied is collated as it is
+        return sample

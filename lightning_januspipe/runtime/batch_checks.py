@@ -1,0 +1,88 @@
+"""Proofs in the middle of training, for batches of a kind that the first proof did not see.
+
+A forward may branch on whether there is just one structure, or no edge, or on an entry that only some batches hold.
+The trace does not tell: many operations treat sizes of 0 and 1 apart without another result, and entries that a forward
+does not read are of no effect. So the first batch of each such kind is compared with the module itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_januspipe.capture.adapters import capturing
+from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
+from lightning_januspipe.capture.find.in_step import potential_of
+from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.validate.against_eager import validate, validate_evaluation
+from lightning_januspipe.capture.validate.side_effects import unchanged
+from lightning_januspipe.errors import CaptureError
+
+
+class Proofs:
+    """Compares a potential in stages with the module itself on the first batch of each kind.
+
+    Every rank of a pipeline holds the whole module and the same batch, and so comes to the same.
+
+    Args:
+        divided: the potential in stages, proven on ordinary batches.
+        module: the LightningModule.
+
+    Attributes:
+        whole: a context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
+    """
+
+    def __init__(self, divided: DividedPotential, module: nn.Module) -> None:
+        self._divided, self._module = divided, module
+        self._proven: set[frozenset[str]] = set()
+        self._open: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
+        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def note(
+        self, step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
+    ) -> None:
+        """Note a call, if it is of a kind that no proof has seen.
+
+        Args:
+            step: the user's step that makes the call.
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+            symbols: values of its size symbols.
+        """
+        divided = self._divided
+        call = PotentialCall(divided.path, args, kwargs, tuple(divided.outputs), divided.replaced)
+        potential = potential_of(self._module, step, call)
+        kinds = divided.kinds(potential, args, kwargs, symbols)
+        if kinds and not any(kinds <= proven for proven in (*self._proven, *self._open)):
+            self._open[kinds] = potential, call
+
+    def settle(self) -> None:
+        """Prove the potential for the calls that were noted.
+
+        Raises:
+            CaptureError: the stages differ from the module itself.
+        """
+        if not self._open:
+            return
+        noted, self._open = self._open, {}
+        with self.whole(), unchanged(self._module), capturing(self._module):
+            for kinds, (potential, call) in noted.items():
+                self._prove(kinds, potential, call)
+        self._proven.update(noted)
+
+    def _prove(self, kinds: frozenset[str], potential: nn.Module, call: PotentialCall) -> None:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                if potential.training:
+                    validate(self._divided, potential, call)
+                else:
+                    validate_evaluation(self._divided, potential, call)
+        except CaptureError as error:
+            raise CaptureError(
+                f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was proven when "
+                f"training started, and with it {error}"
+            ) from error

@@ -1,0 +1,224 @@
+"""From a LightningModule and a loader's samples to this rank's part of a pipeline: one rank captures, all get it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_januspipe.capture import (
+    Capture,
+    CaptureError,
+    ExplicitStages,
+    Manner,
+    ProgramCache,
+    Stages,
+    capture_module,
+)
+from lightning_januspipe.capture.find.grad_call import StepFunction
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.distributed import on_first_rank
+from lightning_januspipe.engine.memory import PhaseBytes
+from lightning_januspipe.engine.specs import PhaseSeconds
+from lightning_januspipe.graph import call_tensors, division_of, prove_division
+from lightning_januspipe.mesh import Mesh, MeshShape, as_world
+from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline, measured_latency
+from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
+from lightning_januspipe.runtime.user_step import with_batch
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What a capture is made from.
+
+    Attributes:
+        module: the LightningModule.
+        step: its training or evaluation step.
+        examples: gives two batches of other sizes; called on one rank.
+        num_microbatches: of most steps; the cut is chosen for it.
+        ready: the contexts that the step is run in, with the module in training mode or as it is.
+        trains: whether it is for training.
+        evaluation_step: validation_step, where training runs it.
+    """
+
+    module: Any
+    step: Callable[..., Any]
+    examples: Callable[[], tuple[Any, Any]]
+    num_microbatches: int
+    ready: Callable[[bool], AbstractContextManager[None]]
+    trains: bool
+    evaluation_step: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A capture that may serve again, as in a test after training."""
+
+    module: weakref.ref[Any]
+    step: str
+    capture: Capture
+
+    def serves(self, request: CaptureRequest) -> bool:
+        """Whether it is right for a request.
+
+        Training starts with a capture of its own: an earlier one may know nothing of what its step reads. Where steps
+        differentiate by themselves, each has a capture of its own too.
+        """
+        any_step = self.capture.potential.replaced is None
+        is_right = self.module() is request.module and (any_step or self.step == _name(request.step))
+        return is_right and not request.trains
+
+
+class Capturer:
+    """Captures modules for one strategy, and keeps the last capture.
+
+    Attributes:
+        schedule: name of the schedule.
+
+    Args:
+        schedule: name of the schedule.
+        wave_size: micro-batches in a wave, or "auto".
+        memory_limit: most bytes that the micro-batches of one rank may hold in training, or None.
+        potential: dotted name of the potential, where the user gave one.
+        stages: where stages come from.
+        message_dtype: what messages between stages are rounded to.
+    """
+
+    def __init__(
+        self,
+        schedule: str,
+        wave_size: int | Literal["auto"],
+        memory_limit: float | None,
+        potential: str | None,
+        stages: Stages,
+        message_dtype: MessageDtype | None = None,
+    ) -> None:
+        self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
+        self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
+        self._kept: _Kept | None = None
+
+    def pipeline(
+        self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
+    ) -> tuple[Pipeline, str]:
+        """This rank's part of the pipeline, and a line about a new capture (empty for one that is used again).
+
+        Args:
+            request: what to capture.
+            mesh: this rank's process groups.
+            rank: this global rank; rank 0 captures.
+            broadcast: gives an object of rank 0 to all ranks.
+
+        Raises:
+            CaptureError: on every rank, where rank 0 cannot capture.
+        """
+        num_ranks = mesh.shape.pipeline
+        # One number for all replicas: by it the stages are placed.
+        latency = broadcast(measured_latency(mesh))
+        news = ""
+        to_prove: list[Tensor] = []
+        if self._kept is None or not self._kept.serves(request):
+
+            def step_time(seconds: list[PhaseSeconds]) -> float:
+                return self._planner(num_ranks, latency, seconds).step_time(request.num_microbatches)
+
+            def capture_in(training: bool) -> tuple[Capture, list[Tensor]]:
+                with request.ready(training):
+                    examples = request.examples()
+                    evaluation, step = request.evaluation_step, with_batch(request.step)
+                    with as_world(mesh.alone_group):  # this rank alone runs the step now, with its collectives
+                        found = capture_module(
+                            request.module,
+                            step,
+                            *examples,
+                            placements(self.schedule, num_ranks),
+                            self._potential,
+                            manner=Manner(defer=is_deferred(self.schedule), apart=is_unfolded(self.schedule)),
+                            step_time=step_time,
+                            evaluation_step=None if evaluation is None else with_batch(evaluation),
+                            stages=self._stages,
+                            cache=ProgramCache.default(),
+                        )
+                        proof = _proof(found, request.module, step, examples[1], mesh.shape.graph)
+                        return found, proof
+
+            def capture() -> tuple[Capture, list[Tensor]]:
+                # Many potentials detach their forces in evaluation; some differentiate once only if they are told so.
+                try:
+                    return capture_in(not request.trains)
+                except CaptureError:
+                    if request.trains:
+                        raise
+                return capture_in(False)
+
+            result, to_prove = on_first_rank(capture, rank, broadcast)
+            self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
+            manner = manner_in_words(self.schedule, request.num_microbatches, mesh.shape)
+            news = f"januspipe: {result.describe()}; {manner}"
+        found = self._kept.capture
+        # Evaluation keeps nothing between its phases.
+        limit = self._memory_limit if request.trains else None
+        planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
+        pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
+        if to_prove:
+            with request.ready(not request.trains):
+                # What was received in Lightning's inference mode cannot be differentiated.
+                pipeline.prove_division([t.clone().to(mesh.device) for t in to_prove])
+        return pipeline, news
+
+    def _planner(
+        self,
+        num_ranks: int,
+        latency: float,
+        seconds: Sequence[PhaseSeconds],
+        measured_bytes: Sequence[PhaseBytes] = (),
+        memory_limit: float | None = None,
+    ) -> Planner:
+        return Planner(
+            self.schedule,
+            num_ranks,
+            phase_costs(seconds),
+            memory_costs(measured_bytes),
+            self._wave_size,
+            memory_limit,
+            latency,
+        )
+
+
+def manner_in_words(schedule: str, num_microbatches: int, shape: MeshShape) -> str:
+    """How the ranks will work, in words."""
+    words = [schedule if shape.pipeline > 1 else "no pipeline"]
+    words.append(f"{num_microbatches} micro-batches" if num_microbatches > 1 else "one micro-batch")
+    if shape.graph > 1:
+        words.append(f"the atoms of each on {shape.graph} ranks")
+    if shape.data > 1:
+        words.append(f"{shape.data} replicas")
+    return ", ".join(words)
+
+
+def _proof(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:
+    """Prove that a potential can be divided over graph ranks.
+
+    Returns:
+        Where that takes all ranks together, the potential's inputs to prove it with, on the CPU; else nothing.
+    """
+    potential = capture.potential
+    if num_ranks == 1:
+        return []
+    if isinstance(potential, CapturedPotential):
+        try:
+            prove_division(potential, module, step, batch, num_ranks)
+        except CaptureError as error:
+            if not isinstance(module.get_submodule(potential.path), ExplicitStages):
+                raise
+            raise CaptureError(f"{error} Or take the stages that it declares, with stages='explicit'.") from error
+        return []
+    division_of(potential, module.get_submodule(potential.path))
+    return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]
+
+
+def _name(step: Callable[..., Any]) -> str:
+    return getattr(step, "__name__", "")

@@ -1,0 +1,123 @@
+"""Parameters of other stages leave a rank's memory, where the module is made in ``configure_model``.
+
+Which stages a rank has is known only after capture, for which the first rank needs the whole module on its device. The
+others keep it in host memory until then. Afterwards a rank has on its device the parameters that it trains and those
+that all ranks read; the rest are on the meta device, with names, shapes and identity, but without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.pipeline import Pipeline
+
+
+class Residence:
+    """Moves the parameters of one module on one rank.
+
+    Args:
+        module: the LightningModule, the same on all ranks.
+        mesh: this rank's process groups.
+    """
+
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        self._module, self._mesh = module, mesh
+        self._gone: dict[nn.Parameter, int] = {}
+        self._stale: dict[nn.Parameter, int] = {}
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether parameters are on the meta device, here or on other ranks of the pipeline."""
+        return bool(self._gone)
+
+    def wait_for_stages(self) -> None:
+        """Move the module to the device, but its parameters on the first rank only."""
+        device = self._mesh.device
+        if self._mesh.rank == 0:
+            self._module.to(device)
+        else:
+            self._module._apply(lambda t: t if isinstance(t, nn.Parameter) else t.to(device))
+
+    def place(self, pipeline: Pipeline) -> None:
+        """Move the parameters that this rank's stages and the steps read to its device; the others stay."""
+        for parameter in self._module.parameters():
+            if _is_needed(pipeline, parameter):
+                parameter.data = parameter.data.to(self._mesh.device)
+            elif self._mesh.rank != 0:
+                parameter.data = parameter.data.cpu()
+
+    def release(self, pipeline: Pipeline) -> None:
+        """Free the parameters of other stages."""
+        ranks = pipeline.ranks_of
+        # Gradients of a parameter with several holders are summed over all ranks.
+        self._gone = {p: pipeline.owner(p) for p in self._module.parameters() if len(ranks[p]) == 1}
+        # Ranks that do not hold such a parameter have its values of before training.
+        self._stale = {p: pipeline.owner(p) for p in pipeline.partly_held() if p not in self._gone}
+        for parameter in self._gone:
+            if not pipeline.holds(parameter):
+                parameter.grad = None
+                _replace(parameter, torch.empty_like(parameter, device="meta"))
+
+    def restore(self) -> None:
+        """Bring all parameters back, those of other stages into host memory; every rank of a pipeline takes part."""
+        self._fetch(keep=True)
+        self._gone, self._stale = {}, {}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The values of all parameters on the device of every rank of a pipeline, all of which take part."""
+        fetched = self._fetch(keep=True, on_device=True)
+        try:
+            yield
+        finally:
+            _forget(fetched)
+
+    @contextmanager
+    def whole_on_first_rank(self) -> Iterator[None]:
+        """The values of all parameters on global rank 0, in host memory; tensors taken from them stay valid."""
+        fetched = self._fetch(keep=self._mesh.rank == 0) if self._mesh.data_rank == 0 else []
+        try:
+            yield
+        finally:
+            _forget(fetched)
+
+    def _fetch(self, keep: bool, on_device: bool = False) -> list[nn.Parameter]:
+        fetched = []
+        for parameter, owner in self._stale.items():
+            values = parameter.detach().contiguous()
+            dist.broadcast(values, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
+            parameter.data.copy_(values)
+        for parameter, owner in self._gone.items():
+            buffer = parameter.data if not parameter.is_meta else torch.empty_like(parameter, device=self._mesh.device)
+            buffer = buffer.detach().contiguous()
+            dist.broadcast(buffer, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
+            if parameter.is_meta and keep:
+                _replace(parameter, buffer if on_device else buffer.cpu())
+                fetched.append(parameter)
+        return fetched
+
+    def leave_device(self) -> None:
+        """Move what there is to host memory; what is on the meta device stays there."""
+        self._module._apply(lambda t: t if t.is_meta else t.cpu())
+
+
+def _is_needed(pipeline: Pipeline, parameter: nn.Parameter) -> bool:
+    return pipeline.holds(parameter) or len(pipeline.ranks_of[parameter]) > 1
+
+
+def _forget(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        _replace(parameter, torch.empty_like(parameter, device="meta"))
+
+
+def _replace(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter other values on another kind of device; the object stays the same for all who hold it."""
+    other = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    # torch.utils.swap_tensors refuses objects with weak references, which are to this very object, and stay right.
+    torch._C._swap_tensor_impl(parameter, other)  # type: ignore[attr-defined]

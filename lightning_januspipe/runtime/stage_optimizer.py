@@ -1,0 +1,172 @@
+"""Optimizers of one stage, and their part in checkpoints with the user's own keys.
+
+A consolidated checkpoint is what plain Lightning writes: it loads with ``strategy="auto"`` and the reverse. Optimizer
+state travels between ranks by parameter, never by index of a stage, since indices of different stages collide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.pipeline import Pipeline
+
+
+class StageOptimizer:
+    """Keeps in an optimizer only what this rank trains, and puts the whole together again for a checkpoint.
+
+    Args:
+        optimizer: made by the user over the whole module.
+        pipeline: this rank's stage.
+        names: of all parameters of the module.
+        state: of a checkpoint, by the indices of the optimizer over the whole module; by default the optimizer's own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        pipeline: Pipeline,
+        names: Mapping[nn.Parameter, str],
+        state: Mapping[int, Any] | None = None,
+    ) -> None:
+        self.optimizer, self._pipeline, self._names = optimizer, pipeline, names
+        self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
+        known = set(pipeline.ranks_of)
+        for parameters in self._groups:
+            if any(p not in known for p in parameters):
+                raise ValueError(
+                    "the optimizer holds parameters that are not parameters of the LightningModule; return from "
+                    "configure_optimizers an optimizer over self.parameters() or a part of it"
+                )
+        self._known = known
+        self._prune()
+        if state is not None:
+            self._load_held(state)
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Load what this rank trains from the state of the optimizer over the whole module."""
+        self.make_whole()
+        saved = indexed_state(saved, self.optimizer, self._names)
+        self._prune()
+        for group, other in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update({k: v for k, v in other.items() if k != "params"})
+        self._load_held(saved["state"])
+
+    def make_whole(self) -> None:
+        """Give the optimizer its own parameter groups back, as the user made them."""
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = parameters
+
+    def _prune(self) -> None:
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = [p for p in parameters if self._pipeline.holds(p)]
+        for parameter in self._known:
+            if not self._pipeline.holds(parameter):
+                self.optimizer.state.pop(parameter, None)
+
+    def _load_held(self, state: Mapping[int, Any]) -> None:
+        index = {p: i for i, p in enumerate(p for parameters in self._groups for p in parameters)}
+        held = self.optimizer.state_dict()
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held["state"] = {i: state[index[p]] for i, p in enumerate(order) if index[p] in state}
+        self.optimizer.load_state_dict(held)
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """What this rank writes into a folder: state of the parameters that it owns, and all groups, by names."""
+        self._require_same_groups()
+        state = {
+            self._names[p]: self.optimizer.state[p]
+            for parameters in self._groups
+            for p in parameters
+            if p in self.optimizer.state and self._pipeline.owns(p)
+        }
+        names = [[self._names[p] for p in parameters] for parameters in self._groups]
+        return {"state": state, "param_groups": _groups(self.optimizer, names)}
+
+    def full_state_dict(self, mesh: Mesh) -> dict[str, Any]:
+        """The state dict that the optimizer over the whole module would have; every rank of a pipeline takes part."""
+        if mesh.aborted:
+            raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
+        self._require_same_groups()
+        order = [p for group in self._groups for p in group]
+        mine = {
+            i: _to_cpu(self.optimizer.state[p])
+            for i, p in enumerate(order)
+            if p in self.optimizer.state and self._pipeline.owns(p)
+        }
+        is_first = mesh.pipeline_rank == 0
+        found: list[Any] | None = [None] * mesh.shape.pipeline if is_first else None
+        dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
+        state: dict[int, Any] = {}
+        for part in found or ():
+            state.update(part)
+        numbers = iter(range(len(order)))
+        indices = [[next(numbers) for _ in parameters] for parameters in self._groups]
+        return {"state": dict(sorted(state.items())), "param_groups": _groups(self.optimizer, indices)}
+
+    def _require_same_groups(self) -> None:
+        if len(self.optimizer.param_groups) != len(self._groups):
+            raise ValueError(
+                f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, but had {len(self._groups)} "
+                "when training started. Make all groups in configure_optimizers, or train "
+                "with pipeline_size=1 and graph_size=1."
+            )
+
+
+def named_state_dict(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """State of an optimizer over whole parameters, by their names."""
+    keys = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    state = {name: optimizer.state[p] for p, name in names.items() if p in optimizer.state}
+    return {"state": state, "param_groups": _groups(optimizer, keys)}
+
+
+def indexed_state(saved: Mapping[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """A saved state by the indices of an optimizer, whether it was saved by names or by indices.
+
+    Args:
+        saved: what a checkpoint holds.
+        optimizer: over whole parameters.
+        names: of the module's parameters.
+
+    Raises:
+        ValueError: the checkpoint is of other parameters.
+    """
+    groups = saved["param_groups"]
+    if not any(isinstance(key, str) for group in groups for key in group["params"]):
+        return dict(saved)
+    here = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
+    there = [list(group["params"]) for group in groups]
+    if [sorted(g) for g in here] != [sorted(g) for g in there]:
+        ours, theirs = {n for g in here for n in g}, {n for g in there for n in g}
+        what = sorted(ours ^ theirs)[:3] or "the same parameters in other groups"
+        raise ValueError(
+            f"the checkpoint's optimizer has {[len(g) for g in there]} parameters in its groups, and this one "
+            f"{[len(g) for g in here]}; they differ in {what}. Resume with the same configure_optimizers."
+        )
+    index = {name: i for i, name in enumerate(n for g in here for n in g)}
+    state = {index[name]: s for name, s in saved.get("state", {}).items()}
+    return {
+        "state": dict(sorted(state.items())),
+        "param_groups": [{**g, "params": [index[n] for n in n_here]} for g, n_here in zip(groups, here, strict=True)],
+    }
+
+
+def _groups(optimizer: Optimizer, keys: list[list[Any]]) -> list[dict[str, Any]]:
+    return [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": params}
+        for group, params in zip(optimizer.param_groups, keys, strict=True)
+    ]
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,160 @@
+"""Traces of timed schedules in the Trace Event Format, for ui.perfetto.dev and chrome://tracing.
+
+Every row (label, schedule, report) is a process and every rank a thread of it, so that predicted and recorded times lie
+below one another, each counted from its first action.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_januspipe.schedule.actions import Phase, Schedule
+from lightning_januspipe.schedule.draw import Row, check_rows, first_start
+from lightning_januspipe.schedule.report import Report
+
+COLOUR_NAMES: Mapping[Phase, str] = {
+    Phase.FE: "thread_state_runnable",
+    Phase.FF: "rail_response",
+    Phase.BF: "rail_animation",
+    Phase.BE: "rail_idle",
+    Phase.WF: "cq_build_failed",
+    Phase.WE: "cq_build_running",
+}
+"""The reserved colours of chrome://tracing that are nearest to those of `draw`: blues, red and orange, paler ones."""
+
+_NANOSECONDS = 1e9  # per second
+_PER_MICROSECOND = 1e3  # nanoseconds; the format counts microseconds, and viewers keep three decimals of them
+
+
+def chrome_trace(rows: Sequence[Row], *, seconds_per_unit: float = 1.0) -> dict[str, Any]:
+    """Turn timed schedules into a trace.
+
+    An action is a complete event named like ``FE0.3``, a message between two ranks a flow from the action that sends it
+    to the one that takes it in, and the memory of a rank, where the report has it, a counter of bytes.
+
+    Args:
+        rows: Label, schedule and report of every process.
+        seconds_per_unit: Length of the reports' unit of time, in seconds.
+
+    Returns:
+        The trace, ready for `json.dump`.
+
+    Raises:
+        ValueError: If there is no row, a report is not of its schedule, or ``seconds_per_unit`` is not a number > 0.
+    """
+    check_rows(rows)
+    if not (math.isfinite(seconds_per_unit) and seconds_per_unit > 0):
+        raise ValueError(f"seconds_per_unit is {seconds_per_unit!r}, expected a number > 0: 1e-3 for milliseconds.")
+    events: list[dict[str, Any]] = []
+    flow = 0
+    for process, (label, schedule, report) in enumerate(rows):
+        clock = _Clock(first_start(report), seconds_per_unit)
+        events += _names(process, label, schedule.num_ranks)
+        events += _boxes(process, schedule, report, clock)
+        for pair in _messages(process, schedule, report, clock):
+            events += [{**event, "name": "message", "cat": "message", "id": flow} for event in pair]
+            flow += 1
+        events += _counters(process, report, clock)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def write_chrome_trace(rows: Sequence[Row], path: str | os.PathLike[str], *, seconds_per_unit: float = 1.0) -> None:
+    """Write the trace of `chrome_trace` as JSON, one event per line.
+
+    Args:
+        rows: Label, schedule and report of every process.
+        path: File to write.
+        seconds_per_unit: Length of the reports' unit of time, in seconds.
+
+    Raises:
+        ValueError: As `chrome_trace`.
+    """
+    trace = chrome_trace(rows, seconds_per_unit=seconds_per_unit)
+    events = trace.pop("traceEvents")
+    lines = ",\n".join(json.dumps(event, allow_nan=False) for event in events)
+    rest = json.dumps(trace).removeprefix("{")
+    Path(path).write_text(f'{{"traceEvents": [\n{lines}\n],\n{rest}\n', encoding="utf-8")
+
+
+class _Clock:
+    """Turns times of a report into whole nanoseconds, so that neighbours never overlap by a rounding error."""
+
+    def __init__(self, origin: float, seconds_per_unit: float) -> None:
+        self.origin = origin
+        self.seconds_per_unit = seconds_per_unit
+
+    def __call__(self, time: float) -> int:
+        return round((time - self.origin) * self.seconds_per_unit * _NANOSECONDS)
+
+
+def _names(process: int, label: str, num_ranks: int) -> Iterator[dict[str, Any]]:
+    """Labels and order of a process and its threads."""
+
+    def metadata(kind: str, thread: int, **values: object) -> dict[str, Any]:
+        return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": values}
+
+    yield metadata("process_name", 0, name=label)
+    yield metadata("process_sort_index", 0, sort_index=process)
+    for rank in range(num_ranks):
+        yield metadata("thread_name", rank, name=f"rank {rank}")
+        yield metadata("thread_sort_index", rank, sort_index=rank)
+
+
+def _boxes(process: int, schedule: Schedule, report: Report, clock: _Clock) -> Iterator[dict[str, Any]]:
+    for rank, order in enumerate(schedule.actions):
+        for action in order:
+            start, end = clock(report.start[action]), clock(report.end[action])
+            yield {
+                "ph": "X",
+                "name": str(action),
+                "cat": action.phase.value,
+                "pid": process,
+                "tid": rank,
+                "ts": start / _PER_MICROSECOND,
+                "dur": (end - start) / _PER_MICROSECOND,
+                "cname": COLOUR_NAMES[action.phase],
+                "args": {"stage": action.stage, "microbatch": action.microbatch},
+            }
+
+
+def _messages(
+    process: int, schedule: Schedule, report: Report, clock: _Clock
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Both ends of every message between two ranks."""
+    for rank, order in enumerate(schedule.actions):
+        for action in order:
+            for source in schedule.dependencies(action):
+                sender = schedule.rank_of(source)
+                if sender == rank:
+                    continue
+                # A flow belongs to the event that its ends lie in; an event's end is outside already.
+                sent = max(clock(report.start[source]), clock(report.end[source]) - 1)
+                yield (
+                    {"ph": "s", "pid": process, "tid": sender, "ts": sent / _PER_MICROSECOND},
+                    {
+                        "ph": "f",
+                        "bp": "e",
+                        "pid": process,
+                        "tid": rank,
+                        "ts": clock(report.start[action]) / _PER_MICROSECOND,
+                    },
+                )
+
+
+def _counters(process: int, report: Report, clock: _Clock) -> Iterator[dict[str, Any]]:
+    """Bytes held by each rank; of several values at one time the last holds."""
+    for rank, steps in enumerate(report.memory):
+        for time, held in {clock(time): held for time, held in steps}.items():
+            yield {
+                "ph": "C",
+                "name": f"bytes held by rank {rank}",
+                "pid": process,
+                "tid": rank,
+                "ts": time / _PER_MICROSECOND,
+                "args": {"bytes": held},
+            }

@@ -1,0 +1,63 @@
+"""What a simulation finds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_januspipe.schedule.actions import Action, Schedule
+
+Curve = tuple[tuple[float, float], ...]
+"""A step function: (time, value from then on) in the order of time."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Timing of one step, simulated or recorded, in the unit of time of the costs.
+
+    Args:
+        makespan: Time from the first start to the last end.
+        ideal: Time that the busiest rank of a folded pipeline works, M·T; no schedule of these stages is faster.
+        peak_live: Per rank, the most micro-batches of which it holds something at once: from the first to the last
+            of their actions on the rank.
+        start: Start time of every action.
+        end: End time of every action.
+        busy: Per rank, the time that it works; more than its share where FE is computed twice.
+        memory: Per rank, the bytes held by micro-batches over time; empty where no memory costs were given.
+    """
+
+    makespan: float
+    ideal: float
+    peak_live: tuple[int, ...]
+    start: Mapping[Action, float]
+    end: Mapping[Action, float]
+    busy: tuple[float, ...] = ()
+    memory: tuple[Curve, ...] = ()
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Share of the makespan in which the busiest rank waits, from 0 to 1."""
+        return max(0.0, 1.0 - max(self.busy, default=self.ideal) / self.makespan)
+
+    @property
+    def peak_memory(self) -> tuple[float, ...]:
+        """Per rank, the most bytes that its micro-batches hold at once; empty where no memory costs were given."""
+        return tuple(max((held for _, held in curve), default=0.0) for curve in self.memory)
+
+
+def peak_live(schedule: Schedule) -> tuple[int, ...]:
+    """Most live micro-batches per rank; a rank runs one action at a time, so its order alone decides."""
+    peaks = []
+    for order in schedule.actions:
+        left = Counter(action.microbatch for action in order)
+        live: set[int] = set()
+        peak = 0
+        for action in order:
+            live.add(action.microbatch)
+            peak = max(peak, len(live))
+            left[action.microbatch] -= 1
+            if not left[action.microbatch]:
+                live.discard(action.microbatch)
+        peaks.append(peak)
+    return tuple(peaks)

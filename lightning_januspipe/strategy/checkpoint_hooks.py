@@ -1,0 +1,264 @@
+"""The Lightning hooks of checkpoints: what the Trainer calls to save, load and remove them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_januspipe.checkpoint import atomic, sharded
+from lightning_januspipe.checkpoint.averages import followers
+from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
+from lightning_januspipe.distributed import on_first_rank
+from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.loader.resume import KEY, LoaderPosition
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.parameter_residence import Residence
+from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
+from lightning_januspipe.strategy.contexts import is_fitting
+from lightning_januspipe.strategy.shutdown import Interruption
+
+
+class CheckpointHooks:
+    """The part of the strategy that saves and loads; every rank takes part in saving."""
+
+    lib: Any
+    _checkpoint_io: Any
+    mesh: Mesh | None
+    runner: Undivided | Pipeline | None
+    _save_distributed: bool
+    _position: LoaderPosition
+    _stage_optimizers: dict[int, StageOptimizer]
+    _interruption: Interruption | None = None
+    _residence: Residence | None = None
+    _unloaded: dict[int, dict[str, Any]]
+    """States of optimizers that wait until the stages are known."""
+
+    @property
+    def checkpoint_io(self) -> Any:
+        """How files are written: the user's plugin, or whole or not at all."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = atomic_checkpoint_io(self.lib)
+        elif isinstance(self._checkpoint_io, self.lib.wrapper._WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = atomic_checkpoint_io(self.lib)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: Any) -> None:
+        self._checkpoint_io = io
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state: whole on global rank 0, or, for a folder, right where this rank owns it."""
+        module, runner = self.lightning_module, self.runner
+        self._require_all_ranks()
+        if not isinstance(runner, Pipeline):  # after training everything is whole
+            return module.state_dict()
+        assert self.mesh is not None
+        if self._save_distributed and _has_own_tensors(module):
+            runner.synchronize(module.trainer.callbacks, averages_only=True)
+            return module.state_dict()
+        if self._residence is not None and self._residence.is_partial:
+            with self._residence.whole_on_first_rank():
+                return module.state_dict()
+        runner.synchronize(module.trainer.callbacks)
+        return module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """An optimizer's state: as plain Lightning would save it, or, for a folder, this rank's part by names."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        stage, waiting = self._stage_optimizers.get(id(optimizer)), self._unloaded.get(id(optimizer))
+        if stage is not None and self._save_distributed:
+            return stage.own_state_dict()
+        if stage is not None:
+            assert self.mesh is not None
+            return stage.full_state_dict(self.mesh)
+        if waiting is not None:
+            return waiting
+        if self._save_distributed:
+            return named_state_dict(optimizer, _names(self.lightning_module))
+        return super().optimizer_state(optimizer)  # type: ignore[misc]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a file or a folder; it appears under its name when it is complete, on every rank's word."""
+        if is_fitting(self.lightning_module.trainer) and "optimizer_states" in checkpoint:
+            checkpoint[KEY] = {"replicas": self._positions()}
+        if self._save_distributed:
+            if storage_options is not None:
+                raise TypeError(
+                    f"storage_options={storage_options!r} with save_distributed_checkpoint=True: folders are written "
+                    "by torch.distributed.checkpoint, which knows no such options"
+                )
+            self._save_folder(checkpoint, self.broadcast(str(filepath)))
+        else:
+            io, given = self.checkpoint_io, {} if storage_options is None else {"storage_options": storage_options}
+            self._on_first_rank(lambda: io.save_checkpoint(checkpoint, filepath, **given))
+
+    def _save_folder(self, checkpoint: dict[str, Any], filepath: str) -> None:
+        assert self.mesh is not None
+        if not self.lib.cloud_io._is_local_file_protocol(filepath):
+            raise ValueError(
+                f"{filepath}: with save_distributed_checkpoint=True every rank writes files of its own, to a folder "
+                "that all machines share under a local path. Save to such a folder, or to one file."
+            )
+        path, mesh = Path(filepath).absolute(), self.mesh
+        owners = self._owners()
+
+        def make() -> None:
+            atomic.prepare(path).mkdir()
+
+        def writes(key: str, value: Any) -> bool:
+            if key.startswith("optimizer_") and ".state." in key:
+                return True  # this rank lists what it owns
+            rank = owners.get(_storage(value), 0) if isinstance(value, Tensor) else 0
+            return rank == mesh.pipeline_rank and not (isinstance(value, Tensor) and value.is_meta)
+
+        self._on_first_rank(make)
+        part, error = atomic.hidden(path), None
+        shards, rest = sharded.split_entries(checkpoint, lambda t: _storage(t) in owners)
+        try:
+            if mesh.data_rank == mesh.graph_rank == 0:
+                sharded.write_shards(part, shards, writes, mesh.control_group)
+        except Exception as caught:  # raised on every rank
+            error = caught
+
+        def finish() -> None:
+            if error is not None:
+                raise error
+            torch.save(rest, part / sharded.META)
+            atomic.commit(part, path)
+
+        self._on_first_rank(finish)
+
+    def _owners(self) -> dict[Any, int]:
+        """The pipeline rank that owns a tensor, for those that belong to single stages."""
+        runner, module = self.runner, self.lightning_module
+        if not isinstance(runner, Pipeline) or not _has_own_tensors(module):
+            return {}
+        owned = {_storage(p): runner.owner(p) for p in runner.partly_held()}
+        return owned | {_storage(t): runner.owner(p) for p, t in runner.followers(module.trainer.callbacks)}
+
+    def _positions(self) -> list[Any]:
+        """Random states and loader positions of the first ranks of all replicas, on global rank 0."""
+        mesh = self.mesh
+        assert mesh is not None
+        mine = self._position.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
+        if mesh.host_group is None:
+            return [mine]
+        found: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
+        dist.gather_object(mine, found, 0, group=mesh.host_group)
+        return [state for state in found or () if state is not None]
+
+    def _on_first_rank(self, write: Callable[[], None]) -> None:
+        """Write on global rank 0; its error is raised on every rank."""
+        on_first_rank(write, self.global_rank, self.broadcast)
+
+    def _require_all_ranks(self) -> None:
+        """Refuse to gather what cannot be gathered.
+
+        Raises:
+            PipelineError: a rank is missing.
+        """
+        is_alone = self.mesh is not None and self.mesh.aborted
+        if not is_alone and self.lightning_module.trainer.interrupted and self._interruption is not None:
+            is_alone = not self._interruption.are_together()
+        if is_alone:
+            raise PipelineError("no checkpoint can be gathered: not all ranks have come here, after an exception")
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a file, a link or a folder."""
+        if not self.is_global_zero:
+            return
+        path = Path(filepath)
+        if path.is_symlink() or path.is_dir():
+            atomic.remove(path)
+        else:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file or a folder, whichever is there, into host memory of every rank."""
+        torch.cuda.empty_cache()
+        path = Path(checkpoint_path)
+        self._on_first_rank(lambda: atomic.recover(path))
+        if path.is_dir():
+            checkpoint = sharded.read_folder(path, weights_only)
+        else:
+            given = {} if weights_only is None else {"weights_only": weights_only}
+            checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
+        if is_fitting(self.lightning_module.trainer):
+            self._position.resume(checkpoint, self.mesh_shape.coordinates(self.global_rank)[1])
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load whole optimizers' states, of which each rank takes its part when the stages are known."""
+        names = _names(self.lightning_module)
+        states = []
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            stage = self._stage_optimizers.get(id(optimizer))
+            if stage is not None:
+                stage.load(saved)
+                continue
+            state = indexed_state(saved, optimizer, names)
+            if self.mesh_shape.pipeline > 1:
+                self._unloaded[id(optimizer)] = state
+                state = {"state": {}, "param_groups": state["param_groups"]}
+            states.append(state)
+        if states:
+            super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})  # type: ignore[misc]
+
+    def _divide_optimizers(self) -> None:
+        """Leave to this rank its part of all optimizers, and of the states that a checkpoint gave."""
+        assert isinstance(self.runner, Pipeline)
+        names = _names(self.lightning_module)
+        for optimizer in self.optimizers:
+            state = self._unloaded.pop(id(optimizer), {}).get("state")
+            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner, names, state)
+
+    def _free_other_stages(self) -> None:
+        """Where the module is made in ``configure_model``, keep this rank's parameters only."""
+        assert isinstance(self.runner, Pipeline)
+        module = self.lightning_module
+        if self._residence is None:
+            return
+        if followers(module, module.trainer.callbacks, self.runner.partly_held()):
+            self.lib.rank_zero.rank_zero_info(
+                "januspipe: averages of weights are kept, so every rank keeps all parameters"
+            )
+            return
+        self._residence.release(self.runner)
+        self.runner.proofs.whole = self._residence.whole
+
+    # -- exceptions --------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A rank that ends with an exception says so to the others, unless they have all ended alike."""
+        if self._interruption is not None:
+            self._interruption.give_up()
+
+
+def _names(module: nn.Module) -> dict[nn.Parameter, str]:
+    return {p: n for n, p in module.named_parameters()}
+
+
+def _storage(tensor: Tensor) -> Any:
+    """The same for two tensors that are views of the same values; tensors without values are told apart by shape."""
+    if tensor.is_meta or not tensor.numel():
+        return ("meta", tuple(tensor.shape))
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def _has_own_tensors(module: nn.Module) -> bool:
+    """Whether the module's state holds its parameters themselves: a ``state_dict`` of its own may make copies."""
+    state = module.state_dict()
+    return all(n in state and _storage(state[n]) == _storage(p) for n, p in module.named_parameters())

@@ -1,0 +1,61 @@
+"""What the user's step logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_januspipe.engine.loss import loss_of
+
+_LOG_ARGUMENTS = (
+    *("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "sync_dist_group"),
+    *("add_dataloader_idx", "batch_size", "metric_attribute", "rank_zero_only"),
+)
+"""What may follow name and value in ``LightningModule.log``, in its order."""
+
+
+class LogRecorder:
+    """Stands in for ``LightningModule.log`` while the micro-batches run."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, list[tuple[Any, float, dict[str, Any]]]] = {}
+        self.num_samples: int | None = None
+
+    def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Record one call of ``self.log``."""
+        given = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
+        size = given.get("batch_size") or self.num_samples or 1
+        kept = value.detach().clone() if isinstance(value, Tensor) else value
+        self._calls.setdefault(name, []).append((kept, float(size), given))
+
+    def replay(self, log: Callable[..., None]) -> None:
+        """Log every name once."""
+        for name, calls in self._calls.items():
+            _, _, kwargs = calls[-1]
+            sizes = [s for _, s, _ in calls]
+            total = {"batch_size": int(sum(sizes))} if kwargs.get("batch_size") or self.num_samples else {}
+            log(name, _merge([v for v, _, _ in calls], sizes, kwargs.get("reduce_fx", "mean")), **{**kwargs, **total})
+
+
+def _merge(values: list[Any], sizes: list[float], reduce_fx: Any) -> Any:
+    if len(values) == 1 or not isinstance(values[-1], (Tensor, int, float)):
+        return values[-1]  # a torchmetrics metric holds its own sum
+    stacked = torch.stack([torch.as_tensor(v) for v in values])
+    how = getattr(reduce_fx, "__name__", reduce_fx)
+    if how in ("max", "min"):
+        return stacked.amax(0) if how == "max" else stacked.amin(0)
+    if how == "sum":
+        return stacked.sum(0)
+    weights = torch.tensor(sizes, dtype=torch.float64, device=stacked.device)
+    weights = (weights / weights.sum()).reshape(-1, *[1] * (stacked.dim() - 1))
+    floating = stacked if stacked.is_floating_point() else stacked.float()
+    return (floating * weights.to(floating.dtype)).sum(0)
+
+
+def merge_outputs(outputs: list[Any], name: str) -> Any:
+    """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
+    loss = torch.stack([loss_of(o, name).detach().reshape(()) for o in outputs]).mean()
+    return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss

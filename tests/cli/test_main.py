@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import ase.io
+import jsonargparse
+import pytest
+import torch
+import yaml
+
+from lightning_januspipe import strategy_class
+from lightning_januspipe.cli.fit import FROM_DATA, PotentialCLI, arguments_from_data, given_arguments, missing_arguments
+from lightning_januspipe.cli.main import main
+from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
+from lightning_januspipe.models import EquivariantPotential, PotentialModule
+from lightning_januspipe.schedule.build import GENERATORS, ScheduleName
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+EXTXYZ = str(ROOT / "recipes" / "extxyz.yaml")
+FINETUNE = str(ROOT / "recipes" / "finetune.yaml")
+RESUME = str(ROOT / "recipes" / "resume.yaml")
+POTENTIAL = "lightning_januspipe.models.EquivariantPotential"
+
+ONE_PROCESS = ["--trainer.strategy=auto", "--trainer.devices=1", "--trainer.accelerator=cpu"]
+SMALL = ["--model.potential.num_layers=2", "--model.potential.num_features=4", "--model.potential.l_max=1"]
+SMALL_EMT = ["--data.num_train=12", "--data.num_val=4", "--data.num_test=4", "--data.sizes=[4]", "--data.batch_size=4"]
+QUIET = ["--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_yaml(path: str, content: dict) -> str:
+    Path(path).write_text(yaml.safe_dump(content))
+    return path
+
+
+def config_of(folder: str = ".") -> dict:
+    return yaml.safe_load((Path(folder) / "lightning_logs" / "version_0" / "config.yaml").read_text())
+
+
+class TestHelp:
+    def test_lists_the_subcommands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["--help"])
+        assert exit_info.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith("usage: januspipe ")
+        assert all(name in text for name in ("fit", "validate", "test", "predict"))
+
+    def test_a_wrong_argument_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", "--config", QUICKSTART, *ONE_PROCESS, "--trainer.max_epoch=3"])
+        assert exit_info.value.code == 2
+        assert "max_epoch" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
+    def test_every_argument_of_the_strategy_is_explained(self, namespace: str) -> None:
+        pytest.importorskip(namespace)
+        explained(strategy_class(namespace))
+
+    @pytest.mark.parametrize("cls", [PotentialModule, EquivariantPotential, EMTDataModule, ASEDataModule])
+    def test_every_argument_of_models_and_data_is_explained(self, cls: type) -> None:
+        explained(cls)
+
+    def test_of_the_strategy(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["fit", "--trainer.strategy.help", "lightning_januspipe.JanusPipeStrategy"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "Trains a potential that conserves energy on several devices" in text
+        assert "--trainer.strategy.schedule {gpipe,1f1b-fold,1f1b-2nd,hanayo-2nd,wavek,wavek-zb} Order of" in text
+        assert "default: wavek-zb)" in text and "(type: timedelta | float, default: 0:30:00)" in text
+        assert get_args(ScheduleName) == tuple(GENERATORS)
+
+    @pytest.mark.parametrize(("given", "said"), [("schedule=wavezb", "'wavek-zb'"), ("wave_size=2.5", "'auto'")])
+    def test_wrong_values_are_refused(self, given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", "--config", QUICKSTART, f"--trainer.strategy.{given}"])
+        assert exit_info.value.code == 2
+        assert said in capsys.readouterr().err
+
+    def test_benchmarks_explain_their_options(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["bench", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "--cutoff CUTOFF its cutoff, in Å (default: 5.0)" in text and "None" not in text.split("--num_atoms")[-1]
+
+    def test_printed_configurations_leave_to_the_data_what_is_left_to_it(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for recipe in (QUICKSTART, "printed.yaml"):
+            with pytest.raises(SystemExit) as exit_info:
+                main(["fit", "--config", recipe, "--print_config"])
+            assert exit_info.value.code == 0
+            text = capsys.readouterr().out
+            Path("printed.yaml").write_text(text)
+            potential = yaml.safe_load(text)["model"]["init_args"]["potential"]["init_args"]
+            assert not set(FROM_DATA) & set(potential) and potential["num_features"] == 16
+            assert "# cutoff: taken from the data" in text
+            assert yaml.safe_load(text)["data"]["init_args"]["cutoff"] == 4.5
+            assert missing_arguments(["fit", "--config", "printed.yaml"]) == list(FROM_DATA)
+
+
+def explained(cls: type) -> None:
+    """Assert that a command line tells the type, default and meaning of every argument of a class."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(cls, "cls")
+    actions = {action.dest.removeprefix("cls."): action for action in parser._actions}
+    for name in inspect.signature(cls).parameters:
+        text = str(actions[name].help)
+        assert text[:1].isupper() or text[:1] in '"`', (name, text)
+        assert len(text.split()) >= 3 and ":class:" not in text, (name, text)
+        assert actions[name].metavar is not None or actions[name].choices or actions[name].option_strings, name
+
+
+class TestMissingArguments:
+    """Which arguments of the potential are left to the data."""
+
+    def test_all_of_the_quickstart(self) -> None:
+        assert missing_arguments(["fit", "--config", QUICKSTART]) == list(FROM_DATA)
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ["--model.potential.species=[Cu]"],
+            ["--model.potential.species", "[Cu]"],
+            ["--model.init_args.potential.init_args.species=[Cu]"],
+            ["--model.potential.species+=Cu"],
+        ],
+    )
+    def test_those_on_the_command_line_are_given(self, args: list[str]) -> None:
+        missing = missing_arguments(["fit", "--config", QUICKSTART, *args])
+        assert missing == [name for name in FROM_DATA if name != "species"]
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_those_in_a_second_file_are_given(self, nested: bool) -> None:
+        content = {"model": {"init_args": {"potential": {"init_args": {"per_species_shift": {"Cu": -3.0}}}}}}
+        path = write_yaml("more.yaml", {"fit": content} if nested else content)
+        missing = missing_arguments(["fit", "-c", QUICKSTART, f"--config={path}"])
+        assert missing == [name for name in FROM_DATA if name != "per_species_shift"]
+
+    def test_files_of_parts(self) -> None:
+        potential = {"class_path": POTENTIAL, "init_args": {"cutoff": 3.0}}
+        model = write_yaml("model.yaml", {"class_path": "M", "init_args": {"potential": potential}})
+        args = ["fit", "--model", model, "--data", "lightning_januspipe.data.EMTDataModule"]
+        assert missing_arguments(args) == [name for name in FROM_DATA if name != "cutoff"]
+
+    @pytest.mark.parametrize("potential", ["torch.nn.Linear", "no.such.module", "Short"])
+    def test_other_potentials_get_nothing(self, potential: str) -> None:
+        args = ["fit", "--model=M", "--model.potential", potential, "--data=D"]
+        assert given_arguments(args)["model.potential.class_path"] == potential
+        assert missing_arguments(args) == []
+
+    def test_no_potential_or_no_data(self) -> None:
+        assert missing_arguments(["fit", "--model=M", "--model.width=3", "--data=D"]) == []
+        assert missing_arguments(["fit", "--model=M", f"--model.potential.class_path={POTENTIAL}"]) == []
+
+    def test_flags_without_value_hide_nothing(self) -> None:
+        given = given_arguments(["fit", "--print_config", "--model.potential.cutoff", "-1.0", "--data", "D"])
+        assert given["model.potential.cutoff"] == "-1.0"
+        assert given["data.class_path"] == "D"
+
+
+class TestArgumentsFromData:
+    def test_values(self) -> None:
+        data = EMTDataModule(num_train=6, num_val=1, num_test=1, sizes=[4], cutoff=4.0)
+        statistics = data.statistics()
+        values = arguments_from_data(data, 4.0, list(FROM_DATA))
+        assert values == {
+            "species": ["Cu", "Ni", "Al"],
+            "cutoff": 4.0,
+            "avg_num_neighbors": statistics.avg_num_neighbors,
+            "per_species_scale": statistics.force_rms,
+            "per_species_shift": list(statistics.energy_shifts),
+        }
+
+    def test_statistics_are_computed_only_where_needed(self) -> None:
+        class NoStatistics(StructureDataModule):
+            @property
+            def species(self) -> list[str]:
+                return ["Cu"]
+
+            def statistics(self):
+                raise AssertionError
+
+        data = NoStatistics(batch_size=1)
+        assert arguments_from_data(data, 4.0, ["species", "cutoff"]) == {"species": ["Cu"], "cutoff": 4.0}
+
+    def test_refuses_data_that_cannot_tell(self) -> None:
+        with pytest.raises(ValueError, match="object has no species"):
+            arguments_from_data(object(), 4.0, ["species"])
+        with pytest.raises(ValueError, match="no argument cutoff"):
+            arguments_from_data(EMTDataModule(), None, ["cutoff"])
+
+
+class TestFit:
+    def test_quickstart_in_one_process(self, capsys: pytest.CaptureFixture[str]) -> None:
+        args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET]
+        cli = PotentialCLI(["fit", "--config", QUICKSTART, *args, "--trainer.max_epochs=3", "--data.cutoff=3.5"])
+
+        # The data's values are in the potential and in the saved configuration.
+        statistics = cli.datamodule.statistics()
+        potential = config_of()["model"]["init_args"]["potential"]["init_args"]
+        assert potential["species"] == ["Cu", "Ni", "Al"]
+        assert potential["cutoff"] == 3.5 == cli.model.potential.cutoff
+        assert potential["avg_num_neighbors"] == statistics.avg_num_neighbors
+        assert potential["per_species_shift"] == list(statistics.energy_shifts)
+        assert cli.model.potential.energy_model.shift.tolist() == pytest.approx(statistics.energy_shifts)
+        assert cli.model.potential.energy_model.scale.tolist() == pytest.approx([statistics.force_rms] * 3)
+
+        # The table shows what was measured: untrained, trained, and on the test data.
+        errors = cli.report.errors
+        assert errors.before["forces_mae"] > 0 and errors.test["forces_mae"] > 0
+        assert errors.after["forces_mae"] != errors.before["forces_mae"]
+        text = capsys.readouterr().out
+        for value in (errors.before, errors.after, errors.test):
+            assert f"{1000 * value['forces_mae']:.3g}" in text
+        checkpoint = Path("lightning_logs/version_0/checkpoints/best.ckpt").absolute()
+        assert checkpoint.is_file() and f"Checkpoint: {checkpoint}" in text
+
+        # The saved configuration and the checkpoint give the same test errors again, in the recipe's place.
+        config = "lightning_logs/version_0/config.yaml"
+        again = PotentialCLI(["test", "--config", config, "--ckpt_path", str(checkpoint)])
+        assert again.report.errors.test == pytest.approx(errors.test)
+        assert missing_arguments(["test", "--config", config]) == []
+
+    def test_file_of_structures(self) -> None:
+        ase.io.write("my.extxyz", emt_structures(12, species=["Cu", "Al"], sizes=[4]), format="extxyz")
+        args = [*ONE_PROCESS, *SMALL, *QUIET, "--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=0"]
+        cli = PotentialCLI(
+            ["fit", "--config", EXTXYZ, "--data.train_file", "my.extxyz", "--test_after_fit", "no", *args]
+        )
+        assert cli.model.potential.species == ("Al", "Cu")
+        assert not cli.report.errors.before and not cli.report.errors.test
+        assert cli.report.errors.after["forces_mae"] > 0
+        assert cli.config.fit.data.init_args.train_file == "my.extxyz"
+
+    def test_explicit_values_win(self) -> None:
+        given = ["--model.potential.species=[Cu, Al, Ni]", "--model.potential.per_species_shift=[1.0, 2.0, 3.0]"]
+        args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, *given, "--trainer.fast_dev_run=true", "--data.species=[Cu]"]
+        cli = PotentialCLI(["fit", "--config", QUICKSTART, *args])
+        assert cli.model.potential.species == ("Cu", "Al", "Ni")
+        assert cli.model.potential.energy_model.shift.tolist() == [1.0, 2.0, 3.0]
+
+    def test_without_test_data(self) -> None:
+        args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--data.num_test=0", "--trainer.max_epochs=1"]
+        cli = PotentialCLI(["fit", "--config", QUICKSTART, *args])
+        assert not cli.report.errors.test and cli.report.errors.after
+
+
+IN_ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy.pipeline_size=1"]
+
+
+def test_finetune() -> None:
+    """The recipe starts from the weights and with the potential of an earlier run, and trains its last layers."""
+    args = [*IN_ONE_PROCESS, *QUIET, *SMALL_EMT, "--trainer.max_epochs=2"]
+    first = PotentialCLI(["fit", "--config", QUICKSTART, *SMALL, *args])
+    config = "lightning_logs/version_0/config.yaml"
+    second = PotentialCLI(["fit", "--config", config, "--config", FINETUNE, *args, "--test_after_fit=last"])
+
+    old = torch.load("lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    new = second.model.state_dict()
+    same = {name for name in new if torch.equal(new[name], old[name])}
+    frozen = {name for name, _ in second.model.named_parameters() if "embedding" in name or "layers.0." in name}
+    trained = {name for name, _ in second.model.named_parameters()} - frozen
+    assert frozen and frozen <= same and not trained & same
+    assert second.model.potential.avg_num_neighbors == first.model.potential.avg_num_neighbors
+    assert second.datamodule.statistics().avg_num_neighbors != first.datamodule.statistics().avg_num_neighbors
+    assert second.config.fit.data.init_args.strain == 0.08 and second.config.fit.data.init_args.cutoff == 4.5
+    assert second.report.errors.before["forces_mae"] != first.report.errors.before["forces_mae"]
+
+
+def test_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe, stopped in the middle of an epoch and started again, ends as one that was never stopped."""
+    args = ["fit", "--config", RESUME, *IN_ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=3"]
+    Path("whole").mkdir()
+    monkeypatch.chdir("whole")
+    whole = PotentialCLI(args)
+    monkeypatch.chdir("..")
+
+    step = PotentialModule.training_step
+    steps: set[int] = set()
+
+    def stopped_once(module: PotentialModule, batch, batch_idx: int):
+        if module.trainer.global_step == 5 and not Path("resumable/on_exception.ckpt").exists():
+            raise RuntimeError("stopped")
+        steps.add(module.trainer.global_step)
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(PotentialModule, "training_step", stopped_once)
+    with pytest.raises(RuntimeError, match="stopped"):
+        PotentialCLI(args)
+    assert steps == {0, 1, 2, 3, 4}
+    steps.clear()
+    resumed = PotentialCLI(args)
+    assert steps == {5, 6, 7, 8}
+    assert resumed.trainer.global_step == whole.trainer.global_step == 9
+    assert not Path("resumable/on_exception.ckpt").exists()
+    best = [torch.load(f"{f}/resumable/best.ckpt", weights_only=True)["state_dict"] for f in (".", "whole")]
+    torch.testing.assert_close(best[0], best[1], rtol=1e-5, atol=1e-6)
+    assert resumed.report.errors.test == pytest.approx(whole.report.errors.test, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resume_two_processes() -> None:
+    """Killed while it trains, the same command goes on from the last checkpoint."""
+    args = ["fit", "--config", RESUME, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=12"]  # 36 steps
+    command = [sys.executable, "-m", "lightning_januspipe.cli", *args]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not Path("resumable/last.ckpt").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "Restored all states from the checkpoint at" in done.stderr
+    assert done.stdout.count("Checkpoint: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["module", "script"])
+def test_two_processes(launch: str) -> None:
+    """The Trainer starts the second process by running the command line again; the table is printed once."""
+    command = [sys.executable, "-m", "lightning_januspipe.cli"]
+    if launch == "script":  # what an installed entry point looks like
+        Path("januspipe").write_text("import sys\nfrom lightning_januspipe.cli.main import main\nsys.exit(main())\n")
+        command = [sys.executable, "januspipe"]
+    args = ["fit", "--config", QUICKSTART, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=1"]
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("times lower") + done.stdout.count("times HIGHER") == 2  # the table and the sentence
+    assert done.stdout.count("Checkpoint: ") == 1
+    assert Path("lightning_logs/version_0/checkpoints/best.ckpt").is_file()
+    assert "WORLD_SIZE: 2" in done.stderr or "2 processes" in done.stderr
