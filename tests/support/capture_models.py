@@ -13,6 +13,7 @@ from torch.autograd import grad
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
+from lightning_januspipe.capture.cut.split_shared_linear import narrow
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
@@ -155,7 +156,7 @@ class Traced:
         args, kwargs = adapted(adapters, self.potential, self.call.args, self.call.kwargs)
         self.format = CallFormat.of(args, kwargs)
         traced = replace(self.call, args=args, kwargs=kwargs)
-        self.program = trace_potential(self.potential, traced, self.format, adapters)
+        self.program = narrow(trace_potential(self.potential, traced, self.format, adapters))
         self.regions = find_regions(self.program, self.call.read_outputs)
         uncut = CapturedPotential(
             self.call.path,
