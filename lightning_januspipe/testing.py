@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_januspipe.loader.balance import balance_replicas
 from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.split import split_batches
 
 
