@@ -286,7 +286,7 @@ def test_unknown_balance() -> None:
 
 
 def test_benchmark_deals_a_mixture() -> None:
-    from lightning_januspipe.bench.balance import WAYS, deal, mixture
+    from lightning_januspipe.bench.replicas import WAYS, deal, mixture
 
     structures = mixture(64)
     sizes = sorted(map(len, structures))
