@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_januspipe.loader.balance import balance_replicas
 from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.split import split_batches
 from lightning_januspipe.strategy.registry import strategy_class
 from lightning_januspipe.testing.trainer import library, quiet_trainer
