@@ -9,9 +9,9 @@ from lightning_januspipe.callbacks.error_report import (
     error_table,
 )
 from lightning_januspipe.callbacks.monitor import PipelineMonitor
+from lightning_januspipe.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_januspipe.callbacks.summary import StageSummary
 from lightning_januspipe.callbacks.throughput import Throughput, count_atoms, count_structures
-from lightning_januspipe.callbacks.timeline import PipelineTimeline
 
 __all__ = [
     "QUANTITIES",
