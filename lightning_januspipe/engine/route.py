@@ -60,7 +60,7 @@ class Route:
 
     def is_apart(self, stage: int) -> bool:
         """Whether FF and BF of a stage are on another rank than FE and BE."""
-        return self._schedule.is_apart(stage)
+        return self._schedule.is_split(stage)
 
     def rank_of(self, action: Action) -> int:
         """The rank that runs an action."""

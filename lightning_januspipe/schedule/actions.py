@@ -36,7 +36,7 @@ class Phase(str, Enum):
     __hash__ = str.__hash__  # that of Enum is many times slower, and actions are keys everywhere
 
 
-CHAIN_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
+CRITICAL_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
 """The phases on the critical path, in the order in which a micro-batch goes through them."""
 
 DEFERRED_PHASES = {Phase.WF: Phase.BF, Phase.WE: Phase.BE}
@@ -194,7 +194,7 @@ class Schedule:
         """Whether all phases of each stage are on one rank."""
         return self.placement == self.force_placement
 
-    def is_apart(self, stage: int) -> bool:
+    def is_split(self, stage: int) -> bool:
         """Whether FF and BF of a stage are on another rank than FE and BE."""
         return self.placement[stage] != self.force_placement[stage]
 
@@ -220,7 +220,7 @@ class Schedule:
         after = successor(action, self.num_stages)
         found: tuple[Message, ...] = () if after is None or self.rank_of(after) == rank else (Message(action, after),)
         phase, stage, microbatch = action
-        if phase in _DOWNWARD and self.is_apart(stage):
+        if phase in _DOWNWARD and self.is_split(stage):
             own = Action(_NEXT[phase], stage, microbatch)
             if own != after:
                 found += (Message(action, own),)

@@ -173,5 +173,5 @@ def action_times(schedule: Schedule, costs: Costs) -> Callable[[Phase, int], flo
     """Time of every phase of every stage of a schedule, as a function of phase and stage."""
     deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
     per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
-    table = [durations(entry, deferred, schedule.is_apart(stage)) for stage, entry in enumerate(per_stage)]
+    table = [durations(entry, deferred, schedule.is_split(stage)) for stage, entry in enumerate(per_stage)]
     return lambda phase, stage: table[stage][phase]
