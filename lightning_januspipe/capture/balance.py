@@ -54,7 +54,7 @@ def balance(
     A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
     measured sum of its phases and the cut is sought again.
     """
-    folded = replace(manner, apart=False)  # costs are those of a stage whose phases are together
+    folded = replace(manner, split_stages=False)  # costs are those of a stage whose phases are together
 
     def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
         return validate(candidate, potential, call, folded, num_runs=2)  # the second run is warm
@@ -118,7 +118,7 @@ def balance_parts(
         CaptureError: the parts compute something else than the potential's forward.
         TooFewParts: they are fewer than stages.
     """
-    folded = replace(manner, apart=False)
+    folded = replace(manner, split_stages=False)
     of_parts = validate(parts, potential, call, folded, num_runs=2)
     found = []
     for placement in placements:

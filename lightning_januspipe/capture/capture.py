@@ -123,14 +123,14 @@ def capture_module(
             cache,
         )
         captured, seconds, origin = _divided(job, stages)
-        if manner.apart:
+        if manner.split_stages:
             validate(captured, job.potential, job.other, manner)
         evaluated = potential_of(module, evaluation_step or step, found)
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
         captured = _with_evaluation(captured, evaluated, evaluation)
         validate_evaluation(captured, evaluated, evaluation)
         captured = _with_kinds(captured, (job.potential, job.other), (evaluated, evaluation))
-        folded = replace(manner, apart=False)
+        folded = replace(manner, split_stages=False)
         bytes_ = run_captured(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
         assert bytes_ is not None
     return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)

@@ -102,13 +102,13 @@ def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedul
 
     Args:
         seconds: by stage and phase; WF and WE are 0 where they did not run by themselves.
-        schedule: what ran. Where FF and BF of a stage are apart from its FE and BE, they have computed these once more.
+        schedule: what ran. FF and BF of a split stage have computed FE and BE once more.
     """
     order = (*CHAIN_PHASES, *DEFERRED_PHASES)
     found = []
     for stage in range(schedule.num_stages):
         fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in order)
-        if schedule.is_apart(stage):
+        if schedule.is_split(stage):
             ff, bf = ff - fe, bf - be
         found.append(PhaseSeconds(fe, ff, bf, be, wf, we))
     return phase_costs(found)

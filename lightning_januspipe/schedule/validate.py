@@ -88,7 +88,7 @@ def _check_complete(schedule: Schedule) -> None:
                 message = f"{action} on rank {rank} is of a micro-batch outside 0 to {schedule.num_microbatches - 1}."
             elif schedule.rank_of(action) != rank:
                 message = f"{action} is on rank {rank}, but its stage lives on rank {schedule.rank_of(action)}."
-            elif action.phase in DEFERRED_PHASES and schedule.is_apart(action.stage):
+            elif action.phase in DEFERRED_PHASES and schedule.is_split(action.stage):
                 message = (
                     f"{action} on rank {rank} is a weight gradient of its own, but the forces of stage {action.stage} "
                     "are on another rank than its energies: only folded stages can defer."

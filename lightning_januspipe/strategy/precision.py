@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_januspipe.mesh import Mesh
     from lightning_januspipe.runtime.pipeline import Pipeline
-    from lightning_januspipe.runtime.single_stage import Undivided
+    from lightning_januspipe.runtime.single_stage import SingleStage
 
 SUPPORTED = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
@@ -86,7 +86,7 @@ def _mix_in(target: Any, mixin: type) -> None:
 
 
 def clip_gradients_by_norm(
-    parameters: list[nn.Parameter], max_norm: float, runner: Undivided | Pipeline, mesh: Mesh
+    parameters: list[nn.Parameter], max_norm: float, runner: SingleStage | Pipeline, mesh: Mesh
 ) -> Tensor:
     """Scale gradients so that their norm over the whole model is at most ``max_norm``.
 

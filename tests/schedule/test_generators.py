@@ -161,7 +161,7 @@ def test_unfolded_baselines_are_the_unrolled_chain_cut_evenly():
     # Four stages with FE + BE = 3/2 each, and their forces with FE + FF + BF + BE = 9/2 each: 24 in two parts.
     chain = build_schedule("1f1b-2nd", 2, 4, ALL_ONES, chunks=2)
     assert (chain.placement, chain.force_placement) == ((0, 0, 0, 0), (1, 1, 1, 0))
-    assert [chain.is_apart(stage) for stage in range(4)] == [True, True, True, False]
+    assert [chain.is_split(stage) for stage in range(4)] == [True, True, True, False]
     # In four parts, down the ranks and up again.
     wave = build_schedule("hanayo-2nd", 2, 4, ALL_ONES, chunks=2)
     assert (wave.placement, wave.force_placement) == ((0, 0, 0, 0), (0, 1, 1, 1))

@@ -18,7 +18,7 @@ from lightning_januspipe.data import EMTDataModule
 from lightning_januspipe.graph import shard_microbatch as divide
 from lightning_januspipe.graph.partition import partition_atoms
 from lightning_januspipe.graph.shard_microbatch import Divider
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 
 FAULTY = 1
 """The rank that something happens to."""
@@ -76,9 +76,9 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
 def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """A sanity check before training: how often this rank ran a whole structure, and what validation found."""
     calls = []
-    whole = Undivided.evaluate_step
+    whole = SingleStage.evaluate_step
 
-    def counting(self: Undivided, step: Any, batch: Any) -> Any:
+    def counting(self: SingleStage, step: Any, batch: Any) -> Any:
         calls.append(len(batch["positions"]))
         return whole(self, step, batch)
 
@@ -89,7 +89,7 @@ def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
             found.update(plain(trainer.callback_metrics))
 
     trainer = make_trainer(strategy, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1, callbacks=[Look()])
-    with patch.object(Undivided, "evaluate_step", counting):
+    with patch.object(SingleStage, "evaluate_step", counting):
         trainer.fit(tiny.module(num_layers=2), tiny.data())
     return len(calls), found
 

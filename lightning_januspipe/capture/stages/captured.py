@@ -18,7 +18,7 @@ from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trace.program import PlaceholderValues, Program, build_module
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
-from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
 from lightning_januspipe.errors import CaptureError, shown
 
 
@@ -120,7 +120,7 @@ class CapturedPotential:
                 )
         symbols = self.program.bind(tensors)
         for condition in self.program.conditions:
-            sizes = violated(condition, symbols)
+            sizes = violated_sizes(condition, symbols)
             if sizes:
                 where = {s: self.program.symbols[s] for s in sizes}
                 given = [f"{s} = {sizes[s]} (dimension {d} of its input {places[i]})" for s, (i, d) in where.items()]

@@ -18,7 +18,7 @@ from lightning_januspipe.capture.stages.staged_potential import DividedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import LocalResult, run_local
+from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds
 from lightning_januspipe.errors import CaptureError, shown
 
@@ -170,11 +170,11 @@ class Manner:
 
     Attributes:
         defer: leave weight gradients to WF and WE.
-        apart: run FF and BF of every stage apart from its FE and BE.
+        split_stages: run FF and BF of every stage as on another rank than its FE and BE.
     """
 
     defer: bool = False
-    apart: bool = False
+    split_stages: bool = False
 
 
 TOGETHER = Manner()
@@ -188,7 +188,7 @@ def run_captured(
     manner: Manner = TOGETHER,
     measure_memory: bool = False,
     num_runs: int = 1,
-) -> tuple[Eager, LocalResult]:
+) -> tuple[Eager, SingleProcessResult]:
     """The same through the phases of all stages, in this process; of several runs, what the last one took.
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
@@ -220,13 +220,13 @@ def run_captured(
     for _ in range(num_runs):
         outputs: list[Tensor] = []
         outside = GradientBuffers()
-        result = run_local(
+        result = run_single_process(
             stages,
             captured.chain,
             tensors,
             loss,
             defer=manner.defer,
-            apart=range(len(stages)) if manner.apart else (),
+            split_stages=range(len(stages)) if manner.split_stages else (),
             measure_memory=measure_memory,
         )
         if eager is None:
