@@ -146,7 +146,7 @@ class PipelineMonitor(Metered):
         most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
         return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
 
-    def _rows(self, trainer: Trainer) -> list[draw.Row]:
+    def _rows(self, trainer: Trainer) -> list[draw.Panel]:
         """The last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
         if not hasattr(runner, "recorded_step") or mesh is None or mesh.aborted:
@@ -159,7 +159,7 @@ class PipelineMonitor(Metered):
         predicted = [("predicted", replicas[0].schedule, replicas[0].predicted)] if replicas else []
         return [*predicted, *((n, s.schedule, s.recorded) for n, s in zip(names, replicas, strict=True))]
 
-    def _write(self, trainer: Trainer, rows: list[draw.Row]) -> None:
+    def _write(self, trainer: Trainer, rows: list[draw.Panel]) -> None:
         path = self._folder / "pipeline-monitor"
         self._folder.mkdir(parents=True, exist_ok=True)
         mesh = getattr(trainer.strategy, "mesh", None)

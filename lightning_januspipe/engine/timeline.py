@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_januspipe.schedule import Action, Phase, Report, Schedule
-from lightning_januspipe.schedule.report import peak_live
+from lightning_januspipe.schedule.step_report import peak_live
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lightning_januspipe.engine.single_process import SingleProcessResult, run_s
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Localized, Shard, localize, prove_division
 from lightning_januspipe.graph.shard_microbatch import Divider
-from lightning_januspipe.plan.compare import Stages
+from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
@@ -113,7 +113,7 @@ class GraphLink:
         return number * self.latency + num_bytes / self.bandwidth
 
 
-def stages_of_share(measured: Measured, num_ranks: int, share: GraphShare, link: GraphLink) -> Stages:
+def costs_of_share(measured: Measured, num_ranks: int, share: GraphShare, link: GraphLink) -> CutCosts:
     """The costs of stages whose micro-batches are divided over graph ranks, each with the slowest rank's.
 
     Args:

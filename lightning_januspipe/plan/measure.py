@@ -21,7 +21,7 @@ from lightning_januspipe.capture.validate.side_effects import kept_random_state,
 from lightning_januspipe.engine.p2p import packed_size
 from lightning_januspipe.engine.specs import PhaseSeconds, TensorSpec
 from lightning_januspipe.errors import TooFewParts
-from lightning_januspipe.plan.compare import Stages
+from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.runtime.planner import memory_costs, phase_costs
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
@@ -105,7 +105,7 @@ class Measured:
         """Bytes of what a stage passes on to the next one, on this micro-batch."""
         return packed_size([(spec.sizes(self.symbols), spec.dtype) for _, spec in self.boundary(stage)])
 
-    def stages(self, num_ranks: int) -> Stages:
+    def stages(self, num_ranks: int) -> CutCosts:
         """The costs for schedules of a number of ranks.
 
         A chain shorter than the ranks is divided evenly over them: all work, memory and messages as if every rank had
@@ -123,7 +123,7 @@ class Measured:
         ]
         typical = statistics.fmean(sizes) if sizes else 0.0
         if self.num_stages < num_ranks:
-            return Stages(
+            return CutCosts(
                 _share(self.costs, num_ranks),
                 _share(self.deferred, num_ranks),
                 _share(self.memory, num_ranks),
@@ -131,7 +131,7 @@ class Measured:
                 message_bytes=typical,
                 typical_message=typical,
             )
-        return Stages(
+        return CutCosts(
             self.costs,
             self.deferred,
             self.memory,

@@ -36,7 +36,7 @@ class Phase(str, Enum):
     __hash__ = str.__hash__  # that of Enum is many times slower, and actions are keys everywhere
 
 
-CHAIN_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
+CRITICAL_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
 """The phases on the critical path, in the order in which a micro-batch goes through them."""
 
 DEFERRED_PHASES = {Phase.WF: Phase.BF, Phase.WE: Phase.BE}

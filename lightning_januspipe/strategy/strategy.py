@@ -17,9 +17,9 @@ from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.validate.side_effects import replaced_log
 from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.graph import OwnersAhead
-from lightning_januspipe.loader.balance import Balance, balance_replicas
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.replica_balance import Balance, balance_replicas
 from lightning_januspipe.loader.resume import same_random_state
 from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
 from lightning_januspipe.mesh import Mesh, Size
@@ -31,16 +31,16 @@ from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import ScheduleName, build_schedule
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
-from lightning_januspipe.strategy.checks import refuse_module, refuse_trainer
+from lightning_januspipe.strategy.checks import check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged, without_inference
 from lightning_januspipe.strategy.launch import ProcessHooks
-from lightning_januspipe.strategy.logging import LogRecorder, merge_outputs
-from lightning_januspipe.strategy.metrics import ReplicaGather
+from lightning_januspipe.strategy.metric_gather import ReplicaGather
+from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
-from lightning_januspipe.strategy.shutdown import Interruption
+from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 
-class JanusPipeBody(ProcessHooks, CheckpointHooks):
+class UnboundStrategy(ProcessHooks, CheckpointHooks):
     """Trains a potential that conserves energy on several devices: its layers in a pipeline, and replicas of that.
 
     This is everything that does not depend on which Lightning it is bound to (see
@@ -147,9 +147,9 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         is_undivided = self.mesh.shape.pipeline == self.mesh.shape.graph == 1
         self.runner = SingleStage(self.lightning_module, self.mesh) if is_undivided else None
         if is_fitting(trainer):
-            refuse_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
+            check_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
-                self._interruption = Interruption(trainer, self.mesh, self._num_runs)
+                self._shutdown = CoordinatedShutdown(trainer, self.mesh, self._num_runs)
         if self.runner is None and self.lib.helpers.is_overridden("configure_model", self.lightning_module):
             self._residence = ParameterResidence(self.lightning_module, self.mesh)
         super().setup(trainer)  # type: ignore[misc]
@@ -210,7 +210,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             required = self._num_microbatches != "auto"
             user = dataloader
             split = split_batches(dataloader, self.num_microbatches(), required, self._owners_ahead())
-            dataloader = self._position.tracked(split)
+            dataloader = self._progress.tracked(split)
             self._balance_replicas(dataloader, may_change=dataloader is not user)
             self._train_loader = dataloader
         else:
@@ -256,7 +256,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         """Capture the potential and keep only this rank's part of the optimizer."""
         module = self.lightning_module
         if self.num_microbatches() > 1 or not isinstance(self.runner, SingleStage):
-            refuse_trainer(module.trainer, is_pipeline=not isinstance(self.runner, SingleStage))
+            check_trainer(module.trainer, is_pipeline=not isinstance(self.runner, SingleStage))
         # A batch transfer hook of the user gets batches, not the micro-batches' container.
         transfer = module._on_before_batch_transfer
         module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
@@ -269,18 +269,18 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         if isinstance(self.runner, Pipeline):
             assert self.mesh is not None
             same_random_state(self.mesh)
-            self._divide_optimizers()
+            self._prune_optimizers()
             self._free_other_stages()
-        self._position.settle()
+        self._progress.settle()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Training has taken a batch; ask whether any rank was told to stop."""
         results = self.lightning_module.trainer._results
         if isinstance(batch, MicroBatches) and results is not None:
             results.batch_size = sum(batch.num_samples) or None  # for what hooks log without one
-        self._position.moved_on()
-        if self._interruption is not None:
-            self._interruption.ask()
+        self._progress.moved_on()
+        if self._shutdown is not None:
+            self._shutdown.ask()
 
     def on_validation_start(self) -> None:
         """Outside fit, capture the potential from the evaluation step."""
@@ -370,8 +370,8 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         self.runner.gradients.accumulate_into_grad(1 / module.trainer.accumulate_grad_batches)
         if self._reduce_gradients:
             self.runner.reduce()
-        if self._interruption is not None:
-            self._interruption.hear()
+        if self._shutdown is not None:
+            self._shutdown.hear()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -413,8 +413,8 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
 
     def on_train_end(self) -> None:
         """Leave the whole trained module on every rank."""
-        if self._interruption is not None:
-            self._interruption.hear()
+        if self._shutdown is not None:
+            self._shutdown.hear()
         if self._residence is not None and self._residence.is_partial:
             self._residence.restore()
         elif isinstance(self.runner, Pipeline):
@@ -429,10 +429,10 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
-        if self._interruption is not None:
-            self._interruption.release()
+        if self._shutdown is not None:
+            self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None
-        self._interruption = self._residence = None
+        self._shutdown = self._residence = None
         if residence is not None and residence.is_partial:  # after an exception
             residence.leave_device()
             self._lightning_module = None

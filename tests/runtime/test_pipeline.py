@@ -69,7 +69,7 @@ def test_unfolded_ranks_hold_second_copies(pool: RankPool) -> None:
 
 def test_memory_limit(pool: RankPool) -> None:
     """A limit lowers the live micro-batches; one that nothing fits in is an error on every rank."""
-    from lightning_januspipe.schedule.report import peak_live
+    from lightning_januspipe.schedule.step_report import peak_live
 
     free = pool.run(pipeline_workers.fit, {"schedule": "wavek-zb", "num_microbatches": 8}, world_size=2)
     plan = Schedule.parse(free[0]["schedule"])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from schedule_models import actions, messages_from, schedule_of
 
 from lightning_januspipe.schedule import Action, Phase, Schedule
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, Message, dependencies, predecessor, successor
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES, Message, dependencies, predecessor, successor
 
 ACTIONS = st.builds(Action, st.sampled_from(Phase), st.integers(0, 40), st.integers(0, 200))
 
@@ -48,7 +48,7 @@ def test_chain_of_a_microbatch():
 
 @given(st.integers(1, 6), st.data())
 def test_predecessor_inverts_successor(num_stages, data):
-    action = Action(data.draw(st.sampled_from(CHAIN_PHASES)), data.draw(st.integers(0, num_stages - 1)), 0)
+    action = Action(data.draw(st.sampled_from(CRITICAL_PHASES)), data.draw(st.integers(0, num_stages - 1)), 0)
     after = successor(action, num_stages)
     assert after is None or predecessor(after, num_stages) == action
 
@@ -159,7 +159,7 @@ def test_messages_of_split_stages():
 @given(_schedules())
 def test_what_is_sent_is_what_is_received(schedule):
     stages = range(schedule.num_stages)
-    chain = [Action(phase, stage, 3) for phase in CHAIN_PHASES for stage in stages]
+    chain = [Action(phase, stage, 3) for phase in CRITICAL_PHASES for stage in stages]
     sent = [message for action in chain for message in schedule.sent(action)]
     received = [message for action in chain for message in schedule.received(action)]
     assert sorted(sent) == sorted(received)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
 from lightning_januspipe.strategy.precision import (
     MeshClipping,
     MeshScaling,
-    clip_gradients_by_norm,
     loss_scale,
     mesh_aware,
 )

@@ -21,7 +21,7 @@ from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
-from lightning_januspipe.strategy.precision import clip_gradients_by_norm
+from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, list[Layout]] = {

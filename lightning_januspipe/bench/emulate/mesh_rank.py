@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, EmulationError, emulated_chain
 from lightning_januspipe.bench.emulate.rank import check_order, common_start, no_garbage_collection, step_data, urgently
-from lightning_januspipe.bench.emulate.stage import EmulatedStage, EmulationError, emulated_chain
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.p2p import Links

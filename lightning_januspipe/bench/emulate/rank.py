@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_januspipe.bench.emulate.stage import (
+from lightning_januspipe.bench.emulate.emulated_stage import (
     EmulatedStage,
     EmulationError,
     emulated_chain,
