@@ -17,7 +17,7 @@ from torch import nn
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import validate, validate_evaluation
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError
@@ -29,15 +29,15 @@ class BatchChecks:
     Every rank of a pipeline holds the whole module and the same batch, and so comes to the same.
 
     Args:
-        divided: the potential in stages, validated on ordinary batches.
+        staged: the potential in stages, validated on ordinary batches.
         module: the LightningModule.
 
     Attributes:
         whole: a context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
     """
 
-    def __init__(self, divided: DividedPotential, module: nn.Module) -> None:
-        self._divided, self._module = divided, module
+    def __init__(self, staged: StagedPotential, module: nn.Module) -> None:
+        self._staged, self._module = staged, module
         self._validated: set[frozenset[str]] = set()
         self._noted: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
         self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -53,10 +53,10 @@ class BatchChecks:
             kwargs: its keyword arguments.
             symbols: values of its size symbols.
         """
-        divided = self._divided
-        call = PotentialCall(divided.path, args, kwargs, tuple(divided.outputs), divided.replaced)
+        staged = self._staged
+        call = PotentialCall(staged.path, args, kwargs, tuple(staged.outputs), staged.replaced)
         potential = potential_of(self._module, step, call)
-        kinds = divided.kinds(potential, args, kwargs, symbols)
+        kinds = staged.unvalidated_kinds(potential, args, kwargs, symbols)
         if kinds and not any(kinds <= validated for validated in (*self._validated, *self._noted)):
             self._noted[kinds] = potential, call
 
@@ -78,9 +78,9 @@ class BatchChecks:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if potential.training:
-                    validate(self._divided, potential, call)
+                    validate(self._staged, potential, call)
                 else:
-                    validate_evaluation(self._divided, potential, call)
+                    validate_evaluation(self._staged, potential, call)
         except CaptureError as error:
             raise CaptureError(
                 f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was validated when "

@@ -14,9 +14,9 @@ from lightning_januspipe.capture import (
     Capture,
     CaptureError,
     ExplicitStages,
-    Manner,
+    PhaseMode,
     ProgramCache,
-    Stages,
+    StageOrigin,
     capture_module,
 )
 from lightning_januspipe.capture.find.grad_call import StepFunction
@@ -24,7 +24,7 @@ from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.specs import PhaseSeconds
-from lightning_januspipe.graph import call_tensors, division_of, prove_division
+from lightning_januspipe.graph import call_tensors, shard_potential, verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline, measured_latency
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
@@ -94,7 +94,7 @@ class PipelineBuilder:
         wave_size: int | Literal["auto"],
         memory_limit: float | None,
         potential: str | None,
-        stages: Stages,
+        stages: StageOrigin,
         message_dtype: MessageDtype | None = None,
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
@@ -136,7 +136,9 @@ class PipelineBuilder:
                             *examples,
                             placements(self.schedule, num_ranks),
                             self._potential,
-                            manner=Manner(defer=is_deferred(self.schedule), split_stages=is_unfolded(self.schedule)),
+                            phase_mode=PhaseMode(
+                                defer=is_deferred(self.schedule), split_stages=is_unfolded(self.schedule)
+                            ),
                             step_time=step_time,
                             evaluation_step=None if evaluation is None else with_batch(evaluation),
                             stages=self._stages,
@@ -210,13 +212,13 @@ def _verify_graph_ranks(capture: Capture, module: Any, step: StepFunction, batch
         return []
     if isinstance(potential, CapturedPotential):
         try:
-            prove_division(potential, module, step, batch, num_ranks)
+            verify_sharding(potential, module, step, batch, num_ranks)
         except CaptureError as error:
             if not isinstance(module.get_submodule(potential.path), ExplicitStages):
                 raise
             raise CaptureError(f"{error} Or take the stages that it declares, with stages='explicit'.") from error
         return []
-    division_of(potential, module.get_submodule(potential.path))
+    shard_potential(potential, module.get_submodule(potential.path))
     return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]
 
 

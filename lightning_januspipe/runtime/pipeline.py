@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Capture, DividedPotential
+from lightning_januspipe.capture import Capture, StagedPotential
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.checkpoint.averages import followers, held_by_all
@@ -24,7 +24,7 @@ from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import MeanPhaseTimes, Span, recorded_report
 from lightning_januspipe.errors import PipelineError
-from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, prove_together
+from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.runtime.batch_checks import BatchChecks
 from lightning_januspipe.runtime.fingerprint import fingerprint, same_batch
@@ -145,13 +145,13 @@ class Pipeline:
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 if self._graph is not None:
-                    observables, derivatives = self._graph.joined(index, observables, derivatives)
+                    observables, derivatives = self._graph.gather_results(index, observables, derivatives)
                 with as_world(self._mesh.data_group):
                     result = self.step.loss(
                         index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
                     )
                 outputs[index] = result.output
-                return result.gradients if self._graph is None else self._graph.own(index, result.gradients)
+                return result.gradients if self._graph is None else self._graph.own_gradients(index, result.gradients)
 
             self._costs_then = self._costs if self.step_recorder.wants_times else self._costs_then
             is_learning = self._num_steps in _LEARNING_STEPS
@@ -179,7 +179,7 @@ class Pipeline:
             (result,) = self.executor.evaluate(self._evaluation, inputs)
             observables, derivatives = self._share(result, inputs[0])
             if self._graph is not None:
-                observables, derivatives = self._graph.joined(0, observables, derivatives)
+                observables, derivatives = self._graph.gather_results(0, observables, derivatives)
             with as_world(self._mesh.data_group):
                 return self.step.finish(0, step, batch, observables, derivatives)
         except BaseException:
@@ -189,7 +189,7 @@ class Pipeline:
             self._clear()
 
     def verify_sharding(self, tensors: Sequence[Tensor]) -> None:
-        """Verify, on all graph ranks together, that a potential may be sharded over them; see :func:`.prove_together`.
+        """Verify on all graph ranks together that sharding is right; see :func:`.verify_explicit_sharding`.
 
         Args:
             tensors: inputs of the potential, the same on all ranks.
@@ -201,7 +201,7 @@ class Pipeline:
         assert self._graph is not None
         try:
             with unchanged(self._module):
-                prove_together(self._graph, captured, self._module.get_submodule(captured.path), tensors)
+                verify_explicit_sharding(self._graph, captured, self._module.get_submodule(captured.path), tensors)
         except BaseException:
             self._abort()
             raise
@@ -214,7 +214,7 @@ class Pipeline:
         mesh = self._mesh
         assert mesh.replica_group is not None
         replica = Replica(len(mesh.replica_ranks), mesh.replica_rank, mesh.replica_group)
-        return self._graph.divided_alike(inputs, replica, ahead)
+        return self._graph.shard_step_inputs(inputs, replica, ahead)
 
     def _clear(self) -> None:
         self.step.clear()
@@ -418,7 +418,7 @@ class Pipeline:
                 )
 
 
-def _graph_axis(captured: DividedPotential, potential: nn.Module, mesh: Mesh) -> GraphAxis | None:
+def _graph_axis(captured: StagedPotential, potential: nn.Module, mesh: Mesh) -> GraphAxis | None:
     if mesh.graph_group is None:
         return None
     return GraphAxis(captured, potential, GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group))

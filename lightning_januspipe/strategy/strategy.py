@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Stages
+from lightning_januspipe.capture import StageOrigin
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.validate.side_effects import replaced_log
 from lightning_januspipe.distributed import broadcast_module
-from lightning_januspipe.graph import OwnersAhead
+from lightning_januspipe.graph import OwnersInLoader
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.replica_balance import Balance, balance_replicas
@@ -99,7 +99,7 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
         process_group_backend: str | None = None,
         timeout: timedelta | float = timedelta(minutes=30),
         memory_limit: float | None = None,
-        stages: Stages = "auto",
+        stages: StageOrigin = "auto",
         message_dtype: MessageDtype | None = None,
         balance: Balance = "auto",
     ) -> None:
@@ -114,8 +114,8 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
         if wave_size != "auto" and not is_searched(schedule):
             warnings.warn(f"wave_size={wave_size} has no effect: schedule={schedule!r} has no waves", stacklevel=2)
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
-        if stages not in get_args(Stages):
-            raise ValueError(f"stages={stages!r}; expected one of {', '.join(map(repr, get_args(Stages)))}")
+        if stages not in get_args(StageOrigin):
+            raise ValueError(f"stages={stages!r}; expected one of {', '.join(map(repr, get_args(StageOrigin)))}")
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
         if message_dtype not in (None, *get_args(MessageDtype)):
@@ -217,11 +217,11 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
             self._eval_loader = dataloader
         return dataloader
 
-    def _owners_ahead(self) -> OwnersAhead | None:
+    def _owners_ahead(self) -> OwnersInLoader | None:
         """Where atoms are divided over ranks, the loader's workers choose who owns which."""
         if self.mesh is None or self.mesh_shape.graph == 1:
             return None
-        return OwnersAhead(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
+        return OwnersInLoader(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
 
     def _balance_replicas(self, loader: Any, may_change: bool) -> None:
         shape = self.mesh_shape

@@ -116,4 +116,4 @@ def test_lists_may_have_any_length() -> None:
     found = capture_module(module, module.training_step, traced, other, [[0, 1]])
     longer = {**make_batch((2, 2, 2, 3, 2)), "names": names}
     symbols = found.potential.bind_sizes(found.potential.inputs(module.potential)((longer,), {}))
-    assert found.potential.kinds(module.potential, (longer,), {}, symbols) == frozenset()
+    assert found.potential.unvalidated_kinds(module.potential, (longer,), {}, symbols) == frozenset()
