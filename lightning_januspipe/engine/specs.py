@@ -28,10 +28,10 @@ class TensorSpec:
         return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
 
 
-def violated(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
+def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
     """The sizes for which a condition does not hold; none where it does.
 
-    A condition that only a size of 0 or 1 breaks is taken to hold: operations treat such sizes apart.
+    A condition that only a size of 0 or 1 breaks is taken to hold: operations treat such sizes specially.
 
     Args:
         condition: a relation between size symbols.
@@ -202,7 +202,7 @@ class MicrobatchInput:
 class PhaseSeconds:
     """Measured seconds of the phases of one stage for one micro-batch.
 
-    Of a stage that is apart, FF counts FE's recomputation and BF the way back through it. WF and WE are 0 where
+    Of a split stage, FF counts FE's recomputation and BF the way back through it. WF and WE are 0 where
     nothing is deferred.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError, PipelineError, shown
 from lightning_januspipe.graph.axis import GraphAxis
@@ -98,7 +98,7 @@ def _results(
         return gradients if axis is None else axis.own_gradients(0, gradients)
 
     functions = [local.stage(i, potential) for i in range(local.num_stages)]
-    result = run_local(functions, staged.chain, given.tensors, loss)
+    result = run_single_process(functions, staged.chain, given.tensors, loss)
     named = [(n, p, result.gradients.get(p)) for n, p in potential.named_parameters() if p.requires_grad]
     return outputs + [
         (

@@ -21,7 +21,7 @@ from lightning_januspipe.capture.find.grad_call import StepFunction, call_argume
 from lightning_januspipe.capture.size_names import words_of
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
-from lightning_januspipe.engine.single_process import LocalResult, run_local
+from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_captured, verify_sharding
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
@@ -242,7 +242,7 @@ class Sharing:
         tensors: list[Tensor],
         axis: GraphAxis | None = None,
         group: CountingGroup | None = None,
-    ) -> Callable[..., tuple[LocalResult, Traffic]]:
+    ) -> Callable[..., tuple[SingleProcessResult, Traffic]]:
         """A function that takes one rank's part of a micro-batch through all phases.
 
         Args:
@@ -252,8 +252,9 @@ class Sharing:
             group: that of the axis.
 
         Returns:
-            A function that gives what :func:`~lightning_januspipe.engine.single_process.run_local` does, with its
-            options, and the exchanges.
+            A function with the options of
+            :func:`~lightning_januspipe.engine.single_process.run_single_process`, which returns its result and the
+            exchanges.
         """
         given = MicrobatchInput(tensors, captured.bind_sizes(tensors))
         local = captured if axis is None else axis.potential
@@ -268,22 +269,22 @@ class Sharing:
             )
             return seeds if axis is None else axis.own_gradients(0, seeds)
 
-        def walk(**manner: Any) -> tuple[LocalResult, Traffic]:
+        def walk(**manner: Any) -> tuple[SingleProcessResult, Traffic]:
             part = given if axis is None else axis.shard_inputs(0, given)
             if group is not None:
                 group.begin()
             on_phase = None if group is None else group.on_phase
-            result = run_local(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
+            result = run_single_process(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
             return result, {} if group is None else group.sent
 
         return walk
 
 
-def _seconds(result: LocalResult) -> float:
+def _seconds(result: SingleProcessResult) -> float:
     return sum(of_stage.total for of_stage in result.seconds)
 
 
-def _held(result: LocalResult) -> int:
+def _held(result: SingleProcessResult) -> int:
     """Bytes that a micro-batch holds at most on all stages together."""
     return sum(b.energy + max(b.force, b.kept) for b in result.bytes or [])
 

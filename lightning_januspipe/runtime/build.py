@@ -73,7 +73,7 @@ class _Kept:
         return is_right and not request.trains
 
 
-class Capturer:
+class PipelineBuilder:
     """Captures modules for one strategy, and keeps the last capture.
 
     Attributes:
@@ -119,7 +119,7 @@ class Capturer:
         # One number for all replicas: by it the stages are placed.
         latency = broadcast(measured_latency(mesh))
         news = ""
-        to_prove: list[Tensor] = []
+        to_verify: list[Tensor] = []
         if self._kept is None or not self._kept.serves(request):
 
             def step_time(seconds: list[PhaseSeconds]) -> float:
@@ -144,8 +144,8 @@ class Capturer:
                             stages=self._stages,
                             cache=ProgramCache.default(),
                         )
-                        proof = _proof(found, request.module, step, examples[1], mesh.shape.graph)
-                        return found, proof
+                        inputs = _verify_graph_ranks(found, request.module, step, examples[1], mesh.shape.graph)
+                        return found, inputs
 
             def capture() -> tuple[Capture, list[Tensor]]:
                 # Many potentials detach their forces in evaluation; some differentiate once only if they are told so.
@@ -156,7 +156,7 @@ class Capturer:
                         raise
                 return capture_in(False)
 
-            result, to_prove = on_first_rank(capture, rank, broadcast)
+            result, to_verify = on_first_rank(capture, rank, broadcast)
             self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
             manner = manner_in_words(self.schedule, request.num_microbatches, mesh.shape)
             news = f"januspipe: {result.describe()}; {manner}"
@@ -165,10 +165,10 @@ class Capturer:
         limit = self._memory_limit if request.trains else None
         planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
         pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
-        if to_prove:
+        if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.
-                pipeline.verify_sharding([t.clone().to(mesh.device) for t in to_prove])
+                pipeline.verify_sharding([t.clone().to(mesh.device) for t in to_verify])
         return pipeline, news
 
     def _planner(
@@ -201,11 +201,11 @@ def manner_in_words(schedule: str, num_microbatches: int, shape: MeshShape) -> s
     return ", ".join(words)
 
 
-def _proof(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:
-    """Prove that a potential can be divided over graph ranks.
+def _verify_graph_ranks(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:
+    """Verify that a potential can be sharded over graph ranks, as far as one rank can.
 
     Returns:
-        Where that takes all ranks together, the potential's inputs to prove it with, on the CPU; else nothing.
+        The potential's inputs, on the CPU, where all ranks together have to verify it with them; else nothing.
     """
     potential = capture.potential
     if num_ranks == 1:

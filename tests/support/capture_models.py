@@ -23,7 +23,7 @@ from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.trace import trace_potential
 from lightning_januspipe.capture.trees import shallow_copy
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.runtime.user_step import CapturedStep
 
 Batch = dict[str, Tensor]
@@ -208,7 +208,7 @@ def staged_gradients(
         losses.append(loss_in(result.output).detach())
         return result.gradients
 
-    result = run_local(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
+    result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
     gradients: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         parts = [g for g in (result.gradients.get(parameter), outside.get(parameter)) if g is not None]

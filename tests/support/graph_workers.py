@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, ToyStage, chain, loss_gradients, microbatch, undivided
 
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import StageOutput
 from lightning_januspipe.graph import collectives, make_shards, rows_read
 from lightning_januspipe.graph.collectives import Exchange
@@ -354,7 +354,7 @@ def phases(name: str, defer: bool) -> tuple[float, dict[str, int]]:
         function.__class__ = DividedStage
         function.exchange = sharded.atoms  # type: ignore[attr-defined]
     with counted() as counts:
-        result = run_local(functions, spec, tensors, loss_gradients, defer=defer)
+        result = run_single_process(functions, spec, tensors, loss_gradients, defer=defer)
     errors = []
     for found, wanted in zip(
         [*result.observables, *result.derivatives], [*expected.observables, *expected.derivatives], strict=True

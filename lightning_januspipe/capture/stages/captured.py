@@ -22,7 +22,7 @@ from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors, in_order, readers
 from lightning_januspipe.capture.trace.program import Program
 from lightning_januspipe.capture.trees import with_leaves
-from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
 from lightning_januspipe.errors import CaptureError, shown
 
 
@@ -152,7 +152,7 @@ class CapturedPotential:
                 )
         symbols = self.program.bind(tensors)
         for condition in self.program.conditions:
-            sizes = violated(condition, symbols)
+            sizes = violated_sizes(condition, symbols)
             if sizes:
                 where = {s: self.program.symbols[s] for s in sizes}
                 given = [

@@ -18,7 +18,7 @@ from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import LocalResult, run_local
+from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds
 from lightning_januspipe.errors import CaptureError, shown
 
@@ -170,7 +170,7 @@ class PhaseMode:
 
     Attributes:
         defer: leave weight gradients to WF and WE.
-        split_stages: run FF and BF of every stage on another rank than its FE and BE.
+        split_stages: run FF and BF of every stage as on another rank than its FE and BE.
     """
 
     defer: bool = False
@@ -188,7 +188,7 @@ def run_staged(
     phase_mode: PhaseMode = DEFAULT_MODE,
     measure_memory: bool = False,
     num_runs: int = 1,
-) -> tuple[ProbeResult, LocalResult]:
+) -> tuple[ProbeResult, SingleProcessResult]:
     """The same through the phases of all stages, in this process; of several runs, what the last one took.
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
@@ -220,13 +220,13 @@ def run_staged(
     for _ in range(num_runs):
         outputs: list[Tensor] = []
         outside = GradientBuffers()
-        result = run_local(
+        result = run_single_process(
             stages,
             staged.chain,
             tensors,
             loss,
             defer=phase_mode.defer,
-            apart=range(len(stages)) if phase_mode.split_stages else (),
+            split_stages=range(len(stages)) if phase_mode.split_stages else (),
             measure_memory=measure_memory,
         )
         if eager is None:
