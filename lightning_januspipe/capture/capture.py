@@ -52,7 +52,8 @@ class Capture:
         seconds: measured phase times of each stage.
         bytes: measured memory of one micro-batch in each stage.
         elapsed: seconds that all of it took.
-        origin: in words, how the stages were come by, and what was refused before.
+        origin: in words, where the stages come from, and what was refused before.
+        alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
     """
 
     potential: StagedPotential
@@ -60,6 +61,7 @@ class Capture:
     bytes: list[PhaseBytes]
     elapsed: float
     origin: str
+    alternative: str = ""
 
     def describe(self) -> str:
         """One line for a user: what was found, and how it is divided."""
@@ -121,7 +123,7 @@ def capture_module(
             step_time,
             cache,
         )
-        captured, seconds, origin = _stages(job, stages)
+        captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages:
             validate(captured, job.potential, job.other, phase_mode)
         evaluated = potential_of(module, evaluation_step or step, found)
@@ -132,7 +134,7 @@ def capture_module(
         folded = replace(phase_mode, split_stages=False)
         bytes_ = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
         assert bytes_ is not None
-    return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)
+    return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin, alternative)
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ class _CaptureJob:
     cache: ProgramCache | None
 
 
-def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseSeconds], str]:
-    """Stages, their times, and their origin: the first way that works."""
+def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseSeconds], str, str]:
+    """Returns stages, their times, their origin, and the alternative to them: the first way that works."""
     ways: dict[str, Callable[[_CaptureJob], tuple[StagedPotential, list[PhaseSeconds], str]]]
     ways = {"captured": _from_trace, "explicit": _from_explicit_parts}
     has_own = isinstance(job.potential, ExplicitStages)
@@ -175,7 +177,9 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
             refused.append(error)
             continue
         notes = [f"tracing was refused ({error})" for error in refused]
-        return captured, seconds, "; ".join([origin, *notes])
+        has_other = way == "captured" and has_own
+        alternative = " Or take the stages that it declares, with stages='explicit'." if has_other else ""
+        return captured, seconds, "; ".join([origin, *notes]), alternative
     if len(refused) == 1:
         raise refused[0]
     raise CaptureError(f"{refused[0]} The potential's own stages were refused too: {refused[1]}") from refused[0]

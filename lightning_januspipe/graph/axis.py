@@ -15,8 +15,8 @@ from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
 from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder, ShardPlan
-from lightning_januspipe.graph.sharding import shard_potential
 from lightning_januspipe.graph.sharded_potential import RankPotential
+from lightning_januspipe.graph.sharding import shard_potential
 
 
 @dataclass(frozen=True)

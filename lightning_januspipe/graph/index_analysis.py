@@ -229,8 +229,7 @@ class IndexAnalysis:
                 yield IndexUse(node, dim % len(spec.shape), symbol, index, self.source(index), self.counts(index))
 
     def _holders(self, shape: Sequence[int | str]) -> list[tuple[int, str]]:
-        """Returns dimension and size symbol of the rows that hold indices; nothing where it is not clear which they are.
-        """
+        """Returns dimension and size symbol of the rows that hold indices; nothing where that is not clear."""
         found = [(dim, s) for dim, s in enumerate(map(symbolic, shape)) if s is not None]
         if len(found) > 1:  # a table may have as many columns as there are
             counted = {self.class_of(u.symbol) for u in self.uses}

@@ -204,7 +204,7 @@ class CapturedPotential:
         return [(name, self.program.spec(name)) for name in self.sent(stage)]
 
     def computed(self, stage: int) -> list[str]:
-        """Returns the names of what a stage computes for others: its boundary, energies, observables and coordinates."""
+        """Returns the names of what a stage gives: its boundary, energies, observables and coordinates."""
         body = set(self.cut.bodies[stage])
         owned = [n for n in (*self.program.energies, *self.regions.observables) if n in body]
         return [*self.sent(stage), *owned, *self.program.coordinates]
@@ -322,7 +322,7 @@ class CapturedStage:
     def __init__(self, captured: CapturedPotential, index: int, potential: nn.Module) -> None:
         program, own = captured.program, set(captured.cut.bodies[index])
         self.index = index
-        self._function = ProgramFunction(
+        self.function = ProgramFunction(
             program,
             potential,
             {*captured.regions.geometry, *captured.cut.replicated[index], *own},
@@ -334,11 +334,11 @@ class CapturedStage:
         self.observables: Sequence[int] = [i for i, n in enumerate(captured.regions.observables) if n in own]
         self.boundary_in: Sequence[TensorSpec] = [program.spec(n) for n in captured.received(index)]
         self.boundary_out: Sequence[TensorSpec] = [program.spec(n) for n in captured.sent(index)]
-        self.parameters = self._function.parameters
+        self.parameters = self.function.parameters
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluates the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
-        values = iter(self._function(tensors, boundary))
+        values = iter(self.function(tensors, boundary))
         numbers = (len(self.boundary_out), self._num_energies, len(self.observables))
         sent, energies, observables = ([next(values) for _ in range(number)] for number in numbers)
         return StageOutput(sent, energies, observables, list(values))
@@ -359,8 +359,8 @@ class Epilogue:
         self._program, self._kept = program, regions.outputs
         self._potential, self._adapters = potential, adapters_of(potential)
         wanted, given = [program.outputs[i] for i in regions.outputs], [program.gradient, *regions.observables]
-        self._function = ProgramFunction(program, potential, regions.epilogue, wanted, given)
-        self.parameters = self._function.parameters
+        self.function = ProgramFunction(program, potential, regions.epilogue, wanted, given)
+        self.parameters = self.function.parameters
 
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
@@ -385,7 +385,7 @@ class Epilogue:
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> list[Tensor]:
         """Returns the available outputs (``regions.outputs`` has their positions)."""
-        return self._function(call_tensors, [list(derivatives), *observables])
+        return self.function(call_tensors, [list(derivatives), *observables])
 
     def of_forward(self, returned: Any) -> Any:
         """Returns what the forward itself returned, as adapters make it for the program."""

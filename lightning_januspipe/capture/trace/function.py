@@ -29,6 +29,7 @@ class ProgramFunction:
 
     Attributes:
         parameters: the trainable parameters that it reads.
+        graph: the operations that it runs.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ProgramFunction:
         names = placeholders(program, ancestors(program, outputs, given))
         self._placeholders = PlaceholderValues(program, potential, names)
         self._module = build_module(program, operations, [*names, *given], outputs, leaves)
+        self.graph = self._module.graph
         live = dict(potential.named_parameters(remove_duplicate=False))
         read = dict.fromkeys(live[program.parameters[n]] for n in names if n in program.parameters)
         self.parameters: Sequence[nn.Parameter] = [p for p in read if p.requires_grad]
