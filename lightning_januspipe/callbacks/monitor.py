@@ -89,11 +89,11 @@ class PipelineMonitor(Metered):
         if runner is None:
             return
         if left == 0:
-            runner.watch.ask()
+            runner.step_recorder.ask()
         elif left == 1 and hasattr(runner, "num_stages") and trainer.strategy.root_device.type == "cpu":
-            is_due = runner.watch.held is None or len(self.history) % _MEMORY_EVERY == 0
+            is_due = runner.step_recorder.held is None or len(self.history) % _MEMORY_EVERY == 0
             if is_due:
-                runner.watch.ask(memory=True)
+                runner.step_recorder.ask(memory=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -140,8 +140,8 @@ class PipelineMonitor(Metered):
             names = ("atoms_per_s", "structures_per_s")
             return {PREFIX + n: r for n, r in zip(names, rates.tolist(), strict=True) if seconds}
         device = trainer.strategy.root_device
-        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.watch.held
-        mine = RankNumbers.of_step(runner.watch.own_step, self.measured(), held)
+        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.step_recorder.held
+        mine = RankNumbers.of_step(runner.step_recorder.rank_step, self.measured(), held)
         num_stages = getattr(runner, "num_stages", 0)
         most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
         return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)

@@ -17,9 +17,9 @@ from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.loader.resume import KEY, LoaderProgress
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.parameter_residence import Residence
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
@@ -31,12 +31,12 @@ class CheckpointHooks:
     lib: Any
     _checkpoint_io: Any
     mesh: Mesh | None
-    runner: Undivided | Pipeline | None
+    runner: SingleStage | Pipeline | None
     _save_distributed: bool
     _progress: LoaderProgress
     _stage_optimizers: dict[int, StageOptimizer]
     _shutdown: CoordinatedShutdown | None = None
-    _residence: Residence | None = None
+    _residence: ParameterResidence | None = None
     _unloaded: dict[int, dict[str, Any]]
     """States of optimizers that wait until the stages are known."""
 
@@ -237,7 +237,7 @@ class CheckpointHooks:
             )
             return
         self._residence.release(self.runner)
-        self.runner.proofs.whole = self._residence.whole
+        self.runner.batch_checks.whole = self._residence.whole
 
     # -- exceptions --------------------------------------------------------------------------------------------------
 
