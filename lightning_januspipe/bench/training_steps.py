@@ -253,9 +253,9 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Step
     class Keep(lightning.Callback):
         def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
             runner = trainer.strategy.runner
-            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.holds(p)]
+            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.parameters.holds(p)]
             gradients = {n: p.grad.detach().double() for n, p in held}
-            found.append(StepGradients(gradients, getattr(runner, "bytes_sent", 0)))
+            found.append(StepGradients(gradients, runner.bytes_sent))
 
     trainer_of(strategy, 1, Keep(), precision=precision).fit(module, loader)
     return found[0]

@@ -89,11 +89,11 @@ class PipelineMonitor(Metered):
         if runner is None:
             return
         if left == 0:
-            runner.watch.ask()
-        elif left == 1 and hasattr(runner, "num_stages") and trainer.strategy.root_device.type == "cpu":
-            is_due = runner.watch.held is None or len(self.history) % _MEMORY_EVERY == 0
+            runner.step_recorder.ask()
+        elif left == 1 and runner.is_staged and trainer.strategy.root_device.type == "cpu":
+            is_due = runner.step_recorder.held is None or len(self.history) % _MEMORY_EVERY == 0
             if is_due:
-                runner.watch.ask(memory=True)
+                runner.step_recorder.ask(memory=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -140,16 +140,15 @@ class PipelineMonitor(Metered):
             names = ("atoms_per_s", "structures_per_s")
             return {PREFIX + n: r for n, r in zip(names, rates.tolist(), strict=True) if seconds}
         device = trainer.strategy.root_device
-        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.watch.held
-        mine = RankNumbers.of_step(runner.watch.own_step, self.measured(), held)
-        num_stages = getattr(runner, "num_stages", 0)
+        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.step_recorder.held
+        mine = RankNumbers.of_step(runner.step_recorder.rank_step, self.measured(), held)
         most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
-        return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
+        return metrics(exchanged(mine, runner.num_stages, most, mesh.host_group), mesh.shape)
 
     def _rows(self, trainer: Trainer) -> list[draw.Panel]:
         """The last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
-        if not hasattr(runner, "recorded_step") or mesh is None or mesh.aborted:
+        if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
             return []
         own = runner.recorded_step()
         steps: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None

@@ -1,15 +1,25 @@
-"""LightningModule that trains a conservative potential on energies, forces and stresses."""
+"""Defines the LightningModule that trains a conservative potential on energies, forces and stresses."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.models.errors import MaskedError, masked_loss
-from lightning_januspipe.models.initial_weights import KEY, arguments_of, check_species, freeze, load_weights
+from lightning_januspipe.models.initial_weights import freeze, load_weights, read_checkpoint
+from lightning_januspipe.models.losses import MaskedError, masked_loss
+from lightning_januspipe.models.saved_arguments import (
+    check_data,
+    compare_arguments,
+    rebuild_potential,
+    save_arguments,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -23,35 +33,37 @@ Batch = dict[str, Tensor]
 
 
 class PotentialModule(LightningModule):
-    """Training, validation, test and prediction of a potential.
+    """Trains, validates and tests a potential, and predicts with it.
 
-    Logs ``{train,val,test}_loss`` and, for each of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³),
-    ``…_mae`` and ``…_rmse``. Labels that are NaN are left out of losses and metrics.
+    It logs ``{train,val,test}_loss`` and, for each of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³),
+    ``…_mae`` and ``…_rmse``. Losses and metrics leave out labels that are NaN.
 
     Args:
-        potential: Module that maps a batch (see :mod:`lightning_januspipe.keys`) to a dict with ``energy`` (B,) in eV,
-            ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3) in eV/Å³.
+        potential: A module that maps a batch (see :mod:`lightning_januspipe.keys`) to a dict with ``energy`` (B,) in
+            eV, ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3) in eV/Å³.
         energy_weight: Weight of the loss of energies per atom.
         force_weight: Weight of the loss of force components.
-        stress_weight: Weight of the loss of stress components; with 0 a batch needs no stress labels.
-        loss: Mean squared error or Huber loss.
+        stress_weight: Weight of the loss of stress components; with 0 batches need no stress labels.
+        loss: ``"mse"`` for the mean squared error, ``"huber"`` for the Huber loss.
         huber_delta: Error at which the Huber loss turns linear, in the unit of each quantity.
-        optimizer: Adam or AdamW.
+        optimizer: ``"adam"`` or ``"adamw"``.
         learning_rate: Initial learning rate.
         weight_decay: Weight decay of the optimizer.
-        lr_scheduler: Lower the rate on a plateau of ``monitor``, along a cosine to zero over the fit, or not at all.
+        lr_scheduler: ``"plateau"`` lowers the rate on a plateau of ``monitor``, ``"cosine"`` lowers it to zero over the
+            fit, None keeps it.
         monitor: Logged value that the plateau scheduler watches.
         plateau_factor: Factor on the rate at a plateau.
         plateau_patience: Epochs without improvement before the rate is lowered.
         initial_weights: Checkpoint of an earlier run to start from, a file or a folder of torch.distributed.checkpoint.
-            Its weights are loaded, and nothing else, when a Trainer first sets the module up; a checkpoint that the
-            Trainer itself resumes from replaces them.
-        frozen: Parameters that are not trained, as dotted parts of their names: "embedding", "layers.0",
-            "layers.[0-2]".
+            Only its weights are loaded, when a Trainer first sets the module up; a checkpoint that the Trainer itself
+            resumes from replaces them.
+        frozen: Parameters that are not trained, as dotted parts of their names: ``"embedding"``, ``"layers.0"``,
+            ``"layers.[0-2]"``.
 
     Raises:
-        ValueError: An unknown name, a negative weight, only zero weights, or a name in ``frozen`` that matches nothing.
-            In ``setup``: initial weights of another model, or data with species at other places than the potential.
+        ValueError: A name is unknown, a weight is negative, all weights are zero, or ``frozen`` matches nothing.
+            In ``setup``: the initial weights belong to another model, or the data has other species indices than the
+            potential.
 
     Example:
         >>> from lightning_januspipe.models import EquivariantPotential
@@ -91,10 +103,10 @@ class PotentialModule(LightningModule):
             ("lr_scheduler", lr_scheduler, ("plateau", "cosine", None)),
         ):
             if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+                raise ValueError(f"{name}={value!r}; expected one of {choices}")
         weights = {keys.ENERGY: energy_weight, keys.FORCES: force_weight, keys.STRESS: stress_weight}
         if min(weights.values()) < 0 or not any(weights.values()):
-            raise ValueError(f"loss weights must not be negative, and one must be positive; got {weights}")
+            raise ValueError(f"loss weights {weights}; expected none to be negative and at least one to be positive")
         self.save_hyperparameters(ignore=["potential", "initial_weights"])
         self.potential = potential
         freeze(potential, frozen)
@@ -110,12 +122,13 @@ class PotentialModule(LightningModule):
             }
         )
 
+    @override
     def forward(self, batch: Batch) -> Batch:
         """Predict energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
         return self.potential(batch)
 
     def loss(self, prediction: Batch, batch: Batch) -> Tensor:
-        """Weighted sum of the losses of energies per atom, forces and stresses.
+        """Return the weighted sum of the losses of energies per atom, forces and stresses.
 
         Raises:
             ValueError: A label with a positive weight is missing from the batch.
@@ -131,43 +144,110 @@ class PotentialModule(LightningModule):
         ]
         return torch.stack(losses).sum()
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Return the loss of one batch."""
         return self._evaluate(batch, "train")
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss and errors of one validation batch."""
         with gradients_enabled(batch) as batch:
             self._evaluate(batch, "val")
 
+    @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss and errors of one test batch."""
         with gradients_enabled(batch) as batch:
             self._evaluate(batch, "test")
 
+    @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Predictions of one batch, detached."""
+        """Return the detached predictions of one batch."""
         with gradients_enabled(batch) as batch:
             return {name: value.detach() for name, value in self(batch).items()}
 
+    @override
     def setup(self, stage: str) -> None:
-        """Load the initial weights once, and check the species of the data."""
-        check_species(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
+        """Load the initial weights once, and verify the species and the cutoff of the data."""
+        check_data(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self._initial_weights is not None:
-            load_weights(self, self.potential, self._initial_weights)
+            self._warn(load_weights(self, self.potential, self._initial_weights))
             self._initial_weights = None
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the weights mean nothing without."""
-        if arguments := arguments_of(self.potential):
-            checkpoint[KEY] = arguments
+    @override
+    def on_train_start(self) -> None:
+        """Verify the species and the cutoff of the training data."""
+        self._check_loaders(self.trainer.train_dataloader)
 
+    @override
+    def on_validation_start(self) -> None:
+        """Verify the species and the cutoff of the validation data."""
+        self._check_loaders(self.trainer.val_dataloaders)
+
+    @override
+    def on_test_start(self) -> None:
+        """Verify the species and the cutoff of the test data."""
+        self._check_loaders(self.trainer.test_dataloaders)
+
+    @override
+    def on_predict_start(self) -> None:
+        """Verify the species and the cutoff of the prediction data."""
+        self._check_loaders(self.trainer.predict_dataloaders)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the class and the arguments of the potential, without which its weights have no meaning."""
+        save_arguments(self.potential, checkpoint)
+
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Weights that are loaded by now stay."""
+        """Refuse the checkpoint of another potential; its weights go before the initial weights.
+
+        Raises:
+            ValueError: The potential in the checkpoint has other arguments.
+        """
+        path = getattr(self._trainer, "ckpt_path", None) or "the checkpoint"
+        self._warn(compare_arguments(self.potential, checkpoint, str(path)))
         self._initial_weights = None
 
+    @override
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "PotentialModule":
+        """Build the module that a checkpoint was saved from, with its weights, in evaluation mode.
+
+        Args:
+            checkpoint_path: File written by a Trainer, or folder of torch.distributed.checkpoint.
+            args: Further arguments of ``LightningModule.load_from_checkpoint``.
+            kwargs: Further arguments, and those of the module that are to differ. A ``potential`` is needed only if it
+                is not one of :mod:`lightning_januspipe.models`, and if its class or arguments are not in the file, as
+                in files of version 0.1.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+            ValueError: The potential is of another package, or the given one has other arguments.
+        """
+        is_path = isinstance(checkpoint_path, (str, Path))
+        if is_path and ("potential" not in kwargs or Path(checkpoint_path).is_dir()):
+            checkpoint = read_checkpoint(checkpoint_path)
+            if "potential" not in kwargs:
+                kwargs["potential"] = rebuild_potential(checkpoint, str(checkpoint_path))
+            checkpoint_path = BytesIO()
+            torch.save(checkpoint, checkpoint_path)
+            checkpoint_path.seek(0)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs).eval()
+
+    def _check_loaders(self, loaders: Any) -> None:
+        for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+            check_data(self.potential, getattr(loader, "dataset", None))
+
+    def _warn(self, messages: Sequence[str]) -> None:
+        for message in messages if self.global_rank == 0 else ():
+            warnings.warn(message, stacklevel=3)
+
+    @override
     def configure_optimizers(self) -> Any:
-        """The optimizer of what is not frozen and, if asked for, its learning rate scheduler."""
+        """Return the optimizer of the parameters that are not frozen and, if asked for, its learning rate scheduler."""
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams["optimizer"]]
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = kind(trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
@@ -185,18 +265,22 @@ class PotentialModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _pairs(self, prediction: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Prediction and label of each quantity that the batch has labels of, energies per atom."""
+        """Return prediction and label of each quantity that the batch has labels for; energies per atom."""
         pairs = {name: (prediction[name], batch[name]) for name in self.weights if name in batch}
         if keys.ENERGY in pairs:
             energy, label = pairs[keys.ENERGY]
             structure = batch[keys.BATCH]
             num_atoms = torch.zeros_like(label).index_add(0, structure, torch.ones_like(structure, dtype=label.dtype))
             num_atoms = num_atoms.clamp(min=1)
-            pairs[keys.ENERGY] = (energy / num_atoms, label / num_atoms)
+            # The difference of large energies is taken with all their digits, and only then rounded.
+            is_known = ~label.isnan()
+            difference = (energy - torch.where(is_known, label, energy.detach())) / num_atoms
+            rounded = difference.to(batch[keys.POSITIONS].dtype)
+            pairs[keys.ENERGY] = (rounded, torch.where(is_known, torch.zeros_like(rounded), torch.nan))
         return pairs
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        """Loss of a batch; the loss and the errors are logged under ``stage``."""
+        """Return the loss of a batch; log the loss and the errors under ``stage``."""
         prediction = self(batch)
         loss = self.loss(prediction, batch)
         num_structures = batch[keys.CELL].shape[0]
@@ -223,7 +307,7 @@ class PotentialModule(LightningModule):
 def gradients_enabled(batch: Batch) -> Iterator[Batch]:
     """Enable gradients inside evaluation, where Lightning disables them or enters inference mode.
 
-    Tensors made in inference mode cannot take part in a differentiation, so the batch is cloned.
+    Tensors made in inference mode cannot be differentiated, so the batch is cloned.
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield {name: value.clone() if value.is_inference() else value for name, value in batch.items()}

@@ -15,14 +15,13 @@ from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.errors import PipelineError
-from lightning_januspipe.loader.resume import KEY, LoaderPosition
+from lightning_januspipe.loader.resume import KEY, LoaderProgress
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.parameter_residence import Residence
-from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
+from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
-from lightning_januspipe.strategy.shutdown import Interruption
+from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 
 class CheckpointHooks:
@@ -31,12 +30,12 @@ class CheckpointHooks:
     lib: Any
     _checkpoint_io: Any
     mesh: Mesh | None
-    runner: Undivided | Pipeline | None
+    runner: Runner | None
     _save_distributed: bool
-    _position: LoaderPosition
+    _progress: LoaderProgress
     _stage_optimizers: dict[int, StageOptimizer]
-    _interruption: Interruption | None = None
-    _residence: Residence | None = None
+    _shutdown: CoordinatedShutdown | None = None
+    _residence: ParameterResidence | None = None
     _unloaded: dict[int, dict[str, Any]]
     """States of optimizers that wait until the stages are known."""
 
@@ -59,16 +58,16 @@ class CheckpointHooks:
         """The module's state: whole on global rank 0, or, for a folder, right where this rank owns it."""
         module, runner = self.lightning_module, self.runner
         self._require_all_ranks()
-        if not isinstance(runner, Pipeline):  # after training everything is whole
+        if runner is None:  # after training everything is whole
             return module.state_dict()
         assert self.mesh is not None
         if self._save_distributed and _has_own_tensors(module):
-            runner.synchronize(module.trainer.callbacks, averages_only=True)
+            runner.parameters.synchronize(module.trainer.callbacks, averages_only=True)
             return module.state_dict()
         if self._residence is not None and self._residence.is_partial:
             with self._residence.whole_on_first_rank():
                 return module.state_dict()
-        runner.synchronize(module.trainer.callbacks)
+        runner.parameters.synchronize(module.trainer.callbacks)
         return module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class CheckpointHooks:
     ) -> None:
         """Write a file or a folder; it appears under its name when it is complete, on every rank's word."""
         if is_fitting(self.lightning_module.trainer) and "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"replicas": self._positions()}
+            checkpoint[KEY] = {"replicas": self._replica_progress()}
         if self._save_distributed:
             if storage_options is not None:
                 raise TypeError(
@@ -142,16 +141,17 @@ class CheckpointHooks:
     def _owners(self) -> dict[Any, int]:
         """The pipeline rank that owns a tensor, for those that belong to single stages."""
         runner, module = self.runner, self.lightning_module
-        if not isinstance(runner, Pipeline) or not _has_own_tensors(module):
+        if runner is None or not _has_own_tensors(module):
             return {}
-        owned = {_storage(p): runner.owner(p) for p in runner.partly_held()}
-        return owned | {_storage(t): runner.owner(p) for p, t in runner.followers(module.trainer.callbacks)}
+        parameters = runner.parameters
+        owned = {_storage(p): parameters.owner(p) for p in parameters.partly_held()}
+        return owned | {_storage(t): parameters.owner(p) for p, t in parameters.averages(module.trainer.callbacks)}
 
-    def _positions(self) -> list[Any]:
-        """Random states and loader positions of the first ranks of all replicas, on global rank 0."""
+    def _replica_progress(self) -> list[Any]:
+        """Random states and loader progress of the first ranks of all replicas, on global rank 0."""
         mesh = self.mesh
         assert mesh is not None
-        mine = self._position.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
+        mine = self._progress.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
         if mesh.host_group is None:
             return [mine]
         found: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
@@ -169,8 +169,8 @@ class CheckpointHooks:
             PipelineError: a rank is missing.
         """
         is_alone = self.mesh is not None and self.mesh.aborted
-        if not is_alone and self.lightning_module.trainer.interrupted and self._interruption is not None:
-            is_alone = not self._interruption.are_together()
+        if not is_alone and self.lightning_module.trainer.interrupted and self._shutdown is not None:
+            is_alone = not self._shutdown.are_together()
         if is_alone:
             raise PipelineError("no checkpoint can be gathered: not all ranks have come here, after an exception")
 
@@ -197,7 +197,7 @@ class CheckpointHooks:
             given = {} if weights_only is None else {"weights_only": weights_only}
             checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
         if is_fitting(self.lightning_module.trainer):
-            self._position.resume(checkpoint, self.mesh_shape.coordinates(self.global_rank)[1])
+            self._progress.resume(checkpoint, self.mesh_shape.coordinates(self.global_rank)[1])
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -217,34 +217,34 @@ class CheckpointHooks:
         if states:
             super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})  # type: ignore[misc]
 
-    def _divide_optimizers(self) -> None:
+    def _prune_optimizers(self) -> None:
         """Leave to this rank its part of all optimizers, and of the states that a checkpoint gave."""
-        assert isinstance(self.runner, Pipeline)
+        assert self.runner is not None
         names = _names(self.lightning_module)
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
-            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner, names, state)
+            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner.parameters, names, state)
 
     def _free_other_stages(self) -> None:
         """Where the module is made in ``configure_model``, keep this rank's parameters only."""
-        assert isinstance(self.runner, Pipeline)
+        assert self.runner is not None
         module = self.lightning_module
         if self._residence is None:
             return
-        if followers(module, module.trainer.callbacks, self.runner.partly_held()):
+        if followers(module, module.trainer.callbacks, self.runner.parameters.partly_held()):
             self.lib.rank_zero.rank_zero_info(
                 "januspipe: averages of weights are kept, so every rank keeps all parameters"
             )
             return
-        self._residence.release(self.runner)
-        self.runner.proofs.whole = self._residence.whole
+        self._residence.release(self.runner.parameters)
+        self.runner.fetch_parameters_with(self._residence.whole)
 
     # -- exceptions --------------------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
         """A rank that ends with an exception says so to the others, unless they have all ended alike."""
-        if self._interruption is not None:
-            self._interruption.give_up()
+        if self._shutdown is not None:
+            self._shutdown.give_up()
 
 
 def _names(module: nn.Module) -> dict[nn.Parameter, str]:
