@@ -32,12 +32,19 @@ class Unseeded(plain_modules.InStep):
         torch.nn.init.normal_(self.shift, generator=torch.Generator().manual_seed(torch.Generator().seed() % 2**31))
 
 
-class Branching(plain_modules.InStep):
-    """Takes another branch where the energies are large."""
+class _BranchingEnergies(plain_modules.Energies):
+    """Takes another branch where positions are large."""
 
-    def predicted(self, batch: Any) -> tuple[Tensor, ...]:
-        found = super().predicted(batch)
-        return found if float(found[0].sum()) < 1e3 else (2 * found[0], *found[1:])
+    def forward(self, batch: Any, positions: Tensor) -> Any:
+        return super().forward(batch, positions if float(positions.detach().max()) < 1e3 else positions / 2)
+
+
+class Branching(plain_modules.InStep):
+    """Has a branch on values, which no trace follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _BranchingEnergies(4)
 
 
 class EquallyLarge(plain_modules.Data):
