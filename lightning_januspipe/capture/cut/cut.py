@@ -91,6 +91,7 @@ class Cut:
 
     @property
     def num_stages(self) -> int:
+        """Number of stages."""
         return len(self.bodies)
 
 
