@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from typing_extensions import override
 
 from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
+from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.facts import Facts, missing_kinds, num_shared, suspicions
 from lightning_januspipe.data.splits import Split
 from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
 
@@ -86,6 +89,11 @@ class StructureDataModule(LightningDataModule):
         """Chemical symbols in the order of the species index."""
         raise NotImplementedError
 
+    @property
+    def cutoff(self) -> float:
+        """Cutoff of the neighbour lists in Å."""
+        raise NotImplementedError
+
     def build_dataset(self, split: Split) -> SampleDataset | None:
         """Make the dataset of one split; return None where there is none."""
         raise NotImplementedError
@@ -110,9 +118,52 @@ class StructureDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Make the datasets of a stage (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``; None for all)."""
-        for split in _SPLITS_OF_STAGE[stage]:
-            self.dataset(split)
+        """Make and check the datasets of a stage (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``; None for all).
+
+        Raises:
+            ValueError: A structure or its labels are not usable, or there is no batch to train on.
+        """
+        facts = {split: self._facts(split) for split in self.splits_of(stage)}
+        train = facts.get("train")
+        if train is None:
+            return
+        self._check_batches()
+        for warning in suspicions(train):
+            self._warn(warning)
+        for split, what in (("val", "validation"), ("test", "test")):
+            other = facts.get(split) or []  # type: ignore[call-overload]
+            if other and split == "val" and (lacking := missing_kinds(train, other)):
+                self._warn(f"the validation data holds {lacking}, unlike the training data: errors there stay unseen")
+            if num := num_shared(train, other):
+                self._warn(f"{num} of {len(other)} {what} structures are training data too: their errors are too low")
+
+    def splits_of(self, stage: str | None) -> tuple[Split, ...]:
+        """Return the splits that ``setup`` makes and checks for a stage."""
+        return _SPLITS_OF_STAGE[stage]
+
+    def _facts(self, split: Split) -> list[Facts] | None:
+        """Return facts about the structures of a split, which checks them; None where they cannot be known."""
+        dataset, indices = self.dataset(split), None
+        while isinstance(dataset, Subset):
+            indices = dataset.indices if indices is None else [dataset.indices[i] for i in indices]
+            dataset = dataset.dataset
+        return dataset.facts(indices) if isinstance(dataset, StructureDataset) else None
+
+    def _check_batches(self) -> None:
+        """Refuse a replica without a full batch, where only full ones are kept."""
+        num = len(self.dataset("train"))  # type: ignore[arg-type]
+        num_replicas = self.trainer.world_size if self.trainer is not None else 1
+        has_budget = self._max_atoms is not None or self._max_edges is not None
+        if self._drop_last and not has_budget and -(-num // num_replicas) < self.batch_size:
+            replicas = f" for {num_replicas} replicas" if num_replicas > 1 else ""
+            raise ValueError(
+                f"batch_size={self.batch_size} with drop_last, but there are {num} training structures{replicas}: no "
+                "batch is full. Use a smaller batch_size or drop_last=False"
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.trainer is None or self.trainer.is_global_zero:
+            warnings.warn(message, stacklevel=3)
 
     @override
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:

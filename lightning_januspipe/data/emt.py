@@ -218,6 +218,12 @@ class EMTDataModule(StructureDataModule):
         """Chemical symbols in the order of the species index."""
         return list(self._species)
 
+    @property
+    @override
+    def cutoff(self) -> float:
+        """Cutoff of the neighbour lists in Å."""
+        return self._cutoff
+
     @override
     def prepare_data(self) -> None:
         """Write the structures to ``save_dir``, if it is given."""
