@@ -61,8 +61,8 @@ class StructureDataModule(LightningDataModule):
                 that they share them.
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.
-            max_atoms: Largest number of atoms per batch and replica, instead of ``batch_size`` (see
-                :class:`~lightning_januspipe.data.budget.BudgetBatchSampler`).
+            max_atoms: Largest number of atoms per batch and replica, instead of ``batch_size``; see
+                ``BudgetBatchSampler``.
             max_edges: Largest number of edges per batch and replica, instead of ``batch_size`` or beside ``max_atoms``.
 
         Raises:

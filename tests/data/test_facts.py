@@ -63,12 +63,9 @@ def test_kinds_that_validation_does_not_hold(setup):
         atoms.calc.atoms = atoms.copy()
         atoms.info["config_type"] = "molecule"
     _, said = setup([*alloys, *water], copper)
-    assert (
-        "holds no structure with H, O, Ni and no non-periodic structure and no structure with config_type='mol" in said
-    )
-    _, said = setup(
-        [*alloys, *water], [*emt_structures(9, species=["Cu", "Ni"], sizes=(4,), seed=6), labelled(water[0], 0)]
-    )
+    assert "holds no structure with H, O, Ni and no non-periodic structure and no structure with config_type=" in said
+    others = emt_structures(9, species=["Cu", "Ni"], sizes=(4,), seed=6)
+    _, said = setup([*alloys, *water], [*others, labelled(water[0], 0)])
     assert "holds no structure with config_type" not in said and "no structure with Ni" not in said
     lone = Atoms("Au")
     lone.info.update(energy=-3.0, config_type="IsolatedAtom")
@@ -78,13 +75,13 @@ def test_kinds_that_validation_does_not_hold(setup):
 
 def test_stratified_splits_hold_every_kind(setup):
     alloys = emt_structures(40, species=["Cu", "Ni"], sizes=(4,), seed=4)
-    rare = emt_structures(5, species=["Al"], sizes=(4,), seed=5)
+    rare = emt_structures(10, species=["Al"], sizes=(4,), seed=5)
     once = emt_structures(1, species=["Pd"], sizes=(4,), seed=6)
     for seed in range(5):
         module, said = setup([*alloys, *rare, *once], val_size=0.2, test_size=0.2, stratify=True, seed=seed)
         found = [[module.species[s[keys.SPECIES][0]] for s in module.dataset(n)] for n in ("train", "val", "test")]
-        assert [len(one) for one in found] == [28, 9, 9]
-        assert [one.count("Al") for one in found] == [3, 1, 1]
+        assert [len(one) for one in found] == [31, 10, 10]
+        assert all(1 <= one.count("Al") <= 3 for one in found[1:]), seed
         assert [one.count("Pd") for one in found] == [1, 0, 0]
         assert "holds no structure with Pd" in said and "Al" not in said.split("Pd")[0]
 
@@ -112,7 +109,7 @@ def test_energies_per_atom(setup):
         totals.append(labelled(atoms, atoms.get_potential_energy() - 4.0 * len(atoms)))
     assert "energies per atom" not in setup(totals)[1]
     per_atom = [labelled(atoms, atoms.get_potential_energy() / len(atoms)) for atoms in totals]
-    assert "energies are nearly the same in structures of 3 and of 16 atoms, as energies per atom" in setup(per_atom)[1]
+    assert "energies are nearly the same in structures of 4 and of 16 atoms, as energies per atom" in setup(per_atom)[1]
 
 
 def test_free_energies(setup):

@@ -67,9 +67,7 @@ def test_molecules_have_no_stress(tmp_path) -> None:
 def test_partly_missing_labels_are_said(referenced) -> None:
     options = {**REF, "stress_key": "REF_stress"}
     module = make_module(stress_weight=1.0)
-    with pytest.warns(
-        UserWarning, match="1 of 6 training structures have no stress label 'REF_stress': their stress is"
-    ):
+    with pytest.warns(UserWarning, match="1 of 6 training structures have no stress label 'REF_stress': their"):
         quiet_trainer(max_epochs=1).fit(module, ASEDataModule(referenced, **options))
     dataset = StructureDataset(referenced, **options)
     parts = ConcatDataset([Subset(dataset, [0, 1]), Subset(Subset(dataset, [2, 4]), [1])])
@@ -93,10 +91,6 @@ def test_missing_energies_and_forces_are_allowed_where_asked_for(referenced, tmp
         data = ASEDataModule(str(tmp_path / "gaps.extxyz"), require_labels=False, **options)
         trainer = quiet_trainer(max_epochs=1)
         trainer.fit(module, data)
-    assert {
-        quantity for one in said for quantity in ("energy", "forces") if f"no {quantity} label" in str(one.message)
-    } == {
-        "energy",
-        "forces",
-    }
+    messages = " ".join(str(one.message) for one in said)
+    assert "no energy label" in messages and "no forces label" in messages
     assert trainer.callback_metrics["train_loss"].isfinite()
