@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from functools import lru_cache
 from typing import Any
 
+from lightning_januspipe.strategy.library import Library
+from lightning_januspipe.strategy.options import arguments_section
 from lightning_januspipe.strategy.strategy import UnboundStrategy
 
 NAMESPACES = ("lightning", "pytorch_lightning")
@@ -26,34 +28,13 @@ def strategy_class(namespace: str = "lightning") -> type:
     return _bound(namespace)
 
 
-class Library:
-    """The modules of one Lightning that the strategy needs."""
-
-    def __init__(self, namespace: str) -> None:
-        both = namespace == "lightning"
-        pytorch, fabric = ("lightning.pytorch", "lightning.fabric") if both else (namespace, "lightning_fabric")
-        load = importlib.import_module
-        self.strategies = load(f"{pytorch}.strategies")
-        self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
-        self.precision = load(f"{pytorch}.plugins.precision")
-        self.profilers = load(f"{pytorch}.profilers")
-        self.loggers = load(f"{pytorch}.loggers.logger")
-        self.helpers = load(f"{pytorch}.utilities.model_helpers")
-        self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
-        self.utils_rank_zero = load("lightning_utilities.core.rank_zero")
-        self.distributed = load(f"{fabric}.utilities.distributed")
-        self.seed = load(f"{fabric}.utilities.seed")
-        self.cloud_io = load(f"{fabric}.utilities.cloud_io")
-        self.torch_io = load(f"{fabric}.plugins.io.torch_io")
-        self.wrapper = load(f"{pytorch}.plugins.io.wrapper")
-
-
 @lru_cache
 def _bound(namespace: str) -> type:
     library = Library(namespace)
     bases = (UnboundStrategy, library.strategies.ParallelStrategy)
     module = f"lightning_januspipe.{namespace}"  # which names it, in pickles and where a Trainer refuses the other's
-    return type("JanusPipeStrategy", bases, {"lib": library, "__doc__": UnboundStrategy.__doc__, "__module__": module})
+    explained = f"{inspect.getdoc(UnboundStrategy)}\n\n{arguments_section()}"
+    return type("JanusPipeStrategy", bases, {"lib": library, "__doc__": explained, "__module__": module})
 
 
 def register(namespace: str) -> None:

@@ -21,7 +21,6 @@ from lightning_januspipe.loader.packing import ATOM_WEIGHT, imbalance, plan
 from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.sample_sizes import sample_costs, sample_sizes
 from lightning_januspipe.loader.split import split_batches
-from lightning_januspipe.strategy.strategy import UnboundStrategy
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
 TWO = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
@@ -278,11 +277,6 @@ def test_a_stream_cannot_be_balanced_across_replicas(pool: RankPool) -> None:
             "balance='replicas', but the training loader cannot share its samples" in error and "is iterable" in error
         )
     assert pool.run(balance_workers.fit_iterable, "auto", world_size=2) == ["", ""]
-
-
-def test_unknown_balance() -> None:
-    with pytest.raises(ValueError, match="balance='even'; expected one of 'auto', 'microbatches', 'replicas'"):
-        UnboundStrategy(balance="even")  # type: ignore[arg-type]
 
 
 def test_benchmark_deals_a_mixture() -> None:

@@ -60,23 +60,6 @@ def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int
         assert message.startswith("ValueError") and "×" in message and "2 processes" in message
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"schedule": "1f1b-flod"}, ["1f1b-flod", "1f1b-fold", "wavek"]),
-        ({"num_microbatches": 0}, ["num_microbatches=0"]),
-        ({"wave_size": "all"}, ["wave_size", "all"]),
-        ({"graph_size": 0}, ["graph_size=0", "positive"]),
-        ({"activation": "recompute"}, ["recompute", "keep"]),
-    ],
-)
-def test_arguments(arguments: dict[str, object], words: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
-        lightning_januspipe.JanusPipeStrategy(**arguments)
-    for word in words:
-        assert word in str(caught.value)
-
-
 def test_unknown_namespace() -> None:
     with pytest.raises(ValueError, match="pytorch_lightning"):
         lightning_januspipe.strategy_class("fabric")
