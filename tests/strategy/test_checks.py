@@ -10,7 +10,6 @@ import pytest
 import strategy_workers as workers
 from pools import pool_of
 
-import lightning_januspipe
 from lightning_januspipe.testing import RankError, RankPool
 
 CASES = [
@@ -58,11 +57,6 @@ def test_more_ranks_than_parts(pool: RankPool) -> None:
 def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int]) -> None:
     for message in pool.run(workers.error_of, "tiny", sizes, world_size=2):
         assert message.startswith("ValueError") and "×" in message and "2 processes" in message
-
-
-def test_unknown_namespace() -> None:
-    with pytest.raises(ValueError, match="pytorch_lightning"):
-        lightning_januspipe.strategy_class("fabric")
 
 
 def test_unavailable_precision(pool: RankPool) -> None:
