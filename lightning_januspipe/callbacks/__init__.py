@@ -1,6 +1,6 @@
 """Callbacks: throughput, pictures and numbers of pipelined training, stages in the summary, errors in a table."""
 
-from lightning_januspipe.callbacks.errors import (
+from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,
     ErrorReport,
     Errors,

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
 from lightning_januspipe.loader.microbatch import MicroBatches
@@ -31,24 +33,29 @@ class Metered(Callback):
         self._last_end: float | None = None
         self._is_first = True
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an earlier run measured."""
         self._batches.clear()
         self._is_first = True
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new interval."""
         self._last_end = None
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the time of the validation out."""
         self._last_end = None
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a new interval where there is none."""
         if self._last_end is None and not self._is_first:
             self._last_end = time.perf_counter()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -90,6 +97,7 @@ class Throughput(Metered):
             raise ValueError(f"window={window}; expected a number of batches of at least 1")
         super().__init__(window)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+from typing_extensions import override
 
 from lightning_januspipe.callbacks import ErrorReport
 
@@ -78,6 +79,7 @@ class PotentialCLI(LightningCLI):
             args=list(args),
         )
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the report."""
         parser.add_argument(
@@ -87,6 +89,7 @@ class PotentialCLI(LightningCLI):
             help="Weights to test when fit ends: those of the best checkpoint, those of the last step, or no test.",
         )
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; where the data shall give arguments of the potential, let placeholders stand for them."""
         self._missing = missing_arguments(args)
@@ -101,6 +104,7 @@ class PotentialCLI(LightningCLI):
         finally:
             print(without_placeholders(printed.getvalue(), self._missing), end="")
 
+    @override
     def before_instantiate_classes(self) -> None:
         """Replace the placeholders by what the data says."""
         if not self._missing:
@@ -114,6 +118,7 @@ class PotentialCLI(LightningCLI):
         for name, value in values.items():
             self.config[f"{self.config.subcommand}.{POTENTIAL}{name}"] = value
 
+    @override
     def instantiate_classes(self) -> None:
         """Make model, data module and Trainer; a data module that was asked already has its data, and is kept."""
         super().instantiate_classes()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from lightning_januspipe.callbacks import count_atoms, count_structures
 from lightning_januspipe.cli.fit import PotentialCLI
@@ -37,6 +38,7 @@ class PlanCLI(PotentialCLI):
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(["fit", *args])
 
+    @override
     def before_instantiate_classes(self) -> None:
         """Keep what the recipe asks of the Trainer, and let it do nothing of that."""
         super().before_instantiate_classes()
@@ -52,6 +54,7 @@ class PlanCLI(PotentialCLI):
             warnings.warn(f"there is no {trainer.accelerator} here: times are those of the CPU", stacklevel=2)
             trainer.accelerator = "cpu"
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is trained."""
 

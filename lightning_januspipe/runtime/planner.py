@@ -102,7 +102,7 @@ def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedul
 
     Args:
         seconds: by stage and phase; WF and WE are 0 where they did not run by themselves.
-        schedule: what ran. Where FF and BF of a stage are apart from its FE and BE, they have computed these once more.
+        schedule: what ran. FF and BF of a split stage have computed FE and BE once more.
     """
     order = (*CRITICAL_PHASES, *DEFERRED_PHASES)
     found = []

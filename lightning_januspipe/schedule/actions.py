@@ -214,7 +214,7 @@ class Schedule:
     def sent(self, action: Action) -> tuple[Message, ...]:
         """The messages that ``action`` sends, in order.
 
-        Along the chain, then, of a stage whose phases are apart, from FE to FF and from BF to BE.
+        Along the chain first, then, for a split stage, from FE to FF and from BF to BE.
         """
         rank = self.rank_of(action)
         after = successor(action, self.num_stages)
@@ -289,9 +289,9 @@ class Schedule:
         if keys != ["name", "num_microbatches", "placement"] or any(len(row) < 2 for row in rows[:3]):
             raise ValueError(f"The first rows are {keys}, expected name, num_microbatches and placement with values.")
         name, num_microbatches, placement = (row[1:] for row in rows[:3])
-        apart = len(rows) > 3 and rows[3][0] == "force_placement"
-        forces = " ".join(rows[3][1:]) if apart else ""
-        actions = [(row[0], row[1:]) for row in rows[4 if apart else 3 :]]
+        is_unfolded = len(rows) > 3 and rows[3][0] == "force_placement"
+        forces = " ".join(rows[3][1:]) if is_unfolded else ""
+        actions = [(row[0], row[1:]) for row in rows[4 if is_unfolded else 3 :]]
         return cls._from_rows(name[0], num_microbatches[0], " ".join(placement), forces, actions)
 
     @classmethod

@@ -37,7 +37,7 @@ CHOOSES_PLACEMENT = ("wavek-zb",)
 """The schedules that choose the ranks of their stages."""
 
 UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
-"""The schedules with FF and BF of a stage apart from its FE and BE."""
+"""The schedules with split stages: FF and BF of a stage on another rank than its FE and BE."""
 
 DEFERRED = ("wavek-zb",)
 """The schedules with WF and WE."""

@@ -81,8 +81,8 @@ class PlacedStages:
 
     def durations(self, deferred: bool) -> list[list[float]]:
         """Time of every phase (in the order of the chain, then WF and WE) of every stage."""
-        apart = [a != b for a, b in zip(self.placement, self.force_placement, strict=True)]
-        tables = [durations(entry, deferred, is_split) for entry, is_split in zip(self.costs, apart, strict=True)]
+        split = [a != b for a, b in zip(self.placement, self.force_placement, strict=True)]
+        tables = [durations(entry, deferred, is_split) for entry, is_split in zip(self.costs, split, strict=True)]
         return [[table[phase] for phase in _PHASES] for table in tables]
 
 

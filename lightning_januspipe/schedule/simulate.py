@@ -140,18 +140,18 @@ def memory_over_time(
     for order in schedule.actions:
         changes: list[tuple[float, float]] = []
         for action in order:
-            entry, apart = per_stage[action.stage], schedule.is_split(action.stage)
+            entry, is_split = per_stage[action.stage], schedule.is_split(action.stage)
             allocated = freed = 0.0
             if action.phase is Phase.FE:
                 allocated = entry.energy
             elif action.phase is Phase.FF:
-                allocated = entry.force + (entry.energy if apart else 0.0)
-            elif action.phase is Phase.BF and not apart:
+                allocated = entry.force + (entry.energy if is_split else 0.0)
+            elif action.phase is Phase.BF and not is_split:
                 allocated = entry.kept
             if action.phase is last_force:
-                freed = entry.force + (entry.energy if apart else 0.0)
+                freed = entry.force + (entry.energy if is_split else 0.0)
             elif action.phase is last_energy:
-                freed = entry.energy + (0.0 if apart else entry.kept)
+                freed = entry.energy + (0.0 if is_split else entry.kept)
             changes += [(start[action], allocated), (end[action], -freed)]
         curve: list[tuple[float, float]] = [(0.0, 0.0)]
         held = 0.0

@@ -69,7 +69,7 @@ def unfolded_placement(
         num_ranks: Number of pipeline ranks.
         parts_per_rank: Parts of the unrolled chain on each rank, placed down the ranks and up again.
     """
-    times = [durations(entry, deferred=False, apart=True) for entry in costs]
+    times = [durations(entry, deferred=False, split=True) for entry in costs]
     energies = [time[Phase.FE] + time[Phase.BE] for time in times]
     forces = [time[Phase.FF] + time[Phase.BF] for time in times]
     parts = cut_evenly([*energies, *reversed(forces)], num_ranks * parts_per_rank)

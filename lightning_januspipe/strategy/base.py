@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh, MeshShape
-from lightning_januspipe.runtime.parameter_residence import Residence
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
 from lightning_januspipe.strategy.library import Library
 from lightning_januspipe.strategy.options import StrategyOptions
@@ -42,12 +42,12 @@ class StrategyState(ParallelStrategy):
         super().__init__()
         self.options = options
         self.mesh: Mesh | None = None
-        self.runner: Undivided | Pipeline | None = None
+        self.runner: SingleStage | Pipeline | None = None
         self._num_nodes = 1
         self._num_runs = 0
         self._progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
-        self._residence: Residence | None = None
+        self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
         self._train_loader: Any = None

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_januspipe.loader.examples import example_batches
-from lightning_januspipe.runtime.build import Capturer, CaptureRequest
+from lightning_januspipe.runtime.build import CaptureRequest, PipelineBuilder
 from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged
 from lightning_januspipe.strategy.options import StrategyOptions
@@ -20,7 +20,7 @@ class CaptureHooks(StrategyState):
 
     def __init__(self, options: StrategyOptions) -> None:
         super().__init__(options)
-        self._capturer = Capturer(
+        self._builder = PipelineBuilder(
             options.schedule,
             options.wave_size,
             options.memory_limit,
@@ -70,7 +70,7 @@ class CaptureHooks(StrategyState):
 
         evaluation = module.validation_step if trains and trainer.enable_validation else None
         request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation)
-        pipeline, news = self._capturer.pipeline(request, self.mesh, self.global_rank, self.broadcast)
+        pipeline, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
         self.runner = pipeline
         if not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler):
             pipeline.executor.annotate = trainer.profiler.profile

@@ -232,7 +232,7 @@ class CheckpointHooks(StrategyState):
             )
             return
         self._residence.release(self.runner)
-        self.runner.proofs.whole = self._residence.whole
+        self.runner.batch_checks.whole = self._residence.whole
 
 
 def _names(module: nn.Module) -> dict[nn.Parameter, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 
 
 def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = 
 
 
 def clip_gradients_by_norm(
-    parameters: list[nn.Parameter], max_norm: float, runner: Undivided | Pipeline, mesh: Mesh
+    parameters: list[nn.Parameter], max_norm: float, runner: SingleStage | Pipeline, mesh: Mesh
 ) -> Tensor:
     """Scale gradients so that their norm over the whole model is at most ``max_norm``.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from lightning_januspipe.graph import OwnersAhead
+from lightning_januspipe.graph import OwnersInLoader
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
@@ -34,11 +34,11 @@ class LoaderHooks(StrategyState):
             self._balance_replicas(self._train_loader, may_change=self._train_loader is not dataloader)
         return self._train_loader
 
-    def _owners_ahead(self) -> OwnersAhead | None:
+    def _owners_ahead(self) -> OwnersInLoader | None:
         """Where atoms are sharded over graph ranks, the loader's workers choose which rank owns which atom."""
         if self.mesh is None or self.mesh_shape.graph == 1:
             return None
-        return OwnersAhead(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
+        return OwnersInLoader(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
 
     def _balance_replicas(self, loader: Any, may_change: bool) -> None:
         required = self.options.balance == "replicas"

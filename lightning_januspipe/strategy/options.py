@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lightning_januspipe.capture import Stages
+from lightning_januspipe.capture import StageOrigin
 from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import MessageDtype
@@ -83,7 +83,7 @@ class StrategyOptions:
     """Most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
     micro-batches for it. None: no limit."""
 
-    stages: Stages = "auto"
+    stages: StageOrigin = "auto"
     """Where the stages come from: "captured" by tracing the potential, or "explicit", declared by it as
     lightning_januspipe.capture.stages.explicit.ExplicitStages. "auto": the first of these that works."""
 

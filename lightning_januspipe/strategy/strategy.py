@@ -20,9 +20,9 @@ from lightning_januspipe.capture.validate.side_effects import replaced_log
 from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.resume import same_random_state
-from lightning_januspipe.runtime.parameter_residence import Residence
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_januspipe.strategy.checks import check_module, check_trainer
@@ -60,13 +60,13 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
         has_one_stage = self.mesh.shape.pipeline == self.mesh.shape.graph == 1
-        self.runner = Undivided(self._module, self.mesh) if has_one_stage else None
+        self.runner = SingleStage(self._module, self.mesh) if has_one_stage else None
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self.mesh, self._num_runs)
         if self.runner is None and self.lib.helpers.is_overridden("configure_model", self._module):
-            self._residence = Residence(self._module, self.mesh)
+            self._residence = ParameterResidence(self._module, self.mesh)
         super().setup(trainer)
 
     @override
@@ -113,7 +113,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
         assert self._progress is not None and self.mesh is not None
-        module, has_one_stage = self._module, isinstance(self.runner, Undivided)
+        module, has_one_stage = self._module, isinstance(self.runner, SingleStage)
         if self.num_microbatches() > 1 or not has_one_stage:
             check_trainer(self._trainer, is_pipeline=not has_one_stage)
         self._give_batches_to_transfer_hooks()
@@ -168,7 +168,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         module = self._module
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        self.runner.gradients.publish(1 / self._trainer.accumulate_grad_batches)
+        self.runner.gradients.accumulate_into_grad(1 / self._trainer.accumulate_grad_batches)
         if self._reduce_gradients:
             self.runner.reduce()
         if self._shutdown is not None:
@@ -219,7 +219,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     def _evaluate(self, function: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         assert self.mesh is not None
-        runner = self.runner or Undivided(self._module, self.mesh)
+        runner = self.runner or SingleStage(self._module, self.mesh)
         # Before training, a model that compiles itself would do so on every rank, for what the stages do not run.
         whole = capturing(self._module) if self.runner is None else nullcontext()
         # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.

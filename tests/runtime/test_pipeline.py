@@ -55,7 +55,7 @@ def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: 
 
 
 def test_unfolded_ranks_hold_second_copies(pool: RankPool) -> None:
-    """Layers whose FE and FF are apart are trained by two ranks; in a folded pipeline each layer has one."""
+    """Layers of split stages are trained by two ranks; in a folded pipeline each layer has one."""
     unfolded = pool.run(pipeline_workers.fit, {"schedule": "1f1b-2nd"}, world_size=4)
     folded = pool.run(pipeline_workers.fit, {"schedule": "wavek"}, world_size=4)
     assert unfolded[0]["placement"] != unfolded[0]["force_placement"]

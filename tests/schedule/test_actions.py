@@ -91,7 +91,7 @@ def test_schedule_text_and_csv():
     assert schedule.to_csv() == "name,tiny\nnum_microbatches,1\nplacement,0\n0,FE0.0,FF0.0,BF0.0,BE0.0\n"
 
 
-def test_apart_schedule_text_and_csv():
+def test_text_and_csv_of_split_stages():
     schedule = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
     assert str(schedule).splitlines()[0] == "hand: 1 micro-batches, stages on ranks 0, forces on ranks 1"
     assert schedule.to_csv().splitlines()[2:4] == ["placement,0", "force_placement,1"]
@@ -143,8 +143,8 @@ def test_messages_of_two_stages_per_rank():
     assert (schedule.is_folded, schedule.stages_of(1)) == (True, (1, 2))
 
 
-def test_messages_of_stages_apart():
-    schedule = Schedule("apart", 3, 1, ((), (), ()), (0, 1, 2), (2, 1, 2))
+def test_messages_of_split_stages():
+    schedule = Schedule("split", 3, 1, ((), (), ()), (0, 1, 2), (2, 1, 2))
     assert [schedule.is_split(stage) for stage in range(3)] == [True, False, False]
     assert [schedule.stages_of(rank) for rank in range(3)] == [(0,), (1,), (0, 2)]
     # FE hands its boundary on along the chain, and to FF of its own stage; BF to BE likewise.

@@ -131,7 +131,7 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
     """Run steps with these numbers of micro-batches.
 
     Returns:
-        The largest gradient of each step, and how many stages of this rank are apart.
+        The largest gradient of each step, and how many stages of this rank are split.
     """
     rank = _start()
     size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])

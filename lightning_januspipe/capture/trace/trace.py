@@ -69,7 +69,7 @@ class _MarkGrad(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Call(nn.Module):
+class _TracedCall(nn.Module):
     """The potential as a function of the tensors of its call only, so that nothing else is an input.
 
     Args:
@@ -128,7 +128,7 @@ def trace_potential(
     form = form or CallFormat.of(call.args, call.kwargs)
     returned: list[tuple[Any, int, Autocast]] = []
     sizes = DataSizes()
-    wrapper = _Call(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
+    wrapper = _TracedCall(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
     try:
         with ExitStack() as stack:
