@@ -149,7 +149,8 @@ class PipelineMonitor(Metered):
         held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.step_recorder.held
         mine = RankNumbers.of_step(runner.step_recorder.rank_step, self.measured(), held)
         num_stages = getattr(runner, "num_stages", 0)
-        most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
+        strategy: Any = trainer.strategy
+        most = strategy.num_microbatches()
         return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
 
     def _rows(self, trainer: Trainer) -> list[draw.Panel]:

@@ -151,11 +151,11 @@ def _copy(source: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
 def target_function(target: Any) -> Callable[..., Any]:
     """The callable behind a node's target."""
     if not isinstance(target, str):
-        return target  # type: ignore[no-any-return]
+        return target
     if target == "aten.copy.default":
         return _copy
     namespace, name, overload = target.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload)  # type: ignore[no-any-return]
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 def program_from_export(
