@@ -10,8 +10,7 @@ from typing_extensions import override
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
-from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
 from lightning_januspipe.strategy.library import Library
 from lightning_januspipe.strategy.options import StrategyOptions
@@ -42,7 +41,7 @@ class StrategyState(ParallelStrategy):
         super().__init__()
         self.options = options
         self.mesh: Mesh | None = None
-        self.runner: SingleStage | Pipeline | None = None
+        self.runner: Runner | None = None
         self._num_nodes = 1
         self._num_runs = 0
         self._progress: LoaderProgress | None = None
@@ -104,6 +103,11 @@ class StrategyState(ParallelStrategy):
         world = self._num_nodes * self.num_processes
         options = self.options
         return MeshShape.resolve(options.pipeline_size, options.data_size, options.graph_size, world)
+
+    @property
+    def _captures(self) -> bool:
+        """Whether the potential is captured: several ranks work on the samples of a replica."""
+        return self.mesh_shape.ranks_per_replica > 1
 
     @property
     def replica_index(self) -> int:

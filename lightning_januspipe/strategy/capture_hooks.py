@@ -69,15 +69,14 @@ class CaptureHooks(StrategyState):
                 yield
 
         evaluation = module.validation_step if trains and trainer.enable_validation else None
-        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation)
-        pipeline, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
-        self.runner = pipeline
-        if not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler):
-            pipeline.executor.annotate = trainer.profiler.profile
+        is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
+        annotate = trainer.profiler.profile if is_profiled else None
+        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
+        self.runner, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
         if news:
             self.lib.rank_zero.rank_zero_info(news)
         if self._residence is not None:
-            self._residence.place(pipeline)
+            self._residence.place(self.runner.parameters)
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)

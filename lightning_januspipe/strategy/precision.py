@@ -38,7 +38,7 @@ class MeshClipping:
             self._clip_by_norm(optimizer, clip_val)
         else:
             parameters = list(self._plugin.main_params(optimizer))
-            clip_gradients_by_norm(parameters, clip_val, self.strategy.runner, self.strategy.mesh)
+            clip_gradients_by_norm(parameters, clip_val, self.strategy.runner.parameters, self.strategy.mesh)
 
     def clip_by_value(self, optimizer: Any, clip_val: float) -> None:
         """Clip gradients by value, where there are any: torch's own function fails without."""

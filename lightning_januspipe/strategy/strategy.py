@@ -21,7 +21,6 @@ from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.resume import same_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
-from lightning_januspipe.runtime.pipeline import Pipeline
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
@@ -59,13 +58,12 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def setup(self, trainer: Trainer) -> None:
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
-        has_one_stage = self.mesh.shape.pipeline == self.mesh.shape.graph == 1
-        self.runner = SingleStage(self._module, self.mesh) if has_one_stage else None
+        self.runner = None if self._captures else SingleStage(self._module, self.mesh)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self.mesh, self._num_runs)
-        if self.runner is None and self.lib.helpers.is_overridden("configure_model", self._module):
+        if self._captures and self.lib.helpers.is_overridden("configure_model", self._module):
             self._residence = ParameterResidence(self._module, self.mesh)
         super().setup(trainer)
 
@@ -113,12 +111,11 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
         assert self._progress is not None and self.mesh is not None
-        module, has_one_stage = self._module, isinstance(self.runner, SingleStage)
-        if self.num_microbatches() > 1 or not has_one_stage:
-            check_trainer(self._trainer, is_pipeline=not has_one_stage)
+        if self.num_microbatches() > 1 or self._captures:
+            check_trainer(self._trainer, is_pipeline=self._captures)
         self._give_batches_to_transfer_hooks()
-        if not has_one_stage:
-            self._capture(self._train_loader, module.training_step, self.num_microbatches())
+        if self._captures:
+            self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             same_random_state(self.mesh)
             self._prune_optimizers()
             self._free_other_stages()
@@ -153,8 +150,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
             steps = [step_of(n) for n in sizes]
-            ahead = batch.ahead if split else ()
-            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), ahead)
+            owners = batch.ahead if split else ()
+            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
 
@@ -170,7 +167,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         self.runner.gradients.accumulate_into_grad(1 / self._trainer.accumulate_grad_batches)
         if self._reduce_gradients:
-            self.runner.reduce()
+            self.runner.parameters.reduce_gradients()
         if self._shutdown is not None:
             self._shutdown.hear()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
@@ -194,8 +191,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._shutdown.hear()
         if self._residence is not None and self._residence.is_partial:
             self._residence.restore()
-        elif isinstance(self.runner, Pipeline):
-            self.runner.synchronize(self._trainer.callbacks)
+        elif self.runner is not None:
+            self.runner.parameters.synchronize(self._trainer.callbacks)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
