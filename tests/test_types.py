@@ -39,7 +39,7 @@ def unmarked(cls: type, bound: type | None = None) -> list[str]:
     for name, value in vars(cls).items():
         function: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         is_override = callable(function) and name != "__init__" and any(name in vars(base) for base in bases)
-        if is_override and not getattr(function, "__override__", False):
+        if is_override and not any(getattr(f, "__override__", False) for f in (function, value)):
             found.append(f"{cls.__module__}.{cls.__qualname__}.{name}")
     return found
 
