@@ -9,12 +9,12 @@ from ase import Atoms
 from torch.utils.data import Subset
 from typing_extensions import override
 
-from lightning_januspipe.data.datamodule import SampleDataset, StructureDataModule
+from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.references import References, choose_references, is_isolated_atom, isolated_energies
 from lightning_januspipe.data.splits import Split, check_size, split_indices
-from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
+from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 from lightning_januspipe.data.structures import validate_species
 
 

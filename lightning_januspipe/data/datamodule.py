@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_januspipe.data.budget import BudgetBatchSampler
@@ -14,14 +14,16 @@ from lightning_januspipe.data.collate import collate_structures
 from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.facts import Facts, missing_kinds, num_shared, suspicions
 from lightning_januspipe.data.splits import Split
-from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
+from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
-except ImportError:  # projects that have the stand-alone package only
-    from pytorch_lightning import LightningDataModule  # type: ignore[assignment]
+else:
+    try:
+        from lightning.pytorch import LightningDataModule
+    except ImportError:  # projects that have the stand-alone package only
+        from pytorch_lightning import LightningDataModule
 
-SampleDataset = Dataset[dict[str, Tensor]]
 SampleLoader = DataLoader[dict[str, Tensor]]
 
 _SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
@@ -90,9 +92,9 @@ class StructureDataModule(LightningDataModule):
         raise NotImplementedError
 
     @property
-    def cutoff(self) -> float:
-        """Cutoff of the neighbour lists in Å."""
-        raise NotImplementedError
+    def cutoff(self) -> float | None:
+        """Cutoff of the neighbour lists in Å; None where it is not known."""
+        return None
 
     def build_dataset(self, split: Split) -> SampleDataset | None:
         """Make the dataset of one split; return None where there is none."""
@@ -123,7 +125,7 @@ class StructureDataModule(LightningDataModule):
         Raises:
             ValueError: A structure or its labels are not usable, or there is no batch to train on.
         """
-        facts = {split: self._facts(split) for split in self.splits_of(stage)}
+        facts: dict[str, list[Facts] | None] = {split: self._facts(split) for split in self.splits_of(stage)}
         train = facts.get("train")
         if train is None:
             return
@@ -131,7 +133,7 @@ class StructureDataModule(LightningDataModule):
         for warning in suspicions(train):
             self._warn(warning)
         for split, what in (("val", "validation"), ("test", "test")):
-            other = facts.get(split) or []  # type: ignore[call-overload]
+            other = facts.get(split) or []
             if other and split == "val" and (lacking := missing_kinds(train, other)):
                 self._warn(f"the validation data holds {lacking}, unlike the training data: errors there stay unseen")
             if num := num_shared(train, other):
@@ -143,15 +145,16 @@ class StructureDataModule(LightningDataModule):
 
     def _facts(self, split: Split) -> list[Facts] | None:
         """Return facts about the structures of a split, which checks them; None where they cannot be known."""
-        dataset, indices = self.dataset(split), None
+        dataset: Any = self.dataset(split)
+        indices: list[int] | None = None
         while isinstance(dataset, Subset):
-            indices = dataset.indices if indices is None else [dataset.indices[i] for i in indices]
+            indices = list(dataset.indices) if indices is None else [dataset.indices[i] for i in indices]
             dataset = dataset.dataset
         return dataset.facts(indices) if isinstance(dataset, StructureDataset) else None
 
     def _check_batches(self) -> None:
         """Refuse a replica without a full batch, where only full ones are kept."""
-        num = len(self.dataset("train"))  # type: ignore[arg-type]
+        num = len(self.dataset("train") or ())
         num_replicas = self.trainer.world_size if self.trainer is not None else 1
         has_budget = self._max_atoms is not None or self._max_edges is not None
         if self._drop_last and not has_budget and -(-num // num_replicas) < self.batch_size:
@@ -186,8 +189,8 @@ class StructureDataModule(LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, split: Split) -> SampleLoader | list[SampleLoader]:
-        dataset = self.dataset(split)
-        if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
+        dataset: Any = self.dataset(split)
+        if not dataset:
             return []  # Lightning then skips the loop
         shuffle, drop_last = self._shuffle and split == "train", self._drop_last and split == "train"
         options: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": shuffle, "drop_last": drop_last}

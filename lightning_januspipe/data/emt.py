@@ -17,9 +17,10 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from typing_extensions import override
 
-from lightning_januspipe.data.datamodule import SampleDataset, StructureDataModule
+from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.splits import Split
+from lightning_januspipe.data.statistics import SampleDataset
 from lightning_januspipe.data.structures import validate_species
 
 EMT_METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lightning_januspipe import keys
+
+
+class SampleDataset(Protocol):
+    """Is any map-style dataset of samples."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        """Return one sample."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class DatasetStatistics:
 
 
 def dataset_statistics(
-    dataset: Dataset[dict[str, Tensor]],
+    dataset: SampleDataset,
     num_species: int | None = None,
     reference_energies: Sequence[float | None] | None = None,
 ) -> DatasetStatistics:
@@ -60,11 +69,11 @@ def dataset_statistics(
     Raises:
         ValueError: The dataset is empty, or has a species index that is not below ``num_species``.
     """
-    if not len(dataset):  # type: ignore[arg-type]
+    if not len(dataset):
         raise ValueError("statistics of an empty dataset; expected at least one structure")
     num_species = num_species or _num_species(dataset)
     lone, others = _Sums(), _Sums()
-    for index in range(len(dataset)):  # type: ignore[arg-type]
+    for index in range(len(dataset)):
         sample = dataset[index]
         is_lone = sample[keys.POSITIONS].shape[0] == 1 and sample[keys.EDGE_INDEX].shape[1] == 0
         (lone if is_lone else others).add(sample)

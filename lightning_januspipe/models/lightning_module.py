@@ -172,7 +172,8 @@ class PotentialModule(LightningModule):
             ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, or
                 no training structure has a label that the loss needs.
         """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        data = trainer.datamodule
         check_data(self.potential, data)
         if stage == "fit" and callable(getattr(data, "dataset", None)):
             self._check_dataset(data.dataset("train"), "training")
