@@ -58,8 +58,6 @@ def test_microbatches_are_accumulation(run: Runs) -> None:
     assert_same_averages(reference, found)
 
 
-# NequIP's loss divides by the atoms of all replicas, so replicas are compared with replicas below.
-STRATEGIES = {k: v for k, v in ClientConformance.strategies.items() if k != "two-replicas"}
 MORE_GRAPH_RANKS = {f"{size}-graph-ranks": {"graph_size": size, "num_microbatches": 1} for size in (3, 4)}
 
 
@@ -68,7 +66,7 @@ class TestCrystals(ClientConformance):
 
     make_module = module_of("nequip_program", "--layers", "4")
     datamodules = {"crystals": data_of("nequip_program")}
-    strategies = {**STRATEGIES, **MORE_GRAPH_RANKS}
+    strategies = {**ClientConformance.strategies, **MORE_GRAPH_RANKS}
 
 
 class TestWithoutCells(ClientConformance):
@@ -76,7 +74,7 @@ class TestWithoutCells(ClientConformance):
 
     make_module = module_of("nequip_program", "--layers", "4", "--structures", "molecules")
     datamodules = {kind: data_of("nequip_program", "--structures", kind) for kind in ("molecules", "lone")}
-    strategies = {**STRATEGIES, **MORE_GRAPH_RANKS}
+    strategies = {**ClientConformance.strategies, **MORE_GRAPH_RANKS}
 
 
 class TestBatchesOfOne(ClientConformance):

@@ -42,9 +42,14 @@ def ordered_loader(dataset: Any, num_replicas: int, **arguments: Any) -> DataLoa
     return DataLoader(dataset, sampler=sampler, **arguments)
 
 
+def _set_state() -> None:
+    set_global_state()
+    torch.set_default_dtype(torch.float64)  # which NequIP sets once in a process only
+
+
 def make_data(args: argparse.Namespace) -> Any:
     """Makes the data module as ``nequip-train`` makes it from a configuration."""
-    set_global_state()
+    _set_state()
     file = args.out.with_suffix(f".{lightning.fabric.utilities.rank_zero.rank_zero_only.rank}.xyz")
     write(file, labelled(args.structures, args.num_structures), format="extxyz")
     loader = {"_target_": f"{__name__}.ordered_loader", "batch_size": args.batch_size, "num_replicas": args.replicas}
@@ -70,7 +75,7 @@ def make_data(args: argparse.Namespace) -> Any:
 
 def make_module(args: argparse.Namespace) -> Any:
     """Makes the training module so too, with metrics that reduce in every step and at the end of an epoch."""
-    set_global_state()
+    _set_state()
     kind, coefficients = "EnergyForce", {"total_energy": 1.0, "forces": 1.0}
     if args.structures == "crystals":
         kind, coefficients = "EnergyForceStress", {**coefficients, "stress": 1.0}
