@@ -19,8 +19,9 @@ from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
-from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds
+from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.schedule import PhaseCosts
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def validate(
     call: PotentialCall,
     phase_mode: PhaseMode = DEFAULT_MODE,
     num_runs: int = 1,
-) -> list[PhaseSeconds]:
+) -> list[PhaseCosts]:
     """Compare a captured potential with the eager module.
 
     Args:
@@ -289,7 +290,7 @@ def validate(
         if parameter in eager.gradients or parameter in found.gradients:
             a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
             _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, tolerance, staged.path)
-    return result.seconds
+    return result.costs
 
 
 def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: PotentialCall) -> None:
