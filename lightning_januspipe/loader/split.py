@@ -101,6 +101,7 @@ def take_groups(loader: Any, batch_sampler: Any) -> None:
 
 
 def collates_samples(loader: Any) -> bool:
+    """Whether a loader makes batches of samples, so that a batch can be split by collating fewer of them."""
     return isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
 
 
@@ -295,6 +296,11 @@ def fresh_pass(iterable: Any, what: str) -> Iterator[Any]:
 
 
 def first_and_last(batches: Sequence[Any]) -> tuple[Any, Any]:
+    """Returns the first and the last of some batches.
+
+    Raises:
+        ValueError: There are none.
+    """
     if not batches:
         raise ValueError("the loader gives no batches")
     return batches[0], batches[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int
     ],
 )
 def test_arguments(arguments: dict[str, object], words: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
         lightning_januspipe.JanusPipeStrategy(**arguments)
     for word in words:
         assert word in str(caught.value)

@@ -84,6 +84,7 @@ class Cut:
 
     @property
     def num_stages(self) -> int:
+        """Number of stages."""
         return len(self.bodies)
 
 
