@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_januspipe.capture import Capture, CapturedPotential, PhaseMode, capture_module
-from lightning_januspipe.capture.cut.profile import measure
+from lightning_januspipe.capture import Capture, PhaseMode, capture_module
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.report import CutReport, report, sent
+from lightning_januspipe.capture.report import CutReport, report
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate
 from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
@@ -77,7 +76,7 @@ class Measured:
 
     def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
         """Names and specs of what a stage passes on to the next one."""
-        return sent(self.potential, stage)
+        return self.potential.boundary(stage)
 
     def message_bytes(self, message: Message) -> int:
         """Bytes of a message as the executor packs it: the boundary, and what goes with it."""
@@ -188,9 +187,7 @@ def _measured(
     call = PotentialCall(captured.path, *arguments, replaced=captured.replaced)
     submodule = potential_of(module, step, call)
     tensors = captured.inputs(submodule)(call.args, call.kwargs)
-    profile = None
-    if isinstance(captured, CapturedPotential):
-        profile = measure(captured.program, captured.regions, submodule, tensors)
+    profile = captured.profile(submodule, tensors)
     validate(captured, submodule, call, DEFAULT_MODE)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseCosts]]] = {False: [], True: []}
     began = time.perf_counter()

@@ -13,17 +13,15 @@ from torch import Tensor
 from lightning_januspipe.capture import (
     Capture,
     CaptureError,
-    ExplicitStages,
     PhaseMode,
     ProgramCache,
     StageOrigin,
     capture_module,
 )
 from lightning_januspipe.capture.find.grad_call import StepFunction
-from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.engine.p2p import Links, message_latency
-from lightning_januspipe.graph import call_tensors, shard_potential, verify_sharding
+from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
@@ -212,19 +210,12 @@ def _verify_graph_ranks(capture: Capture, module: Any, step: StepFunction, batch
     Returns:
         The potential's inputs, on the CPU, where all ranks together have to verify it with them; else nothing.
     """
-    potential = capture.potential
     if num_ranks == 1:
         return []
-    if isinstance(potential, CapturedPotential):
-        try:
-            verify_sharding(potential, module, step, batch, num_ranks)
-        except CaptureError as error:
-            if not isinstance(module.get_submodule(potential.path), ExplicitStages):
-                raise
-            raise CaptureError(f"{error} Or take the stages that it declares, with stages='explicit'.") from error
-        return []
-    shard_potential(potential, module.get_submodule(potential.path))
-    return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]
+    try:
+        return [t.detach().cpu() for t in verify_sharding(capture.potential, module, step, batch, num_ranks)]
+    except CaptureError as error:
+        raise CaptureError(f"{error}{capture.alternative}") from error
 
 
 def _name(step: Callable[..., Any]) -> str:
