@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "schedule": set(),
     "checkpoint": set(),
     "engine": {"errors", "schedule"},
-    "loader": {"mesh"},
+    "loader": {"keys", "mesh"},
     "capture": {"engine", "errors"},
     "graph": {"capture", "engine", "errors", "loader"},
     "data": {"keys", "loader"},
