@@ -7,6 +7,8 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import override
+
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
 from lightning_januspipe.callbacks import ErrorReport
 from lightning_januspipe.cli.parsers import RecipeParser
@@ -70,10 +72,12 @@ class PotentialCLI(LightningCLI):
             run=run,
         )
 
+    @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser, of the program or of a subcommand."""
         return RecipeParser(**kwargs)
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the option of the report."""
         parser.add_argument(
@@ -83,6 +87,7 @@ class PotentialCLI(LightningCLI):
             help="Weights to test when fit ends: those of the best checkpoint, those of the last step, or no test.",
         )
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; placeholders stand for arguments of the potential that the data will give."""
         assert isinstance(parser, RecipeParser)
@@ -101,6 +106,7 @@ class PotentialCLI(LightningCLI):
         """The parsed arguments: of the subcommand, where there is one."""
         return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
 
+    @override
     def before_instantiate_classes(self) -> None:
         """Replaces the placeholders by values from the data."""
         if not self._missing:
@@ -114,6 +120,7 @@ class PotentialCLI(LightningCLI):
         for name, value in values.items():
             self.arguments[f"{POTENTIAL}.{name}"] = value
 
+    @override
     def instantiate_classes(self) -> None:
         """Makes model, data module and Trainer; a data module that gave arguments has its data already, and is kept."""
         super().instantiate_classes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import pkgutil
 import sys
 import warnings
@@ -61,10 +60,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _explain(args: Sequence[str]) -> None:
     """Prints the help, the version, or an error."""
+    from lightning_januspipe import __version__
     from lightning_januspipe.cli.parsers import CommandParser
 
-    version = importlib.metadata.version("lightning-januspipe")
-    parser = CommandParser("januspipe", _DESCRIPTION, version=version)
+    parser = CommandParser("januspipe", _DESCRIPTION, version=__version__)
     commands = parser.add_subcommands(required=False, metavar="COMMAND", title="commands", description=None)
     for name, text in (TRAINER_COMMANDS | {name: text for name, (_, text) in OTHER_COMMANDS.items()}).items():
         commands.add_subcommand(name, CommandParser(), help=text)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from lightning_januspipe.cli.fit import PotentialCLI
 from lightning_januspipe.cli.plan_options import PlanArguments, add_plan_options
@@ -44,12 +45,14 @@ class PlanCLI(PotentialCLI):
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, run=False, prog="januspipe plan")
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of the plan to those of ``fit``."""
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(self.trainer_class, "fit", skip=set(self.subcommands()["fit"]))
         add_plan_options(parser)
 
+    @override
     def before_instantiate_classes(self) -> None:
         """Keeps what the recipe asks of the Trainer, and replaces it by a Trainer of one device without callbacks."""
         self.plan_arguments = PlanArguments.read(self.config)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import lightning_januspipe
 from lightning_januspipe import strategy_class
 from lightning_januspipe.bench.command import BENCHMARKS
 from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, arguments_from_data
@@ -92,7 +92,7 @@ class TestHelp:
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(["--version"])
-        assert capsys.readouterr().out.split() == ["januspipe", importlib.metadata.version("lightning-januspipe")]
+        assert capsys.readouterr().out.split() == ["januspipe", lightning_januspipe.__version__]
 
     @pytest.mark.parametrize(
         ("args", "said"),
@@ -169,7 +169,9 @@ def explained(cls: type) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(cls, "cls")
     actions = {action.dest.removeprefix("cls."): action for action in parser._actions}
-    for name in inspect.signature(cls).parameters:
+    own = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    assert set(own) <= set(actions)
+    for name in [name for name, action in actions.items() if action.dest.startswith("cls.")]:
         text = str(actions[name].help)
         assert text[:1].isupper() or text[:1] in '"`', (name, text)
         assert len(text.split()) >= 3 and ":class:" not in text, (name, text)

@@ -19,6 +19,7 @@ PRELOADED = (
     "lightning.pytorch",
     "lightning_januspipe.data",
     "lightning_januspipe.models",
+    "lightning_januspipe.strategy.strategy",
     "pytest",
     "torch.export",
     "vesin",

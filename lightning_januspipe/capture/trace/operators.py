@@ -114,11 +114,11 @@ def operator_of(node: Node) -> str:
 def target_function(target: Any) -> Callable[..., Any]:
     """Returns the callable behind a node's target."""
     if not isinstance(target, str):
-        return target  # type: ignore[no-any-return]
+        return target
     if target == "aten.copy.default":
         return _copy
     namespace, name, overload = target.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload)  # type: ignore[no-any-return]
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 def _copy(source: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
