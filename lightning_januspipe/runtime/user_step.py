@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import step_with
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import shallow_copy
 from lightning_januspipe.capture.validate.side_effects import kept_metrics, metrics_of, silent_log
@@ -144,12 +144,12 @@ class CapturedStep:
     def _replay(self, index: int, step: StepFunction, batch: Any, y: list[Tensor], x: list[Tensor]) -> Any:
         tensors = self._calls.pop(index)
 
-        def replaced(*args: Any, **kwargs: Any) -> object:
+        def forward(*args: Any, **kwargs: Any) -> object:
             return self._epilogue.for_step(args, kwargs, self._epilogue(tensors, y, x))
 
         with seeded(self._seeds.pop(index)):
             if self._captured.replaced is None:
-                with forward_replaced(self._potential, replaced):
+                with patched(self._potential, "forward", forward):
                     return step(shallow_copy(batch))
             derivatives, outputs = self._epilogue.for_step((batch,), {}, self._epilogue(tensors, y, x))
             with step_with(self._module, derivatives, outputs):
