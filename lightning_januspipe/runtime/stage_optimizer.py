@@ -82,7 +82,7 @@ class StageOptimizer:
         self.optimizer.load_state_dict(held)
 
     def own_state_dict(self) -> dict[str, Any]:
-        """Returns what this rank writes into a folder: state of the parameters that it owns, and all groups, by name."""
+        """Returns what this rank writes into a folder: the state of parameters that it owns and all groups, by name."""
         self._require_same_groups()
         state = {
             self._names[p]: self.optimizer.state[p]
