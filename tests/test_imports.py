@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"errors", "schedule"},
     "loader": {"mesh"},
     "capture": {"engine", "errors"},
+    "compiled": {"capture", "engine", "errors", "schedule"},
     "graph": {"capture", "engine", "errors", "loader"},
     "data": {"keys", "loader"},
     "models": {"checkpoint", "keys"},

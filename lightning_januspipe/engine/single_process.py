@@ -19,6 +19,14 @@ from lightning_januspipe.engine.stage import Stage
 
 _Result = TypeVar("_Result")
 
+StageFactory = Callable[[StageFunction, GradientBuffers, ChainSpec], Any]
+"""Makes what runs the phases of a stage: a :class:`~lightning_januspipe.engine.stage.Stage`, or one like it."""
+
+
+def eager_stage(function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
+    """Returns a stage whose phases run operation by operation."""
+    return Stage(function, gradients, chain.autocast)
+
 
 @dataclass(frozen=True)
 class SingleProcessResult:
@@ -50,6 +58,7 @@ def run_single_process(
     split_stages: Collection[int] = frozenset(),
     measure_memory: bool = False,
     on_phase: Callable[[str, int], None] | None = None,
+    make_stage: StageFactory = eager_stage,
 ) -> SingleProcessResult:
     """Walk one micro-batch through all phases of all stages.
 
@@ -62,9 +71,10 @@ def run_single_process(
         split_stages: indices of the stages whose FF and BF run as on another rank than FE and BE.
         measure_memory: also measure what each stage holds between its phases (times then mean little).
         on_phase: called with the name of a phase and its stage before each of them.
+        make_stage: makes what runs the phases of each stage; split stages run eagerly.
     """
     gradients = GradientBuffers()
-    stages = [Stage(f, gradients, chain.autocast) for f in functions]
+    stages = [make_stage(f, gradients, chain) for f in functions]
     others = {i: Stage(functions[i], gradients, chain.autocast) for i in split_stages}
     meter = _Meter(functions, gradients, others, tensors, measure_memory, on_phase)
     observables: dict[int, Tensor] = {}

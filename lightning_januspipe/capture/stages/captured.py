@@ -230,6 +230,8 @@ class CapturedStage:
         self.index = index
         names = _placeholders(program, captured._stage_nodes(index), outputs, received)
         self._placeholders = PlaceholderValues(program, potential, names)
+        self.symbols = program.symbols
+        self.value_specs: Sequence[TensorSpec] = [_spec(program, n) for n in names if program.by_name[n].spec]
         self._module = build_module(
             program,
             captured._stage_nodes(index),
@@ -249,7 +251,15 @@ class CapturedStage:
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
-        out = self._module(*self._placeholders.values(tensors), *boundary)
+        return self.evaluate(self.values(tensors), boundary)
+
+    def values(self, tensors: Sequence[Any]) -> list[Any]:
+        """Returns all that the stage reads beside its boundary: parameters, buffers, constants, the batch's tensors."""
+        return self._placeholders.values(tensors)
+
+    def evaluate(self, values: Sequence[Any], boundary: Sequence[Tensor]) -> StageOutput:
+        """Evaluates the stage on such values."""
+        out = self._module(*values, *boundary)
         first = len(self.boundary_out) + self._num_energies
         second = first + len(self.observables)
         num_sent = len(self.boundary_out)

@@ -1,0 +1,210 @@
+"""From the joint graph of a stage to one graph for each of its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from lightning_januspipe.compiled import graphs
+from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.levels import (
+    BEFORE,
+    ORDER,
+    Levels,
+    assign_phases,
+    returned_in,
+    seeds_of_gradients,
+    simplify,
+    split_sums,
+)
+from lightning_januspipe.compiled.minimum_cut import Activation, kept_values
+from lightning_januspipe.compiled.operators import Work, work_of
+from lightning_januspipe.compiled.ports import FREE, GIVEN, Port
+from lightning_januspipe.compiled.sizes import StageSizes
+from lightning_januspipe.schedule.actions import Phase
+
+
+@dataclass(frozen=True)
+class PhaseGraph:
+    """One phase of a stage as a function of tensors: ``(inputs) -> (*results, *kept)``.
+
+    Attributes:
+        phase: which phase it is.
+        module: the operations.
+        inputs: names of its inputs, which are inputs of the joint graph or values that earlier phases kept.
+        results: what the phase returns to the engine.
+        seeds: for each result the inputs of the joint graph that decide whether it exists; None for always.
+        kept: names of the values that it computes for later phases.
+    """
+
+    phase: Phase
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    results: tuple[Port, ...]
+    seeds: tuple[frozenset[Port] | None, ...]
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageGraphs:
+    """The phases of one stage as graphs.
+
+    Attributes:
+        phases: the graph of each phase.
+        ports: what each input of the joint graph is, by its name.
+        sizes: the sizes that the graphs take, and for which they are right.
+        places: which of the stage's values the value inputs are.
+        readers: the phases that read each kept value or input that arrives for a phase.
+        activation: what the phases keep.
+        num_bytes: bytes of each of the values that phases read, in the example call.
+    """
+
+    phases: Mapping[Phase, PhaseGraph]
+    ports: Mapping[str, Port]
+    sizes: StageSizes
+    places: tuple[int, ...]
+    readers: Mapping[str, frozenset[Phase]]
+    activation: Activation
+    num_bytes: Mapping[str, int]
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether WF and WE are phases of their own."""
+        return Phase.WF in self.phases or Phase.WE in self.phases
+
+    def held_bytes(self, after: Phase) -> int:
+        """Returns the bytes that a micro-batch keeps after a phase, in the example call.
+
+        Args:
+            after: a phase; all before it have run too, and BE before WF.
+        """
+        done = set(ORDER[: ORDER.index(after) + 1])
+        return sum(
+            self.num_bytes[name]
+            for name, readers in self.readers.items()
+            if not readers <= done and self.arrives(name) in done and not self.is_free(name)
+        )
+
+    def arrives(self, name: str) -> Phase:
+        """Returns the phase with which a value is at hand."""
+        port = self.ports.get(name)
+        if port is not None:
+            return GIVEN[port.kind]
+        return next(phase for phase, graph in self.phases.items() if name in graph.kept)
+
+    def is_free(self, name: str) -> bool:
+        """Whether a value is at hand in every phase."""
+        return name in self.ports and self.ports[name].kind in FREE
+
+
+def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool = False) -> StageGraphs:
+    """``(joint graph, activation, defer) -> phase graphs``, by these passes in this order:
+
+    1. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
+    2. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
+    3. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
+    4. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
+    5. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
+    6. :func:`verify_phases`: refuses phases that repeat what must not be repeated.
+
+    Args:
+        joint: the joint graph, which stays as it is.
+        activation: what phases keep.
+        defer: leave what only parameters wait for to WF and WE.
+    """
+    joint = split_sums(simplify(joint))
+    levels = assign_phases(joint, defer)
+    found = _Cutter(joint, levels, activation).run()
+    verify_phases(joint, found)
+    return found
+
+
+class _Cutter:
+    """Cuts the joint graph after each phase, and collects what the phases compute."""
+
+    def __init__(self, joint: Joint, levels: Levels, activation: Activation) -> None:
+        self._joint, self._levels, self._activation = joint, levels, activation
+        self._wanted = joint.wanted
+        self._ends = returned_in(joint, levels)
+        self._seeds = seeds_of_gradients(joint)
+        self._ports = joint.ports_of
+        self._free = {n for n, port in self._ports.items() if port.kind in FREE}
+        self._of_weight_force = {n for n, level in levels.items() if level is Phase.WF}
+        self._kept: dict[Phase, list[fx.Node]] = {}
+        self._phases: dict[Phase, PhaseGraph] = {}
+
+    def run(self) -> StageGraphs:
+        """All phases in order."""
+        order = [p for p in ORDER if p in (Phase.FE, Phase.FF) or p in self._ends]
+        for phase in order:
+            held = {n for p in BEFORE[phase] for n in self._kept.get(p, ())}
+            self._kept[phase] = self._found(phase, [p for p in order if phase in BEFORE[p]], held)
+            self._phases[phase] = self._graph(phase, held)
+        readers: dict[str, set[Phase]] = {}
+        for phase, graph in self._phases.items():
+            for name in graph.inputs:
+                readers.setdefault(name, set()).add(phase)
+        return StageGraphs(
+            phases=self._phases,
+            ports={node.name: port for node, port in self._ports.items()},
+            sizes=self._joint.sizes,
+            places=self._joint.places,
+            readers={name: frozenset(found) for name, found in readers.items()},
+            activation=self._activation,
+            num_bytes={n.name: graphs.num_bytes(n) for n in self._joint.graph.nodes if n.name in readers},
+        )
+
+    def _found(self, phase: Phase, after: list[Phase], held: set[fx.Node]) -> list[fx.Node]:
+        """What is kept after a phase, for the results of all phases after it."""
+        needed = {node for (node, _), end in zip(self._wanted, self._ends, strict=True) if end in after}
+        if phase is Phase.WF:
+            # Sums over weights, if any, to which both WF and WE contribute.
+            region = graphs.closure(needed, held | self._free)
+            is_read = {n for n in region for user in n.users if self._levels.get(user) is Phase.WE}
+            return [n for n in self._joint.graph.nodes if n in self._of_weight_force and n in is_read]
+        other = self._of_weight_force if phase is Phase.BE else set()
+        region = graphs.closure(needed, held | self._free | other)
+        by_now = {phase, *BEFORE[phase]}
+
+        def is_early(node: fx.Node) -> bool:
+            return self._levels[node] in by_now
+
+        return kept_values(region, needed, is_early, held, self._free, self._activation)
+
+    def _graph(self, phase: Phase, held: set[fx.Node]) -> PhaseGraph:
+        """The graph of one phase, which also computes what is newly kept after it."""
+        here = [i for i, end in enumerate(self._ends) if end is phase]
+        results = [self._wanted[i] for i in here]
+        fresh = [n for n in self._kept[phase] if n not in held and n.op != "placeholder"]
+        wanted = [*(node for node, _ in results), *fresh]
+        body = graphs.closure(wanted, held | self._free)
+        nodes = [n for n in self._joint.graph.nodes if n in body]
+        module = graphs.part(self._joint.root, nodes, held | self._free, wanted)
+        return PhaseGraph(
+            phase=phase,
+            module=module,
+            inputs=tuple(n.name for n in graphs.placeholders(module.graph)),
+            results=tuple(port for _, port in results),
+            seeds=tuple(self._seeds[i] for i in here),
+            kept=tuple(n.name for n in fresh),
+        )
+
+
+def verify_phases(joint: Joint, found: StageGraphs) -> None:
+    """``(joint, phase graphs) ->`` nothing, or an assertion: every phase has its inputs, exchanges run once.
+
+    Graph ranks have to run the same exchanges in the same order, so each phase has to have them in the joint graph's.
+    """
+    order = {n.name: i for i, n in enumerate(joint.graph.nodes)}
+    exchanges: list[str] = []
+    for phase, graph in found.phases.items():
+        known = {name for name, port in found.ports.items() if GIVEN[port.kind] in (phase, *BEFORE[phase])}
+        known |= {name for p in BEFORE[phase] if p in found.phases for name in found.phases[p].kept}
+        missing = [name for name in graph.inputs if name not in known]
+        assert not missing, f"{phase.value} reads {missing[:3]}, which no earlier phase keeps"
+        own = [n.name for n in graph.module.graph.nodes if n.op == "call_function" and work_of(n) is Work.EXCHANGE]
+        assert own == sorted(own, key=order.__getitem__), f"{phase.value} has its exchanges in another order"
+        exchanges += own
+    assert len(exchanges) == len(set(exchanges)), "an exchange between graph ranks runs in two phases"
