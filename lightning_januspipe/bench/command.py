@@ -256,9 +256,9 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Grad
     class Keep(lightning.Callback):
         def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
             runner = trainer.strategy.runner
-            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.holds(p)]
+            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.parameters.holds(p)]
             gradients = {n: p.grad.detach().double() for n, p in held}
-            found.append(Gradients(gradients, getattr(runner, "bytes_sent", 0)))
+            found.append(Gradients(gradients, runner.bytes_sent))
 
     trainer_of(strategy, 1, Keep(), precision=precision).fit(module, loader)
     return found[0]

@@ -90,7 +90,7 @@ class PipelineMonitor(Metered):
             return
         if left == 0:
             runner.step_recorder.ask()
-        elif left == 1 and hasattr(runner, "num_stages") and trainer.strategy.root_device.type == "cpu":
+        elif left == 1 and runner.is_staged and trainer.strategy.root_device.type == "cpu":
             is_due = runner.step_recorder.held is None or len(self.history) % _MEMORY_EVERY == 0
             if is_due:
                 runner.step_recorder.ask(memory=True)
@@ -142,14 +142,13 @@ class PipelineMonitor(Metered):
         device = trainer.strategy.root_device
         held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.step_recorder.held
         mine = RankNumbers.of_step(runner.step_recorder.rank_step, self.measured(), held)
-        num_stages = getattr(runner, "num_stages", 0)
         most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
-        return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
+        return metrics(exchanged(mine, runner.num_stages, most, mesh.host_group), mesh.shape)
 
     def _rows(self, trainer: Trainer) -> list[draw.Panel]:
         """The last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
-        if not hasattr(runner, "recorded_step") or mesh is None or mesh.aborted:
+        if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
             return []
         own = runner.recorded_step()
         steps: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None

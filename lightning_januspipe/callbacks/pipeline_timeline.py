@@ -50,13 +50,14 @@ class PipelineTimeline(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for the recording."""
-        if self._num_batches == 0 and not hasattr(runner_of(trainer), "record_next_step"):
+        runner = runner_of(trainer)
+        if runner is None or not runner.is_staged:
             raise ValueError(
                 "PipelineTimeline draws the steps of a pipeline, but this run has none; use "
                 "Trainer(strategy='januspipe') with at least two processes, or leave the callback out"
             )
         if self._num_batches == self.step:
-            runner_of(trainer).record_next_step()
+            runner.record_next_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,9 +67,11 @@ class PipelineTimeline(Callback):
         if self._num_batches != self.step + 1:
             return
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
-        found = runner_of(trainer).recorded_step()  # and so does this
+        runner = runner_of(trainer)
+        found = None if runner is None else runner.recorded_step()  # and so does this
         if not trainer.is_global_zero:
             return
+        assert found is not None, "the step was recorded"
         rows = [("predicted", found.schedule, found.predicted), ("recorded", found.schedule, found.recorded)]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pipeline-step-{self.step}"

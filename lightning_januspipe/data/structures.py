@@ -169,7 +169,7 @@ def atoms_to_sample(
         keys.CELL_SHIFTS: torch.tensor(cell_shifts, dtype=real),
         keys.CELL: torch.tensor(cell, dtype=real).unsqueeze(0),
         keys.BATCH: torch.zeros(len(atoms), dtype=torch.int64),
-        keys.ENERGY: torch.tensor([energy], dtype=real),
+        keys.ENERGY: torch.tensor([energy], dtype=torch.float64),
         keys.FORCES: torch.tensor(forces, dtype=real),
         keys.STRESS: torch.tensor(stress, dtype=real).unsqueeze(0),
         keys.PBC: torch.tensor(pbc).unsqueeze(0),

@@ -156,7 +156,8 @@ class Links:
         device: torch.device,
     ) -> None:
         self.device = device
-        self._rank, self._global_ranks = rank, list(global_ranks)
+        self.rank, self.num_ranks = rank, len(global_ranks)
+        self._global_ranks = list(global_ranks)
         self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = (down, up)
         self._to: dict[int, Channel] = {}
         self._from: dict[int, Channel] = {}
@@ -168,13 +169,13 @@ class Links:
     def to(self, peer: int) -> Channel:
         """Messages to the rank at a position."""
         if peer not in self._to:
-            self._to[peer] = self._channel(peer, downward=peer > self._rank)
+            self._to[peer] = self._channel(peer, downward=peer > self.rank)
         return self._to[peer]
 
     def from_(self, peer: int) -> Channel:
         """Messages from the rank at a position."""
         if peer not in self._from:
-            self._from[peer] = self._channel(peer, downward=peer < self._rank)
+            self._from[peer] = self._channel(peer, downward=peer < self.rank)
         return self._from[peer]
 
     def connect(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -187,10 +188,10 @@ class Links:
             pairs: sender and receiver of each connection, the same on all ranks.
         """
         for sender, receiver in sorted(set(pairs)):  # one after the other in one order, so no cycle of waits
-            if sender == self._rank:
+            if sender == self.rank:
                 self.to(receiver).send([torch.zeros(1, dtype=torch.uint8, device=self.device)])
                 self.to(receiver).flush(None)
-            elif receiver == self._rank:
+            elif receiver == self.rank:
                 self.from_(sender).receive([((1,), torch.uint8)]).wait(None)
 
     def outgoing(self) -> list[tuple[int, Channel]]:
@@ -213,18 +214,18 @@ class Links:
         return Channel(self._groups[0 if downward else 1], self._global_ranks[peer], self.device)
 
 
-def message_latency(links: Links, rank: int, num_messages: int = 10) -> float:
+def message_latency(links: Links, num_messages: int = 10) -> float:
     """Seconds that a small message takes: half the round trip between the first two ranks, the median of several.
 
     Args:
         links: of this rank; all ranks of the pipeline may call this, the first two have to.
-        rank: this rank's position.
         num_messages: how many go there and back.
 
     Returns:
-        The latency as rank 0 sees it; 0 on the others.
+        The latency as rank 0 sees it; 0 on the others, and where there is one rank only.
     """
-    if rank > 1:
+    rank = links.rank
+    if rank > 1 or links.num_ranks == 1:
         return 0.0
     links.connect([(0, 1), (1, 0)])
     message = [torch.zeros(256, dtype=torch.uint8, device=links.device)]

@@ -23,10 +23,11 @@ from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.engine.memory import PhaseBytes
+from lightning_januspipe.engine.p2p import Links, message_latency
 from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.graph import call_tensors, shard_potential, verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
-from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline, measured_latency
+from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
 from lightning_januspipe.runtime.user_step import with_batch
 
@@ -43,6 +44,7 @@ class CaptureRequest:
         ready: the contexts that the step is run in, with the module in training mode or as it is.
         trains: whether it is for training.
         evaluation_step: validation_step, where training runs it.
+        annotate: gives the context that an action runs in by the action's name, as profilers do; None without one.
     """
 
     module: Any
@@ -52,6 +54,7 @@ class CaptureRequest:
     ready: Callable[[bool], AbstractContextManager[None]]
     trains: bool
     evaluation_step: Callable[..., Any] | None = None
+    annotate: Callable[[str], AbstractContextManager[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ class PipelineBuilder:
             CaptureError: on every rank, where rank 0 cannot capture.
         """
         num_ranks = mesh.shape.pipeline
-        # One number for all replicas: by it the stages are placed.
-        latency = broadcast(measured_latency(mesh))
+        assert mesh.down_group is not None and mesh.up_group is not None
+        links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
+        # One number for all replicas: the stages are placed by it.
+        latency = broadcast(message_latency(links))
         news = ""
         to_verify: list[Tensor] = []
         if self._kept is None or not self._kept.serves(request):
@@ -164,7 +169,8 @@ class PipelineBuilder:
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
         planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
-        pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
+        pipeline = Pipeline(request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype)
+        pipeline.executor.annotate = request.annotate
         if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.

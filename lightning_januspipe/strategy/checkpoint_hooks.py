@@ -18,8 +18,7 @@ from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.loader.resume import KEY, LoaderProgress
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
-from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
@@ -31,7 +30,7 @@ class CheckpointHooks:
     lib: Any
     _checkpoint_io: Any
     mesh: Mesh | None
-    runner: SingleStage | Pipeline | None
+    runner: Runner | None
     _save_distributed: bool
     _progress: LoaderProgress
     _stage_optimizers: dict[int, StageOptimizer]
@@ -59,16 +58,16 @@ class CheckpointHooks:
         """The module's state: whole on global rank 0, or, for a folder, right where this rank owns it."""
         module, runner = self.lightning_module, self.runner
         self._require_all_ranks()
-        if not isinstance(runner, Pipeline):  # after training everything is whole
+        if runner is None:  # after training everything is whole
             return module.state_dict()
         assert self.mesh is not None
         if self._save_distributed and _has_own_tensors(module):
-            runner.synchronize(module.trainer.callbacks, averages_only=True)
+            runner.parameters.synchronize(module.trainer.callbacks, averages_only=True)
             return module.state_dict()
         if self._residence is not None and self._residence.is_partial:
             with self._residence.whole_on_first_rank():
                 return module.state_dict()
-        runner.synchronize(module.trainer.callbacks)
+        runner.parameters.synchronize(module.trainer.callbacks)
         return module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -142,10 +141,11 @@ class CheckpointHooks:
     def _owners(self) -> dict[Any, int]:
         """The pipeline rank that owns a tensor, for those that belong to single stages."""
         runner, module = self.runner, self.lightning_module
-        if not isinstance(runner, Pipeline) or not _has_own_tensors(module):
+        if runner is None or not _has_own_tensors(module):
             return {}
-        owned = {_storage(p): runner.owner(p) for p in runner.partly_held()}
-        return owned | {_storage(t): runner.owner(p) for p, t in runner.followers(module.trainer.callbacks)}
+        parameters = runner.parameters
+        owned = {_storage(p): parameters.owner(p) for p in parameters.partly_held()}
+        return owned | {_storage(t): parameters.owner(p) for p, t in parameters.averages(module.trainer.callbacks)}
 
     def _replica_progress(self) -> list[Any]:
         """Random states and loader progress of the first ranks of all replicas, on global rank 0."""
@@ -219,25 +219,25 @@ class CheckpointHooks:
 
     def _prune_optimizers(self) -> None:
         """Leave to this rank its part of all optimizers, and of the states that a checkpoint gave."""
-        assert isinstance(self.runner, Pipeline)
+        assert self.runner is not None
         names = _names(self.lightning_module)
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
-            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner, names, state)
+            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner.parameters, names, state)
 
     def _free_other_stages(self) -> None:
         """Where the module is made in ``configure_model``, keep this rank's parameters only."""
-        assert isinstance(self.runner, Pipeline)
+        assert self.runner is not None
         module = self.lightning_module
         if self._residence is None:
             return
-        if followers(module, module.trainer.callbacks, self.runner.partly_held()):
+        if followers(module, module.trainer.callbacks, self.runner.parameters.partly_held()):
             self.lib.rank_zero.rank_zero_info(
                 "januspipe: averages of weights are kept, so every rank keeps all parameters"
             )
             return
-        self._residence.release(self.runner)
-        self.runner.batch_checks.whole = self._residence.whole
+        self._residence.release(self.runner.parameters)
+        self.runner.fetch_parameters_with(self._residence.whole)
 
     # -- exceptions --------------------------------------------------------------------------------------------------
 

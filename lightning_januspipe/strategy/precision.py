@@ -24,7 +24,7 @@ class MeshClipping:
         if strategy.runner is None or strategy.mesh is None:
             super().clip_grad_by_norm(optimizer, clip_val)  # type: ignore[misc]
             return
-        clip_gradients_by_norm(list(self.main_params(optimizer)), clip_val, strategy.runner, strategy.mesh)  # type: ignore[attr-defined]
+        clip_gradients_by_norm(list(self.main_params(optimizer)), clip_val, strategy.runner.parameters, strategy.mesh)  # type: ignore[attr-defined]
 
     def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
         """Clip gradients by value, where there are any: torch's own function fails without."""

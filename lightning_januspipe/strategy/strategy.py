@@ -25,8 +25,9 @@ from lightning_januspipe.loader.split import require_samples, seed_workers, spli
 from lightning_januspipe.mesh import Mesh, Size
 from lightning_januspipe.runtime.build import CaptureRequest, PipelineBuilder
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
-from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
+from lightning_januspipe.runtime.pipeline import MessageDtype
 from lightning_januspipe.runtime.planner import is_searched
+from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import ScheduleName, build_schedule
@@ -137,20 +138,19 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
         self._num_runs = 0
         self._metric_gather = ReplicaGather()
         self.mesh: Mesh | None = None
-        self.runner: SingleStage | Pipeline | None = None
+        self.runner: Runner | None = None
 
     # -- module and data ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any) -> None:
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
-        is_undivided = self.mesh.shape.pipeline == self.mesh.shape.graph == 1
-        self.runner = SingleStage(self.lightning_module, self.mesh) if is_undivided else None
+        self.runner = None if self._captures else SingleStage(self.lightning_module, self.mesh)
         if is_fitting(trainer):
             check_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self.mesh, self._num_runs)
-        if self.runner is None and self.lib.helpers.is_overridden("configure_model", self.lightning_module):
+        if self._captures and self.lib.helpers.is_overridden("configure_model", self.lightning_module):
             self._residence = ParameterResidence(self.lightning_module, self.mesh)
         super().setup(trainer)  # type: ignore[misc]
 
@@ -192,6 +192,11 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
     def schedule(self) -> str:
         """Name of the schedule."""
         return self._builder.schedule
+
+    @property
+    def _captures(self) -> bool:
+        """Whether the potential is captured: several ranks work on the samples of a replica."""
+        return self.mesh_shape.ranks_per_replica > 1
 
     def num_microbatches(self) -> int:
         """Into how many micro-batches a training batch is split, where it has as many samples."""
@@ -255,8 +260,8 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
         module = self.lightning_module
-        if self.num_microbatches() > 1 or not isinstance(self.runner, SingleStage):
-            check_trainer(module.trainer, is_pipeline=not isinstance(self.runner, SingleStage))
+        if self.num_microbatches() > 1 or self._captures:
+            check_trainer(module.trainer, is_pipeline=self._captures)
         # A batch transfer hook of the user gets batches, not the micro-batches' container.
         transfer = module._on_before_batch_transfer
         module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
@@ -264,9 +269,8 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
             if isinstance(batch, MicroBatches)
             else transfer(batch, dataloader_idx)
         )
-        if not isinstance(self.runner, SingleStage):
+        if self._captures:
             self._capture(self._train_loader, module.training_step, self.num_microbatches())
-        if isinstance(self.runner, Pipeline):
             assert self.mesh is not None
             same_random_state(self.mesh)
             self._prune_optimizers()
@@ -320,15 +324,14 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
                 yield
 
         evaluation = module.validation_step if trains and module.trainer.enable_validation else None
-        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation)
-        self.runner, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
         profiler = module.trainer.profiler
-        if not isinstance(profiler, self.lib.profilers.PassThroughProfiler):
-            self.runner.executor.annotate = profiler.profile
+        annotate = None if isinstance(profiler, self.lib.profilers.PassThroughProfiler) else profiler.profile
+        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
+        self.runner, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
         if news:
             self.lib.rank_zero.rank_zero_info(news)
         if self._residence is not None:
-            self._residence.place(self.runner)
+            self._residence.place(self.runner.parameters)
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)
@@ -353,8 +356,8 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
             steps = [step_of(n) for n in sizes]
-            ahead = batch.ahead if split else ()
-            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), ahead)
+            owners = batch.ahead if split else ()
+            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
 
@@ -369,7 +372,7 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         self.runner.gradients.accumulate_into_grad(1 / module.trainer.accumulate_grad_batches)
         if self._reduce_gradients:
-            self.runner.reduce()
+            self.runner.parameters.reduce_gradients()
         if self._shutdown is not None:
             self._shutdown.hear()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
@@ -417,8 +420,8 @@ class UnboundStrategy(ProcessHooks, CheckpointHooks):
             self._shutdown.hear()
         if self._residence is not None and self._residence.is_partial:
             self._residence.restore()
-        elif isinstance(self.runner, Pipeline):
-            self.runner.synchronize(self.lightning_module.trainer.callbacks)
+        elif self.runner is not None:
+            self.runner.parameters.synchronize(self.lightning_module.trainer.callbacks)
 
     def teardown(self) -> None:
         """Leave nothing on the user's module and optimizers; a checkpoint can still be saved."""

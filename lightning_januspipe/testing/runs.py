@@ -55,7 +55,7 @@ def train_in_pipeline(
     namespace = _namespace(module)
     bound = strategy_class(namespace)(**strategy)
     world = int(os.environ["WORLD_SIZE"])
-    recorder = _recorder(module, lambda parameter: bound.runner.holds(parameter))
+    recorder = _recorder(module, lambda parameter: bound.runner.parameters.holds(parameter))
     trainer = _trainer(namespace, steps, trainer_arguments, strategy=bound, devices=world)
     trainer.callbacks.insert(0, recorder)
     replica = bound.mesh_shape.coordinates(int(os.environ["RANK"]))[1]

@@ -14,7 +14,7 @@ from lightning_januspipe.engine import executor
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import collectives
-from lightning_januspipe.runtime import pipeline
+from lightning_januspipe.runtime import parameters
 from lightning_januspipe.runtime.user_step import CapturedStep
 from lightning_januspipe.schedule import Phase
 
@@ -96,11 +96,11 @@ def _shared_not_summed() -> Mutation:
         if divide_by != 1:
             reduce_gradients(parameters, group, divide_by)
 
-    return pipeline, "reduce_gradients", reduce
+    return parameters, "reduce_gradients", reduce
 
 
 def _replicas_not_averaged() -> Mutation:
-    return pipeline, "reduce_gradients", lambda parameters, group, divide_by=1: reduce_gradients(parameters, group)
+    return parameters, "reduce_gradients", lambda parameters, group, divide_by=1: reduce_gradients(parameters, group)
 
 
 def _last_derivative_unread() -> Mutation:
@@ -150,7 +150,7 @@ def _raw_backward(function: type, exchange: Callable[..., Tensor], factor: float
 
 
 def _graph_ranks_not_summed() -> Mutation:
-    return pipeline, "reduce_gradients", lambda parameters, group, divide_by=1: reduce_gradients(parameters, group, 2)
+    return parameters, "reduce_gradients", lambda parameters, group, divide_by=1: reduce_gradients(parameters, group, 2)
 
 
 MUTATIONS: dict[str, Callable[[], Mutation]] = {
