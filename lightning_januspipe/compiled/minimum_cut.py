@@ -81,4 +81,3 @@ def _add_node(flow: object, node: fx.Node, is_given: bool, is_free: bool) -> Non
         is_new_view = not is_given and work_of(node) is Work.VIEW
         cost = {"capacity": graphs.num_bytes(node) + 1 + 8 * is_new_view}
     flow.add_edge((node, "in"), (node, "out"), **cost)  # type: ignore[attr-defined]
-

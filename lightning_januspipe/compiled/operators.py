@@ -20,12 +20,16 @@ class Work(Enum):
     EXCHANGE = "an exchange between graph ranks"
 
 
-_VIEW = ("getitem view reshape permute t transpose expand slice select squeeze unsqueeze split_with_sizes split unbind "
-         "as_strided alias diagonal view_as_real view_as_complex")
+_VIEW = (
+    "getitem view reshape permute t transpose expand slice select squeeze unsqueeze split_with_sizes split unbind "
+    "as_strided alias diagonal view_as_real view_as_complex"
+)
 _POINTWISE = "where clone cat constant_pad_nd _to_copy stack"
 _GATHER = "index index_select embedding gather"
-_MAKE = ("full zeros ones empty scalar_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
-         "empty_like empty_strided arange iota eye lift_fresh_copy")
+_MAKE = (
+    "full zeros ones empty scalar_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
+    "empty_like empty_strided arange iota eye lift_fresh_copy"
+)
 _NAMED = {
     name: work
     for work, names in (

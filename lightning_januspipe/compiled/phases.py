@@ -23,16 +23,16 @@ from lightning_januspipe.compiled.minimum_cut import Activation, kept_values
 from lightning_januspipe.compiled.operators import Work, work_of
 from lightning_januspipe.compiled.ports import FREE, GIVEN, Port
 from lightning_januspipe.compiled.sizes import StageSizes
+from lightning_januspipe.compiled.torch_internals import FakeTensorMode
 from lightning_januspipe.schedule.actions import Phase
 
 
 @dataclass(frozen=True)
-class PhaseGraph:
+class PhaseSignature:
     """One phase of a stage as a function of tensors: ``(inputs) -> (*results, *kept)``.
 
     Attributes:
         phase: which phase it is.
-        module: the operations.
         inputs: names of its inputs, which are inputs of the joint graph or values that earlier phases kept.
         results: what the phase returns to the engine.
         seeds: for each result the inputs of the joint graph that decide whether it exists; None for always.
@@ -40,7 +40,6 @@ class PhaseGraph:
     """
 
     phase: Phase
-    module: fx.GraphModule
     inputs: tuple[str, ...]
     results: tuple[Port, ...]
     seeds: tuple[frozenset[Port] | None, ...]
@@ -48,23 +47,21 @@ class PhaseGraph:
 
 
 @dataclass(frozen=True)
-class StageGraphs:
-    """The phases of one stage as graphs.
+class StagePhases:
+    """The phases of one stage, without their operations.
 
     Attributes:
-        phases: the graph of each phase.
+        signatures: of each phase.
         ports: what each input of the joint graph is, by its name.
         sizes: the sizes that the graphs take, and for which they are right.
-        places: which of the stage's values the value inputs are.
         readers: the phases that read each kept value or input that arrives for a phase.
         activation: what the phases keep.
         num_bytes: bytes of each of the values that phases read, in the example call.
     """
 
-    phases: Mapping[Phase, PhaseGraph]
+    signatures: Mapping[Phase, PhaseSignature]
     ports: Mapping[str, Port]
     sizes: StageSizes
-    places: tuple[int, ...]
     readers: Mapping[str, frozenset[Phase]]
     activation: Activation
     num_bytes: Mapping[str, int]
@@ -72,7 +69,7 @@ class StageGraphs:
     @property
     def is_deferred(self) -> bool:
         """Whether WF and WE are phases of their own."""
-        return Phase.WF in self.phases or Phase.WE in self.phases
+        return Phase.WF in self.signatures or Phase.WE in self.signatures
 
     def held_bytes(self, after: Phase) -> int:
         """Returns the bytes that a micro-batch keeps after a phase, in the example call.
@@ -92,14 +89,29 @@ class StageGraphs:
         port = self.ports.get(name)
         if port is not None:
             return GIVEN[port.kind]
-        return next(phase for phase, graph in self.phases.items() if name in graph.kept)
+        return next(phase for phase, own in self.signatures.items() if name in own.kept)
 
     def is_free(self, name: str) -> bool:
         """Whether a value is at hand in every phase."""
         return name in self.ports and self.ports[name].kind in FREE
 
 
-def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool = False) -> StageGraphs:
+@dataclass(frozen=True)
+class PhaseGraphs:
+    """The phases of one stage with their operations.
+
+    Attributes:
+        phases: the signatures of the graphs.
+        modules: the graph of each phase.
+        mode: the mode that their tensors belong to.
+    """
+
+    phases: StagePhases
+    modules: Mapping[Phase, fx.GraphModule]
+    mode: FakeTensorMode
+
+
+def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool = False) -> PhaseGraphs:
     """``(joint graph, activation, defer) -> phase graphs``, by these passes in this order:
 
     1. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
@@ -133,28 +145,29 @@ class _Cutter:
         self._free = {n for n, port in self._ports.items() if port.kind in FREE}
         self._of_weight_force = {n for n, level in levels.items() if level is Phase.WF}
         self._kept: dict[Phase, list[fx.Node]] = {}
-        self._phases: dict[Phase, PhaseGraph] = {}
+        self._signatures: dict[Phase, PhaseSignature] = {}
+        self._modules: dict[Phase, fx.GraphModule] = {}
 
-    def run(self) -> StageGraphs:
+    def run(self) -> PhaseGraphs:
         """All phases in order."""
         order = [p for p in ORDER if p in (Phase.FE, Phase.FF) or p in self._ends]
         for phase in order:
             held = {n for p in BEFORE[phase] for n in self._kept.get(p, ())}
             self._kept[phase] = self._found(phase, [p for p in order if phase in BEFORE[p]], held)
-            self._phases[phase] = self._graph(phase, held)
+            self._add(phase, held)
         readers: dict[str, set[Phase]] = {}
-        for phase, graph in self._phases.items():
-            for name in graph.inputs:
+        for phase, signature in self._signatures.items():
+            for name in signature.inputs:
                 readers.setdefault(name, set()).add(phase)
-        return StageGraphs(
-            phases=self._phases,
+        phases = StagePhases(
+            signatures=self._signatures,
             ports={node.name: port for node, port in self._ports.items()},
             sizes=self._joint.sizes,
-            places=self._joint.places,
             readers={name: frozenset(found) for name, found in readers.items()},
             activation=self._activation,
             num_bytes={n.name: graphs.num_bytes(n) for n in self._joint.graph.nodes if n.name in readers},
         )
+        return PhaseGraphs(phases, self._modules, self._joint.mode)
 
     def _found(self, phase: Phase, after: list[Phase], held: set[fx.Node]) -> list[fx.Node]:
         """What is kept after a phase, for the results of all phases after it."""
@@ -173,8 +186,8 @@ class _Cutter:
 
         return kept_values(region, needed, is_early, held, self._free, self._activation)
 
-    def _graph(self, phase: Phase, held: set[fx.Node]) -> PhaseGraph:
-        """The graph of one phase, which also computes what is newly kept after it."""
+    def _add(self, phase: Phase, held: set[fx.Node]) -> None:
+        """Adds the graph of one phase, which also computes what is newly kept after it."""
         here = [i for i, end in enumerate(self._ends) if end is phase]
         results = [self._wanted[i] for i in here]
         fresh = [n for n in self._kept[phase] if n not in held and n.op != "placeholder"]
@@ -182,9 +195,9 @@ class _Cutter:
         body = graphs.closure(wanted, held | self._free)
         nodes = [n for n in self._joint.graph.nodes if n in body]
         module = graphs.part(self._joint.root, nodes, held | self._free, wanted)
-        return PhaseGraph(
+        self._modules[phase] = module
+        self._signatures[phase] = PhaseSignature(
             phase=phase,
-            module=module,
             inputs=tuple(n.name for n in graphs.placeholders(module.graph)),
             results=tuple(port for _, port in results),
             seeds=tuple(self._seeds[i] for i in here),
@@ -192,19 +205,21 @@ class _Cutter:
         )
 
 
-def verify_phases(joint: Joint, found: StageGraphs) -> None:
+def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
     """``(joint, phase graphs) ->`` nothing, or an assertion: every phase has its inputs, exchanges run once.
 
     Graph ranks have to run the same exchanges in the same order, so each phase has to have them in the joint graph's.
     """
     order = {n.name: i for i, n in enumerate(joint.graph.nodes)}
+    phases = found.phases
     exchanges: list[str] = []
-    for phase, graph in found.phases.items():
-        known = {name for name, port in found.ports.items() if GIVEN[port.kind] in (phase, *BEFORE[phase])}
-        known |= {name for p in BEFORE[phase] if p in found.phases for name in found.phases[p].kept}
-        missing = [name for name in graph.inputs if name not in known]
+    for phase, signature in phases.signatures.items():
+        known = {name for name, port in phases.ports.items() if GIVEN[port.kind] in (phase, *BEFORE[phase])}
+        known |= {name for p in BEFORE[phase] if p in phases.signatures for name in phases.signatures[p].kept}
+        missing = [name for name in signature.inputs if name not in known]
         assert not missing, f"{phase.value} reads {missing[:3]}, which no earlier phase keeps"
-        own = [n.name for n in graph.module.graph.nodes if n.op == "call_function" and work_of(n) is Work.EXCHANGE]
+        nodes = found.modules[phase].graph.nodes
+        own = [n.name for n in nodes if n.op == "call_function" and work_of(n) is Work.EXCHANGE]
         assert own == sorted(own, key=order.__getitem__), f"{phase.value} has its exchanges in another order"
         exchanges += own
     assert len(exchanges) == len(set(exchanges)), "an exchange between graph ranks runs in two phases"

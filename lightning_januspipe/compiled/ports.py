@@ -29,10 +29,10 @@ class Kind(Enum):
 
 
 class Port(NamedTuple):
-    """One input or output of a stage's phases: its kind, and its index among those of the kind."""
+    """One input or output of a stage's phases: its kind, and its position among those of the kind."""
 
     kind: Kind
-    index: int
+    position: int
 
 
 GIVEN = {

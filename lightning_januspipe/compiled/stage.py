@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.compiled.joint import TraceableStage, shape_of
-from lightning_januspipe.compiled.phases import PhaseGraph, StageGraphs
+from lightning_januspipe.compiled.blueprint import TraceableStage, bind, first_places
+from lightning_januspipe.compiled.joint import shape_of
+from lightning_januspipe.compiled.phases import PhaseSignature, StagePhases
 from lightning_januspipe.compiled.ports import Kind, Port
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
@@ -48,29 +49,34 @@ class CompiledStage:
 
     Args:
         function: the stage.
-        graphs: its phases.
+        phases: its phases.
+        runners: what runs each of them: their graphs, operation by operation, or compiled.
         gradients: where parameter gradients are added up.
         chain: what all stages share.
 
     Attributes:
-        runners: what runs each phase; at first the graphs themselves, operation by operation.
         num_misfits: micro-batches that ran eagerly.
         misfit: why the first of them did.
     """
 
     def __init__(
-        self, function: TraceableStage, graphs: StageGraphs, gradients: GradientBuffers, chain: ChainSpec
+        self,
+        function: TraceableStage,
+        phases: StagePhases,
+        runners: Mapping[Phase, Runner],
+        gradients: GradientBuffers,
+        chain: ChainSpec,
     ) -> None:
         self.function = function
-        self.runners: dict[Phase, Runner] = {phase: graph.module for phase, graph in graphs.phases.items()}
         self.num_misfits, self.misfit = 0, ""
-        self._graphs, self._gradients, self._chain = graphs, gradients, chain
+        self._phases, self._runners, self._gradients, self._chain = phases, dict(runners), gradients, chain
         self._eager = Stage(function, gradients, chain.autocast)
+        self._places: tuple[int, ...] = ()
         self._running: dict[int, _Inflight] = {}
         self._eagerly: set[int] = set()
         self._names: dict[Kind, list[tuple[int, str]]] = {}
-        for name, port in graphs.ports.items():
-            self._names.setdefault(port.kind, []).append((port.index, name))
+        for name, port in phases.ports.items():
+            self._names.setdefault(port.kind, []).append((port.position, name))
 
     @property
     def num_inflight(self) -> int:
@@ -93,32 +99,32 @@ class CompiledStage:
         Args:
             tensors: the potential call's tensors.
         """
-        return self._graphs.sizes.misfit(self._bind(tensors))
+        return self._phases.sizes.misfit(bind(self.function, tensors))
 
     def held_bytes(self, microbatch: int) -> int:
         """Returns the bytes of the values that a micro-batch keeps between its phases here."""
         state = self._running.get(microbatch)
         if state is None:
             return 0
-        held = [t for n, t in state.known.items() if not self._graphs.is_free(n) and isinstance(t, Tensor)]
+        held = [t for n, t in state.known.items() if not self._phases.is_free(n) and isinstance(t, Tensor)]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
 
     def forward_energy(
         self, microbatch: int, tensors: Sequence[Any], boundary: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs FE; see :meth:`~lightning_januspipe.engine.stage.Stage.forward_energy`."""
-        sizes = self._bind(tensors)
-        reason = self._graphs.sizes.misfit(sizes)
+        sizes = bind(self.function, tensors)
+        reason = self._phases.sizes.misfit(sizes)
         if reason is not None or microbatch in self._eagerly:
             self._eagerly.add(microbatch)
             self.num_misfits += 1
             self.misfit = self.misfit or reason or "it does not fit on another graph rank"
             return self._eager.forward_energy(microbatch, tensors, boundary)
         values = self.function.values(tensors)
-        with torch.no_grad():
-            own = [values[i].detach().contiguous() for i in self._graphs.places]
-        known: dict[str, Any] = {name: own[i] for i, name in self._names.get(Kind.VALUE, ())}
-        of_graphs = self._graphs.sizes.values(sizes)
+        self._places = self._places or first_places(values)
+        names = self._names.get(Kind.VALUE, ())
+        known: dict[str, Any] = {name: values[self._places[i]].detach().contiguous() for i, name in names}
+        of_graphs = self._phases.sizes.values(sizes)
         known |= {name: of_graphs[i] for i, name in self._names.get(Kind.SIZE, ())}
         self._running[microbatch] = _Inflight(sizes, known)
         found = self._run(Phase.FE, microbatch, {Kind.BOUNDARY_IN: boundary})
@@ -189,9 +195,6 @@ class CompiledStage:
             self._run(Phase.WE, microbatch, {})
         self._forget_unless(False, microbatch)
 
-    def _bind(self, tensors: Sequence[Any]) -> dict[str, int]:
-        return {s: tensors[i].shape[d] for s, (i, d) in self.function.symbols.items()}
-
     def _forget_unless(self, goes_on: bool, microbatch: int) -> None:
         if not goes_on:
             self._running.pop(microbatch, None)
@@ -199,17 +202,17 @@ class CompiledStage:
 
     def _run(self, phase: Phase, microbatch: int, given: _Given) -> dict[Kind, list[Tensor]]:
         """One phase: takes in what arrives, adds parameter gradients, and lets go of what no later phase reads."""
-        state, graph = self._running[microbatch], self._graphs.phases.get(phase)
+        state, graph = self._running[microbatch], self._phases.signatures.get(phase)
         self._take_in(state, given)
         found: dict[Kind, list[Tensor]] = {kind: [] for kind in Kind}
         state.done.add(phase)
         if graph is not None:
             with torch.no_grad():
-                out = self.runners[phase](*(state.known[name] for name in graph.inputs))
+                out = self._runners[phase](*(state.known[name] for name in graph.inputs))
             num = len(graph.results)
             self._collect(graph, out[:num], state, found)
             state.known.update(zip(graph.kept, out[num:], strict=True))
-        readers = self._graphs.readers
+        readers = self._phases.readers
         for name in [n for n in state.known if readers.get(n, frozenset()) <= state.done]:
             del state.known[name]
         return found
@@ -220,20 +223,20 @@ class CompiledStage:
                 tensor = tensors[index] if index < len(tensors) else None
                 if tensor is None:
                     state.absent.add(Port(kind, index))
-                if name not in self._graphs.readers:
+                if name not in self._phases.readers:
                     continue
                 if tensor is None:
                     tensor = self._zeros(self._spec(kind, index), state)
                 state.known[name] = tensor.detach().contiguous()
 
     def _collect(
-        self, graph: PhaseGraph, out: Sequence[Tensor], state: _Inflight, found: dict[Kind, list[Tensor]]
+        self, graph: PhaseSignature, out: Sequence[Tensor], state: _Inflight, found: dict[Kind, list[Tensor]]
     ) -> None:
         for port, seeds, tensor in zip(graph.results, graph.seeds, out, strict=True):
             if port.kind is not Kind.PARAMETER_GRADIENT:
                 found[port.kind].append(tensor)
             elif seeds is None or not seeds <= state.absent:
-                self._gradients.add([self.function.parameters[port.index]], [tensor])
+                self._gradients.add([self.function.parameters[port.position]], [tensor])
 
     def _spec(self, kind: Kind, index: int) -> TensorSpec:
         if kind is Kind.OBSERVABLE_COTANGENT:

@@ -17,7 +17,7 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -37,15 +37,17 @@ def new_size(mode: FakeTensorMode, name: str, hint: int) -> SymInt:
         hint: its value in the example call.
     """
     env = mode.shape_env
-    symbol = env.create_symbol(
-        hint, ConstantSource(name), DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True
-    )
-    return env.create_symintnode(symbol, hint=hint)
+    assert env is not None
+    symbol = env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True)
+    size = env.create_symintnode(symbol, hint=hint)
+    assert isinstance(size, SymInt)
+    return size
 
 
 def size_guards(mode: FakeTensorMode) -> list[Any]:
     """Returns the relations between sizes that torch has taken for granted so far, as sympy expressions."""
     env = mode.shape_env
+    assert env is not None
     return [env.simplify(guard.expr) for guard in env.guards]
 
 
@@ -69,9 +71,7 @@ def any_size() -> Iterator[None]:
 def traced_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a function of fake tensors and symbolic sizes, in the operations that inductor compiles."""
     with any_size(), enable_python_dispatcher():
-        trace = make_fx(
-            function, select_decomp_table(), tracing_mode="symbolic", _allow_non_fake_inputs=True
-        )
+        trace = make_fx(function, select_decomp_table(), tracing_mode="symbolic", _allow_non_fake_inputs=True)
         return trace(*inputs)
 
 

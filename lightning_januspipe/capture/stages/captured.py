@@ -14,6 +14,7 @@ from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, 
 from lightning_januspipe.capture.cut.cut import Cut, Regions
 from lightning_januspipe.capture.cut.dependence import dependence_of
 from lightning_januspipe.capture.find.call_format import CallFormat, size_carrier
+from lightning_januspipe.capture.stages.stage_body import stage_body
 from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trace.program import PlaceholderValues, Program, build_module
 from lightning_januspipe.capture.trees import with_leaves
@@ -221,6 +222,11 @@ class CapturedStage:
         captured: the captured potential.
         index: position of this stage in the chain.
         potential: the live potential, whose parameters and buffers are read at every call.
+
+    Attributes:
+        body: its operations as data.
+        symbols: size symbol -> (position, dimension) of the call's tensor that defines it.
+        value_specs: specs of :meth:`values`.
     """
 
     def __init__(self, captured: CapturedPotential, index: int, potential: nn.Module) -> None:
@@ -232,17 +238,12 @@ class CapturedStage:
         self._placeholders = PlaceholderValues(program, potential, names)
         self.symbols = program.symbols
         self.value_specs: Sequence[TensorSpec] = [_spec(program, n) for n in names if program.by_name[n].spec]
-        self._module = build_module(
-            program,
-            captured._stage_nodes(index),
-            [*names, *received],
-            outputs,
-            leaves=independent_coordinates(program),
-        )
         own = set(cut.bodies[index])
         sent = cut.boundaries[index] if index < len(cut.boundaries) else []
-        self._num_energies = sum(n in own for n in program.energies)
         self.observables: Sequence[int] = [i for i, n in enumerate(captured.regions.observables) if n in own]
+        counts = len(sent), sum(n in own for n in program.energies), len(self.observables)
+        leaves = independent_coordinates(program)
+        self.body = stage_body(program, captured._stage_nodes(index), names, received, outputs, counts, leaves)
         self.boundary_in: Sequence[TensorSpec] = [_spec(program, n) for n in received]
         self.boundary_out: Sequence[TensorSpec] = [_spec(program, n) for n in sent]
         live = dict(potential.named_parameters(remove_duplicate=False))
@@ -251,19 +252,11 @@ class CapturedStage:
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
-        return self.evaluate(self.values(tensors), boundary)
+        return self.body(self.values(tensors), boundary)
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """Returns all that the stage reads beside its boundary: parameters, buffers, constants, the batch's tensors."""
         return self._placeholders.values(tensors)
-
-    def evaluate(self, values: Sequence[Any], boundary: Sequence[Tensor]) -> StageOutput:
-        """Evaluates the stage on such values."""
-        out = self._module(*values, *boundary)
-        first = len(self.boundary_out) + self._num_energies
-        second = first + len(self.observables)
-        num_sent = len(self.boundary_out)
-        return StageOutput(list(out[:num_sent]), list(out[num_sent:first]), list(out[first:second]), list(out[second:]))
 
 
 class Epilogue:
