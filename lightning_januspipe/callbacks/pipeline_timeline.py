@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer, runner_of
 from lightning_januspipe.schedule import draw
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
@@ -44,10 +46,12 @@ class PipelineTimeline(Callback):
         self.step, self.dirpath, self.suffix = step, dirpath, suffix
         self._num_batches = 0
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here."""
         self._num_batches = 0
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for the recording."""
         runner = runner_of(trainer)
@@ -59,6 +63,7 @@ class PipelineTimeline(Callback):
         if self._num_batches == self.step:
             runner.record_next_step()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -84,6 +89,7 @@ class PipelineTimeline(Callback):
             f"{100 * found.predicted.bubble_fraction:.1f} %); timeline in {path.with_suffix('.' + self.suffix)}"
         )
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the step did not come."""
         if trainer.is_global_zero and self._num_batches <= self.step:

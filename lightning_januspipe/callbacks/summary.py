@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_januspipe.callbacks.base import LightningModule, ModelSummary, Trainer, runner_of
 from lightning_januspipe.runtime.runner import Runner
@@ -33,10 +34,12 @@ class StageSummary(ModelSummary):
         super().__init__(max_depth)
         self._is_printed = False
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing yet: the stages are not known."""
         self._is_printed = False
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Print the summary, once and on one process."""
         if self._is_printed:

@@ -112,7 +112,9 @@ class PhaseGraphs:
 
 
 def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool = False) -> PhaseGraphs:
-    """``(joint graph, activation, defer) -> phase graphs``, by these passes in this order:
+    """Cuts a joint graph into phases: ``(joint graph, activation, defer) -> phase graphs``.
+
+    These are the passes, in their order:
 
     1. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
     2. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;

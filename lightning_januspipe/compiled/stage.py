@@ -1,4 +1,4 @@
-"""A stage that runs the graphs of its phases, in the place of :class:`~lightning_januspipe.engine.stage.Stage`."""
+"""A stage that runs the graphs of its phases."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ class _Inflight:
     absent: set[Port] = field(default_factory=set)
 
 
-class CompiledStage:
+class CompiledStage(Stage):
     """Runs the phases of one stage as graphs, for any number of micro-batches in flight.
 
-    It has the methods of :class:`~lightning_januspipe.engine.stage.Stage`. A micro-batch whose sizes the graphs are not
-    right for runs through all its phases eagerly.
+    A micro-batch whose sizes the graphs are not right for runs through all its phases eagerly.
 
     Args:
         function: the stage.
@@ -67,10 +66,10 @@ class CompiledStage:
         gradients: GradientBuffers,
         chain: ChainSpec,
     ) -> None:
-        self.function = function
+        super().__init__(function, gradients, chain.autocast)
+        self._traceable = function
         self.num_misfits, self.misfit = 0, ""
-        self._phases, self._runners, self._gradients, self._chain = phases, dict(runners), gradients, chain
-        self._eager = Stage(function, gradients, chain.autocast)
+        self._phases, self._runners, self._chain = phases, dict(runners), chain
         self._places: tuple[int, ...] = ()
         self._running: dict[int, _Inflight] = {}
         self._eagerly: set[int] = set()
@@ -81,13 +80,13 @@ class CompiledStage:
     @property
     def num_inflight(self) -> int:
         """Micro-batches between their first and their last phase here."""
-        return len(self._running) + self._eager.num_inflight
+        return len(self._running) + super().num_inflight
 
     def clear(self) -> None:
         """Forgets all micro-batches, after an error or an evaluation."""
         self._running.clear()
         self._eagerly.clear()
-        self._eager.clear()
+        super().clear()
 
     def run_eagerly(self, microbatch: int) -> None:
         """Decides for a micro-batch that has not begun that its phases run eagerly."""
@@ -99,7 +98,7 @@ class CompiledStage:
         Args:
             tensors: the potential call's tensors.
         """
-        return self._phases.sizes.misfit(bind(self.function, tensors))
+        return self._phases.sizes.misfit(bind(self._traceable, tensors))
 
     def held_bytes(self, microbatch: int) -> int:
         """Returns the bytes of the values that a micro-batch keeps between its phases here."""
@@ -113,14 +112,14 @@ class CompiledStage:
         self, microbatch: int, tensors: Sequence[Any], boundary: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs FE; see :meth:`~lightning_januspipe.engine.stage.Stage.forward_energy`."""
-        sizes = bind(self.function, tensors)
+        sizes = bind(self._traceable, tensors)
         reason = self._phases.sizes.misfit(sizes)
         if reason is not None or microbatch in self._eagerly:
             self._eagerly.add(microbatch)
             self.num_misfits += 1
             self.misfit = self.misfit or reason or "it does not fit on another graph rank"
-            return self._eager.forward_energy(microbatch, tensors, boundary)
-        values = self.function.values(tensors)
+            return super().forward_energy(microbatch, tensors, boundary)
+        values = self._traceable.values(tensors)
         self._places = self._places or first_places(values)
         names = self._names.get(Kind.VALUE, ())
         known: dict[str, Any] = {name: values[self._places[i]].detach().contiguous() for i, name in names}
@@ -135,7 +134,7 @@ class CompiledStage:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs FF; see :meth:`~lightning_januspipe.engine.stage.Stage.forward_force`."""
         if microbatch in self._eagerly:
-            found = self._eager.forward_force(microbatch, boundary_gradients, create_graph=create_graph)
+            found = super().forward_force(microbatch, boundary_gradients, create_graph=create_graph)
             self._forget_unless(create_graph, microbatch)
             return found
         results = self._run(Phase.FF, microbatch, {Kind.FORCE_SEED: boundary_gradients})
@@ -149,15 +148,15 @@ class CompiledStage:
         derivative_cotangents: Sequence[Tensor],
         *,
         defer: bool = False,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs BF; see :meth:`~lightning_januspipe.engine.stage.Stage.backward_force`."""
         if microbatch in self._eagerly:
-            return self._eager.backward_force(microbatch, boundary_cotangents, derivative_cotangents, defer=defer)
+            return super().backward_force(microbatch, boundary_cotangents, derivative_cotangents, defer=defer)
         given = {Kind.FORCE_COTANGENT: boundary_cotangents, Kind.DERIVATIVE_COTANGENT: derivative_cotangents}
         sent = self._run(Phase.BF, microbatch, given)[Kind.SEED_COTANGENT]
         if not defer:
             self.weight_force(microbatch)
-        return sent
+        return sent, []
 
     def backward_energy(
         self,
@@ -166,12 +165,12 @@ class CompiledStage:
         observable_cotangents: Sequence[Tensor | None],
         *,
         defer: bool = False,
-        more: Sequence[Tensor] = (),
+        force_part: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Runs BE; see :meth:`~lightning_januspipe.engine.stage.Stage.backward_energy`."""
-        assert not more, "FF and BF of a compiled stage run on the same rank"
+        assert not force_part, "FF and BF of a compiled stage run on the same rank"
         if microbatch in self._eagerly:
-            sent = self._eager.backward_energy(microbatch, boundary_cotangents, observable_cotangents, defer=defer)
+            sent = super().backward_energy(microbatch, boundary_cotangents, observable_cotangents, defer=defer)
             self._forget_unless(defer, microbatch)
             return sent
         given = {Kind.BOUNDARY_COTANGENT: boundary_cotangents, Kind.OBSERVABLE_COTANGENT: observable_cotangents}
@@ -183,14 +182,14 @@ class CompiledStage:
     def weight_force(self, microbatch: int) -> None:
         """Runs WF; see :meth:`~lightning_januspipe.engine.stage.Stage.weight_force`."""
         if microbatch in self._eagerly:
-            self._eager.weight_force(microbatch)
+            super().weight_force(microbatch)
         else:
             self._run(Phase.WF, microbatch, {})
 
     def weight_energy(self, microbatch: int) -> None:
         """Runs WE; see :meth:`~lightning_januspipe.engine.stage.Stage.weight_energy`."""
         if microbatch in self._eagerly:
-            self._eager.weight_energy(microbatch)
+            super().weight_energy(microbatch)
         else:
             self._run(Phase.WE, microbatch, {})
         self._forget_unless(False, microbatch)

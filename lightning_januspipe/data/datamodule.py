@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,10 +13,13 @@ from lightning_januspipe.data.collate import collate_structures
 from lightning_januspipe.data.splits import Split
 from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
-except ImportError:  # projects that have the stand-alone package only
-    from pytorch_lightning import LightningDataModule  # type: ignore[assignment]
+else:
+    try:
+        from lightning.pytorch import LightningDataModule
+    except ImportError:  # projects that have the stand-alone package only
+        from pytorch_lightning import LightningDataModule
 
 SampleDataset = Dataset[dict[str, Tensor]]
 SampleLoader = DataLoader[dict[str, Tensor]]

@@ -7,7 +7,6 @@ loader is brought to the batch after the last one that was trained on, with the 
 from __future__ import annotations
 
 import random
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from lightning_januspipe.loader.copies import AnyLoader, copied_loader
 from lightning_januspipe.mesh import Mesh
 
 KEY = "januspipe"
@@ -91,11 +91,8 @@ class LoaderProgress:
         kind = type(loader)
         if issubclass(kind, _Tracked):
             kind = kind.__mro__[2]
-        tracked_kind = types.new_class(kind.__name__, (_Tracked, kind))
-        tracked_kind.__module__, tracked_kind.__qualname__ = kind.__module__, kind.__qualname__
-        tracked: Any = object.__new__(tracked_kind)
-        tracked.__dict__.update(loader.__dict__)
-        tracked.__dict__["januspipe_progress"] = self
+        tracked = copied_loader(_Tracked, kind, loader)
+        tracked.januspipe_progress = self
         return tracked
 
     def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -158,13 +155,13 @@ def batches_done(checkpoint: Mapping[str, Any]) -> int:
     return 0 if progress.get("is_last_batch") and done >= current["ready"] else done
 
 
-class _Tracked:
+class _Tracked(AnyLoader):
     """Comes before the class of a loader in that of its copy."""
 
     januspipe_progress: LoaderProgress
 
-    def __iter__(self) -> Iterator[Any]:
-        return self.januspipe_progress.begin(super().__iter__)  # type: ignore[misc]
+    def __iter__(self) -> Any:
+        return self.januspipe_progress.begin(super().__iter__)
 
 
 class _Pass(Iterator[Any]):

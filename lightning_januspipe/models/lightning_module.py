@@ -170,7 +170,8 @@ class PotentialModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Load the initial weights once, and verify the species and the cutoff of the data."""
-        check_data(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        check_data(self.potential, trainer.datamodule)
         if self._initial_weights is not None:
             self._warn(load_weights(self, self.potential, self._initial_weights))
             self._initial_weights = None

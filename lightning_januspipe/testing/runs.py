@@ -61,7 +61,7 @@ def train_in_pipeline(
     replica = bound.mesh_shape.coordinates(int(os.environ["RANK"]))[1]
     trainer.fit(module, _ordered_loader(_train_loader(data), bound.mesh_shape.data, replica))
     recorder.record.parameters = _copies(module)
-    return recorder.record  # type: ignore[no-any-return]
+    return recorder.record
 
 
 def train_undivided(
@@ -118,7 +118,7 @@ def train_undivided(
     trainer.callbacks.insert(0, recorder)
     trainer.fit(module, _Zipped(loaders))
     recorder.record.parameters = _copies(module)
-    return recorder.record  # type: ignore[no-any-return]
+    return recorder.record
 
 
 class _Zipped:

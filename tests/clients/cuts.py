@@ -179,8 +179,8 @@ def row(name: str, module: Any, loader: Any, num_stages: int, folder: Path) -> s
     boundaries = "; ".join(dict.fromkeys(str(boundary) for boundary in found.boundaries))
     again = sum(map(len, captured.potential.cut.replicated))
     shared = len(found.shared)
-    total = sum(s.total for s in captured.seconds)
-    shares = " + ".join(f"{100 * s.total / total:.0f}" for s in captured.seconds)
+    total = sum(s.total for s in captured.costs)
+    shares = " + ".join(f"{100 * s.total / total:.0f}" for s in captured.costs)
     times = f"{seconds[0]:.1f} | {seconds[1]:.1f}"
     return f"| {name} | {num_stages} | {boundaries} | {shares} | {again} | {shared} | {times} |"
 

@@ -121,7 +121,7 @@ def test_missing_labels_name_what_was_found(labelled):
     water = labelled(molecule("H2O"), energy=-1.0)
     water.info["REF_energy"] = 0.0
     water.arrays["REF_forces"] = WATER_FORCES
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="no forces label") as error:
         to_sample(water, source="data.xyz, frame 4")
     message = str(error.value)
     assert "data.xyz, frame 4 has no forces label 'forces'" in message

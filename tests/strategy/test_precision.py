@@ -69,14 +69,13 @@ def test_wrapped_plugins_stay_what_they_are(namespace: str) -> None:
     pytest.importorskip(namespace)
     for plugin in _plugins(namespace):
         cls, strategy, other = type(plugin), object(), object()
-        assert mesh_aware(plugin, strategy) is plugin
-        assert isinstance(plugin, cls) and isinstance(plugin, MeshClipping)
-        assert type(plugin).__name__ == cls.__name__ and type(plugin).__module__ == cls.__module__
-        assert plugin.januspipe_strategy is strategy
-        wrapped = type(plugin)
-        assert mesh_aware(plugin, other) is plugin and type(plugin) is wrapped, "wrapped once"
-        assert plugin.januspipe_strategy is other
-        assert not isinstance(cls(), MeshClipping), "other plugins of the class are left alone"
+        assert mesh_aware(plugin, strategy) is plugin and type(plugin) is cls
+        clipping = plugin.clip_grad_by_norm.__self__
+        assert isinstance(clipping, MeshClipping) and clipping.strategy is strategy
+        assert mesh_aware(plugin, other) is plugin
+        assert plugin.clip_grad_by_norm.__self__ is clipping is plugin.clip_grad_by_value.__self__, "wrapped once"
+        assert clipping.strategy is other
+        assert not isinstance(cls().clip_grad_by_norm.__self__, MeshClipping), "other plugins are left alone"
 
 
 def test_plugin_clips_over_the_mesh_once_there_is_one() -> None:
@@ -106,7 +105,11 @@ def test_scaler_of_a_plugin_is_wrapped_too() -> None:
     plugins = importlib.import_module("lightning.pytorch.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     plugin = mesh_aware(plugins.MixedPrecision("16-mixed", "cpu", scaler), object())
-    assert plugin.scaler is scaler and isinstance(scaler, MeshScaling) and loss_scale(plugin) == 16.0
+    assert plugin.scaler is scaler and type(scaler) is torch.amp.GradScaler and loss_scale(plugin) == 16.0
+    scaling = scaler.unscale_.__self__
+    assert isinstance(scaling, MeshScaling)
+    mesh_aware(plugin, object())
+    assert scaler.unscale_.__self__ is scaling is scaler._check_inf_per_device.__self__, "wrapped once"
     assert loss_scale(plugins.MixedPrecision("bf16-mixed", "cpu")) == loss_scale(plugins.Precision()) == 1.0
 
 

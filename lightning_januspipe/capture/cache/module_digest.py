@@ -88,6 +88,7 @@ class ModuleDigester(Digester):
                 self.add(hook, f" ({name})")
 
     def label(self, value: Any) -> str | None:
+        """Returns the name of a parameter or module of the potential, or None for other values."""
         if id(value) in self._parameters:
             return f"parameter {self._parameters[id(value)]}"
         return f"module {self._modules[id(value)]}" if id(value) in self._modules else None

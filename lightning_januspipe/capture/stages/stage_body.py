@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
 
-from lightning_januspipe.capture.trace.program import Node, Program, build_module
+from lightning_januspipe.capture.trace.function import build_module
+from lightning_januspipe.capture.trace.graph_walks import ancestors
+from lightning_januspipe.capture.trace.program import Node, Program
+from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import StageOutput
 
 
@@ -19,7 +22,7 @@ class StageBody:
     Attributes:
         program: the operations of the stage and their inputs, and no others.
         values: names of the values that it reads: parameters, buffers, constants and tensors of the batch.
-        boundary: names of the values that it receives.
+        received: names of the values of its boundary.
         outputs: names of what it returns: boundary, energies, observables and coordinates.
         counts: how many of the outputs are boundary, energies and observables.
         leaves: names of the coordinates that become leaves of autograd.
@@ -27,64 +30,52 @@ class StageBody:
 
     program: Program
     values: list[str]
-    boundary: list[str]
+    received: list[str]
     outputs: list[str]
     counts: tuple[int, int, int]
     leaves: list[str]
     _module: fx.GraphModule | None = field(default=None, repr=False, compare=False)
 
-    def __call__(self, values: Sequence[Any], received: Sequence[Tensor]) -> StageOutput:
+    def __call__(self, values: Sequence[Any], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluates the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
         if self._module is None:
-            names = [n.name for n in self.program.nodes]
-            arguments = [*self.values, *self.boundary]
-            self._module = build_module(self.program, names, arguments, self.outputs, self.leaves)
-        out = iter(self._module(*values, *received))
-        boundary, energies, observables = ([next(out) for _ in range(count)] for count in self.counts)
-        return StageOutput(boundary, energies, observables, list(out))
+            operations = [n.name for n in self.program.operations]
+            arguments = [*self.values, *self.received]
+            self._module = build_module(self.program, operations, arguments, self.outputs, self.leaves)
+        with autocast_as(OFF):
+            out = iter(self._module(*values, *boundary))
+        sent, energies, observables = ([next(out) for _ in range(count)] for count in self.counts)
+        return StageOutput(sent, energies, observables, list(out))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the module, which is built anew."""
+        """Returns everything but the module, which is built anew."""
         return {**self.__dict__, "_module": None}
 
     def text(self) -> str:
         """Returns all that the stage computes as text, the same in every process."""
         nodes = [f"{n.name} {n.op} {_target(n)} {n.args!r} {n.kwargs!r} {n.spec!r}" for n in self.program.nodes]
-        return "\n".join([*nodes, repr((self.values, self.boundary, self.outputs, self.counts, self.leaves))])
+        return "\n".join([*nodes, repr((self.values, self.received, self.outputs, self.counts, self.leaves))])
 
 
 def stage_body(
     program: Program,
-    nodes: Sequence[str],
     values: Sequence[str],
-    boundary: Sequence[str],
+    received: Sequence[str],
     outputs: Sequence[str],
     counts: tuple[int, int, int],
-    leaves: Sequence[str],
+    leaves: Collection[str],
 ) -> StageBody:
     """Returns the stage that computes some values of a program.
 
     Args:
-        program: the traced potential.
-        nodes: names of the operations that may be used.
-        values: names of the inputs of the program that they need.
-        boundary: names of the values received.
+        program: the captured program.
+        values: names of the placeholders that it reads.
+        received: names of the values of its boundary.
         outputs: names of what is returned.
         counts: how many of the outputs are boundary, energies and observables.
         leaves: names of the values that become leaves of autograd.
     """
-    given = {*values, *boundary}
-    allowed = set(nodes)
-    needed: set[str] = set()
-    stack = list(outputs)
-    while stack:
-        name = stack.pop()
-        if name in needed:
-            continue
-        needed.add(name)
-        if name not in given:
-            assert name in allowed, f"{name} is needed, but not among the stage's operations"
-            stack.extend(program.by_name[name].inputs())
+    needed = ancestors(program, outputs, given=set(received)) | set(received)
     own = Program(
         nodes=[n for n in program.nodes if n.name in needed],
         parameters={},
@@ -97,7 +88,8 @@ def stage_body(
         outputs=[],
         returned=None,
     )
-    return StageBody(own, list(values), list(boundary), list(outputs), counts, [n for n in leaves if n in needed])
+    leaves = [n.name for n in own.nodes if n.name in leaves and n.name not in received]
+    return StageBody(own, list(values), list(received), list(outputs), counts, leaves)
 
 
 def _target(node: Node) -> str:

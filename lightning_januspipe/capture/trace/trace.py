@@ -27,7 +27,8 @@ from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
 from lightning_januspipe.capture.trace.data_sizes import DataSizes, symbolic_sizes
-from lightning_januspipe.capture.trace.program import SLOT, Program, program_from_export
+from lightning_januspipe.capture.trace.from_export import program_from_export
+from lightning_januspipe.capture.trace.program import SLOT, Program
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as

@@ -108,7 +108,7 @@ def silent_log(module: nn.Module) -> Iterator[None]:
 def replaced_log(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
     """Send the module's ``self.log`` (and so ``self.log_dict``) elsewhere."""
     own = module.__dict__.get("log")
-    module.log = log  # type: ignore[assignment]
+    vars(module)["log"] = log
     try:
         yield
     finally:

@@ -1,0 +1,173 @@
+"""From an exported program to plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs
+from lightning_januspipe.engine.specs import TensorSpec
+from lightning_januspipe.errors import CaptureError
+
+
+def program_from_export(
+    exported: ExportedProgram,
+    returned: Any,
+    num_outputs: int,
+    prefix: str,
+    num_sizes: int = 0,
+) -> Program:
+    """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
+
+    Args:
+        exported: a functional program.
+        returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
+        num_outputs: how many tensors that are; they are the program's first outputs.
+        prefix: what stands before every parameter's and buffer's name in the exported program.
+        num_sizes: how many integers the forward reads from tensors.
+
+    Raises:
+        CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
+    """
+    signature = exported.graph_signature
+    parameters: dict[str, str] = {}
+    buffers: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    inputs: list[str] = []
+    for spec in signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.PARAMETER:
+            parameters[name] = str(spec.target).removeprefix(prefix)
+        elif spec.kind is InputKind.BUFFER:
+            buffers[name] = str(spec.target).removeprefix(prefix)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            value = exported.constants[str(spec.target)]
+            assert isinstance(value, Tensor)
+            constants[name] = value.detach().clone()
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+        else:
+            raise CaptureError(f"the traced potential has an input of kind {spec.kind} ({name}), which is not handled")
+    nodes = [_node(n) for n in exported.graph.nodes if n.op in ("placeholder", "call_function")]
+    nodes = [n for n in nodes if not _is_assertion(n)]
+    marks = [n for n in nodes if n.target == GRADIENT_OP]
+    if len(marks) != 1:
+        raise CaptureError(f"the traced potential differentiates {len(marks)} times; exactly one is expected")
+    user_outputs = [s.arg.name for s in signature.output_specs if s.kind.name == "USER_OUTPUT"]
+    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    symbols: dict[str, tuple[int, int]] = {}
+    for position, name in enumerate(inputs):
+        value = placeholders[name].meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
+                symbols.setdefault(str(size.node.expr), (position, dim))
+    program = Program(
+        nodes=nodes,
+        parameters=parameters,
+        buffers=buffers,
+        constants=constants,
+        inputs=inputs,
+        energies=[r.name for r in refs(marks[0].args[0])],
+        coordinates=[r.name for r in refs(marks[0].args[1])],
+        gradient=marks[0].name,
+        outputs=user_outputs[:num_outputs],
+        returned=returned,
+        sizes=user_outputs[num_outputs : num_outputs + num_sizes],
+        symbols=symbols,
+    )
+    program.limits = _limits(program, exported)
+    program.conditions = _conditions(program, placeholders[inputs[0]].meta["val"]) if inputs else []
+    return program
+
+
+def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
+    """Sizes for which the trace holds: a Python branch on a size, and a size made a constant, limit it.
+
+    Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
+    from models that branch for a single structure only to squeeze a dimension.
+    """
+    limits: dict[tuple[int, int], tuple[int, int]] = {}
+    for position, name in enumerate(program.inputs):
+        spec = program.by_name[name].spec
+        for dim, size in enumerate(spec.shape if spec is not None else ()):
+            if isinstance(size, int):
+                limits[position, dim] = (size, size)
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in program.symbols:
+            lower = int(bounds.lower) if bounds.lower > 2 else 0
+            upper = int(bounds.upper) if bounds.upper < LARGEST_SIZE else LARGEST_SIZE
+            if lower or upper < LARGEST_SIZE:
+                limits[program.symbols[str(symbol)]] = (lower, upper)
+    return limits
+
+
+def _conditions(program: Program, value: Any) -> list[str]:
+    """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
+
+    Args:
+        program: the program.
+        value: what stood for one of its inputs in the trace.
+    """
+    shape_env = value.fake_mode.shape_env
+    found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
+    known = set(program.symbols)
+    return list(dict.fromkeys(str(e) for e in found if e.free_symbols and {str(s) for s in e.free_symbols} <= known))
+
+
+def _is_assertion(node: Node) -> bool:
+    """Run-time checks and metadata of export: the validation on other sizes replaces them."""
+    text = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(s in text for s in ("_assert", "sym_constrain_range", "_guards_fn"))
+
+
+def _node(node: fx.Node) -> Node:
+    target: Any = node.target
+    if node.op == "placeholder":
+        target = node.name
+    elif isinstance(target, torch._ops.OpOverload):
+        if target._schema.is_mutable:
+            raise CaptureError(f"the traced potential mutates a tensor ({target}); functionalization left it")
+        target = str(target)
+    elif not callable(target) or isinstance(target, torch._ops.HigherOrderOperator):
+        raise CaptureError(f"the traced potential holds an operation that cannot be replayed: {target}")
+    return Node(
+        name=node.name,
+        op=node.op,
+        target=target,
+        args=_plain(node.args),
+        kwargs={k: _plain(v) for k, v in node.kwargs.items()},
+        spec=_spec(node.meta.get("val")),
+    )
+
+
+def _plain(tree: Any) -> Any:
+    """Arguments as plain lists, tuples and dicts with :class:`Ref` for nodes."""
+    if isinstance(tree, fx.Node):
+        return Ref(tree.name)
+    if isinstance(tree, tuple):
+        return tuple(_plain(x) for x in tree)
+    if isinstance(tree, list):
+        return [_plain(x) for x in tree]
+    if isinstance(tree, dict):
+        return {k: _plain(v) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(_plain(tree.start), _plain(tree.stop), _plain(tree.step))
+    if isinstance(tree, torch.device):  # each rank's current one, not that of the rank that traced
+        return torch.device(tree.type)
+    return tree
+
+
+def _spec(value: Any) -> TensorSpec | None:
+    if not isinstance(value, Tensor):
+        return None
+    return TensorSpec(tuple(_size(s) for s in value.shape), value.dtype)
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else str(size.node.expr)
