@@ -152,7 +152,9 @@ class _Cutter:
 
     def run(self) -> PhaseGraphs:
         """All phases in order."""
-        order = [p for p in ORDER if p in (Phase.FE, Phase.FF) or p in self._ends]
+        # BF of a last stage may return nothing, and still has what BE and WF both need.
+        chain = ORDER[:4] if set(self._ends) - {Phase.FE, Phase.FF} else ORDER[:2]
+        order = [p for p in ORDER if p in chain or p in self._ends]
         for phase in order:
             held = {n for p in BEFORE[phase] for n in self._kept.get(p, ())}
             self._kept[phase] = self._found(phase, [p for p in order if phase in BEFORE[p]], held)
@@ -196,6 +198,8 @@ class _Cutter:
         wanted = [*(node for node, _ in results), *fresh]
         body = graphs.closure(wanted, held | self._free)
         nodes = [n for n in self._joint.graph.nodes if n in body]
+        if not wanted:
+            return
         module = graphs.part(self._joint.root, nodes, held | self._free, wanted)
         self._modules[phase] = module
         self._signatures[phase] = PhaseSignature(
