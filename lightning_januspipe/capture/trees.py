@@ -1,6 +1,6 @@
-"""Batches of any project as trees: dicts, lists, tuples, dataclasses, PyTorch Geometric data, plain objects.
+"""Treats batches of any project as trees: dicts, lists, tuples, dataclasses, PyTorch Geometric data, plain objects.
 
-Nothing is registered and nothing imported: what an object is, is seen from what it has.
+No class is registered and no package imported: the attributes of an object tell how to walk through it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEEPEST = 8
 
 
 def children(value: Any) -> Children | None:
-    """Parts of a container by their place in it, or None for a leaf.
+    """Returns the parts of a container by their place in it; None for a leaf.
 
     An object without tensors inside is a leaf, whatever it is.
     """
@@ -38,7 +38,7 @@ def children(value: Any) -> Children | None:
 
 
 def leaves(value: Any, place: str = "") -> Children:
-    """Leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``."""
+    """Returns the leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``."""
     parts = children(value)
     if parts is None:
         return [(place, value)]
@@ -46,12 +46,12 @@ def leaves(value: Any, place: str = "") -> Children:
 
 
 def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "") -> Any:
-    """The same tree with other leaves; containers are copied, so that writing to them does not reach the original.
+    """Returns the tree with other leaves; containers are copied, so that writing to them does not reach the original.
 
     Args:
         value: the tree.
         replace: from a leaf's place and value to its new value.
-        place: where the tree itself stands.
+        place: the place of the tree itself.
     """
     parts = children(value)
     if parts is None:
@@ -60,7 +60,7 @@ def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "")
 
 
 def shallow_copy(batch: Any) -> Any:
-    """A batch that a step can write new entries to; tensors are shared."""
+    """Returns a copy of a batch that a step can write new entries to; the tensors are the same."""
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(shallow_copy(b) for b in batch)
     return batch if isinstance(batch, Tensor) else copy.copy(batch)
@@ -91,13 +91,13 @@ def _rebuilt(value: Any, parts: list[Any]) -> Any:
 
 
 def _attributes(value: Any) -> list[str]:
-    """All but what a class keeps for itself, such as the offsets by which a batch was put together."""
+    """Returns the names of an object's attributes, without those that its class keeps for itself."""
     own = [n for n, v in vars(value).items() if n.startswith("__") and n.endswith("__") and not isinstance(v, int)]
     return [n for n in vars(value) if n not in own]
 
 
 def _is_graph_data(value: Any) -> bool:
-    """PyTorch Geometric's ``Data``, ``HeteroData`` and batches of them."""
+    """Tells whether a value is PyTorch Geometric's ``Data`` or ``HeteroData``, or a batch of them."""
     return hasattr(value, "stores") and hasattr(value, "to_dict") and hasattr(value, "edge_stores")
 
 
@@ -110,7 +110,7 @@ def _of_graph_data(value: Any) -> Children:
 
 
 def _numbers(value: Any) -> list[tuple[dict[str, Any], str]]:
-    """A batch keeps its number of graphs beside its entries: its own, or those of its one store without a key."""
+    """Returns where a batch keeps its number of graphs: in its own attributes, or in its store without a key."""
     owners = [vars(value), *(vars(s) for s in value.stores if getattr(s, "_key", None) is None)]
     return [(owner, n) for owner in owners for n, v in owner.items() if isinstance(v, int)]
 

@@ -91,7 +91,7 @@ def test_features_of_structures_are_not_handed_on() -> None:
     potential = SelfDividing()
     potential.parts[1] = _State(potential.parts[1])
     module, found = workers.captured(potential)
-    with pytest.raises(CaptureError, match=r"part 1 .* hands on 'state' of shape .* no row for each atom"):
+    with pytest.raises(CaptureError, match=r"part 1 .* returns 'state' of shape .* no row for each atom"):
         shard_potential(found.potential, module.potential)
 
 

@@ -1,9 +1,9 @@
-"""Sizes that a forward takes from data or from ``len``: kept symbolic while tracing.
+"""Keeps sizes symbolic that a forward takes from data, or from ``len``, while it is traced.
 
-``int(index.max()) + 1`` is a number that a trace would make a constant, and ``len(features)`` too. While a potential is
-traced, ``int`` and ``len`` mean functions of this module in the source files of its package, and a mode sees
-``Tensor.item``. An integer read from a tensor becomes an input of the traced program, as the length of an empty tensor,
-and the tensor that it is read from an output: the value is computed again for every batch.
+A trace would make ``int(index.max()) + 1`` a constant, and ``len(features)`` too. While a potential is traced,
+``int`` and ``len`` stand for functions of this module in the source files of its package, and a mode sees
+``Tensor.item``. An integer that is read from a tensor becomes an input of the traced program, as the length of an empty
+tensor. The tensor that it is read from becomes an output, so that the integer can be computed for every batch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _UNTOUCHED = {
     *("lightning_januspipe", "torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric"),
     *("numpy", *sys.stdlib_module_names),
 }
-# Libraries whose functions models call: they take sizes from data where none is given.
+# Libraries that models call, and that take sizes from data where none is given.
 _LIBRARIES = {"torch_geometric", "torch_scatter"}
 
 
 class DataSizes:
-    """Integers read from tensors, in the order of the forward.
+    """The integers that a forward reads from tensors, in its order.
 
     Attributes:
-        values: them, on the batch of the first run.
+        values: the integers, on the batch of the first run.
         sources: the tensors that they were read from, in the last run.
     """
 
@@ -43,20 +43,20 @@ class DataSizes:
         self._carriers: Sequence[Tensor] | None = None
 
     def carriers(self, device: torch.device) -> list[Tensor]:
-        """Inputs that carry the values."""
+        """Returns inputs that carry the values."""
         return [size_carrier(v, device) for v in self.values]
 
     def begin(self, carriers: Sequence[Tensor] | None) -> None:
-        """Before a run: values are recorded, or where carriers are given, replaced by their lengths."""
+        """Starts a run, in which values are recorded, or replaced by the lengths of carriers where these are given."""
         self.sources, self._carriers = [], carriers
         if carriers is None:
             self.values = []
 
     def take(self, source: Tensor) -> Any:
-        """The integer in a tensor with one element."""
+        """Returns the integer in a tensor with one element."""
         self.sources.append(source)
         if self._carriers is None:
-            with torch._C.DisableTorchFunction():  # else SeenItems would see this reading too
+            with torch._C.DisableTorchFunction():  # so that ItemReads does not see this one
                 self.values.append(builtins.int(source.item()))
             return self.values[-1]
         assert len(self.sources) <= len(self._carriers), "the forward reads more integers when it is traced"
@@ -67,8 +67,8 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool) and tensor.numel() == 1
 
 
-class SeenItems(TorchFunctionMode):
-    """Sees ``tensor.item()`` of integers."""
+class ItemReads(TorchFunctionMode):
+    """Replaces ``tensor.item()`` of integers by :meth:`DataSizes.take`."""
 
     def __init__(self, sizes: DataSizes) -> None:
         super().__init__()
@@ -82,13 +82,13 @@ class SeenItems(TorchFunctionMode):
 
 @contextmanager
 def symbolic_sizes(potential: nn.Module, arguments: Any, sizes: DataSizes) -> Iterator[None]:
-    """Inside, sizes stay symbolic through ``int``, ``len`` and ``Tensor.item``.
+    """Lets sizes stay symbolic through ``int``, ``len`` and ``Tensor.item`` inside the block.
 
-    That holds in the packages that define the potential, its parts and its arguments, and in PyTorch Geometric.
+    This holds in the packages that define the potential, its parts and its arguments, and in PyTorch Geometric.
 
     Args:
-        potential: the module that is run inside.
-        arguments: those of its call.
+        potential: the module that runs inside the block.
+        arguments: the arguments of its call.
         sizes: gets the integers that are read from tensors.
     """
 
@@ -124,7 +124,7 @@ def symbolic_sizes(potential: nn.Module, arguments: Any, sizes: DataSizes) -> It
                 if name not in vars(module):
                     vars(module)[name] = shim
                     changed.append((vars(module), name))
-        with SeenItems(sizes):
+        with ItemReads(sizes):
             yield
     finally:
         for names, name in changed:
@@ -132,7 +132,7 @@ def symbolic_sizes(potential: nn.Module, arguments: Any, sizes: DataSizes) -> It
 
 
 def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
-    """Source files of the packages that define the potential, its parts and the objects in its arguments."""
+    """Returns the Python modules of the packages that define a potential, its parts and its arguments."""
     classes = {c for m in potential.modules() for c in type(m).__mro__}
     classes |= {c for x in _objects(arguments) for c in type(x).__mro__}
     packages = {c.__module__.split(".")[0] for c in classes} - _UNTOUCHED | _LIBRARIES
@@ -140,7 +140,7 @@ def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
 
 
 def _objects(tree: Any) -> Iterator[Any]:
-    """Containers in a tree."""
+    """Yields the containers in a tree."""
     parts = children(tree)
     if parts is not None:
         yield tree

@@ -1,4 +1,4 @@
-"""From an exported program to plain data."""
+"""Turns an exported program into a captured program, which is plain data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def program_from_export(
     prefix: str,
     num_sizes: int = 0,
 ) -> Program:
-    """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
+    """Returns the captured program of an exported program whose graph has one :func:`energy_gradient` node.
 
     Args:
         exported: a functional program.
         returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
-        num_outputs: how many tensors that are; they are the program's first outputs.
-        prefix: what stands before every parameter's and buffer's name in the exported program.
-        num_sizes: how many integers the forward reads from tensors.
+        num_outputs: number of tensors in that tree; they are the program's first outputs.
+        prefix: what precedes the name of every parameter and buffer in the exported program.
+        num_sizes: number of integers that the forward reads from tensors.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -85,10 +85,10 @@ def program_from_export(
 
 
 def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
-    """Sizes for which the trace holds: a Python branch on a size, and a size made a constant, limit it.
+    """Returns the sizes for which the trace is right: Python branches on sizes, and sizes made constants, limit them.
 
-    Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
-    from models that branch for a single structure only to squeeze a dimension.
+    Ranges that exclude no more than 0 and 1 are left out: they come from operations with a case for empty tensors, and
+    from models that branch on a single structure only to squeeze a dimension.
     """
     limits: dict[tuple[int, int], tuple[int, int]] = {}
     for position, name in enumerate(program.inputs):
@@ -106,11 +106,11 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
 
 
 def _conditions(program: Program, value: Any) -> list[str]:
-    """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
+    """Returns the relations between sizes that the trace assumed, such as ``num_edges > 2 * num_atoms`` in an ``if``.
 
     Args:
-        program: the program.
-        value: what stood for one of its inputs in the trace.
+        program: the captured program.
+        value: the value of one of its inputs in the trace.
     """
     shape_env = value.fake_mode.shape_env
     found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
@@ -119,7 +119,7 @@ def _conditions(program: Program, value: Any) -> list[str]:
 
 
 def _is_assertion(node: Node) -> bool:
-    """Run-time checks and metadata of export: the validation on other sizes replaces them."""
+    """Tells whether an operation is a run-time check of export, which the validation on other sizes replaces."""
     text = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return any(s in text for s in ("_assert", "sym_constrain_range", "_guards_fn"))
 
@@ -145,7 +145,7 @@ def _node(node: fx.Node) -> Node:
 
 
 def _plain(tree: Any) -> Any:
-    """Arguments as plain lists, tuples and dicts with :class:`Ref` for nodes."""
+    """Returns arguments as plain lists, tuples and dicts, with :class:`Ref` for nodes."""
     if isinstance(tree, fx.Node):
         return Ref(tree.name)
     if isinstance(tree, tuple):
@@ -156,7 +156,7 @@ def _plain(tree: Any) -> Any:
         return {k: _plain(v) for k, v in tree.items()}
     if isinstance(tree, slice):
         return slice(_plain(tree.start), _plain(tree.stop), _plain(tree.step))
-    if isinstance(tree, torch.device):  # each rank's current one, not that of the rank that traced
+    if isinstance(tree, torch.device):  # each rank's current device, not that of the rank that traced
         return torch.device(tree.type)
     return tree
 

@@ -1,7 +1,7 @@
-"""Trace a potential, its ``torch.autograd.grad`` call included, to one functional graph with symbolic sizes.
+"""Traces a potential, its call of ``torch.autograd.grad`` included, to one functional graph with symbolic sizes.
 
-The call is replaced by one opaque operator while tracing, so the graph shows what is differentiated with respect to
-what; everything before it is the energy, everything after it the epilogue (signs, volumes, packing of outputs).
+While tracing, one opaque operator replaces that call, so the graph shows the differentiated energy and coordinates.
+Everything before the operator computes the energy; everything after it is the epilogue (signs, volumes, outputs).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LIBRARY = "januspipe"
 
 @torch.library.custom_op(f"{_LIBRARY}::energy_gradient", mutates_args=())
 def energy_gradient(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Stands for ``torch.autograd.grad(outputs, inputs)`` in a traced graph; it is cut out and never run."""
+    """Stands for ``torch.autograd.grad(outputs, inputs)`` in a traced graph; it is never run."""
     raise NotImplementedError("energy_gradient marks a place in a traced graph and is never run")
 
 
@@ -50,7 +50,7 @@ def _(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 
 class _MarkGrad(TorchFunctionMode):
-    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`, and keeps the autocast that it was called under."""
+    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`, and keeps the autocast of that call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,16 +72,16 @@ class _MarkGrad(TorchFunctionMode):
 
 
 class _TracedCall(nn.Module):
-    """The potential as a function of the tensors of its call only, so that nothing else is an input.
+    """Runs the potential as a function of the tensors of its call, so that nothing else is an input.
 
     Args:
         potential: the potential.
         call: its call, with the arguments that its adapters made.
-        form: the format of these.
-        adapters: what is special to its package.
+        form: the format of its calls.
+        adapters: the adapters of its package.
         sizes: integers that the forward reads from tensors; their carriers are the last inputs.
-        record: gets the returned tree, with empty tensors for its tensors, the number of tensors in it, and the
-            autocast that the energy was differentiated under.
+        record: called with the returned tree, with :data:`SLOT` for its tensors; the number of tensors in it; and the
+            autocast under which the energy was differentiated.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class _TracedCall(nn.Module):
     ) -> None:
         super().__init__()
         self.potential = potential
-        # Export puts attributes back as they were, so the record is an object of its own.
+        # Export restores attributes after tracing, so the record is kept outside of this module.
         self._given = (call, form, adapters, sizes, record)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
@@ -113,13 +113,13 @@ class _TracedCall(nn.Module):
 def trace_potential(
     potential: nn.Module, call: PotentialCall, form: CallFormat | None = None, adapters: Sequence[Adapter] = ()
 ) -> Program:
-    """Trace one call of ``potential``.
+    """Traces one call of a potential; applies no pass of :mod:`~lightning_januspipe.capture.passes`.
 
     Args:
-        potential: the submodule found by :func:`find_potential`, left as it is.
+        potential: the submodule found by :func:`find_potential`, which stays as it is.
         call: arguments with at least two structures of different sizes, so that no size looks like a constant.
         form: the format of its calls.
-        adapters: what is special to its package; ``call`` has the arguments that they made.
+        adapters: the adapters of its package; ``call`` has the arguments that they made.
 
     Returns:
         The functional program of energy and epilogue.
@@ -131,7 +131,7 @@ def trace_potential(
     returned: list[tuple[Any, int, Autocast]] = []
     sizes = DataSizes()
     wrapper = _TracedCall(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
-    wrapper.training = potential.training  # train() would also change submodules that the user froze
+    wrapper.training = potential.training  # train() would also change submodules that the user keeps in evaluation mode
     try:
         with ExitStack() as stack:
             for adapter in adapters:
@@ -139,7 +139,7 @@ def trace_potential(
             stack.enter_context(inlined_torchscript(potential))
             stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), sizes))
             stack.enter_context(torch.enable_grad())
-            # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
+            # Positions may already require a gradient; stages make the leaves, so the traced inputs are constants.
             tensors = [t.detach() for t in form.bind(call.path, call.args, call.kwargs)]
             _run_once(potential, call, form, tensors, sizes)
             tensors += sizes.carriers(tensors[0].device)
@@ -166,7 +166,7 @@ def trace_potential(
     tree, num_outputs, autocast = returned[-1]
     program = program_from_export(exported, tree, num_outputs, prefix="potential.", num_sizes=len(sizes.values))
     program.autocast = autocast
-    # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
+    # Export may choose any name of a shared parameter; named_parameters() has the first one.
     first = {p: name for name, p in potential.named_parameters()}
     named = dict(potential.named_parameters(remove_duplicate=False))
     program.parameters = {placeholder: first[named[name]] for placeholder, name in program.parameters.items()}
@@ -176,14 +176,14 @@ def trace_potential(
 def _run_once(
     potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], sizes: DataSizes
 ) -> None:
-    """Run the forward as it is, to know the integers that it reads from tensors."""
+    """Runs the forward eagerly, to find the integers that it reads from tensors."""
     sizes.begin(None)
     args, kwargs = form.unbind(call.args, call.kwargs, tensors)
     potential(*args, **kwargs)
 
 
 def _needs_functionalization(exported: ExportedProgram) -> bool:
-    """Whether the graph mutates a tensor or nests graphs; a cut that follows data flow would drop such nodes."""
+    """Tells whether the graph mutates a tensor or nests graphs, which a cut that follows data flow would drop."""
     for node in exported.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return True
@@ -225,7 +225,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of code that is neither torch's nor this package's."""
+    """Returns the innermost line of code that is neither torch's nor this package's."""
     ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line!r})" if frames else ""
