@@ -14,7 +14,7 @@ from lightning_januspipe.capture.find.grad_call import StepFunction, call_argume
 from lightning_januspipe.capture.find.in_step import step_with
 from lightning_januspipe.capture.patches import forward_replaced
 from lightning_januspipe.capture.stages.staged_potential import DividedPotential
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.capture.validate.side_effects import _seeded, kept_metrics, metrics_of, silent_log
 from lightning_januspipe.engine.loss import gradients_of_loss, loss_of, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
@@ -153,10 +153,10 @@ class CapturedStep:
         with _seeded(self._seeds.pop(index)):
             if self._captured.replaced is None:
                 with forward_replaced(self._potential, replaced):
-                    return step(shallow_copy(batch))
+                    return step(copied(batch))
             derivatives, outputs = self._epilogue.for_step((batch,), {}, self._epilogue(tensors, y, x))
             with step_with(self._module, derivatives, outputs):
-                return step(shallow_copy(batch))
+                return step(copied(batch))
 
 
 _UNTRAINED = (

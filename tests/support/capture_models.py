@@ -21,7 +21,7 @@ from lightning_januspipe.capture.find.potential import find_potential
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
 from lightning_januspipe.capture.stages.staged_potential import DividedPotential
 from lightning_januspipe.capture.trace.trace import trace_potential
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_local
 from lightning_januspipe.runtime.user_step import CapturedStep
@@ -187,7 +187,7 @@ class Traced:
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and parameter gradients of the undivided double backward."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    loss = loss_in(module.training_step(shallow_copy(batch)))
+    loss = loss_in(module.training_step(copied(batch)))
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return loss.detach(), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 

@@ -100,13 +100,13 @@ def _described(leaf: Any, place: str, form: CallFormat) -> Any:
     return form.constants[place] if place in form.constants else type(leaf)
 
 
-def _containers(value: Any, place: str = "") -> Iterator[tuple[str, type]]:
+def _containers(value: Any, place: str = "", within: tuple[int, ...] = ()) -> Iterator[tuple[str, type]]:
     """Places and types of the containers in a call."""
-    parts = children(value)
+    parts = children(value) if id(value) not in within else None
     if parts is not None:
         yield place, type(value)
         for key, part in parts:
-            yield from _containers(part, place + key)
+            yield from _containers(part, place + key, (*within, id(value)))
 
 
 def _environment() -> Iterator[str]:

@@ -26,7 +26,7 @@ from lightning_januspipe.capture.find.grad_call import (
     call_arguments,
     grad_arguments,
 )
-from lightning_januspipe.capture.trees import leaves, shallow_copy
+from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.errors import CaptureError
 
 _NO_WAY = ("appears to not have been used in the graph", "does not require grad")
@@ -138,7 +138,7 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
         )
     watch = _Watch(module, potential)
     with _global_hooks(watch.enter, watch.leave), watch:
-        step(shallow_copy(batch))
+        step(copied(batch))
     _judge(module, watch, potential)
     if not watch.grads[0].stack or not any(r.num_grads == (0, 1) for r in watch.returned):
         return _in_step(module, watch, batch)

@@ -139,10 +139,10 @@ def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
     return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in packages and hasattr(m, "__dict__")]
 
 
-def _objects(tree: Any) -> Iterator[Any]:
+def _objects(tree: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
     """Containers in a tree."""
-    parts = children(tree)
+    parts = children(tree) if id(tree) not in within else None
     if parts is not None:
         yield tree
         for _, part in parts:
-            yield from _objects(part)
+            yield from _objects(part, (*within, id(tree)))

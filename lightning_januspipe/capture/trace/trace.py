@@ -126,6 +126,13 @@ def trace_potential(
         CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
     """
     form = form or CallFormat.of(call.args, call.kwargs)
+    if not form.tensors:
+        found = {place: type(leaf).__name__ for place, leaf in leaves((call.args, call.kwargs))}
+        raise CaptureError(
+            f"the potential {shown(call.path)} ({type(potential).__name__}) is called without tensors: its arguments "
+            f"hold {found}. Tensors are looked for in dicts, lists, tuples and attributes of objects; let the dataset "
+            "or collate_fn make tensors of what the forward converts, or write an adapter whose arguments() does."
+        )
     returned: list[tuple[Any, int, Autocast]] = []
     sizes = DataSizes()
     wrapper = _Call(potential, call, form, adapters, sizes, lambda *record: returned.append(record))

@@ -1,0 +1,194 @@
+"""Small potentials with the habits of widely used packages: one for each thing that a forward does there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DTYPE = torch.float64
+Batch = dict[str, Tensor]
+
+
+def sample(seed: int, num_atoms: int | None = None) -> Batch:
+    """Returns one structure of three to six atoms, with an edge for each pair of atoms."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 3 + seed % 4 if num_atoms is None else num_atoms
+    source, target = torch.where(~torch.eye(n, dtype=torch.bool))
+    return {
+        "pos": 2.0 * torch.rand(n, 3, generator=generator, dtype=DTYPE),
+        "z": torch.randint(0, 4, (n,), generator=generator),
+        "edge_index": torch.stack([source, target]),
+        "n": torch.tensor([n]),
+        "n_edge": torch.tensor([len(source)]),
+        "energy": torch.randn(1, generator=generator, dtype=DTYPE),
+        "forces": torch.randn(n, 3, generator=generator, dtype=DTYPE),
+    }
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Returns the structures as one graph."""
+    starts = [0]
+    for s in samples:
+        starts.append(starts[-1] + len(s["pos"]))
+    batch = {k: torch.cat([s[k] for s in samples]) for k in ("pos", "z", "n", "n_edge", "energy", "forces")}
+    batch["edge_index"] = torch.cat([s["edge_index"] + start for s, start in zip(samples, starts, strict=False)], 1)
+    batch["batch"] = torch.repeat_interleave(torch.arange(len(samples)), batch["n"])
+    return batch
+
+
+class Layer(nn.Module):
+    """One message-passing layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a = nn.Linear(2 * width + 1, width, dtype=DTYPE)
+        self.b = nn.Linear(width, width, dtype=DTYPE)
+
+    def messages(self, h: Tensor, r: Tensor, edges: Tensor) -> Tensor:
+        """(E, width) hidden features of edges."""
+        return torch.tanh(self.a(torch.cat([h[edges[0]], h[edges[1]], r[:, None]], 1)))
+
+    def forward(self, h: Tensor, r: Tensor, edges: Tensor) -> Tensor:
+        return h + torch.zeros_like(h).index_add(0, edges[1], self.b(self.messages(h, r, edges)))
+
+
+class Potential(nn.Module):
+    """A message-passing energy; subclasses override :meth:`total` or :meth:`forward`."""
+
+    def __init__(self, width: int = 6, num_layers: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(4, width, dtype=DTYPE)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(num_layers))
+        self.readout = nn.Linear(width, 1, dtype=DTYPE)
+
+    def energy(self, b: Any, pos: Tensor) -> Tensor:
+        """(B,) energies."""
+        r = (pos[b["edge_index"][0]] - pos[b["edge_index"][1]]).pow(2).sum(1).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            h = layer(h, r, b["edge_index"])
+        return per_structure(b, self.readout(h)[:, 0])
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        """(B,) energies with what the habit adds."""
+        return self.energy(b, pos)
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        energy = self.total(b, pos)
+        return {"energy": energy, "forces": -torch.autograd.grad(energy.sum(), pos, create_graph=True)[0]}
+
+
+def per_structure(b: Any, of_atoms: Tensor) -> Tensor:
+    """Sums over the atoms of each structure."""
+    return torch.zeros_like(b["energy"]).index_add(0, b["batch"], of_atoms)
+
+
+def of_edges(b: Any, values: Tensor) -> Tensor:
+    """Sums over the edges of each structure."""
+    return torch.zeros_like(b["energy"]).index_add(0, b["batch"][b["edge_index"][1]], values)
+
+
+def squares(b: Any, pos: Tensor) -> Tensor:
+    """(E,) squared lengths of the edges."""
+    return (pos[b["edge_index"][0]] - pos[b["edge_index"][1]]).pow(2).sum(1)
+
+
+class Step(nn.Module):
+    """Stands for a LightningModule.
+
+    Args:
+        potential: the potential.
+        labels: from a batch to its labels.
+    """
+
+    def __init__(self, potential: nn.Module, labels: Callable[[Any], Any] = lambda b: b) -> None:
+        super().__init__()
+        self.potential = potential
+        self.labels = labels
+
+    def log(self, name: str, value: Any) -> None:
+        """Does nothing."""
+
+    def training_step(self, batch: Any) -> Any:
+        out, b = self.potential(batch), self.labels(batch)
+        loss = (out["energy"] - b["energy"]).pow(2).mean() + (out["forces"] - b["forces"]).pow(2).mean()
+        return loss + 0.01 * out["stress"].pow(2).mean() if "stress" in out else loss
+
+
+# -- containers ------------------------------------------------------------------------------------------------------
+
+
+class CallableBatch:
+    """Has a ``__call__`` that iterates over entries, as old PyTorch Geometric and fairchem have."""
+
+    def __init__(self, entries: Batch) -> None:
+        self.__dict__.update(entries)
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def __call__(self, *keys: str) -> Iterator[tuple[str, Any]]:
+        yield from ((k, self[k]) for k in keys)
+
+
+class RegistryBatch:
+    """Keeps a set of its keys."""
+
+    def __init__(self, entries: Batch) -> None:
+        self.__keys__ = set(entries)
+        self.__dict__.update(entries)
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value)
+        self.__keys__.add(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.__keys__
+
+
+class SlottedBatch:
+    """Has no ``__dict__``."""
+
+    __slots__ = ("entries", "extra")
+
+    def __init__(self, entries: Batch) -> None:
+        self.entries, self.extra = entries, {"edges": entries.pop("edge_index")}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.extra["edges"] if key == "edge_index" else self.entries[key]
+
+
+class Graphs(NamedTuple):
+    """Entries of nodes, and of edges, which the forward writes to."""
+
+    nodes: Batch
+    edges: Batch
+
+
+class WritesOnce(Potential):
+    """Writes an entry to its batch unless it is there."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        if "target" not in b:
+            b["target"] = b["edge_index"][1]
+        return self.energy(b, pos) + 0.001 * b["target"].sum()
+
+
+class WritesVectors(Potential):
+    """Writes vectors of edges to a dict inside of a named tuple."""
+
+    def forward(self, g: Graphs) -> Any:
+        b = g.nodes
+        pos = b["pos"].requires_grad_()
+        assert "vectors" not in g.edges
+        g.edges["vectors"] = pos[b["edge_index"][0]] - pos[b["edge_index"][1]]
+        energy = self.energy(b, pos) + of_edges(b, 1e-3 * g.edges["vectors"].pow(2).sum(1))
+        return {"energy": energy, "forces": -torch.autograd.grad(energy.sum(), pos, create_graph=True)[0]}
