@@ -13,13 +13,15 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Children = list[tuple[str, Any]]
 
 _DEEPEST = 8
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
-_LEAVES = (Tensor, nn.Module, str, bytes, int, float, complex, type(None), type, *_FUNCTIONS)
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
+_LEAVES = (Tensor, nn.Module, str, bytes, type(None), type, *_NUMBERS, *_FUNCTIONS)
 _MUTABLE_LEAVES = (set, bytearray)
 
 

@@ -25,7 +25,7 @@ class TensorSpec:
 
     def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given values of the symbols."""
-        return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
+        return tuple(s if isinstance(s, int) else int(evaluate(s, symbols)) for s in self.shape)
 
 
 def violated(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
@@ -44,11 +44,12 @@ def violated(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
-def _evaluate(expression: str, symbols: Mapping[str, int]) -> int:
+def evaluate(expression: str, symbols: Mapping[str, int]) -> Any:
+    """The value of an expression of size symbols: a number of sympy's, or an int where it is one symbol."""
     if expression in symbols:
         return symbols[expression]
     names, function = _compiled(expression)
-    return int(function(*(symbols[n] for n in names)))
+    return function(*(symbols[n] for n in names))
 
 
 @lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ from lightning_januspipe.capture.find.grad_call import StepFunction, call_argume
 from lightning_januspipe.capture.stages.captured import CapturedPotential, independent_coordinates
 from lightning_januspipe.capture.stages.staged_potential import DividedPotential
 from lightning_januspipe.capture.trace.program import Node, PlaceholderValues, new_leaf, replace_refs, target_function
-from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
+from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, shown
@@ -107,8 +107,9 @@ def require_same(
     Raises:
         CaptureError: they differ.
     """
+    floor = smallest_scale([a for what, a in expected if what.startswith(DERIVATIVE)], tolerance)
     for (what, a), (_, b) in zip(expected, found, strict=True):
-        scale = float(a.abs().max()) if a.numel() else 0.0
+        scale = max(float(a.abs().max()) if a.numel() else 0.0, floor)
         if what.startswith(GRADIENT):
             scale = max(float(x.abs().max()) for w, x in expected if w.startswith(GRADIENT))
         error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
@@ -121,6 +122,9 @@ def require_same(
 
 GRADIENT = "the parameter gradient of a force loss for "
 """How parameter gradients are named, before the parameter's name."""
+
+DERIVATIVE = "the derivative by "
+"""How derivatives of the energy are named, before the coordinate's name."""
 
 
 def draw_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -222,7 +226,7 @@ class _LockStep:
             gradients = [next(found) for _ in dict.fromkeys(leaves)]
             if value.kind is not Kind.OWN:  # what each rank computes from a copy of its own
                 gradients = [torch.stack(gradients).sum(0)]
-            outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
+            outputs.append((f"{DERIVATIVE}{name}", self._joined(gradients, value)))
         if not weights:
             weights += draw_weights([x for _, x in outputs])
         terms = force_loss([x for _, x in outputs], weights)

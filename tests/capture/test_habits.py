@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +10,30 @@ import pytest
 import torch
 from capture_models import Traced, assert_parity
 from habits import (
+    AsksForCompiler,
+    Asserts,
+    BranchesOnEnergy,
+    BroadcastsOne,
     CallableBatch,
+    ChecksMask,
     Graphs,
+    HasReference,
+    Hessian,
+    LoopsOverStructures,
     Potential,
+    ReadsBuffer,
+    ReferenceStep,
     RegistryBatch,
+    ReturnsSizes,
     SlottedBatch,
     Step,
+    TwoDerivatives,
+    TwoEnergies,
     WritesOnce,
     WritesVectors,
     collate,
     sample,
+    with_ones,
 )
 from torch import nn
 
@@ -26,15 +41,26 @@ from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.capture.validate.against_eager import validate
 from lightning_januspipe.errors import CaptureError
 
+OTHER = (5, 3, 4, 7)
 
-def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b) -> None:
+
+def traced(step: nn.Module, make: Callable[[Any], Any] = lambda b: b) -> Traced:
+    """The traced potential of a step."""
+    return Traced(step, make(batch(0, 1, 2)), make(batch(*OTHER)))
+
+
+def batch(*seeds: int) -> Any:
+    return collate([sample(seed) for seed in seeds])
+
+
+def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b) -> Traced:
     """Asserts that two and three stages train like the module on a batch of other sizes."""
-    traced = Traced(step, make(collate([sample(0), sample(1), sample(2)])))
-    other = collate([sample(i) for i in (5, 3, 4, 7)])
+    found = traced(step, make)
     for num_stages in (2, 3):
-        potential = traced.cut(num_stages)
-        validate(potential, traced.potential, traced.call_on(make(dict(other))))
-        assert_parity(potential, step, make(dict(other)), 1e-9)
+        potential = found.cut(num_stages)
+        validate(potential, found.potential, found.call_on(make(batch(*OTHER))))
+        assert_parity(potential, step, make(batch(*OTHER)), 1e-9)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -55,6 +81,104 @@ class Cell:
 
     def __init__(self) -> None:
         self.me, self.tensor, self.names = self, torch.ones(2), {"a"}
+
+
+@pytest.mark.parametrize("potential", [ReturnsSizes, ChecksMask, Asserts, ReadsBuffer, AsksForCompiler])
+def test_values_that_are_read(potential: type[Potential]) -> None:
+    trains(Step(potential()))
+
+
+def test_returned_sizes_are_those_of_the_batch() -> None:
+    found = traced(Step(ReturnsSizes()))
+    out = found.call_on(b := batch(*OTHER))
+    tensors = found.cut(2).inputs(found.potential)(out.args, out.kwargs)
+    given = found.potential(copied(b))
+    value = found.cut(2).return_value(found.potential)
+    observables = [given["energy"]]
+    returned = value(tensors, observables, [-given["forces"]])
+    assert {k: returned[k] for k in ("num_atoms", "mean", "many")} == {"num_atoms": 21, "mean": 21 / 4, "many": True}
+    assert {k: type(returned[k]) for k in ("num_atoms", "mean", "many")} == {
+        "num_atoms": int,
+        "mean": float,
+        "many": bool,
+    }
+    pickle.loads(pickle.dumps(found.program))
+
+
+def test_batch_that_takes_the_other_branch() -> None:
+    found = traced(Step(ChecksMask()))
+    other = batch(*OTHER)
+    other["edge_index"][0, 5] = other["edge_index"][1, 5]
+    call = found.call_on(other)
+    with pytest.raises(
+        CaptureError, match=r"captured with the value True at .*habits.py:\d+, 'if not mask.all\(\):', but.*False"
+    ):
+        found.cut(2).inputs(found.potential)(call.args, call.kwargs)
+
+
+def test_buffer_that_changes() -> None:
+    found = traced(Step(ReadsBuffer()))
+    call = found.call_on(batch(*OTHER))
+    found.cut(2).inputs(found.potential)(call.args, call.kwargs)
+    found.potential.p += 1
+    with pytest.raises(CaptureError, match="captured with the value 6 at .*gives it the value 7 there"):
+        found.cut(2).inputs(found.potential)(call.args, call.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("potential", "error"),
+    [
+        (BranchesOnEnergy, r"reads the value True from a tensor that depends on parameters.*energy.sum\(\) > -1e9"),
+        (LoopsOverStructures, r"a loop over structures.*ends = torch.cumsum"),
+        (TwoEnergies, "differentiates 2 times, and not the same energy"),
+        (Hessian, r"differentiates a derivative again in its forward \(a Hessian"),
+    ],
+)
+def test_refused(potential: type[Potential], error: str) -> None:
+    with pytest.raises(CaptureError, match=error):
+        traced(Step(potential()))
+
+
+def test_sizes_of_one_broadcast() -> None:
+    found = trains(Step(BroadcastsOne()), with_ones)
+    wide = with_ones(batch(*OTHER))
+    call = found.call_on(wide | {"bias": wide["bias"].expand(-1, 2)})
+    with pytest.raises(CaptureError, match=r"size 1 of dimension 1 of its input \[0\]\[0\]\['bias'\]"):
+        potential = found.cut(2)
+        potential.bind_sizes(potential.inputs(found.potential)(call.args, call.kwargs))
+
+
+def test_frozen_parameters_that_the_step_reads() -> None:
+    step = ReferenceStep(HasReference())
+    potential = trains(step).cut(2)
+    assert potential.step_parameters == ("reference.weight",)
+    assert potential.parameter_stages()["reference.weight"] == {0, 1}
+    step.potential.reference.requires_grad_()
+    with pytest.raises(CaptureError, match=r"uses parameters .*outside the potential.*potential.reference.weight"):
+        traced(step)
+
+
+def test_forces_and_stress_one_after_the_other() -> None:
+    program = trains(Step(TwoDerivatives())).program
+    assert len(program.coordinates) == 2
+
+
+@pytest.mark.parametrize("positions", ["crystal", "lone"])
+def test_derivatives_that_vanish_by_symmetry(positions: str) -> None:
+    """Forces that are sums of terms that cancel are compared at the scale of the terms."""
+    step = Step(TwoDerivatives())
+    found = traced(step)
+    other = batch(4, 4, 8)
+    if positions == "crystal":  # a ring of equal atoms, each with the same neighbours
+        angle = 2 * torch.pi * torch.arange(3, dtype=torch.float64) / 3
+        ring = torch.stack([angle.cos(), angle.sin(), 0 * angle], 1)
+        other["pos"], other["z"] = ring.repeat(3, 1) + 1e3, torch.zeros(9, dtype=torch.int64)
+        with torch.no_grad():
+            for layer in step.potential.layers:
+                layer.a.weight[:, -1] = 0  # messages that do not depend on distances
+    else:
+        other["pos"] *= 0
+    validate(found.cut(2), found.potential, found.call_on(other))
 
 
 def test_copies_share_tensors_and_nothing_else() -> None:

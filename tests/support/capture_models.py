@@ -147,14 +147,18 @@ class Traced:
     Every operation costs the same, so that cuts do not depend on the load of the machine.
     """
 
-    def __init__(self, module: nn.Module, batch: Batch | None = None) -> None:
-        batch = batch or make_batch(TRACED)
+    def __init__(self, module: nn.Module, batch: Any = None, other: Any = None) -> None:
+        batch = make_batch(TRACED) if batch is None else batch
         self.module = module
         self.call = find_potential(module, module.training_step, batch)
         self.potential = potential_of(module, module.training_step, self.call)
         adapters = adapters_of(self.potential)
         args, kwargs = adapted(adapters, self.potential, self.call.args, self.call.kwargs)
-        self.format = CallFormat.of(args, kwargs)
+        second = None
+        if other is not None:
+            of_other = self.call_on(other)
+            second = adapted(adapters, self.potential, of_other.args, of_other.kwargs)
+        self.format = CallFormat.of(args, kwargs, second)
         traced = replace(self.call, args=args, kwargs=kwargs)
         self.program = narrow(trace_potential(self.potential, traced, self.format, adapters))
         self.regions = find_regions(self.program, self.call.read_outputs)

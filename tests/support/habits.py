@@ -192,3 +192,149 @@ class WritesVectors(Potential):
         g.edges["vectors"] = pos[b["edge_index"][0]] - pos[b["edge_index"][1]]
         energy = self.energy(b, pos) + of_edges(b, 1e-3 * g.edges["vectors"].pow(2).sum(1))
         return {"energy": energy, "forces": -torch.autograd.grad(energy.sum(), pos, create_graph=True)[0]}
+
+
+# -- values that are read ----------------------------------------------------------------------------------------------
+
+
+class ReturnsSizes(Potential):
+    """Returns numbers that follow from sizes beside its tensors."""
+
+    def forward(self, b: Any) -> Any:
+        count = b["pos"].shape[0]
+        return {**super().forward(b), "num_atoms": count, "mean": count / b["n"].shape[0], "many": count > 11}
+
+
+class ChecksMask(Potential):
+    """Drops edges from an atom to itself, if there are any."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        edges = b["edge_index"]
+        mask = edges[0] != edges[1]
+        if not mask.all():
+            edges = edges[:, mask]
+        return self.energy({**b, "edge_index": edges}, pos)
+
+
+class Asserts(Potential):
+    """Compares tensors and reads a truth value by ``item`` before it computes."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        assert torch.equal(b["batch"], b["batch"].sort().values) and (b["n"] > 0).all().item()
+        assert torch.allclose(b["n_edge"].double(), (b["n"] * (b["n"] - 1)).double())
+        return self.energy(b, pos)
+
+
+class BranchesOnEnergy(Potential):
+    """Branches on a value that depends on parameters."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        energy = self.energy(b, pos)
+        return energy if energy.sum() > -1e9 else 2 * energy
+
+
+class ReadsBuffer(Potential):
+    """Has numbers in buffers that it reads: an exponent, a cutoff, a flag, a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("p", torch.tensor(6))
+        self.register_buffer("cutoff", torch.tensor(3.5, dtype=DTYPE))
+        self.register_buffer("flag", torch.tensor(True))
+        self.register_buffer("table", torch.tensor([2, 3]))
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        scale = 1.0 + 1.0 / float(self.p) + float(self.cutoff) ** int(self.p) * 1e-6 + sum(self.table.tolist()) * 0.1
+        return self.energy(b, pos) * (scale if self.flag else 1.0)
+
+
+class AsksForCompiler(Potential):
+    """Counts structures only where nothing compiles."""
+
+    num = 0
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.num = int(b["batch"].max().item() + 1)
+        return torch.zeros(self.num, dtype=DTYPE).index_add(0, b["batch"], 0 * pos[:, 0]) + self.energy(b, pos)
+
+
+class BroadcastsOne(Potential):
+    """Adds an input (E, 1) to one of (E, 2), and one of one number to those."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        pairs = (b["edge_index"].t().double() + b["bias"]).sum(1) * b["factor"]
+        return self.energy(b, pos) + of_edges(b, 1e-3 * pairs * squares(b, pos))
+
+
+def with_ones(b: Batch) -> Batch:
+    """Returns the batch with what :class:`BroadcastsOne` reads."""
+    return {**b, "bias": torch.ones(b["edge_index"].shape[1], 1, dtype=DTYPE), "factor": torch.full((1,), 2.0)}
+
+
+class HasReference(Potential):
+    """Has frozen energies of isolated atoms, which the step reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = nn.Linear(4, 1, bias=False, dtype=DTYPE).requires_grad_(False)
+
+    def isolated(self, b: Any) -> Tensor:
+        """(B,) energies."""
+        return per_structure(b, self.reference(nn.functional.one_hot(b["z"], 4).to(DTYPE))[:, 0])
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        return self.energy(b, pos) + self.isolated(b)
+
+
+class ReferenceStep(Step):
+    """Trains the energies without those of isolated atoms."""
+
+    def training_step(self, batch: Any) -> Any:
+        out = self.potential(batch)
+        loss = (out["energy"] - self.potential.isolated(batch) - batch["energy"]).pow(2).mean()
+        return loss + (out["forces"] - batch["forces"]).pow(2).mean()
+
+
+class TwoDerivatives(Potential):
+    """Asks for forces and stress one after the other."""
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        strain = torch.zeros(b["n"].shape[0], 3, 3, dtype=DTYPE, requires_grad=True)
+        strained = pos + (pos[:, None] @ strain[b["batch"]])[:, 0]
+        return self.derivatives(self.energy(b, strained), pos, strain)
+
+    def derivatives(self, energy: Tensor, pos: Tensor, strain: Tensor) -> Any:
+        """Energies, forces and stress."""
+        forces = -torch.autograd.grad(energy.sum(), pos, create_graph=True, retain_graph=True)[0]
+        stress = torch.autograd.grad(energy.sum(), strain, create_graph=True, retain_graph=True)[0]
+        return {"energy": energy, "forces": forces, "stress": stress}
+
+
+class TwoEnergies(TwoDerivatives):
+    """Differentiates two different energies."""
+
+    def derivatives(self, energy: Tensor, pos: Tensor, strain: Tensor) -> Any:
+        forces = -torch.autograd.grad(energy.sum(), pos, create_graph=True, retain_graph=True)[0]
+        stress = torch.autograd.grad((2 * energy).sum(), strain, create_graph=True, retain_graph=True)[0]
+        return {"energy": energy, "forces": forces, "stress": stress}
+
+
+class Hessian(TwoDerivatives):
+    """Differentiates its forces."""
+
+    def derivatives(self, energy: Tensor, pos: Tensor, strain: Tensor) -> Any:
+        forces = -torch.autograd.grad(energy.sum(), pos, create_graph=True, retain_graph=True)[0]
+        stress = torch.autograd.grad(forces.square().sum(), strain, create_graph=True, retain_graph=True)[0]
+        return {"energy": energy, "forces": forces, "stress": stress}
+
+
+class LoopsOverStructures(Potential):
+    """Has a matrix for each structure, and multiplies with it in a loop over structures."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        ends = torch.cumsum(b["n"], 0).tolist()
+        h = self.embedding(b["z"])
+        scaled = torch.cat([h[a:z] * (i + 1) for i, (a, z) in enumerate(zip([0, *ends], ends, strict=False))])
+        return self.energy(b, pos) + per_structure(b, scaled.sum(1) * pos.square().sum(1))

@@ -87,7 +87,7 @@ def _users(program: Program, name: str) -> list[str]:
 
 
 def _is_kept(program: Program, names: set[str]) -> bool:
-    return bool(names & {*program.outputs, *program.sizes, *program.energies, *program.coordinates})
+    return bool(names & {*program.outputs, *program.on_batch, *program.energies, *program.coordinates})
 
 
 def _ranges(program: Program, node: Node) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -223,7 +223,7 @@ class _Parts:
 
 
 def _drop_unused(program: Program) -> None:
-    alive = {program.gradient, *program.outputs, *program.sizes}
+    alive = {program.gradient, *program.outputs, *program.on_batch}
     for node in reversed(program.nodes):
         if node.name in alive:
             alive.update(node.inputs())

@@ -15,7 +15,7 @@ from lightning_januspipe.capture.cut.cut import Cut, Regions
 from lightning_januspipe.capture.cut.dependence import reach_of
 from lightning_januspipe.capture.find.call_format import CallFormat, size_carrier
 from lightning_januspipe.capture.stages.staged_potential import Inputs
-from lightning_januspipe.capture.trace.program import PlaceholderValues, Program, build_module
+from lightning_januspipe.capture.trace.program import PlaceholderValues, Program, ReturnedSize, build_module
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
@@ -192,12 +192,14 @@ class CallInputs:
         self._captured, self._potential = captured, potential
         self._adapters = adapters_of(potential)
         program = captured.program
-        self._readers = []
-        on_batch = [n.name for n in program.nodes if n.op != "placeholder"]
-        for name in program.sizes:
-            names = _placeholders(program, on_batch, [name])
-            module = build_module(program, on_batch, names, [name])
-            self._readers.append((PlaceholderValues(program, potential, names), module))
+        operations = [n.name for n in program.nodes if n.op != "placeholder"]
+
+        def reader(names: Sequence[str]) -> tuple[PlaceholderValues, nn.Module]:
+            given = _placeholders(program, operations, names)
+            return PlaceholderValues(program, potential, given), build_module(program, operations, given, names)
+
+        self._readers = [reader([name]) for name in program.sizes]
+        self._facts = reader([name for name, _ in program.facts]) if program.facts else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensors of the call, and carriers of its integers and of those that the forward reads from tensors.
@@ -211,7 +213,23 @@ class CallInputs:
             with autocast_as(OFF):  # casts are operations of the program
                 (value,) = module(*placeholders.values(tensors))
             tensors.append(size_carrier(int(value), tensors[0].device))
+        if self._facts is not None:
+            placeholders, module = self._facts
+            with autocast_as(OFF), torch.no_grad():
+                self._require(module(*placeholders.values(tensors)))
         return tensors
+
+    def _require(self, values: Sequence[Tensor]) -> None:
+        """Compare what the forward reads from this batch with what it read when it was traced."""
+        for value, (_, fact) in zip(values, self._captured.program.facts, strict=True):
+            found = value.tolist()
+            if found != fact.value:
+                raise CaptureError(
+                    f"the potential {shown(self._captured.path)} was captured with the value {fact.value!r} at "
+                    f"{fact.place}, but this batch gives it the value {found!r} there. A trace holds one branch only: "
+                    "use torch.where instead, see to it in the dataset that every batch takes this branch, or train "
+                    "with pipeline_size=1 and graph_size=1."
+                )
 
 
 class CapturedStage:
@@ -289,7 +307,14 @@ class Epilogue:
             inputs[name] if name in inputs else computed.get(position, _Unavailable(position))
             for position, name in enumerate(program.outputs)
         )
-        return with_leaves(program.returned, lambda _, leaf: next(values) if isinstance(leaf, Tensor) else leaf)
+        symbols = program.bind(call_tensors)
+
+        def filled(_: str, leaf: Any) -> Any:
+            if isinstance(leaf, ReturnedSize):
+                return leaf.value(symbols)
+            return next(values) if isinstance(leaf, Tensor) else leaf
+
+        return with_leaves(program.returned, filled)
 
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lightning_januspipe.capture.trace.read_values import Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
-from lightning_januspipe.engine.specs import TensorSpec
+from lightning_januspipe.engine.specs import TensorSpec, evaluate
 from lightning_januspipe.errors import CaptureError
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
@@ -20,6 +21,31 @@ _LARGEST_SIZE = 2**62
 
 SLOT = torch.empty(0, device="meta")
 """Stands for a tensor in a tree; a tensor itself, so that what holds tensors is still seen to."""
+
+
+@dataclass(frozen=True)
+class ReturnedSize:
+    """Stands for a number in what the forward returns that follows from the sizes of the batch.
+
+    Attributes:
+        expression: in size symbols.
+        kind: int, float or bool.
+    """
+
+    expression: str
+    kind: type
+
+    def value(self, symbols: Mapping[str, int]) -> Any:
+        """The number, from values of the size symbols."""
+        return self.kind(evaluate(self.expression, symbols))
+
+
+def returned_leaf(leaf: Any) -> Any:
+    """A leaf of what the traced forward returned as plain data."""
+    for kind, symbolic in ((int, torch.SymInt), (float, torch.SymFloat), (bool, torch.SymBool)):
+        if isinstance(leaf, symbolic):
+            return ReturnedSize(str(leaf.node.expr), kind)
+    return leaf
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,7 @@ class Program:
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
         returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
+        facts: node names and the values that they have to have on every batch, with the line that read them.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
         conditions: relations between sizes, in size symbols, that the program is right for.
@@ -81,6 +108,7 @@ class Program:
     outputs: list[str]
     returned: Any
     sizes: list[str] = field(default_factory=list)
+    facts: list[tuple[str, Fact]] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
@@ -92,6 +120,11 @@ class Program:
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Values of the size symbols for one call's tensors."""
         return {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
+
+    @property
+    def on_batch(self) -> list[str]:
+        """Nodes that are evaluated for each batch, before the stages are: sizes and facts."""
+        return [*self.sizes, *(name for name, _ in self.facts)]
 
     def dependent(self, roots: Collection[str]) -> set[str]:
         """These values, and all that are computed from them."""
@@ -164,6 +197,7 @@ def program_from_export(
     num_outputs: int,
     prefix: str,
     num_sizes: int = 0,
+    facts: Sequence[Fact] = (),
 ) -> Program:
     """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
 
@@ -172,7 +206,8 @@ def program_from_export(
         returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
         num_outputs: how many tensors that are; they are the program's first outputs.
         prefix: what stands before every parameter's and buffer's name in the exported program.
-        num_sizes: how many integers the forward reads from tensors.
+        num_sizes: how many integers the forward reads from tensors; these are its next outputs.
+        facts: other values that it reads from tensors; these are its last outputs.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -199,8 +234,10 @@ def program_from_export(
     nodes = [_node(n) for n in exported.graph.nodes if n.op in ("placeholder", "call_function")]
     nodes = [n for n in nodes if not _is_assertion(n)]
     marks = [n for n in nodes if n.target == GRADIENT_OP]
-    if len(marks) != 1:
-        raise CaptureError(f"the traced potential differentiates {len(marks)} times; exactly one is expected")
+    if not marks:
+        raise CaptureError("the traced potential does not differentiate an energy; one torch.autograd.grad is expected")
+    if len(marks) > 1:
+        nodes = merge_derivatives(nodes, marks)
     user_outputs = [s.arg.name for s in signature.output_specs if s.kind.name == "USER_OUTPUT"]
     placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     symbols: dict[str, tuple[int, int]] = {}
@@ -221,12 +258,87 @@ def program_from_export(
         outputs=user_outputs[:num_outputs],
         returned=returned,
         sizes=user_outputs[num_outputs : num_outputs + num_sizes],
+        facts=list(zip(user_outputs[num_outputs + num_sizes :], facts, strict=True)),
         symbols=symbols,
     )
     simplify(program)
+    _refuse_trained_facts(program)
     program.limits = _limits(program, exported)
     program.conditions = _conditions(program, placeholders[inputs[0]].meta["val"]) if inputs else []
     return program
+
+
+def merge_derivatives(nodes: Sequence[Node], marks: Sequence[Node]) -> list[Node]:
+    """Several derivatives of one energy, such as forces and then a stress, as one with more coordinates.
+
+    Args:
+        nodes: in execution order.
+        marks: the derivatives among them; the first takes in the others, and is changed.
+
+    Raises:
+        CaptureError: they are derivatives of different energies, or one is a derivative of another.
+    """
+    first, later = marks[0], {n.name for n in marks[1:]}
+    same: dict[str, str] = {}  # the first node that computes the same as another one
+    known: dict[str, str] = {}
+    on_first = {first.name}
+    for node in nodes:
+        if on_first & set(node.inputs()):
+            on_first.add(node.name)
+        described = repr((node.target, _renamed(node.args, same), _renamed(node.kwargs, same)))
+        is_pure = node.op != "placeholder" and not is_random(node.target)
+        same[node.name] = known.setdefault(described, node.name) if is_pure else node.name
+    starts = {first.name: 0}
+    coordinates = list(first.args[1])
+    for mark in marks[1:]:
+        energies = [r.name for r in refs(mark.args[0])]
+        if on_first & set(energies):
+            raise CaptureError(
+                "the potential differentiates a derivative again in its forward (a Hessian, or a gradient of forces), "
+                "which is not possible in a pipeline: torch.autograd.grad of the energy only"
+            )
+        if [same[n] for n in energies] != [same[r.name] for r in refs(first.args[0])]:
+            raise CaptureError(
+                f"the potential differentiates {len(marks)} times, and not the same energy: ask for all derivatives in "
+                "one call, e.g. torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)"
+            )
+        starts[mark.name] = len(coordinates)
+        coordinates += mark.args[1]
+    first.args = (first.args[0], coordinates)
+    for node in nodes:
+        if node.args and isinstance(node.args[0], Ref) and node.args[0].name in later:
+            assert getattr(node.target, "__name__", "") == "getitem", "derivatives come in a list"
+            node.args = (Ref(first.name), starts[node.args[0].name] + node.args[1])
+    place = max(i for i, n in enumerate(nodes) if n.name in {r.name for r in coordinates})
+    kept = [n for n in nodes if n.name not in later]
+    after = next(i for i, n in enumerate(kept) if n is first)
+    if place > after:
+        raise CaptureError(
+            "the potential differentiates its energy again with respect to a tensor that it makes after the first "
+            "derivative: make it before, and ask for all derivatives in one torch.autograd.grad"
+        )
+    return kept
+
+
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    return replace_refs(tree, lambda name: Ref(names[name]))
+
+
+def is_random(target: Any) -> bool:
+    """Whether an operation draws random numbers."""
+    tags = getattr(target_function(target), "tags", ()) if isinstance(target, str) else ()
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _refuse_trained_facts(program: Program) -> None:
+    changing = program.dependent({*program.parameters, program.gradient})
+    for name, fact in program.facts:
+        if name in changing:
+            raise CaptureError(
+                f"the forward reads the value {fact.value!r} from a tensor that depends on parameters or on the "
+                f"derivative ({fact.place}), so that it changes in training. Use torch.where instead of a branch, or "
+                "check such values outside of the forward."
+            )
 
 
 def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
@@ -287,9 +399,10 @@ def simplify(program: Program) -> Program:
     program.nodes = kept
     program.outputs = [final(n) for n in program.outputs]
     program.sizes = [final(n) for n in program.sizes]
+    program.facts = [(final(n), fact) for n, fact in program.facts]
     program.energies = [final(n) for n in program.energies]
     program.coordinates = [final(n) for n in program.coordinates]
-    alive = {program.gradient, *program.outputs, *program.sizes}
+    alive = {program.gradient, *program.outputs, *program.on_batch}
     for node in reversed(program.nodes):
         if node.name in alive:
             alive.update(node.inputs())

@@ -26,8 +26,8 @@ from lightning_januspipe.capture.adapters import Adapter, joined
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
-from lightning_januspipe.capture.trace.data_sizes import DataSizes, symbolic_sizes
-from lightning_januspipe.capture.trace.program import SLOT, Program, program_from_export
+from lightning_januspipe.capture.trace.program import SLOT, Program, program_from_export, returned_leaf
+from lightning_januspipe.capture.trace.read_values import ReadValues, eager_branches, symbolic_sizes
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
@@ -69,6 +69,15 @@ class _MarkGrad(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _GiveZeros(TorchFunctionMode):
+    """Answers ``torch.autograd.grad`` with zeros: nothing of autograd reads values then."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            return tuple(torch.zeros_like(x) for x in as_sequence(grad_arguments(args, kwargs or {})["inputs"]))
+        return func(*args, **(kwargs or {}))
+
+
 class _Call(nn.Module):
     """The potential as a function of the tensors of its call only, so that nothing else is an input.
 
@@ -77,7 +86,7 @@ class _Call(nn.Module):
         call: its call, with the arguments that its adapters made.
         form: the format of these.
         adapters: what is special to its package.
-        sizes: integers that the forward reads from tensors; their carriers are the last inputs.
+        values: what the forward reads from tensors; carriers of its integers are the last inputs.
         record: gets the returned tree, with empty tensors for its tensors, the number of tensors in it, and the
             autocast that the energy was differentiated under.
     """
@@ -88,24 +97,24 @@ class _Call(nn.Module):
         call: PotentialCall,
         form: CallFormat,
         adapters: Sequence[Adapter],
-        sizes: DataSizes,
+        values: ReadValues,
         record: Callable[..., None],
     ) -> None:
         super().__init__()
         self.potential = potential
         # Export puts attributes back as they were, so the record is an object of its own.
-        self._given = (call, form, adapters, sizes, record)
+        self._given = (call, form, adapters, values, record)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        call, form, adapters, sizes, record = self._given
-        num_own = len(tensors) - len(sizes.values)
+        call, form, adapters, values, record = self._given
+        num_own = len(tensors) - len(values.sizes)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
-        sizes.begin(tensors[num_own:])
+        values.begin(tensors[num_own:])
         with _MarkGrad() as mark:
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
-        return [*found, *sizes.sources]
+        return [*found, *values.size_sources, *values.fact_sources]
 
 
 def trace_potential(
@@ -134,24 +143,24 @@ def trace_potential(
             "or collate_fn make tensors of what the forward converts, or write an adapter whose arguments() does."
         )
     returned: list[tuple[Any, int, Autocast]] = []
-    sizes = DataSizes()
-    wrapper = _Call(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
+    values = ReadValues(potential)
+    wrapper = _Call(potential, call, form, adapters, values, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
     try:
         with ExitStack() as stack:
             for adapter in adapters:
                 stack.enter_context(adapter.tracing(potential))
             stack.enter_context(inlined_torchscript(potential))
-            stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), sizes))
+            stack.enter_context(eager_branches(potential, (call.args, call.kwargs)))
+            stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), values))
             stack.enter_context(torch.enable_grad())
             # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
             tensors = [t.detach() for t in form.bind(call.path, call.args, call.kwargs)]
-            _run_once(potential, call, form, tensors, sizes)
-            tensors += sizes.carriers(tensors[0].device)
-            shapes = (tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in tensors),)
+            _run_once(potential, call, form, tensors, values)
+            tensors += values.carriers(tensors[0].device)
             stack.enter_context(_quiet())
             stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
-            exported = export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
+            exported = _exported(wrapper, tensors, form)
             ambient = Autocast.current()
             if ambient != OFF or has_casts(exported):
                 make_casts_explicit(exported, ambient)
@@ -169,7 +178,10 @@ def trace_potential(
         ) from error
     _refuse_state(exported, call.path)
     tree, num_outputs, autocast = returned[-1]
-    program = program_from_export(exported, tree, num_outputs, prefix="potential.", num_sizes=len(sizes.values))
+    tree = with_leaves(tree, lambda _, leaf: returned_leaf(leaf))
+    program = program_from_export(
+        exported, tree, num_outputs, prefix="potential.", num_sizes=len(values.sizes), facts=values.facts
+    )
     program.autocast = autocast
     # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
     first = {p: name for name, p in potential.named_parameters()}
@@ -178,13 +190,36 @@ def trace_potential(
     return program
 
 
+def _exported(wrapper: _Call, tensors: list[Tensor], form: CallFormat) -> ExportedProgram:
+    """Export with all sizes symbolic but those of 1 that broadcast.
+
+    Sizes of 1 in both example batches are constants in all but the first dimension. Where there is no program with the
+    others symbolic, they are constants too: a batch of one structure, say, may broadcast against atoms.
+    """
+    ways = dict.fromkeys((frozenset(p for p in form.ones if p[1] > 0), form.ones))
+    for ones in ways:
+        fixed = {(form.tensors.index(place), dim) for place, dim in ones}
+        shapes = tuple(
+            {d: Dim.STATIC if (i, d) in fixed else Dim.AUTO for d in range(t.dim())} for i, t in enumerate(tensors)
+        )
+        try:
+            return export(wrapper, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+        except CaptureError:
+            raise
+        except Exception:
+            if ones == form.ones:
+                raise
+    raise AssertionError("the last way returns or raises")
+
+
 def _run_once(
-    potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], sizes: DataSizes
+    potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], values: ReadValues
 ) -> None:
-    """Run the forward as it is, to know the integers that it reads from tensors."""
-    sizes.begin(None)
+    """Run the forward as it is, but for its derivative, to know what it reads from tensors."""
+    values.begin(None)
     args, kwargs = form.unbind(call.args, call.kwargs, tensors)
-    potential(*args, **kwargs)
+    with _GiveZeros():
+        potential(*args, **kwargs)
 
 
 def _needs_functionalization(exported: ExportedProgram) -> bool:
