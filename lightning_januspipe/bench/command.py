@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from lightning_januspipe.bench.balance import balance
 from lightning_januspipe.bench.graph import graph
+from lightning_januspipe.bench.replicas import balance
 from lightning_januspipe.bench.work import Work, trainer_of
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.testing import RankPool
@@ -315,7 +315,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else list(args)
     if words[:1] == ["emulate"] or ("--emulate" in words and words[0] not in BENCHMARKS):
-        from lightning_januspipe.bench.emulate.command import main as emulate
+        from lightning_januspipe.bench.emulate.schedules import main as emulate
 
         emulate([w for i, w in enumerate(words) if w != "--emulate" and (i, w) != (0, "emulate")])
         return

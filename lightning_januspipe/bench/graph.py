@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_januspipe.bench.balance import water_box
+from lightning_januspipe.bench.replicas import water_box
 from lightning_januspipe.bench.work import Work, trainer_of
 from lightning_januspipe.graph.partition import halo_size, partition_atoms
 from lightning_januspipe.testing import RankPool

@@ -1,6 +1,6 @@
 """Callbacks: throughput, pictures and numbers of pipelined training, stages in the summary, errors in a table."""
 
-from lightning_januspipe.callbacks.errors import (
+from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,
     ErrorReport,
     Errors,
@@ -9,9 +9,9 @@ from lightning_januspipe.callbacks.errors import (
     error_table,
 )
 from lightning_januspipe.callbacks.monitor import PipelineMonitor
+from lightning_januspipe.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_januspipe.callbacks.summary import StageSummary
 from lightning_januspipe.callbacks.throughput import Throughput, count_atoms, count_structures
-from lightning_januspipe.callbacks.timeline import PipelineTimeline
 
 __all__ = [
     "QUANTITIES",

@@ -89,11 +89,11 @@ class PipelineMonitor(Metered):
         if runner is None:
             return
         if left == 0:
-            runner.watch.ask()
+            runner.step_recorder.ask()
         elif left == 1 and hasattr(runner, "num_stages") and trainer.strategy.root_device.type == "cpu":
-            is_due = runner.watch.held is None or len(self.history) % _MEMORY_EVERY == 0
+            is_due = runner.step_recorder.held is None or len(self.history) % _MEMORY_EVERY == 0
             if is_due:
-                runner.watch.ask(memory=True)
+                runner.step_recorder.ask(memory=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -140,13 +140,13 @@ class PipelineMonitor(Metered):
             names = ("atoms_per_s", "structures_per_s")
             return {PREFIX + n: r for n, r in zip(names, rates.tolist(), strict=True) if seconds}
         device = trainer.strategy.root_device
-        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.watch.held
-        mine = RankNumbers.of_step(runner.watch.own_step, self.measured(), held)
+        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.step_recorder.held
+        mine = RankNumbers.of_step(runner.step_recorder.rank_step, self.measured(), held)
         num_stages = getattr(runner, "num_stages", 0)
         most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
         return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
 
-    def _rows(self, trainer: Trainer) -> list[draw.Row]:
+    def _rows(self, trainer: Trainer) -> list[draw.Panel]:
         """The last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
         if not hasattr(runner, "recorded_step") or mesh is None or mesh.aborted:
@@ -159,7 +159,7 @@ class PipelineMonitor(Metered):
         predicted = [("predicted", replicas[0].schedule, replicas[0].predicted)] if replicas else []
         return [*predicted, *((n, s.schedule, s.recorded) for n, s in zip(names, replicas, strict=True))]
 
-    def _write(self, trainer: Trainer, rows: list[draw.Row]) -> None:
+    def _write(self, trainer: Trainer, rows: list[draw.Panel]) -> None:
         path = self._folder / "pipeline-monitor"
         self._folder.mkdir(parents=True, exist_ok=True)
         mesh = getattr(trainer.strategy, "mesh", None)

@@ -28,7 +28,7 @@ class Curve:
     values: Sequence[float]
 
 
-def draw_run(rows: Sequence[draw.Row], panels: Sequence[Sequence[Curve]], path: Path, title: str) -> None:
+def draw_run(rows: Sequence[draw.Panel], panels: Sequence[Sequence[Curve]], path: Path, title: str) -> None:
     """Draw a recorded step above curves with a common axis of batches.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.runtime.step_recorder import OwnStep
+from lightning_januspipe.runtime.step_recorder import RankStep
 from lightning_januspipe.schedule import Phase
 
 PREFIX = "januspipe/"
@@ -48,7 +48,7 @@ class RankNumbers:
     microbatches: Sequence[float] = ()
 
     @classmethod
-    def of_step(cls, own: OwnStep | None, measured: tuple[float, int, int], peak_memory: float | None) -> RankNumbers:
+    def of_step(cls, own: RankStep | None, measured: tuple[float, int, int], peak_memory: float | None) -> RankNumbers:
         """Numbers of a recorded step.
 
         Args:

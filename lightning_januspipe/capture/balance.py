@@ -14,8 +14,8 @@ from lightning_januspipe.capture.cut.cut import Cut, Profile, find_cut
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
-from lightning_januspipe.capture.validate.against_eager import Manner, validate
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
+from lightning_januspipe.capture.validate.against_eager import PhaseMode, validate
 from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.errors import CaptureError, TooFewParts, shown
 
@@ -24,7 +24,7 @@ _LEAST_GAIN = 0.02
 # So many ways to divide parts are tried; of more, those with as many parts on every stage.
 _TRIED_BOUNDS = 20_000
 
-_Divided = TypeVar("_Divided", bound=DividedPotential)
+_Divided = TypeVar("_Divided", bound=StagedPotential)
 StepTime = Callable[[list[PhaseSeconds]], float]
 
 
@@ -46,7 +46,7 @@ def balance(
     profile: Profile,
     potential: nn.Module,
     call: PotentialCall,
-    manner: Manner,
+    phase_mode: PhaseMode,
     placement: Sequence[int],
 ) -> tuple[CapturedPotential, list[PhaseSeconds]]:
     """Validate, measure all phases, and move the cut to where these are balanced.
@@ -54,7 +54,7 @@ def balance(
     A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
     measured sum of its phases and the cut is sought again.
     """
-    folded = replace(manner, apart=False)  # costs are those of a stage whose phases are together
+    folded = replace(phase_mode, split_stages=False)  # costs are those of a stage whose phases are together
 
     def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
         return validate(candidate, potential, call, folded, num_runs=2)  # the second run is warm
@@ -102,7 +102,7 @@ def balance_parts(
     parts: ExplicitPotential,
     potential: nn.Module,
     call: PotentialCall,
-    manner: Manner,
+    phase_mode: PhaseMode,
     placements: Sequence[Sequence[int]],
 ) -> list[tuple[ExplicitPotential, list[PhaseSeconds]]]:
     """Validate a potential's own parts, measure them, and join them to balanced stages for each placement.
@@ -111,14 +111,14 @@ def balance_parts(
         parts: the potential with each part as a stage.
         potential: the live potential.
         call: a call of it.
-        manner: how the phases will be run.
+        phase_mode: how the phases will be run.
         placements: the rank of each stage; those after the first are left out where there are fewer parts.
 
     Raises:
         CaptureError: the parts compute something else than the potential's forward.
         TooFewParts: they are fewer than stages.
     """
-    folded = replace(manner, apart=False)
+    folded = replace(phase_mode, split_stages=False)
     of_parts = validate(parts, potential, call, folded, num_runs=2)
     found = []
     for placement in placements:

@@ -15,7 +15,7 @@ from lightning_januspipe.capture.cache.key import program_key
 from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
-from lightning_januspipe.capture.cut.split_shared_linear import narrow
+from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
@@ -24,13 +24,13 @@ from lightning_januspipe.capture.report import summary
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential, ExplicitStages
 from lightning_januspipe.capture.stages.explicit_shapes import explicit_potential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.program import Program
 from lightning_januspipe.capture.trace.trace import trace_potential
 from lightning_januspipe.capture.validate.against_eager import (
-    TOGETHER,
-    Manner,
-    run_captured,
+    DEFAULT_MODE,
+    PhaseMode,
+    run_staged,
     validate,
     validate_evaluation,
 )
@@ -39,7 +39,7 @@ from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.errors import CaptureError, shown
 
-Stages = Literal["auto", "captured", "explicit"]
+StageOrigin = Literal["auto", "captured", "explicit"]
 """Where stages come from: tracing, the potential's own, or the first of these two that works."""
 
 
@@ -55,7 +55,7 @@ class Capture:
         origin: in words, how the stages were come by, and what was refused before.
     """
 
-    potential: DividedPotential
+    potential: StagedPotential
     seconds: list[PhaseSeconds]
     bytes: list[PhaseBytes]
     elapsed: float
@@ -82,10 +82,10 @@ def capture_module(
     placements: Sequence[Sequence[int]],
     potential: str | None = None,
     *,
-    manner: Manner = TOGETHER,
+    phase_mode: PhaseMode = DEFAULT_MODE,
     step_time: StepTime | None = None,
     evaluation_step: StepFunction | None = None,
-    stages: Stages = "auto",
+    stages: StageOrigin = "auto",
     cache: ProgramCache | None = None,
 ) -> Capture:
     """Find the potential of a module, divide it into stages, and prove them.
@@ -99,7 +99,7 @@ def capture_module(
         placements: the rank of each stage to cut into; of several placements that with the shortest step. Those after
             the first are left out where the potential has fewer cuttable parts.
         potential: dotted name of the potential, where the user gave one.
-        manner: how the phases will be run.
+        phase_mode: how the phases will be run.
         step_time: the time of a training step from the measured phases of each stage; needed for several placements.
         evaluation_step: the step that validation during training will run; where the steps differentiate by
             themselves, it has to compute the same energy.
@@ -113,41 +113,41 @@ def capture_module(
     with unchanged(module), capturing(module):
         found = find_potential(module, step, traced_batch, potential)
         args, kwargs = call_arguments(module, found.path, step, other_batch, found.replaced is not None)
-        job = _Job(
+        job = _CaptureJob(
             potential_of(module, step, found),
             found,
             replace(found, args=args, kwargs=kwargs),
             placements,
-            manner,
+            phase_mode,
             step_time,
             cache,
         )
-        captured, seconds, origin = _divided(job, stages)
-        if manner.apart:
-            validate(captured, job.potential, job.other, manner)
+        captured, seconds, origin = _stages(job, stages)
+        if phase_mode.split_stages:
+            validate(captured, job.potential, job.other, phase_mode)
         evaluated = potential_of(module, evaluation_step or step, found)
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
         captured = _with_evaluation(captured, evaluated, evaluation)
         validate_evaluation(captured, evaluated, evaluation)
         captured = _with_kinds(captured, (job.potential, job.other), (evaluated, evaluation))
-        folded = replace(manner, apart=False)
-        bytes_ = run_captured(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
+        folded = replace(phase_mode, split_stages=False)
+        bytes_ = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
         assert bytes_ is not None
     return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)
 
 
-def _with_kinds(captured: DividedPotential, *calls: tuple[nn.Module, PotentialCall]) -> DividedPotential:
-    """The captured potential, which knows what kinds of calls it was proven on."""
+def _with_kinds(captured: StagedPotential, *calls: tuple[nn.Module, PotentialCall]) -> StagedPotential:
+    """The captured potential, which knows what kinds of calls it was validated on."""
     if not isinstance(captured, CapturedPotential):
         return captured
     found: frozenset[str] = frozenset()
     for potential, call in calls:
         symbols = captured.bind_sizes(captured.inputs(potential)(call.args, call.kwargs))
-        found |= captured.kinds(potential, call.args, call.kwargs, symbols)
-    return replace(captured, proven=found)
+        found |= captured.unvalidated_kinds(potential, call.args, call.kwargs, symbols)
+    return replace(captured, validated_kinds=found)
 
 
-def _with_evaluation(captured: DividedPotential, potential: nn.Module, call: PotentialCall) -> DividedPotential:
+def _with_evaluation(captured: StagedPotential, potential: nn.Module, call: PotentialCall) -> StagedPotential:
     """The captured potential, which takes the constants of calls in evaluation too; what it returns is validated."""
     if not isinstance(captured, CapturedPotential):
         return captured
@@ -156,29 +156,29 @@ def _with_evaluation(captured: DividedPotential, potential: nn.Module, call: Pot
 
 
 @dataclass(frozen=True)
-class _Job:
+class _CaptureJob:
     """What is to be divided.
 
     Attributes:
         potential: the potential.
         call: the call that is traced.
         other: the call that it is validated and measured on.
-        placements, manner, step_time, cache: see :func:`capture_module`.
+        placements, phase_mode, step_time, cache: see :func:`capture_module`.
     """
 
     potential: nn.Module
     call: PotentialCall
     other: PotentialCall
     placements: Sequence[Sequence[int]]
-    manner: Manner
+    phase_mode: PhaseMode
     step_time: StepTime | None
     cache: ProgramCache | None
 
 
-def _divided(job: _Job, stages: Stages) -> tuple[DividedPotential, list[PhaseSeconds], str]:
+def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseSeconds], str]:
     """Stages, their times, and their origin: the first way that works."""
-    ways: dict[str, Callable[[_Job], tuple[DividedPotential, list[PhaseSeconds], str]]]
-    ways = {"captured": _by_tracing, "explicit": _by_itself}
+    ways: dict[str, Callable[[_CaptureJob], tuple[StagedPotential, list[PhaseSeconds], str]]]
+    ways = {"captured": _from_trace, "explicit": _from_explicit_parts}
     has_own = isinstance(job.potential, ExplicitStages)
     if stages == "explicit" and not has_own:
         raise CaptureError(
@@ -201,7 +201,7 @@ def _divided(job: _Job, stages: Stages) -> tuple[DividedPotential, list[PhaseSec
     raise CaptureError(f"{refused[0]} The potential's own stages were refused too: {refused[1]}") from refused[0]
 
 
-def _by_tracing(job: _Job) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
+def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
     """A potential that is traced, or was traced before; what the cache gives is proved like a new trace."""
     adapters = adapters_of(job.potential)
     call, other = (
@@ -221,7 +221,7 @@ def _by_tracing(job: _Job) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
             except CaptureError:  # a new trace decides
                 job.cache.discard(key.digest)
     began = time.perf_counter()
-    program = narrow(trace_potential(job.potential, call, form, adapters))
+    program = split_shared_linear(trace_potential(job.potential, call, form, adapters))
     note = f", not cached: {key.reason}" if key is not None and key.digest is None else ""
     origin = f"captured (traced in {time.perf_counter() - began:.1f} s{note})"
     found = _cut(job, call, form, program)
@@ -231,7 +231,7 @@ def _by_tracing(job: _Job) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
 
 
 def _cut(
-    job: _Job, call: PotentialCall, form: CallFormat, program: Program
+    job: _CaptureJob, call: PotentialCall, form: CallFormat, program: Program
 ) -> tuple[CapturedPotential, list[PhaseSeconds]]:
     """A traced potential in balanced, validated stages."""
     regions = find_regions(program, call.read_outputs)
@@ -244,14 +244,14 @@ def _cut(
         ranks = placement if len(placement) > len(set(placement)) else None
         try:
             candidate = replace(captured, cut=find_cut(program, regions, profile, len(placement), ranks))
-            measured.append(balance(candidate, profile, job.potential, job.other, job.manner, placement))
+            measured.append(balance(candidate, profile, job.potential, job.other, job.phase_mode, placement))
         except CaptureError:
             if not measured:
                 raise
     return fastest(measured, job.step_time)
 
 
-def _by_itself(job: _Job) -> tuple[DividedPotential, list[PhaseSeconds], str]:
+def _from_explicit_parts(job: _CaptureJob) -> tuple[StagedPotential, list[PhaseSeconds], str]:
     parts = explicit_potential(job.potential, job.call, job.other)
-    measured = balance_parts(parts, job.potential, job.other, job.manner, job.placements)
+    measured = balance_parts(parts, job.potential, job.other, job.phase_mode, job.placements)
     return *fastest(measured, job.step_time), "divided by itself (explicit stages)"

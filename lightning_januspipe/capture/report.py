@@ -10,7 +10,7 @@ from lightning_januspipe.capture.cut.cut import Profile
 from lightning_januspipe.capture.size_names import Words, words_of
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.engine.specs import TensorSpec
 
 
@@ -122,7 +122,7 @@ class CutReport:
         }
 
 
-def report(potential: DividedPotential, profile: Profile | None = None) -> CutReport:
+def report(potential: StagedPotential, profile: Profile | None = None) -> CutReport:
     """Describe what the stages of a potential send, and what they repeat.
 
     Args:
@@ -135,7 +135,7 @@ def report(potential: DividedPotential, profile: Profile | None = None) -> CutRe
     return _of_program(potential, profile)
 
 
-def summary(potential: DividedPotential) -> str:
+def summary(potential: StagedPotential) -> str:
     """The boundaries in a few words, such as ``boundaries of 512 bytes per atom``."""
     found = report(potential).boundaries
     if not found:
@@ -148,7 +148,7 @@ def summary(potential: DividedPotential) -> str:
     return ("boundaries of " if len(found) > 1 else "a boundary of ") + "; ".join(different)
 
 
-def sent(potential: DividedPotential, stage: int) -> list[tuple[str, TensorSpec]]:
+def sent(potential: StagedPotential, stage: int) -> list[tuple[str, TensorSpec]]:
     """Names and specs of what a stage passes on to the next one."""
     if isinstance(potential, ExplicitPotential):
         return list(potential.features[potential.bounds[stage + 1] - 1].items())
@@ -166,7 +166,7 @@ def _rank(per: str) -> tuple[int, str]:
     return (known.index(per), "") if per in known else (len(known), per)
 
 
-def _boundaries(potential: DividedPotential, words: Words) -> tuple[Boundary, ...]:
+def _boundaries(potential: StagedPotential, words: Words) -> tuple[Boundary, ...]:
     return tuple(
         Boundary(tuple(_sent(name, spec, words) for name, spec in sent(potential, stage)))
         for stage in range(potential.num_stages - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
 from lightning_januspipe.engine.specs import TensorSpec
 
@@ -60,7 +60,7 @@ class Words:
         return dict(self.places)
 
 
-def words_of(potential: DividedPotential) -> Words:
+def words_of(potential: StagedPotential) -> Words:
     """Words for the sizes of a potential's tensors.
 
     The number of atoms is the first size of the positions that the energy is differentiated by, that of structures the

@@ -26,9 +26,9 @@ from lightning_januspipe.cli.plan_tables import (
     schedule_table,
     stage_table,
 )
-from lightning_januspipe.plan.compare import Options, Plan, format_bytes, plan_costs, plan_stages
+from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, format_bytes, plan_costs, plan_cuts
 from lightning_januspipe.plan.export import write_plan
-from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, stages_of_share
+from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 from lightning_januspipe.plan.meshes import compare_meshes
 from lightning_januspipe.runtime.planner import placements
@@ -168,8 +168,8 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
     divisions = [one.stages(num_ranks) for one in measured]
     if used is not None and is_divided:
         own = [used, *(recipe.share(recipe.sharing(one, batches), used.num_ranks, used) for one in measured[1:])]
-        divisions = [stages_of_share(m, num_ranks, s, link) for m, s in zip(measured, own, strict=True)]
-    plan = plan_stages(
+        divisions = [costs_of_share(m, num_ranks, s, link) for m, s in zip(measured, own, strict=True)]
+    plan = plan_cuts(
         divisions,
         _options(given, asked, num_ranks, num_microbatches),
         given.schedules,
@@ -314,9 +314,9 @@ def _assumed(link: GraphLink) -> str:
 
 def _options(
     given: argparse.Namespace, asked: Asked, num_ranks: int, num_microbatches: int, link: GraphLink | None = None
-) -> Options:
+) -> PlanOptions:
     """What all schedules have in common; messages of a pipeline cost nothing by default."""
-    return Options(
+    return PlanOptions(
         num_ranks,
         num_microbatches,
         given.wave_size or asked.wave_size,
@@ -366,7 +366,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
-def _show(plan: Plan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
+def _show(plan: SchedulePlan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
     """The table of schedules, the choice, and the files."""
     console = make_console()
     if plan.rows:
@@ -379,7 +379,7 @@ def _show(plan: Plan, given: argparse.Namespace, about: dict[str, Any], measured
     _write(plan, given, about, measured)
 
 
-def _write(plan: Plan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
+def _write(plan: SchedulePlan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
     """The files, where they are asked for."""
     console = make_console()
     if given.output is not None and plan.rows:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_januspipe.plan.compare import Plan, ScheduleRow, format_bytes
+from lightning_januspipe.plan.compare import SchedulePlan, ScheduleRow, format_bytes
 from lightning_januspipe.plan.graph_share import GraphShare
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.plan.meshes import Meshes
@@ -95,7 +95,7 @@ def _listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
-def schedule_table(plan: Plan) -> Table:
+def schedule_table(plan: SchedulePlan) -> Table:
     """One row for every schedule; the choice is marked."""
     has_data, has_memory = plan.structures is not None, any(row.report.memory for row in plan.rows)
     has_bytes = any(row.message_bytes for row in plan.rows)
@@ -112,7 +112,7 @@ def schedule_table(plan: Plan) -> Table:
     return table
 
 
-def _cells(plan: Plan, row: ScheduleRow, has_memory: bool, has_bytes: bool) -> list[str]:
+def _cells(plan: SchedulePlan, row: ScheduleRow, has_memory: bool, has_bytes: bool) -> list[str]:
     cells = ["→" if row is plan.choice else "", row.name, str(row.schedule.num_stages), str(row.num_live)]
     cells += [_milliseconds(row.step_time), f"{row.over_ideal:.3f}"]
     cells += (
@@ -139,7 +139,7 @@ def _cells(plan: Plan, row: ScheduleRow, has_memory: bool, has_bytes: bool) -> l
     return cells
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(plan: SchedulePlan) -> list[str]:
     """What does not fit, and what could not be built."""
     limit, ranks = plan.options.memory_limit, plan.options.num_ranks
     lines = []
@@ -164,7 +164,7 @@ STAGE_LEGEND = (
 )
 
 
-def schedule_legend(plan: Plan) -> str:
+def schedule_legend(plan: SchedulePlan) -> str:
     """What the columns of :func:`schedule_table` mean."""
     text = (
         "live: most micro-batches that a rank holds. /ideal: step over the work of the busiest rank. bound: no folded "

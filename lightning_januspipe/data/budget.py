@@ -1,4 +1,4 @@
-"""Batches with a budget of atoms or edges in place of a number of structures."""
+"""A batch sampler that fills batches up to a number of atoms or edges."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch.utils.data import DistributedSampler, Sampler
 from lightning_januspipe.loader.sample_sizes import SampleSizes, sample_sizes
 
 _MAX_OPEN = 16
-"""Batches that are filled side by side: more waste less of the budget, and mix less."""
+"""How many batches are filled side by side: more of them waste less of the budget, fewer mix structures more."""
 
 
 class Budget(int):
-    """About how many structures fill a batch, with the sizes and the limits that say so.
+    """The number of structures that typically fill a batch, together with the limits that define a full batch.
 
-    Samplers carry it as ``batch_size``, which is what Lightning passes on when it makes a batch sampler anew.
+    It is an ``int`` because Lightning passes the ``batch_size`` of a batch sampler on when it builds the sampler again
+    for several replicas; nothing else reaches the new sampler.
 
     Attributes:
-        limits: for each quantity the largest sum, and the (n,) sizes of all structures.
-        shuffle: whether structures come in random order.
-        seed: of that order.
-        num_replicas: replicas, where nobody else tells.
-        rank: which of them this is.
+        limits: Name, largest sum per batch, and (n,) sizes of all structures, for each limited quantity.
+        shuffle: Whether structures come in random order.
+        seed: Seed of that order.
+        num_replicas: Number of replicas that share the batches.
+        rank: Index of this replica.
     """
 
     limits: list[tuple[str, float, NDArray[np.float64]]]
@@ -47,19 +48,10 @@ class Budget(int):
         num_replicas: int,
         rank: int,
     ) -> Budget:
-        """Check limits.
-
-        Args:
-            sizes: of all structures.
-            max_atoms: largest number of atoms in a batch.
-            max_edges: largest number of edges in a batch.
-            shuffle: see above.
-            seed: see above.
-            num_replicas: see above.
-            rank: see above.
+        """Return the budget of checked limits; for the arguments see :class:`BudgetBatchSampler`.
 
         Raises:
-            ValueError: there is no limit, it is not positive, or the sizes that it limits are not known.
+            ValueError: There is no limit, it is not positive, or the sizes that it limits are not known.
         """
         if max_atoms is None and max_edges is None:
             raise ValueError("neither max_atoms nor max_edges is given; expected at least one")
@@ -83,44 +75,44 @@ class Budget(int):
 
     @property
     def num_samples(self) -> int:
-        """n."""
+        """Number of structures n."""
         return len(self.limits[0][2])
 
     def shares(self) -> NDArray[np.float64]:
-        """(n,) part of the budget that each structure takes; (n, 2) with two limits."""
+        """Return the fraction of each limit that each structure takes, (n, number of limits)."""
         return np.stack([of / limit for _, limit, of in self.limits], axis=1)
 
 
 class BudgetBatchSampler(Sampler[list[int]]):
-    """Batches of as many structures as fit into a number of atoms or edges.
+    """Fills each batch with as many structures as fit into a number of atoms or edges.
 
     All replicas get the same number of batches in every pass, and each structure is in one batch of one replica: where
-    batches do not go evenly into replicas, the fullest are divided. A structure above the budget is a batch of its own.
+    the number of batches is no multiple of the number of replicas, the fullest batches are split. A structure above the
+    budget is a batch of its own.
 
-    In a job of several processes Lightning makes this sampler anew with the numbers of replicas, unless
-    ``Trainer(use_distributed_sampler=False)``: then give ``num_replicas`` and ``rank``. Ranks of one pipeline are one
-    replica.
+    In a job of several processes Lightning builds this sampler again for its number of replicas, unless
+    ``Trainer(use_distributed_sampler=False)``: then give ``num_replicas`` and ``rank``. The ranks of one pipeline are
+    one replica.
 
     Args:
-        dataset: one that knows the sizes of its samples, or these themselves (see
-            :func:`~lightning_januspipe.loader.sample_sizes.sample_sizes`). Lightning gives a distributed sampler
-            here, and the other arguments with ``batch_size``.
-        batch_size: a budget, in place of the limits.
-        drop_last: leave out the emptiest batches that do not go evenly into replicas, instead of dividing others.
-        max_atoms: largest number of atoms in a batch.
-        max_edges: largest number of edges in a batch.
-        shuffle: whether structures come in random order, which depends on ``seed`` and the epoch only.
-        seed: of the order.
-        num_replicas: among how many replicas batches are divided.
-        rank: which of them this is.
+        dataset: A dataset that knows the sizes of its samples, or the sizes themselves (see
+            :func:`~lightning_januspipe.loader.sample_sizes.sample_sizes`). Lightning passes a distributed sampler
+            here, and the limits in ``batch_size``.
+        batch_size: A budget, instead of the limits below.
+        drop_last: Leave out the emptiest batches that exceed a multiple of ``num_replicas``, instead of splitting
+            others.
+        max_atoms: Largest number of atoms in a batch.
+        max_edges: Largest number of edges in a batch.
+        shuffle: Whether structures come in random order, which depends on ``seed`` and the epoch only.
+        seed: Seed of the order.
+        num_replicas: Number of replicas that share the batches.
+        rank: Index of this replica.
 
     Raises:
-        ValueError: no or impossible limits, or sizes that are not known.
+        ValueError: A limit is missing or not positive, or the sizes that it limits are not known.
 
     Attributes:
-        num_replicas: see above.
-        rank: see above.
-        sampler: this; where Lightning looks for ``set_epoch``.
+        sampler: The sampler itself, because Lightning calls ``set_epoch`` on this attribute.
     """
 
     def __init__(
@@ -158,44 +150,44 @@ class BudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> BudgetBatchSampler:
-        """Itself."""
+        """The batch sampler itself: Lightning calls ``set_epoch`` on this attribute."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is of this epoch."""
+        """Choose the epoch of the next pass."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of each replica, the same in all epochs."""
+        """Return the number of batches of each replica, the same in all epochs."""
         return len(self._batches(0)) // self.num_replicas
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This replica's batches of the epoch."""
+        """Iterate over this replica's batches of the epoch."""
         return iter(self._batches(self._epoch if self.batch_size.shuffle else 0)[self.rank :: self.num_replicas])
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Those of all replicas; D that follow each other are of one step."""
+        """Return the batches of all replicas; D consecutive ones belong to one step of D replicas."""
         if epoch not in self._passes:
             first = self._passes.get(0)
             if epoch and first is None:
                 first = self._batches(0)
-            found = self._divided(self._filled(epoch), None if first is None else len(first))
-            if first is not None and len(found) != len(first):  # a worse order than the first one, and by much
+            found = self._split_evenly(self._filled(epoch), None if first is None else len(first))
+            if first is not None and len(found) != len(first):  # this order needs many more batches than the first
                 found = [first[i] for i in np.random.default_rng([self.batch_size.seed, epoch]).permutation(len(first))]
-            # The first is kept for its length, and the present one for copies of other replicas, which share this.
+            # The first pass defines the length; copies of this sampler for other replicas share the present one.
             for old in set(self._passes) - {0}:
                 del self._passes[old]
             self._passes[epoch] = found
         return self._passes[epoch]
 
     def _filled(self, epoch: int) -> list[list[int]]:
-        """Structures in order, each into the first open batch where it fits."""
+        """Put the structures, in their order, each into the first open batch that has room for it."""
         budget = self.batch_size
         order = np.arange(budget.num_samples)
         if budget.shuffle:
             order = np.random.default_rng([budget.seed, epoch]).permutation(budget.num_samples)
         shares = budget.shares().tolist()
-        opened: list[tuple[list[float], list[int]]] = []  # what is left of the budget, and who is in
+        opened: list[tuple[list[float], list[int]]] = []  # room that is left of each limit, and indices
         closed: list[list[int]] = []
         for index in order.tolist():
             for left, batch in opened:
@@ -210,8 +202,8 @@ class BudgetBatchSampler(Sampler[list[int]]):
                 opened.append(([1.0 - share for share in shares[index]], [index]))
         return closed + [batch for _, batch in opened]
 
-    def _divided(self, batches: list[list[int]], number: int | None) -> list[list[int]]:
-        """As many batches as ``number``, or, without one, as divide evenly among replicas."""
+    def _split_evenly(self, batches: list[list[int]], number: int | None) -> list[list[int]]:
+        """Split or drop batches until there are ``number``, by default a multiple of the number of replicas."""
         num_replicas = self.num_replicas
         shares = self.batch_size.shares().max(axis=1)
 

@@ -1,4 +1,4 @@
-"""From samples to batches."""
+"""Joins the samples of structures into batches."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lightning_januspipe import keys
 def collate_structures(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Join samples into one batch.
 
-    Per-atom, per-edge and per-structure tensors are concatenated; ``edge_index`` moves on by the atoms before it and
-    ``batch`` by the structures before it. A sample may itself be a batch. Further tensors of the user's own are
-    concatenated along their first dimension.
+    Tensors of atoms, edges and structures are concatenated. Each sample's ``edge_index`` is increased by the number of
+    atoms in the samples before it, and its ``batch`` by the number of structures. A sample may itself be a batch.
+    Tensors under other keys are concatenated along their first dimension.
 
     Args:
-        samples: Samples as ``StructureDataset`` gives them, with N_s atoms, E_s edges and B_s structures.
+        samples: Samples as ``StructureDataset`` returns them, with N_s atoms, E_s edges and B_s structures.
 
     Returns:
-        A batch with N = ΣN_s atoms, E = ΣE_s edges and B = ΣB_s structures. Its tensors are copies.
+        A batch of copies, with N = ΣN_s atoms, E = ΣE_s edges and B = ΣB_s structures.
 
     Raises:
         ValueError: There are no samples, or they do not all have the same keys.

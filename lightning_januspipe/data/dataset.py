@@ -1,4 +1,4 @@
-"""A map-style dataset of atomic structures."""
+"""A map-style dataset that reads atomic structures and makes their samples."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lightning_januspipe import keys
 from lightning_januspipe.data.neighbors import estimate_num_edges
 from lightning_januspipe.data.structures import (
     atoms_to_sample,
-    check_species,
     find_species,
     read_structures,
     resolve_dtype,
+    validate_species,
 )
 
 
 class StructureDataset(Dataset[dict[str, Tensor]]):
-    """Structures with energy, forces and, where known, stress.
+    """Holds structures with energy, forces and, where known, stress.
 
-    Each item is a *sample*: a batch of one structure with the keys of ``lightning_januspipe.keys``, neighbour list
-    included. Samples are made on first use and kept. Items of two calls share their tensors, which are therefore not
-    to be changed in place; a collated batch has its own.
+    Each item is a *sample*: a batch of one structure with the keys of ``lightning_januspipe.keys``, including its
+    neighbour list. Samples are made on first use and kept. Two calls for one item share its tensors, so do not change
+    them in place; a collated batch has its own.
 
     Attributes:
-        species: Chemical symbols; a sample's ``species`` are positions in this list.
+        species: Chemical symbols; a sample's ``species`` are indices into this list.
         cutoff: Cutoff of the neighbour lists in Å.
         dtype: Type of the floating-point tensors.
     """
@@ -54,18 +54,18 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             structures: ASE ``Atoms``, or a file: extended XYZ, an ASE database (``.db``), or another format of
                 ``ase.io``.
             cutoff: Cutoff of the neighbour lists in Å.
-            species: Chemical symbols in the model's order; ``"auto"`` for those that occur, by atomic number.
+            species: Chemical symbols in the model's order; ``"auto"`` for all that occur, sorted by atomic number.
             energy_key: Name of the energy label (eV).
             forces_key: Name of the forces label (eV/Å).
             stress_key: Name of the stress label (eV/Å³); None to read no stress.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` at this moment.
             require_labels: Whether each structure must have energy and forces; False for prediction.
-            precompute: Make all samples now, which also checks them all, instead of on first use. With worker
-                processes this saves each worker from making its own.
+            precompute: Make, and so check, all samples now instead of on first use. Otherwise each worker process of
+                a loader makes its own.
 
         Raises:
             ValueError: The file is missing, empty or unreadable, there are no structures, or ``species`` or ``dtype``
-                is not valid. Errors of single structures (see :func:`atoms_to_sample`) come with their sample.
+                is not valid. Errors of single structures (see :func:`atoms_to_sample`) are raised with their sample.
         """
         if isinstance(structures, (str, Path)):
             self._source = str(structures)
@@ -77,7 +77,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             raise ValueError("the dataset is empty; expected at least one structure")
         if not cutoff > 0:
             raise ValueError(f"cutoff={cutoff!r} Å; expected a positive number")
-        self.species = find_species(self._structures) if species == "auto" else check_species(species)
+        self.species = find_species(self._structures) if species == "auto" else validate_species(species)
         self.cutoff = float(cutoff)
         self.dtype = resolve_dtype(dtype)
         self._energy_key = energy_key
@@ -99,7 +99,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         """Return one sample.
 
         Args:
-            index: Number of the structure; negative ones count from the end.
+            index: Index of the structure; negative indices count from the end.
 
         Raises:
             IndexError: There is no such structure.
@@ -125,7 +125,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
     def sample_sizes(self) -> tuple[list[int], list[int]]:
         """Return the numbers of atoms and of edges of all structures, the same in every process.
 
-        Edges are counted if all samples were made at once (``precompute``), else estimated.
+        Edges are counted if all samples were made at once (``precompute``), otherwise estimated.
         """
         if self._sizes is None:
             edges = []
@@ -139,7 +139,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         return self._sizes
 
     def describe(self, index: int) -> str:
-        """Return what a structure is called in messages: its file and frame."""
+        """Return the name of a structure in messages: its file and frame."""
         return f"{self._source}, frame {index}" if self._source else f"structure {index}"
 
     def atoms(self, index: int) -> Atoms:

@@ -1,24 +1,26 @@
-"""Data that needs no download: metals and alloys labelled by ASE's effective medium theory (EMT).
+"""Makes data without a download: metals and alloys labelled by ASE's effective medium theory (EMT).
 
-EMT is a classical potential of a few parameters for seven fcc metals. It is fast, smooth and many-body, which makes
-its data good for tests, examples and throughput measurements, and for nothing else.
+EMT is a classical potential with a few parameters for seven fcc metals. It is fast, smooth and many-body, so its data
+is good for tests, examples and measurements of throughput, but not for science.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from typing_extensions import override
 
-from lightning_januspipe.data.datamodule import SampleDataset, Split, StructureDataModule
+from lightning_januspipe.data.datamodule import SampleDataset, StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
-from lightning_januspipe.data.structures import check_species
+from lightning_januspipe.data.splits import Split
+from lightning_januspipe.data.structures import validate_species
 
 EMT_METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
 
@@ -55,28 +57,27 @@ def emt_structures(
 ) -> list[Atoms]:
     """Make periodic fcc crystals, randomly occupied, strained and rattled, with EMT's labels.
 
-    Each structure has a random size, a random set of elements in random order, a lattice constant between theirs,
+    Each structure has a random size, a random set of elements in random order, the mean lattice constant of these,
     a symmetric strain, normally distributed displacements, and sometimes a vacancy. Structure n depends on ``seed``,
-    ``stream`` and n only, not on how many are made.
+    ``stream`` and n only, not on the number of structures.
 
     Args:
-        num_structures: How many to make.
-        species: Elements to choose from, out of ``EMT_METALS``.
+        num_structures: Number of structures.
+        species: Elements to choose from, all in ``EMT_METALS``.
         sizes: Numbers of atoms (without vacancy) to choose from, multiples of 4.
         rattle: Largest standard deviation of the displacements in Å; each structure has its own, between 0 and this.
         strain: Largest strain component.
-        vacancy_probability: Probability that a structure of at least 8 atoms lacks one.
+        vacancy_probability: Probability of a missing atom, for structures of at least 8 atoms.
         seed: Seed of all random choices.
-        stream: Streams of one seed are independent, as for training and validation data.
+        stream: Index of one of the independent streams of a seed, such as training and validation data.
 
     Returns:
         Structures with energy, forces and stress in a ``SinglePointCalculator``.
 
     Raises:
-        ValueError: An element is not one of EMT's metals, a size is not a positive multiple of 4, or a number is out
-            of its range.
+        ValueError: EMT has no such element, a size is not a positive multiple of 4, or a number is out of its range.
     """
-    symbols = check_species(species)
+    symbols = validate_species(species)
     _check_options(symbols, sizes, num_structures, rattle, strain, vacancy_probability)
     return [
         label_with_emt(
@@ -93,11 +94,11 @@ def _check_options(
 ) -> None:
     foreign = [symbol for symbol in symbols if symbol not in EMT_METALS]
     if foreign:
-        raise ValueError(f"EMT has no fcc metal {foreign}; expected species out of {list(EMT_METALS)}")
+        raise ValueError(f"EMT has no fcc metal {foreign}; expected species in {list(EMT_METALS)}")
     if not sizes or any(size < 1 or size % _ATOMS_PER_CELL for size in sizes):
         raise ValueError(f"sizes={list(sizes)}; expected numbers of atoms that are multiples of {_ATOMS_PER_CELL}")
     if num_structures < 0:
-        raise ValueError(f"{num_structures} structures asked for; expected 0 or more")
+        raise ValueError(f"num_structures={num_structures}; expected 0 or more")
     if rattle < 0 or not 0 <= strain < 0.5 or not 0 <= vacancy <= 1:
         raise ValueError(
             f"rattle={rattle} Å, strain={strain}, vacancy_probability={vacancy}; expected rattle >= 0, "
@@ -130,7 +131,7 @@ def _random_alloy(
 
 
 def _repeats(num_cells: int) -> tuple[int, int, int]:
-    """The factors of a number of cells that make the most cubic block."""
+    """Return the three factors of a number of cells whose block is the most cubic."""
     triples = [
         (num_cells // (b * c), b, c)
         for c in range(1, num_cells + 1)
@@ -141,10 +142,10 @@ def _repeats(num_cells: int) -> tuple[int, int, int]:
 
 
 class EMTDataModule(StructureDataModule):
-    """Data made on the spot with ASE's EMT: rattled, strained alloys with energies, forces and stress.
+    """Makes rattled, strained alloys with energies, forces and stress from ASE's EMT.
 
-    Every process makes the same data from ``seed``, a few hundred structures in a few seconds. Nothing is written
-    unless ``save_dir`` is given. The prediction data is the test data.
+    Every process makes the same data from ``seed``, a few hundred structures in a few seconds. Files are written only
+    if ``save_dir`` is given. The prediction data is the test data.
 
     .. code-block:: yaml
 
@@ -170,53 +171,36 @@ class EMTDataModule(StructureDataModule):
         seed: int = 0,
         cutoff: float = 5.0,
         dtype: Literal["float32", "float64"] | None = None,
-        batch_size: int = 8,
-        num_workers: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
         save_dir: str | None = None,
-        max_atoms: int | None = None,
-        max_edges: int | None = None,
+        **loader: Any,
     ) -> None:
-        """Keep the options; structures are made in ``setup``.
+        """Keep the options; ``setup`` makes the structures.
 
         Args:
             num_train: Number of training structures.
             num_val: Number of validation structures.
             num_test: Number of test structures.
-            species: Elements, out of ``EMT_METALS``; their order is that of the species index.
+            species: Elements, all in ``EMT_METALS``, in the order of the species index.
             sizes: Numbers of atoms (without vacancy) to choose from, multiples of 4.
             rattle: Largest standard deviation of the displacements in Å.
             strain: Largest strain component.
-            vacancy_probability: Probability that a structure of at least 8 atoms lacks one.
+            vacancy_probability: Probability of a missing atom, for structures of at least 8 atoms.
             seed: Seed of the structures.
             cutoff: Cutoff of the neighbour lists in Å.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
-            batch_size: Structures per batch and replica.
-            num_workers: Worker processes of each loader.
-            shuffle: Whether the training structures come in random order.
-            drop_last: Whether an incomplete last training batch is left out.
             save_dir: Folder for ``train.extxyz``, ``val.extxyz`` and ``test.extxyz``; None to write nothing.
-            max_atoms: Most atoms per batch and replica, in place of ``batch_size``.
-            max_edges: Most edges per batch and replica, in place of ``batch_size`` or beside ``max_atoms``.
+            loader: Options of :class:`StructureDataModule`.
 
         Raises:
             ValueError: An option is out of its range (see :func:`emt_structures`).
         """
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            max_atoms=max_atoms,
-            max_edges=max_edges,
-        )
+        super().__init__(**loader)
         if num_train < 1 or num_val < 0 or num_test < 0:
             raise ValueError(
                 f"num_train={num_train}, num_val={num_val}, num_test={num_test}; expected at least one training "
                 "structure and no negative number"
             )
-        self._species = check_species(species)
+        self._species = validate_species(species)
         _check_options(self._species, sizes, num_train, rattle, strain, vacancy_probability)
         self._numbers = {"train": num_train, "val": num_val, "test": num_test}
         self._sizes = tuple(sizes)
@@ -229,12 +213,14 @@ class EMTDataModule(StructureDataModule):
         self._save_dir = save_dir
 
     @property
+    @override
     def species(self) -> list[str]:
         """Chemical symbols in the order of the species index."""
         return list(self._species)
 
+    @override
     def prepare_data(self) -> None:
-        """Write the structures to ``save_dir``, where it is given."""
+        """Write the structures to ``save_dir``, if it is given."""
         if self._save_dir is None:
             return
         import ase.io
@@ -257,6 +243,7 @@ class EMTDataModule(StructureDataModule):
             stream=list(self._numbers).index(split),  # changing the size of one split changes no other
         )
 
+    @override
     def build_dataset(self, split: Split) -> SampleDataset | None:
         """Make the dataset of one split."""
         if split == "predict":

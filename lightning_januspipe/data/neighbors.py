@@ -1,7 +1,7 @@
-"""Neighbour lists of periodic, partly periodic and non-periodic structures.
+"""Finds the neighbours of atoms in periodic, partly periodic and non-periodic structures.
 
-The search itself is a library's: vesin where it is installed, matscipy else. This module prepares the cell so that
-both give the same list for every kind of boundary, and sorts the result.
+A library does the search itself: vesin where it is installed, otherwise matscipy. This module prepares the cell so that
+both return the same list for every kind of boundary, and sorts the result.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-# Atoms nearer than this (Å) are one atom written twice: no potential has a finite force there.
+# Atoms closer than this (Å) are one atom written twice: no potential has a finite force there.
 _MIN_DISTANCE = 1e-6
 
-# Up to how many atoms all pairs are looked at for an estimate.
+# Up to this many atoms an estimate looks at all pairs.
 _MAX_COUNTED = 256
 
-# Space (Å) that atoms at a surface take beyond their centers.
+# Atoms at a surface take up this much space (Å) beyond their centers.
 _ATOM_SIZE = 2.0
 
 
@@ -33,16 +33,16 @@ def neighbor_list(
     *,
     backend: str = "auto",
 ) -> tuple[Ints, Ints]:
-    """Find all pairs of atoms nearer than a cutoff, in both directions.
+    """Find all pairs of atoms closer than a cutoff, in both directions.
 
-    An atom is its own neighbour through its periodic images (shift not zero), never in place. Atoms may lie
-    outside the cell, and the cell may be smaller than the cutoff. The search is done in float64, and the edges are
-    sorted by target, then source, then shift, so that the same structure gives the same list everywhere.
+    An atom is a neighbour of its own periodic images, never of itself at shift zero. Atoms may lie outside the cell,
+    and the cell may be smaller than the cutoff. The search is done in float64, and the edges are sorted by target, then
+    source, then shift, so that the same structure has the same list everywhere.
 
     Args:
         positions: (N, 3) positions in Å.
         cell: (3, 3) cell vectors as rows in Å; rows of non-periodic directions are ignored and may be zero.
-        pbc: (3,) which directions are periodic.
+        pbc: (3,) whether each direction is periodic.
         cutoff: Largest distance in Å.
         backend: ``"vesin"``, ``"matscipy"``, or ``"auto"`` for the first of them that is installed.
 
@@ -82,15 +82,15 @@ def neighbor_list(
 
 
 def estimate_num_edges(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float) -> float:
-    """About how many edges :func:`neighbor_list` would give, in much less time.
+    """Estimate how many edges :func:`neighbor_list` would find, in much less time.
 
-    Exact for small structures that are not periodic. Else atoms are taken for spread evenly over the space that they
-    fill: the cell without its largest gaps, such as the vacuum beside a slab, near which atoms have fewer neighbours.
+    The number is exact for small structures that are not periodic. Otherwise the atoms are assumed to be spread evenly
+    over the cell without its largest gaps, such as the vacuum beside a slab; atoms next to a gap have fewer neighbours.
 
     Args:
         positions: (N, 3) positions in Å.
         cell: (3, 3) cell vectors as rows in Å.
-        pbc: (3,) which directions are periodic.
+        pbc: (3,) whether each direction is periodic.
         cutoff: Largest distance in Å.
     """
     points = np.asarray(positions, dtype=np.float64)
@@ -112,7 +112,7 @@ def estimate_num_edges(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cu
             continue
         thickness = height - gap + _ATOM_SIZE
         filled *= thickness / height
-        # What of the atoms' spheres is inside a slab, on average.
+        # The fraction of the atoms' cutoff spheres that is inside a slab, on average.
         ratio = thickness / cutoff
         share_near_surfaces *= 1 - 3 / (8 * ratio) if ratio > 1 else 5 * ratio / 8
     density = num_atoms / filled
@@ -145,11 +145,10 @@ def _pick_backend(backend: str) -> str:
 
 
 def _complete_cell(points: Floats, box: Floats, periodic: Bools, cutoff: float) -> tuple[Floats, Floats]:
-    """Replace the non-periodic cell vectors by ones normal to the others that enclose all atoms.
+    """Replace the non-periodic cell vectors by vectors normal to the others that enclose all atoms.
 
-    Shifts along them are zero, so that the list does not depend on them; but a singular cell is refused by the
-    libraries, and atoms outside of a non-periodic cell make their search quadratic. Moving all positions together
-    changes no pair either.
+    The list does not depend on these vectors, along which all shifts are zero. But the libraries refuse a singular
+    cell, and search for quadratic time if atoms lie outside the cell. Moving all positions together changes no pair.
     """
     from ase.geometry import complete_cell
 

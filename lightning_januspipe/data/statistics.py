@@ -1,4 +1,4 @@
-"""Statistics of a dataset that a model is initialised with."""
+"""Computes the statistics of a dataset that a model is initialised with."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_januspipe import keys
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What a model needs to start near the data's scale.
+    """Holds what a model needs to start near the scale of its data.
 
     Attributes:
         energy_shifts: Energy of each species in eV (one value per species index), by least squares over the total
-            energies. Where compositions do not tell species apart, the smallest shifts that fit; 0 for absent species.
-        energy_rms: Root mean square, over structures, of what the shifts leave of the energy per atom, in eV.
+            energies. Where compositions do not determine them, the smallest shifts that fit; 0 for absent species.
+        energy_rms: Root mean square over structures of the energy per atom minus the shifts, in eV.
         force_rms: Root mean square of all force components in eV/Å; 0 if all forces are, as for single atoms.
         avg_num_neighbors: Edges per atom; 0 for isolated atoms.
-        num_structures: B.
-        num_atoms: N of all structures together.
-        num_edges: E of all structures together.
+        num_structures: Number of structures B.
+        num_atoms: Number of atoms N of all structures together.
+        num_edges: Number of edges E of all structures together.
     """
 
     energy_shifts: tuple[float, ...]
@@ -85,7 +85,7 @@ def dataset_statistics(dataset: Dataset[dict[str, Tensor]], num_species: int | N
 
 
 def _num_species(dataset: Any) -> int | None:
-    """Length of the species list of a dataset or of what it is a subset of."""
+    """Return the length of the species list of a dataset, or of the dataset that it is a subset of."""
     while dataset is not None:
         species = getattr(dataset, "species", None)
         if species is not None:

@@ -1,7 +1,7 @@
-"""From files and ASE ``Atoms`` to samples: the tensors of one structure with its labels.
+"""Reads structures from files, and turns ASE ``Atoms`` into samples: the tensors of one structure with its labels.
 
-Labels are looked for in the results of the calculator that is attached to the ``Atoms`` (where ``ase.io`` puts
-energy, forces and stress), then in ``Atoms.info`` and ``Atoms.arrays`` (where it puts everything else, for instance
+Labels are looked up in the results of the calculator that is attached to the ``Atoms`` (where ``ase.io`` puts energy,
+forces and stress), then in ``Atoms.info`` and ``Atoms.arrays`` (where it puts everything else, for instance
 ``REF_energy``).
 """
 
@@ -65,10 +65,10 @@ def read_structures(path: str | Path) -> list[Atoms]:
         if path.suffix == ".db":
             frames = _read_database(path)
         else:
-            # Without the flag, ASE takes what follows an "@" in a file name for a range of frames.
+            # Without the flag, ASE reads the text after an "@" in a file name as a range of frames.
             read = ase.io.read(path, index=":", do_not_split_by_at_sign=True)
             frames = read if isinstance(read, list) else [read]
-    except Exception as error:  # the readers raise whatever their format's parser meets
+    except Exception as error:  # the parsers of the formats raise errors of any type
         raise ValueError(
             f"ASE cannot read {path} ({type(error).__name__}: {error}); expected extended XYZ, an ASE database "
             "(.db) or another format of ase.io"
@@ -91,11 +91,11 @@ def _read_database(path: Path) -> list[Atoms]:
     return frames
 
 
-def check_species(species: Sequence[str]) -> list[str]:
-    """Return a list of chemical symbols after checking it.
+def validate_species(species: Sequence[str]) -> list[str]:
+    """Return the chemical symbols as a list, after checks.
 
     Raises:
-        ValueError: The list is empty, names an element twice, or holds something that is no chemical symbol.
+        ValueError: The list is empty, names an element twice, or holds a string that is no chemical symbol.
     """
     symbols = list(species)
     if isinstance(species, str) or not symbols:
@@ -109,7 +109,7 @@ def check_species(species: Sequence[str]) -> list[str]:
 
 
 def find_species(structures: Sequence[Atoms]) -> list[str]:
-    """Return the chemical symbols that occur in some structures, by atomic number."""
+    """Return the chemical symbols that occur in the structures, sorted by atomic number."""
     numbers = sorted({int(number) for atoms in structures for number in atoms.numbers})
     return [chemical_symbols[number] for number in numbers]
 
@@ -130,22 +130,22 @@ def atoms_to_sample(
 
     Args:
         atoms: Structure of N atoms.
-        species: Chemical symbols; the position of a symbol in this list is its species index.
+        species: Chemical symbols; the index of a symbol in this list is its species index.
         cutoff: Cutoff of the neighbour list in Å.
         dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()``.
         energy_key: Name of the energy label (eV).
         forces_key: Name of the forces label (N, 3) (eV/Å).
         stress_key: Name of the stress label (eV/Å³, ASE's sign), as (6,) in Voigt order, (3, 3) or (9,). None to
-            read no stress. A structure without one gets NaN, as does one without a periodic direction.
-        require_labels: Whether energy and forces must be there. Without them they are NaN.
-        source: What the structure is called in error messages, for instance ``"water.extxyz, frame 3"``.
+            read no stress. A structure without a stress label or without a periodic direction gets NaN.
+        require_labels: Whether energy and forces are required. Otherwise missing ones become NaN.
+        source: Name of the structure in error messages, for instance ``"water.extxyz, frame 3"``.
 
     Returns:
         Tensors of N atoms, E edges and one structure (``batch`` is all zero).
 
     Raises:
         ValueError: There are no atoms, an element is not in ``species``, a required label is missing, a label has the
-            wrong shape, is NaN or infinite, or belongs to other positions than those of the structure, or there is no
+            wrong shape, is NaN or infinite, or was computed for other positions, or there is no
             neighbour list (see :func:`~lightning_januspipe.data.neighbors.neighbor_list`).
     """
     real = resolve_dtype(dtype)
@@ -177,7 +177,7 @@ def atoms_to_sample(
 
 
 def _species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
-    index = {symbol: position for position, symbol in enumerate(species)}
+    index = {symbol: number for number, symbol in enumerate(species)}
     unknown = [symbol for symbol in find_species([atoms]) if symbol not in index]
     if unknown:
         raise ValueError(
@@ -211,7 +211,7 @@ def _forces_label(atoms: Atoms, key: str, required: bool, source: str) -> NDArra
 
 
 def _stress_label(atoms: Atoms, key: str | None, source: str) -> NDArray[np.float64]:
-    # Stress is per volume: a structure without a periodic direction has none, whatever a calculator says.
+    # Stress is per volume: a structure without a periodic direction has none, even if a calculator returns one.
     value = _find_label(atoms, key, "stress", False, source) if key is not None and atoms.pbc.any() else None
     if value is None:
         return np.full((3, 3), np.nan)
@@ -246,14 +246,14 @@ def _find_label(atoms: Atoms, key: str, label: str, required: bool, source: str)
 
 
 def _check_not_stale(atoms: Atoms, key: str, label: str, source: str) -> None:
-    # Results outlive a change of the atoms: after moving them, the old numbers are still there.
+    # A calculator keeps its results when atoms move, and check_state finds that.
     if getattr(atoms.calc, "atoms", None) is None or not hasattr(atoms.calc, "check_state"):
         return
     changes = [change for change in atoms.calc.check_state(atoms) if change in ("positions", "numbers", "cell", "pbc")]
     if changes:
         raise ValueError(
-            f"{source}: the calculator's {label} {key!r} is for other {', '.join(changes)} than the structure's. "
-            "Compute it again, or store it in Atoms.info or Atoms.arrays and remove the calculator."
+            f"{source}: the calculator's {label} {key!r} was computed for other {', '.join(changes)} than the "
+            "structure has. Compute it again, or store it in Atoms.info or Atoms.arrays and remove the calculator."
         )
 
 

@@ -38,7 +38,7 @@ from lightning_januspipe.engine.p2p import Links, Receive
 from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import ChainSpec, LossFunction, LossGradients, MicrobatchInput, TensorSpec
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.engine.timeline import Recorder
+from lightning_januspipe.engine.timeline import ActionRecorder
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.actions import Message, predecessor, successor
@@ -75,7 +75,7 @@ class Executor:
         sent_as: torch.dtype | None = None,
     ) -> None:
         self.rank, self.stages, self.chain = rank, dict(stages), chain
-        self.recorder: Recorder | None = None
+        self.recorder: ActionRecorder | None = None
         self.annotate: Callable[[str], AbstractContextManager[Any]] | None = None
         self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._device = device or torch.device("cpu")
@@ -247,15 +247,15 @@ class _Step:
         own = Action(Phase.FF, action.stage, m)
         if after.phase is Phase.FE:
             results = [(after, [*boundary, *observables])]
-            if self.route.is_apart(action.stage):
+            if self.route.is_split(action.stage):
                 results.append((own, received))
             return results
-        return [(own, [*received, *observables] if self.route.is_apart(action.stage) else observables)]
+        return [(own, [*received, *observables] if self.route.is_split(action.stage) else observables)]
 
     def _forward_force(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
         function, m = stage.function, action.microbatch
         is_last = action.stage == self.route.num_stages - 1
-        apart = self.route.is_apart(action.stage)
+        apart = self.route.is_split(action.stage)
         own = came.own
         if apart:
             num_in = len(function.boundary_in)
@@ -285,7 +285,7 @@ class _Step:
         complete, observables = self._derivatives[m], self._observables[m]
         seeds = self._loss_gradients(m)
         to_energies: list[Tensor] = []
-        if self.route.is_apart(action.stage):
+        if self.route.is_split(action.stage):
             cotangents, to_energies = stage.backward_force_apart(m, came.chain[:num], seeds.derivatives)
         else:
             cotangents = stage.backward_force(m, came.chain[:num], seeds.derivatives, defer=self.route.is_deferred)
@@ -293,14 +293,14 @@ class _Step:
         results = []
         if action.stage < self.route.num_stages - 1:
             results.append((Action(Phase.BF, action.stage + 1, m), [*cotangents, *complete]))
-        if self.route.is_apart(action.stage):
+        if self.route.is_split(action.stage):
             results.append((Action(Phase.BE, action.stage, m), [*to_energies, *complete, *observables]))
         return results
 
     def _backward_energy(self, action: Action, stage: Stage, came: _Input) -> list[tuple[Action, list[Tensor]]]:
         function, m = stage.function, action.microbatch
         more: list[Tensor] = []
-        if self.route.is_apart(action.stage):
+        if self.route.is_split(action.stage):
             num, num_x = len(function.boundary_in), len(self._executor.chain.coordinates)
             more = came.own[:num]
             self._derivatives[m], self._observables[m] = came.own[num : num + num_x], came.own[num + num_x :]

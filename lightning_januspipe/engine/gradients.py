@@ -1,6 +1,6 @@
-"""Parameter gradients of one optimizer step: added up privately, reduced over the mesh, then published.
+"""Parameter gradients of one optimizer step: summed aside, accumulated into ``.grad``, reduced over the mesh.
 
-Lightning calls ``zero_grad`` between ``training_step`` and ``backward``, so nothing may reach ``p.grad`` before.
+Lightning calls ``zero_grad`` between ``training_step`` and ``backward``, so ``p.grad`` must not be written earlier.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class GradientBuffers:
         """All sums so far."""
         return list(self._sums.values())
 
-    def publish(self, scale: float) -> None:
+    def accumulate_into_grad(self, scale: float) -> None:
         """Add the sums, times ``scale``, to ``p.grad``, and forget them."""
         for parameter, total in self._sums.items():
             scaled = (total * scale).to(parameter.dtype)

@@ -12,7 +12,7 @@ from lightning_januspipe.engine.autocast import OFF, autocast_as, forget_casts
 from lightning_januspipe.errors import CaptureError
 
 
-def loss_of(output: Any, name: str) -> Tensor:
+def loss_in(output: Any, name: str) -> Tensor:
     """The loss in what a training step returned.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_januspipe.engine.timeline import Recorder
+from lightning_januspipe.engine.timeline import ActionRecorder
 from lightning_januspipe.schedule import Action
 
 
@@ -67,7 +67,7 @@ class StorageCounter(TorchDispatchMode):
         return result
 
 
-class HeldRecorder(Recorder):
+class MemoryRecorder(ActionRecorder):
     """Measures what a rank holds after each action, instead of times, which mean little meanwhile.
 
     To be entered for a step. Everything that is made in the step and alive counts: what phases saved and messages, but
@@ -83,7 +83,7 @@ class HeldRecorder(Recorder):
         self._gradients = gradients
         self._counter = StorageCounter()
 
-    def __enter__(self) -> HeldRecorder:
+    def __enter__(self) -> MemoryRecorder:
         self._counter.__enter__()
         return self
 

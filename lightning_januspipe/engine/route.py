@@ -44,7 +44,7 @@ class Route:
         needed = [d for d in self._schedule.dependencies(action) if d.phase not in DEFERRED_PHASES]
         found = []
         for source in needed:
-            if source.phase is action.phase or self.is_apart(action.stage):
+            if source.phase is action.phase or self.is_split(action.stage):
                 handed_on = source.phase is action.phase or action.phase in (Phase.FF, Phase.BE)
             else:
                 # Folded: the stage keeps what its own next phase needs, but for the observables at the first fold.
@@ -58,9 +58,9 @@ class Route:
         """Length of the chain."""
         return self._schedule.num_stages
 
-    def is_apart(self, stage: int) -> bool:
+    def is_split(self, stage: int) -> bool:
         """Whether FF and BF of a stage are on another rank than FE and BE."""
-        return self._schedule.is_apart(stage)
+        return self._schedule.is_split(stage)
 
     def rank_of(self, action: Action) -> int:
         """The rank that runs an action."""

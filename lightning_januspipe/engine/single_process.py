@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class LocalResult:
+class SingleProcessResult:
     """What one walk through the phases gave.
 
     Attributes:
@@ -29,7 +29,7 @@ class LocalResult:
         derivatives: complete ∂E/∂x.
         gradients: parameter gradients.
         seconds: measured phase times of each stage.
-        bytes: measured memory of each stage, if asked for. A stage that is apart holds ``energy`` on both ranks, and
+        bytes: measured memory of each stage, if asked for. A split stage holds ``energy`` on both ranks, and
             ``force`` on that of FF.
     """
 
@@ -40,17 +40,17 @@ class LocalResult:
     bytes: list[PhaseBytes] | None = None
 
 
-def run_local(
+def run_single_process(
     functions: Sequence[StageFunction],
     chain: ChainSpec,
     tensors: Sequence[Any],
     loss: Callable[[list[Tensor], list[Tensor]], LossGradients],
     *,
     defer: bool = False,
-    apart: Collection[int] = frozenset(),
+    split_stages: Collection[int] = frozenset(),
     measure_memory: bool = False,
     on_phase: Callable[[str, int], None] | None = None,
-) -> LocalResult:
+) -> SingleProcessResult:
     """Walk one micro-batch through all phases of all stages.
 
     Args:
@@ -59,13 +59,13 @@ def run_local(
         tensors: the potential call's tensors, and on a graph rank its exchanges.
         loss: called with (observables, derivatives).
         defer: leave what only parameters wait for to WF and WE.
-        apart: stages whose FF and BF run apart from FE and BE, as on another rank.
+        split_stages: indices of the stages whose FF and BF run as on another rank than FE and BE.
         measure_memory: also measure what each stage holds between its phases (times then mean little).
         on_phase: called with the name of a phase and its stage before each of them.
     """
     gradients = GradientBuffers()
     stages = [Stage(f, gradients, chain.autocast) for f in functions]
-    others = {i: Stage(functions[i], gradients, chain.autocast) for i in apart}
+    others = {i: Stage(functions[i], gradients, chain.autocast) for i in split_stages}
     meter = _Meter(functions, gradients, others, tensors, measure_memory, on_phase)
     observables: dict[int, Tensor] = {}
     received: dict[int, list[Tensor]] = {}
@@ -101,7 +101,9 @@ def run_local(
         if i not in others:
             meter.run("wf", i, partial(stage.weight_force, 0))
         meter.run("we", i, partial(stage.weight_energy, 0))
-    return LocalResult(known, derivatives, gradients, meter.seconds(), meter.bytes(defer) if measure_memory else None)
+    return SingleProcessResult(
+        known, derivatives, gradients, meter.seconds(), meter.bytes(defer) if measure_memory else None
+    )
 
 
 class _Meter:
@@ -114,12 +116,17 @@ class _Meter:
         self,
         functions: Sequence[StageFunction],
         gradients: GradientBuffers,
-        apart: Collection[int],
+        split_stages: Collection[int],
         tensors: Sequence[Any],
         memory: bool,
         on_phase: Callable[[str, int], None] | None,
     ) -> None:
-        self._functions, self._gradients, self._apart, self._on_phase = functions, gradients, apart, on_phase
+        self._functions, self._gradients, self._split_stages, self._on_phase = (
+            functions,
+            gradients,
+            split_stages,
+            on_phase,
+        )
         self._cuda = any(isinstance(t, Tensor) and t.is_cuda for t in tensors)
         self._seconds: list[dict[str, float]] = [{} for _ in functions]
         self._alive: list[dict[str, int]] = [{} for _ in functions]
@@ -131,7 +138,7 @@ class _Meter:
         """One phase of one stage, with the messages that it receives."""
         if self._counters is None:
             return self._timed(phase, index, function, messages)
-        other = index in self._apart and phase in ("recompute", "ff", "bf")
+        other = index in self._split_stages and phase in ("recompute", "ff", "bf")
         counter = self._counters.setdefault((index, other), StorageCounter())
         sent = self._counted(counter, phase, index, function, messages)
         gradients = [self._gradients.get(p) for p in self._functions[index].parameters]
@@ -149,7 +156,7 @@ class _Meter:
             energy = alive["fe"]
             force = alive["ff"] - alive.get("recompute", energy)
             later = [alive["be"] - energy]
-            if index not in self._apart:
+            if index not in self._split_stages:
                 waiting = force if defer else 0  # for WF
                 later = [alive["bf"] - energy - waiting, alive["be"] - energy - waiting, alive.get("wf", 0) - energy]
             found.append(PhaseBytes(energy, max(force, 0), max(*later, 0)))

@@ -28,10 +28,10 @@ class TensorSpec:
         return tuple(s if isinstance(s, int) else int(evaluate(s, symbols)) for s in self.shape)
 
 
-def violated(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
+def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
     """The sizes for which a condition does not hold; none where it does.
 
-    A condition that only a size of 0 or 1 breaks is taken to hold: operations treat such sizes apart.
+    A condition that only a size of 0 or 1 breaks is taken to hold: operations treat such sizes specially.
 
     Args:
         condition: a relation between size symbols.
@@ -107,7 +107,7 @@ class StageFunction(Protocol):
 
 
 @dataclass(frozen=True)
-class Reach:
+class Dependence:
     """Where a value of a boundary leads.
 
     Attributes:
@@ -130,7 +130,7 @@ class ChainSpec:
         observables: specs of all observables, in order.
         observable_stage: the stage that computes each observable.
         autocast: what FF differentiates under.
-        reach: for each boundary where each of its values leads; nothing at all where that is not known, as with stages
+        dependence: for each boundary what depends on each of its values; empty where that is not known, as with stages
             of the potential's own: parameters that lead to what the loss does not read then get gradients of zeros.
     """
 
@@ -138,7 +138,7 @@ class ChainSpec:
     observables: tuple[TensorSpec, ...]
     observable_stage: tuple[int, ...]
     autocast: Autocast = OFF
-    reach: tuple[tuple[Reach, ...], ...] = ()
+    dependence: tuple[tuple[Dependence, ...], ...] = ()
 
     def force_seeds(self, stage: int, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """What a stage received for FF, None for values that lead to no energy.
@@ -147,9 +147,9 @@ class ChainSpec:
             stage: position of the stage that received them.
             gradients: ∂E/∂h_out, one for each value that it sent.
         """
-        if not gradients or not self.reach:
+        if not gradients or not self.dependence:
             return gradients
-        return [g if r.energy else None for g, r in zip(gradients, self.reach[stage], strict=True)]
+        return [g if r.energy else None for g, r in zip(gradients, self.dependence[stage], strict=True)]
 
     def read_cotangents(
         self, stage: int, cotangents: Sequence[Tensor], seeds: Sequence[Tensor | None]
@@ -164,11 +164,11 @@ class ChainSpec:
             cotangents: λ_out = ∂L/∂h_out, one for each value that it sent.
             seeds: ∂L/∂y for every observable, None where the loss does not read it.
         """
-        if not cotangents or not self.reach:
+        if not cotangents or not self.dependence:
             return cotangents
         return [
             c if r.forces or any(seeds[i] is not None for i in r.observables) else None
-            for c, r in zip(cotangents, self.reach[stage], strict=True)
+            for c, r in zip(cotangents, self.dependence[stage], strict=True)
         ]
 
 
@@ -203,7 +203,7 @@ class MicrobatchInput:
 class PhaseSeconds:
     """Measured seconds of the phases of one stage for one micro-batch.
 
-    Of a stage that is apart, FF counts FE's recomputation and BF the way back through it. WF and WE are 0 where
+    Of a split stage, FF counts FE's recomputation and BF the way back through it. WF and WE are 0 where
     nothing is deferred.
     """
 

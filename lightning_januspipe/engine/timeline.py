@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_januspipe.schedule import Action, Phase, Report, Schedule
-from lightning_januspipe.schedule.report import peak_live
+from lightning_januspipe.schedule.step_report import peak_live
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Span:
     end: float
 
 
-class Recorder:
+class ActionRecorder:
     """Times the actions of one rank; waiting for messages does not count.
 
     On CUDA devices times are those of the current stream, and nothing is synchronized before :meth:`spans`.
@@ -100,7 +100,7 @@ def recorded_report(schedule: Schedule, spans: Mapping[int, Sequence[Span]]) -> 
     return Report(max(end.values()), max(busy), peak_live(schedule), start, end, busy)
 
 
-class PhaseTimes:
+class MeanPhaseTimes:
     """Mean times of the phases of each stage, over micro-batches and steps."""
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """Atoms of one micro-batch on several ranks: who owns which rows, and exchanges that can be differentiated twice."""
 
-from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica, division_of
+from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica, shard_potential
 from lightning_januspipe.graph.collectives import (
     Exchange,
     collect_rows,
@@ -11,36 +11,37 @@ from lightning_januspipe.graph.collectives import (
     sum_over_ranks,
 )
 from lightning_januspipe.graph.explicit import with_halo
-from lightning_januspipe.graph.insert_exchanges import Localized, localize
-from lightning_januspipe.graph.owners_in_loader import OwnersAhead
+from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.graph.owners_in_loader import OwnersInLoader
 from lightning_januspipe.graph.partition import halo_size, partition_atoms
+from lightning_januspipe.graph.sharded_potential import ShardedPotential
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read, whole
-from lightning_januspipe.graph.verify_captured import call_tensors, prove_division
-from lightning_januspipe.graph.verify_explicit import prove_together
+from lightning_januspipe.graph.verify_captured import call_tensors, verify_sharding
+from lightning_januspipe.graph.verify_explicit import verify_explicit_sharding
 
 __all__ = [
     "Exchange",
     "GraphAxis",
     "GraphGroup",
-    "Localized",
-    "OwnersAhead",
+    "OwnersInLoader",
     "Replica",
     "Shard",
+    "ShardedPotential",
     "call_tensors",
     "collect_rows",
     "count_once",
-    "division_of",
     "gather_halo",
     "halo_size",
-    "localize",
     "make_shards",
     "partition_atoms",
-    "prove_division",
-    "prove_together",
     "replicate",
     "rows_read",
+    "shard_captured",
+    "shard_potential",
     "sum_halo",
     "sum_over_ranks",
+    "verify_explicit_sharding",
+    "verify_sharding",
     "whole",
     "with_halo",
 ]

@@ -1,4 +1,4 @@
-"""The graph axis of a pipeline: micro-batches are divided before their first phase, and whole again for the loss."""
+"""The graph axis of a pipeline: micro-batches are sharded before their first phase, and whole again for the loss."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
-from lightning_januspipe.graph.explicit import localize_explicit
-from lightning_januspipe.graph.insert_exchanges import localize
-from lightning_januspipe.graph.placement import Kind, Value
-from lightning_januspipe.graph.shard_microbatch import Divider, Plan
-from lightning_januspipe.graph.sharded_potential import Division, LocalPotential
+from lightning_januspipe.graph.explicit import shard_explicit
+from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.graph.placement import Placement
+from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder, ShardPlan
+from lightning_januspipe.graph.sharded_potential import RankPotential, ShardedPotential
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class Replica:
     group: dist.ProcessGroup
 
 
-def division_of(divided: DividedPotential, potential: nn.Module) -> Division:
-    """How a potential is divided over graph ranks.
+def shard_potential(staged: StagedPotential, potential: nn.Module) -> ShardedPotential[RankPotential]:
+    """How a potential is sharded over graph ranks.
 
     Args:
-        divided: the potential in stages.
+        staged: the potential in stages.
         potential: the live potential.
 
     Raises:
-        CaptureError: it cannot be divided; the message says why.
+        CaptureError: it cannot be sharded; the message says why.
     """
-    if isinstance(divided, ExplicitPotential):
-        return localize_explicit(divided, potential)
-    assert isinstance(divided, CapturedPotential)
-    return localize(divided)
+    if isinstance(staged, ExplicitPotential):
+        return shard_explicit(staged, potential)
+    assert isinstance(staged, CapturedPotential)
+    return shard_captured(staged)
 
 
 class GraphAxis:
@@ -81,30 +81,30 @@ class GraphAxis:
         rank: this one's place among them.
     """
 
-    def __init__(self, captured: DividedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
-        self._division = division_of(captured, potential)
+    def __init__(self, captured: StagedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
+        self._sharded = shard_potential(captured, potential)
         self.size, self.rank = ranks.size, ranks.rank
         self._group: dist.ProcessGroup | None = ranks.group
-        self._divider = Divider(captured, self._division, potential, ranks.size)
+        self._sharder = MicrobatchSharder(captured, self._sharded, potential, ranks.size)
         self._exchanges: dict[int, dict[str, Exchange]] = {}
 
     @property
-    def potential(self) -> LocalPotential:
+    def potential(self) -> RankPotential:
         """The potential whose stages work on own rows."""
-        return self._division.potential
+        return self._sharded.potential
 
-    def divided(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
+    def shard_inputs(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
         """A micro-batch with this rank's rows only.
 
         Args:
             index: the micro-batch.
             given: the whole, the same on all graph ranks.
         """
-        return self._part(index, given, self._divider.planned(given.tensors))
+        return self._part(index, given, self._sharder.plan_balanced(given.tensors))
 
-    def scattered(self, index: int, given: MicrobatchInput, over: int | None = None) -> MicrobatchInput:
-        """The same as no training divides it; see :meth:`~.divide.Divider.scattered`."""
-        return self._part(index, given, self._divider.scattered(given.tensors, over))
+    def scatter_inputs(self, index: int, given: MicrobatchInput, over: int | None = None) -> MicrobatchInput:
+        """Shards a micro-batch as training never does; see :meth:`.MicrobatchSharder.plan_scattered`."""
+        return self._part(index, given, self._sharder.plan_scattered(given.tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         """Add up a tensor over the graph ranks, in place.
@@ -120,8 +120,8 @@ class GraphAxis:
                 "That rank has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
 
-    def divided_alike(
-        self, inputs: Sequence[MicrobatchInput], replica: Replica, ahead: Sequence[Tensor | None] = ()
+    def shard_step_inputs(
+        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_ahead: Sequence[Tensor | None] = ()
     ) -> list[MicrobatchInput]:
         """The micro-batches of a step, by owners that one rank chose for each and told all.
 
@@ -131,19 +131,19 @@ class GraphAxis:
         Args:
             inputs: the whole micro-batches, the same on all ranks of the replica.
             replica: these ranks; all of them have to call this.
-            ahead: owners that were chosen before, where they were.
+            owners_ahead: owners that were chosen before, where they were.
 
         Raises:
             PipelineError: a rank did not answer.
         """
-        looks = [self._divider.look(given.tensors) for given in inputs]
-        sizes = [self._divider.num_atoms(look) for look in looks]
+        looks = [self._sharder.read_indices(given.tensors) for given in inputs]
+        sizes = [self._sharder.num_atoms(look) for look in looks]
         told = torch.zeros(sum(sizes), dtype=torch.int32)
         of_microbatch = told.split(sizes)
         for index in range(replica.rank, len(inputs), replica.size):
-            chosen = ahead[index] if index < len(ahead) else None
+            chosen = owners_ahead[index] if index < len(owners_ahead) else None
             if chosen is None or len(chosen) != sizes[index]:
-                chosen = self._divider.owners(inputs[index].tensors, looks[index])
+                chosen = self._sharder.choose_owners(inputs[index].tensors, looks[index])
             of_microbatch[index].copy_(chosen)
         try:
             dist.all_reduce(told, group=replica.group)
@@ -153,28 +153,28 @@ class GraphAxis:
                 f"for them: {error}. One of them has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
         owners = told.to(torch.int64).split(sizes)
-        plans = [self._divider.plan(look, o) for look, o in zip(looks, owners, strict=True)]
+        plans = [self._sharder.plan(look, o) for look, o in zip(looks, owners, strict=True)]
         return [self._part(i, given, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]
 
-    def _part(self, index: int, given: MicrobatchInput, plan: Plan) -> MicrobatchInput:
-        part = self._divider.part(given.tensors, plan, self.rank)
+    def _part(self, index: int, given: MicrobatchInput, plan: ShardPlan) -> MicrobatchInput:
+        part = self._sharder.shard(given.tensors, plan, self.rank)
         exchanges = {name: Exchange(shard, self._group) for name, shard in part.shards.items()}
         self._exchanges[index] = exchanges
         return MicrobatchInput([*part.tensors, *exchanges.values(), *part.extended], part.symbols)
 
-    def joined(
+    def gather_results(
         self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Observables and derivatives of all rows, for the user's loss; all graph ranks have to ask for them."""
-        kinds = self._division
+        kinds = self._sharded
         return (
             [self._all_rows(index, y, v) for y, v in zip(observables, kinds.observables, strict=True)],
             [self._all_rows(index, x, v) for x, v in zip(derivatives, kinds.derivatives, strict=True)],
         )
 
-    def own(self, index: int, gradients: LossGradients) -> LossGradients:
+    def own_gradients(self, index: int, gradients: LossGradients) -> LossGradients:
         """Of the loss's gradients those of this rank's rows: every graph rank has evaluated the same loss."""
-        kinds = self._division
+        kinds = self._sharded
         return LossGradients(
             [self._own_rows(index, y, v) for y, v in zip(gradients.observables, kinds.observables, strict=True)],
             [self._rows(index, x, v) for x, v in zip(gradients.derivatives, kinds.derivatives, strict=True)],
@@ -191,18 +191,18 @@ class GraphAxis:
                 exchange.close()
         self._group = None
 
-    def _all_rows(self, index: int, value: Tensor, kind: Value) -> Tensor:
-        if kind.kind is not Kind.OWN:
+    def _all_rows(self, index: int, value: Tensor, kind: Placement) -> Tensor:
+        if not kind.is_sharded:
             return value
         exchange = self._exchanges[index][kind.rows]
         if kind.dim == 0:
             return collect_rows(value, exchange)
         return collect_rows(value.movedim(kind.dim, 0), exchange).movedim(0, kind.dim)
 
-    def _own_rows(self, index: int, value: Tensor | None, kind: Value) -> Tensor | None:
+    def _own_rows(self, index: int, value: Tensor | None, kind: Placement) -> Tensor | None:
         return None if value is None else self._rows(index, value, kind)
 
-    def _rows(self, index: int, value: Tensor, kind: Value) -> Tensor:
-        if kind.kind is not Kind.OWN:
+    def _rows(self, index: int, value: Tensor, kind: Placement) -> Tensor:
+        if not kind.is_sharded:
             return value
         return value.index_select(kind.dim, self._exchanges[index][kind.rows].shard.own)

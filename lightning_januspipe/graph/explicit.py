@@ -16,10 +16,10 @@ from lightning_januspipe.capture.stages.explicit import ExplicitPotential, Expli
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph.collectives import Exchange, gather_halo, replicate, sum_over_ranks
-from lightning_januspipe.graph.index_analysis import Numbers, Source
-from lightning_januspipe.graph.placement import REPLICATED, Kind, Value
-from lightning_januspipe.graph.row_classes import Classes
-from lightning_januspipe.graph.sharded_potential import Division
+from lightning_januspipe.graph.index_analysis import IndexSource, RowIndex
+from lightning_januspipe.graph.placement import REPLICATE, Placement, PlacementKind
+from lightning_januspipe.graph.row_classes import RowClasses
+from lightning_januspipe.graph.sharded_potential import ShardedPotential
 
 _HOW = (
     "For graph_size > 1, set stage_edges = (('edge_index', 0), ('edge_index', 1)): the input, and the row of it, with "
@@ -27,7 +27,7 @@ _HOW = (
 )
 
 
-class LocalInputs(dict[str, Tensor]):
+class RankInputs(dict[str, Tensor]):
     """The inputs of a part on one of several graph ranks.
 
     Args:
@@ -59,162 +59,162 @@ def with_halo(features: Tensor, inputs: Tensors) -> Tensor:
         ...     messages = with_halo(features["h"], inputs)[source]
         ...     return {"h": torch.zeros_like(features["h"]).index_add(0, target, messages)}
     """
-    return gather_halo(features, inputs.exchange) if isinstance(inputs, LocalInputs) else features
+    return gather_halo(features, inputs.exchange) if isinstance(inputs, RankInputs) else features
 
 
 @dataclass(frozen=True)
-class LocalExplicit:
+class ExplicitRankPotential:
     """A potential in its own stages, on the rows of one graph rank.
 
     Attributes:
-        divided: the potential.
+        staged: the potential.
         classes: the size symbols of its atoms and edges.
     """
 
-    divided: ExplicitPotential
+    staged: ExplicitPotential
     classes: tuple[str, str]
 
     @property
     def num_stages(self) -> int:
         """Length of the chain."""
-        return self.divided.num_stages
+        return self.staged.num_stages
 
     @property
     def chain(self) -> ChainSpec:
         """Specs of derivative and observables."""
-        return self.divided.chain
+        return self.staged.chain
 
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Values of the size symbols on this rank."""
-        return {s: tensors[i].shape[d] for s, (i, d) in self.divided.symbols.items()}
+        return {s: tensors[i].shape[d] for s, (i, d) in self.staged.symbols.items()}
 
-    def stage(self, index: int, potential: nn.Module) -> LocalStage:
+    def stage(self, index: int, potential: nn.Module) -> ExplicitRankStage:
         """One stage; its tensors end with one exchange for each class of rows, the first for the atoms."""
-        return LocalStage(self.divided, index, potential, self.classes)
+        return ExplicitRankStage(self.staged, index, potential, self.classes)
 
 
-class LocalStage(ExplicitStage):
+class ExplicitRankStage(ExplicitStage):
     """Some of the parts, on the rows of one graph rank.
 
     Args:
-        divided: the whole chain.
+        staged: the whole chain.
         index: position of this stage in it.
         potential: the live potential.
         classes: the size symbols of atoms and edges.
     """
 
-    def __init__(self, divided: ExplicitPotential, index: int, potential: nn.Module, classes: tuple[str, str]) -> None:
-        super().__init__(divided, index, potential)
+    def __init__(self, staged: ExplicitPotential, index: int, potential: nn.Module, classes: tuple[str, str]) -> None:
+        super().__init__(staged, index, potential)
         self._classes = classes
 
     def _inputs(self, tensors: Sequence[Any]) -> tuple[Tensors, list[Tensor]]:
-        divided, num = self._divided, len(self._divided.inputs_by_name)
+        staged, num = self._staged, len(self._staged.inputs_by_name)
         named, leaves = super()._inputs(tensors[:num])
         exchange = cast(Exchange, tensors[num])
-        local = LocalInputs(named, exchange)
-        for name in divided.coordinates:
-            if _class_of(divided.inputs_by_name[name], self._classes) is None:
+        local = RankInputs(named, exchange)
+        for name in staged.coordinates:
+            if _class_of(staged.inputs_by_name[name], self._classes) is None:
                 local[name] = replicate(named[name], exchange)  # each rank uses it for its own rows
         return local, leaves
 
     def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
-        assert isinstance(inputs, LocalInputs)
+        assert isinstance(inputs, RankInputs)
         return {
             name: sum_over_ranks(results[name], inputs.exchange)
             if _class_of(spec, self._classes) is None
             else results[name]
-            for name, spec in self._divided.features[-1].items()
+            for name, spec in self._staged.features[-1].items()
         }
 
 
-def localize_explicit(divided: ExplicitPotential, potential: nn.Module) -> Division:
-    """How a potential that divides itself is divided over graph ranks.
+def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPotential[ExplicitRankPotential]:
+    """How a potential that declares its stages is sharded over graph ranks.
 
     Args:
-        divided: the potential in stages.
+        staged: the potential in stages.
         potential: the live potential, which says by ``stage_edges`` what its edges join.
 
     Raises:
         CaptureError: it does not say that, or a part hands on what is neither of atoms nor of edges.
     """
-    position = {name: i for i, name in enumerate(divided.inputs_by_name)}
-    ends = [_end(divided, position, given) for given in _declared(divided, potential)]
-    atoms = _atoms(divided)
+    position = {name: i for i, name in enumerate(staged.inputs_by_name)}
+    ends = [_end(staged, position, given) for given in _declared(staged, potential)]
+    atoms = _atoms(staged)
     edges = ends[0][1]
     if atoms == edges or ends[1][1] != edges:
         raise CaptureError(
-            f"stage_edges of the potential {shown(divided.path)} names inputs of {ends[0][1]} and {ends[1][1]}, "
+            f"stage_edges of the potential {shown(staged.path)} names inputs of {ends[0][1]} and {ends[1][1]}, "
             f"where atoms are {atoms}; expected two of the same size, that of the edges. {_HOW}"
         )
-    source, target = (Numbers(where, edges, atoms, writes=i == 1) for i, (where, _) in enumerate(ends))
-    for index, features in enumerate(divided.features[:-1]):
+    source, target = (RowIndex(where, edges, atoms, writes=i == 1) for i, (where, _) in enumerate(ends))
+    for index, features in enumerate(staged.features[:-1]):
         for name, spec in features.items():
             if _class_of(spec, (atoms, edges)) is None:
                 raise CaptureError(
-                    f"graph_size > 1 is not possible: part {index} of the potential {shown(divided.path)} hands on "
+                    f"graph_size > 1 is not possible: part {index} of the potential {shown(staged.path)} hands on "
                     f"{name!r} of shape {spec.shape}, which has no row for each atom ({atoms}) or edge ({edges}). Sum "
                     "over atoms in the last part only, or use graph_size=1."
                 )
     rows = {
         (position[name], dim): size
-        for name, spec in divided.inputs_by_name.items()
+        for name, spec in staged.inputs_by_name.items()
         for dim, size in enumerate(spec.shape)
         if size in (atoms, edges)
     }
-    place = next((i for n, i in position.items() if n in divided.coordinates and rows.get((i, 0)) == atoms), None)
-    local = LocalExplicit(divided, (atoms, edges))
-    return Division(
+    place = next((i for n, i in position.items() if n in staged.coordinates and rows.get((i, 0)) == atoms), None)
+    local = ExplicitRankPotential(staged, (atoms, edges))
+    return ShardedPotential(
         potential=local,
         bind=local.bind,
-        classes=Classes(atoms, {edges: target}, {atoms: [source], edges: []}),
+        classes=RowClasses(atoms, {edges: target}, {atoms: [source], edges: []}),
         rows={key: str(name) for key, name in rows.items()},
         renumbered={source.source: atoms, target.source: atoms},
-        observables=tuple(_value(spec, (atoms, edges)) for spec in divided.features[-1].values()),
-        derivatives=tuple(_value(divided.inputs_by_name[n], (atoms, edges)) for n in divided.coordinates),
+        observables=tuple(_value(spec, (atoms, edges)) for spec in staged.features[-1].values()),
+        derivatives=tuple(_value(staged.inputs_by_name[n], (atoms, edges)) for n in staged.coordinates),
         positions=place,
     )
 
 
-def _declared(divided: ExplicitPotential, potential: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+def _declared(staged: ExplicitPotential, potential: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """Source and target of the edges: names of inputs, and rows of them."""
     given = getattr(potential, "stage_edges", None)
     pairs = [(e,) if isinstance(e, str) else e for e in given] if isinstance(given, (list, tuple)) else []
     ends = [(str(e[0]), tuple(e[1:])) for e in pairs if isinstance(e, (list, tuple)) and e]
     is_right = len(pairs) == len(ends) == len(set(ends)) == 2
-    if not is_right or any(name not in divided.inputs_by_name for name, _ in ends):
+    if not is_right or any(name not in staged.inputs_by_name for name, _ in ends):
         raise CaptureError(
-            f"the potential {shown(divided.path)} has stage_edges = {given!r}; expected the source and the target of "
-            f"edges, among its inputs {list(divided.inputs_by_name)}. {_HOW}"
+            f"the potential {shown(staged.path)} has stage_edges = {given!r}; expected the source and the target of "
+            f"edges, among its inputs {list(staged.inputs_by_name)}. {_HOW}"
         )
     return ends
 
 
 def _end(
-    divided: ExplicitPotential, position: Mapping[str, int], given: tuple[str, tuple[int, ...]]
-) -> tuple[Source, str]:
+    staged: ExplicitPotential, position: Mapping[str, int], given: tuple[str, tuple[int, ...]]
+) -> tuple[IndexSource, str]:
     """One end of the edges, and the symbol of their number."""
     name, selected = given
-    whole = divided.inputs_by_name[name].shape
+    whole = staged.inputs_by_name[name].shape
     shape = whole[len(selected) :]
     is_row = all(
         isinstance(n, int) and isinstance(i, int) and 0 <= i < n for i, n in zip(selected, whole, strict=False)
     )
     if len(shape) != 1 or not isinstance(shape[0], str) or not is_row:
         raise CaptureError(
-            f"stage_edges of the potential {shown(divided.path)} names {name!r} {list(selected)} of shape {shape}; "
+            f"stage_edges of the potential {shown(staged.path)} names {name!r} {list(selected)} of shape {shape}; "
             f"expected one number for each edge. {_HOW}"
         )
-    return Source(position[name], tuple((0, place) for place in selected)), shape[0]
+    return IndexSource(position[name], tuple((0, place) for place in selected)), shape[0]
 
 
-def _atoms(divided: ExplicitPotential) -> str:
-    for name in divided.coordinates:
-        shape = divided.inputs_by_name[name].shape
+def _atoms(staged: ExplicitPotential) -> str:
+    for name in staged.coordinates:
+        shape = staged.inputs_by_name[name].shape
         if len(shape) == 2 and isinstance(shape[0], str) and shape[1] == 3:
             return shape[0]
     raise CaptureError(
-        f"graph_size > 1 needs positions (N, 3) among stage_coordinates; those of the potential {shown(divided.path)} "
-        f"are {list(divided.coordinates)}. Use graph_size=1."
+        f"graph_size > 1 needs positions (N, 3) among stage_coordinates; those of the potential {shown(staged.path)} "
+        f"are {list(staged.coordinates)}. Use graph_size=1."
     )
 
 
@@ -223,6 +223,6 @@ def _class_of(spec: TensorSpec, classes: Sequence[str]) -> tuple[str, int] | Non
     return next(((str(size), dim) for dim, size in enumerate(spec.shape) if size in classes), None)
 
 
-def _value(spec: TensorSpec, classes: Sequence[str]) -> Value:
+def _value(spec: TensorSpec, classes: Sequence[str]) -> Placement:
     found = _class_of(spec, classes)
-    return REPLICATED if found is None else Value(Kind.OWN, *found)
+    return REPLICATE if found is None else Placement(PlacementKind.SHARD, *found)

@@ -49,7 +49,7 @@ _BATCHED = {"aten.bmm.default", "aten.baddbmm.default", "aten.matmul.default"}
 
 
 @dataclass(frozen=True)
-class Source:
+class IndexSource:
     """An input, or a part of it, or integers that are computed from inputs.
 
     Attributes:
@@ -64,7 +64,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class RowIndex:
     """Numbers of rows in an input.
 
     Attributes:
@@ -76,7 +76,7 @@ class Numbers:
         is_table: whether each row has several, as in a table of the neighbors of each atom.
     """
 
-    source: Source
+    source: IndexSource
     rows: str
     of: str
     writes: bool
@@ -85,7 +85,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Use:
+class IndexUse:
     """One index operation along a dimension with rows.
 
     Attributes:
@@ -101,7 +101,7 @@ class Use:
     dim: int
     symbol: str
     index: str
-    source: Source | None
+    source: IndexSource | None
     counts: str | None
 
 
@@ -124,7 +124,7 @@ def base(node: Node) -> str:
     return str(node.args[0].name)
 
 
-class NumbersOfRows:
+class IndexAnalysis:
     """The index operations of a program, and the classes of rows that follow from them.
 
     Args:
@@ -135,26 +135,26 @@ class NumbersOfRows:
     Attributes:
         uses: index operations along dimensions with symbolic sizes.
         numbers: inputs with numbers of rows.
-        divided: the classes that are divided over the ranks, once they are known.
+        sharded: the classes that are sharded over the ranks, once they are known.
     """
 
     def __init__(self, program: Program, nodes: Sequence[str], sizes: Mapping[str, int]) -> None:
         self._program, self._example = program, sizes
         self._positions = {name: i for i, name in enumerate(program.inputs)}
-        self._sources: dict[str, Source | None] = {}
+        self._sources: dict[str, IndexSource | None] = {}
         self._of_inputs = self._depends_on_inputs_only(nodes)
         self._same: dict[str, str] = {}
-        self.divided: set[str] = set()
+        self.sharded: set[str] = set()
         self.uses = [use for name in nodes for use in self._uses(program.by_name[name])]
         for name in nodes:
             self._join_broadcast(program.by_name[name])
-        of_source: dict[Source, str] = {}
+        of_source: dict[IndexSource, str] = {}
         for use in self.uses:
             if use.source is not None:
                 of_source[use.source] = self._joined(of_source.setdefault(use.source, use.symbol), use.symbol)
         written = {u.source for u in self.uses if u.node.target in SCATTERING}
-        self.numbers = [
-            Numbers(
+        self.row_indices = [
+            RowIndex(
                 source,
                 self.class_of(rows),
                 self.class_of(of),
@@ -180,7 +180,7 @@ class NumbersOfRows:
             ValueError: the size is no multiple of a number of rows.
         """
         symbols = re.findall(r"[A-Za-z_]\w*", size) if isinstance(size, str) else []
-        rows = [s for s in symbols if s in self._example and self.class_of(s) in self.divided]
+        rows = [s for s in symbols if s in self._example and self.class_of(s) in self.sharded]
         if not rows:
             return None
         num = 6  # any number; that of the example may be 0
@@ -214,13 +214,13 @@ class NumbersOfRows:
         symbols = [s for s in re.findall(r"[A-Za-z_]\w*", size) if self._example.get(s) == value and value > 1]
         return symbols[0] if len(symbols) == 1 else None
 
-    def source(self, name: str) -> Source | None:
+    def source(self, name: str) -> IndexSource | None:
         """The input, or part of one, that a node's values are; None if they are computed."""
         if name not in self._sources:
             node = self._program.by_name[name]
             found = self._find(node)
             if found is None and self._is_computed(node):
-                found = Source(-1, (), name)
+                found = IndexSource(-1, (), name)
             self._sources[name] = found
         return self._sources[name]
 
@@ -251,9 +251,9 @@ class NumbersOfRows:
         spec = self._program.by_name[size.args[0].name].spec
         return None if spec is None else symbolic(spec.shape[size.args[1]])
 
-    def _find(self, node: Node) -> Source | None:
+    def _find(self, node: Node) -> IndexSource | None:
         if node.op == "placeholder":
-            return Source(self._positions[node.name]) if node.name in self._positions else None
+            return IndexSource(self._positions[node.name]) if node.name in self._positions else None
         first = node.args[0] if node.args else None
         if not isinstance(first, Ref):
             return None
@@ -267,13 +267,13 @@ class NumbersOfRows:
                 return self._selected(whole.args[0].name, whole.args[1] if len(whole.args) > 1 else 0, node.args[1])
         return None
 
-    def _selected(self, name: str, dim: int, place: int) -> Source | None:
+    def _selected(self, name: str, dim: int, place: int) -> IndexSource | None:
         found, spec = self.source(name), self._program.by_name[name].spec
         if found is None or found.node or spec is None or list(spec.shape) != self._sizes(found):
             return None
-        return Source(found.position, (*found.selected, (dim % len(spec.shape), place)))
+        return IndexSource(found.position, (*found.selected, (dim % len(spec.shape), place)))
 
-    def _sizes(self, source: Source) -> list[int | str]:
+    def _sizes(self, source: IndexSource) -> list[int | str]:
         """The shape of an input's part."""
         spec = self._program.by_name[source.node or self._program.inputs[source.position]].spec
         assert spec is not None
@@ -282,7 +282,7 @@ class NumbersOfRows:
             del sizes[dim]
         return sizes
 
-    def _uses(self, node: Node) -> Iterable[Use]:
+    def _uses(self, node: Node) -> Iterable[IndexUse]:
         if node.target not in GATHERING and node.target not in SCATTERING:
             return
         spec = self._program.by_name[base(node)].spec
@@ -290,7 +290,7 @@ class NumbersOfRows:
             if spec is not None and spec.shape:
                 symbol = symbolic(spec.shape[dim])
                 if symbol is not None:
-                    yield Use(node, dim % len(spec.shape), symbol, index, self.source(index), self.counts(index))
+                    yield IndexUse(node, dim % len(spec.shape), symbol, index, self.source(index), self.counts(index))
 
     def _joined(self, a: str, b: str) -> str:
         a, b = self.class_of(a), self.class_of(b)

@@ -10,21 +10,20 @@ linear map whose backward pass is its transpose, so that it is right in all four
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.program import Node, Ref, refs
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.graph import exchange_ops
-from lightning_januspipe.graph.index_analysis import GATHERING, SCATTERING, NumbersOfRows, Use
+from lightning_januspipe.graph.index_analysis import GATHERING, SCATTERING, IndexAnalysis, IndexUse
 from lightning_januspipe.graph.placement import (
     CONSTANT,
     CONTRACTING,
-    PARTIAL,
+    PARTIAL_GRADIENT,
     REPEATING,
-    REPLICATED,
-    Kind,
-    Value,
+    REPLICATE,
+    Placement,
+    PlacementKind,
     adds,
     is_largest,
     is_size,
@@ -33,48 +32,41 @@ from lightning_januspipe.graph.placement import (
     refused,
 )
 from lightning_januspipe.graph.rewrite import Rewrite, exchange_name, extended_name
-from lightning_januspipe.graph.row_classes import find_classes, require_plain_use
-from lightning_januspipe.graph.sharded_potential import Division
+from lightning_januspipe.graph.row_classes import find_row_classes, refuse_index_arithmetic
+from lightning_januspipe.graph.sharded_potential import ShardedPotential
 
 
-@dataclass(frozen=True)
-class Localized(Division):
-    """A captured potential for several graph ranks."""
-
-    potential: CapturedPotential
-
-
-def localize(captured: CapturedPotential) -> Localized:
+def shard_captured(captured: CapturedPotential) -> ShardedPotential[CapturedPotential]:
     """Put exchanges into a captured potential.
 
     Raises:
         CaptureError: an operation mixes rows in a way that has no exchange here.
     """
-    return _Localizer(captured).run()
+    return _ExchangeInserter(captured).run()
 
 
-class _Localizer:
+class _ExchangeInserter:
     def __init__(self, captured: CapturedPotential) -> None:
         self._captured, self._program = captured, captured.program
         forward = {*captured.regions.geometry, *captured.regions.body}
         self._forward = [n.name for n in self._program.nodes if n.name in forward]
-        self._found = NumbersOfRows(self._program, self._forward, captured.cut.sizes)
-        self._classes = find_classes(self._program, self._found)
-        self._divided = self._found.divided = set(self._classes.names)
-        self._computed = [n.source.node for n in self._found.numbers if n.source.node and n.of in self._divided]
+        self._found = IndexAnalysis(self._program, self._forward, captured.cut.sizes)
+        self._classes = find_row_classes(self._program, self._found)
+        self._sharded = self._found.sharded = set(self._classes.names)
+        self._computed = [n.source.node for n in self._found.row_indices if n.source.node and n.of in self._sharded]
         self._forward = self._alive()
-        require_plain_use(self._program, self._found, self._classes, self._forward)
+        refuse_index_arithmetic(self._program, self._found, self._classes, self._forward)
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
-        self._known = {n.source for n in self._found.numbers}
+        self._known = {n.source for n in self._found.row_indices}
         self._owners = {n.source for n in self._classes.owner.values()}
         self._on_parameter = self._program.dependent(self._program.parameters)
         self._on_coordinate = self._program.dependent(self._program.coordinates)
-        self._values: dict[str, Value] = {}
+        self._values: dict[str, Placement] = {}
         self._sizes: set[str] = set()
         self._extended: dict[str, int] = {}
         self._rewrite = Rewrite(self._program, self._computed)
 
-    def run(self) -> Localized:
+    def run(self) -> ShardedPotential[CapturedPotential]:
         """All operations in order; then the program with what was inserted."""
         program = self._program
         forward = set(self._forward)
@@ -83,24 +75,24 @@ class _Localizer:
                 self._values[node.name] = self._of_input(node)
             elif node.name in forward:
                 self._values[node.name] = self._visit(self._rewrite.nodes[node.name])
-            if node.name in program.coordinates and self._values[node.name].kind is Kind.PARTIAL:
-                self._values[node.name] = REPLICATED
+            if node.name in program.coordinates and self._values[node.name].kind is PlacementKind.PARTIAL_GRADIENT:
+                self._values[node.name] = REPLICATE
         for name in self._captured.regions.observables:
-            if self._values[name].kind is Kind.PARTIAL:
+            if self._values[name].kind is PlacementKind.PARTIAL_GRADIENT:
                 self._rewrite.follow(name, exchange_ops.count_once, self._classes.root)
-                self._values[name] = REPLICATED
+                self._values[name] = REPLICATE
         return self._result()
 
     # -- kinds -------------------------------------------------------------------------------------------------------
 
-    def _of_input(self, node: Node) -> Value:
+    def _of_input(self, node: Node) -> Placement:
         is_input = node.name in self._program.inputs or node.name in self._computed
         if not is_input or node.spec is None:
-            return PARTIAL
-        return self._rows_of(node.spec, node) or PARTIAL
+            return PARTIAL_GRADIENT
+        return self._rows_of(node.spec, node) or PARTIAL_GRADIENT
 
-    def _rows_of(self, spec: TensorSpec, node: Node) -> Value | None:
-        """The one divided dimension of a shape, if there is one."""
+    def _rows_of(self, spec: TensorSpec, node: Node) -> Placement | None:
+        """The one sharded dimension of a shape, if there is one."""
         found = []
         for dim, size in enumerate(spec.shape):
             try:
@@ -108,20 +100,20 @@ class _Localizer:
             except ValueError as error:
                 raise refused(node, f"makes {error}") from error
             if factor is not None:
-                found.append(Value(Kind.OWN, factor[0], dim, factor[1]))
+                found.append(Placement(PlacementKind.SHARD, factor[0], dim, factor[1]))
         if len(found) > 1:
             raise refused(node, "has two dimensions of atoms or edges")
         return found[0] if found else None
 
-    def _visit(self, node: Node) -> Value:
+    def _visit(self, node: Node) -> Placement:
         if is_size(node):
-            if any(r.name in self._sizes for r in refs(node.args)) or self._is_divided_size(node):
+            if any(r.name in self._sizes for r in refs(node.args)) or self._is_sharded_size(node):
                 self._sizes.add(node.name)
-            return PARTIAL
+            return PARTIAL_GRADIENT
         counted = self._found.counts(node.name)
-        if counted is not None and self._found.class_of(counted) in self._divided:
+        if counted is not None and self._found.class_of(counted) in self._sharded:
             self._refuse_counting(node)
-            return self._rows_of(node.spec, node) or PARTIAL if node.spec is not None else PARTIAL
+            return self._rows_of(node.spec, node) or PARTIAL_GRADIENT if node.spec is not None else PARTIAL_GRADIENT
         self._refuse_sizes_as_numbers(node)
         if node.target in SCATTERING:
             written = self._written(node)
@@ -131,12 +123,12 @@ class _Localizer:
             self._read(node)
         return self._local(node)
 
-    def _local(self, node: Node) -> Value:
+    def _local(self, node: Node) -> Placement:
         """An operation on each rank's rows."""
         if CONSTANT.match(str(node.target)) and node.spec is not None:
-            return self._rows_of(node.spec, node) or PARTIAL
+            return self._rows_of(node.spec, node) or PARTIAL_GRADIENT
         given = self._operands(node)
-        own = [self._values[n] for n in given if self._values[n].kind is Kind.OWN]
+        own = [self._values[n] for n in given if self._values[n].is_sharded]
         if len({v.rows for v in own}) > 1 and node.target not in GATHERING:
             raise refused(node, "combines rows of two kinds, atoms with edges, say")
         created = self._rows_of(node.spec, node) if node.spec is not None else None
@@ -146,12 +138,12 @@ class _Localizer:
                     raise refused(node, "makes one row for each atom or edge of something else")
                 self._replicate(node, given)
                 return created
-            is_replicated = any(self._values[n].kind is Kind.REPLICATED for n in given)
+            is_replicated = any(self._values[n].kind is PlacementKind.REPLICATE for n in given)
             if is_replicated:
                 for name in given:
-                    if self._values[name].kind is Kind.PARTIAL and name in self._on_parameter:
+                    if self._values[name].kind is PlacementKind.PARTIAL_GRADIENT and name in self._on_parameter:
                         self._rewrite.give(node, name, exchange_ops.count_once, self._classes.root)
-            return REPLICATED if is_replicated else PARTIAL
+            return REPLICATE if is_replicated else PARTIAL_GRADIENT
         self._replicate(node, given)
         if node.spec is None:  # several tensors
             return own[0]
@@ -170,14 +162,14 @@ class _Localizer:
         by_name = self._program.by_name
         return [n for n in by_name[node.name].inputs() if n not in self._sizes and not is_size(by_name[n])]
 
-    def _summed(self, node: Node) -> Value:
+    def _summed(self, node: Node) -> Placement:
         self._rewrite.follow(node.name, exchange_ops.sum_over_ranks, self._classes.root)
-        return REPLICATED if self._is_differentiable(node.name) else PARTIAL
+        return REPLICATE if self._is_differentiable(node.name) else PARTIAL_GRADIENT
 
     def _replicate(self, node: Node, given: Sequence[str]) -> None:
         """What is the same on all ranks enters what each does with its own rows: cotangents have to be summed."""
         for name in given:
-            if self._values[name].kind is Kind.REPLICATED and self._is_differentiable(name):
+            if self._values[name].kind is PlacementKind.REPLICATE and self._is_differentiable(name):
                 self._rewrite.give(node, name, exchange_ops.replicate, self._classes.root)
 
     # -- index operations --------------------------------------------------------------------------------------------
@@ -196,9 +188,9 @@ class _Localizer:
         extended = exchange_ops.with_room if is_zero(self._program, name) else exchange_ops.gather_halo
         self._rewrite.give(node, name, extended, value.rows, value.dim)
 
-    def _use(self, node: Node, value: Value) -> Use | None:
+    def _use(self, node: Node, value: Placement) -> IndexUse | None:
         """The index along the rows of what is read or written, which has to come from an input."""
-        if value.kind is not Kind.OWN:
+        if not value.is_sharded:
             return None
         use = self._uses.get((node.name, value.dim))
         if use is None:
@@ -208,12 +200,12 @@ class _Localizer:
             raise refused(node, "looks atoms or edges up by numbers that it computes")
         return use
 
-    def _written(self, node: Node) -> Value | None:
+    def _written(self, node: Node) -> Placement | None:
         """Rows that are summed up: what belongs to rows of other ranks goes there. None for what stays on the rank."""
         name = str(node.args[0].name)
         value = self._values[name]
-        dim = None if value.kind is not Kind.OWN else value.dim
-        given = [n for n in self._operands(node) if n != name and self._values[n].kind is Kind.OWN]
+        dim = None if not value.is_sharded else value.dim
+        given = [n for n in self._operands(node) if n != name and self._values[n].is_sharded]
         if dim is not None:
             use = self._use(node, value)
             if use is None:
@@ -241,12 +233,12 @@ class _Localizer:
 
     # -- refusals ----------------------------------------------------------------------------------------------------
 
-    def _is_divided_size(self, node: Node) -> bool:
+    def _is_sharded_size(self, node: Node) -> bool:
         if node.target != "aten.sym_size.int":
             return False
         value = self._values.get(node.args[0].name)
         spec = self._program.by_name[node.args[0].name].spec
-        if value is None or value.kind is not Kind.OWN or spec is None:
+        if value is None or not value.is_sharded or spec is None:
             return False
         return node.args[1] % len(spec.shape) == value.dim
 
@@ -266,23 +258,23 @@ class _Localizer:
             if not uses:
                 raise refused(node, "computes with the numbers of atoms or edges")
 
-    def _result(self) -> Localized:
+    def _result(self) -> ShardedPotential[CapturedPotential]:
         program, regions = self._program, self._captured.regions
         exchanges, extended = map(exchange_name, self._classes.names), map(extended_name, self._extended)
         rows = {
             (position, value.dim): value.rows
             for position, name in enumerate(program.inputs)
             for value in [self._values[name]]
-            if value.kind is Kind.OWN
+            if value.is_sharded
         }
         potential = self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed])
-        return Localized(
+        return ShardedPotential[CapturedPotential](
             potential=potential,
             bind=potential.program.bind,
             classes=self._classes,
             rows=rows,
-            renumbered={n.source: n.of for n in self._found.numbers if n.of in self._divided and not n.source.node},
-            computed=tuple(n for n in self._found.numbers if n.of in self._divided and n.source.node),
+            renumbered={n.source: n.of for n in self._found.row_indices if n.of in self._sharded and not n.source.node},
+            computed=tuple(n for n in self._found.row_indices if n.of in self._sharded and n.source.node),
             observables=tuple(self._values[n] for n in regions.observables),
             derivatives=tuple(self._values[n] for n in program.coordinates),
             positions=self._positions(),
@@ -303,7 +295,7 @@ class _Localizer:
         """The input that the first differentiation input of atoms is made from, if it has its shape."""
         for name in self._program.coordinates:
             value, spec = self._values[name], self._program.by_name[name].spec
-            if value.kind is Kind.OWN and value.rows == self._classes.root and spec is not None:
+            if value.is_sharded and value.rows == self._classes.root and spec is not None:
                 source = self._found.source(name)
                 if source is not None and not source.selected and spec.shape[1:] == (3,):
                     return source.position

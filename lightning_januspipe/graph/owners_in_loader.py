@@ -22,7 +22,7 @@ _PAIRS = (("idx_i", "idx_j"), ("edge_dst", "edge_src"), ("receivers", "senders")
 
 
 @dataclass(frozen=True)
-class OwnersAhead:
+class OwnersInLoader:
     """Chooses owners for every ``size``-th micro-batch of a batch, starting at ``rank``.
 
     Attributes:

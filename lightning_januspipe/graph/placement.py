@@ -1,12 +1,12 @@
 """What the values of a captured program are to the graph ranks, and what its operations do with rows.
 
-==============  ====================================================  =================================
-kind            value                                                 cotangent on each rank
-==============  ====================================================  =================================
-``OWN``         each rank has its own rows                            that of these rows
-``REPLICATED``  all ranks have the same (energies, strain)            all ranks have the same, whole one
-``PARTIAL``     all ranks have the same (parameters)                  a part; all of them are summed later
-==============  ====================================================  =================================
+====================  ==============================================  ========================================
+kind                  value                                           cotangent
+====================  ==============================================  ========================================
+``SHARD``             each rank holds its own rows                    each rank holds that of its own rows
+``REPLICATE``         all ranks hold the same (energies, strain)      all ranks hold the same, whole cotangent
+``PARTIAL_GRADIENT``  all ranks hold the same (parameters)            partial: the ranks' cotangents are summed
+====================  ==============================================  ========================================
 """
 
 from __future__ import annotations
@@ -35,25 +35,37 @@ _MIXING = {
 _ADDING = {"aten.index_add.default", "aten.scatter_add.default"}
 
 
-class Kind(Enum):
+class PlacementKind(Enum):
     """What a value is to the graph ranks."""
 
-    OWN = auto()
-    REPLICATED = auto()
-    PARTIAL = auto()
+    SHARD = auto()
+    REPLICATE = auto()
+    PARTIAL_GRADIENT = auto()
 
 
 @dataclass(frozen=True)
-class Value:
-    """Kind of a value; of an ``OWN`` one the class of its rows, their dimension, and how many entries a row takes."""
+class Placement:
+    """What a value is to the graph ranks.
 
-    kind: Kind
+    Attributes:
+        kind: see :mod:`~lightning_januspipe.graph.placement`.
+        rows: the class of rows of a sharded value.
+        dim: the dimension of these rows.
+        times: how many entries along ``dim`` each row takes.
+    """
+
+    kind: PlacementKind
     rows: str = ""
     dim: int = 0
     times: int = 1
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds its own rows."""
+        return self.kind is PlacementKind.SHARD
 
-PARTIAL, REPLICATED = Value(Kind.PARTIAL), Value(Kind.REPLICATED)
+
+PARTIAL_GRADIENT, REPLICATE = Placement(PlacementKind.PARTIAL_GRADIENT), Placement(PlacementKind.REPLICATE)
 
 
 def is_zero(program: Program, name: str) -> bool:
@@ -77,7 +89,7 @@ def is_size(node: Node) -> bool:
     )
 
 
-def mixes(node: Node, value: Value) -> bool:
+def mixes(node: Node, value: Placement) -> bool:
     """Whether an operation along some dimensions combines the rows of what it reads."""
     if node.target not in _MIXING:
         return False

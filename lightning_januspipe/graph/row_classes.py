@@ -1,4 +1,4 @@
-"""Which classes of rows are divided over the graph ranks, by which numbers, and what forbids that."""
+"""Which classes of rows are sharded over the graph ranks, by which numbers, and what forbids that."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from lightning_januspipe.capture.trace.program import Node, Program, refs
 from lightning_januspipe.errors import CaptureError
-from lightning_januspipe.graph.index_analysis import Numbers, NumbersOfRows, Source, symbolic
+from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexSource, RowIndex, symbolic
 
 
 @dataclass(frozen=True)
-class Classes:
-    """The classes whose rows are divided over the ranks.
+class RowClasses:
+    """The classes whose rows are sharded over the ranks.
 
     Attributes:
         root: that of the atoms, whose owners are chosen.
@@ -21,8 +21,8 @@ class Classes:
     """
 
     root: str
-    owner: Mapping[str, Numbers]
-    readers: Mapping[str, Sequence[Numbers]]
+    owner: Mapping[str, RowIndex]
+    readers: Mapping[str, Sequence[RowIndex]]
 
     @property
     def names(self) -> list[str]:
@@ -30,8 +30,8 @@ class Classes:
         return [self.root, *self.owner]
 
 
-def find_classes(program: Program, found: NumbersOfRows) -> Classes:
-    """Which classes are divided, and by what.
+def find_row_classes(program: Program, found: IndexAnalysis) -> RowClasses:
+    """Which classes are sharded, and by what.
 
     Atoms are what energies are differentiated by, or where these are vectors of edges, what these join. Other rows
     belong to the owner of the row that they are summed into, or that they are read with.
@@ -48,32 +48,32 @@ def find_classes(program: Program, found: NumbersOfRows) -> Classes:
             "differentiation inputs of this potential have other shapes. Use graph_size=1."
         )
     root = known[0]
-    pairs = [n.of for n in found.numbers if n.rows == root]
+    pairs = [n.of for n in found.row_indices if n.rows == root]
     twice = [of for of in dict.fromkeys(pairs) if pairs.count(of) > 1]
     root = twice[0] if twice else root
-    owner: dict[str, Numbers] = {}
-    divided, grows = {root}, True
+    owner: dict[str, RowIndex] = {}
+    sharded, grows = {root}, True
     while grows:
-        candidates = [n for n in found.numbers if n.of in divided and n.rows not in divided and not n.is_table]
+        candidates = [n for n in found.row_indices if n.of in sharded and n.rows not in sharded and not n.is_table]
         candidates.sort(key=lambda n: not n.writes)
         grows = bool(candidates)
         if grows:
             owner[candidates[0].rows] = candidates[0]
-            divided.add(candidates[0].rows)
+            sharded.add(candidates[0].rows)
     readers = {
-        name: [n for n in found.numbers if n.of == name and owner.get(n.rows) is not n] for name in (root, *owner)
+        name: [n for n in found.row_indices if n.of == name and owner.get(n.rows) is not n] for name in (root, *owner)
     }
-    return Classes(root, owner, readers)
+    return RowClasses(root, owner, readers)
 
 
-def require_plain_use(program: Program, found: NumbersOfRows, classes: Classes, nodes: Sequence[str]) -> None:
-    """Refuse programs that compute with the numbers of divided rows: each rank has numbers of its own.
+def refuse_index_arithmetic(program: Program, found: IndexAnalysis, classes: RowClasses, nodes: Sequence[str]) -> None:
+    """Refuse programs that compute with the numbers of sharded rows: each rank has numbers of its own.
 
     Raises:
         CaptureError: they are compared, added, or looked up themselves.
     """
-    divided = set(classes.names)
-    renumbered = [n.source for n in found.numbers if n.of in divided]
+    sharded = set(classes.names)
+    renumbered = [n.source for n in found.row_indices if n.of in sharded]
     indexed = {(u.node.name, u.index) for u in found.uses}
     for name in nodes:
         node = program.by_name[name]
@@ -91,7 +91,7 @@ def require_plain_use(program: Program, found: NumbersOfRows, classes: Classes, 
                 )
 
 
-def _overlap(a: Source, b: Source) -> bool:
+def _overlap(a: IndexSource, b: IndexSource) -> bool:
     if a.node or b.node:
         return a.node == b.node
     shorter = min(len(a.selected), len(b.selected))

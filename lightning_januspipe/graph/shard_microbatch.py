@@ -1,4 +1,4 @@
-"""One micro-batch divided over the graph ranks: each gets its own rows of every input, with numbers of its own."""
+"""One micro-batch sharded over the graph ranks: each gets its own rows of every input, with numbers of its own."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.program import PlaceholderValues, build_module
 from lightning_januspipe.errors import CaptureError
-from lightning_januspipe.graph.index_analysis import Numbers, Source
+from lightning_januspipe.graph.index_analysis import IndexSource, RowIndex
 from lightning_januspipe.graph.partition import partition_atoms
-from lightning_januspipe.graph.sharded_potential import Division
+from lightning_januspipe.graph.sharded_potential import RankPotential, ShardedPotential
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardedInputs:
     """A micro-batch as one graph rank holds it.
 
     Attributes:
         tensors: inputs of the potential, own rows only.
         symbols: values of its size symbols on this rank.
         shards: of each class.
-        extended: what the localized potential takes at its end: inputs with own rows and then those of the halo, and
+        extended: what the sharded potential takes at its end: inputs with own rows and then those of the halo, and
             numbers that it computed before.
     """
 
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """Who owns and who reads which rows of one micro-batch.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Look:
+class MicrobatchIndices:
     """What one micro-batch says of its rows.
 
     Attributes:
@@ -59,33 +59,33 @@ class Look:
         computed: numbers that the potential computes, of the whole micro-batch.
     """
 
-    values: Mapping[Numbers, Tensor]
+    values: Mapping[RowIndex, Tensor]
     sizes: Mapping[str, int]
     computed: dict[str, Tensor]
 
 
-class Divider:
+class MicrobatchSharder:
     """Divides micro-batches, on every rank alike.
 
     Args:
         captured: the potential.
-        division: how it is divided.
+        sharded: how it is sharded.
         potential: the live potential.
         num_ranks: graph ranks.
     """
 
     def __init__(
         self,
-        captured: DividedPotential,
-        division: Division,
+        captured: StagedPotential,
+        sharded: ShardedPotential[RankPotential],
         potential: nn.Module,
         num_ranks: int,
     ) -> None:
-        self._division, self._num_ranks = division, num_ranks
-        self._classes = division.classes
-        self._computed = _Computed(captured, division.computed, potential)
+        self._sharded, self._num_ranks = sharded, num_ranks
+        self._classes = sharded.classes
+        self._computed = _Computed(captured, sharded.computed, potential)
 
-    def look(self, tensors: Sequence[Tensor]) -> Look:
+    def read_indices(self, tensors: Sequence[Tensor]) -> MicrobatchIndices:
         """What a micro-batch says of its rows.
 
         Args:
@@ -98,32 +98,32 @@ class Divider:
         values = {n: self._values(tensors, n, computed) for n in self._all_numbers()}
         for numbers, found in values.items():
             sizes.setdefault(numbers.rows, len(found))
-        return Look(values, sizes, computed)
+        return MicrobatchIndices(values, sizes, computed)
 
-    def num_atoms(self, look: Look) -> int:
+    def num_atoms(self, indices: MicrobatchIndices) -> int:
         """Rows of the class whose owners are chosen."""
-        return look.sizes[self._classes.root]
+        return indices.sizes[self._classes.root]
 
-    def owners(self, tensors: Sequence[Tensor], look: Look) -> Tensor:
+    def choose_owners(self, tensors: Sequence[Tensor], indices: MicrobatchIndices) -> Tensor:
         """Choose the owner of each atom.
 
         Args:
             tensors: the inputs of the whole micro-batch.
-            look: what they say.
+            indices: what they say.
 
         Returns:
             (N,), on the CPU.
         """
-        return self._atoms(tensors, look.values, self.num_atoms(look))
+        return self._atoms(tensors, indices.values, self.num_atoms(indices))
 
-    def plan(self, look: Look, owners_of_atoms: Tensor) -> Plan:
+    def plan(self, indices: MicrobatchIndices, owners_of_atoms: Tensor) -> ShardPlan:
         """Divide a micro-batch.
 
         Args:
-            look: what it says of its rows.
+            indices: what it says of its rows.
             owners_of_atoms: (N,) ranks.
         """
-        classes, values = self._classes, look.values
+        classes, values = self._classes, indices.values
         owners: dict[str, Tensor] = {classes.root: owners_of_atoms}
         for name, numbers in classes.owner.items():
             owners[name] = owners[numbers.of][values[numbers]]
@@ -133,27 +133,27 @@ class Divider:
             for numbers in classes.readers[name]:
                 found = values[numbers]
                 reader = owners[numbers.rows].reshape(-1, *[1] * (found.dim() - 1)).expand_as(found)
-                read = rows_read(found.reshape(-1), reader.reshape(-1), look.sizes[name], self._num_ranks)
+                read = rows_read(found.reshape(-1), reader.reshape(-1), indices.sizes[name], self._num_ranks)
                 needed = [torch.cat(pair) for pair in zip(needed, read, strict=True)]
             shards[name] = make_shards(owners[name], needed, self._num_ranks)
-        return Plan(shards, look.computed)
+        return ShardPlan(shards, indices.computed)
 
-    def scattered(self, tensors: Sequence[Tensor], over: int | None = None) -> Plan:
+    def plan_scattered(self, tensors: Sequence[Tensor], over: int | None = None) -> ShardPlan:
         """Divide a micro-batch as badly as can be: neighbouring atoms, and each structure, on different ranks.
 
         Args:
             tensors: the inputs of the whole micro-batch.
             over: the first of the ranks only, so that the others have no atoms; None for all.
         """
-        look = self.look(tensors)
-        return self.plan(look, torch.arange(self.num_atoms(look)) % (over or self._num_ranks))
+        indices = self.read_indices(tensors)
+        return self.plan(indices, torch.arange(self.num_atoms(indices)) % (over or self._num_ranks))
 
-    def planned(self, tensors: Sequence[Tensor]) -> Plan:
+    def plan_balanced(self, tensors: Sequence[Tensor]) -> ShardPlan:
         """Divide a micro-batch by owners that are chosen here."""
-        look = self.look(tensors)
-        return self.plan(look, self.owners(tensors, look))
+        indices = self.read_indices(tensors)
+        return self.plan(indices, self.choose_owners(tensors, indices))
 
-    def part(self, tensors: Sequence[Tensor], plan: Plan, rank: int) -> Part:
+    def shard(self, tensors: Sequence[Tensor], plan: ShardPlan, rank: int) -> ShardedInputs:
         """What one rank gets of a micro-batch.
 
         Args:
@@ -164,21 +164,21 @@ class Divider:
         device = tensors[0].device
         mine = {name: of_class[rank].to(device) for name, of_class in plan.shards.items()}
         local = list(tensors)
-        for (position, dim), name in self._division.rows.items():
+        for (position, dim), name in self._sharded.rows.items():
             local[position] = local[position].index_select(dim, mine[name].own)
-        for source, name in self._division.renumbered.items():
+        for source, name in self._sharded.renumbered.items():
             local[source.position] = _renumbered(local[source.position], source, mine[name])
         extended = []
-        for position, dim in self._division.extended:
-            shard = mine[self._division.rows[position, dim]]
+        for position, dim in self._sharded.extended:
+            shard = mine[self._sharded.rows[position, dim]]
             extended.append(tensors[position].index_select(dim, torch.cat([shard.own, shard.halo])))
-        for numbers in self._division.computed:
+        for numbers in self._sharded.computed:
             value, shard = plan.computed[numbers.source.node], mine[numbers.rows]
             dim = next(d for d, size in enumerate(value.shape) if size == shard.num_rows)
             extended.append(mine[numbers.of].local(value.index_select(dim, shard.own)).to(value.dtype))
-        return Part(local, self._division.bind(local), mine, extended)
+        return ShardedInputs(local, self._sharded.bind(local), mine, extended)
 
-    def _atoms(self, tensors: Sequence[Tensor], values: Mapping[Numbers, Tensor], num_atoms: int) -> Tensor:
+    def _atoms(self, tensors: Sequence[Tensor], values: Mapping[RowIndex, Tensor], num_atoms: int) -> Tensor:
         """The owner of each atom."""
         classes, none = self._classes, torch.empty(0, dtype=torch.int64)
         target = source = none
@@ -192,15 +192,15 @@ class Divider:
             for table in (n for n in classes.readers[classes.root] if n.rows == classes.root):
                 source = values[table].reshape(-1)
                 target = torch.arange(num_atoms).repeat_interleave(len(source) // max(num_atoms, 1))
-        place = self._division.positions
+        place = self._sharded.positions
         positions = None if place is None else tensors[place].detach().cpu()
         return partition_atoms(target, source, num_atoms, self._num_ranks, positions)
 
-    def _all_numbers(self) -> list[Numbers]:
+    def _all_numbers(self) -> list[RowIndex]:
         classes = self._classes
         return list(dict.fromkeys([*classes.owner.values(), *(n for of in classes.readers.values() for n in of)]))
 
-    def _values(self, tensors: Sequence[Tensor], numbers: Numbers, computed: Mapping[str, Tensor]) -> Tensor:
+    def _values(self, tensors: Sequence[Tensor], numbers: RowIndex, computed: Mapping[str, Tensor]) -> Tensor:
         """(rows,), or of a table (rows, ...)."""
         source = numbers.source
         found = computed[source.node] if source.node else tensors[source.position].detach()
@@ -212,7 +212,7 @@ class Divider:
     def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """The number of rows of each class."""
         sizes: dict[str, int] = {}
-        for (position, dim), name in self._division.rows.items():
+        for (position, dim), name in self._sharded.rows.items():
             size = tensors[position].shape[dim]
             if sizes.setdefault(name, size) != size:
                 raise CaptureError(
@@ -225,7 +225,7 @@ class Divider:
 class _Computed:
     """Numbers of rows that a potential computes from its inputs, of a whole micro-batch."""
 
-    def __init__(self, captured: DividedPotential, computed: Sequence[Numbers], potential: nn.Module) -> None:
+    def __init__(self, captured: StagedPotential, computed: Sequence[RowIndex], potential: nn.Module) -> None:
         self._names = [n.source.node for n in computed]
         self._placeholders: PlaceholderValues | None = None
         self._module: nn.Module | None = None
@@ -243,7 +243,7 @@ class _Computed:
         return dict(zip(self._names, self._module(*self._placeholders.values(tensors)), strict=True))
 
 
-def _renumbered(tensor: Tensor, source: Source, shard: Shard) -> Tensor:
+def _renumbered(tensor: Tensor, source: IndexSource, shard: Shard) -> Tensor:
     if not source.selected:
         return shard.local(tensor).to(tensor.dtype)
     changed = tensor.clone()

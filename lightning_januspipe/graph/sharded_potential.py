@@ -1,20 +1,20 @@
-"""What of a potential's inputs and results is divided over the graph ranks."""
+"""What of a potential's inputs and results is sharded over the graph ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
-from lightning_januspipe.graph.index_analysis import Numbers, Source
-from lightning_januspipe.graph.placement import Value
-from lightning_januspipe.graph.row_classes import Classes
+from lightning_januspipe.graph.index_analysis import IndexSource, RowIndex
+from lightning_januspipe.graph.placement import Placement
+from lightning_januspipe.graph.row_classes import RowClasses
 
 
-class LocalPotential(Protocol):
+class RankPotential(Protocol):
     """A potential whose stages work on own rows; their tensors end with one exchange for each class of rows."""
 
     @property
@@ -29,14 +29,17 @@ class LocalPotential(Protocol):
         """One stage, with the parameters of the live potential."""
 
 
+P = TypeVar("P", bound=RankPotential, covariant=True)
+
+
 @dataclass(frozen=True)
-class Division:
+class ShardedPotential(Generic[P]):
     """A potential for several graph ranks.
 
     Attributes:
         potential: with exchanges; its inputs end with one exchange for each of ``classes.names``.
         bind: from its inputs on one rank to the values of its size symbols.
-        classes: what is divided, and by what.
+        classes: what is sharded, and by what.
         rows: (position of an input, dimension) -> the class that it has an entry for.
         renumbered: parts of inputs that hold numbers of rows -> the class that they count.
         observables: kinds of the observables.
@@ -48,13 +51,13 @@ class Division:
             exchanges: every rank has them, so nothing has to be sent.
     """
 
-    potential: LocalPotential
+    potential: P
     bind: Callable[[Sequence[Tensor]], dict[str, int]]
-    classes: Classes
+    classes: RowClasses
     rows: dict[tuple[int, int], str]
-    renumbered: dict[Source, str]
-    observables: tuple[Value, ...]
-    derivatives: tuple[Value, ...]
+    renumbered: dict[IndexSource, str]
+    observables: tuple[Placement, ...]
+    derivatives: tuple[Placement, ...]
     positions: int | None
-    computed: tuple[Numbers, ...] = ()
+    computed: tuple[RowIndex, ...] = ()
     extended: tuple[tuple[int, int], ...] = ()

@@ -60,12 +60,12 @@ class Shard:
         return sum(self.receive_counts)
 
     @cached_property
-    def numbers(self) -> Tensor:
+    def local_indices(self) -> Tensor:
         """(num_rows,) local number of each row: own rows first, then the halo; -1 for rows that are neither."""
-        numbers = self.own.new_full((self.num_rows,), -1)
-        numbers[self.own] = torch.arange(self.num_own, device=self.own.device)
-        numbers[self.halo] = torch.arange(self.num_own, self.num_own + self.num_halo, device=self.own.device)
-        return numbers
+        rows = self.own.new_full((self.num_rows,), -1)
+        rows[self.own] = torch.arange(self.num_own, device=self.own.device)
+        rows[self.halo] = torch.arange(self.num_own, self.num_own + self.num_halo, device=self.own.device)
+        return rows
 
     def local(self, index: Tensor) -> Tensor:
         """Local numbers of rows.
@@ -76,7 +76,7 @@ class Shard:
         Raises:
             ValueError: a row is neither this rank's own nor in its halo.
         """
-        found = self.numbers[index]
+        found = self.local_indices[index]
         if (found < 0).any():
             missing = index[found < 0]
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Proof that the exchanges of a localized potential are right: all graph ranks in lock-step in one process.
+"""Proof that the exchanges of a sharded potential are right: all graph ranks in lock-step in one process.
 
 Every operation runs on the rows of each rank in turn, exchanges on those of all. Energies, derivatives and the
 parameter gradient of a force loss have to be those of the whole micro-batch. That the exchanges' own backward passes
@@ -16,53 +16,60 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.stages.captured import CapturedPotential, independent_coordinates
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.program import Node, PlaceholderValues, new_leaf, replace_refs, target_function
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph import exchange_ops
-from lightning_januspipe.graph.insert_exchanges import Localized, localize
-from lightning_januspipe.graph.placement import Kind, Value
-from lightning_januspipe.graph.shard_microbatch import Divider
+from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.graph.placement import REPLICATE, Placement
+from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
+from lightning_januspipe.graph.sharded_potential import ShardedPotential
 from lightning_januspipe.graph.shards import Shard
 
 
-def prove_division(
-    divided: CapturedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
+def verify_sharding(
+    captured: CapturedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
 ) -> None:
-    """Prove that a captured potential can be divided over graph ranks, on the potential call of one batch.
+    """Prove that a captured potential can be sharded over graph ranks, on the potential call of one batch.
 
     Args:
-        divided: the potential in stages.
+        captured: the potential in stages.
         module: the LightningModule.
         step: its step, from a batch to its output.
         batch: one micro-batch.
         num_ranks: graph ranks.
 
     Raises:
-        CaptureError: it cannot be divided; the message says why.
+        CaptureError: it cannot be sharded; the message says why.
     """
-    potential = module.get_submodule(divided.path)
-    prove(divided, localize(divided), potential, call_tensors(divided, module, step, batch), num_ranks)
+    potential = module.get_submodule(captured.path)
+    compare_sharded(
+        captured, shard_captured(captured), potential, call_tensors(captured, module, step, batch), num_ranks
+    )
 
 
-def call_tensors(divided: DividedPotential, module: nn.Module, step: StepFunction, batch: Any) -> list[Tensor]:
+def call_tensors(staged: StagedPotential, module: nn.Module, step: StepFunction, batch: Any) -> list[Tensor]:
     """The tensors of the potential's call in a step; the module is left as it was."""
     with unchanged(module):
-        args, kwargs = call_arguments(module, divided.path, step, batch, divided.replaced is not None)
-        return divided.inputs(module.get_submodule(divided.path))(args, kwargs)
+        args, kwargs = call_arguments(module, staged.path, step, batch, staged.replaced is not None)
+        return staged.inputs(module.get_submodule(staged.path))(args, kwargs)
 
 
-def prove(
-    captured: CapturedPotential, localized: Localized, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int
+def compare_sharded(
+    captured: CapturedPotential,
+    sharded: ShardedPotential[CapturedPotential],
+    potential: nn.Module,
+    tensors: Sequence[Tensor],
+    num_ranks: int,
 ) -> None:
-    """Compare a micro-batch divided over graph ranks with the whole one.
+    """Compare a micro-batch sharded over graph ranks with the whole one.
 
     Args:
         captured: the potential.
-        localized: the same with exchanges.
+        sharded: the same with exchanges.
         potential: the live potential.
         tensors: the inputs of a micro-batch.
         num_ranks: graph ranks.
@@ -70,19 +77,19 @@ def prove(
     Raises:
         CaptureError: they differ.
     """
-    divider = Divider(captured, localized, potential, num_ranks)
-    plan = divider.scattered(tensors)  # dealt whole, nothing would be exchanged
-    parts = [divider.part(tensors, plan, rank) for rank in range(num_ranks)]
-    program = localized.potential.program
+    sharder = MicrobatchSharder(captured, sharded, potential, num_ranks)
+    plan = sharder.plan_scattered(tensors)  # dealt whole, nothing would be exchanged
+    parts = [sharder.shard(tensors, plan, rank) for rank in range(num_ranks)]
+    program = sharded.potential.program
     extended = program.inputs[len(program.inputs) - len(parts[0].extended) :]
     inputs = [dict(zip([*captured.program.inputs, *extended], [*p.tensors, *p.extended], strict=True)) for p in parts]
-    same = [Value(Kind.REPLICATED)] * len(localized.derivatives)
-    divided = _LockStep(localized.potential, potential, inputs, plan.shards, localized.derivatives)
-    undivided = _LockStep(captured, potential, [dict(zip(captured.program.inputs, tensors, strict=True))], {}, same)
+    same = [REPLICATE] * len(sharded.derivatives)
+    of_ranks = _LockStep(sharded.potential, potential, inputs, plan.shards, sharded.derivatives)
+    whole = _LockStep(captured, potential, [dict(zip(captured.program.inputs, tensors, strict=True))], {}, same)
     tolerance = rounding_tolerance(captured, potential)
     weights: list[Tensor] = []
-    expected = undivided.results([Value(Kind.REPLICATED)] * len(localized.observables), weights)
-    found = divided.results(localized.observables, weights)
+    expected = whole.results([REPLICATE] * len(sharded.observables), weights)
+    found = of_ranks.results(sharded.observables, weights)
     require_same(expected, found, tolerance, captured.path, num_ranks)
 
 
@@ -94,11 +101,11 @@ def require_same(
     num_ranks: int,
     why: str = "It combines atoms or edges in a way that was not recognized.",
 ) -> None:
-    """Compare what a divided micro-batch gives with what the whole one does.
+    """Compare what a sharded micro-batch gives with what the whole one does.
 
     Args:
         expected: energies, derivatives and parameter gradients of the whole one, each with words for it.
-        found: the same of the divided one.
+        found: the same of the sharded one.
         tolerance: largest error, relative to the largest entry; of parameter gradients that of all.
         path: of the potential.
         num_ranks: graph ranks.
@@ -115,7 +122,7 @@ def require_same(
         error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
         if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
-                f"graph_size > 1 is not possible: divided over {num_ranks} ranks, {what} of the potential "
+                f"graph_size > 1 is not possible: sharded over {num_ranks} ranks, {what} of the potential "
                 f"{shown(path)} differs by {error:.2e} at a scale of {scale:.2e}. {why} Or use graph_size=1."
             )
 
@@ -157,7 +164,7 @@ class _LockStep:
         potential: nn.Module,
         parts: Sequence[dict[str, Tensor]],
         shards: dict[str, list[Shard]],
-        derivatives: Sequence[Value],
+        derivatives: Sequence[Placement],
     ) -> None:
         program = captured.program
         self._captured, self._program, self._shards, self._kinds = captured, program, shards, derivatives
@@ -199,13 +206,13 @@ class _LockStep:
         place = self._program.coordinates.index(name)
         if is_independent:
             leaves = [new_leaf(v[name]) for v in self._values]
-            if self._kinds[place].kind is not Kind.OWN:
+            if not self._kinds[place].is_sharded:
                 leaves = leaves[:1] * len(leaves)
             for of_rank, leaf in zip(self._values, leaves, strict=True):
                 of_rank[name] = leaf
         self._leaves[place] = [v[name] for v in self._values]
 
-    def results(self, observables: Sequence[Value], weights: list[Tensor]) -> list[tuple[str, Tensor]]:
+    def results(self, observables: Sequence[Placement], weights: list[Tensor]) -> list[tuple[str, Tensor]]:
         """Observables, derivatives and parameter gradients, each with words for it.
 
         Args:
@@ -224,7 +231,7 @@ class _LockStep:
             outputs.append((f"output {name}", self._joined([v[name] for v in self._values], value)))
         for name, leaves, value in zip(self._program.coordinates, self._leaves, self._kinds, strict=True):
             gradients = [next(found) for _ in dict.fromkeys(leaves)]
-            if value.kind is not Kind.OWN:  # what each rank computes from a copy of its own
+            if not value.is_sharded:  # what each rank computes from a copy of its own
                 gradients = [torch.stack(gradients).sum(0)]
             outputs.append((f"{DERIVATIVE}{name}", self._joined(gradients, value)))
         if not weights:
@@ -234,8 +241,8 @@ class _LockStep:
         named = [(f"{GRADIENT}{n!r}", g) for n, g in zip(self._parameters, trained, strict=True)]
         return [*((what, x.detach()) for what, x in outputs), *named]
 
-    def _joined(self, of_ranks: Sequence[Tensor], value: Value) -> Tensor:
-        if value.kind is not Kind.OWN:
+    def _joined(self, of_ranks: Sequence[Tensor], value: Placement) -> Tensor:
+        if not value.is_sharded:
             return of_ranks[0]
         order = self._shards[value.rows][0].order.to(of_ranks[0].device)
         return torch.cat(list(of_ranks), value.dim).index_select(value.dim, order)

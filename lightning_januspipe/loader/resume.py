@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_januspipe.mesh import Mesh
 
 KEY = "januspipe"
-"""The entry of a checkpoint that holds what :meth:`LoaderPosition.state` gives for each replica."""
+"""The entry of a checkpoint that holds what :meth:`LoaderProgress.state` gives for each replica."""
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def same_random_state(mesh: Mesh) -> None:
     np.random.set_state(states[0][2])
 
 
-class LoaderPosition:
+class LoaderProgress:
     """Random states of one rank at the start of the present pass over the training data, and how to get back there.
 
     Args:
@@ -95,7 +95,7 @@ class LoaderPosition:
         tracked_kind.__module__, tracked_kind.__qualname__ = kind.__module__, kind.__qualname__
         tracked: Any = object.__new__(tracked_kind)
         tracked.__dict__.update(loader.__dict__)
-        tracked.__dict__["januspipe_position"] = self
+        tracked.__dict__["januspipe_progress"] = self
         return tracked
 
     def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -161,36 +161,36 @@ def batches_done(checkpoint: Mapping[str, Any]) -> int:
 class _Tracked:
     """Comes before the class of a loader in that of its copy."""
 
-    januspipe_position: LoaderPosition
+    januspipe_progress: LoaderProgress
 
     def __iter__(self) -> Iterator[Any]:
-        return self.januspipe_position.begin(super().__iter__)  # type: ignore[misc]
+        return self.januspipe_progress.begin(super().__iter__)  # type: ignore[misc]
 
 
 class _Pass(Iterator[Any]):
     """One pass over a tracked loader from its beginning."""
 
-    def __init__(self, batches: Iterator[Any], position: LoaderPosition) -> None:
-        self._batches, self._position, self._is_first = batches, position, True
+    def __init__(self, batches: Iterator[Any], progress: LoaderProgress) -> None:
+        self._batches, self._progress, self._is_first = batches, progress, True
 
     def __next__(self) -> Any:
         if self._is_first:
             self._is_first = False
-            self._position.noted()
+            self._progress.noted()
         return next(self._batches)
 
 
 class _Rest(Iterator[Any]):
     """What is left of a pass that a checkpoint has interrupted."""
 
-    def __init__(self, make: Callable[[], Iterator[Any]], position: LoaderPosition) -> None:
-        self._make, self._position = make, position
+    def __init__(self, make: Callable[[], Iterator[Any]], progress: LoaderProgress) -> None:
+        self._make, self._progress = make, progress
         self._batches: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
         if self._batches is not None:
             return next(self._batches)
-        self._batches = self._position.rejoin(self._make)
+        self._batches = self._progress.rejoin(self._make)
         batch = next(self._batches)
-        self._position.rejoined()
+        self._progress.rejoined()
         return batch

@@ -1,4 +1,4 @@
-"""Reference potentials, each usable without the strategy."""
+"""Holds the reference potential and the LightningModule that trains it, both usable without the strategy."""
 
 from lightning_januspipe.models.lightning_module import PotentialModule
 from lightning_januspipe.models.potential import ConservativePotential, EnergyModel, EquivariantPotential

@@ -1,9 +1,8 @@
-"""What the models take from e3nn, for every e3nn from 0.4.4 on.
+"""Takes constants from e3nn (0.4.4 or newer): Wigner 3j symbols, spherical harmonics and activation norms.
 
-Only constants are taken: Wigner 3j symbols, reference spherical harmonics and activation norms. e3nn's own modules are
-generated code: e3nn 0.4 compiles them with TorchScript, does so again whenever a module is copied or pickled, and
-always for the spherical harmonics. A traced TorchScript function has the sizes of the traced batch baked in, so a graph
-captured from it computes wrong energies on other batches without an error.
+The models use none of e3nn's modules, because these are generated code: e3nn 0.4 compiles them with TorchScript, again
+whenever a module is copied or pickled, and always for the spherical harmonics. A traced TorchScript function contains
+the sizes of the traced batch, so a graph captured from it computes wrong energies on other batches without an error.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ with torch.serialization.safe_globals([slice]):
 
 
 def wigner_3j(l1: int, l2: int, l3: int) -> Tensor:
-    """Real Wigner 3j symbols in e3nn's convention, Frobenius norm 1.
+    """Return real Wigner 3j symbols in e3nn's convention, with Frobenius norm 1.
 
     Returns:
         (2 l1 + 1, 2 l2 + 1, 2 l3 + 1) tensor of the default dtype.
@@ -27,7 +26,9 @@ def wigner_3j(l1: int, l2: int, l3: int) -> Tensor:
 
 
 def spherical_harmonics(degree: int, vectors: Tensor) -> Tensor:
-    """Real spherical harmonics of one degree l in e3nn's basis, squared norm 2 l + 1. Not for use in a traced forward.
+    """Evaluate real spherical harmonics of one degree l in e3nn's basis, with squared norm 2 l + 1.
+
+    It must not be called in a traced forward.
 
     Args:
         degree: The degree l.
@@ -41,5 +42,5 @@ def spherical_harmonics(degree: int, vectors: Tensor) -> Tensor:
 
 @cache
 def second_moment_gain(activation: Callable[[Tensor], Tensor]) -> float:
-    """The factor that gives ``activation`` of a standard normal variable a second moment of 1."""
+    """Return the factor that gives ``activation`` of a standard normal variable a second moment of 1."""
     return float(math.normalize2mom(activation).cst)

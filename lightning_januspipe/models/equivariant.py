@@ -12,7 +12,7 @@ from lightning_januspipe.models.spherical import degree_of_component, num_compon
 
 
 class EquivariantLinear(nn.Module):
-    """Linear map of the channels, one weight matrix for each degree.
+    """Applies a linear map to the channels, with one weight matrix for each degree.
 
     Args:
         l_max: Highest degree.
@@ -30,7 +30,7 @@ class EquivariantLinear(nn.Module):
 
 
 class Gate(nn.Module):
-    """Gated nonlinearity: SiLU on scalars, and a sigmoid of the scalars times every higher degree.
+    """Applies SiLU to scalars, and multiplies every higher degree by a sigmoid of the scalars.
 
     Args:
         l_max: Highest degree.
@@ -58,11 +58,11 @@ class Gate(nn.Module):
 
 
 class Interaction(nn.Module):
-    """Interaction layer in the manner of NequIP (arXiv 2101.03164).
+    """Exchanges one round of messages between neighbours, in the manner of NequIP (arXiv 2101.03164).
 
-    Features are mixed, coupled with the spherical harmonics of each edge under weights from the radial network, summed
-    over the neighbours and divided by their average number, mixed again, joined by a species-dependent self-connection,
-    gated, and added to the input.
+    The layer mixes the features, couples them with the spherical harmonics of each edge under weights from the radial
+    network, sums over the neighbours and divides by their average number, mixes again, adds a species-dependent
+    self-connection, applies the gate, and adds the input.
 
     Args:
         l_in: Highest degree of the input features.
@@ -134,7 +134,7 @@ class Interaction(nn.Module):
     def messages(
         self, features: Tensor, source: Tensor, target: Tensor, coupling: Tensor, radial_basis: Tensor
     ) -> Tensor:
-        """Sum of the messages that arrive at each atom: (N, I_out, F)."""
+        """Sum the messages that arrive at each atom, (N, I_out, F)."""
         num_atoms = features.shape[0]
         coupled = torch.bmm(coupling, self.linear_up(features)[source])
         weights = self.radial_network(radial_basis).unflatten(-1, (-1, self.num_features))

@@ -1,4 +1,4 @@
-"""LightningModule that trains a conservative potential on energies, forces and stresses."""
+"""Defines the LightningModule that trains a conservative potential on energies, forces and stresses."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.models.errors import MaskedError, masked_loss
-from lightning_januspipe.models.initial_weights import KEY, arguments_of, check_species, freeze, load_weights
+from lightning_januspipe.models.initial_weights import KEY, arguments_of, check_data, freeze, load_weights
+from lightning_januspipe.models.losses import MaskedError, masked_loss
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -23,35 +24,37 @@ Batch = dict[str, Tensor]
 
 
 class PotentialModule(LightningModule):
-    """Training, validation, test and prediction of a potential.
+    """Trains, validates and tests a potential, and predicts with it.
 
-    Logs ``{train,val,test}_loss`` and, for each of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³),
-    ``…_mae`` and ``…_rmse``. Labels that are NaN are left out of losses and metrics.
+    It logs ``{train,val,test}_loss`` and, for each of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³),
+    ``…_mae`` and ``…_rmse``. Losses and metrics leave out labels that are NaN.
 
     Args:
-        potential: Module that maps a batch (see :mod:`lightning_januspipe.keys`) to a dict with ``energy`` (B,) in eV,
-            ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3) in eV/Å³.
+        potential: A module that maps a batch (see :mod:`lightning_januspipe.keys`) to a dict with ``energy`` (B,) in
+            eV, ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3) in eV/Å³.
         energy_weight: Weight of the loss of energies per atom.
         force_weight: Weight of the loss of force components.
-        stress_weight: Weight of the loss of stress components; with 0 a batch needs no stress labels.
-        loss: Mean squared error or Huber loss.
+        stress_weight: Weight of the loss of stress components; with 0 batches need no stress labels.
+        loss: ``"mse"`` for the mean squared error, ``"huber"`` for the Huber loss.
         huber_delta: Error at which the Huber loss turns linear, in the unit of each quantity.
-        optimizer: Adam or AdamW.
+        optimizer: ``"adam"`` or ``"adamw"``.
         learning_rate: Initial learning rate.
         weight_decay: Weight decay of the optimizer.
-        lr_scheduler: Lower the rate on a plateau of ``monitor``, along a cosine to zero over the fit, or not at all.
+        lr_scheduler: ``"plateau"`` lowers the rate on a plateau of ``monitor``, ``"cosine"`` lowers it to zero over the
+            fit, None keeps it.
         monitor: Logged value that the plateau scheduler watches.
         plateau_factor: Factor on the rate at a plateau.
         plateau_patience: Epochs without improvement before the rate is lowered.
         initial_weights: Checkpoint of an earlier run to start from, a file or a folder of torch.distributed.checkpoint.
-            Its weights are loaded, and nothing else, when a Trainer first sets the module up; a checkpoint that the
-            Trainer itself resumes from replaces them.
-        frozen: Parameters that are not trained, as dotted parts of their names: "embedding", "layers.0",
-            "layers.[0-2]".
+            Only its weights are loaded, when a Trainer first sets the module up; a checkpoint that the Trainer itself
+            resumes from replaces them.
+        frozen: Parameters that are not trained, as dotted parts of their names: ``"embedding"``, ``"layers.0"``,
+            ``"layers.[0-2]"``.
 
     Raises:
-        ValueError: An unknown name, a negative weight, only zero weights, or a name in ``frozen`` that matches nothing.
-            In ``setup``: initial weights of another model, or data with species at other places than the potential.
+        ValueError: A name is unknown, a weight is negative, all weights are zero, or ``frozen`` matches nothing.
+            In ``setup``: the initial weights belong to another model, or the data has other species indices than the
+            potential.
 
     Example:
         >>> from lightning_januspipe.models import EquivariantPotential
@@ -91,10 +94,10 @@ class PotentialModule(LightningModule):
             ("lr_scheduler", lr_scheduler, ("plateau", "cosine", None)),
         ):
             if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+                raise ValueError(f"{name}={value!r}; expected one of {choices}")
         weights = {keys.ENERGY: energy_weight, keys.FORCES: force_weight, keys.STRESS: stress_weight}
         if min(weights.values()) < 0 or not any(weights.values()):
-            raise ValueError(f"loss weights must not be negative, and one must be positive; got {weights}")
+            raise ValueError(f"loss weights {weights}; expected none to be negative and at least one to be positive")
         self.save_hyperparameters(ignore=["potential", "initial_weights"])
         self.potential = potential
         freeze(potential, frozen)
@@ -110,12 +113,13 @@ class PotentialModule(LightningModule):
             }
         )
 
+    @override
     def forward(self, batch: Batch) -> Batch:
         """Predict energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
         return self.potential(batch)
 
     def loss(self, prediction: Batch, batch: Batch) -> Tensor:
-        """Weighted sum of the losses of energies per atom, forces and stresses.
+        """Return the weighted sum of the losses of energies per atom, forces and stresses.
 
         Raises:
             ValueError: A label with a positive weight is missing from the batch.
@@ -131,43 +135,51 @@ class PotentialModule(LightningModule):
         ]
         return torch.stack(losses).sum()
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Return the loss of one batch."""
         return self._evaluate(batch, "train")
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss and errors of one validation batch."""
         with gradients_enabled(batch) as batch:
             self._evaluate(batch, "val")
 
+    @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss and errors of one test batch."""
         with gradients_enabled(batch) as batch:
             self._evaluate(batch, "test")
 
+    @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Predictions of one batch, detached."""
+        """Return the detached predictions of one batch."""
         with gradients_enabled(batch) as batch:
             return {name: value.detach() for name, value in self(batch).items()}
 
+    @override
     def setup(self, stage: str) -> None:
-        """Load the initial weights once, and check the species of the data."""
-        check_species(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
+        """Load the initial weights once, and verify the species of the data."""
+        check_data(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self._initial_weights is not None:
             load_weights(self, self.potential, self._initial_weights)
             self._initial_weights = None
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the weights mean nothing without."""
+        """Save the arguments of the potential without which its weights have no meaning."""
         if arguments := arguments_of(self.potential):
             checkpoint[KEY] = arguments
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Weights that are loaded by now stay."""
+        """Keep the weights of a checkpoint that is resumed, instead of the initial weights."""
         self._initial_weights = None
 
+    @override
     def configure_optimizers(self) -> Any:
-        """The optimizer of what is not frozen and, if asked for, its learning rate scheduler."""
+        """Return the optimizer of the parameters that are not frozen and, if asked for, its learning rate scheduler."""
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams["optimizer"]]
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = kind(trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
@@ -185,7 +197,7 @@ class PotentialModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _pairs(self, prediction: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Prediction and label of each quantity that the batch has labels of, energies per atom."""
+        """Return prediction and label of each quantity that the batch has labels for; energies per atom."""
         pairs = {name: (prediction[name], batch[name]) for name in self.weights if name in batch}
         if keys.ENERGY in pairs:
             energy, label = pairs[keys.ENERGY]
@@ -196,7 +208,7 @@ class PotentialModule(LightningModule):
         return pairs
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        """Loss of a batch; the loss and the errors are logged under ``stage``."""
+        """Return the loss of a batch; log the loss and the errors under ``stage``."""
         prediction = self(batch)
         loss = self.loss(prediction, batch)
         num_structures = batch[keys.CELL].shape[0]
@@ -223,7 +235,7 @@ class PotentialModule(LightningModule):
 def gradients_enabled(batch: Batch) -> Iterator[Batch]:
     """Enable gradients inside evaluation, where Lightning disables them or enters inference mode.
 
-    Tensors made in inference mode cannot take part in a differentiation, so the batch is cloned.
+    Tensors made in inference mode cannot be differentiated, so the batch is cloned.
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield {name: value.clone() if value.is_inference() else value for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""The reference potential: an equivariant message-passing energy, and forces and stress as its derivatives."""
+"""Defines the reference potential: an equivariant message-passing energy, with forces and stress as derivatives."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ PerSpecies = float | Sequence[float] | Mapping[str, float]
 
 
 class EnergyModel(nn.Module):
-    """Energy of structures as a function of positions and strain; holds the weights of :class:`EquivariantPotential`.
+    """Computes energies from positions and strain; holds the weights of :class:`EquivariantPotential`.
 
     For arguments and errors see :class:`EquivariantPotential`.
     """
@@ -110,7 +110,7 @@ class EnergyModel(nn.Module):
         return self.sum_structures(batch, self.atomic_energies(batch, positions, strain))
 
     def atomic_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
-        """Energies of the atoms, (N,) in eV, scaled and shifted by species. For the arguments see :meth:`forward`."""
+        """Evaluate the energies of the atoms, (N,) in eV. For the arguments see :meth:`forward`."""
         species = batch[keys.SPECIES]
         source, target = batch[keys.EDGE_INDEX].unbind(0)
         lengths, directions = self.edges(batch, positions, strain)
@@ -125,9 +125,10 @@ class EnergyModel(nn.Module):
         return self.scale[species] * energies + self.shift[species]
 
     def edges(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths (E,) in Å and directions (E, 3) of the edges.
+        """Return the lengths (E,) in Å and the directions (E, 3) of the edges.
 
-        An edge of length zero (padding) gets the length of the cutoff and no direction, so that it carries no message.
+        An edge of length zero (padding) gets the length of the cutoff and a zero direction, so that it carries no
+        message.
         """
         structure = batch[keys.BATCH]
         source, target = batch[keys.EDGE_INDEX].unbind(0)
@@ -147,7 +148,7 @@ class EnergyModel(nn.Module):
 
 
 class ConservativePotential(nn.Module):
-    """Forces and stress as derivatives of an energy model.
+    """Computes forces and stress as derivatives of an energy model.
 
     Args:
         energy_model: Module called as ``energy_model(batch, positions, strain)`` that returns (B,) energies in eV, for
@@ -162,7 +163,7 @@ class ConservativePotential(nn.Module):
         """Evaluate energy, forces and stress.
 
         In training mode the results can be differentiated with respect to the parameters; in evaluation mode they are
-        detached. Gradients need not be enabled by the caller, but inference mode must be left.
+        detached. The caller need not enable gradients, but must leave inference mode.
 
         Args:
             batch: The batch (see :mod:`lightning_januspipe.keys`).
@@ -176,7 +177,7 @@ class ConservativePotential(nn.Module):
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "forces are derivatives of the energy and cannot be had in inference mode; call the potential under "
+                "forces are derivatives, which torch cannot compute in inference mode; call the potential under "
                 "torch.inference_mode(False) with cloned inputs, or give the Trainer inference_mode=False"
             )
         with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
@@ -197,13 +198,13 @@ class ConservativePotential(nn.Module):
 
 
 class EquivariantPotential(ConservativePotential):
-    """Equivariant message-passing potential in the manner of NequIP (arXiv 2101.03164).
+    """Predicts energy, forces and stress by equivariant messages, in the manner of NequIP (arXiv 2101.03164).
 
-    Buffers are made in the default dtype: for float64 accuracy build the potential under
-    ``torch.set_default_dtype(torch.float64)`` rather than converting it afterwards.
+    Its constants have the default dtype: for float64 accuracy build the potential under
+    ``torch.set_default_dtype(torch.float64)`` instead of converting it afterwards.
 
     Args:
-        species: Chemical symbols; their order gives the species indices in a batch.
+        species: Chemical symbols; the index of a symbol is its species index in a batch.
         cutoff: Cutoff radius in Å.
         num_layers: Number of interaction layers.
         num_features: Number of channels of each degree.
@@ -213,8 +214,8 @@ class EquivariantPotential(ConservativePotential):
         cutoff_exponent: Exponent of the polynomial cutoff.
         trainable_bessel: Train the frequencies of the radial basis.
         avg_num_neighbors: Average number of edges per atom in the training set.
-        per_species_scale: Factor of atomic energies in eV: one number, one for each species, or a mapping by symbol.
-        per_species_shift: Energy in eV added for each atom, in the same forms.
+        per_species_scale: Factor of atomic energies in eV: one number, a number per species, or a mapping from symbols.
+        per_species_shift: Energy in eV that each atom adds, in the same forms.
         trainable_scale_shift: Train scale and shift.
 
     Raises:
@@ -278,7 +279,7 @@ class EquivariantPotential(ConservativePotential):
 
 
 def cell_volume(cell: Tensor) -> Tensor:
-    """Volume (B,) in Å³ of the (B, 3, 3) cells; zero where a cell vector is missing."""
+    """Return the volumes (B,) in Å³ of the (B, 3, 3) cells; zero where a cell vector is missing."""
     a, b, c = cell.unbind(1)
     return (a * torch.linalg.cross(b, c)).sum(-1).abs()
 
@@ -292,7 +293,7 @@ def _check_species(species: Sequence[str]) -> None:
 
 
 def _per_species_tensor(name: str, given: PerSpecies, species: Sequence[str]) -> Tensor:
-    """One value per species, (num_species,), from any of the accepted forms."""
+    """Return one value per species, (num_species,), from any of the accepted forms."""
     if isinstance(given, Mapping):
         if missing := [symbol for symbol in species if symbol not in given]:
             raise ValueError(f"{name} has no value for {missing}; give one for each of {list(species)}")

@@ -1,4 +1,4 @@
-"""Radial part of the messages: Bessel basis with a smooth cutoff, and the network that turns it into weights."""
+"""Defines the radial part of messages: a Bessel basis with a smooth cutoff, and a network from it to weights."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ from lightning_januspipe.models.e3nn_compat import second_moment_gain
 
 
 class PolynomialCutoff(nn.Module):
-    """Polynomial envelope of DimeNet (arXiv 2003.03123, eq. 8): 1 at r = 0, and 0 from r = cutoff on.
+    """Evaluates the polynomial envelope of DimeNet (arXiv 2003.03123, eq. 8): 1 at r = 0, and 0 from the cutoff on.
 
     It is ``exponent - 1`` times continuously differentiable at zero and twice at the cutoff.
 
@@ -41,13 +41,13 @@ class PolynomialCutoff(nn.Module):
 
 
 class BesselBasis(nn.Module):
-    """Radial Bessel functions under a polynomial cutoff (DimeNet, arXiv 2003.03123, eq. 7).
+    """Evaluates radial Bessel functions under a polynomial cutoff (DimeNet, arXiv 2003.03123, eq. 7).
 
     Args:
         num_bessel: Number of functions n = 1 … num_bessel.
         cutoff: Cutoff radius in Å.
         exponent: Exponent of the :class:`PolynomialCutoff`.
-        trainable: Train the frequencies, which start at n π.
+        trainable: Train the frequencies, whose initial values are n π.
 
     Raises:
         ValueError: ``num_bessel`` is not positive, or the cutoff is not valid.
@@ -85,9 +85,9 @@ class BesselBasis(nn.Module):
 
 
 class RadialNetwork(nn.Module):
-    """Perceptron without biases from the radial basis to the weights of messages.
+    """Maps the radial basis to the weights of messages by a perceptron without biases.
 
-    Without biases a basis that vanishes at the cutoff gives weights that vanish there.
+    Without biases the weights vanish at the cutoff, as the basis does.
 
     Args:
         num_inputs: Number of radial basis functions.

@@ -1,4 +1,4 @@
-"""Angular part of the messages: spherical harmonics and their Clebsch-Gordan coupling to features.
+"""Defines the angular part of messages: spherical harmonics and their Clebsch-Gordan coupling to features.
 
 Features of degree up to l_max are (N, I, F) tensors of I = (l_max + 1)² components, ordered by degree, and F channels.
 All features of degree l have the parity (-1)^l of the spherical harmonics.
@@ -13,19 +13,19 @@ from lightning_januspipe.models import e3nn_compat
 
 
 def num_components(l_max: int) -> int:
-    """Number of components (l_max + 1)² of the degrees 0 … l_max."""
+    """Return the number of components (l_max + 1)² of the degrees 0 … l_max."""
     return (l_max + 1) ** 2
 
 
 def degree_of_component(l_max: int) -> Tensor:
-    """(I,) int64 degree of each component: 0, 1, 1, 1, 2, …"""
+    """Return the degree of each component, (I,) int64: 0, 1, 1, 1, 2, …"""
     return torch.repeat_interleave(torch.arange(l_max + 1), 2 * torch.arange(l_max + 1) + 1)
 
 
 class SphericalHarmonics(nn.Module):
-    """Real spherical harmonics of degree 0 … l_max in e3nn's basis, each degree with squared norm 2 l + 1.
+    """Evaluates real spherical harmonics of degree 0 … l_max in e3nn's basis, with squared norm 2 l + 1 per degree.
 
-    Degree l + 1 is the coupling of degree l with the vector, so that it takes two operations per degree.
+    Degree l + 1 is the coupling of degree l with the direction, which takes two operations per degree.
 
     Args:
         l_max: Highest degree.
@@ -65,11 +65,11 @@ class SphericalHarmonics(nn.Module):
 
 
 class Coupling(nn.Module):
-    """Clebsch-Gordan coupling of spherical harmonics with features, as one matrix per edge.
+    """Computes the Clebsch-Gordan coupling of spherical harmonics with features, as one matrix per edge.
 
     A path (l1, l2, l) couples features of degree l1 with harmonics of degree l2 to degree l. The matrix has one row for
     each output component of each path, ordered by degree l, component m and path, so that the coupled features of one
-    degree are a (2 l + 1, paths) block. It depends on geometry only and is shared by all layers of the same degrees.
+    degree are a (2 l + 1, paths) block. It depends on geometry only, and all layers of the same degrees share it.
 
     Args:
         l_in: Highest degree of the features.

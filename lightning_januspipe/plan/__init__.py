@@ -9,16 +9,16 @@
     print(plan.choice.name, plan.choice.step_time, [row.over_ideal for row in plan.rows])
 """
 
-from lightning_januspipe.plan.compare import Plan, ScheduleRow, Stages, plan_costs, plan_stages
+from lightning_januspipe.plan.compare import CutCosts, SchedulePlan, ScheduleRow, plan_costs, plan_cuts
 from lightning_januspipe.plan.measure import Measured, TooManyRanks, measure_stages
 
 __all__ = [
+    "CutCosts",
     "Measured",
-    "Plan",
+    "SchedulePlan",
     "ScheduleRow",
-    "Stages",
     "TooManyRanks",
     "measure_stages",
     "plan_costs",
-    "plan_stages",
+    "plan_cuts",
 ]

@@ -23,7 +23,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Stages:
+class CutCosts:
     """The costs of one division of the chain of layers.
 
     Attributes:
@@ -54,7 +54,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """What all schedules of a plan have in common; see :func:`plan_costs`."""
 
     num_ranks: int
@@ -120,7 +120,7 @@ class ScheduleRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SchedulePlan:
     """All schedules that were asked for, for the same work.
 
     Attributes:
@@ -134,7 +134,7 @@ class Plan:
         atoms: atoms in a micro-batch; None where there is no data.
     """
 
-    options: Options
+    options: PlanOptions
     rows: tuple[ScheduleRow, ...]
     one_rank: float
     busiest: float
@@ -245,7 +245,7 @@ def plan_costs(
     latency: float = 0.0,
     bandwidth: float = math.inf,
     message_bytes: float = 0.0,
-) -> Plan:
+) -> SchedulePlan:
     """Compare schedules for given costs.
 
     Args:
@@ -264,19 +264,19 @@ def plan_costs(
     Raises:
         ValueError: A name is unknown, or a number is not possible.
     """
-    options = Options(num_ranks, num_microbatches, wave_size, max_live, memory_limit, latency, bandwidth)
-    stages = Stages(costs, memory=memory, message_bytes=message_bytes, typical_message=message_bytes)
-    return plan_stages([stages], options, schedules)
+    options = PlanOptions(num_ranks, num_microbatches, wave_size, max_live, memory_limit, latency, bandwidth)
+    stages = CutCosts(costs, memory=memory, message_bytes=message_bytes, typical_message=message_bytes)
+    return plan_cuts([stages], options, schedules)
 
 
-def plan_stages(
-    choices: Sequence[Stages],
-    options: Options,
+def plan_cuts(
+    choices: Sequence[CutCosts],
+    options: PlanOptions,
     schedules: Sequence[str] = tuple(GENERATORS),
     *,
     structures: float | None = None,
     atoms: float | None = None,
-) -> Plan:
+) -> SchedulePlan:
     """Compare schedules for one or more divisions of the same chain.
 
     Args:
@@ -323,10 +323,10 @@ def plan_stages(
             baseline = None
     shares = [entry.fused().total for entry in costs_per_stage(choices[0].costs, options.num_ranks, options.num_ranks)]
     one_rank = options.num_microbatches * sum(shares)
-    return Plan(options, tuple(rows), one_rank, max(shares) / sum(shares), failed, baseline, structures, atoms)
+    return SchedulePlan(options, tuple(rows), one_rank, max(shares) / sum(shares), failed, baseline, structures, atoms)
 
 
-def _row(name: str, choices: Sequence[Stages], options: Options) -> ScheduleRow:
+def _row(name: str, choices: Sequence[CutCosts], options: PlanOptions) -> ScheduleRow:
     """One schedule with the best division; ValueError where it cannot be built at all."""
     best: ScheduleRow | None = None
     for stages in choices if name in SEVERAL_STAGES else choices[:1]:
@@ -337,7 +337,7 @@ def _row(name: str, choices: Sequence[Stages], options: Options) -> ScheduleRow:
     return best
 
 
-def _row_of_stages(name: str, stages: Stages, options: Options) -> ScheduleRow:
+def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> ScheduleRow:
     costs, memory, limit = stages.costs_of(name), stages.memory_of(name), options.memory_limit
     latency = options.latency + stages.typical_message / options.bandwidth
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_januspipe.plan.compare import Plan
+from lightning_januspipe.plan.compare import SchedulePlan
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.schedule import draw
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
-from lightning_januspipe.schedule.draw import Row
-from lightning_januspipe.schedule.report import Report
+from lightning_januspipe.schedule.draw import Panel
+from lightning_januspipe.schedule.step_report import Report
 
 FORMATS = ("svg", "png")
 
 
 def write_plan(
-    plan: Plan, folder: Path, suffix: str, about: dict[str, Any], measured: Sequence[Measured]
+    plan: SchedulePlan, folder: Path, suffix: str, about: dict[str, Any], measured: Sequence[Measured]
 ) -> list[Path]:
     """Write the files.
 
@@ -82,7 +82,7 @@ def stages_dict(measured: Measured) -> list[dict[str, Any]]:
     return found
 
 
-def _milliseconds(row: Row) -> Row:
+def _milliseconds(row: Panel) -> Panel:
     label, schedule, report = row
     return label, schedule, _scaled(report, 1e3)
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import CapturedPotential, CaptureError
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.size_names import words_of
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
-from lightning_januspipe.engine.single_process import LocalResult, run_local
+from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.graph import GraphAxis, GraphGroup, Localized, Shard, localize, prove_division
-from lightning_januspipe.graph.shard_microbatch import Divider
-from lightning_januspipe.plan.compare import Stages
+from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_captured, verify_sharding
+from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
+from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
@@ -113,7 +113,7 @@ class GraphLink:
         return number * self.latency + num_bytes / self.bandwidth
 
 
-def stages_of_share(measured: Measured, num_ranks: int, share: GraphShare, link: GraphLink) -> Stages:
+def costs_of_share(measured: Measured, num_ranks: int, share: GraphShare, link: GraphLink) -> CutCosts:
     """The costs of stages whose micro-batches are divided over graph ranks, each with the slowest rank's.
 
     Args:
@@ -167,7 +167,7 @@ class Sharing:
     """
 
     def __init__(
-        self, module: nn.Module, step: StepFunction, potential: DividedPotential, batches: Sequence[Any]
+        self, module: nn.Module, step: StepFunction, potential: StagedPotential, batches: Sequence[Any]
     ) -> None:
         self._module, self._step, self._batches, self._divided = module, step, batches, potential
         self._potential = module.get_submodule(potential.path)
@@ -199,15 +199,15 @@ class Sharing:
                 )
             if measured is None:
                 smallest = min(range(len(self._batches)), key=lambda i: sum(t.numel() for t in self._tensors[i]))
-                prove_division(captured, self._module, self._step, self._batches[smallest], num_ranks)
+                verify_sharding(captured, self._module, self._step, self._batches[smallest], num_ranks)
             return self._share(captured, num_ranks, measured)
         except CaptureError as error:
             return GraphShare(num_ranks, refused=str(error))
 
     def _share(self, captured: CapturedPotential, num_ranks: int, measured: GraphShare | None) -> GraphShare:
-        localized = localize(captured)
-        divider = Divider(captured, localized, self._potential, num_ranks)
-        divisions = [divider.planned(tensors).shards for tensors in self._tensors]
+        localized = shard_captured(captured)
+        sharder = MicrobatchSharder(captured, localized, self._potential, num_ranks)
+        divisions = [sharder.plan_balanced(tensors).shards for tensors in self._tensors]
         groups = [CountingGroup(rank, num_ranks) for rank in range(num_ranks)]
         axes = [GraphAxis(captured, self._potential, GraphGroup(num_ranks, g.rank(), g)) for g in groups]
         walks = [
@@ -242,7 +242,7 @@ class Sharing:
         tensors: list[Tensor],
         axis: GraphAxis | None = None,
         group: CountingGroup | None = None,
-    ) -> Callable[..., tuple[LocalResult, Traffic]]:
+    ) -> Callable[..., tuple[SingleProcessResult, Traffic]]:
         """A function that takes one rank's part of a micro-batch through all phases.
 
         Args:
@@ -252,8 +252,9 @@ class Sharing:
             group: that of the axis.
 
         Returns:
-            A function that gives what :func:`~lightning_januspipe.engine.single_process.run_local` does, with its
-            options, and the exchanges.
+            A function with the options of
+            :func:`~lightning_januspipe.engine.single_process.run_single_process`, which returns its result and the
+            exchanges.
         """
         given = MicrobatchInput(tensors, captured.bind_sizes(tensors))
         local = captured if axis is None else axis.potential
@@ -261,34 +262,36 @@ class Sharing:
 
         def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
             if axis is not None:
-                observables, derivatives = axis.joined(0, observables, derivatives)
+                observables, derivatives = axis.gather_results(0, observables, derivatives)
             seeds = LossGradients(
                 [torch.ones_like(y) if y.is_floating_point() else None for y in observables],
                 [torch.ones_like(x) for x in derivatives],
             )
-            return seeds if axis is None else axis.own(0, seeds)
+            return seeds if axis is None else axis.own_gradients(0, seeds)
 
-        def walk(**manner: Any) -> tuple[LocalResult, Traffic]:
-            part = given if axis is None else axis.divided(0, given)
+        def walk(**manner: Any) -> tuple[SingleProcessResult, Traffic]:
+            part = given if axis is None else axis.shard_inputs(0, given)
             if group is not None:
                 group.begin()
             on_phase = None if group is None else group.on_phase
-            result = run_local(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
+            result = run_single_process(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
             return result, {} if group is None else group.sent
 
         return walk
 
 
-def _seconds(result: LocalResult) -> float:
+def _seconds(result: SingleProcessResult) -> float:
     return sum(of_stage.total for of_stage in result.seconds)
 
 
-def _held(result: LocalResult) -> int:
+def _held(result: SingleProcessResult) -> int:
     """Bytes that a micro-batch holds at most on all stages together."""
     return sum(b.energy + max(b.force, b.kept) for b in result.bytes or [])
 
 
-def _division(localized: Localized, word: Any, divisions: Sequence[Mapping[str, Sequence[Shard]]]) -> GraphShare:
+def _division(
+    localized: ShardedPotential[CapturedPotential], word: Any, divisions: Sequence[Mapping[str, Sequence[Shard]]]
+) -> GraphShare:
     """Who owns and reads how much."""
     classes = localized.classes
     edges = next((name for name, owning in classes.owner.items() if owning.of == classes.root), classes.root)

@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from lightning_januspipe.capture import Capture, CapturedPotential, Manner, capture_module
+from lightning_januspipe.capture import Capture, CapturedPotential, PhaseMode, capture_module
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report, sent
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
-from lightning_januspipe.capture.validate.against_eager import TOGETHER, run_captured, validate
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
+from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate
 from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
 from lightning_januspipe.engine.p2p import packed_size
 from lightning_januspipe.engine.specs import PhaseSeconds, TensorSpec
 from lightning_januspipe.errors import TooFewParts
-from lightning_januspipe.plan.compare import Stages
+from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.runtime.planner import memory_costs, phase_costs
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
@@ -59,7 +59,7 @@ class Measured:
         elapsed: seconds that the capture took.
     """
 
-    potential: DividedPotential
+    potential: StagedPotential
     report: CutReport
     costs: tuple[PhaseCosts, ...]
     deferred: tuple[PhaseCosts, ...]
@@ -105,7 +105,7 @@ class Measured:
         """Bytes of what a stage passes on to the next one, on this micro-batch."""
         return packed_size([(spec.sizes(self.symbols), spec.dtype) for _, spec in self.boundary(stage)])
 
-    def stages(self, num_ranks: int) -> Stages:
+    def stages(self, num_ranks: int) -> CutCosts:
         """The costs for schedules of a number of ranks.
 
         A chain shorter than the ranks is divided evenly over them: all work, memory and messages as if every rank had
@@ -123,7 +123,7 @@ class Measured:
         ]
         typical = statistics.fmean(sizes) if sizes else 0.0
         if self.num_stages < num_ranks:
-            return Stages(
+            return CutCosts(
                 _share(self.costs, num_ranks),
                 _share(self.deferred, num_ranks),
                 _share(self.memory, num_ranks),
@@ -131,7 +131,7 @@ class Measured:
                 message_bytes=typical,
                 typical_message=typical,
             )
-        return Stages(
+        return CutCosts(
             self.costs,
             self.deferred,
             self.memory,
@@ -178,7 +178,9 @@ def measure_stages(
     """
 
     def capture(ranks: Sequence[int]) -> Capture:
-        return capture_module(module, step, traced_batch, other_batch, [ranks], potential, manner=Manner(defer=True))
+        return capture_module(
+            module, step, traced_batch, other_batch, [ranks], potential, phase_mode=PhaseMode(defer=True)
+        )
 
     try:
         found = capture(placement)
@@ -201,18 +203,18 @@ def _measured(
     profile = None
     if isinstance(captured, CapturedPotential):
         profile = measure(captured.program, captured.regions, submodule, tensors)
-    validate(captured, submodule, call, TOGETHER)  # and a first walk without deferral, which warms up
+    validate(captured, submodule, call, DEFAULT_MODE)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
     began = time.perf_counter()
     while True:
         for defer, found in walks.items():  # in turn, so that what else the machine does meets both
-            found.append(run_captured(captured, submodule, call, Manner(defer=defer))[1].seconds)
+            found.append(run_staged(captured, submodule, call, PhaseMode(defer=defer))[1].seconds)
         num = len(walks[False])
         if num >= (repeats or _LEAST_REPEATS) and (repeats or time.perf_counter() - began > _SECONDS):
             break
     memory = []
     for defer in walks:
-        result = run_captured(captured, submodule, call, Manner(defer=defer), measure_memory=True)[1]
+        result = run_staged(captured, submodule, call, PhaseMode(defer=defer), measure_memory=True)[1]
         assert result.bytes is not None
         memory.append(memory_costs(result.bytes))
     return Measured(

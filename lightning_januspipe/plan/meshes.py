@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.plan.compare import Options, Plan, plan_stages
-from lightning_januspipe.plan.graph_share import GraphLink, GraphShare, stages_of_share
+from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, plan_cuts
+from lightning_januspipe.plan.graph_share import GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 
 # Predictions are good to some percent: a mesh with more exchanges, or more stages, has to gain more.
@@ -29,7 +29,7 @@ class MeshRow:
     """
 
     shape: MeshShape
-    plan: Plan
+    plan: SchedulePlan
     reduce: float
     weights: int
 
@@ -133,7 +133,7 @@ def compare_meshes(
     measure: Callable[[int], Measured],
     shares_of: Callable[[Measured, GraphShare], GraphShare],
     potential: nn.Module,
-    options: Options,
+    options: PlanOptions,
     schedules: Sequence[str],
     link: GraphLink,
     *,
@@ -174,8 +174,8 @@ def compare_meshes(
         if share.refused:
             left_out.append(f"graph_size={shape.graph}: {share.refused}")
             continue
-        plan = plan_stages(
-            [stages_of_share(measured, shape.pipeline, share, link)],
+        plan = plan_cuts(
+            [costs_of_share(measured, shape.pipeline, share, link)],
             replace(options, num_ranks=shape.pipeline),
             schedules,
             structures=structures,

@@ -1,4 +1,4 @@
-"""Proofs in the middle of training, for batches of a kind that the first proof did not see.
+"""Validation in the middle of training, for batches of a kind that no validation has seen.
 
 A forward may branch on whether there is just one structure, or no edge, or on an entry that only some batches hold.
 The trace does not tell: many operations treat sizes of 0 and 1 apart without another result, and entries that a forward
@@ -17,35 +17,35 @@ from torch import nn
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import validate, validate_evaluation
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError
 
 
-class Proofs:
+class BatchChecks:
     """Compares a potential in stages with the module itself on the first batch of each kind.
 
     Every rank of a pipeline holds the whole module and the same batch, and so comes to the same.
 
     Args:
-        divided: the potential in stages, proven on ordinary batches.
+        staged: the potential in stages, validated on ordinary batches.
         module: the LightningModule.
 
     Attributes:
         whole: a context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
     """
 
-    def __init__(self, divided: DividedPotential, module: nn.Module) -> None:
-        self._divided, self._module = divided, module
-        self._proven: set[frozenset[str]] = set()
-        self._open: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
+    def __init__(self, staged: StagedPotential, module: nn.Module) -> None:
+        self._staged, self._module = staged, module
+        self._validated: set[frozenset[str]] = set()
+        self._noted: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
         self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def note(
         self, step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> None:
-        """Note a call, if it is of a kind that no proof has seen.
+        """Note a call, if it is of a kind that was not validated yet.
 
         Args:
             step: the user's step that makes the call.
@@ -53,36 +53,36 @@ class Proofs:
             kwargs: its keyword arguments.
             symbols: values of its size symbols.
         """
-        divided = self._divided
-        call = PotentialCall(divided.path, args, kwargs, tuple(divided.outputs), divided.replaced)
+        staged = self._staged
+        call = PotentialCall(staged.path, args, kwargs, tuple(staged.outputs), staged.replaced)
         potential = potential_of(self._module, step, call)
-        kinds = divided.kinds(potential, args, kwargs, symbols)
-        if kinds and not any(kinds <= proven for proven in (*self._proven, *self._open)):
-            self._open[kinds] = potential, call
+        kinds = staged.unvalidated_kinds(potential, args, kwargs, symbols)
+        if kinds and not any(kinds <= validated for validated in (*self._validated, *self._noted)):
+            self._noted[kinds] = potential, call
 
-    def settle(self) -> None:
-        """Prove the potential for the calls that were noted.
+    def run(self) -> None:
+        """Validate the potential on the calls that were noted.
 
         Raises:
             CaptureError: the stages differ from the module itself.
         """
-        if not self._open:
+        if not self._noted:
             return
-        noted, self._open = self._open, {}
+        noted, self._noted = self._noted, {}
         with self.whole(), unchanged(self._module), capturing(self._module):
             for kinds, (potential, call) in noted.items():
-                self._prove(kinds, potential, call)
-        self._proven.update(noted)
+                self._validate(kinds, potential, call)
+        self._validated.update(noted)
 
-    def _prove(self, kinds: frozenset[str], potential: nn.Module, call: PotentialCall) -> None:
+    def _validate(self, kinds: frozenset[str], potential: nn.Module, call: PotentialCall) -> None:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if potential.training:
-                    validate(self._divided, potential, call)
+                    validate(self._staged, potential, call)
                 else:
-                    validate_evaluation(self._divided, potential, call)
+                    validate_evaluation(self._staged, potential, call)
         except CaptureError as error:
             raise CaptureError(
-                f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was proven when "
+                f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was validated when "
                 f"training started, and with it {error}"
             ) from error

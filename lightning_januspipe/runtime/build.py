@@ -14,9 +14,9 @@ from lightning_januspipe.capture import (
     Capture,
     CaptureError,
     ExplicitStages,
-    Manner,
+    PhaseMode,
     ProgramCache,
-    Stages,
+    StageOrigin,
     capture_module,
 )
 from lightning_januspipe.capture.find.grad_call import StepFunction
@@ -24,7 +24,7 @@ from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.specs import PhaseSeconds
-from lightning_januspipe.graph import call_tensors, division_of, prove_division
+from lightning_januspipe.graph import call_tensors, shard_potential, verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline, measured_latency
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
@@ -73,7 +73,7 @@ class _Kept:
         return is_right and not request.trains
 
 
-class Capturer:
+class PipelineBuilder:
     """Captures modules for one strategy, and keeps the last capture.
 
     Attributes:
@@ -94,7 +94,7 @@ class Capturer:
         wave_size: int | Literal["auto"],
         memory_limit: float | None,
         potential: str | None,
-        stages: Stages,
+        stages: StageOrigin,
         message_dtype: MessageDtype | None = None,
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
@@ -119,7 +119,7 @@ class Capturer:
         # One number for all replicas: by it the stages are placed.
         latency = broadcast(measured_latency(mesh))
         news = ""
-        to_prove: list[Tensor] = []
+        to_verify: list[Tensor] = []
         if self._kept is None or not self._kept.serves(request):
 
             def step_time(seconds: list[PhaseSeconds]) -> float:
@@ -136,14 +136,16 @@ class Capturer:
                             *examples,
                             placements(self.schedule, num_ranks),
                             self._potential,
-                            manner=Manner(defer=is_deferred(self.schedule), apart=is_unfolded(self.schedule)),
+                            phase_mode=PhaseMode(
+                                defer=is_deferred(self.schedule), split_stages=is_unfolded(self.schedule)
+                            ),
                             step_time=step_time,
                             evaluation_step=None if evaluation is None else with_batch(evaluation),
                             stages=self._stages,
                             cache=ProgramCache.default(),
                         )
-                        proof = _proof(found, request.module, step, examples[1], mesh.shape.graph)
-                        return found, proof
+                        inputs = _verify_graph_ranks(found, request.module, step, examples[1], mesh.shape.graph)
+                        return found, inputs
 
             def capture() -> tuple[Capture, list[Tensor]]:
                 # Many potentials detach their forces in evaluation; some differentiate once only if they are told so.
@@ -154,7 +156,7 @@ class Capturer:
                         raise
                 return capture_in(False)
 
-            result, to_prove = on_first_rank(capture, rank, broadcast)
+            result, to_verify = on_first_rank(capture, rank, broadcast)
             self._kept = _Kept(weakref.ref(request.module), _name(request.step), result)
             manner = manner_in_words(self.schedule, request.num_microbatches, mesh.shape)
             news = f"januspipe: {result.describe()}; {manner}"
@@ -163,10 +165,10 @@ class Capturer:
         limit = self._memory_limit if request.trains else None
         planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
         pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
-        if to_prove:
+        if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.
-                pipeline.prove_division([t.clone().to(mesh.device) for t in to_prove])
+                pipeline.verify_sharding([t.clone().to(mesh.device) for t in to_verify])
         return pipeline, news
 
     def _planner(
@@ -199,24 +201,24 @@ def manner_in_words(schedule: str, num_microbatches: int, shape: MeshShape) -> s
     return ", ".join(words)
 
 
-def _proof(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:
-    """Prove that a potential can be divided over graph ranks.
+def _verify_graph_ranks(capture: Capture, module: Any, step: StepFunction, batch: Any, num_ranks: int) -> list[Tensor]:
+    """Verify that a potential can be sharded over graph ranks, as far as one rank can.
 
     Returns:
-        Where that takes all ranks together, the potential's inputs to prove it with, on the CPU; else nothing.
+        The potential's inputs, on the CPU, where all ranks together have to verify it with them; else nothing.
     """
     potential = capture.potential
     if num_ranks == 1:
         return []
     if isinstance(potential, CapturedPotential):
         try:
-            prove_division(potential, module, step, batch, num_ranks)
+            verify_sharding(potential, module, step, batch, num_ranks)
         except CaptureError as error:
             if not isinstance(module.get_submodule(potential.path), ExplicitStages):
                 raise
             raise CaptureError(f"{error} Or take the stages that it declares, with stages='explicit'.") from error
         return []
-    division_of(potential, module.get_submodule(potential.path))
+    shard_potential(potential, module.get_submodule(potential.path))
     return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]
 
 

@@ -18,7 +18,7 @@ from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.pipeline import Pipeline
 
 
-class Residence:
+class ParameterResidence:
     """Moves the parameters of one module on one rank.
 
     Args:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Capture, DividedPotential
+from lightning_januspipe.capture import Capture, StagedPotential
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.checkpoint.averages import followers, held_by_all
@@ -22,14 +22,14 @@ from lightning_januspipe.engine.p2p import Links, message_latency, pack, packed_
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.engine.timeline import PhaseTimes, Span, recorded_report
+from lightning_januspipe.engine.timeline import MeanPhaseTimes, Span, recorded_report
 from lightning_januspipe.errors import PipelineError
-from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, prove_together
+from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
 from lightning_januspipe.mesh import Mesh, as_world
-from lightning_januspipe.runtime.batch_checks import Proofs
+from lightning_januspipe.runtime.batch_checks import BatchChecks
 from lightning_januspipe.runtime.fingerprint import fingerprint, same_batch
 from lightning_januspipe.runtime.planner import Planner, is_searched, measured_costs
-from lightning_januspipe.runtime.step_recorder import RecordedStep, Watch
+from lightning_januspipe.runtime.step_recorder import RecordedStep, StepRecorder
 from lightning_januspipe.runtime.user_step import CapturedStep
 from lightning_januspipe.schedule import Schedule
 
@@ -74,8 +74,8 @@ class Pipeline:
         self._placement, self._force_placement = first.placement, first.force_placement
         self._planner = replace(planner, placement=self._placement)
         self._evaluation = evaluation_schedule(self._placement, self._force_placement, mesh.shape.pipeline, 1)
-        self.proofs = Proofs(captured, module)
-        self.step = CapturedStep(captured, module, self._add_outside, self.proofs.note)
+        self.batch_checks = BatchChecks(captured, module)
+        self.step = CapturedStep(captured, module, self._add_outside, self.batch_checks.note)
         links = _links(mesh)
         links.connect(first.messages())
         self._graph = _graph_axis(captured, potential, mesh)
@@ -84,9 +84,9 @@ class Pipeline:
         stages = {s: Stage(divided.stage(s, potential), self.gradients, divided.chain.autocast) for s in own}
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
         self.executor = Executor(mesh.pipeline_rank, stages, captured.chain, links, mesh.device, mesh.timeout, sent_as)
-        self.watch = Watch(mesh.device, self.gradients)
+        self.step_recorder = StepRecorder(mesh.device, self.gradients)
         self._costs_then = self._costs
-        self._times = PhaseTimes()
+        self._times = MeanPhaseTimes()
         self._links, self._bytes_before = links, links.bytes_sent
         self._num_steps = 0
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
@@ -128,7 +128,7 @@ class Pipeline:
         loss_scale: float = 1.0,
         ahead: Sequence[Tensor | None] = (),
     ) -> list[Any]:
-        """All phases of all micro-batches; see :meth:`~lightning_januspipe.runtime.single_stage.Undivided.train_step`.
+        """Run all phases of all micro-batches; see :meth:`.SingleStage.train_step`.
 
         Raises:
             PipelineError: the ranks hold different batches, or a rank has ended.
@@ -139,23 +139,23 @@ class Pipeline:
         try:
             inputs = [self._prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
             self._compare_batches(inputs, batches)
-            self._prove()
+            self._run_batch_checks()
             inputs = self._divided(inputs, ahead)
             schedule = self.schedule(len(batches))
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 if self._graph is not None:
-                    observables, derivatives = self._graph.joined(index, observables, derivatives)
+                    observables, derivatives = self._graph.gather_results(index, observables, derivatives)
                 with as_world(self._mesh.data_group):
                     result = self.step.loss(
                         index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
                     )
                 outputs[index] = result.output
-                return result.gradients if self._graph is None else self._graph.own(index, result.gradients)
+                return result.gradients if self._graph is None else self._graph.own_gradients(index, result.gradients)
 
-            self._costs_then = self._costs if self.watch.wants_times else self._costs_then
+            self._costs_then = self._costs if self.step_recorder.wants_times else self._costs_then
             is_learning = self._num_steps in _LEARNING_STEPS
-            with self.watch.step(schedule, lambda: self.executor.bytes_sent, is_learning) as recorder:
+            with self.step_recorder.step(schedule, lambda: self.executor.bytes_sent, is_learning) as recorder:
                 self.executor.recorder = recorder
                 self.executor.run(schedule, inputs, loss)
             self.executor.recorder = None
@@ -174,12 +174,12 @@ class Pipeline:
         try:
             inputs = [self._prepare(0, step, batch)]
             self._compare_batches(inputs, [batch])
-            self._prove()
+            self._run_batch_checks()
             inputs = self._divided(inputs)
             (result,) = self.executor.evaluate(self._evaluation, inputs)
             observables, derivatives = self._share(result, inputs[0])
             if self._graph is not None:
-                observables, derivatives = self._graph.joined(0, observables, derivatives)
+                observables, derivatives = self._graph.gather_results(0, observables, derivatives)
             with as_world(self._mesh.data_group):
                 return self.step.finish(0, step, batch, observables, derivatives)
         except BaseException:
@@ -188,8 +188,8 @@ class Pipeline:
         finally:
             self._clear()
 
-    def prove_division(self, tensors: Sequence[Tensor]) -> None:
-        """Prove a division over graph ranks that takes all of them; see :func:`~.graph.together.prove_together`.
+    def verify_sharding(self, tensors: Sequence[Tensor]) -> None:
+        """Verify on all graph ranks together that sharding is right; see :func:`.verify_explicit_sharding`.
 
         Args:
             tensors: inputs of the potential, the same on all ranks.
@@ -201,7 +201,7 @@ class Pipeline:
         assert self._graph is not None
         try:
             with unchanged(self._module):
-                prove_together(self._graph, captured, self._module.get_submodule(captured.path), tensors)
+                verify_explicit_sharding(self._graph, captured, self._module.get_submodule(captured.path), tensors)
         except BaseException:
             self._abort()
             raise
@@ -214,7 +214,7 @@ class Pipeline:
         mesh = self._mesh
         assert mesh.replica_group is not None
         replica = Replica(len(mesh.replica_ranks), mesh.replica_rank, mesh.replica_group)
-        return self._graph.divided_alike(inputs, replica, ahead)
+        return self._graph.shard_step_inputs(inputs, replica, ahead)
 
     def _clear(self) -> None:
         self.step.clear()
@@ -257,11 +257,11 @@ class Pipeline:
 
     def record_next_step(self) -> None:
         """Record the next training step for :meth:`recorded_step`; all ranks of the pipeline have to be asked."""
-        self.watch.ask()
+        self.step_recorder.ask()
 
     def recorded_step(self) -> RecordedStep | None:
         """The last step that was recorded, None where there is none; all ranks of the pipeline have to call this."""
-        own = self.watch.own_step
+        own = self.step_recorder.rank_step
         if own is None:
             return None
         assert own.schedule is not None
@@ -376,9 +376,9 @@ class Pipeline:
         with as_world(self._mesh.alone_group):
             return self.step.prepare(index, step, batch)
 
-    def _prove(self) -> None:
+    def _run_batch_checks(self) -> None:
         with as_world(self._mesh.alone_group):
-            self.proofs.settle()
+            self.batch_checks.run()
 
     def _refuse_unfreezing(self) -> None:
         changed = self._trainable ^ {n for n, p in self._module.named_parameters() if p.requires_grad}
@@ -418,7 +418,7 @@ class Pipeline:
                 )
 
 
-def _graph_axis(captured: DividedPotential, potential: nn.Module, mesh: Mesh) -> GraphAxis | None:
+def _graph_axis(captured: StagedPotential, potential: nn.Module, mesh: Mesh) -> GraphAxis | None:
     if mesh.graph_group is None:
         return None
     return GraphAxis(captured, potential, GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group))

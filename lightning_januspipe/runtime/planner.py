@@ -9,9 +9,9 @@ from typing import Literal
 from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, Report, Schedule, build_schedule, simulate
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES
-from lightning_januspipe.schedule.build import CHOSEN_PLACES, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
-from lightning_januspipe.schedule.placement import layouts, snake
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES, DEFERRED_PHASES
+from lightning_januspipe.schedule.build import CHOOSES_PLACEMENT, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
+from lightning_januspipe.schedule.stage_placement import layouts, snake
 
 # Times of phases are measured to a few percent: a new order has to be better by more.
 _WORTH_A_CHANGE = 0.01
@@ -59,7 +59,7 @@ class Planner:
             latency=self.latency,
             memory=self.memory if limited else None,
             memory_limit=self.memory_limit,
-            placement=self.placement if self.name in CHOSEN_PLACES else None,
+            placement=self.placement if self.name in CHOOSES_PLACEMENT else None,
         )
 
     def step_time(self, num_microbatches: int) -> float:
@@ -102,13 +102,13 @@ def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedul
 
     Args:
         seconds: by stage and phase; WF and WE are 0 where they did not run by themselves.
-        schedule: what ran. Where FF and BF of a stage are apart from its FE and BE, they have computed these once more.
+        schedule: what ran. FF and BF of a split stage have computed FE and BE once more.
     """
-    order = (*CHAIN_PHASES, *DEFERRED_PHASES)
+    order = (*CRITICAL_PHASES, *DEFERRED_PHASES)
     found = []
     for stage in range(schedule.num_stages):
         fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in order)
-        if schedule.is_apart(stage):
+        if schedule.is_split(stage):
             ff, bf = ff - fe, bf - be
         found.append(PhaseSeconds(fe, ff, bf, be, wf, we))
     return phase_costs(found)
@@ -126,7 +126,7 @@ def placements(name: str, num_ranks: int) -> tuple[tuple[int, ...], ...]:
     """
     found = [tuple(range(num_ranks))]
     if num_ranks > 1 and name in SEVERAL_STAGES:
-        found += layouts(num_ranks, 2 * num_ranks) if name in CHOSEN_PLACES else [snake(num_ranks, 2 * num_ranks)]
+        found += layouts(num_ranks, 2 * num_ranks) if name in CHOOSES_PLACEMENT else [snake(num_ranks, 2 * num_ranks)]
     return tuple(found)
 
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
-from lightning_januspipe.engine.loss import gradients_of_loss, loss_of, require_finite
+from lightning_januspipe.engine.loss import gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.mesh import Mesh, as_world
-from lightning_januspipe.runtime.step_recorder import Watch
+from lightning_januspipe.runtime.step_recorder import StepRecorder
 from lightning_januspipe.schedule import Action, Phase
 
 
-class Undivided:
+class SingleStage:
     """The whole module on one rank: gradient accumulation over the micro-batches, nothing captured.
 
     Args:
@@ -26,7 +26,7 @@ class Undivided:
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self.gradients = GradientBuffers()
         self._module, self._mesh = module, mesh
-        self.watch = Watch(mesh.device, self.gradients)
+        self.step_recorder = StepRecorder(mesh.device, self.gradients)
 
     def train_step(
         self,
@@ -50,7 +50,7 @@ class Undivided:
             FloatingPointError: a loss is not finite, before it is scaled.
         """
         outputs = []
-        with self.watch.step() as recorder:
+        with self.step_recorder.step() as recorder:
             for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
                 whole = Action(Phase.FE, 0, index)
                 if recorder is not None:
@@ -63,7 +63,7 @@ class Undivided:
     def _microbatch(self, index: int, step: StepFunction, batch: Any, scale: float) -> Any:
         with as_world(self._mesh.data_group):
             output = step(batch)
-        loss = loss_of(output, type(self._module).__name__)
+        loss = loss_in(output, type(self._module).__name__)
         require_finite(loss, index)
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         self.gradients.add(parameters, gradients_of_loss(loss, scale, list(parameters)))
@@ -75,7 +75,7 @@ class Undivided:
             return step(batch)
 
     def reduce(self) -> None:
-        """Average the published gradients over the replicas."""
+        """Average ``p.grad`` over the replicas."""
         if self._mesh.shape.data > 1:
             assert self._mesh.data_group is not None
             reduce_gradients(self._module.parameters(), self._mesh.data_group, divide_by=self._mesh.shape.data)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.memory import HeldRecorder
-from lightning_januspipe.engine.timeline import Recorder, Span
+from lightning_januspipe.engine.memory import MemoryRecorder
+from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.schedule import Report, Schedule
 
 
 @dataclass(frozen=True)
-class OwnStep:
+class RankStep:
     """A training step as one rank saw it.
 
     Attributes:
@@ -45,7 +45,7 @@ class RecordedStep:
     recorded: Report
 
 
-class Watch:
+class StepRecorder:
     """Records the steps of one rank that it is asked to; nothing is sent to other ranks.
 
     Args:
@@ -53,14 +53,14 @@ class Watch:
         gradients: of this rank's parameters.
 
     Attributes:
-        own_step: the last step that was asked for.
+        rank_step: the last step that was asked for.
         held: the most bytes that the micro-batches of this rank held at once, in the last step in which this was asked.
     """
 
     def __init__(self, device: torch.device, gradients: GradientBuffers) -> None:
-        self.own_step: OwnStep | None = None
+        self.rank_step: RankStep | None = None
         self.held: int | None = None
-        self._recorder = Recorder(device)
+        self._recorder = ActionRecorder(device)
         self._gradients = gradients
         self.wants_times = self.wants_memory = False
 
@@ -77,7 +77,7 @@ class Watch:
     @contextmanager
     def step(
         self, schedule: Schedule | None = None, bytes_sent: Callable[[], int] = int, always: bool = False
-    ) -> Iterator[Recorder | None]:
+    ) -> Iterator[ActionRecorder | None]:
         """For the duration of one step: the recorder that takes in its actions, if it is to be recorded.
 
         Args:
@@ -88,7 +88,7 @@ class Watch:
         times, memory = self.wants_times, self.wants_memory
         self.wants_times = self.wants_memory = False
         if memory and not times and not always:
-            with HeldRecorder(self._gradients.sums) as held:
+            with MemoryRecorder(self._gradients.sums) as held:
                 yield held
             self.held = held.peak
         elif times or always:
@@ -96,6 +96,6 @@ class Watch:
             self._recorder.reset()
             yield self._recorder
             if times:
-                self.own_step = OwnStep(schedule, tuple(self._recorder.spans()), bytes_sent() - before)
+                self.rank_step = RankStep(schedule, tuple(self._recorder.spans()), bytes_sent() - before)
         else:
             yield None

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import step_with
 from lightning_januspipe.capture.patches import forward_replaced
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.capture.validate.side_effects import _seeded, kept_metrics, metrics_of, silent_log
-from lightning_januspipe.engine.loss import gradients_of_loss, loss_of, require_finite
+from lightning_januspipe.engine.loss import gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError
 
@@ -49,7 +49,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        captured: DividedPotential,
+        captured: StagedPotential,
         module: nn.Module,
         add_gradients: Callable[[list[nn.Parameter], list[Tensor | None]], None],
         note: Note | None = None,
@@ -119,7 +119,7 @@ class CapturedStep:
         x = [d.detach().requires_grad_() for d in derivatives]
         with torch.enable_grad():
             output = self._replay(index, step, batch, y, x)
-        loss = loss_of(output, type(self._module).__name__)
+        loss = loss_in(output, type(self._module).__name__)
         require_finite(loss, index)
         inputs = [v for v in (*y, *x) if v.requires_grad]
         if not loss.requires_grad:

@@ -3,8 +3,8 @@
 from lightning_januspipe.schedule.actions import Action, Phase, Schedule
 from lightning_januspipe.schedule.build import build_schedule
 from lightning_januspipe.schedule.costs import Link, MemoryCosts, PhaseCosts
-from lightning_januspipe.schedule.report import Report
 from lightning_januspipe.schedule.simulate import simulate
+from lightning_januspipe.schedule.step_report import Report
 from lightning_januspipe.schedule.validate import ScheduleError, validate
 
 __all__ = [

@@ -36,7 +36,7 @@ class Phase(str, Enum):
     __hash__ = str.__hash__  # that of Enum is many times slower, and actions are keys everywhere
 
 
-CHAIN_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
+CRITICAL_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
 """The phases on the critical path, in the order in which a micro-batch goes through them."""
 
 DEFERRED_PHASES = {Phase.WF: Phase.BF, Phase.WE: Phase.BE}
@@ -194,7 +194,7 @@ class Schedule:
         """Whether all phases of each stage are on one rank."""
         return self.placement == self.force_placement
 
-    def is_apart(self, stage: int) -> bool:
+    def is_split(self, stage: int) -> bool:
         """Whether FF and BF of a stage are on another rank than FE and BE."""
         return self.placement[stage] != self.force_placement[stage]
 
@@ -214,13 +214,13 @@ class Schedule:
     def sent(self, action: Action) -> tuple[Message, ...]:
         """The messages that ``action`` sends, in order.
 
-        Along the chain, then, of a stage whose phases are apart, from FE to FF and from BF to BE.
+        Along the chain first, then, for a split stage, from FE to FF and from BF to BE.
         """
         rank = self.rank_of(action)
         after = successor(action, self.num_stages)
         found: tuple[Message, ...] = () if after is None or self.rank_of(after) == rank else (Message(action, after),)
         phase, stage, microbatch = action
-        if phase in _DOWNWARD and self.is_apart(stage):
+        if phase in _DOWNWARD and self.is_split(stage):
             own = Action(_NEXT[phase], stage, microbatch)
             if own != after:
                 found += (Message(action, own),)
@@ -289,9 +289,9 @@ class Schedule:
         if keys != ["name", "num_microbatches", "placement"] or any(len(row) < 2 for row in rows[:3]):
             raise ValueError(f"The first rows are {keys}, expected name, num_microbatches and placement with values.")
         name, num_microbatches, placement = (row[1:] for row in rows[:3])
-        apart = len(rows) > 3 and rows[3][0] == "force_placement"
-        forces = " ".join(rows[3][1:]) if apart else ""
-        actions = [(row[0], row[1:]) for row in rows[4 if apart else 3 :]]
+        is_unfolded = len(rows) > 3 and rows[3][0] == "force_placement"
+        forces = " ".join(rows[3][1:]) if is_unfolded else ""
+        actions = [(row[0], row[1:]) for row in rows[4 if is_unfolded else 3 :]]
         return cls._from_rows(name[0], num_microbatches[0], " ".join(placement), forces, actions)
 
     @classmethod

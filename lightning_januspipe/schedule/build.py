@@ -33,11 +33,11 @@ GENERATORS: Mapping[str, Callable[[Request], Schedule]] = {
 SEVERAL_STAGES = ("1f1b-2nd", "hanayo-2nd", "wavek-zb")
 """The schedules that can have more than one stage on a rank."""
 
-CHOSEN_PLACES = ("wavek-zb",)
+CHOOSES_PLACEMENT = ("wavek-zb",)
 """The schedules that choose the ranks of their stages."""
 
 UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
-"""The schedules with FF and BF of a stage apart from its FE and BE."""
+"""The schedules with split stages: FF and BF of a stage on another rank than its FE and BE."""
 
 DEFERRED = ("wavek-zb",)
 """The schedules with WF and WE."""
@@ -102,16 +102,18 @@ def build_schedule(
     if memory_limit is not None and not memory_limit >= 0:
         raise ValueError(f"memory_limit is {memory_limit!r}, expected a number of bytes >= 0 or None.")
     places = tuple(placement) if isinstance(placement, Sequence) else None
-    if placement is not None and (places is None or name not in CHOSEN_PLACES or set(places) != set(range(num_ranks))):
+    if placement is not None and (
+        places is None or name not in CHOOSES_PLACEMENT or set(places) != set(range(num_ranks))
+    ):
         raise ValueError(
             f"placement is {placement!r}, expected the rank of each stage, with every rank from 0 to {num_ranks - 1}, "
-            f"for {' or '.join(CHOSEN_PLACES)}; {name!r} was asked for."
+            f"for {' or '.join(CHOOSES_PLACEMENT)}; {name!r} was asked for."
         )
     request = Request(
         num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit, places
     )
     several = name in SEVERAL_STAGES
-    request.stage_costs(len(places) if places else request.numbers_of_stages((1,))[0] if several else num_ranks)
+    request.stage_costs(len(places) if places else request.stage_counts((1,))[0] if several else num_ranks)
     schedule = GENERATORS[name](request)
     validate(schedule)
     if memory is not None and memory_limit is not None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_januspipe.schedule.actions import Phase, Schedule
-from lightning_januspipe.schedule.draw import Row, check_rows, first_start
-from lightning_januspipe.schedule.report import Report
+from lightning_januspipe.schedule.draw import Panel, check_panels, first_start
+from lightning_januspipe.schedule.step_report import Report
 
 COLOUR_NAMES: Mapping[Phase, str] = {
     Phase.FE: "thread_state_runnable",
@@ -31,7 +31,7 @@ _NANOSECONDS = 1e9  # per second
 _PER_MICROSECOND = 1e3  # nanoseconds; the format counts microseconds, and viewers keep three decimals of them
 
 
-def chrome_trace(rows: Sequence[Row], *, seconds_per_unit: float = 1.0) -> dict[str, Any]:
+def chrome_trace(rows: Sequence[Panel], *, seconds_per_unit: float = 1.0) -> dict[str, Any]:
     """Turn timed schedules into a trace.
 
     An action is a complete event named like ``FE0.3``, a message between two ranks a flow from the action that sends it
@@ -47,7 +47,7 @@ def chrome_trace(rows: Sequence[Row], *, seconds_per_unit: float = 1.0) -> dict[
     Raises:
         ValueError: If there is no row, a report is not of its schedule, or ``seconds_per_unit`` is not a number > 0.
     """
-    check_rows(rows)
+    check_panels(rows)
     if not (math.isfinite(seconds_per_unit) and seconds_per_unit > 0):
         raise ValueError(f"seconds_per_unit is {seconds_per_unit!r}, expected a number > 0: 1e-3 for milliseconds.")
     events: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ def chrome_trace(rows: Sequence[Row], *, seconds_per_unit: float = 1.0) -> dict[
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def write_chrome_trace(rows: Sequence[Row], path: str | os.PathLike[str], *, seconds_per_unit: float = 1.0) -> None:
+def write_chrome_trace(rows: Sequence[Panel], path: str | os.PathLike[str], *, seconds_per_unit: float = 1.0) -> None:
     """Write the trace of `chrome_trace` as JSON, one event per line.
 
     Args:

@@ -149,21 +149,21 @@ def _combine(kind: type[_Entry], parts: Sequence[tuple[_Entry, float]]) -> _Entr
     return kind(**{f.name: sum(weight * getattr(entry, f.name) for entry, weight in parts) for f in fields(kind)})
 
 
-def durations(costs: PhaseCosts, deferred: bool, apart: bool) -> Mapping[Phase, float]:
+def durations(costs: PhaseCosts, deferred: bool, split: bool) -> Mapping[Phase, float]:
     """Time of every phase of one stage.
 
-    Where FF and BF are apart from FE and BE, their rank computes FE once more, and BF goes back through it too.
+    The rank that runs FF and BF of a split stage computes FE once more, and BF goes back through it too.
 
     Args:
         costs: The stage's costs.
         deferred: Whether WF and WE are actions of their own.
-        apart: Whether the stage's forces are on another rank than its energies.
+        split: Whether the stage is split: FF and BF on another rank than FE and BE.
     """
     times = {phase: costs.of(phase) for phase in Phase}
     if not deferred:
         for phase, origin in DEFERRED_PHASES.items():
             times[origin] += times[phase]
-    if apart:
+    if split:
         times[Phase.FF] += costs.fe
         times[Phase.BF] += costs.be + costs.we
     return times
@@ -173,5 +173,5 @@ def action_times(schedule: Schedule, costs: Costs) -> Callable[[Phase, int], flo
     """Time of every phase of every stage of a schedule, as a function of phase and stage."""
     deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
     per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
-    table = [durations(entry, deferred, schedule.is_apart(stage)) for stage, entry in enumerate(per_stage)]
+    table = [durations(entry, deferred, schedule.is_split(stage)) for stage, entry in enumerate(per_stage)]
     return lambda phase, stage: table[stage][phase]

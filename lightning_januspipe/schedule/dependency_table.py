@@ -12,7 +12,7 @@ from lightning_januspipe.schedule.actions import Action, Phase, Schedule
 
 
 @dataclass
-class Step:
+class StagePhase:
     """One phase of one stage, for any micro-batch. An *edge* is the number of a dependency between two steps.
 
     Args:
@@ -35,10 +35,10 @@ class Step:
         return [*self.takes, *(edge for _, edge in self.receives)]
 
 
-def steps_of(schedule: Schedule) -> tuple[dict[Phase, list[Step]], int]:
+def dependency_table(schedule: Schedule) -> tuple[dict[Phase, list[StagePhase]], int]:
     """The steps of a schedule by phase and stage, and the number of edges."""
     actions = [Action(phase, stage, 0) for phase in Phase for stage in range(schedule.num_stages)]
-    steps = {action: Step(schedule.rank_of(action)) for action in actions}
+    steps = {action: StagePhase(schedule.rank_of(action)) for action in actions}
     edges: dict[tuple[Action, Action], int] = {}
     for target, step in steps.items():
         for source in schedule.dependencies(target):

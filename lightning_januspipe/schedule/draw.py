@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_januspipe.schedule.actions import Action, Phase, Schedule
-from lightning_januspipe.schedule.report import Report
+from lightning_januspipe.schedule.step_report import Report
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row: TypeAlias = tuple[str, Schedule, Report]
+Panel: TypeAlias = tuple[str, Schedule, Report]
 """One panel of a picture: its label, the schedule, and the schedule's times."""
 
 SUFFIXES = (".png", ".svg")
@@ -65,7 +65,7 @@ _TITLE, _LEGEND_LINE, _PANEL_TITLE, _GAP = 0.3, 0.2, 0.27, 0.12
 _LEAST_WIDTH, _LARGEST_WIDTH = 8.0, 24.0
 
 
-def gantt(rows: Sequence[Row], path: str | os.PathLike[str], *, unit: str = "", title: str = "") -> None:
+def gantt(rows: Sequence[Panel], path: str | os.PathLike[str], *, unit: str = "", title: str = "") -> None:
     """Draw when each rank runs what, one panel per row, with the same time axis.
 
     A box is an action, in the colour of its phase and, where there is room, with the number of its micro-batch. Where a
@@ -86,7 +86,7 @@ def gantt(rows: Sequence[Row], path: str | os.PathLike[str], *, unit: str = "", 
 
 
 def memory(
-    rows: Sequence[Row],
+    rows: Sequence[Panel],
     path: str | os.PathLike[str],
     *,
     unit: str = "",
@@ -110,14 +110,14 @@ def memory(
     save(memory_figure(rows, unit=unit, title=title, limit=limit), path, suffix)
 
 
-def gantt_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", below: float = 0.0) -> Figure:
+def gantt_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", below: float = 0.0) -> Figure:
     """The picture that `gantt` writes.
 
     The boxes are one collection per phase, with the id ``panel<row>-<phase>``; beside them there are
     ``panel<row>-bubbles`` and, where a rank has several stages, ``panel<row>-bars``. ``below`` inches under the panels
     stay free.
     """
-    check_rows(rows)
+    check_panels(rows)
     most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
     row_height = min(max(0.13, 2.4 / most_ranks), 0.26)
     with style():
@@ -135,9 +135,9 @@ def gantt_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", below:
     return figure
 
 
-def memory_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", limit: float | None = None) -> Figure:
+def memory_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", limit: float | None = None) -> Figure:
     """The picture that `memory` writes; the line of each rank has the id ``panel<row>-rank<rank>``."""
-    check_rows(rows)
+    check_panels(rows)
     for label, _, report in rows:
         if not report.memory:
             raise ValueError(
@@ -175,7 +175,7 @@ def memory_figure(rows: Sequence[Row], *, unit: str = "", title: str = "", limit
     return figure
 
 
-def check_rows(rows: Sequence[Row]) -> None:
+def check_panels(rows: Sequence[Panel]) -> None:
     """Check that there is a row and that the report of every row has the times of its schedule's actions.
 
     Raises:
@@ -325,12 +325,12 @@ def _short_time(report: Report) -> float:
     return times[len(times) // 5]
 
 
-def _last_time(rows: Sequence[Row]) -> float:
+def _last_time(rows: Sequence[Panel]) -> float:
     """Where the time axis ends."""
     return 1.01 * max(report.makespan for _, _, report in rows)
 
 
-def _gantt_width(rows: Sequence[Row]) -> float:
+def _gantt_width(rows: Sequence[Panel]) -> float:
     """Width in inches at which most boxes have room for their number, within what fits on a screen."""
     last = _last_time(rows)
     width = 0.0
@@ -346,7 +346,7 @@ def _points_per_unit(axes: Axes) -> float:
     return float(axes.bbox.width / _DPI * _POINTS / (last - first))
 
 
-def _gantt_legend(rows: Sequence[Row]) -> list[Artist]:
+def _gantt_legend(rows: Sequence[Panel]) -> list[Artist]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -390,7 +390,7 @@ def _panels(
     heights: Sequence[float],
     legend: list[Artist],
     entry_width: float,
-    rows: Sequence[Row],
+    rows: Sequence[Panel],
     unit: str,
     title: str,
     below: float = 0.0,

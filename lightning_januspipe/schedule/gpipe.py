@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, Action, Schedule
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES, Action, Schedule
 from lightning_januspipe.schedule.request import Request
 
 
@@ -19,7 +19,7 @@ def gpipe(request: Request) -> Schedule:
             "take 'wavek' or '1f1b-fold', or raise max_live."
         )
     actions = tuple(
-        tuple(Action(phase, rank, microbatch) for phase in CHAIN_PHASES for microbatch in range(num_microbatches))
+        tuple(Action(phase, rank, microbatch) for phase in CRITICAL_PHASES for microbatch in range(num_microbatches))
         for rank in range(num_ranks)
     )
     return Schedule("gpipe", num_ranks, num_microbatches, actions)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush
 
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, Action, Phase
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES, Action, Phase
 from lightning_januspipe.schedule.costs import PhaseCosts, durations
 
 DEPTH_FIRST = (Phase.BE, Phase.BF, Phase.FF, Phase.FE)
@@ -17,7 +17,7 @@ DEPTH_FIRST = (Phase.BE, Phase.BF, Phase.FF, Phase.FE)
 BREADTH_FIRST = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
 """Every micro-batch gets a phase before one of them gets the next phase."""
 
-_PHASES = (*CHAIN_PHASES, Phase.WF, Phase.WE)
+_PHASES = (*CRITICAL_PHASES, Phase.WF, Phase.WE)
 _WF, _WE = 4, 5
 
 
@@ -46,16 +46,16 @@ class Priority:
     def table(self, num_microbatches: int) -> list[list[int]]:
         """Urgency of every chain phase (in chain order) and micro-batch; lower goes first and no two are equal."""
         urgency = []
-        for index, phase in enumerate(CHAIN_PHASES):
+        for index, phase in enumerate(CRITICAL_PHASES):
             wave = index // 2 if self.overlap else 0
             place = self.phases.index(phase)
             ages = (microbatch // self.unit + wave for microbatch in range(num_microbatches))
-            urgency.append([(age * len(CHAIN_PHASES) + place) * num_microbatches + m for m, age in enumerate(ages)])
+            urgency.append([(age * len(CRITICAL_PHASES) + place) * num_microbatches + m for m, age in enumerate(ages)])
         return urgency
 
 
 @dataclass(frozen=True)
-class Chain:
+class PlacedStages:
     """The stages of a pipeline, their places and their costs.
 
     Args:
@@ -73,14 +73,16 @@ class Chain:
     latency: float = 0.0
 
     @classmethod
-    def folded(cls, num_ranks: int, costs: Sequence[PhaseCosts], placement: tuple[int, ...], latency: float) -> Chain:
+    def folded(
+        cls, num_ranks: int, costs: Sequence[PhaseCosts], placement: tuple[int, ...], latency: float
+    ) -> PlacedStages:
         """All phases of a stage on one rank."""
         return cls(num_ranks, costs, placement, placement, latency)
 
     def durations(self, deferred: bool) -> list[list[float]]:
         """Time of every phase (in the order of the chain, then WF and WE) of every stage."""
-        apart = [a != b for a, b in zip(self.placement, self.force_placement, strict=True)]
-        tables = [durations(entry, deferred, is_apart) for entry, is_apart in zip(self.costs, apart, strict=True)]
+        split = [a != b for a, b in zip(self.placement, self.force_placement, strict=True)]
+        tables = [durations(entry, deferred, is_split) for entry, is_split in zip(self.costs, split, strict=True)]
         return [[table[phase] for phase in _PHASES] for table in tables]
 
 
@@ -111,7 +113,7 @@ class ListSchedule:
 
 
 def list_schedule(
-    chain: Chain,
+    chain: PlacedStages,
     num_microbatches: int,
     priority: Priority,
     max_live: int,
@@ -147,9 +149,11 @@ class _Run:
     its micro-batch, as urgencies count through the micro-batches.
     """
 
-    def __init__(self, chain: Chain, num_microbatches: int, priority: Priority, max_live: int, deferred: bool) -> None:
+    def __init__(
+        self, chain: PlacedStages, num_microbatches: int, priority: Priority, max_live: int, deferred: bool
+    ) -> None:
         num_ranks, num_stages = chain.num_ranks, len(chain.placement)
-        num_phases = len(_PHASES) if deferred else len(CHAIN_PHASES)
+        num_phases = len(_PHASES) if deferred else len(CRITICAL_PHASES)
         self.num_microbatches, self.num_stages, self.num_steps = num_microbatches, num_stages, num_phases * num_stages
         self.max_live, self.latency, self.entry = max_live, chain.latency, chain.placement[0]
         self.urgency = priority.table(num_microbatches)
@@ -159,10 +163,10 @@ class _Run:
         energies, forces = chain.placement, chain.force_placement
         self.rank_of = [r for phase in range(num_phases) for r in (energies if phase in (0, 3, _WE) else forces)]
         self.following = [self.next_step(step) for step in range(self.num_steps)]
-        self.work_left, self.steps_of = [0.0] * num_ranks, [0] * num_ranks
+        self.work_left, self.steps_per_rank = [0.0] * num_ranks, [0] * num_ranks
         for rank, duration in zip(self.rank_of, self.duration, strict=True):
             self.work_left[rank] += num_microbatches * duration
-            self.steps_of[rank] += 1
+            self.steps_per_rank[rank] += 1
         self.now = 0.0
         self.admitted = 0
         self.ready: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -181,7 +185,7 @@ class _Run:
         after = stage + 1 if phase % 2 == 0 else stage - 1
         if 0 <= after < self.num_stages:
             return phase * self.num_stages + after
-        return None if phase + 1 == len(CHAIN_PHASES) else (phase + 1) * self.num_stages + stage
+        return None if phase + 1 == len(CRITICAL_PHASES) else (phase + 1) * self.num_stages + stage
 
     def finish(self, deadline: float) -> ListSchedule | None:
         if not self.start(self.entry, deadline):
@@ -237,7 +241,7 @@ class _Run:
             else:
                 heappop(ready)
             if opens:
-                left[microbatch] = self.steps_of[rank]
+                left[microbatch] = self.steps_per_rank[rank]
         if self.now + self.work_left[rank] >= deadline:
             return False
         step = key % self.num_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_januspipe.schedule.actions import Schedule
 from lightning_januspipe.schedule.costs import PhaseCosts
-from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, Chain, Priority, list_schedule
+from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, PlacedStages, Priority, list_schedule
 from lightning_januspipe.schedule.request import Request
 
 NOMINAL_COSTS = PhaseCosts(fe=1.0, ff=1.0, bf=2.0, be=2.0)
@@ -18,7 +18,7 @@ def one_f_one_b(request: Request) -> Schedule:
     """
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
     cap = num_ranks if request.max_live is None else min(num_ranks, request.max_live)
-    chain = Chain.folded(num_ranks, (NOMINAL_COSTS,) * num_ranks, tuple(range(num_ranks)), 0.0)
+    chain = PlacedStages.folded(num_ranks, (NOMINAL_COSTS,) * num_ranks, tuple(range(num_ranks)), 0.0)
     found = list_schedule(chain, num_microbatches, Priority(DEPTH_FIRST, unit=num_microbatches), cap)
     assert found is not None
     return Schedule("1f1b-fold", num_ranks, num_microbatches, found.actions)

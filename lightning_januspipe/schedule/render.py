@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_januspipe.schedule.actions import Schedule
 
 if TYPE_CHECKING:
-    from lightning_januspipe.schedule.report import Report
+    from lightning_januspipe.schedule.step_report import Report
 
 IDLE = "."
 RUNNING = "-"

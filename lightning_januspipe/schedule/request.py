@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_januspipe.schedule.costs import Costs, Memory, PhaseCosts, costs_per_stage
-from lightning_januspipe.schedule.placement import layouts
+from lightning_januspipe.schedule.stage_placement import layouts
 
 Auto = Literal["auto"]
 
@@ -45,12 +45,12 @@ class Request:
         return costs_per_stage(self.costs, self.num_ranks, num_stages)
 
     def folded_layouts(self, choices: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """The ranks of the stages that a folded schedule may choose from; see :meth:`numbers_of_stages`."""
+        """The ranks of the stages that a folded schedule may choose from; see :meth:`stage_counts`."""
         if self.placement is not None:
             return [self.placement]
-        return [p for number in self.numbers_of_stages(choices) for p in layouts(self.num_ranks, number)]
+        return [p for number in self.stage_counts(choices) for p in layouts(self.num_ranks, number)]
 
-    def numbers_of_stages(self, choices: tuple[int, ...]) -> list[int]:
+    def stage_counts(self, choices: tuple[int, ...]) -> list[int]:
         """How many stages the chain may have.
 
         Costs per stage leave no choice. One entry per rank and "auto" leave the given ``choices`` of stages per rank.

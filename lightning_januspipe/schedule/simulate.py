@@ -14,8 +14,8 @@ from lightning_januspipe.schedule.costs import (
     costs_per_stage,
     memory_per_stage,
 )
-from lightning_januspipe.schedule.dependency_table import steps_of
-from lightning_januspipe.schedule.report import Curve, Report, peak_live
+from lightning_januspipe.schedule.dependency_table import dependency_table
+from lightning_januspipe.schedule.step_report import MemoryCurve, Report, peak_live
 from lightning_januspipe.schedule.validate import validate
 
 
@@ -52,7 +52,7 @@ def simulate(
             raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
         comm = Link(latency=comm)
     times = action_times(schedule, costs)
-    steps, num_edges = steps_of(schedule)
+    steps, num_edges = dependency_table(schedule)
     needs = {phase: [step.needs for step in of_phase] for phase, of_phase in steps.items()}
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
@@ -123,7 +123,7 @@ def ideal_time(schedule: Schedule, costs: Costs) -> float:
 
 def memory_over_time(
     schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float], memory: Memory
-) -> tuple[Curve, ...]:
+) -> tuple[MemoryCurve, ...]:
     """Per rank the bytes that its micro-batches hold, from what each phase allocates and frees.
 
     Args:
@@ -140,18 +140,18 @@ def memory_over_time(
     for order in schedule.actions:
         changes: list[tuple[float, float]] = []
         for action in order:
-            entry, apart = per_stage[action.stage], schedule.is_apart(action.stage)
+            entry, is_split = per_stage[action.stage], schedule.is_split(action.stage)
             allocated = freed = 0.0
             if action.phase is Phase.FE:
                 allocated = entry.energy
             elif action.phase is Phase.FF:
-                allocated = entry.force + (entry.energy if apart else 0.0)
-            elif action.phase is Phase.BF and not apart:
+                allocated = entry.force + (entry.energy if is_split else 0.0)
+            elif action.phase is Phase.BF and not is_split:
                 allocated = entry.kept
             if action.phase is last_force:
-                freed = entry.force + (entry.energy if apart else 0.0)
+                freed = entry.force + (entry.energy if is_split else 0.0)
             elif action.phase is last_energy:
-                freed = entry.energy + (0.0 if apart else entry.kept)
+                freed = entry.energy + (0.0 if is_split else entry.kept)
             changes += [(start[action], allocated), (end[action], -freed)]
         curve: list[tuple[float, float]] = [(0.0, 0.0)]
         held = 0.0

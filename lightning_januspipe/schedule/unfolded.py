@@ -13,9 +13,9 @@ import math
 
 from lightning_januspipe.schedule.actions import Phase, Schedule
 from lightning_januspipe.schedule.costs import PhaseCosts, durations
-from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, Chain, Priority, list_schedule
-from lightning_januspipe.schedule.placement import cut_evenly, snake
+from lightning_januspipe.schedule.list_scheduler import DEPTH_FIRST, PlacedStages, Priority, list_schedule
 from lightning_januspipe.schedule.request import Request
+from lightning_januspipe.schedule.stage_placement import cut_evenly, snake
 
 _CHUNKS = (2, 3, 4)
 """Stages per rank that the chain of energies may be cut in; it is cut in parts of equal cost at their borders."""
@@ -42,9 +42,11 @@ def _fastest(name: str, request: Request, parts_per_rank: int, caps: tuple[int, 
     if request.max_live is not None:
         caps = tuple(min(cap, request.max_live) for cap in caps)
     best: tuple[float, Schedule] | None = None
-    for num_stages in request.numbers_of_stages(_CHUNKS):
+    for num_stages in request.stage_counts(_CHUNKS):
         costs = request.stage_costs(num_stages)
-        chain = Chain(num_ranks, costs, *unfolded_placement(costs, num_ranks, parts_per_rank), latency=request.latency)
+        chain = PlacedStages(
+            num_ranks, costs, *unfolded_placement(costs, num_ranks, parts_per_rank), latency=request.latency
+        )
         for cap in dict.fromkeys(caps):
             deadline = math.inf if best is None else best[0]
             found = list_schedule(chain, num_microbatches, priority, cap, deadline=deadline)
@@ -67,7 +69,7 @@ def unfolded_placement(
         num_ranks: Number of pipeline ranks.
         parts_per_rank: Parts of the unrolled chain on each rank, placed down the ranks and up again.
     """
-    times = [durations(entry, deferred=False, apart=True) for entry in costs]
+    times = [durations(entry, deferred=False, split=True) for entry in costs]
     energies = [time[Phase.FE] + time[Phase.BE] for time in times]
     forces = [time[Phase.FF] + time[Phase.BF] for time in times]
     parts = cut_evenly([*energies, *reversed(forces)], num_ranks * parts_per_rank)

@@ -26,8 +26,8 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, DEFERRED_PHASES, Action, Schedule
-from lightning_januspipe.schedule.dependency_table import steps_of
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES, DEFERRED_PHASES, Action, Schedule
+from lightning_januspipe.schedule.dependency_table import dependency_table
 from lightning_januspipe.schedule.render import render
 
 _GRID_COLUMNS = 15
@@ -88,7 +88,7 @@ def _check_complete(schedule: Schedule) -> None:
                 message = f"{action} on rank {rank} is of a micro-batch outside 0 to {schedule.num_microbatches - 1}."
             elif schedule.rank_of(action) != rank:
                 message = f"{action} is on rank {rank}, but its stage lives on rank {schedule.rank_of(action)}."
-            elif action.phase in DEFERRED_PHASES and schedule.is_apart(action.stage):
+            elif action.phase in DEFERRED_PHASES and schedule.is_split(action.stage):
                 message = (
                     f"{action} on rank {rank} is a weight gradient of its own, but the forces of stage {action.stage} "
                     "are on another rank than its energies: only folded stages can defer."
@@ -100,7 +100,7 @@ def _check_complete(schedule: Schedule) -> None:
                 continue
             raise ScheduleError(message, schedule, rank, place)
     deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
-    phases = (*CHAIN_PHASES, *(DEFERRED_PHASES if deferred else ()))
+    phases = (*CRITICAL_PHASES, *(DEFERRED_PHASES if deferred else ()))
     if len(seen) == len(phases) * schedule.num_stages * schedule.num_microbatches:
         return
     # Phases of the chain first: where one of them is wrongly a WF or WE, that is the one to name.
@@ -115,7 +115,7 @@ def _check_complete(schedule: Schedule) -> None:
 
 def _check_local_order(schedule: Schedule) -> None:
     """An action comes after everything on its own rank that it depends on."""
-    steps, num_edges = steps_of(schedule)
+    steps, num_edges = dependency_table(schedule)
     for rank, order in enumerate(schedule.actions):
         met: set[int] = set()
         for place, action in enumerate(order):
@@ -134,7 +134,7 @@ class _Run:
     def __init__(self, schedule: Schedule, max_pending_sends: int | None) -> None:
         self.schedule = schedule
         self.max_pending_sends = max_pending_sends
-        self.steps, self.num_edges = steps_of(schedule)
+        self.steps, self.num_edges = dependency_table(schedule)
         self.place = [0] * schedule.num_ranks
         self.has_sent = [False] * schedule.num_ranks
         # By sender and receiver: how many messages are issued, and for how many a receive is posted.

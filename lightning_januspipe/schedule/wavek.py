@@ -19,7 +19,13 @@ from itertools import islice, permutations, product
 
 from lightning_januspipe.schedule.actions import Phase, Schedule
 from lightning_januspipe.schedule.bounds import lower_bound
-from lightning_januspipe.schedule.list_scheduler import BREADTH_FIRST, DEPTH_FIRST, Chain, Priority, list_schedule
+from lightning_januspipe.schedule.list_scheduler import (
+    BREADTH_FIRST,
+    DEPTH_FIRST,
+    PlacedStages,
+    Priority,
+    list_schedule,
+)
 from lightning_januspipe.schedule.one_f_one_b import one_f_one_b
 from lightning_januspipe.schedule.request import Request
 from lightning_januspipe.schedule.simulate import simulate
@@ -105,7 +111,7 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     least_bytes = math.inf
     placements = request.folded_layouts(_CHUNKS) if deferred else [tuple(range(request.num_ranks))]
     for placement in placements:
-        chain = Chain.folded(request.num_ranks, request.stage_costs(len(placement)), placement, request.latency)
+        chain = PlacedStages.folded(request.num_ranks, request.stage_costs(len(placement)), placement, request.latency)
         deadline = math.inf
         if best is not None:
             # More chunks come first: fewer only have to be nearly as fast.
@@ -123,7 +129,9 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     return best
 
 
-def _search_chain(request: Request, chain: Chain, deferred: bool, deadline: float) -> tuple[WaveKChoice | None, float]:
+def _search_chain(
+    request: Request, chain: PlacedStages, deferred: bool, deadline: float
+) -> tuple[WaveKChoice | None, float]:
     """The best order for given stages that ends before the deadline, and the least memory that was seen."""
     num_microbatches, name = request.num_microbatches, "wavek-zb" if deferred else "wavek"
     num_stages = len(chain.placement)

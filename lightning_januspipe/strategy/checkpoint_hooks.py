@@ -15,14 +15,14 @@ from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.errors import PipelineError
-from lightning_januspipe.loader.resume import KEY, LoaderPosition
+from lightning_januspipe.loader.resume import KEY, LoaderProgress
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.parameter_residence import Residence
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
-from lightning_januspipe.strategy.shutdown import Interruption
+from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 
 class CheckpointHooks:
@@ -31,12 +31,12 @@ class CheckpointHooks:
     lib: Any
     _checkpoint_io: Any
     mesh: Mesh | None
-    runner: Undivided | Pipeline | None
+    runner: SingleStage | Pipeline | None
     _save_distributed: bool
-    _position: LoaderPosition
+    _progress: LoaderProgress
     _stage_optimizers: dict[int, StageOptimizer]
-    _interruption: Interruption | None = None
-    _residence: Residence | None = None
+    _shutdown: CoordinatedShutdown | None = None
+    _residence: ParameterResidence | None = None
     _unloaded: dict[int, dict[str, Any]]
     """States of optimizers that wait until the stages are known."""
 
@@ -91,7 +91,7 @@ class CheckpointHooks:
     ) -> None:
         """Write a file or a folder; it appears under its name when it is complete, on every rank's word."""
         if is_fitting(self.lightning_module.trainer) and "optimizer_states" in checkpoint:
-            checkpoint[KEY] = {"replicas": self._positions()}
+            checkpoint[KEY] = {"replicas": self._replica_progress()}
         if self._save_distributed:
             if storage_options is not None:
                 raise TypeError(
@@ -147,11 +147,11 @@ class CheckpointHooks:
         owned = {_storage(p): runner.owner(p) for p in runner.partly_held()}
         return owned | {_storage(t): runner.owner(p) for p, t in runner.followers(module.trainer.callbacks)}
 
-    def _positions(self) -> list[Any]:
-        """Random states and loader positions of the first ranks of all replicas, on global rank 0."""
+    def _replica_progress(self) -> list[Any]:
+        """Random states and loader progress of the first ranks of all replicas, on global rank 0."""
         mesh = self.mesh
         assert mesh is not None
-        mine = self._position.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
+        mine = self._progress.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
         if mesh.host_group is None:
             return [mine]
         found: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
@@ -169,8 +169,8 @@ class CheckpointHooks:
             PipelineError: a rank is missing.
         """
         is_alone = self.mesh is not None and self.mesh.aborted
-        if not is_alone and self.lightning_module.trainer.interrupted and self._interruption is not None:
-            is_alone = not self._interruption.are_together()
+        if not is_alone and self.lightning_module.trainer.interrupted and self._shutdown is not None:
+            is_alone = not self._shutdown.are_together()
         if is_alone:
             raise PipelineError("no checkpoint can be gathered: not all ranks have come here, after an exception")
 
@@ -197,7 +197,7 @@ class CheckpointHooks:
             given = {} if weights_only is None else {"weights_only": weights_only}
             checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
         if is_fitting(self.lightning_module.trainer):
-            self._position.resume(checkpoint, self.mesh_shape.coordinates(self.global_rank)[1])
+            self._progress.resume(checkpoint, self.mesh_shape.coordinates(self.global_rank)[1])
         return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -217,7 +217,7 @@ class CheckpointHooks:
         if states:
             super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})  # type: ignore[misc]
 
-    def _divide_optimizers(self) -> None:
+    def _prune_optimizers(self) -> None:
         """Leave to this rank its part of all optimizers, and of the states that a checkpoint gave."""
         assert isinstance(self.runner, Pipeline)
         names = _names(self.lightning_module)
@@ -237,14 +237,14 @@ class CheckpointHooks:
             )
             return
         self._residence.release(self.runner)
-        self.runner.proofs.whole = self._residence.whole
+        self.runner.batch_checks.whole = self._residence.whole
 
     # -- exceptions --------------------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
         """A rank that ends with an exception says so to the others, unless they have all ended alike."""
-        if self._interruption is not None:
-            self._interruption.give_up()
+        if self._shutdown is not None:
+            self._shutdown.give_up()
 
 
 def _names(module: nn.Module) -> dict[nn.Parameter, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_januspipe.strategy.precision import SUPPORTED
 
 
-def refuse_module(module: Any, lib: Any, precision: str) -> None:
+def check_module(module: Any, lib: Any, precision: str) -> None:
     """Refuse a module whose backward pass a pipeline cannot own, and a precision that is not available.
 
     Args:
@@ -36,7 +36,7 @@ def refuse_module(module: Any, lib: Any, precision: str) -> None:
         raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
 
 
-def refuse_trainer(trainer: Any, is_pipeline: bool) -> None:
+def check_trainer(trainer: Any, is_pipeline: bool) -> None:
     """Refuse what no rank could do right with micro-batches, or with its own stages' parameters alone.
 
     Args:
@@ -54,13 +54,13 @@ def refuse_trainer(trainer: Any, is_pipeline: bool) -> None:
         )
     if is_pipeline:
         module = trainer.lightning_module
-        _refuse_own_clipping(module)
+        _check_clipping(module)
         for callback in trainer.callbacks:
-            _refuse_own_clipping(callback)
-            _refuse_callback(callback, module)
+            _check_clipping(callback)
+            _check_callback(callback, module)
 
 
-def _refuse_callback(callback: Any, module: nn.Module) -> None:
+def _check_callback(callback: Any, module: nn.Module) -> None:
     name, bases = type(callback).__name__, {c.__name__ for c in type(callback).__mro__}
     if "BaseFinetuning" in bases:
         raise ValueError(
@@ -80,7 +80,7 @@ _AFTER_BACKWARD = ("on_after_backward", "on_before_optimizer_step", "configure_g
 _NORMS = ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm")
 
 
-def _refuse_own_clipping(owner: Any) -> None:
+def _check_clipping(owner: Any) -> None:
     """Refuse norms of the gradients at hand, which are those of one rank's stages: each rank would clip otherwise."""
     for hook in _AFTER_BACKWARD:
         function = inspect.unwrap(getattr(owner, hook, None) or _no_hook)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_januspipe.loader.resume import LoaderPosition
+from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh, MeshShape, Size
 
 
@@ -27,7 +27,7 @@ class ProcessHooks:
     _num_runs: int
     _process_group_backend: str | None
     _timeout: timedelta
-    _position: LoaderPosition
+    _progress: LoaderProgress
 
     @property
     def is_distributed(self) -> bool:
@@ -116,7 +116,7 @@ class ProcessHooks:
         if self.mesh is None or self.mesh.aborted:
             self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
         self.lightning_module._device_mesh = self.mesh.device_mesh
-        self._position = LoaderPosition(self.root_device)
+        self._progress = LoaderProgress(self.root_device)
         self._num_runs += 1
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_januspipe.mesh import Mesh
-    from lightning_januspipe.runtime.pipeline import Pipeline
-    from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
 
 SUPPORTED = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
@@ -83,31 +80,3 @@ def _mix_in(target: Any, mixin: type) -> None:
     if not isinstance(target, mixin):
         cls = type(target)
         target.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-
-
-def clip_gradients_by_norm(
-    parameters: list[nn.Parameter], max_norm: float, runner: Undivided | Pipeline, mesh: Mesh
-) -> Tensor:
-    """Scale gradients so that their norm over the whole model is at most ``max_norm``.
-
-    Args:
-        parameters: those of this rank's optimizer.
-        max_norm: largest norm.
-        runner: knows which rank counts a parameter that several stages hold.
-        mesh: this rank's process groups.
-
-    Returns:
-        The norm before clipping, the same on every rank.
-    """
-    counted = [p.grad for p in parameters if p.grad is not None and runner.owns(p)]
-    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for gradient in counted:
-        square += gradient.detach().to(torch.float64).square().sum()
-    if mesh.shape.pipeline > 1:
-        dist.all_reduce(square, group=mesh.pipeline_group)
-    norm = square.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale.to(parameter.grad.dtype))
-    return norm

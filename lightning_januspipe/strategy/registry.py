@@ -6,7 +6,7 @@ import importlib
 from functools import lru_cache
 from typing import Any
 
-from lightning_januspipe.strategy.strategy import JanusPipeBody
+from lightning_januspipe.strategy.strategy import UnboundStrategy
 
 NAMESPACES = ("lightning", "pytorch_lightning")
 
@@ -51,9 +51,9 @@ class Library:
 @lru_cache
 def _bound(namespace: str) -> type:
     library = Library(namespace)
-    bases = (JanusPipeBody, library.strategies.ParallelStrategy)
+    bases = (UnboundStrategy, library.strategies.ParallelStrategy)
     module = f"lightning_januspipe.{namespace}"  # which names it, in pickles and where a Trainer refuses the other's
-    return type("JanusPipeStrategy", bases, {"lib": library, "__doc__": JanusPipeBody.__doc__, "__module__": module})
+    return type("JanusPipeStrategy", bases, {"lib": library, "__doc__": UnboundStrategy.__doc__, "__module__": module})
 
 
 def register(namespace: str) -> None:

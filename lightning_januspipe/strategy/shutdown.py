@@ -17,7 +17,7 @@ GRACE = timedelta(seconds=10)
 """How long a rank that ends with an exception waits for the others to end at the same place."""
 
 
-class Interruption:
+class CoordinatedShutdown:
     """Signals and exceptions of one run on several ranks.
 
     Args:

@@ -12,35 +12,35 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import Stages
+from lightning_januspipe.capture import StageOrigin
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.validate.side_effects import replaced_log
 from lightning_januspipe.distributed import broadcast_module
-from lightning_januspipe.graph import OwnersAhead
-from lightning_januspipe.loader.balance import Balance, balance_replicas
+from lightning_januspipe.graph import OwnersInLoader
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.loader.replica_balance import Balance, balance_replicas
 from lightning_januspipe.loader.resume import same_random_state
 from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
 from lightning_januspipe.mesh import Mesh, Size
-from lightning_januspipe.runtime.build import Capturer, CaptureRequest
-from lightning_januspipe.runtime.parameter_residence import Residence
+from lightning_januspipe.runtime.build import CaptureRequest, PipelineBuilder
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.runtime.planner import is_searched
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.build import ScheduleName, build_schedule
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
-from lightning_januspipe.strategy.checks import refuse_module, refuse_trainer
+from lightning_januspipe.strategy.checks import check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged, without_inference
 from lightning_januspipe.strategy.launch import ProcessHooks
-from lightning_januspipe.strategy.logging import LogRecorder, merge_outputs
-from lightning_januspipe.strategy.metrics import ReplicaGather
+from lightning_januspipe.strategy.metric_gather import ReplicaGather
+from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
-from lightning_januspipe.strategy.shutdown import Interruption
+from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 
-class JanusPipeBody(ProcessHooks, CheckpointHooks):
+class UnboundStrategy(ProcessHooks, CheckpointHooks):
     """Trains a potential that conserves energy on several devices: its layers in a pipeline, and replicas of that.
 
     This is everything that does not depend on which Lightning it is bound to (see
@@ -99,7 +99,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         process_group_backend: str | None = None,
         timeout: timedelta | float = timedelta(minutes=30),
         memory_limit: float | None = None,
-        stages: Stages = "auto",
+        stages: StageOrigin = "auto",
         message_dtype: MessageDtype | None = None,
         balance: Balance = "auto",
     ) -> None:
@@ -114,8 +114,8 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         if wave_size != "auto" and not is_searched(schedule):
             warnings.warn(f"wave_size={wave_size} has no effect: schedule={schedule!r} has no waves", stacklevel=2)
         self._pipeline_size, self._data_size, self._graph_size = pipeline_size, data_size, graph_size
-        if stages not in get_args(Stages):
-            raise ValueError(f"stages={stages!r}; expected one of {', '.join(map(repr, get_args(Stages)))}")
+        if stages not in get_args(StageOrigin):
+            raise ValueError(f"stages={stages!r}; expected one of {', '.join(map(repr, get_args(StageOrigin)))}")
         if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
             raise ValueError(f"memory_limit={memory_limit!r}; expected a number of bytes > 0, or None")
         if message_dtype not in (None, *get_args(MessageDtype)):
@@ -123,7 +123,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         if balance not in get_args(Balance):
             raise ValueError(f"balance={balance!r}; expected one of {', '.join(map(repr, get_args(Balance)))}")
         self._num_microbatches, self._balance = num_microbatches, balance
-        self._capturer = Capturer(schedule, wave_size, memory_limit, potential, stages, message_dtype)
+        self._builder = PipelineBuilder(schedule, wave_size, memory_limit, potential, stages, message_dtype)
         self._process_group_backend = process_group_backend
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         if self._timeout <= timedelta(0):
@@ -137,7 +137,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         self._num_runs = 0
         self._metric_gather = ReplicaGather()
         self.mesh: Mesh | None = None
-        self.runner: Undivided | Pipeline | None = None
+        self.runner: SingleStage | Pipeline | None = None
 
     # -- module and data ---------------------------------------------------------------------------------------------
 
@@ -145,13 +145,13 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
         is_undivided = self.mesh.shape.pipeline == self.mesh.shape.graph == 1
-        self.runner = Undivided(self.lightning_module, self.mesh) if is_undivided else None
+        self.runner = SingleStage(self.lightning_module, self.mesh) if is_undivided else None
         if is_fitting(trainer):
-            refuse_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
+            check_module(self.lightning_module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
-                self._interruption = Interruption(trainer, self.mesh, self._num_runs)
+                self._shutdown = CoordinatedShutdown(trainer, self.mesh, self._num_runs)
         if self.runner is None and self.lib.helpers.is_overridden("configure_model", self.lightning_module):
-            self._residence = Residence(self.lightning_module, self.mesh)
+            self._residence = ParameterResidence(self.lightning_module, self.mesh)
         super().setup(trainer)  # type: ignore[misc]
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -191,7 +191,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
     @property
     def schedule(self) -> str:
         """Name of the schedule."""
-        return self._capturer.schedule
+        return self._builder.schedule
 
     def num_microbatches(self) -> int:
         """Into how many micro-batches a training batch is split, where it has as many samples."""
@@ -210,18 +210,18 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             required = self._num_microbatches != "auto"
             user = dataloader
             split = split_batches(dataloader, self.num_microbatches(), required, self._owners_ahead())
-            dataloader = self._position.tracked(split)
+            dataloader = self._progress.tracked(split)
             self._balance_replicas(dataloader, may_change=dataloader is not user)
             self._train_loader = dataloader
         else:
             self._eval_loader = dataloader
         return dataloader
 
-    def _owners_ahead(self) -> OwnersAhead | None:
+    def _owners_ahead(self) -> OwnersInLoader | None:
         """Where atoms are divided over ranks, the loader's workers choose who owns which."""
         if self.mesh is None or self.mesh_shape.graph == 1:
             return None
-        return OwnersAhead(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
+        return OwnersInLoader(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
 
     def _balance_replicas(self, loader: Any, may_change: bool) -> None:
         shape = self.mesh_shape
@@ -255,8 +255,8 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
     def on_train_start(self) -> None:
         """Capture the potential and keep only this rank's part of the optimizer."""
         module = self.lightning_module
-        if self.num_microbatches() > 1 or not isinstance(self.runner, Undivided):
-            refuse_trainer(module.trainer, is_pipeline=not isinstance(self.runner, Undivided))
+        if self.num_microbatches() > 1 or not isinstance(self.runner, SingleStage):
+            check_trainer(module.trainer, is_pipeline=not isinstance(self.runner, SingleStage))
         # A batch transfer hook of the user gets batches, not the micro-batches' container.
         transfer = module._on_before_batch_transfer
         module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
@@ -264,23 +264,23 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             if isinstance(batch, MicroBatches)
             else transfer(batch, dataloader_idx)
         )
-        if not isinstance(self.runner, Undivided):
+        if not isinstance(self.runner, SingleStage):
             self._capture(self._train_loader, module.training_step, self.num_microbatches())
         if isinstance(self.runner, Pipeline):
             assert self.mesh is not None
             same_random_state(self.mesh)
-            self._divide_optimizers()
+            self._prune_optimizers()
             self._free_other_stages()
-        self._position.settle()
+        self._progress.settle()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Training has taken a batch; ask whether any rank was told to stop."""
         results = self.lightning_module.trainer._results
         if isinstance(batch, MicroBatches) and results is not None:
             results.batch_size = sum(batch.num_samples) or None  # for what hooks log without one
-        self._position.moved_on()
-        if self._interruption is not None:
-            self._interruption.ask()
+        self._progress.moved_on()
+        if self._shutdown is not None:
+            self._shutdown.ask()
 
     def on_validation_start(self) -> None:
         """Outside fit, capture the potential from the evaluation step."""
@@ -321,7 +321,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
 
         evaluation = module.validation_step if trains and module.trainer.enable_validation else None
         request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation)
-        self.runner, news = self._capturer.pipeline(request, self.mesh, self.global_rank, self.broadcast)
+        self.runner, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
         profiler = module.trainer.profiler
         if not isinstance(profiler, self.lib.profilers.PassThroughProfiler):
             self.runner.executor.annotate = profiler.profile
@@ -359,7 +359,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         return merge_outputs(outputs, type(module).__name__)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Publish the step's gradients, with all hooks of a backward pass.
+        """Accumulate the step's gradients into ``p.grad``, with all hooks of a backward pass.
 
         Automatic optimization zeroes gradients between ``training_step`` and this, so they could not come earlier.
         """
@@ -367,11 +367,11 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
         module = self.lightning_module
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        self.runner.gradients.publish(1 / module.trainer.accumulate_grad_batches)
+        self.runner.gradients.accumulate_into_grad(1 / module.trainer.accumulate_grad_batches)
         if self._reduce_gradients:
             self.runner.reduce()
-        if self._interruption is not None:
-            self._interruption.hear()
+        if self._shutdown is not None:
+            self._shutdown.hear()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -402,7 +402,7 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
 
     def _evaluate(self, function: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         assert self.mesh is not None
-        runner = self.runner or Undivided(self.lightning_module, self.mesh)
+        runner = self.runner or SingleStage(self.lightning_module, self.mesh)
         # Before training, a model that compiles itself would do so on every rank, for what the stages do not run.
         whole = capturing(self.lightning_module) if self.runner is None else nullcontext()
         # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
@@ -413,8 +413,8 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
 
     def on_train_end(self) -> None:
         """Leave the whole trained module on every rank."""
-        if self._interruption is not None:
-            self._interruption.hear()
+        if self._shutdown is not None:
+            self._shutdown.hear()
         if self._residence is not None and self._residence.is_partial:
             self._residence.restore()
         elif isinstance(self.runner, Pipeline):
@@ -429,10 +429,10 @@ class JanusPipeBody(ProcessHooks, CheckpointHooks):
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
-        if self._interruption is not None:
-            self._interruption.release()
+        if self._shutdown is not None:
+            self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None
-        self._interruption = self._residence = None
+        self._shutdown = self._residence = None
         if residence is not None and residence.is_partial:  # after an exception
             residence.leave_device()
             self._lightning_module = None

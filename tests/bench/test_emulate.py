@@ -14,9 +14,9 @@ from emulate_workers import with_a_repeated_message, with_a_silent_stage, with_t
 
 from lightning_januspipe.bench.command import main
 from lightning_januspipe.bench.emulate import EmulationError, emulate
-from lightning_januspipe.bench.emulate.command import compare, parse_costs, suitable_unit, table
+from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, emulated_chain, observable, sleep_until
 from lightning_januspipe.bench.emulate.rank import check_order
-from lightning_januspipe.bench.emulate.stage import EmulatedStage, emulated_chain, observable, sleep_until
+from lightning_januspipe.bench.emulate.schedules import compare, parse_costs, suitable_unit, table
 from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
 from lightning_januspipe.schedule.costs import action_times
 from lightning_januspipe.testing import RankPool
@@ -185,7 +185,7 @@ class TestCommand:
     def test_bench_emulate(
         self, words: list[str], pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     ) -> None:
-        monkeypatch.setattr("lightning_januspipe.bench.emulate.command.device_pool", lambda size: nullcontext(pool))
+        monkeypatch.setattr("lightning_januspipe.bench.emulate.schedules.device_pool", lambda size: nullcontext(pool))
         options = ["--ranks=2", "--microbatches=3", "--schedules=gpipe", "--repeats=1", "--seconds_per_unit=0.002"]
         main([*words, *options, "--costs=1,1,1,1,1,1", f"--output={tmp_path}"])
         assert "| gpipe | 0.0" in capsys.readouterr().out

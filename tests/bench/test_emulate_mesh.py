@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from emulate_workers import with_an_unreduced_gradient, with_other_work, with_the_end_of_a_rank
 
-from lightning_januspipe.bench import balance as benchmark_balance
-from lightning_januspipe.bench.balance import WAYS, emulated, shared_by_graph_ranks
+from lightning_januspipe.bench import replicas as benchmark_balance
 from lightning_januspipe.bench.command import Work, main
 from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, MicrobatchWork, emulate_mesh
-from lightning_januspipe.bench.emulate.command import suitable_unit
 from lightning_januspipe.bench.emulate.run import device_pool
+from lightning_januspipe.bench.emulate.schedules import suitable_unit
+from lightning_januspipe.bench.replicas import WAYS, emulated, shared_by_graph_ranks
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.schedule import Phase, PhaseCosts, Schedule, build_schedule, simulate
 from lightning_januspipe.schedule.costs import action_times

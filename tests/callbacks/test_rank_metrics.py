@@ -11,15 +11,15 @@ from lightning_januspipe.callbacks.rank_metrics import RankNumbers, metrics
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.timeline import Span
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.runtime.step_recorder import OwnStep, Watch
+from lightning_januspipe.runtime.step_recorder import RankStep, StepRecorder
 from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
 
 SCHEDULE = build_schedule("gpipe", 2, 2, PhaseCosts(1, 1, 1, 1))
 
 
-def own_step(stage: int, times: dict[tuple[Phase, int], tuple[float, float]], sent: int) -> OwnStep:
+def rank_step(stage: int, times: dict[tuple[Phase, int], tuple[float, float]], sent: int) -> RankStep:
     spans = tuple(Span(Action(phase, stage, m), start, end) for (phase, m), (start, end) in times.items())
-    return OwnStep(SCHEDULE, spans, sent)
+    return RankStep(SCHEDULE, spans, sent)
 
 
 def numbers(slower: float = 1.0) -> list[RankNumbers]:
@@ -28,8 +28,8 @@ def numbers(slower: float = 1.0) -> list[RankNumbers]:
     second = {(Phase.FE, 0): (2.0, 3.0), (Phase.FE, 1): (4.0, 5.0)}
     scaled = [{k: (a * slower, b * slower) for k, (a, b) in times.items()} for times in (first, second)]
     return [
-        RankNumbers.of_step(own_step(0, scaled[0], 100), (4.0, 80, 8), 1000.0),
-        RankNumbers.of_step(own_step(1, scaled[1], 50), (5.0, 80, 8), 2000.0),
+        RankNumbers.of_step(rank_step(0, scaled[0], 100), (4.0, 80, 8), 1000.0),
+        RankNumbers.of_step(rank_step(1, scaled[1], 50), (5.0, 80, 8), 2000.0),
     ]
 
 
@@ -67,7 +67,7 @@ def test_replicas() -> None:
 
 def test_undivided() -> None:
     spans = (Span(Action(Phase.FE, 0, 0), 0.0, 1.0), Span(Action(Phase.FE, 0, 1), 1.0, 4.0))
-    mine = RankNumbers.of_step(OwnStep(None, spans, 0), (2.0, 10, 2), None)
+    mine = RankNumbers.of_step(RankStep(None, spans, 0), (2.0, 10, 2), None)
     assert metrics([mine], MeshShape(1, 1)) == {
         "januspipe/atoms_per_s": 5.0,
         "januspipe/structures_per_s": 1.0,
@@ -92,7 +92,7 @@ def test_vectors_are_of_one_length_and_keep_everything() -> None:
 
 def test_a_watch_records_what_it_was_asked_for() -> None:
     buffers, action = GradientBuffers(), Action(Phase.FE, 0, 0)
-    watch, sent = Watch(torch.device("cpu"), buffers), [10]
+    watch, sent = StepRecorder(torch.device("cpu"), buffers), [10]
     parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
 
     def step(always: bool = False) -> bool:
@@ -108,12 +108,12 @@ def test_a_watch_records_what_it_was_asked_for() -> None:
         return recorder is not None
 
     assert not step()
-    assert step(always=True) and watch.own_step is None
+    assert step(always=True) and watch.rank_step is None
     watch.ask(memory=True)
-    assert step() and watch.held == 80 and watch.own_step is None, "two products, but no gradient"
+    assert step() and watch.held == 80 and watch.rank_step is None, "two products, but no gradient"
     watch.ask()
-    assert step() and watch.own_step is not None and not step()
-    assert watch.own_step.bytes_sent == 7 and [s.action for s in watch.own_step.spans] == [action]
+    assert step() and watch.rank_step is not None and not step()
+    assert watch.rank_step.bytes_sent == 7 and [s.action for s in watch.rank_step.spans] == [action]
     watch.held = None
     watch.ask(memory=True)
     assert step(always=True) and watch.held is None, "times are needed more"

@@ -21,8 +21,16 @@ from lightning_januspipe.cli.recipe import asked_of_strategy
 from lightning_januspipe.engine.executor import Executor, _Step
 from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import MicrobatchInput
-from lightning_januspipe.plan import Measured, Plan, Stages, TooManyRanks, measure_stages, plan_costs, plan_stages
-from lightning_januspipe.plan.compare import Options, format_bytes
+from lightning_januspipe.plan import (
+    CutCosts,
+    Measured,
+    SchedulePlan,
+    TooManyRanks,
+    measure_stages,
+    plan_costs,
+    plan_cuts,
+)
+from lightning_januspipe.plan.compare import PlanOptions, format_bytes
 from lightning_januspipe.schedule import (
     Link,
     MemoryCosts,
@@ -45,7 +53,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def row_of(plan: Plan, name: str) -> Any:
+def row_of(plan: SchedulePlan, name: str) -> Any:
     return next(row for row in plan.rows if row.name == name)
 
 
@@ -113,27 +121,27 @@ class TestPlanCosts:
         assert plan_costs(COSTS, 4, 8, schedules=["wavek"], memory=MEMORY, memory_limit=needed).choice is not None
 
     def test_the_reason_names_a_faster_one_that_does_not_fit(self) -> None:
-        stages = Stages(COSTS, memory=MEMORY, deferred_memory=MemoryCosts(300e6, 200e6, 100e6))
-        plan = plan_stages([stages], Options(4, 8, memory_limit=400e6), ["wavek", "wavek-zb"])
+        stages = CutCosts(COSTS, memory=MEMORY, deferred_memory=MemoryCosts(300e6, 200e6, 100e6))
+        plan = plan_cuts([stages], PlanOptions(4, 8, memory_limit=400e6), ["wavek", "wavek-zb"])
         assert plan.choice is not None and plan.choice.name == "wavek"
         assert not row_of(plan, "wavek-zb").fits
         assert "wavek: " in plan.reason() and "wavek-zb would take" in plan.reason() and "400 MB" in plan.reason()
 
     def test_costs_with_deferral_are_for_deferred_schedules(self) -> None:
         slow = PhaseCosts(*(10 * getattr(COSTS, name) for name in ("fe", "ff", "bf", "be", "wf", "we")))
-        plan = plan_stages([Stages(COSTS, deferred=slow)], Options(4, 8), ["wavek", "wavek-zb"])
+        plan = plan_cuts([CutCosts(COSTS, deferred=slow)], PlanOptions(4, 8), ["wavek", "wavek-zb"])
         assert row_of(plan, "wavek").report.ideal == pytest.approx(8 * COSTS.total)
         assert row_of(plan, "wavek-zb").report.ideal == pytest.approx(80 * COSTS.total)
 
     def test_more_stages_are_taken_where_they_gain(self) -> None:
         per_rank = [COSTS] * 4
         half = [PhaseCosts(0.005, 0.007, 0.006, 0.0045, 0.003, 0.0025)] * 8
-        choices = [Stages(per_rank, chunks=1), Stages(half, chunks=2)]
-        plan = plan_stages(choices, Options(4, 8), ["wavek", "wavek-zb"])
+        choices = [CutCosts(per_rank, chunks=1), CutCosts(half, chunks=2)]
+        plan = plan_cuts(choices, PlanOptions(4, 8), ["wavek", "wavek-zb"])
         assert row_of(plan, "wavek").schedule.num_stages == 4
         assert row_of(plan, "wavek-zb").schedule.num_stages == 8
-        slower = [Stages(per_rank, chunks=1), Stages([COSTS] * 8, chunks=2)]
-        assert row_of(plan_stages(slower, Options(4, 8), ["wavek-zb"]), "wavek-zb").schedule.num_stages == 4
+        slower = [CutCosts(per_rank, chunks=1), CutCosts([COSTS] * 8, chunks=2)]
+        assert row_of(plan_cuts(slower, PlanOptions(4, 8), ["wavek-zb"]), "wavek-zb").schedule.num_stages == 4
 
     def test_of_equally_fast_ones_the_smaller_is_chosen(self) -> None:
         plan = plan_costs(COSTS, 1, 4, schedules=["gpipe", "1f1b-fold"], memory=MEMORY)
@@ -143,14 +151,14 @@ class TestPlanCosts:
 
     def test_one_rank_and_uneven_stages(self) -> None:
         double = PhaseCosts(*(2 * getattr(COSTS, name) for name in ("fe", "ff", "bf", "be", "wf", "we")))
-        plan = plan_stages([Stages([COSTS, double, COSTS], chunks=1)], Options(3, 6), ["wavek"])
+        plan = plan_cuts([CutCosts([COSTS, double, COSTS], chunks=1)], PlanOptions(3, 6), ["wavek"])
         assert plan.one_rank == pytest.approx(6 * 4 * COSTS.total) and plan.busiest == pytest.approx(0.5)
         assert "3 ranks are at best 2.0 times as fast as one" in notes(plan)[0]
         assert f"3 ranks are {plan.one_rank / plan.rows[0].step_time:.1f} times as fast" in plan.reason()
         assert not notes(plan_costs(COSTS, 3, 6))
 
     def test_throughput(self) -> None:
-        plan = plan_stages([Stages(COSTS)], Options(4, 8), ["wavek"], structures=2, atoms=60)
+        plan = plan_cuts([CutCosts(COSTS)], PlanOptions(4, 8), ["wavek"], structures=2, atoms=60)
         content = plan.to_dict()["schedules"][0]
         assert content["structures_per_second"] == pytest.approx(8 * 2 / plan.rows[0].step_time)
         assert content["atoms_per_second"] == pytest.approx(8 * 60 / plan.rows[0].step_time)

@@ -24,8 +24,8 @@ from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.loader.split import split_batches
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan import Measured, TooManyRanks, measure_stages
-from lightning_januspipe.plan.compare import Options
-from lightning_januspipe.plan.graph_share import CountingGroup, GraphLink, GraphShare, Sharing, stages_of_share
+from lightning_januspipe.plan.compare import PlanOptions
+from lightning_januspipe.plan.graph_share import CountingGroup, GraphLink, GraphShare, Sharing, costs_of_share
 from lightning_januspipe.plan.meshes import Meshes, compare_meshes, shapes
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 from lightning_januspipe.testing import RankPool
@@ -95,7 +95,7 @@ def test_costs_of_a_share(found: SimpleNamespace) -> None:
     measured: Measured = found.measured
     link = GraphLink(latency=0.5, bandwidth=100.0)
     share = GraphShare(2, atoms=1.2, time=0.6, memory=0.7, together={("ff", 1): (300.0, 4.0)}, deferred={})
-    stages, whole = stages_of_share(measured, 2, share, link), measured.stages(2)
+    stages, whole = costs_of_share(measured, 2, share, link), measured.stages(2)
     assert isinstance(stages.costs, tuple) and isinstance(stages.memory, tuple)
     for stage in range(2):
         for name in ("fe", "ff", "bf", "be"):
@@ -140,7 +140,7 @@ class TestMeshes:
             measure,
             lambda _, share: share,
             tiny.module().potential,
-            Options(1, 4, memory_limit=limit, latency=20e-6),
+            PlanOptions(1, 4, memory_limit=limit, latency=20e-6),
             ["gpipe", "wavek"],
             GraphLink(20e-6, 1e9),
             structures=2,

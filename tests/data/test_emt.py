@@ -162,7 +162,7 @@ def test_repeats_are_as_cubic_as_possible():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"species": ["Fe", "Cu"]}, r"EMT has no fcc metal \['Fe'\]; expected species out of"),
+        ({"species": ["Fe", "Cu"]}, r"EMT has no fcc metal \['Fe'\]; expected species in"),
         ({"sizes": (4, 6)}, r"sizes=\[4, 6\]; expected numbers of atoms that are multiples of 4"),
         ({"sizes": ()}, r"sizes=\[\]"),
         ({"rattle": -0.1}, "rattle=-0.1"),

@@ -10,7 +10,7 @@ from ase.io import write
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import atoms_to_sample, read_structures
-from lightning_januspipe.data.structures import check_species, resolve_dtype
+from lightning_januspipe.data.structures import resolve_dtype, validate_species
 
 VOIGT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 FULL = np.array([[1.0, 6.0, 5.0], [6.0, 2.0, 4.0], [5.0, 4.0, 3.0]])
@@ -100,7 +100,7 @@ def test_live_calculator_and_stale_results():
     crystal.get_forces()
     assert to_sample(crystal)[keys.ENERGY].item() == energy
     crystal.positions[0, 0] += 0.1
-    with pytest.raises(ValueError, match=r"frame 7: the calculator's energy 'energy' is for other positions"):
+    with pytest.raises(ValueError, match=r"frame 7: the calculator's energy 'energy' was computed for other positions"):
         to_sample(crystal, source="frame 7")
 
 
@@ -172,8 +172,8 @@ def test_no_atoms_and_no_neighbor_list():
         to_sample(Atoms("H", pbc=True), source="frame 3", require_labels=False)
 
 
-def test_check_species_and_dtype():
-    assert check_species(("O", "H")) == ["O", "H"]
+def test_validate_species_and_dtype():
+    assert validate_species(("O", "H")) == ["O", "H"]
     for species, message in (
         ([], "chemical symbols"),
         ("Cu", "'Cu'"),
@@ -181,7 +181,7 @@ def test_check_species_and_dtype():
         (["H", "H"], "more than"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_species(species)
+            validate_species(species)
     for dtype in ("float16", torch.int64):
         with pytest.raises(ValueError, match="expected 'float32', 'float64' or None"):
             resolve_dtype(dtype)

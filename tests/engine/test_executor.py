@@ -62,7 +62,7 @@ def test_gradients_equal_the_undivided_ones(pool: RankPool, layout: str, schedul
 def test_several_stages_on_a_rank(pool: RankPool, schedule: str, layout: str, size: int) -> None:
     results = pool.run(train_like_undivided, layout, schedule, [5, 8, 1], world_size=size)
     assert all(min(largest) > 1e-3 for largest, _ in results)
-    assert any(apart for _, apart in results) == (schedule in UNFOLDED), "phases of a stage should be apart"
+    assert any(num_split for _, num_split in results) == (schedule in UNFOLDED), "stages should be split"
 
 
 @pytest.mark.parametrize(

@@ -49,38 +49,38 @@ def test_parameter_twice_in_one_call() -> None:
     assert one.tolist() == [1.0] * 3
 
 
-def test_publish_adds_to_the_gradient_and_forgets() -> None:
+def test_sums_are_added_to_the_gradient_and_forgotten() -> None:
     p, q, r = _parameters(3)
     p.grad = torch.full((3,), 10.0, dtype=torch.float64)
     before, ours = p.grad, torch.full((3,), 4.0, dtype=torch.float64)
     buffers = GradientBuffers()
     buffers.add([p, q], [ours, ours])
-    buffers.publish(0.5)
+    buffers.accumulate_into_grad(0.5)
     assert p.grad.tolist() == [12.0] * 3 and q.grad is not None and q.grad.tolist() == [2.0] * 3
     assert r.grad is None
     assert before.tolist() == [10.0] * 3 and ours.tolist() == [4.0] * 3
     q.grad.add_(1.0)
     assert p.grad.tolist() == [12.0] * 3, "the two parameters share memory"
-    buffers.publish(1.0)
+    buffers.accumulate_into_grad(1.0)
     assert p.grad.tolist() == [12.0] * 3 and buffers.get(p) is None
 
 
-def test_published_gradients_do_not_share_memory_with_the_sum() -> None:
+def test_accumulated_gradients_do_not_share_memory_with_the_sum() -> None:
     p, q = _parameters(2)
     shared = torch.ones(3, dtype=torch.float64)
     buffers = GradientBuffers()
     buffers.add([p, q], [shared, shared])
-    buffers.publish(1.0)
+    buffers.accumulate_into_grad(1.0)
     assert p.grad is not None and q.grad is not None
     p.grad.zero_()
     assert q.grad.tolist() == [1.0] * 3 and shared.tolist() == [1.0] * 3
 
 
-def test_published_gradient_has_the_parameters_dtype() -> None:
+def test_accumulated_gradient_has_the_parameters_dtype() -> None:
     (p,) = _parameters(1, torch.float32)
     buffers = GradientBuffers()
     buffers.add([p], [torch.ones(3, dtype=torch.float64)])
-    buffers.publish(1.0)
+    buffers.accumulate_into_grad(1.0)
     assert p.grad is not None and p.grad.dtype == torch.float32
 
 
@@ -89,7 +89,7 @@ def test_clear() -> None:
     buffers = GradientBuffers()
     buffers.add([p], [torch.ones(3, dtype=torch.float64)])
     buffers.clear()
-    buffers.publish(1.0)
+    buffers.accumulate_into_grad(1.0)
     assert p.grad is None
 
 

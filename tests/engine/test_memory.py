@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toy import CHAINS, FLOAT, chain, loss_gradients, microbatch
 
 from lightning_januspipe.engine.memory import PhaseBytes, StorageCounter
-from lightning_januspipe.engine.single_process import LocalResult, run_local
+from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
 
 NUM_ATOMS = 4
@@ -85,10 +85,10 @@ class _Last:
         return StageOutput([], [energy], [energy.view(1)], [positions])
 
 
-def _measured(**options: bool) -> LocalResult:
+def _measured(**options: bool) -> SingleProcessResult:
     spec = ChainSpec((TensorSpec(("n", 3), FLOAT),), (TensorSpec((1,), FLOAT),), (1,))
     tensors = [torch.ones(NUM_ATOMS, 3, dtype=FLOAT)]
-    return run_local([_First(), _Last()], spec, tensors, loss_gradients, measure_memory=True, **options)
+    return run_single_process([_First(), _Last()], spec, tensors, loss_gradients, measure_memory=True, **options)
 
 
 def test_bytes_of_phases_counted_by_hand() -> None:
@@ -119,8 +119,8 @@ def test_deferral_keeps_the_gradients_that_arrive_at_joins() -> None:
 def test_measuring_changes_nothing(name: str, defer: bool) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(1).tensors
-    plain = run_local(functions, spec, tensors, loss_gradients, defer=defer)
-    measured = run_local(functions, spec, tensors, loss_gradients, defer=defer, measure_memory=True)
+    plain = run_single_process(functions, spec, tensors, loss_gradients, defer=defer)
+    measured = run_single_process(functions, spec, tensors, loss_gradients, defer=defer, measure_memory=True)
     assert plain.bytes is None and measured.bytes is not None
     assert all(b.energy > 0 and b.force > 0 for b in measured.bytes)
     for parameter in {p for f in functions for p in f.parameters}:
@@ -128,15 +128,17 @@ def test_measuring_changes_nothing(name: str, defer: bool) -> None:
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("apart", [(), (0, 1)])
+@pytest.mark.parametrize("split_stages", [(), (0, 1)])
 @pytest.mark.parametrize("defer", [False, True])
-def test_nothing_but_results_is_alive_in_the_end(name: str, apart: tuple[int, ...], defer: bool) -> None:
+def test_nothing_but_results_is_alive_in_the_end(name: str, split_stages: tuple[int, ...], defer: bool) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(1).tensors
     gc.disable()  # no reference cycles either
     try:
         with StorageCounter() as counter:
-            result = run_local(functions, spec, tensors, loss_gradients, defer=defer, apart=apart)
+            result = run_single_process(
+                functions, spec, tensors, loss_gradients, defer=defer, split_stages=split_stages
+            )
         gradients = [result.gradients.get(p) for f in functions for p in f.parameters]
         results = [*result.observables, *result.derivatives, *(g for g in gradients if g is not None)]
         assert counter.alive() > 0
@@ -145,11 +147,11 @@ def test_nothing_but_results_is_alive_in_the_end(name: str, apart: tuple[int, ..
         gc.enable()
 
 
-def test_stages_apart() -> None:
+def test_split_stages() -> None:
     functions, spec = chain(CHAINS["three stages"])
     tensors = microbatch(1).tensors
-    whole = run_local(functions, spec, tensors, loss_gradients, measure_memory=True).bytes
-    apart = run_local(functions, spec, tensors, loss_gradients, apart=(1,), measure_memory=True).bytes
-    assert whole is not None and apart is not None
-    assert (apart[0], apart[2]) == (whole[0], whole[2])
-    assert apart[1] == PhaseBytes(whole[1].energy, whole[1].force, 0), "nothing waits between BF and BE"
+    whole = run_single_process(functions, spec, tensors, loss_gradients, measure_memory=True).bytes
+    split = run_single_process(functions, spec, tensors, loss_gradients, split_stages=(1,), measure_memory=True).bytes
+    assert whole is not None and split is not None
+    assert (split[0], split[2]) == (whole[0], whole[2])
+    assert split[1] == PhaseBytes(whole[1].energy, whole[1].force, 0), "nothing waits between BF and BE"

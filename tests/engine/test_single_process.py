@@ -1,4 +1,4 @@
-"""Whole chains in one process, deferred and apart: parameter gradients are those of the undivided double backward."""
+"""Whole chains in one process, deferred and split: parameter gradients are those of the undivided double backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toy import CHAINS, FLOAT, NUM_FEATURES, ToyStage, assert_close, chain, loss
 
 from lightning_januspipe.capture.stages.captured import CapturedStage
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import ChainSpec, PhaseSeconds, StageOutput, TensorSpec
 from lightning_januspipe.runtime.user_step import CapturedStep
 
@@ -27,7 +27,7 @@ def subsets(num: int) -> list[tuple[int, ...]]:
 def assert_parity(functions: Sequence[ToyStage], spec: ChainSpec, **options: Any) -> None:
     tensors = microbatch(1).tensors
     expected = undivided(functions, tensors)
-    result = run_local(functions, spec, tensors, loss_gradients, **options)
+    result = run_single_process(functions, spec, tensors, loss_gradients, **options)
     for found, wanted in zip(result.derivatives, expected.derivatives, strict=True):
         assert_close(found, wanted, "derivative", rtol=1e-12)
     for i, (parameter, wanted) in enumerate(expected.gradients.items()):
@@ -37,10 +37,10 @@ def assert_parity(functions: Sequence[ToyStage], spec: ChainSpec, **options: Any
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("defer", [False, True])
-def test_every_subset_of_stages_apart(name: str, defer: bool) -> None:
+def test_every_subset_of_split_stages(name: str, defer: bool) -> None:
     functions, spec = chain(CHAINS[name])
-    for apart in subsets(len(functions)):
-        assert_parity(functions, spec, defer=defer, apart=apart)
+    for split_stages in subsets(len(functions)):
+        assert_parity(functions, spec, defer=defer, split_stages=split_stages)
 
 
 # -- stages that join parameters in unusual ways -----------------------------------------------------------------------
@@ -184,9 +184,9 @@ def test_parameters_that_are_joined_more_than_once(body: Body, dtype: torch.dtyp
         torch.manual_seed(0)
         functions = [Joined(i, i == num_stages - 1, body, dtype) for i in range(num_stages)]
     spec = ChainSpec(chain(CHAINS["two stages"])[1].coordinates, (TensorSpec(("b",), FLOAT),), (num_stages - 1,))
-    for apart in ((), (num_stages // 2,)):
-        assert_parity(functions, spec, apart=apart)
-        assert_parity(functions, spec, defer=True, apart=apart)
+    for split_stages in ((), (num_stages // 2,)):
+        assert_parity(functions, spec, split_stages=split_stages)
+        assert_parity(functions, spec, defer=True, split_stages=split_stages)
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
@@ -195,9 +195,9 @@ def test_parameters_that_are_joined_more_than_once(body: Body, dtype: torch.dtyp
 def test_times_of_all_phases() -> None:
     functions, spec = chain(CHAINS["three stages"])
     tensors = microbatch(1).tensors
-    for second in run_local(functions, spec, tensors, loss_gradients).seconds:
+    for second in run_single_process(functions, spec, tensors, loss_gradients).seconds:
         assert min(second.fe, second.ff, second.bf, second.be) > 0 and second.wf == second.we == 0
-    deferred = run_local(functions, spec, tensors, loss_gradients, defer=True, apart=(1,)).seconds
+    deferred = run_single_process(functions, spec, tensors, loss_gradients, defer=True, split_stages=(1,)).seconds
     assert [(s.wf > 0, s.we > 0) for s in deferred] == [(True, True), (False, True), (True, True)]
     assert PhaseSeconds(1, 2, 4, 8).total == 15 and PhaseSeconds(1, 2, 4, 8, 16, 32).total == 63
 
@@ -231,8 +231,8 @@ def reference() -> Iterator[Traced]:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
-@pytest.mark.parametrize("apart", [(), (0,)])
-def test_reference_potential(reference: Traced, num_stages: int, apart: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("split_stages", [(), (0,)])
+def test_reference_potential(reference: Traced, num_stages: int, split_stages: tuple[int, ...]) -> None:
     batch = structures_of(tiny.data(8), 4)
     captured = reference.cut(num_stages)
     stages = [CapturedStage(captured, i, reference.potential) for i in range(num_stages)]
@@ -241,13 +241,13 @@ def test_reference_potential(reference: Traced, num_stages: int, apart: tuple[in
     step = reference.module.training_step
     _, expected = eager_gradients(reference.module, batch)
 
-    result = run_local(
+    result = run_single_process(
         stages,
         captured.chain,
         runner.prepare(0, step, batch).tensors,
         lambda y, x: runner.loss(0, step, batch, 1.0, y, x).gradients,
         defer=True,
-        apart=apart,
+        split_stages=split_stages,
     )
 
     parameters = dict(reference.module.named_parameters())

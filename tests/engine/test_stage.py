@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
 
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.engine.stage import Stage
 
@@ -30,7 +30,7 @@ def test_gradients_equal_the_undivided_ones(name: str) -> None:
     expected = undivided(functions, tensors)
     assert expected.derivatives[1].abs().max() > 1e-3, "the strain has to matter for this test"
 
-    result = run_local(functions, spec, tensors, loss_gradients)
+    result = run_single_process(functions, spec, tensors, loss_gradients)
 
     for i, (found, wanted) in enumerate(zip(result.observables, expected.observables, strict=True)):
         assert_close(found, wanted, f"observable {i}")
@@ -54,7 +54,7 @@ def test_loss_of_energies_or_forces_alone(reads: str) -> None:
             return LossGradients([2 * y for y in observables], [torch.zeros_like(d) for d in derivatives])
         return LossGradients([None for _ in observables], [2 * d for d in derivatives])
 
-    result = run_local(functions, spec, tensors, loss)
+    result = run_single_process(functions, spec, tensors, loss)
 
     coordinates = [tensors[0].clone().requires_grad_(), tensors[4].clone().requires_grad_()]
     boundary: list[Tensor] = []
@@ -192,9 +192,9 @@ def test_deferral_costs_no_product(name: str) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(6).tensors
     with _Products() as at_once:
-        run_local(functions, spec, tensors, loss_gradients)
+        run_single_process(functions, spec, tensors, loss_gradients)
     with _Products() as deferred:
-        run_local(functions, spec, tensors, loss_gradients, defer=True)
+        run_single_process(functions, spec, tensors, loss_gradients, defer=True)
     assert deferred.count == at_once.count > 0
 
 
@@ -218,7 +218,7 @@ def test_as_many_products_as_the_undivided_double_backward(name: str) -> None:
     with _Products() as reference:
         undivided(functions, tensors)
     with _Products() as split:
-        run_local(functions, spec, tensors, loss_gradients)
+        run_single_process(functions, spec, tensors, loss_gradients)
     assert split.count == reference.count > 0
 
 

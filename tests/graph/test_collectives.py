@@ -6,7 +6,7 @@ import pytest
 import torch
 from graph_derivative_workers import FAULTS, force_loss, numerical_derivatives, third_derivative, under_faults
 from graph_workers import (
-    DIVISIONS,
+    SHARDINGS,
     messages,
     phases,
     refusals,
@@ -30,13 +30,13 @@ from lightning_januspipe.testing import RankPool
 RTOL = 1e-12
 
 
-@pytest.mark.parametrize(("kind", "num_ranks"), [*((k, 3) for k in DIVISIONS), ("mixed", 2), ("mixed", 4)])
+@pytest.mark.parametrize(("kind", "num_ranks"), [*((k, 3) for k in SHARDINGS), ("mixed", 2), ("mixed", 4)])
 def test_values_of_any_dtype_and_layout(pool: RankPool, kind: str, num_ranks: int) -> None:
     assert [w for wrong in pool.run(values, kind, world_size=num_ranks) for w in wrong] == []
 
 
 @pytest.mark.parametrize("replicated_positions", [False, True])
-@pytest.mark.parametrize(("kind", "num_ranks"), [*((k, 3) for k in DIVISIONS), ("mixed", 2), ("mixed", 4)])
+@pytest.mark.parametrize(("kind", "num_ranks"), [*((k, 3) for k in SHARDINGS), ("mixed", 2), ("mixed", 4)])
 def test_the_parameter_gradient_of_a_force_loss(
     pool: RankPool, kind: str, num_ranks: int, replicated_positions: bool
 ) -> None:

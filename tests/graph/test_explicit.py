@@ -17,23 +17,27 @@ from torch import nn
 from lightning_januspipe import with_halo
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
-from lightning_januspipe.graph import division_of
-from lightning_januspipe.graph.placement import Kind
+from lightning_januspipe.graph import shard_potential
+from lightning_januspipe.graph.placement import PlacementKind
 from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
 
 
 def test_rows_are_found_by_their_sizes() -> None:
     module, found = workers.captured(SelfDividing())
-    division = division_of(found.potential, module.potential)
+    sharded = shard_potential(found.potential, module.potential)
     names = list(found.potential.inputs_by_name)  # type: ignore[attr-defined]
-    divided = {(names[position], dim) for position, dim in division.rows}
-    assert divided == {("positions", 0), ("species", 0), ("edges", 1), ("index", 0)}
-    assert {(names[s.position], s.selected) for s in division.renumbered} == {
+    staged = {(names[position], dim) for position, dim in sharded.rows}
+    assert staged == {("positions", 0), ("species", 0), ("edges", 1), ("index", 0)}
+    assert {(names[s.position], s.selected) for s in sharded.renumbered} == {
         ("edges", ((0, 0),)), ("edges", ((0, 1),))
     }  # fmt: skip
-    assert [v.kind for v in division.observables] == [Kind.REPLICATED, Kind.OWN], "energies and charges"
-    assert [v.kind for v in division.derivatives] == [Kind.OWN, Kind.REPLICATED], "positions and strain"
-    assert division.positions == names.index("positions")
+    assert [v.kind for v in sharded.observables] == [PlacementKind.REPLICATE, PlacementKind.SHARD], (
+        "energies and charges"
+    )
+    assert [v.kind for v in sharded.derivatives] == [PlacementKind.SHARD, PlacementKind.REPLICATE], (
+        "positions and strain"
+    )
+    assert sharded.positions == names.index("positions")
 
 
 def test_one_rank_needs_no_halo() -> None:
@@ -74,12 +78,12 @@ class _State(nn.Module):
 )
 def test_what_has_to_be_declared(attributes: dict[str, Any], reason: str) -> None:
     _, found = workers.captured(SelfDividing())
-    divided = found.potential
-    assert isinstance(divided, ExplicitPotential)
+    staged = found.potential
+    assert isinstance(staged, ExplicitPotential)
     if "stage_coordinates" in attributes:
-        divided = replace(divided, coordinates=attributes["stage_coordinates"])
+        staged = replace(staged, coordinates=attributes["stage_coordinates"])
     with pytest.raises(CaptureError, match=reason) as caught:
-        division_of(divided, changed(**attributes))
+        shard_potential(staged, changed(**attributes))
     assert "graph_size=1" in str(caught.value)
 
 
@@ -88,20 +92,20 @@ def test_features_of_structures_are_not_handed_on() -> None:
     potential.parts[1] = _State(potential.parts[1])
     module, found = workers.captured(potential)
     with pytest.raises(CaptureError, match=r"part 1 .* hands on 'state' of shape .* no row for each atom"):
-        division_of(found.potential, module.potential)
+        shard_potential(found.potential, module.potential)
 
 
 @pytest.mark.parametrize(("num_ranks", "sizes"), [(2, (9, 4, 3)), (2, (4, 4)), (3, (12,)), (3, (1, 1))])
 def test_proof(pool: RankPool, num_ranks: int, sizes: tuple[int, ...]) -> None:
     """Also where a rank has no atoms."""
-    assert pool.run(workers.prove, "SelfDividing", sizes, world_size=num_ranks) == [""] * num_ranks
+    assert pool.run(workers.verify, "SelfDividing", sizes, world_size=num_ranks) == [""] * num_ranks
 
 
 @pytest.mark.parametrize("kind", ["Shifted", "Squared"])
 @pytest.mark.parametrize("sizes", [(9, 4, 3), (4, 4)], ids=["", "could be dealt whole"])
 def test_what_is_no_sum_over_atoms_is_refused(pool: RankPool, kind: str, sizes: tuple[int, ...]) -> None:
-    for reason in pool.run(workers.prove, kind, sizes, world_size=2):
-        assert "divided over 2 ranks, the result 'energy'" in reason and "have to be sums over atoms" in reason
+    for reason in pool.run(workers.verify, kind, sizes, world_size=2):
+        assert "sharded over 2 ranks, the result 'energy'" in reason and "have to be sums over atoms" in reason
 
 
 def test_proof_leaves_the_module_as_it_was_also_in_inference_mode(pool: RankPool) -> None:
@@ -131,7 +135,7 @@ def test_the_number_of_structures_is_that_of_an_input(pool: RankPool) -> None:
     strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1}
     with pytest.raises(RankError, match="Take the number of structures from the shape of an input") as caught:
         assert_matches_single_process(Counting, graph_models.Data, devices=2, strategy=strategy, steps=1, pool=pool)
-    assert "prove_together" in str(caught.value)
+    assert "verify_explicit_sharding" in str(caught.value)
 
 
 class LacksExchange(plain_modules.Explicit):

@@ -10,11 +10,13 @@ import pytest
 from capture_models import Potential, Step, Traced, make_batch
 from graph_contract_workers import Values
 
-from lightning_januspipe.capture import CaptureError
-from lightning_januspipe.graph.insert_exchanges import Localized, localize
-from lightning_januspipe.graph.placement import Kind
-from lightning_januspipe.graph.shard_microbatch import Divider
-from lightning_januspipe.graph.verify_captured import prove
+from lightning_januspipe.capture import CapturedPotential, CaptureError
+from lightning_januspipe.graph import exchange_ops
+from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.graph.placement import PlacementKind
+from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
+from lightning_januspipe.graph.sharded_potential import ShardedPotential
+from lightning_januspipe.graph.verify_captured import compare_sharded
 
 BATCH = models.angles_of(make_batch((9, 4, 3)))
 
@@ -24,70 +26,76 @@ def traced(kind: type[Potential], num_layers: int) -> Traced:
     return Traced(Step(kind(num_layers=num_layers)), models.angles_of(make_batch((4, 3, 5))))
 
 
-def localized(kind: type[Potential], num_layers: int = 2, num_stages: int = 2) -> tuple[Traced, Localized]:
+def with_exchanges(
+    kind: type[Potential], num_layers: int = 2, num_stages: int = 2
+) -> tuple[Traced, ShardedPotential[CapturedPotential]]:
     """A potential, traced, cut and with exchanges."""
     found = traced(kind, num_layers)
-    return found, localize(found.cut(num_stages))
+    return found, shard_captured(found.cut(num_stages))
 
 
-def exchanges(found: Localized) -> Counter[str]:
+def exchanges(found: ShardedPotential[CapturedPotential]) -> Counter[str]:
     """How often each exchange stands in a potential."""
     nodes = found.potential.program.nodes
-    return Counter(n.target.__name__ for n in nodes if getattr(n.target, "__module__", "").endswith("graph.operations"))
+    return Counter(
+        n.target.__name__ for n in nodes if getattr(n.target, "__module__", "").endswith("graph.exchange_ops")
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 @pytest.mark.parametrize(
     "kind", [Potential, models.BothWays, models.States, models.Angles, models.Attention, models.Peaks, models.Composed]
 )
-def test_a_divided_batch_is_the_whole_one(kind: type[Potential], num_ranks: int) -> None:
-    source, found = localized(kind)
+def test_a_sharded_batch_is_the_whole_one(kind: type[Potential], num_ranks: int) -> None:
+    source, found = with_exchanges(kind)
     captured = source.cut(2)
     call = source.call_on(BATCH)
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
     halos = [
         s.num_halo
-        for s in Divider(captured, found, source.potential, num_ranks).planned(tensors).shards[found.classes.root]
+        for s in MicrobatchSharder(captured, found, source.potential, num_ranks)
+        .plan_balanced(tensors)
+        .shards[found.classes.root]
     ]
     assert sum(halos) > 0, "rows of other ranks are read"
-    prove(captured, found, source.potential, tensors, num_ranks)
+    compare_sharded(captured, found, source.potential, tensors, num_ranks)
 
 
 def test_exchanges_stand_where_rows_of_others_are_read() -> None:
     """Positions and the features before each layer come from other ranks; energies are summed, strain is replicated."""
-    _, found = localized(Potential, num_layers=3)
+    _, found = with_exchanges(Potential, num_layers=3)
     assert exchanges(found) == {"gather_halo": 4, "sum_over_ranks": 1, "replicate": 1}
-    assert [v.kind for v in found.observables] == [Kind.OWN, Kind.REPLICATED] or [
+    assert [v.kind for v in found.observables] == [PlacementKind.SHARD, PlacementKind.REPLICATE] or [
         v.kind for v in found.observables
-    ] == [Kind.REPLICATED, Kind.OWN]
-    assert [v.kind for v in found.derivatives] == [Kind.OWN, Kind.REPLICATED]
+    ] == [PlacementKind.REPLICATE, PlacementKind.SHARD]
+    assert [v.kind for v in found.derivatives] == [PlacementKind.SHARD, PlacementKind.REPLICATE]
 
 
 def test_sums_into_rows_of_others_go_there() -> None:
-    _, found = localized(models.BothWays)
+    _, found = with_exchanges(models.BothWays)
     counts = exchanges(found)
     assert counts["with_room"] == counts["sum_halo"] == 2
 
 
 def test_parameters_of_what_all_ranks_compute_count_once() -> None:
     """Weights and biases of three layers of states, the first states, the energy's scale and shift."""
-    _, found = localized(models.States, num_layers=3)
+    _, found = with_exchanges(models.States, num_layers=3)
     assert exchanges(found)["count_once"] == 9
 
 
-def test_edges_of_angles_are_divided_too() -> None:
-    source, found = localized(models.Angles)
+def test_edges_of_angles_are_sharded_too() -> None:
+    source, found = with_exchanges(models.Angles)
     assert len(found.classes.names) == 3
     call = source.call_on(BATCH)
     tensors = source.cut(2).inputs(source.potential)(call.args, call.kwargs)
-    shards = Divider(source.cut(2), found, source.potential, 3).planned(tensors).shards
+    shards = MicrobatchSharder(source.cut(2), found, source.potential, 3).plan_balanced(tensors).shards
     for name, of_class in shards.items():
         assert sum(s.num_own for s in of_class) == of_class[0].num_rows
         assert any(s.num_halo for s in of_class) == (name != found.classes.names[-1]), "nothing reads angles"
 
 
 def test_stages_have_the_exchanges_of_what_they_run() -> None:
-    _, found = localized(Potential, num_layers=4, num_stages=3)
+    _, found = with_exchanges(Potential, num_layers=4, num_stages=3)
     potential, seen = found.potential, 0
     for body in potential.cut.bodies:
         own = set(body)
@@ -112,19 +120,18 @@ def test_stages_have_the_exchanges_of_what_they_run() -> None:
 )
 def test_what_has_no_exchange_is_refused(kind: type[Potential], reason: str) -> None:
     with pytest.raises(CaptureError, match=reason) as caught:
-        localized(kind)
+        with_exchanges(kind)
     assert "graph_size=1" in str(caught.value)
 
 
 def test_a_missing_exchange_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof does not believe what the analysis says: halos that stay empty change energies."""
-    from lightning_januspipe.graph import exchange_ops
     from lightning_januspipe.graph import verify_captured as module
 
-    source, found = localized(Potential)
+    source, found = with_exchanges(Potential)
     captured = source.cut(2)
     call = source.call_on(BATCH)
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
     monkeypatch.setitem(module._EXCHANGES, exchange_ops.gather_halo, module._with_room)
-    with pytest.raises(CaptureError, match="divided over 2 ranks, .* differs by"):
-        prove(captured, found, source.potential, tensors, 2)
+    with pytest.raises(CaptureError, match="sharded over 2 ranks, .* differs by"):
+        compare_sharded(captured, found, source.potential, tensors, 2)

@@ -11,7 +11,7 @@ from capture_models import make_batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_januspipe.graph.owners_in_loader import OwnersAhead, owners_by_name
+from lightning_januspipe.graph.owners_in_loader import OwnersInLoader, owners_by_name
 from lightning_januspipe.graph.partition import partition_atoms
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.split import split_batches
@@ -74,7 +74,7 @@ def as_it_is(samples: list[Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("num_workers", "is_turn"), [(0, [False] * 5), (1, [False, True, False, False, True])])
 def test_ranks_take_turns_in_the_loaders_workers(num_workers: int, is_turn: list[bool]) -> None:
     loader: Any = DataLoader(list(range(5)), 5, num_workers=num_workers, collate_fn=as_it_is)  # type: ignore[arg-type]
-    (batch,) = split_batches(loader, 5, True, OwnersAhead(2, rank=1, size=3))
+    (batch,) = split_batches(loader, 5, True, OwnersInLoader(2, rank=1, size=3))
     assert isinstance(batch, MicroBatches)
     assert [owners is not None for owners in batch.ahead] == is_turn
     for owners in batch.ahead:

@@ -157,7 +157,7 @@ def test_more_ranks_than_atoms(num_atoms: int) -> None:
     assert len(owner.unique()) == num_atoms
 
 
-def test_a_large_cell_is_divided_fast() -> None:
+def test_a_large_cell_is_sharded_fast() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.arange(5000).repeat_interleave(60)
     source = (target + torch.randint(-300, 300, target.shape, generator=generator)) % 5000

@@ -29,8 +29,8 @@ def exchanged(shards: list[Shard], values: list[Tensor]) -> list[Tensor]:
 
 @settings(deadline=None, max_examples=200)
 @given(divisions())
-def test_rows_are_divided_and_exchanged(division: tuple[Tensor, list[Tensor], int]) -> None:
-    owner, needed, num_ranks = division
+def test_rows_are_sharded_and_exchanged(sharding: tuple[Tensor, list[Tensor], int]) -> None:
+    owner, needed, num_ranks = sharding
     shards = make_shards(owner, needed, num_ranks)
     assert [s.rank for s in shards] == list(range(num_ranks))
     everywhere = torch.cat([s.own for s in shards])
@@ -45,7 +45,7 @@ def test_rows_are_divided_and_exchanged(division: tuple[Tensor, list[Tensor], in
         assert shard.local(rows).tolist() == list(range(len(rows)))
         assert rows[shard.local(read)].tolist() == read.tolist()
         others = sorted(set(range(len(owner))) - set(rows.tolist()))
-        assert (shard.numbers[others] == -1).all()
+        assert (shard.local_indices[others] == -1).all()
         for missing in others[:1]:
             with pytest.raises(ValueError, match=f"row {missing} .* neither rank {shard.rank}"):
                 shard.local(torch.tensor([missing]))
@@ -58,8 +58,8 @@ def test_rows_are_divided_and_exchanged(division: tuple[Tensor, list[Tensor], in
 
 @settings(deadline=None, max_examples=100)
 @given(divisions(), st.integers(0, 2**31))
-def test_rows_that_are_read(division: tuple[Tensor, list[Tensor], int], seed: int) -> None:
-    owner, _, num_ranks = division
+def test_rows_that_are_read(sharding: tuple[Tensor, list[Tensor], int], seed: int) -> None:
+    owner, _, num_ranks = sharding
     generator = torch.Generator().manual_seed(seed)
     num_readers = 20 if len(owner) else 0
     index = torch.randint(max(len(owner), 1), (num_readers,), generator=generator)

@@ -104,8 +104,8 @@ def test_from_a_folder(tmp_path, batches, make_potential) -> None:
     [
         ({"species": ["H", "O", "Au", "Cu"]}, r"trained with species=\['H', 'O', 'Cu', 'Au'\], .* has species=\['H'"),
         ({"avg_num_neighbors": 7.0}, "avg_num_neighbors=6.0, .*avg_num_neighbors=7.0"),
-        ({"num_layers": 2}, r"not in the model: potential\.energy_model\.layers\.1\..* and \d+ more"),
-        ({"num_layers": 4}, r"not in the checkpoint: .*potential\.energy_model\.layers\.3\."),
+        ({"num_layers": 2}, r"missing in the model: potential\.energy_model\.layers\.1\..* and \d+ more"),
+        ({"num_layers": 4}, r"missing in the checkpoint: .*potential\.energy_model\.layers\.3\."),
         ({"num_features": 8}, r"embedding.weight \(4, 6\) instead of \(4, 8\).*config.yaml"),
     ],
 )
@@ -135,7 +135,10 @@ def test_patterns(make_potential) -> None:
     module = PotentialModule(make_potential(num_layers=11), frozen=["layers.1", "*.layers.3.*"])
     frozen = {name.split("layers.")[1].split(".")[0] for name, p in module.named_parameters() if not p.requires_grad}
     assert frozen == {"1", "3"}
-    with pytest.raises(ValueError, match=r"'layer.1' matches no parameter; there are energy_model\.embedding\.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"'layer.1' matches no parameter; expected .* such as energy_model\.embedding\.weight",
+    ):
         PotentialModule(make_potential(), frozen=["layer.1"])
     with pytest.raises(ValueError, match="no parameter to train"):
         PotentialModule(make_potential(), frozen=["energy_model"])
@@ -150,7 +153,7 @@ def test_data_with_other_species_is_refused(tmp_path, batches, make_potential) -
         def train_dataloader(self):
             return DataLoader(batches, batch_size=None)
 
-    initial_weights.check_species(make_potential(), Data())  # the first ones of the potential
+    initial_weights.check_data(make_potential(), Data())  # the first ones of the potential
     Data.species = ("O", "H")
     trainer = Trainer(accelerator="cpu", logger=False, fast_dev_run=True, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=r"data has the species \['O', 'H'\].*Give the data species=\['H', 'O', 'Cu'"):

@@ -13,7 +13,7 @@ from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_januspipe import keys
-from lightning_januspipe.models import ConservativePotential, EquivariantPotential, errors, radial, spherical
+from lightning_januspipe.models import ConservativePotential, EquivariantPotential, losses, radial, spherical
 from lightning_januspipe.models import potential as potential_file
 from lightning_januspipe.models.e3nn_compat import o3
 
@@ -308,7 +308,7 @@ def test_rejects(make_potential: Callable, changes: dict, message: str) -> None:
         make_potential(**changes)
 
 
-@pytest.mark.parametrize("module", [errors, potential_file, radial, spherical])
+@pytest.mark.parametrize("module", [losses, potential_file, radial, spherical])
 def test_docstring_examples(module) -> None:
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert result.attempted

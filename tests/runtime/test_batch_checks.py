@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_januspipe.capture import Capture, CaptureError, capture_module
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.runtime.batch_checks import Proofs
+from lightning_januspipe.runtime.batch_checks import BatchChecks
 from lightning_januspipe.runtime.user_step import CapturedStep
 
 
@@ -54,11 +54,11 @@ def captured(potential: Potential) -> tuple[Step, Capture]:
 
 
 def prepared(module: Step, found: Capture, *batches: Any) -> None:
-    proofs = Proofs(found.potential, module)
-    step = CapturedStep(found.potential, module, GradientBuffers().add, proofs.note)
+    checks = BatchChecks(found.potential, module)
+    step = CapturedStep(found.potential, module, GradientBuffers().add, checks.note)
     for index, batch in enumerate(batches):
         step.prepare(index, module.training_step, batch)
-        proofs.settle()
+        checks.run()
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,13 @@ def test_another_energy_is_refused(potential: type[Potential], batch: Batch, wor
         prepared(module, found, batch)
 
 
-def test_each_kind_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_januspipe.runtime import batch_checks as proofs
+def test_each_kind_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_januspipe.runtime import batch_checks
 
     seen = []
-    monkeypatch.setattr(proofs, "validate", lambda divided, potential, call: seen.append(call.args[0]["cell"].shape[0]))
+    monkeypatch.setattr(
+        batch_checks, "validate", lambda divided, potential, call: seen.append(call.args[0]["cell"].shape[0])
+    )
     module, found = captured(SqueezedSingle())
     with_label = {**make_batch(OTHER), "label": torch.zeros(2)}
     prepared(module, found, make_batch(OTHER), make_batch((4,)), make_batch((3,)), with_label, with_label)
@@ -114,4 +116,4 @@ def test_lists_may_have_any_length() -> None:
     found = capture_module(module, module.training_step, traced, other, [[0, 1]])
     longer = {**make_batch((2, 2, 2, 3, 2)), "names": names}
     symbols = found.potential.bind_sizes(found.potential.inputs(module.potential)((longer,), {}))
-    assert found.potential.kinds(module.potential, (longer,), {}, symbols) == frozenset()
+    assert found.potential.unvalidated_kinds(module.potential, (longer,), {}, symbols) == frozenset()

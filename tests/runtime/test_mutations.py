@@ -68,10 +68,10 @@ def test_faults_between_replicas_are_found(pool: RankPool) -> None:
     ],
 )
 def test_faults_between_graph_ranks_are_found(pool: RankPool, name: str) -> None:
-    with _found("differs by|gradient of .* is None|the loss of step 0 is") as error:
+    with _found("differs by|gradient of .* is None|the loss of batch 0 is") as error:
         _check(name, pool, 2, GRAPH)
     only_gradients = name in ("halo without second derivative", "graph ranks averaged")
-    assert ("the loss of step 0" not in str(error.value)) == only_gradients
+    assert ("the loss of batch 0" not in str(error.value)) == only_gradients
 
 
 @pytest.mark.parametrize("name", ["second copy not trained", "part of the other rank lost"])

@@ -55,7 +55,7 @@ def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: 
 
 
 def test_unfolded_ranks_hold_second_copies(pool: RankPool) -> None:
-    """Layers whose FE and FF are apart are trained by two ranks; in a folded pipeline each layer has one."""
+    """Layers of split stages are trained by two ranks; in a folded pipeline each layer has one."""
     unfolded = pool.run(pipeline_workers.fit, {"schedule": "1f1b-2nd"}, world_size=4)
     folded = pool.run(pipeline_workers.fit, {"schedule": "wavek"}, world_size=4)
     assert unfolded[0]["placement"] != unfolded[0]["force_placement"]
@@ -69,7 +69,7 @@ def test_unfolded_ranks_hold_second_copies(pool: RankPool) -> None:
 
 def test_memory_limit(pool: RankPool) -> None:
     """A limit lowers the live micro-batches; one that nothing fits in is an error on every rank."""
-    from lightning_januspipe.schedule.report import peak_live
+    from lightning_januspipe.schedule.step_report import peak_live
 
     free = pool.run(pipeline_workers.fit, {"schedule": "wavek-zb", "num_microbatches": 8}, world_size=2)
     plan = Schedule.parse(free[0]["schedule"])

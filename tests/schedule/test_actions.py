@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from schedule_models import actions, messages_from, schedule_of
 
 from lightning_januspipe.schedule import Action, Phase, Schedule
-from lightning_januspipe.schedule.actions import CHAIN_PHASES, Message, dependencies, predecessor, successor
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES, Message, dependencies, predecessor, successor
 
 ACTIONS = st.builds(Action, st.sampled_from(Phase), st.integers(0, 40), st.integers(0, 200))
 
@@ -48,7 +48,7 @@ def test_chain_of_a_microbatch():
 
 @given(st.integers(1, 6), st.data())
 def test_predecessor_inverts_successor(num_stages, data):
-    action = Action(data.draw(st.sampled_from(CHAIN_PHASES)), data.draw(st.integers(0, num_stages - 1)), 0)
+    action = Action(data.draw(st.sampled_from(CRITICAL_PHASES)), data.draw(st.integers(0, num_stages - 1)), 0)
     after = successor(action, num_stages)
     assert after is None or predecessor(after, num_stages) == action
 
@@ -91,7 +91,7 @@ def test_schedule_text_and_csv():
     assert schedule.to_csv() == "name,tiny\nnum_microbatches,1\nplacement,0\n0,FE0.0,FF0.0,BF0.0,BE0.0\n"
 
 
-def test_apart_schedule_text_and_csv():
+def test_text_and_csv_of_split_stages():
     schedule = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
     assert str(schedule).splitlines()[0] == "hand: 1 micro-batches, stages on ranks 0, forces on ranks 1"
     assert schedule.to_csv().splitlines()[2:4] == ["placement,0", "force_placement,1"]
@@ -143,9 +143,9 @@ def test_messages_of_two_stages_per_rank():
     assert (schedule.is_folded, schedule.stages_of(1)) == (True, (1, 2))
 
 
-def test_messages_of_stages_apart():
-    schedule = Schedule("apart", 3, 1, ((), (), ()), (0, 1, 2), (2, 1, 2))
-    assert [schedule.is_apart(stage) for stage in range(3)] == [True, False, False]
+def test_messages_of_split_stages():
+    schedule = Schedule("split", 3, 1, ((), (), ()), (0, 1, 2), (2, 1, 2))
+    assert [schedule.is_split(stage) for stage in range(3)] == [True, False, False]
     assert [schedule.stages_of(rank) for rank in range(3)] == [(0,), (1,), (0, 2)]
     # FE hands its boundary on along the chain, and to FF of its own stage; BF to BE likewise.
     assert _targets(schedule, "FE0.0") == ["FE1.0", "FF0.0"]
@@ -159,7 +159,7 @@ def test_messages_of_stages_apart():
 @given(_schedules())
 def test_what_is_sent_is_what_is_received(schedule):
     stages = range(schedule.num_stages)
-    chain = [Action(phase, stage, 3) for phase in CHAIN_PHASES for stage in stages]
+    chain = [Action(phase, stage, 3) for phase in CRITICAL_PHASES for stage in stages]
     sent = [message for action in chain for message in schedule.sent(action)]
     received = [message for action in chain for message in schedule.received(action)]
     assert sorted(sent) == sorted(received)

@@ -75,15 +75,15 @@ def test_other_numbers_of_entries_are_refused(wrong):
 
 
 def test_durations():
-    assert list(durations(BINARY, deferred=True, apart=False).values()) == [1, 2, 4, 8, 16, 32]
-    fused = durations(BINARY, deferred=False, apart=False)
+    assert list(durations(BINARY, deferred=True, split=False).values()) == [1, 2, 4, 8, 16, 32]
+    fused = durations(BINARY, deferred=False, split=False)
     assert [fused[phase] for phase in list(Phase)[:4]] == [1, 2, 20, 40]
     # The other rank computes FE again, and BF goes back through it: FF = fe + ff, BF = bf + be with all weights.
-    apart = durations(BINARY, deferred=False, apart=True)
-    assert [apart[phase] for phase in list(Phase)[:4]] == [1, 3, 60, 40]
+    split = durations(BINARY, deferred=False, split=True)
+    assert [split[phase] for phase in list(Phase)[:4]] == [1, 3, 60, 40]
 
 
-def test_only_stages_apart_compute_twice():
+def test_only_split_stages_compute_twice():
     schedule = schedule_of("FE0.0 FE1.0", "FF0.0", placement=(0, 0), force_placement=(1, 0))
     times = action_times(schedule, [BINARY, BINARY])
     assert [times(Phase.FF, stage) for stage in (0, 1)] == [3.0, 2.0]

@@ -2,13 +2,13 @@ import pytest
 from schedule_models import MEASURED
 
 from lightning_januspipe.schedule import Action, Phase, build_schedule
-from lightning_januspipe.schedule.dependency_table import steps_of
+from lightning_januspipe.schedule.dependency_table import dependency_table
 
 
 @pytest.mark.parametrize("name", ["1f1b-2nd", "hanayo-2nd", "wavek-zb", "gpipe"])
 def test_edges_are_the_dependencies_and_messages_of_every_action(name):
     schedule = build_schedule(name, 3, 2, MEASURED)
-    steps, num_edges = steps_of(schedule)
+    steps, num_edges = dependency_table(schedule)
     by_action = {Action(phase, s, 1): step for phase in Phase for s, step in enumerate(steps[phase])}
     target_of = {edge: action for action, step in by_action.items() for edge in step.needs}
     source_of = {edge: action for action, step in by_action.items() for edge in step.hands_on}

@@ -33,7 +33,7 @@ from lightning_januspipe.schedule import (
     validate,
 )
 from lightning_januspipe.schedule import wavek as wavek_module
-from lightning_januspipe.schedule.actions import CHAIN_PHASES
+from lightning_januspipe.schedule.actions import CRITICAL_PHASES
 from lightning_januspipe.schedule.bounds import lower_bound
 from lightning_januspipe.schedule.costs import MemoryCosts, costs_per_stage
 from lightning_januspipe.schedule.request import Request
@@ -65,7 +65,7 @@ def write_golden() -> None:
 
 
 def _assert_complete(schedule, deferred):
-    phases = tuple(Phase) if deferred else CHAIN_PHASES
+    phases = tuple(Phase) if deferred else CRITICAL_PHASES
     expected = {
         Action(phase, stage, m)
         for phase in phases
@@ -141,7 +141,9 @@ def test_deferral_keeps_the_cap_of_one_and_two_rounds(num_ranks, num_microbatche
 def test_gpipe_goes_phase_by_phase(num_ranks, num_microbatches, costs):
     schedule = build_schedule("gpipe", num_ranks, num_microbatches, costs)
     for order in schedule.actions:
-        assert [action.phase for action in order] == [phase for phase in CHAIN_PHASES for _ in range(num_microbatches)]
+        assert [action.phase for action in order] == [
+            phase for phase in CRITICAL_PHASES for _ in range(num_microbatches)
+        ]
     assert simulate(schedule, costs).peak_live == (num_microbatches,) * num_ranks
 
 
@@ -154,14 +156,16 @@ def test_1f1b_fold_does_not_look_at_the_costs(num_ranks, num_microbatches, costs
 
 def test_1f1b_fold_on_one_rank_finishes_a_microbatch_before_the_next():
     (order,) = build_schedule("1f1b-fold", 1, 3, COSTS).actions
-    assert [(action.microbatch, action.phase) for action in order] == [(m, p) for m in range(3) for p in CHAIN_PHASES]
+    assert [(action.microbatch, action.phase) for action in order] == [
+        (m, p) for m in range(3) for p in CRITICAL_PHASES
+    ]
 
 
 def test_unfolded_baselines_are_the_unrolled_chain_cut_evenly():
     # Four stages with FE + BE = 3/2 each, and their forces with FE + FF + BF + BE = 9/2 each: 24 in two parts.
     chain = build_schedule("1f1b-2nd", 2, 4, ALL_ONES, chunks=2)
     assert (chain.placement, chain.force_placement) == ((0, 0, 0, 0), (1, 1, 1, 0))
-    assert [chain.is_apart(stage) for stage in range(4)] == [True, True, True, False]
+    assert [chain.is_split(stage) for stage in range(4)] == [True, True, True, False]
     # In four parts, down the ranks and up again.
     wave = build_schedule("hanayo-2nd", 2, 4, ALL_ONES, chunks=2)
     assert (wave.placement, wave.force_placement) == ((0, 0, 0, 0), (0, 1, 1, 1))
@@ -324,7 +328,7 @@ def test_the_search_is_bounded(name, num_ranks, num_microbatches, monkeypatch):
     module = wavek_module if name.startswith("wavek") else unfolded
     real = module.list_schedule
     # The search cannot be cut short by a lucky order: all are this one.
-    cheap = wavek_module.Priority(CHAIN_PHASES, num_microbatches)
+    cheap = wavek_module.Priority(CRITICAL_PHASES, num_microbatches)
     monkeypatch.setattr(module, "list_schedule", count)
     build_schedule(name, num_ranks, num_microbatches, MEASURED)
     # Three caps, and two numbers of stages.

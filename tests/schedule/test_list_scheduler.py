@@ -5,13 +5,21 @@ from schedule_models import COSTS, MEASURED, ONES, phase_costs
 
 from lightning_januspipe.schedule import Phase, PhaseCosts, Schedule, simulate, validate
 from lightning_januspipe.schedule.costs import costs_per_stage
-from lightning_januspipe.schedule.list_scheduler import BREADTH_FIRST, DEPTH_FIRST, Chain, Priority, list_schedule
-from lightning_januspipe.schedule.placement import snake
+from lightning_januspipe.schedule.list_scheduler import (
+    BREADTH_FIRST,
+    DEPTH_FIRST,
+    PlacedStages,
+    Priority,
+    list_schedule,
+)
+from lightning_januspipe.schedule.stage_placement import snake
 
 
 def _chain(num_ranks, costs=COSTS, chunks=1, latency=0.0):
     num_stages = num_ranks * chunks
-    return Chain.folded(num_ranks, costs_per_stage(costs, num_ranks, num_stages), snake(num_ranks, num_stages), latency)
+    return PlacedStages.folded(
+        num_ranks, costs_per_stage(costs, num_ranks, num_stages), snake(num_ranks, num_stages), latency
+    )
 
 
 def _texts(found):
@@ -95,6 +103,6 @@ def test_any_priority_gives_a_valid_order_and_its_time(
 def test_a_rank_behind_with_its_weight_gradients_keeps_the_cap(max_live):
     """The first rank lets micro-batches in as it finishes them, faster than the second one does their weights."""
     costs = [PhaseCosts(1.0, 1.0, 1.0, 1.0, 0.1, 0.1), PhaseCosts(1.0, 1.0, 1.0, 1.0, 3.0, 3.0)]
-    chain = Chain.folded(2, costs, (0, 1), 0.0)
+    chain = PlacedStages.folded(2, costs, (0, 1), 0.0)
     found = list_schedule(chain, 8, Priority(DEPTH_FIRST, 8), max_live, deferred=True)
     assert simulate(Schedule("list", 2, 8, found.actions), costs).peak_live == (max_live, max_live)

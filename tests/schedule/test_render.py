@@ -42,9 +42,9 @@ def test_rows_of_unequal_length_are_drawn():
     assert all(str(action) in render(schedule, report) for order in schedule.actions for action in order)
 
 
-def test_stages_apart_and_chunks_are_drawn_on_their_ranks():
-    apart = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
-    assert render(apart).splitlines()[1:] == ["rank 0 FE0.0 BE0.0", "rank 1 FF0.0 BF0.0"]
+def test_split_stages_and_chunks_are_drawn_on_their_ranks():
+    split = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
+    assert render(split).splitlines()[1:] == ["rank 0 FE0.0 BE0.0", "rank 1 FF0.0 BF0.0"]
     schedule = build_schedule("wavek-zb", 2, 2, MEASURED, chunks=2)
     report = simulate(schedule, MEASURED)
     rows = render(schedule, report).splitlines()[1:]

@@ -106,7 +106,7 @@ def test_deferred_weight_gradients_fill_the_bubble():
     assert simulate(fused, costs).ideal == simulate(deferred, costs).ideal == 6.0
 
 
-def test_stages_apart_compute_the_energies_once_more():
+def test_split_stages_compute_the_energies_once_more():
     schedule = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
     validate(schedule)
     report = simulate(schedule, PhaseCosts(1.0, 2.0, 4.0, 8.0, wf=16.0, we=32.0), comm=0.5)
@@ -117,7 +117,7 @@ def test_stages_apart_compute_the_energies_once_more():
     assert (report.ideal, report.busy) == (63.0, (82.0, 126.0))
 
 
-def test_a_stage_apart_has_two_messages_on_a_channel():
+def test_a_split_stage_has_two_messages_on_a_channel():
     # FE0 sends to FE1 and to FF0, both on rank 1; each keeps the channel for 1.
     schedule = schedule_of(
         "FE0.0 BE0.0", "FE1.0 FF1.0 FF0.0 BF0.0 BF1.0 BE1.0", placement=(0, 1), force_placement=(1, 1)
@@ -151,9 +151,9 @@ def test_memory_of_one_microbatch():
     assert folded.peak_memory == (7.0,)
     deferred = simulate(schedule_of("FE0.0 FF0.0 BF0.0 BE0.0 WF0.0 WE0.0"), MEASURED, memory=memory)
     assert [held for _, held in deferred.memory[0]] == [0.0, 4.0, 6.0, 7.0, 5.0, 0.0]
-    apart = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
-    assert simulate(apart, ONES, memory=memory).peak_memory == (8.0, 12.0)
-    assert simulate(apart, ONES).memory == ()
+    split = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
+    assert simulate(split, ONES, memory=memory).peak_memory == (8.0, 12.0)
+    assert simulate(split, ONES).memory == ()
 
 
 @settings(max_examples=30, deadline=None)

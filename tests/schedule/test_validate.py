@@ -199,8 +199,8 @@ def test_weight_gradients_are_deferred_for_all_or_none():
 
 
 def test_only_folded_stages_defer():
-    apart = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
-    validate(apart)
+    split = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
+    validate(split)
     deferred = schedule_of("FE0.0 BE0.0 WE0.0", "FF0.0 BF0.0 WF0.0", placement=(0,), force_placement=(1,))
     with pytest.raises(ScheduleError, match=r"WE0\.0 on rank 0 .* only folded stages can defer"):
         validate(deferred)

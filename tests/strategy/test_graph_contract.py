@@ -26,7 +26,7 @@ BOTH: dict[str, Any] = {**GRAPH, "pipeline_size": 2, "schedule": "wavek"}
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["before", "division", "loss", "not finite", "evaluation"])
+@pytest.mark.parametrize("how", ["before", "sharding", "loss", "not finite", "evaluation"])
 def test_a_fault_of_one_graph_rank_ends_all(pool: RankPool, how: str) -> None:
     """At once, although its process lives on."""
     (others, seconds), (own, _) = pool.run(workers.ended, how, GRAPH, world_size=2, timeout=120)
@@ -51,13 +51,13 @@ def test_another_batch_on_one_graph_rank_is_refused(pool: RankPool) -> None:
 
 def test_owners_are_chosen_by_the_loaders_workers(pool: RankPool) -> None:
     """Else by the ranks in turns; and by both of them alike, even if they would not agree."""
-    (own, alone), (other, _) = pool.run(workers.divided_steps, 0, world_size=2)
+    (own, alone), (other, _) = pool.run(workers.sharded_steps, 0, world_size=2)
     assert len(own) == len(other) == 2 * 2, "two steps, and every other micro-batch of four"
     for num_ranks in (2, 4):
-        for chosen, parameters in pool.run(workers.divided_steps, 2, world_size=num_ranks):
+        for chosen, parameters in pool.run(workers.sharded_steps, 2, world_size=num_ranks):
             assert chosen == [], "the loader's workers had chosen"
             assert parameters == pytest.approx(alone, rel=1e-9, abs=1e-12)
-    for _, parameters in pool.run(workers.divided_steps, 0, True, world_size=2):
+    for _, parameters in pool.run(workers.sharded_steps, 0, True, world_size=2):
         assert parameters == pytest.approx(alone, rel=1e-9, abs=1e-12)
 
 

@@ -14,7 +14,7 @@ import torch
 from logging_workers import DDP, check
 from torch import nn
 
-from lightning_januspipe.strategy.metrics import grad_norm
+from lightning_januspipe.strategy.gradient_norm import grad_norm
 from lightning_januspipe.testing import RankPool
 
 PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
@@ -111,7 +111,7 @@ def test_micro_batches_weigh_their_samples(pool: RankPool, tmp_path: Path, world
 
 
 def test_norms_of_gradients_of_the_whole_model(single: dict[str, Any], piped: list[dict[str, Any]]) -> None:
-    """Each rank has the gradients of its own stages; ``metrics.grad_norm`` gives those of all, on every rank."""
+    """Each rank has the gradients of its own stages; ``gradient_norm.grad_norm`` gives those of all, on every rank."""
     names = {f"grad_2.0_norm/potential.{n}" for n in single["state"] if not n.startswith("charge")}
     for result in (single, *piped):
         last = result["history"][-1][1]["callback_metrics"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_januspipe.strategy import metrics
-from lightning_januspipe.strategy.logging import LogRecorder
-from lightning_januspipe.strategy.metrics import ReplicaGather
+from lightning_januspipe.strategy import metric_gather
+from lightning_januspipe.strategy.metric_gather import ReplicaGather
+from lightning_januspipe.strategy.microbatch_log import LogRecorder
 
 
 def _replayed(*calls: tuple[tuple[Any, ...], dict[str, Any]], sizes: list[int] | None = None) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class TestReplicaGather:
         gather.attach(metric, "replicas")
         assert metric.dist_sync_fn(torch.tensor(1), group=None) == [2, "replicas"]
         with monkeypatch.context() as patch:
-            patch.setattr(metrics, "dist", SimpleNamespace(group=SimpleNamespace(WORLD="one rank")))
+            patch.setattr(metric_gather, "dist", SimpleNamespace(group=SimpleNamespace(WORLD="one rank")))
             assert metric.dist_sync_fn(torch.tensor(1), group=None) == [2, "one rank"]
         gather.detach(metric)
         assert gather(torch.tensor(1)) == [2, None]

@@ -14,11 +14,11 @@ from engine_workers import clip_in_pipeline, clip_parameters
 from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh, MeshShape
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
 from lightning_januspipe.strategy.precision import (
     MeshClipping,
     MeshScaling,
-    clip_gradients_by_norm,
     loss_scale,
     mesh_aware,
 )
@@ -45,7 +45,7 @@ def test_in_one_process() -> None:
     expected = [p.grad.clone() for p in module.parameters()]  # type: ignore[union-attr]
     total = torch.stack([g.norm() for g in expected]).norm()
     mesh = Mesh(MeshShape(1, 1), 0, torch.device("cpu"))
-    norm = clip_gradients_by_norm(list(module.parameters()), 0.5, Undivided(module, mesh), mesh)
+    norm = clip_gradients_by_norm(list(module.parameters()), 0.5, SingleStage(module, mesh), mesh)
     assert float(norm) == pytest.approx(float(total))
     for parameter, gradient in zip(module.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * 0.5 / total, rtol=1e-5, atol=0)
@@ -54,7 +54,7 @@ def test_in_one_process() -> None:
 def test_no_gradients_at_all() -> None:
     module = nn.Linear(3, 2)
     mesh = Mesh(MeshShape(1, 1), 0, torch.device("cpu"))
-    assert float(clip_gradients_by_norm(list(module.parameters()), 1.0, Undivided(module, mesh), mesh)) == 0.0
+    assert float(clip_gradients_by_norm(list(module.parameters()), 1.0, SingleStage(module, mesh), mesh)) == 0.0
 
 
 def _plugins(namespace: str) -> list[Any]:
@@ -84,7 +84,7 @@ def test_plugin_clips_over_the_mesh_once_there_is_one() -> None:
     mesh = Mesh(MeshShape(1, 1), 0, torch.device("cpu"))
     asked: list[nn.Parameter] = []
 
-    class Half(Undivided):
+    class Half(SingleStage):
         """Owns nothing, so that the norm is zero and nothing is clipped."""
 
         def owns(self, parameter: nn.Parameter) -> bool:

@@ -13,17 +13,17 @@ from torch.autograd import grad
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
-from lightning_januspipe.capture.cut.split_shared_linear import narrow
+from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.find.potential import find_potential
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.trace import trace_potential
 from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.runtime.user_step import CapturedStep
 
 Batch = dict[str, Tensor]
@@ -160,7 +160,7 @@ class Traced:
             second = adapted(adapters, self.potential, of_other.args, of_other.kwargs)
         self.format = CallFormat.of(args, kwargs, second)
         traced = replace(self.call, args=args, kwargs=kwargs)
-        self.program = narrow(trace_potential(self.potential, traced, self.format, adapters))
+        self.program = split_shared_linear(trace_potential(self.potential, traced, self.format, adapters))
         self.regions = find_regions(self.program, self.call.read_outputs)
         uncut = CapturedPotential(
             self.call.path,
@@ -197,7 +197,7 @@ def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
 
 
 def staged_gradients(
-    captured: DividedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
+    captured: StagedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same through the four phases of all stages and the user's step around them."""
     outside = GradientBuffers()
@@ -212,7 +212,7 @@ def staged_gradients(
         losses.append(loss_in(result.output).detach())
         return result.gradients
 
-    result = run_local(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
+    result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
     gradients: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         parts = [g for g in (result.gradients.get(parameter), outside.get(parameter)) if g is not None]
@@ -226,7 +226,7 @@ def loss_in(output: Any) -> Tensor:
     return output["loss"] if isinstance(output, dict) else output
 
 
-def assert_parity(captured: DividedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
+def assert_parity(captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
     """Loss and every parameter gradient equal those of the undivided double backward; none where that has none."""
     expected_loss, expected = eager_gradients(module, batch)
     loss, found = staged_gradients(captured, module, batch)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.bench.emulate import MeshWork, MicrobatchWork, mesh_rank
+from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage
 from lightning_januspipe.bench.emulate.mesh_rank import emulate_mesh_rank
 from lightning_januspipe.bench.emulate.rank import emulate_rank
-from lightning_januspipe.bench.emulate.stage import EmulatedStage
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.p2p import Channel
 from lightning_januspipe.engine.route import Route

@@ -21,7 +21,7 @@ from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
-from lightning_januspipe.strategy.precision import clip_gradients_by_norm
+from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, list[Layout]] = {
@@ -131,7 +131,7 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
     """Run steps with these numbers of micro-batches.
 
     Returns:
-        The largest gradient of each step, and how many stages of this rank are apart.
+        The largest gradient of each step, and how many stages of this rank are split.
     """
     rank = _start()
     size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])
@@ -176,7 +176,7 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
         own = [gradients.get(p) for p in parameters]
         largest.append(max([float(g.abs().max()) for g in own if g is not None], default=0.0))
         gradients.clear()
-    return largest, sum(map(schedules[0].is_apart, schedules[0].stages_of(rank)))
+    return largest, sum(map(schedules[0].is_split, schedules[0].stages_of(rank)))
 
 
 def evaluate_like_undivided(layout: str, name: str, num: int) -> int:

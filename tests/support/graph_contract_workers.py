@@ -15,10 +15,10 @@ from strategy_workers import make_trainer, plain
 from torch import Tensor, nn
 
 from lightning_januspipe.data import EMTDataModule
-from lightning_januspipe.graph import shard_microbatch as divide
+from lightning_januspipe.graph import shard_microbatch
 from lightning_januspipe.graph.partition import partition_atoms
-from lightning_januspipe.graph.shard_microbatch import Divider
-from lightning_januspipe.runtime.single_stage import Undivided
+from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
+from lightning_januspipe.runtime.single_stage import SingleStage
 
 FAULTY = 1
 """The rank that something happens to."""
@@ -31,7 +31,7 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
     """Train with a fault on one rank; how this rank ended, and how many seconds after the fault.
 
     Args:
-        how: "before" the potential, in the "division", in the "loss", "not finite", in "evaluation", or "other batch".
+        how: "before" the potential, while "sharding", in the "loss", "not finite", in "evaluation", or "other batch".
         strategy: sizes.
     """
     module, began = tiny.module(num_layers=2), [time.monotonic()]
@@ -57,16 +57,16 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
 
         return run
 
-    def look(self: Divider, tensors: list[Tensor]) -> Any:
-        if how == "division" and is_due():
+    def read_indices(self: MicrobatchSharder, tensors: list[Tensor]) -> Any:
+        if how == "sharding" and is_due():
             raise OSError("no such table")
-        return looked(self, tensors)
+        return read(self, tensors)
 
-    looked = Divider.look
+    read = MicrobatchSharder.read_indices
     name = "validation_step" if how == "evaluation" else "training_step"
     setattr(module, name, faulty(getattr(module, name)))
     try:
-        with patch.object(Divider, "look", look):
+        with patch.object(MicrobatchSharder, "read_indices", read_indices):
             trainer.fit(module, tiny.data())
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - began[0]
@@ -76,9 +76,9 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
 def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """A sanity check before training: how often this rank ran a whole structure, and what validation found."""
     calls = []
-    whole = Undivided.evaluate_step
+    whole = SingleStage.evaluate_step
 
-    def counting(self: Undivided, step: Any, batch: Any) -> Any:
+    def counting(self: SingleStage, step: Any, batch: Any) -> Any:
         calls.append(len(batch["positions"]))
         return whole(self, step, batch)
 
@@ -89,12 +89,12 @@ def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
             found.update(plain(trainer.callback_metrics))
 
     trainer = make_trainer(strategy, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1, callbacks=[Look()])
-    with patch.object(Undivided, "evaluate_step", counting):
+    with patch.object(SingleStage, "evaluate_step", counting):
         trainer.fit(tiny.module(num_layers=2), tiny.data())
     return len(calls), found
 
 
-def divided_steps(num_workers: int, other_way: bool = False) -> tuple[list[int], list[float]]:
+def sharded_steps(num_workers: int, other_way: bool = False) -> tuple[list[int], list[float]]:
     """Train on two graph ranks in each stage, with four micro-batches in each step.
 
     Args:
@@ -119,7 +119,7 @@ def divided_steps(num_workers: int, other_way: bool = False) -> tuple[list[int],
         order: Any = "index" if other_way and trainer.strategy.mesh.rank == 1 else "spatial"
         return partition_atoms(target, source, num_atoms, *others, order=order)
 
-    with patch.object(divide, "partition_atoms", choose):
+    with patch.object(shard_microbatch, "partition_atoms", choose):
         trainer.fit(module, data)
     return chosen, torch.cat([p.detach().reshape(-1) for p in module.parameters()]).tolist()
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from graph_workers import NUM_ATOMS, Division, division, energy, message_passing_weights, relative_error, start
+from graph_workers import NUM_ATOMS, ShardedGraph, energy, message_passing_weights, relative_error, sharded_graph, start
 from torch import Tensor
 from toy import FLOAT
 
@@ -35,10 +35,10 @@ class Errors:
 def force_loss(kind: str, replicated_positions: bool) -> Errors:
     """Energy, forces, and the gradient of a loss of both with respect to the parameters, against one rank's."""
     rank, num_ranks, group = start()
-    return _force_loss(division(kind, rank, num_ranks, group), group, replicated_positions)
+    return _force_loss(sharded_graph(kind, rank, num_ranks, group), group, replicated_positions)
 
 
-def _force_loss(divided: Division, group: dist.ProcessGroup, replicated_positions: bool) -> Errors:
+def _force_loss(sharded: ShardedGraph, group: dist.ProcessGroup, replicated_positions: bool) -> Errors:
     generator = torch.Generator().manual_seed(2)
     points = torch.rand(NUM_ATOMS, 3, generator=generator, dtype=FLOAT)
     species = torch.randint(2, (NUM_ATOMS,), generator=generator)
@@ -46,19 +46,19 @@ def _force_loss(divided: Division, group: dist.ProcessGroup, replicated_position
     names = list(weights)
 
     leaf = points.clone().requires_grad_()
-    value = energy(weights, leaf, species, divided.target, divided.source, None)
+    value = energy(weights, leaf, species, sharded.target, sharded.source, None)
     (forces,) = torch.autograd.grad(value, leaf, create_graph=True)
     loss = (value - 0.3).square() + (forces - 0.1).square().sum()
     expected = value.detach(), forces.detach(), torch.autograd.grad(loss, [weights[n] for n in names])
 
-    exchange, shard = divided.atoms, divided.atoms.shard
+    exchange, shard = sharded.atoms, sharded.atoms.shard
     if replicated_positions:
         leaf = points.clone().requires_grad_()
         positions = collectives.replicate(leaf, exchange)[torch.cat([shard.own, shard.halo])]
     else:
         leaf = points[shard.own].requires_grad_()
         positions = collectives.gather_halo(leaf, exchange)
-    value = energy(weights, positions, species[shard.own], divided.local_target, divided.local_source, exchange)
+    value = energy(weights, positions, species[shard.own], sharded.local_target, sharded.local_source, exchange)
     (forces,) = torch.autograd.grad(value, leaf, create_graph=True)
     of_forces = (forces - 0.1).square().sum()
     loss = (value - 0.3).square() + (
@@ -71,12 +71,12 @@ def _force_loss(divided: Division, group: dist.ProcessGroup, replicated_position
     return Errors.of((value.detach(), found, gradients), expected)
 
 
-def checked_functions(divided: Division) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+def checked_functions(sharded: ShardedGraph) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     """Functions of a replicated input with a replicated result, in which one operation takes part, and their inputs.
 
     As all ranks have the same input, they evaluate numerical derivatives in step.
     """
-    exchange, shard = divided.atoms, divided.atoms.shard
+    exchange, shard = sharded.atoms, sharded.atoms.shard
     generator = torch.Generator().manual_seed(5)
     rows = torch.cat([shard.own, shard.halo])
     factors = torch.rand(NUM_ATOMS + exchange.shard.num_ranks, 1, generator=generator, dtype=FLOAT) + 0.5
@@ -114,19 +114,19 @@ def checked_functions(divided: Division) -> dict[str, tuple[Callable[[Tensor], T
 def numerical_derivatives(kind: str) -> None:
     """First and second derivatives of each operation against numerical ones, by torch's own checks."""
     rank, num_ranks, group = start()
-    for function, x in checked_functions(division(kind, rank, num_ranks, group)).values():
+    for function, x in checked_functions(sharded_graph(kind, rank, num_ranks, group)).values():
         torch.manual_seed(0)  # gradgradcheck draws cotangents, which have to be the same on all ranks
         assert torch.autograd.gradcheck(function, (x,))
         assert torch.autograd.gradgradcheck(function, (x,))
 
 
-def _differing(divided: Division) -> list[str]:
+def _differing(sharded: ShardedGraph) -> list[str]:
     """Operations whose first or second derivative differs from the numerical one on any rank.
 
     Torch's checks end on one rank at the first difference, while the others go on: here all are evaluated.
     """
     wrong = []
-    for name, (function, x) in checked_functions(divided).items():
+    for name, (function, x) in checked_functions(sharded).items():
 
         def gradient(x: Tensor, of: Tensor, function: Any = function) -> Tensor:
             with torch.enable_grad():
@@ -138,7 +138,7 @@ def _differing(divided: Division) -> list[str]:
         errors = [_jacobian_error(function, x), _jacobian_error(lambda x, of=of: gradient(x, of), x)]
         errors.append(_jacobian_error(lambda of, x=x: gradient(x, of), of.requires_grad_()))
         found = torch.tensor(max(errors))
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=divided.atoms.group)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=sharded.atoms.group)
         wrong.extend([name] * bool(found > 1e-6))
     return wrong
 
@@ -162,8 +162,8 @@ def _jacobian_error(function: Callable[[Tensor], Tensor], x: Tensor, step: float
 def third_derivative() -> tuple[Tensor, Tensor]:
     """Of the energy along a line of positions: from all ranks, and undivided."""
     rank, num_ranks, group = start()
-    divided = division("mixed", rank, num_ranks, group)
-    exchange, shard = divided.atoms, divided.atoms.shard
+    sharded = sharded_graph("mixed", rank, num_ranks, group)
+    exchange, shard = sharded.atoms, sharded.atoms.shard
     generator = torch.Generator().manual_seed(2)
     points = torch.rand(NUM_ATOMS, 3, generator=generator, dtype=FLOAT)
     species = torch.randint(2, (NUM_ATOMS,), generator=generator)
@@ -178,11 +178,11 @@ def third_derivative() -> tuple[Tensor, Tensor]:
         return value.detach()
 
     def whole(x: Tensor) -> Tensor:
-        return energy(weights, x, species, divided.target, divided.source, None)
+        return energy(weights, x, species, sharded.target, sharded.source, None)
 
     def shared(x: Tensor) -> Tensor:
         positions = collectives.replicate(x, exchange)[rows]
-        return energy(weights, positions, species[shard.own], divided.local_target, divided.local_source, exchange)
+        return energy(weights, positions, species[shard.own], sharded.local_target, sharded.local_source, exchange)
 
     return third(shared), third(whole)
 
@@ -222,10 +222,10 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor, Exchange], Tensor]]] = {
 def under_faults() -> dict[str, tuple[Errors, Errors, list[str]]]:
     """Errors of the force loss for own and for replicated positions, and what numerical derivatives find."""
     rank, num_ranks, group = start()
-    divided = division("mixed", rank, num_ranks, group)
+    sharded = sharded_graph("mixed", rank, num_ranks, group)
     found = {}
     for name, (function, instead) in FAULTS.items():
         with patch.object(getattr(collectives, function), "backward", staticmethod(_backward(instead))):
-            errors = [_force_loss(divided, group, replicated) for replicated in (False, True)]
-            found[name] = errors[0], errors[1], _differing(divided)
+            errors = [_force_loss(sharded, group, replicated) for replicated in (False, True)]
+            found[name] = errors[0], errors[1], _differing(sharded)
     return found

@@ -19,7 +19,7 @@ from strategy_workers import make_trainer
 from torch import nn
 
 from lightning_januspipe.capture import Capture, CaptureError, capture_module
-from lightning_januspipe.graph import GraphAxis, GraphGroup, call_tensors, prove_together
+from lightning_januspipe.graph import GraphAxis, GraphGroup, call_tensors, verify_explicit_sharding
 
 
 def captured(potential: nn.Module, num_stages: int = 2) -> tuple[Step, Capture]:
@@ -29,8 +29,8 @@ def captured(potential: nn.Module, num_stages: int = 2) -> tuple[Step, Capture]:
     return module, capture_module(module, module.training_step, *batches, [list(range(num_stages))], stages="explicit")
 
 
-def prove(kind: str, sizes: tuple[int, ...]) -> str:
-    """Prove a division of a model over all ranks; returns the reason of a refusal."""
+def verify(kind: str, sizes: tuple[int, ...]) -> str:
+    """Verifies that a model can be sharded over all ranks; returns the reason of a refusal."""
     torch.set_default_dtype(torch.float64)
     rank, num_ranks, group = start()
     module, found = captured(getattr(explicit_models, kind)())
@@ -40,7 +40,7 @@ def prove(kind: str, sizes: tuple[int, ...]) -> str:
     tensors = call_tensors(found.potential, module, module.training_step, make_batch(sizes))
     try:
         axis = GraphAxis(found.potential, module.potential, GraphGroup(num_ranks, rank, group))
-        prove_together(axis, found.potential, module.potential, tensors)
+        verify_explicit_sharding(axis, found.potential, module.potential, tensors)
     except CaptureError as error:
         return str(error)
     finally:

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, ToyStage, chain, loss_gradients, microbatch, undivided
 
-from lightning_januspipe.engine.single_process import run_local
+from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import StageOutput
 from lightning_januspipe.graph import collectives, make_shards, rows_read
 from lightning_januspipe.graph.collectives import Exchange
 
 NUM_FEATURES, NUM_ATOMS = 3, 7
-DIVISIONS = ("mixed", "one rank has nothing", "one reads, none is read", "free")
+SHARDINGS = ("mixed", "one rank has nothing", "one reads, none is read", "free")
 
 
 def start() -> tuple[int, int, dist.ProcessGroup]:
@@ -30,7 +30,7 @@ def start() -> tuple[int, int, dist.ProcessGroup]:
 
 
 @dataclass(frozen=True)
-class Division:
+class ShardedGraph:
     """Atoms and edges of a small graph over the ranks, as one of them sees them.
 
     Attributes:
@@ -52,8 +52,8 @@ class Division:
     local_source: Tensor
 
 
-def division(kind: str, rank: int, num_ranks: int, group: dist.ProcessGroup) -> Division:
-    """A graph of :data:`NUM_ATOMS` atoms, divided in one of the ways in :data:`DIVISIONS`."""
+def sharded_graph(kind: str, rank: int, num_ranks: int, group: dist.ProcessGroup) -> ShardedGraph:
+    """A graph of :data:`NUM_ATOMS` atoms, sharded in one of the ways in :data:`SHARDINGS`."""
     generator = torch.Generator().manual_seed(3)
     num = NUM_ATOMS
     owner = (torch.arange(num) * 5) % num_ranks
@@ -66,18 +66,18 @@ def division(kind: str, rank: int, num_ranks: int, group: dist.ProcessGroup) -> 
     if kind == "free":
         inside = owner[target] == owner[source]
         target, source = target[inside], source[inside]
-    return _divided(owner, target, source, rank, num_ranks, group)
+    return _sharded_graph(owner, target, source, rank, num_ranks, group)
 
 
-def _divided(
+def _sharded_graph(
     owner: Tensor, target: Tensor, source: Tensor, rank: int, num_ranks: int, group: dist.ProcessGroup
-) -> Division:
+) -> ShardedGraph:
     of_edges = owner[target]
     atoms = make_shards(owner, rows_read(source, of_edges, len(owner), num_ranks), num_ranks)[rank]
     edges = make_shards(of_edges, [torch.empty(0, dtype=torch.int64)] * num_ranks, num_ranks)[rank]
     assert edges.is_free
     local = atoms.local(target[edges.own]), atoms.local(source[edges.own])
-    return Division(Exchange(atoms, group), Exchange(edges, group), owner, target, source, *local)
+    return ShardedGraph(Exchange(atoms, group), Exchange(edges, group), owner, target, source, *local)
 
 
 def message_passing_weights() -> dict[str, nn.Parameter]:
@@ -141,8 +141,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def values(kind: str) -> list[str]:
     """Operations on tensors of all dtypes and layouts against whole tensors; returns what differs."""
     rank, num_ranks, group = start()
-    divided = division(kind, rank, num_ranks, group)
-    exchange, shard = divided.atoms, divided.atoms.shard
+    sharded = sharded_graph(kind, rank, num_ranks, group)
+    exchange, shard = sharded.atoms, sharded.atoms.shard
     rows = torch.cat([shard.own, shard.halo])
     wrong = []
 
@@ -166,7 +166,7 @@ def values(kind: str) -> list[str]:
             if dtype is torch.bool:
                 continue
             # What rank r holds for each atom, if it is there: everyone knows it, so everyone knows the sum.
-            shards = make_shards(divided.owner, _needed(divided, num_ranks), num_ranks)
+            shards = make_shards(sharded.owner, _needed(sharded, num_ranks), num_ranks)
             held = [of(r, (s.num_own + s.num_halo, *shape), dtype) for r, s in enumerate(shards)]
             total = torch.zeros((NUM_ATOMS, *shape), dtype=dtype)
             for s, h in zip(shards, held, strict=True):
@@ -204,14 +204,14 @@ def total_of(num_ranks: int) -> int:
     return num_ranks * (num_ranks - 1) // 2
 
 
-def _needed(divided: Division, num_ranks: int) -> list[Tensor]:
-    return rows_read(divided.source, divided.owner[divided.target], NUM_ATOMS, num_ranks)
+def _needed(sharded: ShardedGraph, num_ranks: int) -> list[Tensor]:
+    return rows_read(sharded.source, sharded.owner[sharded.target], NUM_ATOMS, num_ranks)
 
 
 def same_bits() -> tuple[Tensor, Tensor]:
     """A float32 sum over the ranks, and rows summed from halos twice."""
     rank, num_ranks, group = start()
-    exchange = division("mixed", rank, num_ranks, group).atoms
+    exchange = sharded_graph("mixed", rank, num_ranks, group).atoms
     generator = torch.Generator().manual_seed(rank)
     total = collectives.sum_over_ranks(torch.randn(1000, generator=generator), exchange)
     held = torch.randn(exchange.shard.num_own + exchange.shard.num_halo, 5, generator=generator)
@@ -223,7 +223,7 @@ def same_bits() -> tuple[Tensor, Tensor]:
 def refusals() -> list[str]:
     """Messages of what is refused, on every rank before anything is sent."""
     rank, num_ranks, group = start()
-    exchange = division("mixed", rank, num_ranks, group).atoms
+    exchange = sharded_graph("mixed", rank, num_ranks, group).atoms
     shard = exchange.shard
     calls: list[Callable[[], Any]] = [
         lambda: collectives.gather_halo(torch.ones(shard.num_own + 1), exchange),
@@ -267,14 +267,14 @@ def counted() -> Iterator[dict[str, int]]:
 def messages(kind: str) -> dict[str, int]:
     """Collectives of the energy, its forces and the gradient of a force loss."""
     rank, num_ranks, group = start()
-    divided = division(kind, rank, num_ranks, group)
-    shard = divided.atoms.shard
+    sharded = sharded_graph(kind, rank, num_ranks, group)
+    shard = sharded.atoms.shard
     with counted() as counts:
         leaf = torch.rand(shard.num_own, 3, dtype=FLOAT).requires_grad_()
         weights = message_passing_weights()
         species = torch.zeros(shard.num_own, dtype=torch.int64)
-        positions = collectives.gather_halo(leaf, divided.atoms)
-        value = energy(weights, positions, species, divided.local_target, divided.local_source, divided.atoms)
+        positions = collectives.gather_halo(leaf, sharded.atoms)
+        value = energy(weights, positions, species, sharded.local_target, sharded.local_source, sharded.atoms)
         (forces,) = torch.autograd.grad(value, leaf, create_graph=True)
         torch.autograd.grad(forces.square().sum(), list(weights.values()))
     return counts
@@ -283,7 +283,7 @@ def messages(kind: str) -> dict[str, int]:
 def with_a_part_that_needs_no_gradient() -> list[tuple[bool, bool]]:
     """Inputs that require no gradient, and gradients that nothing defines: each time (no graph, finished)."""
     rank, num_ranks, group = start()
-    exchange = division("mixed", rank, num_ranks, group).atoms
+    exchange = sharded_graph("mixed", rank, num_ranks, group).atoms
     num = exchange.shard.num_own
     plain = collectives.gather_halo(torch.ones(num, 2), exchange)
     with torch.no_grad():
@@ -346,21 +346,21 @@ def phases(name: str, defer: bool) -> tuple[float, dict[str, int]]:
     expected = undivided(functions, [positions, species, edges, structure, strain])
     owner = torch.arange(len(positions)) % num_ranks
     source, target = edges
-    divided = _divided(owner, target, source, rank, num_ranks, group)
-    own = divided.atoms.shard.own
-    local = torch.stack([divided.local_source, divided.local_target])
+    sharded = _sharded_graph(owner, target, source, rank, num_ranks, group)
+    own = sharded.atoms.shard.own
+    local = torch.stack([sharded.local_source, sharded.local_target])
     tensors = [positions[own], species[own], local, structure[own], strain]
     for function in functions:
         function.__class__ = DividedStage
-        function.exchange = divided.atoms  # type: ignore[attr-defined]
+        function.exchange = sharded.atoms  # type: ignore[attr-defined]
     with counted() as counts:
-        result = run_local(functions, spec, tensors, loss_gradients, defer=defer)
+        result = run_single_process(functions, spec, tensors, loss_gradients, defer=defer)
     errors = []
     for found, wanted in zip(
         [*result.observables, *result.derivatives], [*expected.observables, *expected.derivatives], strict=True
     ):
         has_rows = wanted.shape[0] == len(positions)
-        errors.append(relative_error(collectives.collect_rows(found, divided.atoms) if has_rows else found, wanted))
+        errors.append(relative_error(collectives.collect_rows(found, sharded.atoms) if has_rows else found, wanted))
     for parameter, wanted in expected.gradients.items():
         gradient = result.gradients.get(parameter)
         assert gradient is not None

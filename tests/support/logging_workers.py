@@ -17,7 +17,7 @@ from strategy_workers import library, plain
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_januspipe.strategy.metrics import grad_norm
+from lightning_januspipe.strategy.gradient_norm import grad_norm
 
 SIZES = (4, 3, 5, 2, 6, 1, 3, 4, 5, 2, 4, 3)
 DDP = "ddp_find_unused_parameters_true"

@@ -38,7 +38,7 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
             costs,
             max_live=1,
             chunks=chunks,
-            placement=self.placement if self.name in planning.CHOSEN_PLACES else None,
+            placement=self.placement if self.name in planning.CHOOSES_PLACEMENT else None,
         )
         assert found is not None and other.actions != schedule.actions
         built += 1

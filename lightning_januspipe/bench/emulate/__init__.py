@@ -11,10 +11,10 @@ Every tensor that a phase makes says where it comes from, and every phase checks
 the wrong action ends the run.
 """
 
-from lightning_januspipe.bench.emulate.mesh import EmulatedMesh, EmulatedStep, emulate_mesh
+from lightning_januspipe.bench.emulate.emulated_mesh import EmulatedMesh, EmulatedStep, emulate_mesh
+from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, EmulationError
 from lightning_januspipe.bench.emulate.mesh_rank import MeshWork, MicrobatchWork
 from lightning_januspipe.bench.emulate.run import EmulatedRun, emulate
-from lightning_januspipe.bench.emulate.stage import EmulatedStage, EmulationError
 
 __all__ = [
     "EmulatedMesh",

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, EmulationError, emulated_chain
 from lightning_januspipe.bench.emulate.rank import check_order, common_start, no_garbage_collection, step_data, urgently
-from lightning_januspipe.bench.emulate.stage import EmulatedStage, EmulationError, emulated_chain
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.p2p import Links
-from lightning_januspipe.engine.timeline import Recorder, Span
+from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.costs import Costs, action_times
@@ -155,7 +155,7 @@ class _MeshRank:
         if mesh.down_group is not None and mesh.up_group is not None:
             links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
         self._executor = Executor(mesh.pipeline_rank, self._stages, spec, links, _CPU, timeout)
-        self._executor.recorder = self._recorder = Recorder(_CPU)
+        self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
         self._gradient = nn.Parameter(torch.zeros(_GRADIENT, dtype=torch.float64))
         for stage in self._stages.values():

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_januspipe.bench.emulate.stage import (
+from lightning_januspipe.bench.emulate.emulated_stage import (
     EmulatedStage,
     EmulationError,
     emulated_chain,
@@ -24,7 +24,7 @@ from lightning_januspipe.bench.emulate.stage import (
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.p2p import Links
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.timeline import Recorder
+from lightning_januspipe.engine.timeline import ActionRecorder
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.costs import Costs, action_times
 
@@ -71,7 +71,7 @@ def emulate_rank(schedule: Schedule, costs: Costs, repeats: int, message_bytes: 
     ran: list[Action] = []
     stages = {s: EmulatedStage(functions[s], schedule.num_stages, {}, ran) for s in schedule.stages_of(rank)}
     executor = Executor(rank, stages, spec, links, _CPU, timeout)
-    executor.recorder = recorder = Recorder(_CPU)
+    executor.recorder = recorder = ActionRecorder(_CPU)
     record = RankRecord()
     try:
         for step in range(repeats + 1):

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from lightning_januspipe.capture.cut.cut_points import BORDER_COST, best_positions, find_places, most_parts
+from lightning_januspipe.capture.cut.cut_points import BORDER_COST, best_cuts, find_cut_points, most_parts
 from lightning_januspipe.capture.cut.reorder import arranged, closures, num_sums, traffic
 from lightning_januspipe.capture.trace.program import Node, Program
 from lightning_januspipe.errors import CaptureError, TooFewParts
@@ -159,7 +159,7 @@ def find_cut(
     order = arranged(program, regions.body, free, fixed, profile.num_bytes)
     ends = _boundaries(program, order, free, profile.num_bytes)
     of_order = [work[name] for name in order]
-    places = find_places(of_order, [(end.num_bytes, end.num_rows) for end in ends])
+    places = find_cut_points(of_order, [(end.num_bytes, end.num_rows) for end in ends])
     points = places.points
     most = max(places.num_layers, most_parts(_StageCosts(program, order, free, of_order, points), points, len(order)))
     num_ranks = num_stages if placement is None else len(set(placement))
@@ -171,7 +171,7 @@ def find_cut(
         )
     seconds = _StageCosts(program, order, free, [max(profile.seconds.get(n, 0.0), 1e-9) for n in order], points)
     sent = [end.num_bytes / max(places.border, 1.0) for end in ends]
-    positions = best_positions(seconds, points, sent, num_stages, placement)
+    positions = best_cuts(seconds, points, sent, num_stages, placement)
     return _assemble(program, order, free, [ends[p].sent for p in positions], profile, positions)
 
 
@@ -211,7 +211,7 @@ def _repeatable(
     cheap = together([name for name in closure if share[name] <= _MOST_REPEATED])
     order = arranged(program, body, cheap, fixed, num_bytes)
     ends = _boundaries(program, order, cheap, num_bytes)
-    border = find_places([work[name] for name in order], [(end.num_bytes, end.num_rows) for end in ends]).border
+    border = find_cut_points([work[name] for name in order], [(end.num_bytes, end.num_rows) for end in ends]).border
 
     def is_worth(name: str) -> bool:
         borders = num_bytes.get(name, 0) / max(border, 1.0)

@@ -29,7 +29,7 @@ StageCost = Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
-class Places:
+class CutPoints:
     """Where a chain can be cut.
 
     Attributes:
@@ -43,7 +43,7 @@ class Places:
     num_layers: int
 
 
-def find_places(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> Places:
+def find_cut_points(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> CutPoints:
     """Find the layer borders of a chain, and what is as good.
 
     The values that are sent have as few rows as possible: those of atoms rather than of edges, unless what belongs to
@@ -60,7 +60,7 @@ def find_places(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> Pla
     cuttable = [i for i, (size, _) in enumerate(ends[:-1]) if 0 < size < math.inf]
     middle = [i for i in cuttable if low <= sums[i] / whole <= high] or cuttable
     if not middle:
-        return Places([], 0.0, 1)
+        return CutPoints([], 0.0, 1)
     rows = min(ends[i][1] for i in middle)
     sizes = sorted(ends[i][0] for i in middle if ends[i][1] <= rows)
     border = sizes[int(_SMALLER * len(sizes))]
@@ -75,7 +75,7 @@ def find_places(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> Pla
         if any(ends[i][1] > rows for i in range(a + 1, b)):
             layers.append(sums[b] - sums[a])
     mean = sum(layers) / len(layers)
-    return Places(points, border, sum(layer >= _LEAST_LAYER * mean for layer in layers))
+    return CutPoints(points, border, sum(layer >= _LEAST_LAYER * mean for layer in layers))
 
 
 def most_parts(cost: StageCost, points: Sequence[int], length: int) -> int:
@@ -98,7 +98,7 @@ def most_parts(cost: StageCost, points: Sequence[int], length: int) -> int:
     return most
 
 
-def best_positions(
+def best_cuts(
     cost: StageCost,
     points: Sequence[int],
     sent: Sequence[float],

@@ -7,7 +7,7 @@ from operator import getitem
 
 from lightning_januspipe.capture.cut.cut import Regions
 from lightning_januspipe.capture.trace.program import Node, Program, refs, target_function
-from lightning_januspipe.engine.specs import Reach
+from lightning_januspipe.engine.specs import Dependence
 
 _LINEAR = {
     *("aten.add.Tensor", "aten.sub.Tensor", "aten.neg.default", "aten.rsub.Scalar", "aten.clone.default"),
@@ -30,7 +30,7 @@ _SHAPES = {
 """Operations that take a shape and a type from their operand, and no value."""
 
 
-def reach_of(program: Program, regions: Regions) -> dict[str, Reach]:
+def dependence_of(program: Program, regions: Regions) -> dict[str, Dependence]:
     """For each value of the body where it leads.
 
     What autograd saves of an operation decides whether derivatives of the energy depend on an operand; an operation
@@ -51,7 +51,9 @@ def reach_of(program: Program, regions: Regions) -> dict[str, Reach]:
                 energy.add(operand)
                 if name in forces or not _is_linear(node, operand, on_coordinate):
                     forces.add(operand)
-    return {name: Reach(name in energy, name in forces, frozenset(observables.get(name, ()))) for name in regions.body}
+    return {
+        name: Dependence(name in energy, name in forces, frozenset(observables.get(name, ()))) for name in regions.body
+    }
 
 
 def _is_linear(node: Node, operand: str, on_coordinate: Collection[str]) -> bool:

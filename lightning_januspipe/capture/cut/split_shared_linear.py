@@ -21,7 +21,7 @@ _SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.def
 _SLICE = "aten.slice.Tensor"
 
 
-def narrow(program: Program) -> Program:
+def split_shared_linear(program: Program) -> Program:
     """Compute values that are split among layers in parts, where the parts together cost as much as the whole.
 
     A value of which layers read constant ranges of columns, one after another, is replaced by a value for each range;

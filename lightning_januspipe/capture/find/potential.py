@@ -49,7 +49,7 @@ class _Returned:
     num_grads: tuple[int, int]  # calls of torch.autograd.grad before it began, and before it returned
 
 
-class _Watch(TorchFunctionMode):
+class _StepObserver(TorchFunctionMode):
     """Records calls of ``torch.autograd.grad`` and which outputs of modules are read after these returned.
 
     Args:
@@ -136,19 +136,19 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
             f"potential={potential!r} is not a submodule of {type(module).__name__}; its direct submodules are "
             f"{[n for n, _ in module.named_children()]}. Give the dotted name of the one that returns the forces."
         )
-    watch = _Watch(module, potential)
-    with _global_hooks(watch.enter, watch.leave), watch:
+    observer = _StepObserver(module, potential)
+    with _global_hooks(observer.enter, observer.leave), observer:
         step(copied(batch))
-    _judge(module, watch, potential)
-    whole = (0, len(watch.grads))
-    if not watch.grads[0].stack or not any(r.num_grads == whole for r in watch.returned):
-        return _in_step(module, watch, batch)
-    of_submodule = [r for r in watch.returned if r.num_grads == whole and r.name] if potential is None else []
-    returned = (of_submodule or [r for r in watch.returned if r.num_grads == whole])[0]
-    path, position = returned.name, watch.returned.index(returned)
+    _judge(module, observer, potential)
+    whole = (0, len(observer.grads))
+    if not observer.grads[0].stack or not any(r.num_grads == whole for r in observer.returned):
+        return _in_step(module, observer, batch)
+    of_submodule = [r for r in observer.returned if r.num_grads == whole and r.name] if potential is None else []
+    returned = (of_submodule or [r for r in observer.returned if r.num_grads == whole])[0]
+    path, position = returned.name, observer.returned.index(returned)
     prefix = f"{path}." if path else ""
     inside = {f"{prefix}{n}": p.requires_grad for n, p in module.get_submodule(path).named_parameters()}
-    read_outside = {name for name, running in watch.parameters_read if name in inside and path not in running}
+    read_outside = {name for name, running in observer.parameters_read if name in inside and path not in running}
     outside = {name for name in read_outside if inside[name] or not path}
     if path and outside:
         raise CaptureError(
@@ -158,7 +158,7 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
             "pipeline_size=1 and graph_size=1."
         )
     read = _read_of_joined(
-        module.get_submodule(path), returned.output, {leaf for i, leaf, _ in watch.read if i == position}
+        module.get_submodule(path), returned.output, {leaf for i, leaf, _ in observer.read if i == position}
     )
     args, kwargs = call_arguments(module, path, step, batch)
     # Frozen ones are held by every rank; those that are trained only where the step itself is the potential.
@@ -166,10 +166,10 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
     return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=step_parameters)
 
 
-def _in_step(module: nn.Module, watch: _Watch, batch: Any) -> PotentialCall:
+def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> PotentialCall:
     """The step as the potential: what comes before its call of ``torch.autograd.grad``."""
     name = type(module).__name__
-    before = [r for r in watch.returned if r.num_grads == (0, 0) and _is_differentiable(r.output)]
+    before = [r for r in observer.returned if r.num_grads == (0, 0) and _is_differentiable(r.output)]
     whole = [r for r in before if not r.name]  # the LightningModule's own forward
     outer = whole or before
     names = [r.name for r in outer]
@@ -184,16 +184,16 @@ def _in_step(module: nn.Module, watch: _Watch, batch: Any) -> PotentialCall:
             f"the step of {name} calls {twice or 'its own forward'!r} twice before torch.autograd.grad; each submodule "
             "can be called once for an energy. Concatenate the two batches, or give each call a module of its own."
         )
-    position, read = watch.grads[0].num_inputs, set(range(watch.grads[0].num_inputs))
+    position, read = observer.grads[0].num_inputs, set(range(observer.grads[0].num_inputs))
     for returned in outer:
-        index = watch.returned.index(returned)
-        read |= {position + leaf for i, leaf, reader in watch.read if i == index and reader not in names}
+        index = observer.returned.index(returned)
+        read |= {position + leaf for i, leaf, reader in observer.read if i == index and reader not in names}
         position += len(_tensors(returned.output))
     inside = {f"{n}." for n in names} if "" not in names else {""}
-    parameters = {p for p, running in watch.parameters_read if not any(n in running for n in names)}
+    parameters = {p for p, running in observer.parameters_read if not any(n in running for n in names)}
     # What submodules that are called for the loss alone hold is read there only.
     own = {p for p in parameters if any(p.startswith(n) for n in inside)} | {
-        p for p, running in watch.parameters_read if not any(running)
+        p for p, running in observer.parameters_read if not any(running)
     }
     return PotentialCall("", (batch,), {}, tuple(sorted(read)), tuple(names), tuple(sorted(own)))
 
@@ -238,9 +238,9 @@ def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, 
     return replace(call, args=args, kwargs=kwargs)
 
 
-def _judge(module: nn.Module, watch: _Watch, potential: str | None) -> None:
+def _judge(module: nn.Module, observer: _StepObserver, potential: str | None) -> None:
     """Raise the error that says what is wrong with the calls that were seen."""
-    step, grads = f"the step of {type(module).__name__}", watch.grads
+    step, grads = f"the step of {type(module).__name__}", observer.grads
     if not grads:
         raise CaptureError(
             f"{step} never called torch.autograd.grad, so no forces -dE/dr were found. The januspipe strategy trains "
@@ -248,14 +248,14 @@ def _judge(module: nn.Module, watch: _Watch, potential: str | None) -> None:
             "or use another strategy for direct-force models."
         )
     places = [next((n for n in g.stack if n), "the step itself") for g in grads]
-    if potential is not None and not any(r.num_grads[0] < r.num_grads[1] for r in watch.returned):
+    if potential is not None and not any(r.num_grads[0] < r.num_grads[1] for r in observer.returned):
         raise CaptureError(
             f"potential={potential!r} was named, but torch.autograd.grad is called in {places[0]!r}. "
             + (f"Pass potential={places[0]!r}, or leave it out" if any(grads[0].stack) else "Leave it out")
             + " to have it found."
         )
     # Several in one forward may be of one energy, which the trace shows.
-    if len(grads) > 1 and not any(r.num_grads == (0, len(grads)) and any(grads[0].stack) for r in watch.returned):
+    if len(grads) > 1 and not any(r.num_grads == (0, len(grads)) and any(grads[0].stack) for r in observer.returned):
         raise CaptureError(
             f"{step} differentiates {len(grads)} times (in {', '.join(map(repr, places))}); exactly one "
             "torch.autograd.grad call in one call of the potential can be pipelined. Ask for all derivatives in one "

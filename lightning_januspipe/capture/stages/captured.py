@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, joined, separated
 from lightning_januspipe.capture.cut.cut import Cut, Regions
-from lightning_januspipe.capture.cut.dependence import reach_of
+from lightning_januspipe.capture.cut.dependence import dependence_of
 from lightning_januspipe.capture.find.call_format import CallFormat, size_carrier
 from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trace.program import PlaceholderValues, Program, ReturnedSize, build_module
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
-from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated
+from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
 from lightning_januspipe.errors import CaptureError, shown
 
 
 @dataclass(frozen=True)
 class CapturedPotential:
-    """A captured potential, cut into stages (a :class:`~.staged_potential.DividedPotential`).
+    """A captured potential, cut into stages (a :class:`~.staged_potential.StagedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
@@ -34,7 +34,7 @@ class CapturedPotential:
         call: what a call of the potential looks like.
         replaced: see :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`.
         step_parameters: see there.
-        proven: kinds of calls that it was proven on.
+        validated_kinds: kinds of calls that its stages were validated on.
     """
 
     path: str
@@ -44,19 +44,19 @@ class CapturedPotential:
     call: CallFormat
     replaced: tuple[str, ...] | None = None
     step_parameters: tuple[str, ...] = ()
-    proven: frozenset[str] = frozenset()
+    validated_kinds: frozenset[str] = frozenset()
 
     @property
     def chain(self) -> ChainSpec:
         """Specs of derivative and observables."""
         owner = {n: s for s, names in enumerate(self.cut.bodies) for n in names}
-        reach = reach_of(self.program, self.regions)
+        reach = dependence_of(self.program, self.regions)
         return ChainSpec(
             coordinates=tuple(_spec(self.program, n) for n in self.program.coordinates),
             observables=tuple(_spec(self.program, n) for n in self.regions.observables),
             observable_stage=tuple(owner[n] for n in self.regions.observables),
             autocast=self.program.autocast,
-            reach=tuple(tuple(reach[n] for n in names) for names in self.cut.boundaries),
+            dependence=tuple(tuple(reach[n] for n in names) for names in self.cut.boundaries),
         )
 
     @property
@@ -120,7 +120,7 @@ class CapturedPotential:
                 )
         symbols = self.program.bind(tensors)
         for condition in self.program.conditions:
-            sizes = violated(condition, symbols)
+            sizes = violated_sizes(condition, symbols)
             if sizes:
                 where = {s: self.program.symbols[s] for s in sizes}
                 given = [f"{s} = {sizes[s]} (dimension {d} of its input {places[i]})" for s, (i, d) in where.items()]
@@ -130,10 +130,10 @@ class CapturedPotential:
                 )
         return symbols
 
-    def kinds(
+    def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
-        """Sizes of 0 and 1, and new entries: what the traced forward may have branched on, but for :attr:`proven`."""
+        """Returns sizes of 0 and 1 and new entries, on which a forward may branch, without :attr:`validated_kinds`."""
         places = [*self.call.tensors, *self.call.sizes]
         found = set()
         for symbol, (position, dim) in self.program.symbols.items():
@@ -143,7 +143,7 @@ class CapturedPotential:
         # What an adapter makes of the arguments has always the same entries.
         if all(type(adapter).arguments is Adapter.arguments for adapter in adapters_of(potential)):
             found |= {f"an entry {place}" for place in self.call.new_entries(args, kwargs)}
-        return frozenset(found - self.proven)
+        return frozenset(found - self.validated_kinds)
 
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it.

@@ -96,7 +96,7 @@ def run_stages(potential: ExplicitStages, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExplicitPotential:
-    """A potential in its own stages (a :class:`~lightning_januspipe.capture.stages.staged_potential.DividedPotential`).
+    """A potential in its own stages (a :class:`~lightning_januspipe.capture.stages.staged_potential.StagedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
@@ -168,7 +168,7 @@ class ExplicitPotential:
             _require_shape("input", name, tensor, spec, sizes, self.path)
         return sizes
 
-    def kinds(
+    def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
         """None: the parts run as they are, with all their branches."""
@@ -211,19 +211,19 @@ class ExplicitStage:
     """Some of the parts (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
 
     Args:
-        divided: the whole chain.
+        staged: the whole chain.
         index: position of this stage in it.
         potential: the live potential.
     """
 
-    def __init__(self, divided: ExplicitPotential, index: int, potential: nn.Module) -> None:
+    def __init__(self, staged: ExplicitPotential, index: int, potential: nn.Module) -> None:
         assert isinstance(potential, ExplicitStages)
-        first, last = divided.bounds[index], divided.bounds[index + 1]
-        self._divided = divided
+        first, last = staged.bounds[index], staged.bounds[index + 1]
+        self._staged = staged
         self._parts = list(potential.stage_parts())[first:last]
-        self._received = divided.features[first - 1] if first else {}
-        self._returned = divided.features[last - 1]
-        self._is_last = index == divided.num_stages - 1
+        self._received = staged.features[first - 1] if first else {}
+        self._returned = staged.features[last - 1]
+        self._is_last = index == staged.num_stages - 1
         self.index = index
         self.boundary_in: Sequence[TensorSpec] = list(self._received.values())
         self.boundary_out: Sequence[TensorSpec] = [] if self._is_last else list(self._returned.values())
@@ -233,18 +233,18 @@ class ExplicitStage:
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
-        divided = self._divided
+        staged = self._staged
         inputs, coordinates = self._inputs(tensors)
         features: Tensors = dict(zip(self._received, boundary, strict=True))
-        with autocast_as(divided.autocast):
+        with autocast_as(staged.autocast):
             for part in self._parts:
                 features = part(inputs, features)
             if self._is_last:
                 features = self._results(features, inputs)
         returned = [features[name] for name in self._returned]
-        sizes = {s: tensors[i].shape[d] for s, (i, d) in divided.symbols.items()}
+        sizes = {s: tensors[i].shape[d] for s, (i, d) in staged.symbols.items()}
         for (name, spec), value in zip(self._returned.items(), returned, strict=True):
-            _require_shape("feature", name, value, spec, sizes, divided.path)
+            _require_shape("feature", name, value, spec, sizes, staged.path)
         return StageOutput(
             boundary=[] if self._is_last else returned,
             energies=[features[ENERGY].sum()] if self._is_last else [],
@@ -254,11 +254,11 @@ class ExplicitStage:
 
     def _inputs(self, tensors: Sequence[Any]) -> tuple[Tensors, list[Tensor]]:
         """What the parts are called with, and the leaves of the differentiation inputs."""
-        divided = self._divided
-        inputs: dict[str, Tensor] = dict(zip(divided.inputs_by_name, tensors, strict=True))
-        for name in divided.coordinates:
+        staged = self._staged
+        inputs: dict[str, Tensor] = dict(zip(staged.inputs_by_name, tensors, strict=True))
+        for name in staged.coordinates:
             inputs[name] = inputs[name].detach().requires_grad_()
-        return inputs, [inputs[name] for name in divided.coordinates]
+        return inputs, [inputs[name] for name in staged.coordinates]
 
     def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
         """What the last part returned, of all atoms."""
@@ -270,18 +270,18 @@ class ExplicitReturnValue:
 
     parameters: Sequence[nn.Parameter] = ()
 
-    def __init__(self, divided: ExplicitPotential, potential: nn.Module) -> None:
+    def __init__(self, staged: ExplicitPotential, potential: nn.Module) -> None:
         assert isinstance(potential, ExplicitStages)
-        self._divided, self._potential = divided, potential
+        self._staged, self._potential = staged, potential
 
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> Any:
         """The potential's return value."""
-        divided = self._divided
-        inputs = dict(zip(divided.inputs_by_name, call_tensors, strict=True))
-        results = dict(zip(divided.features[-1], observables, strict=True))
-        gradients = dict(zip(divided.coordinates, derivatives, strict=True))
+        staged = self._staged
+        inputs = dict(zip(staged.inputs_by_name, call_tensors, strict=True))
+        results = dict(zip(staged.features[-1], observables, strict=True))
+        gradients = dict(zip(staged.coordinates, derivatives, strict=True))
         return self._potential.stage_outputs(inputs, results, gradients)
 
     def tensors(

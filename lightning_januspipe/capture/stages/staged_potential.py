@@ -31,7 +31,7 @@ class ReturnValue(Protocol):
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The tensors in it that are available, as :attr:`DividedPotential.outputs` numbers them."""
+        """The tensors in it that are available, as :attr:`StagedPotential.outputs` numbers them."""
 
     def of_forward(self, returned: Any) -> Any:
         """What the forward itself returned, in the form of this return value: its tensors are numbered alike."""
@@ -46,7 +46,7 @@ class ReturnValue(Protocol):
         """
 
 
-class DividedPotential(Protocol):
+class StagedPotential(Protocol):
     """A potential in stages, as data that can be sent to the other ranks: captured, or with stages of its own."""
 
     @property
@@ -92,10 +92,10 @@ class DividedPotential(Protocol):
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Values of the size symbols for one call's tensors; a CaptureError for sizes that it is not right for."""
 
-    def kinds(
+    def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
-        """In words, what the forward may branch on in a call and what no call had that the stages were proven on.
+        """Returns, in words, what the forward may branch on in a call and no validated call had.
 
         Args:
             potential: the live potential.

@@ -53,7 +53,7 @@ def interpret(callee: Any, where: str, /, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{where}: {callee.schema} was called with {len(args)} arguments and {sorted(kwargs)}")
     given.update(kwargs)
     graph = callee.inlined_graph
-    run = _Run(where)
+    run = _GraphRun(where)
     for value, argument in zip(graph.inputs(), arguments, strict=True):
         taken = given.get(argument.name, argument.default_value)
         run.values[value.debugName()] = _from_python(taken, argument.type)
@@ -104,7 +104,7 @@ def _number(value: Any) -> Any:
     return value.value if isinstance(value, _NumberTensor) else value
 
 
-class _Run:
+class _GraphRun:
     """One call of a graph.
 
     Attributes:
@@ -199,7 +199,7 @@ def _outputs(node: Any, results: Sequence[Any]) -> Any:
     return results[0] if node.outputsSize() == 1 else results
 
 
-def _constant(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _constant(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     """Integers that ``torch.jit.trace`` saw in computations with sizes are tensors in a graph that was loaded."""
     value = node.output().toIValue()
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
@@ -208,12 +208,12 @@ def _constant(run: _Run, node: Any, inputs: list[Any]) -> Any:
     return value
 
 
-def _branch(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _branch(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     chosen = list(node.blocks())[0 if inputs[0] else 1]
     return _outputs(node, run.block(chosen))
 
 
-def _loop(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _loop(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     limit, going, *carried = inputs
     (body,) = node.blocks()
     names = [v.debugName() for v in body.inputs()]
@@ -225,19 +225,19 @@ def _loop(run: _Run, node: Any, inputs: list[Any]) -> Any:
     return _outputs(node, carried)
 
 
-def _call_method(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _call_method(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     owner, *args = inputs
     return owner(*args) if node.s("name") == "forward" else getattr(owner, node.s("name"))(*args)
 
 
-def _python_call(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _python_call(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     """A function that the user exempted by ``torch.jit.ignore``; a method gets the module that stands for its own."""
     if list(node.scalar_args()):
         raise run.refusal(node)
     return getattr(node.pyobj(), "original_fn", node.pyobj())(*inputs)
 
 
-def _tuple(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _tuple(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     text = node.output().type().str()
     if not text.startswith("NamedTuple("):
         return tuple(inputs)
@@ -248,11 +248,11 @@ def _tuple(run: _Run, node: Any, inputs: list[Any]) -> Any:
     return kind(*inputs)
 
 
-def _raise(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _raise(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     raise torch.jit.Error(inputs[0])
 
 
-def _to(run: _Run, node: Any, inputs: list[Any]) -> Any:
+def _to(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
     """``to`` has overloads of TorchScript's own, with optional device and dtype."""
     value, *rest = _materialized(inputs)
     if "to.prim_Device" in node.schema():
@@ -264,7 +264,7 @@ def _to(run: _Run, node: Any, inputs: list[Any]) -> Any:
     return value.to(device=device, dtype=_DTYPES.get(dtype), non_blocking=non_blocking, copy=copy)
 
 
-_NODES: dict[str, Callable[[_Run, Any, list[Any]], Any]] = {
+_NODES: dict[str, Callable[[_GraphRun, Any, list[Any]], Any]] = {
     "prim::Constant": _constant,
     "prim::If": _branch,
     "prim::Loop": _loop,

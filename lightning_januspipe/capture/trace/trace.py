@@ -78,7 +78,7 @@ class _GiveZeros(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Call(nn.Module):
+class _TracedCall(nn.Module):
     """The potential as a function of the tensors of its call only, so that nothing else is an input.
 
     Args:
@@ -144,7 +144,7 @@ def trace_potential(
         )
     returned: list[tuple[Any, int, Autocast]] = []
     values = ReadValues(potential)
-    wrapper = _Call(potential, call, form, adapters, values, lambda *record: returned.append(record))
+    wrapper = _TracedCall(potential, call, form, adapters, values, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
     try:
         with ExitStack() as stack:
@@ -190,7 +190,7 @@ def trace_potential(
     return program
 
 
-def _exported(wrapper: _Call, tensors: list[Tensor], form: CallFormat) -> ExportedProgram:
+def _exported(wrapper: _TracedCall, tensors: list[Tensor], form: CallFormat) -> ExportedProgram:
     """Export with all sizes symbolic but those of 1 that broadcast.
 
     Sizes of 1 in both example batches are constants in all but the first dimension. Where there is no program with the

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
-from lightning_januspipe.capture.stages.staged_potential import DividedPotential
+from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.single_process import LocalResult, run_local
+from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds
 from lightning_januspipe.errors import CaptureError, shown
 
 
 @dataclass(frozen=True)
-class Eager:
+class ProbeResult:
     """The eager module's derivatives, outputs and parameter gradients of :func:`_probe_loss`.
 
     Attributes:
@@ -76,32 +76,32 @@ def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def run_eager(potential: nn.Module, call: PotentialCall, divided: DividedPotential) -> Eager:
+def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential) -> ProbeResult:
     """The eager module on one call, with the parameter gradient of a loss of its outputs."""
     args, kwargs = with_leaves((call.args, call.kwargs), lambda _, leaf: leaf)  # a forward may write to its batch
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*args, **kwargs)
-    value = divided.return_value(potential)
+    value = staged.return_value(potential)
     found = value.of_forward(returned)
     _refuse_other_form(call, returned, value.for_step(call.args, call.kwargs, found))
     tensors = _tensors(found)
-    if len(tensors) <= max(divided.outputs, default=-1):
+    if len(tensors) <= max(staged.outputs, default=-1):
         raise CaptureError(
             f"the potential {shown(call.path)} returns only {len(tensors)} tensors in evaluation, fewer than in "
             "training. Call it with the same options in training_step and validation_step."
         )
-    outputs = [tensors[i] for i in divided.outputs]
+    outputs = [tensors[i] for i in staged.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
     if potential.training:
         parameters = [p for p in potential.parameters() if p.requires_grad]
         with torch.enable_grad():
             _refuse_first_order(potential, call.path, keep.derivatives)
-            _refuse_detached(call, tensors, divided)
+            _refuse_detached(call, tensors, staged)
             loss = _probe_loss(outputs)
             with autocast_as(OFF):  # as a Trainer's backward pass
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
-    return Eager([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
+    return ProbeResult([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
 
 
 def _tensors(returned: Any) -> list[Tensor]:
@@ -153,9 +153,9 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
         )
 
 
-def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], divided: DividedPotential) -> None:
+def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: StagedPotential) -> None:
     """Forces that the step reads have to carry their gradient out of the potential."""
-    read = [outputs[i] for i in divided.derived if i in call.read_outputs]
+    read = [outputs[i] for i in staged.derived if i in call.read_outputs]
     if read and not any(x.requires_grad for x in read):
         raise CaptureError(
             f"the potential {shown(call.path)} returns detached derivatives in training (forces without a gradient), "
@@ -165,37 +165,37 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], divided: Di
 
 
 @dataclass(frozen=True)
-class Manner:
+class PhaseMode:
     """How the phases are run: the way that is validated is the way that trains.
 
     Attributes:
         defer: leave weight gradients to WF and WE.
-        apart: run FF and BF of every stage apart from its FE and BE.
+        split_stages: run FF and BF of every stage as on another rank than its FE and BE.
     """
 
     defer: bool = False
-    apart: bool = False
+    split_stages: bool = False
 
 
-TOGETHER = Manner()
+DEFAULT_MODE = PhaseMode()
 """The phases of each stage on one rank, nothing deferred."""
 
 
-def run_captured(
-    captured: DividedPotential,
+def run_staged(
+    staged: StagedPotential,
     potential: nn.Module,
     call: PotentialCall,
-    manner: Manner = TOGETHER,
+    phase_mode: PhaseMode = DEFAULT_MODE,
     measure_memory: bool = False,
     num_runs: int = 1,
-) -> tuple[Eager, LocalResult]:
+) -> tuple[ProbeResult, SingleProcessResult]:
     """The same through the phases of all stages, in this process; of several runs, what the last one took.
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
     """
-    stages = [captured.stage(i, potential) for i in range(captured.num_stages)]
-    epilogue = captured.return_value(potential)
-    tensors = captured.inputs(potential)(call.args, call.kwargs)
+    stages = [staged.stage(i, potential) for i in range(staged.num_stages)]
+    epilogue = staged.return_value(potential)
+    tensors = staged.inputs(potential)(call.args, call.kwargs)
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
@@ -216,22 +216,22 @@ def run_captured(
             [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)],
         )
 
-    eager: Eager | None = None
+    eager: ProbeResult | None = None
     for _ in range(num_runs):
         outputs: list[Tensor] = []
         outside = GradientBuffers()
-        result = run_local(
+        result = run_single_process(
             stages,
-            captured.chain,
+            staged.chain,
             tensors,
             loss,
-            defer=manner.defer,
-            apart=range(len(stages)) if manner.apart else (),
+            defer=phase_mode.defer,
+            split_stages=range(len(stages)) if phase_mode.split_stages else (),
             measure_memory=measure_memory,
         )
         if eager is None:
             gradients = _sum_of(potential.parameters() if potential.training else (), result.gradients, outside)
-            eager = Eager(result.derivatives, [x.detach() for x in outputs], gradients)
+            eager = ProbeResult(result.derivatives, [x.detach() for x in outputs], gradients)
     assert eager is not None
     return eager, result
 
@@ -246,19 +246,19 @@ def _sum_of(parameters: Iterable[nn.Parameter], *buffers: GradientBuffers) -> di
 
 
 def validate(
-    captured: DividedPotential,
+    staged: StagedPotential,
     potential: nn.Module,
     call: PotentialCall,
-    manner: Manner = TOGETHER,
+    phase_mode: PhaseMode = DEFAULT_MODE,
     num_runs: int = 1,
 ) -> list[PhaseSeconds]:
     """Compare a captured potential with the eager module.
 
     Args:
-        captured: the captured potential.
+        staged: the captured potential.
         potential: the live potential.
         call: a call with other numbers of atoms, edges and structures than the one that was traced.
-        manner: how the phases are run.
+        phase_mode: how the phases are run.
         num_runs: how often; the first run takes longer.
 
     Returns:
@@ -267,10 +267,10 @@ def validate(
     Raises:
         CaptureError: a quantity differs; the message names the first one and the usual cause.
     """
-    captured.bind_sizes(captured.inputs(potential)(call.args, call.kwargs))
+    staged.bind_sizes(staged.inputs(potential)(call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
-    eager = run_eager(potential, call, captured)
-    found, result = run_captured(captured, potential, call, manner, num_runs=num_runs)
+    eager = run_eager(potential, call, staged)
+    found, result = run_staged(staged, potential, call, phase_mode, num_runs=num_runs)
     # A model may give its strain another shape for one structure than for several; what it returns decides.
     derivatives = [
         ("∂E/∂x", a.reshape(b.shape), b)
@@ -279,21 +279,21 @@ def validate(
     ]
     pairs = [
         *derivatives,
-        *zip((f"output {k}" for k in captured.outputs), eager.outputs, found.outputs, strict=True),
+        *zip((f"output {k}" for k in staged.outputs), eager.outputs, found.outputs, strict=True),
     ]
     scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
-    tolerance = rounding_tolerance(captured, potential)
+    tolerance = rounding_tolerance(staged, potential)
     floor = smallest_scale([a for _, a, _ in derivatives], tolerance)
     for what, a, b in pairs:
-        _compare(what, a, b, max(_scale(a), floor), tolerance, captured.path)
+        _compare(what, a, b, max(_scale(a), floor), tolerance, staged.path)
     for parameter, name in names.items():
         if parameter in eager.gradients or parameter in found.gradients:
             a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
-            _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, tolerance, captured.path)
+            _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, tolerance, staged.path)
     return result.seconds
 
 
-def validate_evaluation(captured: DividedPotential, potential: nn.Module, call: PotentialCall) -> None:
+def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: PotentialCall) -> None:
     """Compare what a potential that was captured in training mode returns with the eager module in evaluation mode.
 
     The captured potential is used for evaluation too, so the two modes have to agree.
@@ -301,29 +301,29 @@ def validate_evaluation(captured: DividedPotential, potential: nn.Module, call: 
     Raises:
         CaptureError: an output differs.
     """
-    found, _ = run_captured(captured, potential, call)
+    found, _ = run_staged(staged, potential, call)
     modes = {m: m.training for m in potential.modules()}
     potential.eval()
     try:
-        eager = run_eager(potential, call, captured)
+        eager = run_eager(potential, call, staged)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    tolerance = rounding_tolerance(captured, potential)
+    tolerance = rounding_tolerance(staged, potential)
     floor = smallest_scale(eager.derivatives, tolerance)
-    for position, a, b in zip(captured.outputs, eager.outputs, found.outputs, strict=True):
+    for position, a, b in zip(staged.outputs, eager.outputs, found.outputs, strict=True):
         scale = max(_scale(a), floor)
-        _compare(f"in evaluation mode output {position}", a, b, scale, tolerance, captured.path)
+        _compare(f"in evaluation mode output {position}", a, b, scale, tolerance, staged.path)
 
 
-def rounding_tolerance(captured: DividedPotential, potential: nn.Module) -> float:
+def rounding_tolerance(staged: StagedPotential, potential: nn.Module) -> float:
     """The largest relative difference that rounding explains.
 
     The coarsest type that a potential computes in decides: positions, forces and energies may be of a finer one.
     Double differentiation in float32 loses digits; a wrong graph is off by far more than this. In half precision, where
     stages add up what they compute in another order than the module, up to 14 units of rounding were seen.
     """
-    dtypes = captured.dtypes | {p.dtype for p in potential.parameters() if p.is_floating_point()}
+    dtypes = staged.dtypes | {p.dtype for p in potential.parameters() if p.is_floating_point()}
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     return 1e-8 if coarsest < 1e-15 else 2e-3 if coarsest < 1e-6 else 32 * coarsest
 

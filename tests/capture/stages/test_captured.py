@@ -153,7 +153,7 @@ def test_parameters_without_gradients_have_none_wherever_the_cut_is(
             cut = Cut([body[:end], body[end:]], [[], []], [sent])
             captured = replace(traced.cut(1), cut=cut)
             assert_parity(captured, traced.module, batch)
-            seen += any(not r.energy for r in captured.chain.reach[0])
+            seen += any(not r.energy for r in captured.chain.dependence[0])
     assert seen, "no place was between a charge and what it is made of"
 
 

@@ -13,7 +13,7 @@ from capture_models import OTHER, TRACED, Batch, Layer, Potential, Step, Traced,
 from torch import Tensor
 
 from lightning_januspipe.capture.trace.program import Program
-from lightning_januspipe.capture.validate.against_eager import Eager, run_captured, run_eager, validate
+from lightning_januspipe.capture.validate.against_eager import ProbeResult, run_eager, run_staged, validate
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.errors import CaptureError
 
@@ -83,7 +83,7 @@ def traced(kind: type[Potential]) -> Traced:
     return Traced(Step(kind(3)).float(), in_float32(make_batch(TRACED)))
 
 
-def gradients(eager: Eager, potential: Any) -> Tensor:
+def gradients(eager: ProbeResult, potential: Any) -> Tensor:
     found = [eager.gradients.get(p, torch.zeros_like(p)) for p in potential.parameters()]
     return torch.cat([g.reshape(-1).double() for g in found])
 
@@ -100,7 +100,7 @@ def test_same_as_the_module_under_autocast(kind: type[Potential]) -> None:
         captured = made.cut(2)
         validate(captured, made.potential, call)
         eager = run_eager(made.potential, call, captured)
-        found, _ = run_captured(captured, made.potential, call)
+        found, _ = run_staged(captured, made.potential, call)
     exact_eager = run_eager(made.potential, call, captured)
     assert captured.program.autocast == BF16 and cast_count(captured.program) >= 6
     a, b, exact = (gradients(x, made.potential) for x in (eager, found, exact_eager))
@@ -118,8 +118,8 @@ def test_stages_do_not_depend_on_the_autocast_around_them(kind: type[Potential])
         made = traced(kind)
         call = made.call_on(in_float32(make_batch(OTHER)))
         captured = made.cut(2)
-        inside, _ = run_captured(captured, made.potential, call)
-    outside, _ = run_captured(captured, made.potential, call)
+        inside, _ = run_staged(captured, made.potential, call)
+    outside, _ = run_staged(captured, made.potential, call)
     both = [(*e.outputs, *e.derivatives, gradients(e, made.potential)) for e in (inside, outside)]
     for a, b in zip(*both, strict=True):
         assert torch.equal(a, b)
@@ -131,7 +131,7 @@ def test_derivative_is_taken_under_the_autocast_of_the_forward() -> None:
         call = made.call_on(in_float32(make_batch(OTHER)))
         captured = made.cut(1)
         eager = run_eager(made.potential, call, captured)
-        found, _ = run_captured(captured, made.potential, call)
+        found, _ = run_staged(captured, made.potential, call)
     exact = run_eager(made.potential, call, captured)
     for a, b in zip(eager.outputs, found.outputs, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)

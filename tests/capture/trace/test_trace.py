@@ -10,7 +10,7 @@ import torch
 from capture_models import DTYPE, OTHER, TRACED, Batch, Layer, Potential, Step, Traced, assert_parity, make_batch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.validate.against_eager import run_captured, validate
+from lightning_januspipe.capture.validate.against_eager import run_staged, validate
 from lightning_januspipe.errors import CaptureError
 
 BATCHES = [(4,), (1,), (1, 1), (3, 1), (2, 5, 1, 3, 4, 2, 6)]
@@ -263,7 +263,7 @@ def test_one_structure_keeps_its_dimension(num_stages: int) -> None:
     for sizes in (OTHER, (4,)):
         call = traced.call_on(make_batch(sizes))
         validate(captured, traced.potential, call)
-        assert run_captured(captured, traced.potential, call)[0].outputs[0].shape == (len(sizes),)
+        assert run_staged(captured, traced.potential, call)[0].outputs[0].shape == (len(sizes),)
         assert_parity(captured, traced.module, make_batch(sizes))
 
 

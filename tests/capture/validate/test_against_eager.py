@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.program import Node, Ref, replace_refs
-from lightning_januspipe.capture.validate.against_eager import run_captured, run_eager, validate
+from lightning_januspipe.capture.validate.against_eager import run_eager, run_staged, validate
 from lightning_januspipe.errors import CaptureError
 
 
@@ -37,7 +37,7 @@ def test_right_potential_passes(traced: Traced, num_stages: int) -> None:
 def test_eager_and_captured_agree_closely(traced: Traced, num_stages: int) -> None:
     captured, call = traced.cut(num_stages), traced.call_on(make_batch(OTHER))
     eager = run_eager(traced.potential, call, captured)
-    found, _ = run_captured(captured, traced.potential, call)
+    found, _ = run_staged(captured, traced.potential, call)
     assert len(eager.derivatives) == 2 and len(eager.outputs) == 4
     for a, b in zip([*eager.derivatives, *eager.outputs], [*found.derivatives, *found.outputs], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

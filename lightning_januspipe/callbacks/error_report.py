@@ -1,4 +1,4 @@
-"""The errors of a module before and after training, as a table."""
+"""Prints the errors of a module before and after training as a table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
@@ -14,12 +15,12 @@ from lightning_januspipe.callbacks.base import Callback, LightningModule, Traine
 
 @dataclass(frozen=True)
 class Quantity:
-    """A row of the table.
+    """Describes a row of the table.
 
     Attributes:
-        metric: Name of the logged value without the prefix of its stage.
-        label: What the table calls it.
-        unit: Unit in the table, a thousandth of that of the logged value.
+        metric: Name of the logged value without ``val_`` or ``test_``.
+        label: Name in the table.
+        unit: Unit in the table, a thousandth of the unit of the logged value.
     """
 
     metric: str
@@ -40,12 +41,12 @@ QUANTITIES = tuple(
 
 @dataclass
 class Errors:
-    """Logged values by stage of a run, each a mapping from a metric's name without prefix to its value.
+    """Holds logged values, as mappings from a metric's name without prefix to its value.
 
     Attributes:
-        before: Of the validation data before training (from Lightning's sanity check).
-        after: Of the validation data, at the last validation.
-        test: Of the test data.
+        before: Values of the validation data before training, from Lightning's sanity check.
+        after: Values of the validation data at the last validation.
+        test: Values of the test data.
         before_is_partial: Whether ``before`` covers the first validation batches only.
     """
 
@@ -55,22 +56,21 @@ class Errors:
     before_is_partial: bool = False
 
     def known(self) -> list[Quantity]:
-        """The quantities that have a value."""
+        """Return the quantities that have a value."""
         return [q for q in QUANTITIES if any(q.metric in values for values in (self.before, self.after, self.test))]
 
 
 class ErrorReport(Callback):
-    """Collects the errors that a module logs as ``{val,test}_{energy,forces,stress}_{mae,rmse}``, for a table.
+    """Collects the errors that a module logs as ``{val,test}_{energy,forces,stress}_{mae,rmse}``, and prints a table.
 
-    The errors before training are those of Lightning's sanity check, which covers all of the validation data with
-    ``Trainer(num_sanity_val_steps=-1)`` and its first batches else.
+    The errors before training come from Lightning's sanity check, which covers all validation data with
+    ``Trainer(num_sanity_val_steps=-1)``, otherwise its first batches.
 
     Args:
-        print_after_fit: Print the table when ``fit`` ends. The command line turns it off and prints the table itself,
-            after the test.
+        print_after_fit: Print the table when ``fit`` ends. The command line prints the table itself, after the test.
 
     Attributes:
-        errors: What was collected so far.
+        errors: The values that were collected so far.
     """
 
     def __init__(self, print_after_fit: bool = True) -> None:
@@ -78,6 +78,7 @@ class ErrorReport(Callback):
         self.print_after_fit = print_after_fit
         self.errors = Errors()
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the errors of the validation data."""
         values = _logged(trainer, "val_")
@@ -87,10 +88,12 @@ class ErrorReport(Callback):
         else:
             self.errors.after = values
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the errors of the test data."""
         self.errors.test = _logged(trainer, "test_")
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, on the first process."""
         if self.print_after_fit:
@@ -110,7 +113,7 @@ class ErrorReport(Callback):
 
 
 def error_table(errors: Errors) -> Table:
-    """Table of the collected errors; columns and rows without values are left out."""
+    """Return a table of the collected errors without empty columns and rows."""
     columns: dict[str, dict[str, float]] = {}
     if errors.before:
         columns["before"] = errors.before
@@ -138,7 +141,7 @@ def error_table(errors: Errors) -> Table:
 
 
 def describe_drop(errors: Errors) -> str:
-    """One sentence on the drop of the force error over the training; empty where it is not known."""
+    """Return a sentence on the change of the force error by training; empty if it is not known."""
     metric = f"{keys.FORCES}_mae"
     ratio = _ratio(errors, metric)
     if math.isnan(ratio):
@@ -149,7 +152,7 @@ def describe_drop(errors: Errors) -> str:
 
 
 def checkpoint_path(trainer: Trainer) -> str:
-    """Path of the best checkpoint, of the last one where none is best; empty where there is none."""
+    """Return the path of the best checkpoint, else of the last one; empty if there is none."""
     callback = trainer.checkpoint_callback
     return str(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
 
@@ -168,7 +171,7 @@ def _ratio(errors: Errors, metric: str) -> float:
 
 
 def _format(value: float) -> str:
-    """Three significant digits; a dash where there is no value."""
+    """Format with three significant digits; a dash for NaN."""
     if math.isnan(value):
         return "–"
     if value == 0 or math.isinf(value):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lightning_januspipe.schedule.actions import Action, Schedule
 
-Curve = tuple[tuple[float, float], ...]
+MemoryCurve = tuple[tuple[float, float], ...]
 """A step function: (time, value from then on) in the order of time."""
 
 
@@ -33,7 +33,7 @@ class Report:
     start: Mapping[Action, float]
     end: Mapping[Action, float]
     busy: tuple[float, ...] = ()
-    memory: tuple[Curve, ...] = ()
+    memory: tuple[MemoryCurve, ...] = ()
 
     @property
     def bubble_fraction(self) -> float:

@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, DistributedSampler, Subset
 
 from lightning_januspipe.data import BudgetBatchSampler, StructureDataset, emt_structures
-from lightning_januspipe.loader.balance import balance_replicas
 from lightning_januspipe.loader.microbatch import GroupedIndices, MicroBatches
 from lightning_januspipe.loader.packing import ATOM_WEIGHT, imbalance, plan
+from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.sample_sizes import sample_costs, sample_sizes
 from lightning_januspipe.loader.split import split_batches
-from lightning_januspipe.strategy.strategy import JanusPipeBody
+from lightning_januspipe.strategy.strategy import UnboundStrategy
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
 TWO = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
@@ -282,11 +282,11 @@ def test_a_stream_cannot_be_balanced_across_replicas(pool: RankPool) -> None:
 
 def test_unknown_balance() -> None:
     with pytest.raises(ValueError, match="balance='even'; expected one of 'auto', 'microbatches', 'replicas'"):
-        JanusPipeBody(balance="even")  # type: ignore[arg-type]
+        UnboundStrategy(balance="even")  # type: ignore[arg-type]
 
 
 def test_benchmark_deals_a_mixture() -> None:
-    from lightning_januspipe.bench.balance import WAYS, deal, mixture
+    from lightning_januspipe.bench.replicas import WAYS, deal, mixture
 
     structures = mixture(64)
     sizes = sorted(map(len, structures))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_januspipe.models.errors import MaskedError, masked_loss
+from lightning_januspipe.models.losses import MaskedError, masked_loss
 
 NAN = float("nan")
 

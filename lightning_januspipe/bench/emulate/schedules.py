@@ -14,7 +14,7 @@ from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 from lightning_januspipe.schedule.costs import action_times
-from lightning_januspipe.schedule.draw import Row, gantt
+from lightning_januspipe.schedule.draw import Panel, gantt
 from lightning_januspipe.testing import RankPool
 
 BASELINE = "1f1b-2nd"
@@ -143,7 +143,7 @@ def pictures(runs: Sequence[EmulatedRun], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
         schedule = run.schedule
-        rows: list[Row] = [
+        rows: list[Panel] = [
             ("simulated", schedule, run.with_messages),
             ("emulated", schedule, run.report),
         ]

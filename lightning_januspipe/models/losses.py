@@ -1,4 +1,4 @@
-"""Errors of predictions against labels that may be missing (NaN), as losses and as metrics."""
+"""Computes losses and metrics against labels that may be missing (NaN)."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
+from typing_extensions import override
 
 
 def masked_loss(prediction: Tensor, label: Tensor, huber_delta: float | None = None) -> Tensor:
-    """Mean squared or Huber error over the labels that are not NaN; zero if there is none.
+    """Return the mean squared or Huber error over the labels that are not NaN; zero if all are.
 
     No control flow and no shape depends on the labels.
 
@@ -31,11 +32,11 @@ def masked_loss(prediction: Tensor, label: Tensor, huber_delta: float | None = N
 
 
 class MaskedError(Metric):
-    """Mean absolute or root mean squared error over the labels that are not NaN; NaN if there is none.
+    """Computes the mean absolute or root mean squared error over the labels that are not NaN; NaN if all are.
 
     Args:
-        squared: Root mean squared error instead of the mean absolute error.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+        squared: Compute the root mean squared error instead of the mean absolute error.
+        kwargs: Options of :class:`torchmetrics.Metric`.
 
     Example:
         >>> error = MaskedError()
@@ -55,6 +56,7 @@ class MaskedError(Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
+    @override
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Add (...) predictions and labels."""
         known = ~torch.isnan(label)
@@ -62,7 +64,8 @@ class MaskedError(Metric):
         self.total = self.total + (error.square() if self.squared else error.abs()).sum()
         self.count = self.count + known.sum()
 
+    @override
     def compute(self) -> Tensor:
-        """The error over everything added so far."""
+        """Return the error over all predictions and labels that were added."""
         mean = self.total / self.count
         return mean.sqrt() if self.squared else mean

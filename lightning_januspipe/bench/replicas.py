@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, MicrobatchWork, emulate_mesh
-from lightning_januspipe.bench.emulate.command import COSTS, suitable_unit
+from lightning_januspipe.bench.emulate.schedules import COSTS, suitable_unit
 from lightning_januspipe.graph.partition import MAX_IMBALANCE
 from lightning_januspipe.loader import packing
 from lightning_januspipe.loader.packing import imbalance, pack, plan

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_januspipe.schedule.placement import cut_evenly, snake
+from lightning_januspipe.schedule.stage_placement import cut_evenly, snake
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.engine.loss import loss_of
+from lightning_januspipe.engine.loss import loss_in
 
 _LOG_ARGUMENTS = (
     *("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "sync_dist_group"),
@@ -57,5 +57,5 @@ def _merge(values: list[Any], sizes: list[float], reduce_fx: Any) -> Any:
 
 def merge_outputs(outputs: list[Any], name: str) -> Any:
     """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
-    loss = torch.stack([loss_of(o, name).detach().reshape(()) for o in outputs]).mean()
+    loss = torch.stack([loss_in(o, name).detach().reshape(()) for o in outputs]).mean()
     return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss

@@ -1,0 +1,67 @@
+"""Splits the structures of one file into training, validation and test data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Split = Literal["train", "val", "test", "predict"]
+
+
+def split_indices(
+    num_structures: int,
+    *,
+    train: int | float | None = None,
+    val: int | float | None = None,
+    test: int | float | None = None,
+    seed: int = 0,
+) -> dict[Split, list[int]]:
+    """Split structures at random into disjoint sets; the same arguments give the same split in every process.
+
+    Args:
+        num_structures: Number of structures to split.
+        train: Number (int) or fraction (float, rounded to the nearest number) for training; None for the rest.
+        val: Number or fraction for validation; None for none.
+        test: Number or fraction for testing; None for none.
+        seed: Seed of the permutation.
+
+    Returns:
+        Sorted indices of ``"train"``, ``"val"`` and ``"test"``.
+
+    Raises:
+        ValueError: A size is neither a number nor a fraction, the sizes exceed the number of structures, or nothing is
+            left to train on.
+    """
+    for name, size in (("train", train), ("val", val), ("test", test)):
+        check_size(name, size)
+    num_val, num_test = _count(val, num_structures), _count(test, num_structures)
+    num_train = num_structures - num_val - num_test if train is None else _count(train, num_structures)
+    if num_train < 1 or num_train + num_val + num_test > num_structures:
+        raise ValueError(
+            f"cannot split {num_structures} structures into train={train}, val={val}, test={test}: {num_train} + "
+            f"{num_val} + {num_test} must not be more than {num_structures}, with at least one to train on"
+        )
+    order = np.random.default_rng(seed).permutation(num_structures)
+    # Validation and test come first, so that a smaller training set keeps them.
+    parts = np.split(order, np.cumsum([num_val, num_test, num_train]))
+    val_part, test_part, train_part = (sorted(part.tolist()) for part in parts[:3])
+    return {"train": train_part, "val": val_part, "test": test_part}
+
+
+def check_size(name: str, size: int | float | None) -> None:
+    """Refuse the size of a split that is neither a number of structures nor a fraction.
+
+    Raises:
+        ValueError: ``size`` is not None, an int of at least 0, or a float of at least 0 and below 1.
+    """
+    is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    is_fraction = isinstance(size, float) and 0 <= size < 1
+    if size is not None and not is_count and not is_fraction:
+        raise ValueError(f"{name}={size!r}; expected a number of structures (int) or a fraction below 1 (float)")
+
+
+def _count(size: int | float | None, total: int) -> int:
+    if size is None:
+        return 0
+    return round(size * total) if isinstance(size, float) else size

@@ -1,0 +1,84 @@
+"""Norms of the gradients of the whole model, of which each rank of a pipeline has a part: to log, and to clip by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.runtime.single_stage import SingleStage
+
+
+def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
+    """Norms of the gradients of the whole model, on every rank.
+
+    A rank of a pipeline has the gradients of its own stages, so ``lightning.pytorch.utilities.grad_norm`` gives their
+    norms only. This gives the same entries, under the same names, for all stages; and the same as Lightning's under
+    any other strategy. Call it on every rank, as in ``on_before_optimizer_step``.
+
+    Args:
+        module: the LightningModule.
+        norm_type: p of the p-norm; ``"inf"`` for the largest entry.
+        group_separator: between the kind of norm and the parameter's name.
+
+    Returns:
+        ``grad_{p}_norm/{name}`` of each parameter that has a gradient, and ``grad_{p}_norm_total`` of all together.
+
+    Raises:
+        ValueError: ``norm_type`` is not positive.
+
+    Example:
+        >>> def on_before_optimizer_step(self, optimizer):
+        ...     self.log_dict(grad_norm(self, norm_type=2))
+    """
+    power = float(norm_type)
+    if power <= 0:
+        raise ValueError(f"norm_type={norm_type!r}; expected a positive number, or 'inf'")
+    named = dict(module.named_parameters())
+    strategy = module.trainer.strategy
+    runner: Any = getattr(strategy, "runner", None)
+    mesh: Any = getattr(strategy, "mesh", None)
+    is_divided = mesh is not None and mesh.shape.pipeline > 1 and runner is not None
+    norms = torch.zeros(2, len(named), dtype=torch.float64, device=strategy.root_device)
+    for index, parameter in enumerate(named.values()):
+        if parameter.grad is not None and (not is_divided or runner.owns(parameter)):
+            norms[0, index] = parameter.grad.detach().norm(power)
+            norms[1, index] = 1.0
+    if is_divided:
+        dist.all_reduce(norms, group=mesh.pipeline_group)
+    prefix = f"grad_{power}_norm"
+    found = {n: v for n, v, has in zip(named, norms[0], norms[1].tolist(), strict=True) if has}
+    result = {f"{prefix}{group_separator}{n}": v for n, v in found.items()}
+    return {**result, f"{prefix}_total": torch.stack(list(found.values())).norm(power)} if found else {}
+
+
+def clip_gradients_by_norm(
+    parameters: list[nn.Parameter], max_norm: float, runner: SingleStage | Pipeline, mesh: Mesh
+) -> Tensor:
+    """Scale gradients so that their norm over the whole model is at most ``max_norm``.
+
+    Args:
+        parameters: those of this rank's optimizer.
+        max_norm: largest norm.
+        runner: knows which rank counts a parameter that several stages hold.
+        mesh: this rank's process groups.
+
+    Returns:
+        The norm before clipping, the same on every rank.
+    """
+    counted = [p.grad for p in parameters if p.grad is not None and runner.owns(p)]
+    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for gradient in counted:
+        square += gradient.detach().to(torch.float64).square().sum()
+    if mesh.shape.pipeline > 1:
+        dist.all_reduce(square, group=mesh.pipeline_group)
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale.to(parameter.grad.dtype))
+    return norm
