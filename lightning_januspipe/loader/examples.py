@@ -101,13 +101,13 @@ def _read_map(loader: Any, num_microbatches: int, limited: bool) -> tuple[Any, A
             keys = list(chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)))[:_NUM_SAMPLES]
             (found,) = _reader(loader, collate, batch_sampler=[keys])
         except Exception:
-            found = _of_own_batches(loader, collate)
+            found = _of_own_batches(loader, collate.collate, num_microbatches)
             if found is None:
                 raise error from None
     return found or first_and_last(list(_reader(loader, collate.collate, batch_sampler=[keys[-2:], keys[:1]])))
 
 
-def _of_own_batches(loader: Any, collate: _ExampleCollate) -> tuple[Any, Any] | None:
+def _of_own_batches(loader: Any, collate: Callable[[Any], Any], num_microbatches: int) -> tuple[Any, Any] | None:
     """Examples of samples that the loader's own sampler puts together: others may not fit into one batch.
 
     Returns:
@@ -116,13 +116,14 @@ def _of_own_batches(loader: Any, collate: _ExampleCollate) -> tuple[Any, Any] | 
     """
     with suppress(Exception):
         keys = [list(batch) for batch in _keys(loader, loader.batch_sampler, _NUM_SAMPLES) if batch]
-        num_traced = 3 if collate.num_typical == 2 else 2
-        few = [batch[: max(num_traced, collate.num_typical)] for batch in keys]
+        num_other = max(1, round(sum(map(len, keys)) / len(keys) / num_microbatches))
+        num_traced = 3 if num_other == 2 else 2
+        few = [batch[: max(num_traced, num_other)] for batch in keys]
         batches = sorted(_reader(loader, list, batch_sampler=few), key=lambda samples: sample_cost(samples[0]))
         largest, smallest = batches[-1], batches[0]
         traced = [largest[i % len(largest)] for i in range(num_traced)]
-        other = [smallest[i % len(smallest)] for i in range(collate.num_typical)]
-        return collate.collate(traced), collate.collate(other)
+        other = [smallest[i % len(smallest)] for i in range(num_other)]
+        return collate(traced), collate(other)
     return None
 
 
