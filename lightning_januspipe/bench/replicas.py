@@ -17,7 +17,7 @@ from lightning_januspipe.loader import packing
 from lightning_januspipe.loader.packing import imbalance, pack, plan
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.schedule import Schedule, build_schedule, simulate
-from lightning_januspipe.testing import RankPool
+from lightning_januspipe.testing import RankPool, quiet_trainer
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -306,7 +306,6 @@ def _fit(work: Work, balance: str) -> list[tuple[float, float]]:
     from ase.calculators.singlepoint import SinglePointCalculator
     from torch.utils.data import DataLoader, DistributedSampler
 
-    import lightning_januspipe
     from lightning_januspipe.data import StructureDataset, collate_structures
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
@@ -331,24 +330,10 @@ def _fit(work: Work, balance: str) -> list[tuple[float, float]]:
             trainer.strategy.barrier()
             times.append((time.perf_counter() - self._began[0], used))
 
-    bound = lightning_januspipe.strategy_class("lightning")(
-        pipeline_size=1, data_size=2, num_microbatches=_NUM_GROUPS, balance=balance
-    )
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=bound,
-        max_epochs=1,
-        callbacks=[Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    sampler: Any = DistributedSampler(
-        dataset, bound.mesh_shape.data, bound.mesh_shape.coordinates(trainer.global_rank)[1], shuffle=False
-    )
+    strategy = {"pipeline_size": 1, "data_size": 2, "num_microbatches": _NUM_GROUPS, "balance": balance}
+    trainer = quiet_trainer(strategy, max_epochs=1, callbacks=[Clock()])
+    shape = trainer.strategy.mesh_shape
+    sampler: Any = DistributedSampler(dataset, shape.data, shape.coordinates(trainer.global_rank)[1], shuffle=False)
     loader: Any = DataLoader(dataset, _NUM_GROUPS * work.batch_size, sampler=sampler, collate_fn=collate_structures)
     trainer.fit(PotentialModule(potential), loader)
     return times[1:]

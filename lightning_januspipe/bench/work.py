@@ -67,22 +67,9 @@ def trainer_of(strategy: dict[str, Any] | None, steps: int, callback: Any, **arg
         callback: what measures.
         arguments: more of the Trainer's.
     """
-    import lightning
+    from lightning_januspipe.testing import quiet_trainer
 
-    import lightning_januspipe
-
-    bound = "auto" if strategy is None else lightning_januspipe.strategy_class("lightning")(**strategy)
-    return lightning.Trainer(
-        accelerator="cpu",
-        devices=int(os.environ["WORLD_SIZE"]),
-        strategy=bound,
-        max_steps=steps,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        **arguments,
+    world = int(os.environ["WORLD_SIZE"])
+    return quiet_trainer(
+        strategy, devices=world, max_steps=steps, callbacks=[callback], limit_val_batches=0, **arguments
     )

@@ -36,9 +36,9 @@ def quiet_trainer(strategy: Any = None, namespace: str = "lightning", **argument
     """Returns a Trainer that runs on the CPU, prints, logs and saves nothing, and leaves the order of samples alone.
 
     Args:
-        strategy: Arguments of :class:`~lightning_januspipe.JanusPipeStrategy` as a dict, for one rank of a
-            :class:`~lightning_januspipe.testing.RankPool`; the job's size is read from the environment's WORLD_SIZE.
-            None is plain Lightning in one process. Anything else is passed on to the Trainer.
+        strategy: Arguments of :class:`~lightning_januspipe.JanusPipeStrategy` as a dict, or a name or object that the
+            Trainer takes. The number of processes is the environment's WORLD_SIZE, which a
+            :class:`~lightning_januspipe.testing.RankPool` sets. None is plain Lightning in one process.
         namespace: ``"lightning"`` or ``"pytorch_lightning"``: whose Trainer it is.
         arguments: Other arguments of the Trainer, which replace the quiet ones.
 
@@ -46,9 +46,6 @@ def quiet_trainer(strategy: Any = None, namespace: str = "lightning", **argument
         ValueError: The namespace is another word.
         ModuleNotFoundError: That Lightning is not installed.
     """
-    chosen: dict[str, Any] = {"strategy": "auto" if strategy is None else strategy}
-    if strategy is None:
-        chosen["devices"] = 1
-    elif isinstance(strategy, Mapping):
-        chosen = {"strategy": strategy_class(namespace)(**strategy), "devices": int(os.environ["WORLD_SIZE"])}
-    return library(namespace).Trainer(**{**_QUIET, **chosen, **arguments})
+    bound = strategy_class(namespace)(**strategy) if isinstance(strategy, Mapping) else strategy or "auto"
+    devices = 1 if strategy is None else int(os.environ.get("WORLD_SIZE", "1"))
+    return library(namespace).Trainer(**{**_QUIET, "strategy": bound, "devices": devices, **arguments})

@@ -21,6 +21,7 @@ from lightning_januspipe.callbacks import (
     error_table,
 )
 from lightning_januspipe.loader.microbatch import MicroBatches
+from lightning_januspipe.testing import quiet_trainer
 
 
 def make_batch(num_atoms: int = 5, num_structures: int = 2) -> dict[str, torch.Tensor]:
@@ -87,19 +88,7 @@ class Module(LightningModule):
 
 
 def make_trainer(*given, **options) -> Trainer:
-    return Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": list(given),
-            "max_epochs": 1,
-            **options,
-        }
-    )
+    return quiet_trainer(**{"callbacks": list(given), "max_epochs": 1, **options})
 
 
 def make_loader(num_batches: int) -> DataLoader:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import callback_workers as workers
 import pytest
-import strategy_workers
 import tiny
 
 from lightning_januspipe.callbacks import PipelineMonitor
 from lightning_januspipe.callbacks.summary import describe
-from lightning_januspipe.testing import RankPool
+from lightning_januspipe.testing import RankPool, quiet_trainer
 
 PHASES = ("FE", "FF", "BF", "BE")
 
@@ -99,7 +98,7 @@ class TestMonitor:
 
     def test_a_run_that_is_too_short(self, tmp_path: Path) -> None:
         monitor = PipelineMonitor(every_n_steps=50, dirpath=str(tmp_path))
-        trainer = strategy_workers.make_trainer(None, callbacks=[monitor], max_steps=2, limit_val_batches=0)
+        trainer = quiet_trainer(None, callbacks=[monitor], max_steps=2, limit_val_batches=0)
         with pytest.warns(UserWarning, match="PipelineMonitor: training ended after 2 batches"):
             trainer.fit(tiny.module(num_layers=1), tiny.data())
         assert not list(tmp_path.iterdir())
@@ -108,7 +107,7 @@ class TestMonitor:
     def test_without_a_pipeline(self, tmp_path: Path, strategy: dict | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "1")
         monitor = PipelineMonitor(every_n_steps=2, dirpath=str(tmp_path))
-        trainer = strategy_workers.make_trainer(strategy, callbacks=[monitor], max_steps=4, limit_val_batches=0)
+        trainer = quiet_trainer(strategy, callbacks=[monitor], max_steps=4, limit_val_batches=0)
         trainer.fit(tiny.module(num_layers=1), tiny.data())
         names = {name.removeprefix("januspipe/") for name in monitor.history[-1]} - {"batch", "global_step"}
         throughput = {"atoms_per_s", "structures_per_s"}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_januspipe import keys
 from lightning_januspipe.data import BudgetBatchSampler, EMTDataModule, StructureDataset, emt_structures
 from lightning_januspipe.loader.sample_sizes import SampleSizes
+from lightning_januspipe.testing import quiet_trainer
 
 
 def _sizes(num: int = 200) -> SampleSizes:
@@ -135,9 +136,7 @@ def test_data_module_with_a_budget() -> None:
         def predict_step(self, batch: Any) -> Any:
             return len(batch[keys.ENERGY])
 
-    trainer = pl.Trainer(
-        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
-    )
+    trainer = quiet_trainer(max_epochs=1, num_sanity_val_steps=2)
     trainer.fit(Module(), data)
     assert sum(len(b[keys.ENERGY]) for b in trained) == 12
     assert max(b[keys.EDGE_INDEX].shape[1] for b in trained) <= 3000

@@ -11,6 +11,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures, split_indices
+from lightning_januspipe.testing import quiet_trainer
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +127,7 @@ def test_lightning_runs_it(files):
 
     def fit(datamodule):
         model = Model()
-        lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        ).fit(model, datamodule=datamodule)
+        quiet_trainer(max_epochs=1).fit(model, datamodule=datamodule)
         return model.seen
 
     assert fit(ASEDataModule(files["train"], val_size=5, cutoff=3.0, batch_size=4)) == {"train": 15, "val": 5}

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_januspipe import JanusPipeStrategy
 from lightning_januspipe.models import PotentialModule, initial_weights
+from lightning_januspipe.testing import quiet_trainer
 
 LAYER = "potential.energy_model.layers.0."
 
@@ -19,17 +20,7 @@ def batches(make_batch, make_structure) -> list:
 
 
 def fitted(module: PotentialModule, batches: list, folder: Path, strategy="auto", **kwargs) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy=strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = quiet_trainer(strategy, max_epochs=1, default_root_dir=folder)
     trainer.fit(module, DataLoader(batches, batch_size=None), **kwargs)
     return trainer
 

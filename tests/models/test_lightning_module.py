@@ -5,11 +5,12 @@ import sys
 import jsonargparse
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_januspipe import keys, models
 from lightning_januspipe.models import PotentialModule, lightning_module
+from lightning_januspipe.testing import quiet_trainer
 
 
 class Losses(Callback):
@@ -18,19 +19,6 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.values.append(outputs["loss"].item())
-
-
-def make_trainer(tmp_path, **kwargs) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **kwargs,
-    )
 
 
 def make_loader(batches: list) -> DataLoader:
@@ -53,7 +41,7 @@ def batches(make_batch, make_structure) -> list:
 def test_fit_lowers_the_loss(tmp_path, batches, make_potential, options) -> None:
     module = PotentialModule(make_potential(), learning_rate=0.01, **options)
     losses = Losses()
-    trainer = make_trainer(tmp_path, max_epochs=15, callbacks=[losses])
+    trainer = quiet_trainer(default_root_dir=tmp_path, max_epochs=15, callbacks=[losses])
     trainer.fit(module, make_loader(batches), make_loader(batches))
     assert len(losses.values) == 30
     assert sum(losses.values[-4:]) < 0.5 * sum(losses.values[:4])
@@ -69,7 +57,7 @@ def test_fit_lowers_the_loss(tmp_path, batches, make_potential, options) -> None
 @pytest.mark.parametrize("inference_mode", [True, False])
 def test_evaluation_under_inference_mode(tmp_path, batches, make_potential, inference_mode: bool) -> None:
     module = PotentialModule(make_potential(), stress_weight=1.0)
-    trainer = make_trainer(tmp_path, inference_mode=inference_mode)
+    trainer = quiet_trainer(default_root_dir=tmp_path, inference_mode=inference_mode)
     (logged,) = trainer.test(module, make_loader(batches), verbose=False)
     predictions = trainer.predict(module, make_loader(batches))
     assert predictions is not None
@@ -89,7 +77,7 @@ def test_evaluation_under_inference_mode(tmp_path, batches, make_potential, infe
 @pytest.mark.filterwarnings("ignore")
 def test_fit_validates_under_inference_mode(tmp_path, batches, make_potential) -> None:
     module = PotentialModule(make_potential())
-    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer = quiet_trainer(default_root_dir=tmp_path, max_epochs=1)
     trainer.fit(module, make_loader(batches), make_loader(batches))
     assert trainer.callback_metrics["val_loss"].isfinite()
 

@@ -11,9 +11,11 @@ import lightning
 import tiny
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from strategy_workers import make_trainer, plain
+from strategy_workers import plain
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_januspipe.testing import quiet_trainer
 
 DECAY = 0.8
 
@@ -138,7 +140,7 @@ class Gradients(lightning.Callback):
 def other_holders() -> tuple[dict[str, Tensor], str]:
     """The gradients that this rank has after training, and what it is warned of."""
     gradients = Gradients()
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         {"num_microbatches": 1}, max_steps=2, limit_val_batches=0, callbacks=[OnFirstRank(), gradients]
     )
     with warnings.catch_warnings(record=True) as told:
@@ -165,7 +167,7 @@ def checkpoint(strategy: dict[str, Any] | None, how: str, folder: str) -> dict[s
     """What a run with an average leaves: the last checkpoint of training, the metrics, and the module."""
     module, callbacks = averaged(how)
     saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "last-of-training", save_top_k=-1)
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         strategy, max_epochs=2, limit_train_batches=2, callbacks=[*callbacks, saving], enable_checkpointing=True
     )
     trainer.fit(module, tiny.data())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import strategy_workers
 import tiny
 import torch
+
+from lightning_januspipe.testing import quiet_trainer
 
 
 def seen(strategy: dict[str, Any], data: dict[str, Any], save: str = "", resume: str = "", **trainer: Any) -> Any:
@@ -36,9 +37,7 @@ def seen(strategy: dict[str, Any], data: dict[str, Any], save: str = "", resume:
 
         keep = ModelCheckpoint(save, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         trainer |= {"callbacks": [keep], "enable_checkpointing": True}
-    made = strategy_workers.make_trainer(
-        strategy, limit_val_batches=0, **{"use_distributed_sampler": True, "max_epochs": 1, **trainer}
-    )
+    made = quiet_trainer(strategy, limit_val_batches=0, **{"use_distributed_sampler": True, "max_epochs": 1, **trainer})
     made.fit(module, EMTDataModule(**{**defaults, **data}), ckpt_path=resume or None)
     return found
 
@@ -62,7 +61,7 @@ def fit_iterable(balance: str) -> str:
     data.setup("fit")
     stream = loaders.ResumableStructures(data.dataset("train"))
     strategy = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "balance": balance}
-    trainer = strategy_workers.make_trainer(strategy, max_epochs=1, limit_val_batches=0)
+    trainer = quiet_trainer(strategy, max_epochs=1, limit_val_batches=0)
     try:
         trainer.fit(module, DataLoader(stream, batch_size=4, collate_fn=collate_structures))
     except ValueError as error:

@@ -14,9 +14,11 @@ import tiny
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.loggers import CSVLogger
-from strategy_workers import make_trainer, plain
+from strategy_workers import namespaced_module, plain
 
 from lightning_januspipe.callbacks import PipelineMonitor, StageSummary
+from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing.trainer import library
 
 FOLDED: dict[str, Any] = {"num_microbatches": 2, "schedule": "1f1b-fold"}
 
@@ -75,7 +77,7 @@ def fit_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dict[str
     hooks, summary, bar = recorded_hooks(), Summary(), callbacks.RichProgressBar(refresh_rate=1)
     stopping = callbacks.EarlyStopping("val_loss", min_delta=1e9, patience=2)
     given = [hooks, summary, bar, stopping, callbacks.LearningRateMonitor(), callbacks.DeviceStatsMonitor()]
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         strategy, callbacks=given, max_epochs=9, logger=CSVLogger(where, name="", version=""), num_sanity_val_steps=1,
         log_every_n_steps=1, enable_progress_bar=True, enable_model_summary=True, accumulate_grad_batches=2,
     )  # fmt: skip
@@ -95,7 +97,7 @@ def fit_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dict[str
 
 def timed(strategy: dict[str, Any] | None) -> int:
     """The step in which a Timer stops training."""
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         strategy,
         callbacks=[callbacks.Timer(duration={"days": 1}, interval="step"), StopTimer()],
         max_epochs=9,
@@ -110,7 +112,7 @@ def evaluate_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dic
     where = Path(folder) / ("plain" if strategy is None else f"rank{os.environ['RANK']}")
     hooks = recorded_hooks()
     writers = [PredictionWriter(where, interval) for interval in ("batch", "epoch")]
-    trainer = make_trainer(strategy, callbacks=[hooks, *writers])
+    trainer = quiet_trainer(strategy, callbacks=[hooks, *writers])
     module, data = tiny.module(), tiny.data()
     trainer.predict(module, data, return_predictions=False)
     trainer.validate(module, data, verbose=False)
@@ -129,7 +131,7 @@ def profiled(name: str, folder: str) -> dict[str, str]:
         ),
     }
     strategy = {"num_microbatches": 2, "schedule": "wavek-zb"}
-    trainer = make_trainer(strategy, profiler=cases[name](), max_steps=2, limit_val_batches=1)
+    trainer = quiet_trainer(strategy, profiler=cases[name](), max_steps=2, limit_val_batches=1)
     trainer.fit(module, tiny.data())
     mine = [p for p in Path(folder).iterdir() if p.stem.endswith(f"times-{os.environ['RANK']}") or "times" in p.stem]
     return {p.name: p.read_text() for p in mine}
@@ -148,7 +150,7 @@ def under_torch_profiler() -> dict[str, int]:
             if trainer.global_step == 2:
                 profiler.stop()
 
-    trainer = make_trainer({"num_microbatches": 2}, callbacks=[Profile()], max_steps=2, limit_val_batches=0)
+    trainer = quiet_trainer({"num_microbatches": 2}, callbacks=[Profile()], max_steps=2, limit_val_batches=0)
     trainer.fit(tiny.module(), tiny.data())
     return {e.key: e.count for e in profiler.key_averages() if e.key.startswith("[JanusPipe]")}
 
@@ -172,7 +174,7 @@ class Sent(lightning.Callback):
 def monitored(strategy: dict[str, Any], folder: str, every: int = 3, **arguments: Any) -> dict[str, Any]:
     """Train with a monitor, a logger, validations and accumulation."""
     monitor, sent = PipelineMonitor(every_n_steps=every), Sent()
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         strategy, callbacks=[monitor, sent], max_epochs=3, logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=1000, accumulate_grad_batches=2, default_root_dir=folder, **arguments,
     )  # fmt: skip
@@ -183,14 +185,12 @@ def monitored(strategy: dict[str, Any], folder: str, every: int = 3, **arguments
 
 def stopped_by_a_metric(namespace: str) -> tuple[int, int]:
     """EarlyStopping on a value that does not change: the number of messages' bytes of the whole training."""
-    from strategy_workers import library, namespaced_module
-
     stopping = library(namespace).callbacks.EarlyStopping(
         "januspipe/message_bytes", mode="max", patience=2, check_on_train_epoch_end=True
     )
     monitor = PipelineMonitor(every_n_steps=2, dirpath=os.devnull + ".d")
     monitor.on_train_end = lambda *_: None  # type: ignore[method-assign]
-    trainer = make_trainer(FOLDED, namespace, callbacks=[monitor, stopping], max_epochs=9)
+    trainer = quiet_trainer(FOLDED, namespace, callbacks=[monitor, stopping], max_epochs=9)
     trainer.fit(namespaced_module(namespace, 1e-4), tiny.data(16).train_dataloader())
     return trainer.current_epoch, len(monitor.history)
 
@@ -210,7 +210,7 @@ def slow_replica(strategy: dict[str, Any], folder: str) -> tuple[list[dict[str, 
 
     module.training_step, module.on_train_batch_start = training_step, on_train_batch_start
     monitor = PipelineMonitor(every_n_steps=2, dirpath=folder)
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         strategy, callbacks=[monitor], max_steps=2, limit_val_batches=0, use_distributed_sampler=True
     )
     trainer.fit(module, tiny.data(16, 4))
@@ -227,7 +227,7 @@ def failing(folder: str) -> str:
 
     monitor = PipelineMonitor(every_n_steps=1, dirpath=folder)
     try:
-        trainer = make_trainer(
+        trainer = quiet_trainer(
             {**FOLDED, "timeout": 20}, callbacks=[Failing(), monitor], max_steps=6, limit_val_batches=0
         )
         trainer.fit(tiny.module(), tiny.data())
@@ -251,7 +251,7 @@ def stage_summary(strategy: dict[str, Any] | None) -> tuple[str, dict[str, list[
 
     os.environ["COLUMNS"] = "160"
     with contextlib.redirect_stdout(text):
-        trainer = make_trainer(
+        trainer = quiet_trainer(
             strategy, callbacks=[StageSummary(), Look()], max_steps=2, limit_val_batches=0, enable_model_summary=True
         )
         trainer.fit(tiny.module(), tiny.data())

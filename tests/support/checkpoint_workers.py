@@ -15,8 +15,10 @@ import numpy as np
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
-from strategy_workers import make_trainer, plain
+from strategy_workers import plain
 from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_januspipe.testing import quiet_trainer
 
 GLOBAL_BATCH = 4
 NUM_BATCHES = 4
@@ -164,7 +166,7 @@ def _train(
     given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60, **(strategy or {})}
     residents = Residents()
     lightning.seed_everything(1, verbose=False)
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         None if strategy is None else given,
         max_steps=num_steps,
         callbacks=[*chosen, residents],
@@ -222,7 +224,7 @@ def killed_in_saving(strategy: dict[str, Any], folder: str, step: int) -> None:
 
 def evaluate(strategy: dict[str, Any] | None, checkpoint: str, weights_only: bool | None = None) -> Any:
     """Validate with the weights of a checkpoint."""
-    trainer = make_trainer(strategy, use_distributed_sampler=False)
+    trainer = quiet_trainer(strategy, use_distributed_sampler=False)
     return trainer.validate(tiny.module(), data(), ckpt_path=checkpoint, weights_only=weights_only, verbose=False)
 
 

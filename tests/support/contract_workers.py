@@ -8,8 +8,10 @@ from typing import Any
 import lightning
 import tiny
 import torch
-from strategy_workers import make_trainer, plain
+from strategy_workers import plain
 from torch import Tensor
+
+from lightning_januspipe.testing import quiet_trainer
 
 
 def changed_step(module: Any, around: Any) -> Any:
@@ -28,7 +30,7 @@ def random_numbers(strategy: dict[str, Any]) -> list[float]:
         drawn.append(float(torch.rand(())))
         return loss
 
-    trainer = make_trainer(strategy, max_steps=3, limit_val_batches=0)
+    trainer = quiet_trainer(strategy, max_steps=3, limit_val_batches=0)
     module = changed_step(tiny.module(), around)
     module.on_train_batch_start = lambda *_: drawn.clear() if trainer.global_step == 0 else None  # those of the capture
     trainer.fit(module, tiny.data())
@@ -57,7 +59,7 @@ def outside_parameters(how: str, validate_first: bool) -> str:
         return loss + module.potential.energy_model.embedding(batch["species"]).square().sum()
 
     changed_step(module, around)
-    trainer = make_trainer({"num_microbatches": 1, "schedule": "wavek"}, max_steps=1, limit_val_batches=2)
+    trainer = quiet_trainer({"num_microbatches": 1, "schedule": "wavek"}, max_steps=1, limit_val_batches=2)
     try:
         if validate_first:
             trainer.validate(module, tiny.data(), verbose=False)
@@ -74,7 +76,7 @@ def unfrozen() -> str:
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             module.potential.energy_model.layers[0].requires_grad_(False)
 
-    trainer = make_trainer({"schedule": "wavek"}, max_steps=2, limit_val_batches=0, callbacks=[Freeze()])
+    trainer = quiet_trainer({"schedule": "wavek"}, max_steps=2, limit_val_batches=0, callbacks=[Freeze()])
     try:
         trainer.fit(tiny.module(), tiny.data())
     except Exception as error:
@@ -86,7 +88,7 @@ def several_loaders() -> str:
     """A dict of training loaders."""
     loaders = {"a": tiny.data().train_dataloader(), "b": tiny.data().train_dataloader()}
     try:
-        make_trainer({}, max_steps=1, limit_val_batches=0).fit(tiny.module(), loaders)
+        quiet_trainer({}, max_steps=1, limit_val_batches=0).fit(tiny.module(), loaders)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -104,7 +106,7 @@ def collected_outputs() -> dict[str, Any]:
         return loss
 
     changed_step(module, around)
-    make_trainer({"num_microbatches": 2}, max_steps=2, limit_val_batches=0).fit(module, tiny.data())
+    quiet_trainer({"num_microbatches": 2}, max_steps=2, limit_val_batches=0).fit(module, tiny.data())
     return {"losses": module.losses, "calls": module.calls}
 
 
@@ -123,7 +125,7 @@ def one_loader_for_both(num_workers: int) -> dict[str, Any]:
     workers = {"num_workers": num_workers, "persistent_workers": True} if num_workers else {}
     loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=collate, **workers)
     next(iter(loader))
-    trainer = make_trainer({"num_microbatches": 2, "schedule": "wavek"}, max_epochs=1)
+    trainer = quiet_trainer({"num_microbatches": 2, "schedule": "wavek"}, max_epochs=1)
     trainer.fit(module, loader, loader)
     copied = copy.deepcopy(module)
     same = all(torch.equal(a, b) for a, b in zip(copied.parameters(), module.parameters(), strict=True))
@@ -142,7 +144,7 @@ def same_optimizer_twice() -> list[int]:
     module.configure_optimizers = lambda: optimizer
     sizes = []
     for _ in range(2):
-        trainer = make_trainer({}, max_steps=1, limit_val_batches=0)
+        trainer = quiet_trainer({}, max_steps=1, limit_val_batches=0)
         trainer.fit(module, tiny.data())
         sizes.append(len(trainer.strategy.optimizer_state(optimizer)["state"]))
     return sizes

@@ -11,7 +11,7 @@ import tiny
 import torch
 from capture_models import Batch, Potential
 from graph_models import Angles, Module, angles_of
-from strategy_workers import make_trainer, plain
+from strategy_workers import plain
 from torch import Tensor, nn
 
 from lightning_januspipe.data import EMTDataModule
@@ -19,6 +19,7 @@ from lightning_januspipe.graph import shard_microbatch
 from lightning_januspipe.graph.partition import partition_atoms
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.testing import quiet_trainer
 
 FAULTY = 1
 """The rank that something happens to."""
@@ -35,7 +36,7 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
         strategy: sizes.
     """
     module, began = tiny.module(num_layers=2), [time.monotonic()]
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         {"timeout": TIMEOUT, **strategy}, max_steps=2, limit_val_batches=int(how == "evaluation"), val_check_interval=1
     )
 
@@ -88,7 +89,7 @@ def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
         def on_sanity_check_end(self, trainer: Any, module: Any) -> None:
             found.update(plain(trainer.callback_metrics))
 
-    trainer = make_trainer(strategy, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1, callbacks=[Look()])
+    trainer = quiet_trainer(strategy, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1, callbacks=[Look()])
     with patch.object(SingleStage, "evaluate_step", counting):
         trainer.fit(tiny.module(num_layers=2), tiny.data())
     return len(calls), found
@@ -109,7 +110,7 @@ def sharded_steps(num_workers: int, other_way: bool = False) -> tuple[list[int],
     data = EMTDataModule(
         16, 4, 0, sizes=(4, 8, 16), dtype="float64", batch_size=8, shuffle=False, num_workers=num_workers
     )
-    trainer = make_trainer(strategy, max_steps=2, limit_val_batches=0)
+    trainer = quiet_trainer(strategy, max_steps=2, limit_val_batches=0)
     chosen: list[int] = []
 
     def choose(target: Tensor, source: Tensor, num_atoms: int, *others: Any) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from capture_models import OTHER, TRACED, Batch, Step, make_batch
 from graph_workers import start
-from strategy_workers import make_trainer
 from torch import nn
 
 from lightning_januspipe.capture import Capture, CaptureError, capture_module
 from lightning_januspipe.graph import GraphAxis, GraphGroup, call_tensors, verify_explicit_sharding
+from lightning_januspipe.testing import quiet_trainer
 
 
 def captured(potential: nn.Module, num_stages: int = 2) -> tuple[Step, Capture]:
@@ -83,7 +83,7 @@ def validated(strategy: dict[str, Any] | None) -> tuple[float, float]:
         How often a part has counted a call in training, and the loss.
     """
     module = _Module()
-    trainer = make_trainer(strategy, precision="64-true", inference_mode=strategy is not None)
+    trainer = quiet_trainer(strategy, precision="64-true", inference_mode=strategy is not None)
     data: Any = graph_models.Data()
     with patch("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: False):
         found = trainer.validate(module, data.train_dataloader(), verbose=False)
@@ -107,7 +107,7 @@ def failed(strategy: dict[str, Any], folder: str) -> tuple[str, float]:
     ended = Path(folder) / "ended"
     module = plain_modules.Explicit()
     module.potential.parts[-1] = _Failing(module.potential.parts[0].table, 6)
-    trainer, data = make_trainer(strategy, max_steps=1), graph_models.Data()
+    trainer, data = quiet_trainer(strategy, max_steps=1), graph_models.Data()
     began = time.monotonic()
     try:
         trainer.fit(module, data.train_dataloader())

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from logging_workers import loader, trainer_of
 from plain_modules import Batch, Potential, collate, losses
-from strategy_workers import library, plain
+from strategy_workers import plain
 from torch.utils.data import DataLoader
+
+from lightning_januspipe.testing.trainer import library
 
 TIME = "00:01:00:00"
 

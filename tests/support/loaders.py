@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from lightning_januspipe.testing import quiet_trainer
+
 
 def collate(samples: list[Tensor]) -> list[list[float]]:
     """A batch that shows what it was made of."""
@@ -242,7 +244,6 @@ class Structures(Swallows):
 
 def seen_by_ranks(strategy: dict[str, Any]) -> list[list[list[float]]]:
     """Energies of each micro-batch of each step, of a loader that Lightning makes anew with a distributed sampler."""
-    import strategy_workers
     import tiny
 
     module, data = tiny.module(num_layers=1), tiny.data(num_train=8)
@@ -253,7 +254,7 @@ def seen_by_ranks(strategy: dict[str, Any]) -> list[list[list[float]]]:
         seen.append([microbatch["energy"].tolist() for microbatch in batch])
 
     module.on_train_batch_start = on_train_batch_start
-    trainer = strategy_workers.make_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
+    trainer = quiet_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
     trainer.fit(module, Structures(data.dataset("train"), batch_size=2, shuffle=True))
     return seen
 
@@ -270,7 +271,7 @@ def fit_stream(strategy: dict[str, Any], one_shot: bool) -> list[float]:
     train = data.dataset("train")
     stream = OneShot(train[i] for i in range(8)) if one_shot else ResumableStructures(train)
     losses = strategy_workers.Losses()
-    trainer = strategy_workers.make_trainer(strategy, max_epochs=1, limit_val_batches=0, callbacks=[losses])
+    trainer = quiet_trainer(strategy, max_epochs=1, limit_val_batches=0, callbacks=[losses])
     trainer.fit(module, DataLoader(stream, batch_size=4, collate_fn=collate_structures))
     return losses.losses
 

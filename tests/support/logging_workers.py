@@ -13,11 +13,13 @@ import pytest
 import torch
 from capture_models import Batch, Potential, make_batch
 from plain_modules import collate
-from strategy_workers import library, plain
+from strategy_workers import plain
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_januspipe.strategy.gradient_norm import grad_norm
+from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing.trainer import library
 
 SIZES = (4, 3, 5, 2, 6, 1, 3, 4, 5, 2, 4, 3)
 DDP = "ddp_find_unused_parameters_true"
@@ -165,20 +167,12 @@ def seen_callback(namespace: str) -> Any:
 
 
 def trainer_of(strategy: dict[str, Any] | str | None, namespace: str = "lightning", **arguments: Any) -> Any:
-    """A quiet Trainer of any strategy: ours by its arguments, Lightning's by name, or none in one process."""
-    import lightning_januspipe
-
-    bound = lightning_januspipe.strategy_class(namespace)(**strategy) if isinstance(strategy, dict) else strategy
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    if arguments.get("barebones"):
-        defaults = {"accelerator": "cpu"}
-    if strategy is None or (isinstance(strategy, dict) and "data_size" not in strategy):
-        defaults["use_distributed_sampler"] = False  # Lightning's shuffles
-    devices = 1 if strategy is None else int(os.environ["WORLD_SIZE"])
-    return library(namespace).Trainer(**{**defaults, **arguments}, strategy=bound or "auto", devices=devices)
+    """Returns a quiet Trainer, with Lightning's sampler for replicas."""
+    replicas = isinstance(strategy, str) or "data_size" in (strategy or {})
+    if arguments.get("barebones"):  # it wants these arguments to be left out
+        flags = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        arguments = {**dict.fromkeys((*flags, "num_sanity_val_steps")), **arguments}
+    return quiet_trainer(strategy, namespace, **{"use_distributed_sampler": replicas, **arguments})
 
 
 Loggers = Literal["csv", "several", "wandb"]

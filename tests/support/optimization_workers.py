@@ -13,9 +13,11 @@ import tiny
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.loggers import CSVLogger
-from strategy_workers import make_trainer, plain
+from strategy_workers import plain
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+
+from lightning_januspipe.testing import quiet_trainer
 
 LAST = "readout.2"
 """The last part of the tiny potential, which one rank of a pipeline holds alone."""
@@ -170,7 +172,7 @@ def fit(
     """
     made, watch = MODULES[name](), Watch()
     before = {n: p.detach().clone() for n, p in made.named_parameters()}
-    trainer = make_trainer(
+    trainer = quiet_trainer(
         strategy, callbacks=[watch, *more], **{"max_epochs": 2, "limit_val_batches": 0, **(arguments or {})}
     )
     trainer.fit(made, tiny.data(), ckpt_path=resume)
@@ -224,7 +226,7 @@ def fit_twice(strategy: dict[str, Any] | None) -> dict[str, Any]:
     """The last part alone, and then everything, with another Trainer."""
     made = frozen(tiny.module(num_layers=2), lambda n: LAST in n)
     for _ in range(2):
-        make_trainer(strategy, max_steps=2, limit_val_batches=0).fit(made, tiny.data())
+        quiet_trainer(strategy, max_steps=2, limit_val_batches=0).fit(made, tiny.data())
         frozen(made, lambda _: True)
     return {"parameters": {n: p.detach().clone() for n, p in made.named_parameters()}}
 
@@ -265,7 +267,7 @@ def found_learning_rate(strategy: dict[str, Any] | None) -> dict[str, Any]:
     made.learning_rate = 1e-3
     made.configure_optimizers = lambda: torch.optim.Adam(made.parameters(), lr=made.learning_rate)
     before = {k: v.clone() for k, v in made.state_dict().items()}
-    trainer = make_trainer(strategy, max_steps=2, limit_val_batches=0)
+    trainer = quiet_trainer(strategy, max_steps=2, limit_val_batches=0)
     finder = Tuner(trainer).lr_find(made, tiny.data(), num_training=16, min_lr=1e-5, max_lr=1e-1)
     assert finder is not None
     found = {
@@ -332,7 +334,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]]]] = {
 def refused(name: str) -> tuple[str, int]:
     """The error of a fit, and how many steps were made before it."""
     make, more = REFUSED[name]
-    trainer = make_trainer({}, max_epochs=3, limit_val_batches=0, callbacks=more())
+    trainer = quiet_trainer({}, max_epochs=3, limit_val_batches=0, callbacks=more())
     made = make()
     made.backbone = made.potential.energy_model.embedding
     with warnings.catch_warnings():
@@ -349,7 +351,7 @@ def scaled_batch_size() -> str:
     from lightning.pytorch.tuner import Tuner
 
     try:
-        Tuner(make_trainer({}, max_epochs=1)).scale_batch_size(MODULES["plain"](), datamodule=tiny.data())
+        Tuner(quiet_trainer({}, max_epochs=1)).scale_batch_size(MODULES["plain"](), datamodule=tiny.data())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

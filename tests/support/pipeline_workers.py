@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import strategy_workers
 import tiny
 from lightning.pytorch import Callback
 
@@ -18,7 +17,7 @@ from lightning_januspipe.runtime import build as capturing
 from lightning_januspipe.runtime import pipeline
 from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
-from lightning_januspipe.testing import Record, train_in_pipeline
+from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
 
 
 def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]:
@@ -73,7 +72,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
 
 def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | None = None) -> dict[str, Any]:
     """Train a few batches; returns what was planned, and which parameters this rank holds."""
-    trainer = strategy_workers.make_trainer(strategy, max_steps=num_batches)
+    trainer = quiet_trainer(strategy, max_steps=num_batches)
     trainer.callbacks += callbacks or []
     module = tiny.module()
     found: dict[str, Any] = {}
@@ -126,7 +125,7 @@ def timeline_too_late(folder: str) -> list[str]:
 
 def timeline_in_the_default_folder(folder: str) -> int:
     """Record the first step into the Trainer's own folder; returns how many phases were timed for planning."""
-    trainer = strategy_workers.make_trainer({"num_microbatches": 2}, max_steps=1, default_root_dir=folder)
+    trainer = quiet_trainer({"num_microbatches": 2}, max_steps=1, default_root_dir=folder)
     trainer.callbacks.append(PipelineTimeline(step=0, suffix="png"))
     found: list[int] = []
     module = tiny.module()
@@ -178,7 +177,7 @@ def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
 
 def validate_only(strategy: dict[str, Any]) -> float:
     """The loss of a validation without training."""
-    trainer = strategy_workers.make_trainer(strategy, limit_val_batches=1)
+    trainer = quiet_trainer(strategy, limit_val_batches=1)
     (metrics,) = trainer.validate(tiny.module(), datamodule=tiny.data(), verbose=False)
     return float(metrics["val_loss"])
 
@@ -201,7 +200,7 @@ def timeline_without_a_pipeline() -> str:
 
 def fit_with_error_of(callback: Any) -> str:
     """The error that a callback raises in a run without a pipeline."""
-    trainer = strategy_workers.make_trainer({}, max_epochs=1, limit_train_batches=1)
+    trainer = quiet_trainer({}, max_epochs=1, limit_train_batches=1)
     trainer.callbacks.append(callback)
     try:
         trainer.fit(tiny.module(), datamodule=tiny.data())

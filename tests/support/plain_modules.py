@@ -159,7 +159,7 @@ class Reducing(Base):
 
 def with_validation(strategy: dict[str, Any] | None, kind: type[Base] = InStep) -> list[float]:
     """Validation losses of three epochs."""
-    from strategy_workers import make_trainer
+    from lightning_januspipe.testing import quiet_trainer
 
     module, found = kind(), []
 
@@ -167,7 +167,7 @@ def with_validation(strategy: dict[str, Any] | None, kind: type[Base] = InStep) 
         def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
             found.append(float(trainer.callback_metrics["val_loss"]))
 
-    trainer = make_trainer(strategy, max_epochs=3)
+    trainer = quiet_trainer(strategy, max_epochs=3)
     trainer.callbacks.append(Keep())
     trainer.fit(module, Data().train_dataloader(), Data().train_dataloader())
     return found

@@ -9,14 +9,11 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from lightning_januspipe.graph import collectives
+from lightning_januspipe.testing import quiet_trainer
 
 
 def sent_in_a_step(module: Any, data: Any, num_microbatches: int) -> tuple[float, int]:
     """Bytes that this graph rank sends in exchanges of the first training step, and their number."""
-    import lightning
-
-    from lightning_januspipe import JanusPipeStrategy
-
     sent: list[float] = []
     num_ranks = dist.get_world_size() if dist.is_initialized() else 2
 
@@ -33,21 +30,8 @@ def sent_in_a_step(module: Any, data: Any, num_microbatches: int) -> tuple[float
         return dist.all_gather(into, tensor, *args, **kwargs)
 
     counted = SimpleNamespace(all_to_all_single=all_to_all, all_reduce=all_reduce, all_gather=all_gather)
-    strategy: Any = JanusPipeStrategy(
-        pipeline_size=1, graph_size=num_ranks, num_microbatches=num_microbatches, schedule="gpipe"
-    )
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=num_ranks,
-        strategy=strategy,
-        max_steps=1,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    sizes = {"pipeline_size": 1, "graph_size": num_ranks, "num_microbatches": num_microbatches, "schedule": "gpipe"}
+    trainer = quiet_trainer(sizes, devices=num_ranks, max_steps=1, limit_val_batches=0)
     with patch.object(collectives, "dist", counted):
         trainer.fit(module(), datamodule=data())
     return sum(sent), len(sent)

@@ -11,12 +11,14 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
-from strategy_workers import library, make_trainer, namespaced_module
+from strategy_workers import namespaced_module
 from torch import nn
 
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.split import split_batches
 from lightning_januspipe.strategy.precision import mesh_aware
+from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing.trainer import library
 
 
 def loader(precision: str) -> Any:
@@ -134,7 +136,7 @@ def train(
     recorder = _Recorder(namespace, lambda t, p: strategy is None or t.strategy.runner.holds(p))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = make_trainer(strategy, namespace, max_steps=steps, callbacks=[recorder], **arguments)
+        trainer = quiet_trainer(strategy, namespace, max_steps=steps, callbacks=[recorder], **arguments)
         trainer.fit(module, batches)
     return recorder.record  # type: ignore[no-any-return]
 
@@ -151,7 +153,7 @@ def _overflow(module: Any, name: str) -> None:
 
 def evaluate(precision: str, strategy: dict[str, Any] | None) -> dict[str, float]:
     """What validation of the untrained module logs."""
-    trainer = make_trainer(strategy, precision=precision)
+    trainer = quiet_trainer(strategy, precision=precision)
     (found,) = trainer.validate(module_for(precision), loader(precision).val_dataloader(), verbose=False)
     return {k: float(v) for k, v in found.items()}
 

@@ -11,28 +11,8 @@ import tiny
 import torch
 from torch import Tensor
 
-
-def library(namespace: str) -> Any:
-    """``lightning.pytorch`` or ``pytorch_lightning``."""
-    return importlib.import_module("lightning.pytorch" if namespace == "lightning" else "pytorch_lightning")
-
-
-def make_trainer(strategy: dict[str, Any] | None, namespace: str = "lightning", **arguments: Any) -> Any:
-    """A quiet Trainer; ``strategy`` None is plain Lightning in one process."""
-    import lightning_januspipe
-
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-    }
-    bound = "auto" if strategy is None else lightning_januspipe.strategy_class(namespace)(**strategy)
-    devices = 1 if strategy is None else int(os.environ["WORLD_SIZE"])
-    return library(namespace).Trainer(**{**defaults, **arguments}, strategy=bound, devices=devices)
+from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing.trainer import library
 
 
 def plain(values: Any) -> Any:
@@ -71,7 +51,7 @@ def fit(
     """Train on the tiny data; returns losses, metrics and the trained module's state."""
     module, data = tiny.module(), tiny.data()
     losses = Losses()
-    trainer = make_trainer(strategy, callbacks=[losses], limit_val_batches=None if validate else 0, **arguments)
+    trainer = quiet_trainer(strategy, callbacks=[losses], limit_val_batches=None if validate else 0, **arguments)
     trainer.fit(module, data, ckpt_path=resume)
     if save:
         trainer.save_checkpoint(save)
@@ -85,7 +65,7 @@ def fit(
 def evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Validate, test and predict with an untrained module."""
     module, data = tiny.module(), tiny.data()
-    trainer = make_trainer(strategy, **arguments)
+    trainer = quiet_trainer(strategy, **arguments)
     validated = trainer.validate(module, data, verbose=False)
     tested = trainer.test(module, data, verbose=False)
     predicted = trainer.predict(module, data)
@@ -95,7 +75,7 @@ def evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict
 def fit_then_evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Train, with validation in every epoch, and test the trained module with the same Trainer."""
     module, data = tiny.module(), tiny.data()
-    trainer = make_trainer(strategy, **arguments)
+    trainer = quiet_trainer(strategy, **arguments)
     trainer.fit(module, data)
     metrics = plain(trainer.callback_metrics)
     return {"fit": metrics, "test": trainer.test(module, data, verbose=False)}
@@ -127,19 +107,10 @@ def namespaced_module(namespace: str, learning_rate: float) -> Any:
 
 
 def fit_namespace(namespace: str, strategy: str | dict[str, Any] | None, learning_rate: float = 1e-3) -> dict[str, Any]:
-    """Three steps under either Lightning; a string is a registered name."""
-    import lightning_januspipe  # noqa: F401
-
+    """Trains three steps under either Lightning; a string is a registered name."""
     module = namespaced_module(namespace, learning_rate)
     losses = Losses(namespace)
-    if isinstance(strategy, str):
-        arguments = {"strategy": strategy, "devices": int(os.environ["WORLD_SIZE"])}
-        trainer = library(namespace).Trainer(
-            accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[losses], use_distributed_sampler=False, **arguments,
-        )  # fmt: skip
-    else:
-        trainer = make_trainer(strategy, namespace, max_steps=3, callbacks=[losses])
+    trainer = quiet_trainer(strategy, namespace, max_steps=3, callbacks=[losses])
     trainer.fit(module, tiny.data().train_dataloader())
     return {
         "losses": losses.losses,
@@ -165,7 +136,7 @@ def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
         return step(batch, batch_idx)
 
     module.training_step, module.on_train_batch_start = training_step, on_train_batch_start
-    trainer = make_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
+    trainer = quiet_trainer(strategy, max_epochs=1, use_distributed_sampler=True, limit_val_batches=0)
     trainer.fit(module, tiny.data())
     seen.update(
         world=trainer.world_size,
@@ -179,7 +150,7 @@ def initial_parameters(strategy: dict[str, Any]) -> list[float]:
     module = tiny.module(learning_rate=0.0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
-    make_trainer(strategy, max_steps=1, limit_val_batches=0).fit(module, tiny.data())
+    quiet_trainer(strategy, max_steps=1, limit_val_batches=0).fit(module, tiny.data())
     return [float(p.detach().double().sum()) for p in module.parameters()]
 
 
@@ -189,7 +160,7 @@ def error_of(case: str, strategy: dict[str, Any], arguments: dict[str, Any] | No
 
     module, data = bad_modules.CASES[case]()
     try:
-        trainer = make_trainer(strategy, max_steps=2, limit_val_batches=0, **(arguments or {}))
+        trainer = quiet_trainer(strategy, max_steps=2, limit_val_batches=0, **(arguments or {}))
         trainer.fit(module, data)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -220,7 +191,7 @@ def killed_and_told(path: str) -> None:
     module.training_step = training_step
     told = Path(path).parent / f"told-{os.environ['RANK']}"
     try:
-        make_trainer({"num_microbatches": 4, "timeout": 20}, max_steps=4, limit_val_batches=0).fit(module, tiny.data())
+        quiet_trainer({"num_microbatches": 4, "timeout": 20}, max_steps=4, limit_val_batches=0).fit(module, tiny.data())
     except Exception as error:
         told.write_text(f"{type(error).__name__}: {error}")
         raise
