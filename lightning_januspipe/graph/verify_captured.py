@@ -24,7 +24,7 @@ from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph import exchange_ops
 from lightning_januspipe.graph.insert_exchanges import shard_captured
-from lightning_januspipe.graph.placement import REPLICATE, Placement
+from lightning_januspipe.graph.placement import REPLICATE, Placement, refused
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.graph.sharded_potential import ShardedPotential
 from lightning_januspipe.graph.shards import Shard
@@ -195,10 +195,13 @@ class _LockStep:
             results = exchanged([v[given.name] for v in self._values], rows, dim)
         else:
             function = target_function(node.target)
-            results = [
-                function(*replace_refs(node.args, v.__getitem__), **replace_refs(node.kwargs, v.__getitem__))
-                for v in self._values
-            ]
+            try:
+                results = [
+                    function(*replace_refs(node.args, v.__getitem__), **replace_refs(node.kwargs, v.__getitem__))
+                    for v in self._values
+                ]
+            except Exception as error:
+                raise refused(node, f"fails on the rows of one rank ({type(error).__name__}: {error})") from error
         for of_rank, result in zip(self._values, results, strict=True):
             of_rank[node.name] = result
 

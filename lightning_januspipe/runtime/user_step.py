@@ -15,7 +15,7 @@ from lightning_januspipe.capture.find.in_step import step_with
 from lightning_januspipe.capture.patches import forward_replaced
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import copied
-from lightning_januspipe.capture.validate.side_effects import _seeded, kept_metrics, metrics_of, silent_log
+from lightning_januspipe.capture.validate.side_effects import RandomState, kept_metrics, metrics_of, seeded, silent_log
 from lightning_januspipe.engine.loss import gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError
@@ -66,6 +66,7 @@ class CapturedStep:
         self._metrics = metrics_of(module)
         self._calls: dict[int, list[Tensor]] = {}
         self._seeds: dict[int, int] = {}
+        self._after: dict[int, RandomState] = {}
 
     def prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
         """Run the step up to the potential, and return what the stages get.
@@ -82,10 +83,11 @@ class CapturedStep:
         # One number of the shared generator for each micro-batch: it goes on by as much on every rank, whatever the
         # step draws, and the step draws the same when it is run again.
         seed = int(torch.randint(2**31, ()).item())
-        with _seeded(seed), silent_log(self._module), kept_metrics(self._metrics), torch.enable_grad():
+        with seeded(seed), silent_log(self._module), kept_metrics(self._metrics), torch.enable_grad():
             in_step = self._captured.replaced is not None
             args, kwargs = call_arguments(self._module, self._captured.path, step, batch, in_step)
             tensors = self._inputs(args, kwargs)
+            self._after[index] = RandomState()
         symbols = self._captured.bind_sizes(tensors)
         if self._note is not None:
             self._note(step, args, kwargs, symbols)
@@ -143,14 +145,18 @@ class CapturedStep:
         """Forget prepared micro-batches."""
         self._calls.clear()
         self._seeds.clear()
+        self._after.clear()
 
     def _replay(self, index: int, step: StepFunction, batch: Any, y: list[Tensor], x: list[Tensor]) -> Any:
         tensors = self._calls.pop(index)
 
+        after = self._after.pop(index)
+
         def replaced(*args: Any, **kwargs: Any) -> object:
+            after.restore()  # the forward has drawn its random numbers
             return self._epilogue.for_step(args, kwargs, self._epilogue(tensors, y, x))
 
-        with _seeded(self._seeds.pop(index)):
+        with seeded(self._seeds.pop(index)):
             if self._captured.replaced is None:
                 with forward_replaced(self._potential, replaced):
                     return step(copied(batch))

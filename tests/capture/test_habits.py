@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from capture_models import Traced, assert_parity
+from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
 from habits import (
     AsksForCompiler,
     Asserts,
@@ -16,15 +17,24 @@ from habits import (
     BroadcastsOne,
     CallableBatch,
     ChecksMask,
+    DrawsAngles,
     Graphs,
+    HasDropout,
     HasReference,
     Hessian,
+    LooksUpPairs,
     LoopsOverStructures,
+    MakesEdges,
+    MasksEdges,
     Potential,
     ReadsBuffer,
+    ReducesByScatter,
     ReferenceStep,
     RegistryBatch,
+    Repeats,
     ReturnsSizes,
+    RotatesAll,
+    SamplesByValue,
     SlottedBatch,
     Step,
     TwoDerivatives,
@@ -38,8 +48,11 @@ from habits import (
 from torch import nn
 
 from lightning_januspipe.capture.trees import copied, leaves
-from lightning_januspipe.capture.validate.against_eager import validate
+from lightning_januspipe.capture.validate.against_eager import run_staged, validate, validate_evaluation
+from lightning_januspipe.capture.validate.side_effects import seeded
 from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.graph.verify_captured import compare_sharded
 
 OTHER = (5, 3, 4, 7)
 
@@ -176,6 +189,79 @@ def test_derivatives_that_vanish_by_symmetry(positions: str) -> None:
     else:
         other["pos"] *= 0
     validate(found.cut(2), found.potential, found.call_on(other))
+
+
+@pytest.mark.parametrize("potential", [DrawsAngles, HasDropout])
+def test_random_numbers_are_drawn_once_for_each_micro_batch(potential: type[Potential]) -> None:
+    """A step that seeds the generator gets the gradients of the numbers that it then draws itself."""
+    step = Step(potential())
+    found = traced(step)
+    other = batch(*OTHER)
+    captured = found.cut(3)
+    validate(captured, found.potential, found.call_on(copied(other)))
+    validate_evaluation(captured, found.potential, found.call_on(copied(other)))
+    gradients = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        gradients.append(staged_gradients(captured, step, copied(other))[1])
+    first, again, others = ([g[n] for n, _ in step.named_parameters()] for g in gradients)
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, others))
+    torch.manual_seed(3)
+    with seeded(int(torch.randint(2**31, ()).item())):
+        _, expected = eager_gradients(step, copied(other))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_step_draws_after_the_forward_is_not_what_the_forward_drew() -> None:
+    class Noisy(Step):
+        def training_step(self, batch: Any) -> Any:
+            self.seen = super().training_step(batch) * torch.rand(())
+            return self.seen
+
+    step = Noisy(HasDropout())
+    found = traced(step)
+    torch.manual_seed(5)
+    loss, _ = staged_gradients(found.cut(2), step, batch(*OTHER))
+    torch.manual_seed(5)
+    with seeded(int(torch.randint(2**31, ()).item())):
+        expected, _ = eager_gradients(step, batch(*OTHER))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+
+
+def test_random_numbers_that_depend_on_values_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"draws random numbers in its forward \(aten.bernoulli.default\)"):
+        traced(Step(SamplesByValue()))
+
+
+@pytest.mark.parametrize("potential", [MakesEdges, MasksEdges, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs])
+def test_lengths_that_depend_on_values(potential: type[Potential]) -> None:
+    trains(Step(potential()))
+
+
+def test_messages_have_lengths_that_every_rank_knows() -> None:
+    """Features of edges that the forward makes cross a boundary; a wrong length is told before training."""
+    found = traced(Step(MakesEdges()))
+    captured = found.cut(3)
+    symbols = {s for spec in captured.stage(0, found.potential).boundary_out for s in spec.shape if isinstance(s, str)}
+    position, _ = found.program.symbols[min(symbols, key=lambda s: s[0] != "u")]
+    assert found.program.prepared and position == len(found.program.inputs) - 1
+    call = found.call_on(batch(*OTHER))
+    wrong = replace(captured, program=replace(found.program, symbols=found.program.symbols | {"u0": (0, 0)}))
+    with pytest.raises(CaptureError, match="stage 0 of the potential 'potential' sends a tensor of shape"):
+        run_staged(wrong, found.potential, call)
+
+
+@pytest.mark.parametrize(
+    "potential", [Potential, DrawsAngles, HasDropout, MakesEdges, Repeats, ReducesByScatter, LooksUpPairs]
+)
+def test_atoms_are_sharded(potential: type[Potential]) -> None:
+    found = traced(Step(potential()))
+    call = found.call_on(batch(*OTHER))
+    captured = found.cut(2)
+    tensors = captured.inputs(found.potential)(call.args, call.kwargs)
+    compare_sharded(captured, shard_captured(captured), found.potential, tensors, 2)
 
 
 def test_copies_share_tensors_and_nothing_else() -> None:

@@ -338,3 +338,137 @@ class LoopsOverStructures(Potential):
         h = self.embedding(b["z"])
         scaled = torch.cat([h[a:z] * (i + 1) for i, (a, z) in enumerate(zip([0, *ends], ends, strict=False))])
         return self.energy(b, pos) + per_structure(b, scaled.sum(1) * pos.square().sum(1))
+
+
+# -- random numbers, lists of indices, graph ranks ---------------------------------------------------------------------
+
+
+class DrawsAngles(Potential):
+    """Draws an angle for each edge by which it rotates forth and back, and one that matters for each atom."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        d2 = squares(b, pos)
+        angle = torch.rand_like(d2) * 6.283
+        weight = 1 + 0.1 * torch.randn(pos.shape[0], dtype=DTYPE)
+        pairs = (angle.cos().square() + angle.sin().square()) * d2
+        return self.energy(b, pos) + of_edges(b, pairs) + per_structure(b, weight * pos.square().sum(1))
+
+
+class HasDropout(Potential):
+    """Drops features of atoms, and of edges, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+
+    def energy(self, b: Any, pos: Tensor) -> Tensor:
+        r = squares(b, pos).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            m = nn.functional.dropout(layer.messages(h, r, b["edge_index"]), 0.2, self.training)
+            h = self.dropout(h + torch.zeros_like(h).index_add(0, b["edge_index"][1], layer.b(m)))
+        return per_structure(b, self.readout(h)[:, 0])
+
+
+class SamplesByValue(Potential):
+    """Draws numbers whose distribution depends on values."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        return self.energy(b, pos) * torch.bernoulli(torch.sigmoid(pos.detach().sum()))
+
+
+def near(b: Any, pos: Tensor) -> Tensor:
+    """(N, N) pairs of atoms of one structure that are close."""
+    with torch.no_grad():
+        same = b["batch"][:, None] == b["batch"][None]
+        return (torch.cdist(pos, pos) < 1.4) & same & ~torch.eye(len(pos), dtype=torch.bool)
+
+
+class MakesEdges(Potential):
+    """Makes its own list of edges, and carries features of edges from layer to layer."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        s, t = near(b, pos).nonzero().t()
+        r = (pos[s] - pos[t]).pow(2).sum(1).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        m = torch.zeros(s.shape[0], h.shape[1], dtype=DTYPE)
+        for layer in self.layers:
+            m = m + layer.messages(h, r, torch.stack([s, t]))
+            h = h + torch.zeros_like(h).index_add(0, t, layer.b(m))
+        return per_structure(b, self.readout(h)[:, 0] + torch.zeros_like(h).index_add(0, t, m).sum(1))
+
+
+class MasksEdges(Potential):
+    """Keeps the edges that are short, by a mask as an index, once of indices and once of vectors."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        s, t = b["edge_index"]
+        vectors = pos[s] - pos[t]
+        mask = vectors.detach().square().sum(1) < 2.5
+        r = vectors[mask].pow(2).sum(1).add(1e-6).sqrt()
+        edges = b["edge_index"][:, mask]
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            h = layer(h, r, edges)
+        return per_structure(b, self.readout(h)[:, 0])
+
+
+class Repeats(Potential):
+    """Repeats values of structures for their edges, with and without the number of edges."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        s = b["edge_index"][0]
+        scale = (1.0 + 0.1 * b["n"]).repeat_interleave(b["n_edge"])
+        bias = (0.1 * b["n"]).repeat_interleave(b["n_edge"], output_size=s.shape[0])
+        r = squares(b, pos).add(1e-6).sqrt() * scale + bias
+        h, m = self.embedding(b["z"]), torch.zeros(1, dtype=DTYPE)
+        for layer in self.layers:
+            m = layer.messages(h, r, b["edge_index"]) * scale[:, None] + m
+            h = h + torch.zeros_like(h).index_add(0, b["edge_index"][1], layer.b(m))
+        return per_structure(b, self.readout(h)[:, 0])
+
+
+class LooksUpPairs(Potential):
+    """Looks up the types of both ends of edges at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_source, self.of_target = (nn.Embedding(4, 1, dtype=DTYPE) for _ in range(2))
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        types = torch.index_select(b["z"].reshape(-1), 0, b["edge_index"].reshape(-1)).view(b["edge_index"].shape)
+        w = (self.of_source(types[0]) + self.of_target(types[1]))[:, 0]
+        return self.energy(b, pos) + of_edges(b, 1e-2 * w * squares(b, pos))
+
+
+class ReducesByScatter(Potential):
+    """Sums messages, and forces of edge vectors, by scatter_reduce_ with an expanded index."""
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        s, t = b["edge_index"]
+        vectors = pos[s] - pos[t]
+        r = vectors.pow(2).sum(1).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            m = layer.b(layer.messages(h, r, b["edge_index"]))
+            zeros = torch.zeros(len(h), m.shape[1], dtype=DTYPE)
+            h = h + zeros.scatter_reduce_(0, t[:, None].expand_as(m), m, reduce="sum")
+        energy = per_structure(b, self.readout(h)[:, 0])
+        f = torch.autograd.grad([energy.sum()], [vectors], create_graph=True)[0]
+        total = torch.sum(b["n"])
+        indices = [i[:, None].expand_as(f) for i in (s, t)]
+        parts = [torch.zeros(total, 3, dtype=DTYPE).scatter_reduce_(0, i, f, "sum") for i in indices]
+        return {"energy": energy, "forces": parts[1] - parts[0]}
+
+
+class RotatesAll(Potential):
+    """Differentiates with respect to a rotation that it makes as zeros with a gradient."""
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        generator = torch.zeros_like(b["n"].double()[:, None, None].expand(-1, 3, 3), requires_grad=True)
+        rotation = torch.linalg.matrix_exp(generator - generator.transpose(1, 2))
+        energy = self.energy(b, torch.bmm(pos[:, None], rotation[b["batch"]])[:, 0])
+        f, g = torch.autograd.grad([energy], [pos, generator], [torch.ones_like(energy)], create_graph=True)
+        return {"energy": energy, "forces": -f, "stress": g}

@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 
 from lightning_januspipe.capture.cut.cut_points import BORDER_COST, best_cuts, find_cut_points, most_parts
 from lightning_januspipe.capture.cut.reorder import arranged, closures, num_sums, traffic
+from lightning_januspipe.capture.trace.preparation import symbols_in
 from lightning_januspipe.capture.trace.program import Node, Program
 from lightning_januspipe.errors import CaptureError, TooFewParts
 
@@ -245,6 +246,7 @@ def _boundaries(
             if source in last:
                 last[source] = i
     rows = {name: _num_rows(program.by_name[name], num_bytes.get(name, 0)) for name in order}
+    known = set(program.symbols)
     ends: list[_End] = []
     alive: set[str] = set()
     for i, name in enumerate(order):
@@ -252,10 +254,15 @@ def _boundaries(
         if last[name] > i and name not in free:
             alive.add(name)
         # What is free belongs to the stage that uses it first, so no cut comes right after it.
-        is_sendable = name not in free and all(program.by_name[n].spec is not None for n in alive)
+        is_sendable = name not in free and all(_has_known_shape(program.by_name[n], known) for n in alive)
         size = float(sum(num_bytes.get(n, 0) for n in alive)) if is_sendable else math.inf
         ends.append(_End(frozenset(alive), size, max((rows[n] for n in alive), default=0)))
     return ends
+
+
+def _has_known_shape(node: Node, symbols: Collection[str]) -> bool:
+    """Whether a rank can tell the shape of a value before it receives it."""
+    return node.spec is not None and all(symbols_in(size) <= set(symbols) for size in node.spec.shape)
 
 
 def _num_rows(node: Node, num_bytes: int) -> int:

@@ -10,12 +10,19 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, joined, separated
+from lightning_januspipe.capture.adapters import Adapter, adapters_of, joined, separated
 from lightning_januspipe.capture.cut.cut import Cut, Regions
 from lightning_januspipe.capture.cut.dependence import dependence_of
-from lightning_januspipe.capture.find.call_format import CallFormat, size_carrier
+from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.stages.call_inputs import CallInputs
 from lightning_januspipe.capture.stages.staged_potential import Inputs
-from lightning_januspipe.capture.trace.program import PlaceholderValues, Program, ReturnedSize, build_module
+from lightning_januspipe.capture.trace.program import (
+    PlaceholderValues,
+    Program,
+    ReturnedSize,
+    build_module,
+    placeholders_of,
+)
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
@@ -108,8 +115,7 @@ class CapturedPotential:
         Raises:
             CaptureError: a size for which the traced forward would have done something else.
         """
-        places = [*self.call.tensors, *self.call.sizes]
-        places += ["an integer read from data"] * (len(tensors) - len(places))
+        places = self._places()
         for (position, dim), (lower, upper) in self.program.limits.items():
             shape = tensors[position].shape
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
@@ -134,16 +140,22 @@ class CapturedPotential:
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
         """Returns sizes of 0 and 1 and new entries, on which a forward may branch, without :attr:`validated_kinds`."""
-        places = [*self.call.tensors, *self.call.sizes]
+        places = self._places()
         found = set()
         for symbol, (position, dim) in self.program.symbols.items():
             if symbols[symbol] < 2:
-                place = places[position] if position < len(places) else "an integer read from data"
-                found.add(f"size {symbols[symbol]} in dimension {dim} of {place}")
+                found.add(f"size {symbols[symbol]} in dimension {dim} of {places[position]}")
         # What an adapter makes of the arguments has always the same entries.
         if all(type(adapter).arguments is Adapter.arguments for adapter in adapters_of(potential)):
             found |= {f"an entry {place}" for place in self.call.new_entries(args, kwargs)}
         return frozenset(found - self.validated_kinds)
+
+    def _places(self) -> list[str]:
+        """Where the program's inputs come from, in words."""
+        program, places = self.program, [*self.call.tensors, *self.call.sizes]
+        places += ["an integer read from data"] * len(program.sizes)
+        places += ["random numbers that the forward draws"] * len(program.draws)
+        return places + ["a list of indices that the forward makes"] * len(program.prepared)
 
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it.
@@ -153,7 +165,7 @@ class CapturedPotential:
         everywhere = set(range(self.cut.num_stages))
         stages: dict[str, set[int]] = {name: set() for name in self.program.parameters.values()}
         for stage in everywhere:
-            for placeholder in _placeholders(self.program, self._stage_nodes(stage), self._stage_outputs(stage)):
+            for placeholder in placeholders_of(self.program, self._stage_nodes(stage), self._stage_outputs(stage)):
                 if placeholder in self.program.parameters:
                     stages[self.program.parameters[placeholder]].add(stage)
         for placeholder in self.regions.epilogue_parameters:
@@ -180,58 +192,6 @@ _OTHER_SIZES = (
 )
 
 
-class CallInputs:
-    """From a call of the potential to the program's inputs.
-
-    Args:
-        captured: the captured potential.
-        potential: the live potential.
-    """
-
-    def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
-        self._captured, self._potential = captured, potential
-        self._adapters = adapters_of(potential)
-        program = captured.program
-        operations = [n.name for n in program.nodes if n.op != "placeholder"]
-
-        def reader(names: Sequence[str]) -> tuple[PlaceholderValues, nn.Module]:
-            given = _placeholders(program, operations, names)
-            return PlaceholderValues(program, potential, given), build_module(program, operations, given, names)
-
-        self._readers = [reader([name]) for name in program.sizes]
-        self._facts = reader([name for name, _ in program.facts]) if program.facts else None
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Tensors of the call, and carriers of its integers and of those that the forward reads from tensors.
-
-        Raises:
-            CaptureError: the call lacks a tensor, or has other constants than the one that was captured.
-        """
-        args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
-        tensors = self._captured.call.bind(self._captured.path, args, kwargs)
-        for placeholders, module in self._readers:
-            with autocast_as(OFF):  # casts are operations of the program
-                (value,) = module(*placeholders.values(tensors))
-            tensors.append(size_carrier(int(value), tensors[0].device))
-        if self._facts is not None:
-            placeholders, module = self._facts
-            with autocast_as(OFF), torch.no_grad():
-                self._require(module(*placeholders.values(tensors)))
-        return tensors
-
-    def _require(self, values: Sequence[Tensor]) -> None:
-        """Compare what the forward reads from this batch with what it read when it was traced."""
-        for value, (_, fact) in zip(values, self._captured.program.facts, strict=True):
-            found = value.tolist()
-            if found != fact.value:
-                raise CaptureError(
-                    f"the potential {shown(self._captured.path)} was captured with the value {fact.value!r} at "
-                    f"{fact.place}, but this batch gives it the value {found!r} there. A trace holds one branch only: "
-                    "use torch.where instead, see to it in the dataset that every batch takes this branch, or train "
-                    "with pipeline_size=1 and graph_size=1."
-                )
-
-
 class CapturedStage:
     """One stage of a captured potential (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
 
@@ -246,7 +206,7 @@ class CapturedStage:
         outputs = captured._stage_outputs(index)
         received = cut.boundaries[index - 1] if index else []
         self.index = index
-        names = _placeholders(program, captured._stage_nodes(index), outputs, received)
+        names = placeholders_of(program, captured._stage_nodes(index), outputs, received)
         self._placeholders = PlaceholderValues(program, potential, names)
         self._module = build_module(
             program,
@@ -283,7 +243,7 @@ class Epilogue:
         self._potential, self._adapters = potential, adapters_of(potential)
         wanted = [program.outputs[i] for i in regions.outputs]
         given = [program.gradient, *regions.observables]
-        names = _placeholders(program, regions.epilogue, wanted, given)
+        names = placeholders_of(program, regions.epilogue, wanted, given)
         self._placeholders = PlaceholderValues(program, potential, names)
         self._module = build_module(program, regions.epilogue, [*names, *given], wanted)
         live = dict(potential.named_parameters(remove_duplicate=False))
@@ -373,24 +333,3 @@ def _spec(program: Program, name: str) -> TensorSpec:
     spec = program.by_name[name].spec
     assert spec is not None, f"{name} is no tensor"
     return spec
-
-
-def _placeholders(
-    program: Program, nodes: Sequence[str], outputs: Sequence[str], given: Sequence[str] = ()
-) -> list[str]:
-    """Placeholders that the outputs need, in the program's order."""
-    allowed, stop = set(nodes), set(given)
-    found: set[str] = set()
-    seen: set[str] = set()
-    stack = list(outputs)
-    while stack:
-        name = stack.pop()
-        if name in seen or name in stop:
-            continue
-        seen.add(name)
-        node = program.by_name[name]
-        if node.op == "placeholder":
-            found.add(name)
-        elif name in allowed:
-            stack.extend(node.inputs())
-    return [n.name for n in program.nodes if n.name in found]

@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from lightning_januspipe.capture.trace.read_values import Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec, evaluate
-from lightning_januspipe.errors import CaptureError
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
-_LARGEST_SIZE = 2**62
+LARGEST_SIZE = 2**62
 
 SLOT = torch.empty(0, device="meta")
 """Stands for a tensor in a tree; a tensor itself, so that what holds tensors is still seen to."""
@@ -90,6 +87,8 @@ class Program:
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
         returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
+        draws: random numbers (:class:`~.random_draws.Draw`) that are inputs, after those of the sizes.
+        prepared: names of operations whose results are inputs, after those.
         facts: node names and the values that they have to have on every batch, with the line that read them.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
@@ -109,6 +108,8 @@ class Program:
     returned: Any
     sizes: list[str] = field(default_factory=list)
     facts: list[tuple[str, Fact]] = field(default_factory=list)
+    draws: list[Any] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
@@ -122,9 +123,14 @@ class Program:
         return {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
 
     @property
+    def first_draw(self) -> int:
+        """Position of the first input that the forward itself draws or makes."""
+        return len(self.inputs) - len(self.draws) - len(self.prepared)
+
+    @property
     def on_batch(self) -> list[str]:
-        """Nodes that are evaluated for each batch, before the stages are: sizes and facts."""
-        return [*self.sizes, *(name for name, _ in self.facts)]
+        """Nodes that are evaluated for each batch, before the stages are: sizes, lists of indices, facts."""
+        return [*self.sizes, *self.prepared, *(name for name, _ in self.facts)]
 
     def dependent(self, roots: Collection[str]) -> set[str]:
         """These values, and all that are computed from them."""
@@ -191,189 +197,10 @@ def target_function(target: Any) -> Callable[..., Any]:
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)  # type: ignore[no-any-return]
 
 
-def program_from_export(
-    exported: ExportedProgram,
-    returned: Any,
-    num_outputs: int,
-    prefix: str,
-    num_sizes: int = 0,
-    facts: Sequence[Fact] = (),
-) -> Program:
-    """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
-
-    Args:
-        exported: a functional program.
-        returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
-        num_outputs: how many tensors that are; they are the program's first outputs.
-        prefix: what stands before every parameter's and buffer's name in the exported program.
-        num_sizes: how many integers the forward reads from tensors; these are its next outputs.
-        facts: other values that it reads from tensors; these are its last outputs.
-
-    Raises:
-        CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
-    """
-    signature = exported.graph_signature
-    parameters: dict[str, str] = {}
-    buffers: dict[str, str] = {}
-    constants: dict[str, Tensor] = {}
-    inputs: list[str] = []
-    for spec in signature.input_specs:
-        name = spec.arg.name
-        if spec.kind is InputKind.PARAMETER:
-            parameters[name] = str(spec.target).removeprefix(prefix)
-        elif spec.kind is InputKind.BUFFER:
-            buffers[name] = str(spec.target).removeprefix(prefix)
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            value = exported.constants[str(spec.target)]
-            assert isinstance(value, Tensor)
-            constants[name] = value.detach().clone()
-        elif spec.kind is InputKind.USER_INPUT:
-            inputs.append(name)
-        else:
-            raise CaptureError(f"the traced potential has an input of kind {spec.kind} ({name}), which is not handled")
-    nodes = [_node(n) for n in exported.graph.nodes if n.op in ("placeholder", "call_function")]
-    nodes = [n for n in nodes if not _is_assertion(n)]
-    marks = [n for n in nodes if n.target == GRADIENT_OP]
-    if not marks:
-        raise CaptureError("the traced potential does not differentiate an energy; one torch.autograd.grad is expected")
-    if len(marks) > 1:
-        nodes = merge_derivatives(nodes, marks)
-    user_outputs = [s.arg.name for s in signature.output_specs if s.kind.name == "USER_OUTPUT"]
-    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
-    symbols: dict[str, tuple[int, int]] = {}
-    for position, name in enumerate(inputs):
-        value = placeholders[name].meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
-                symbols.setdefault(str(size.node.expr), (position, dim))
-    program = Program(
-        nodes=nodes,
-        parameters=parameters,
-        buffers=buffers,
-        constants=constants,
-        inputs=inputs,
-        energies=[r.name for r in refs(marks[0].args[0])],
-        coordinates=[r.name for r in refs(marks[0].args[1])],
-        gradient=marks[0].name,
-        outputs=user_outputs[:num_outputs],
-        returned=returned,
-        sizes=user_outputs[num_outputs : num_outputs + num_sizes],
-        facts=list(zip(user_outputs[num_outputs + num_sizes :], facts, strict=True)),
-        symbols=symbols,
-    )
-    simplify(program)
-    _refuse_trained_facts(program)
-    program.limits = _limits(program, exported)
-    program.conditions = _conditions(program, placeholders[inputs[0]].meta["val"]) if inputs else []
-    return program
-
-
-def merge_derivatives(nodes: Sequence[Node], marks: Sequence[Node]) -> list[Node]:
-    """Several derivatives of one energy, such as forces and then a stress, as one with more coordinates.
-
-    Args:
-        nodes: in execution order.
-        marks: the derivatives among them; the first takes in the others, and is changed.
-
-    Raises:
-        CaptureError: they are derivatives of different energies, or one is a derivative of another.
-    """
-    first, later = marks[0], {n.name for n in marks[1:]}
-    same: dict[str, str] = {}  # the first node that computes the same as another one
-    known: dict[str, str] = {}
-    on_first = {first.name}
-    for node in nodes:
-        if on_first & set(node.inputs()):
-            on_first.add(node.name)
-        described = repr((node.target, _renamed(node.args, same), _renamed(node.kwargs, same)))
-        is_pure = node.op != "placeholder" and not is_random(node.target)
-        same[node.name] = known.setdefault(described, node.name) if is_pure else node.name
-    starts = {first.name: 0}
-    coordinates = list(first.args[1])
-    for mark in marks[1:]:
-        energies = [r.name for r in refs(mark.args[0])]
-        if on_first & set(energies):
-            raise CaptureError(
-                "the potential differentiates a derivative again in its forward (a Hessian, or a gradient of forces), "
-                "which is not possible in a pipeline: torch.autograd.grad of the energy only"
-            )
-        if [same[n] for n in energies] != [same[r.name] for r in refs(first.args[0])]:
-            raise CaptureError(
-                f"the potential differentiates {len(marks)} times, and not the same energy: ask for all derivatives in "
-                "one call, e.g. torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)"
-            )
-        starts[mark.name] = len(coordinates)
-        coordinates += mark.args[1]
-    first.args = (first.args[0], coordinates)
-    for node in nodes:
-        if node.args and isinstance(node.args[0], Ref) and node.args[0].name in later:
-            assert getattr(node.target, "__name__", "") == "getitem", "derivatives come in a list"
-            node.args = (Ref(first.name), starts[node.args[0].name] + node.args[1])
-    place = max(i for i, n in enumerate(nodes) if n.name in {r.name for r in coordinates})
-    kept = [n for n in nodes if n.name not in later]
-    after = next(i for i, n in enumerate(kept) if n is first)
-    if place > after:
-        raise CaptureError(
-            "the potential differentiates its energy again with respect to a tensor that it makes after the first "
-            "derivative: make it before, and ask for all derivatives in one torch.autograd.grad"
-        )
-    return kept
-
-
-def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
-    return replace_refs(tree, lambda name: Ref(names[name]))
-
-
 def is_random(target: Any) -> bool:
     """Whether an operation draws random numbers."""
     tags = getattr(target_function(target), "tags", ()) if isinstance(target, str) else ()
     return torch.Tag.nondeterministic_seeded in tags
-
-
-def _refuse_trained_facts(program: Program) -> None:
-    changing = program.dependent({*program.parameters, program.gradient})
-    for name, fact in program.facts:
-        if name in changing:
-            raise CaptureError(
-                f"the forward reads the value {fact.value!r} from a tensor that depends on parameters or on the "
-                f"derivative ({fact.place}), so that it changes in training. Use torch.where instead of a branch, or "
-                "check such values outside of the forward."
-            )
-
-
-def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
-    """Sizes for which the trace holds: a Python branch on a size, and a size made a constant, limit it.
-
-    Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
-    from models that branch for a single structure only to squeeze a dimension.
-    """
-    used = {name for node in program.nodes if node.op != "placeholder" for name in node.inputs()}
-    limits: dict[tuple[int, int], tuple[int, int]] = {}
-    for position, name in enumerate(program.inputs):
-        spec = program.by_name[name].spec
-        for dim, size in enumerate(spec.shape if spec is not None and name in used else ()):
-            if isinstance(size, int):
-                limits[position, dim] = (size, size)
-    for symbol, bounds in exported.range_constraints.items():
-        if str(symbol) in program.symbols:
-            lower = int(bounds.lower) if bounds.lower > 2 else 0
-            upper = int(bounds.upper) if bounds.upper < _LARGEST_SIZE else _LARGEST_SIZE
-            if lower or upper < _LARGEST_SIZE:
-                limits[program.symbols[str(symbol)]] = (lower, upper)
-    return limits
-
-
-def _conditions(program: Program, value: Any) -> list[str]:
-    """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
-
-    Args:
-        program: the program.
-        value: what stood for one of its inputs in the trace.
-    """
-    shape_env = value.fake_mode.shape_env
-    found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
-    known = set(program.symbols)
-    return list(dict.fromkeys(str(e) for e in found if e.free_symbols and {str(s) for s in e.free_symbols} <= known))
 
 
 def simplify(program: Program) -> Program:
@@ -429,64 +256,9 @@ def _returns_its_input(program: Program, node: Node) -> bool:
         return False
     if node.target == "aten.slice.Tensor":
         start, stop, step = (*node.args[2:], None, None, None)[:3]
-        full = stop is None or (isinstance(stop, int) and stop >= _LARGEST_SIZE)
+        full = stop is None or (isinstance(stop, int) and stop >= LARGEST_SIZE)
         return start in (None, 0) and full and step in (None, 1)
     return node.target in ("aten.view.default", "aten._unsafe_view.default", "aten.alias.default", "aten.squeeze.dims")
-
-
-def _is_assertion(node: Node) -> bool:
-    """Run-time checks and metadata of export: the validation on other sizes replaces them."""
-    text = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return any(s in text for s in ("_assert", "sym_constrain_range", "_guards_fn"))
-
-
-def _node(node: fx.Node) -> Node:
-    target: Any = node.target
-    if node.op == "placeholder":
-        target = node.name
-    elif isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable:
-            raise CaptureError(f"the traced potential mutates a tensor ({target}); functionalization left it")
-        target = str(target)
-    elif not callable(target) or isinstance(target, torch._ops.HigherOrderOperator):
-        raise CaptureError(f"the traced potential holds an operation that cannot be replayed: {target}")
-    return Node(
-        name=node.name,
-        op=node.op,
-        target=target,
-        args=_plain(node.args),
-        kwargs={k: _plain(v) for k, v in node.kwargs.items()},
-        spec=_spec(node.meta.get("val")),
-    )
-
-
-def _plain(tree: Any) -> Any:
-    """Arguments as plain lists, tuples and dicts with :class:`Ref` for nodes."""
-    if isinstance(tree, fx.Node):
-        return Ref(tree.name)
-    if isinstance(tree, tuple):
-        return tuple(_plain(x) for x in tree)
-    if isinstance(tree, list):
-        return [_plain(x) for x in tree]
-    if isinstance(tree, dict):
-        return {k: _plain(v) for k, v in tree.items()}
-    if isinstance(tree, slice):
-        return slice(_plain(tree.start), _plain(tree.stop), _plain(tree.step))
-    if isinstance(tree, torch.device):  # each rank's current one, not that of the rank that traced
-        return torch.device(tree.type)
-    return tree
-
-
-def _spec(value: Any) -> TensorSpec | None:
-    if not isinstance(value, Tensor):
-        return None
-    return TensorSpec(tuple(_size(s) for s in value.shape), value.dtype)
-
-
-def _size(size: int | torch.SymInt) -> int | str:
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr) if size.node.expr.is_number else str(size.node.expr)
 
 
 def build_module(
@@ -560,3 +332,24 @@ class PlaceholderValues:
         """The values, in the order of the names; of the call's tensors the values only."""
         given = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
         return [given[key] if where is None else where[key] for where, key in self._sources]
+
+
+def placeholders_of(
+    program: Program, nodes: Sequence[str], outputs: Sequence[str], given: Sequence[str] = ()
+) -> list[str]:
+    """Placeholders that the outputs need, in the program's order."""
+    allowed, stop = set(nodes), set(given)
+    found: set[str] = set()
+    seen: set[str] = set()
+    stack = list(outputs)
+    while stack:
+        name = stack.pop()
+        if name in seen or name in stop:
+            continue
+        seen.add(name)
+        node = program.by_name[name]
+        if node.op == "placeholder":
+            found.add(name)
+        elif name in allowed:
+            stack.extend(node.inputs())
+    return [n.name for n in program.nodes if n.name in found]

@@ -149,7 +149,7 @@ def _is_integer(tensor: Tensor) -> bool:
 
 
 _SINGLE = {Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.is_nonzero, torch.is_nonzero}
-_COMPARISONS = {
+_COMPARISONS: dict[Any, Callable[..., Tensor]] = {
     torch.equal: torch.eq,
     Tensor.equal: torch.eq,
     torch.allclose: torch.isclose,
@@ -183,10 +183,10 @@ def _seen_lists(values: ReadValues) -> Iterator[None]:
     def tolist(tensor: Tensor) -> Any:
         return values.take(tensor) if tensor.dim() == 0 and _is_integer(tensor) else values.observe(tensor)
 
-    classes = [c for c in (Tensor, FakeTensor, FunctionalTensor) if c is Tensor or "tolist" in vars(c)]
+    classes: list[Any] = [c for c in (Tensor, FakeTensor, FunctionalTensor) if c is Tensor or "tolist" in vars(c)]
     own = {c: vars(c).get("tolist") for c in classes}
     for c in classes:
-        c.tolist = tolist  # type: ignore[method-assign]
+        c.tolist = tolist
     try:
         yield
     finally:
@@ -194,7 +194,7 @@ def _seen_lists(values: ReadValues) -> Iterator[None]:
             if function is None:
                 del c.tolist
             else:
-                c.tolist = function  # type: ignore[method-assign]
+                c.tolist = function
 
 
 @contextmanager
@@ -290,7 +290,8 @@ def eager_branches(potential: nn.Module, arguments: Any) -> Iterator[None]:
         return asked_by
 
     answers = {name: answer(function) for name, function in asked.items()}
-    places = [vars(torch.compiler), vars(torch._dynamo), *map(vars, _modules_of(potential, arguments))]
+    modules = [torch.compiler, torch._dynamo, *_modules_of(potential, arguments)]
+    places: list[dict[str, Any]] = [module.__dict__ for module in modules]
     try:
         for names in places:
             for name, value in list(names.items()):

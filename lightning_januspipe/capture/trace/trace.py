@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
@@ -26,7 +26,9 @@ from lightning_januspipe.capture.adapters import Adapter, joined
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
-from lightning_januspipe.capture.trace.program import SLOT, Program, program_from_export, returned_leaf
+from lightning_januspipe.capture.trace.from_export import program_from_export
+from lightning_januspipe.capture.trace.program import SLOT, Program, returned_leaf
+from lightning_januspipe.capture.trace.random_draws import ShownDropout
 from lightning_januspipe.capture.trace.read_values import ReadValues, eager_branches, symbolic_sizes
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trees import leaves, with_leaves
@@ -110,7 +112,7 @@ class _TracedCall(nn.Module):
         num_own = len(tensors) - len(values.sizes)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
         values.begin(tensors[num_own:])
-        with _MarkGrad() as mark:
+        with ShownDropout(), _MarkGrad() as mark:
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
@@ -132,7 +134,7 @@ def trace_potential(
         The functional program of energy and epilogue.
 
     Raises:
-        CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
+        CaptureError: the forward cannot be traced with symbolic sizes, or updates buffers.
     """
     form = form or CallFormat.of(call.args, call.kwargs)
     if not form.tensors:
@@ -180,7 +182,13 @@ def trace_potential(
     tree, num_outputs, autocast = returned[-1]
     tree = with_leaves(tree, lambda _, leaf: returned_leaf(leaf))
     program = program_from_export(
-        exported, tree, num_outputs, prefix="potential.", num_sizes=len(values.sizes), facts=values.facts
+        exported,
+        tree,
+        num_outputs,
+        prefix="potential.",
+        num_sizes=len(values.sizes),
+        facts=values.facts,
+        path=call.path,
     )
     program.autocast = autocast
     # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
@@ -239,24 +247,6 @@ def _refuse_state(exported: ExportedProgram, path: str) -> None:
             f"the potential {shown(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
             "meaning while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
         )
-    for node in _all_nodes(exported.graph_module):
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-            if _is_disabled_dropout(node):
-                continue
-            raise CaptureError(
-                f"the potential {shown(path)} draws random numbers in its forward ({node.target}); the phases of a "
-                "stage would not see the same numbers. Set dropout to 0, or draw the numbers in the dataset."
-            )
-
-
-def _is_disabled_dropout(node: fx.Node) -> bool:
-    return "dropout" in str(node.target) and len(node.args) >= 2 and node.args[1] in (0, 0.0)
-
-
-def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
-    for child in module.modules():
-        if isinstance(child, fx.GraphModule):
-            yield from child.graph.nodes
 
 
 def _first_line(error: BaseException) -> str:

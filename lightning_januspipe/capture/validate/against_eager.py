@@ -5,7 +5,7 @@ Energies and forces that agree prove nothing about training, so the parameter gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
+from lightning_januspipe.capture.validate.side_effects import seeded
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
-from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds
+from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds, StageFunction, StageOutput
 from lightning_januspipe.errors import CaptureError, shown
 
 
@@ -79,7 +80,7 @@ def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
 def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential) -> ProbeResult:
     """The eager module on one call, with the parameter gradient of a loss of its outputs."""
     args, kwargs = with_leaves((call.args, call.kwargs), lambda _, leaf: leaf)  # a forward may write to its batch
-    with torch.enable_grad(), _KeepGrad() as keep:
+    with seeded(_SEED), torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*args, **kwargs)
     value = staged.return_value(potential)
     found = value.of_forward(returned)
@@ -125,6 +126,9 @@ def _is_same(a: Any, b: Any) -> bool:
         return False
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
+
+_SEED = 0
+"""Of the random numbers that a forward draws."""
 
 _VANISHING = 1e-9
 """Derivatives below this, in eV/Å, are rounding."""
@@ -181,6 +185,26 @@ DEFAULT_MODE = PhaseMode()
 """The phases of each stage on one rank, nothing deferred."""
 
 
+class _CheckedStage:
+    """A stage whose messages are compared with the shapes that the ranks which receive them expect."""
+
+    def __init__(self, function: StageFunction, symbols: Mapping[str, int], path: str) -> None:
+        self._function, self._symbols, self._path = function, symbols, path
+        self.index, self.parameters, self.observables = function.index, function.parameters, function.observables
+        self.boundary_in, self.boundary_out = function.boundary_in, function.boundary_out
+
+    def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
+        out = self._function(tensors, boundary)
+        for spec, tensor in zip(self.boundary_out, out.boundary, strict=True):
+            if spec.sizes(self._symbols) != tensor.shape:
+                raise CaptureError(
+                    f"stage {self.index} of the potential {shown(self._path)} sends a tensor of shape "
+                    f"{tuple(tensor.shape)}, but the next one expects {spec.sizes(self._symbols)}: the forward turns a "
+                    "size into a constant, or has a length that depends on values of parameters"
+                )
+        return out
+
+
 def run_staged(
     staged: StagedPotential,
     potential: nn.Module,
@@ -193,9 +217,12 @@ def run_staged(
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
     """
-    stages = [staged.stage(i, potential) for i in range(staged.num_stages)]
     epilogue = staged.return_value(potential)
-    tensors = staged.inputs(potential)(call.args, call.kwargs)
+    with seeded(_SEED):  # the forward draws the same numbers as that of the module
+        tensors = staged.inputs(potential)(call.args, call.kwargs)
+    symbols = staged.bind_sizes(tensors)
+    functions = (staged.stage(i, potential) for i in range(staged.num_stages))
+    stages = [_CheckedStage(function, symbols, staged.path) for function in functions]
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
@@ -301,10 +328,10 @@ def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: Pot
     Raises:
         CaptureError: an output differs.
     """
-    found, _ = run_staged(staged, potential, call)
     modes = {m: m.training for m in potential.modules()}
     potential.eval()
     try:
+        found, _ = run_staged(staged, potential, call)
         eager = run_eager(potential, call, staged)
     finally:
         for module, mode in modes.items():

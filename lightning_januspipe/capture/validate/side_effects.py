@@ -170,7 +170,7 @@ def kept_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Draw from generators with a seed of their own."""
     with kept_random_state():
         torch.manual_seed(seed)
