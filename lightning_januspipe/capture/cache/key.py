@@ -19,7 +19,7 @@ from lightning_januspipe.capture.find.call_format import CallFormat, call_leaves
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.trees import children
 
-_FORMAT = "1"
+_FORMAT = "2"
 _OWN = __name__.partition(".")[0]
 
 
