@@ -18,6 +18,7 @@ from habits import (
     CallableBatch,
     ChecksMask,
     DrawsAngles,
+    Experts,
     Graphs,
     HasDropout,
     HasReference,
@@ -47,6 +48,7 @@ from habits import (
 )
 from torch import nn
 
+from lightning_januspipe.capture.adapters.adapter import BUILT_IN
 from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.capture.validate.against_eager import run_staged, validate, validate_evaluation
 from lightning_januspipe.capture.validate.side_effects import seeded
@@ -258,6 +260,17 @@ def test_messages_have_lengths_that_every_rank_knows() -> None:
 )
 def test_atoms_are_sharded(potential: type[Potential]) -> None:
     found = traced(Step(potential()))
+    call = found.call_on(batch(*OTHER))
+    captured = found.cut(2)
+    tensors = captured.inputs(found.potential)(call.args, call.kwargs)
+    compare_sharded(captured, shard_captured(captured), found.potential, tensors, 2)
+
+
+def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CaptureError, match="a loop over structures"):
+        traced(Step(Experts()))
+    monkeypatch.setitem(BUILT_IN, "habits", "habits:ExpertsAdapter")
+    found = trains(Step(Experts()))
     call = found.call_on(batch(*OTHER))
     captured = found.cut(2)
     tensors = captured.inputs(found.potential)(call.args, call.kwargs)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from lightning_januspipe.capture.adapters import Adapter
+from lightning_januspipe.capture.trace.segment_linear import segment_linear
 
 DTYPE = torch.float64
 Batch = dict[str, Tensor]
@@ -472,3 +477,36 @@ class RotatesAll(Potential):
         energy = self.energy(b, torch.bmm(pos[:, None], rotation[b["batch"]])[:, 0])
         f, g = torch.autograd.grad([energy], [pos, generator], [torch.ones_like(energy)], create_graph=True)
         return {"energy": energy, "forces": -f, "stress": g}
+
+
+class Experts(Potential):
+    """Mixes matrices for each structure, and multiplies the edges of each with its own, in a loop over structures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(0.1 * torch.randn(3, 6, 6, dtype=DTYPE))
+        self.route = nn.Embedding(4, 3, dtype=DTYPE)
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        means = self.route.weight.new_zeros(b["n"].shape[0], 3)
+        means = means.index_reduce_(0, b["batch"], self.route(b["z"]), "mean", include_self=False)
+        weights = torch.einsum("eio,be->bio", self.experts, means.softmax(1))
+        edges = b["edge_index"]
+        r = squares(b, pos).add(1e-6).sqrt()
+        m = self.multiplied(b, self.layers[0].messages(self.embedding(b["z"]), r, edges), weights)
+        return self.energy(b, pos) + of_edges(b, m.sum(1) * squares(b, pos))
+
+    def multiplied(self, b: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        """(E, width) products."""
+        ends = torch.cumsum(b["n_edge"], 0).tolist()
+        return torch.cat([rows[a:z] @ weights[i].T for i, (a, z) in enumerate(zip([0, *ends], ends, strict=False))])
+
+
+class ExpertsAdapter(Adapter):
+    """Multiplies the edges of all structures together."""
+
+    def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
+        def multiplied(b: Any, rows: Tensor, weights: Tensor) -> Tensor:
+            return segment_linear(rows, weights, b["batch"][b["edge_index"][1]])
+
+        return mock.patch.object(potential, "multiplied", multiplied)

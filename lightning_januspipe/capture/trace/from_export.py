@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_januspipe.capture.trace.derivatives import merge_derivatives
+from lightning_januspipe.capture.trace.means import split_means
 from lightning_januspipe.capture.trace.pair_lookups import split_pair_lookups
 from lightning_januspipe.capture.trace.preparation import prepare
 from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs, simplify
@@ -93,6 +94,7 @@ def program_from_export(
         symbols=symbols,
     )
     draw_outside(program, path)
+    split_means(program)
     simplify(program)
     _refuse_trained_facts(program)
     program.limits = _limits(program, exported)

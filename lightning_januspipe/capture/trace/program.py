@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_januspipe.capture.trace import segment_linear
 from lightning_januspipe.capture.trace.read_values import Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec, evaluate
+
+# Programs name operations; these have to be registered on every rank that runs one.
+_OWN_OPERATIONS = (segment_linear.segment_linear,)
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
 LARGEST_SIZE = 2**62

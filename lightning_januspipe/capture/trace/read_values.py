@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_januspipe.capture.find.call_format import size_carrier
 from lightning_januspipe.capture.trees import children
@@ -181,6 +181,8 @@ def _seen_lists(values: ReadValues) -> Iterator[None]:
     """Inside, ``tolist`` is seen, which calls no mode."""
 
     def tolist(tensor: Tensor) -> Any:
+        if not any(isinstance(mode, SeenReads) for mode in _get_current_function_mode_stack()):
+            return torch._C.TensorBase.tolist(tensor)  # inside of an operation
         return values.take(tensor) if tensor.dim() == 0 and _is_integer(tensor) else values.observe(tensor)
 
     classes: list[Any] = [c for c in (Tensor, FakeTensor, FunctionalTensor) if c is Tensor or "tolist" in vars(c)]

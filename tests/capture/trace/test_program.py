@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from lightning_januspipe.capture.trace.from_export import program_from_export
 from lightning_januspipe.capture.trace.program import (
     SLOT,
     Node,
@@ -22,7 +23,6 @@ from lightning_januspipe.capture.trace.program import (
     Program,
     Ref,
     build_module,
-    program_from_export,
     refs,
     replace_refs,
     simplify,
