@@ -25,7 +25,7 @@ BATCH = "batch"
 """(N,) int64: index of the structure that each atom belongs to."""
 
 ENERGY = "energy"
-"""(B,) float: energy in eV."""
+"""(B,) float64: energy in eV. float32 would round all-electron energies by eV."""
 
 FORCES = "forces"
 """(N, 3) float: forces in eV/Å."""

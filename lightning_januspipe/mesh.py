@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp", "gp")
+_T = TypeVar("_T")
 Size = int | Literal["auto"]
 
 
@@ -59,6 +60,11 @@ class MeshShape:
     def size(self) -> int:
         """Number of processes."""
         return self.pipeline * self.data * self.graph
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Number of ranks that work on the same samples: those of a pipeline, with their graph ranks."""
+        return self.pipeline * self.graph
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
         """(pipeline, data, graph) position of a global rank."""
@@ -118,6 +124,12 @@ class Mesh:
             group = dist.new_group([other])
             if other == rank:
                 self.alone_group = group
+
+    def gathered_over_pipeline(self, mine: _T) -> list[_T]:
+        """Returns an object of every rank of this rank's pipeline, on all of these ranks."""
+        found: list[Any] = [None] * self.shape.pipeline
+        dist.all_gather_object(found, mine, group=self.control_group)
+        return found
 
     def abort(self) -> None:
         """Close this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""

@@ -31,6 +31,7 @@ def write_database(file: Path, structures: list[Atoms]) -> None:
 
 
 def main() -> None:
+    """Writes the file that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, help="*.extxyz or *.db")
     parser.add_argument("--num-structures", type=int, default=100)

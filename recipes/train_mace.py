@@ -74,24 +74,29 @@ class Potential(lightning.LightningModule):
         self.loss = modules.WeightedEnergyForcesStressLoss(energy_weight=1.0, forces_weight=10.0, stress_weight=100.0)
 
     def predict(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Returns energy, forces and stress."""
         return self.model(batch.to_dict(), training=self.training, compute_force=True, compute_stress=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Returns the loss."""
         loss = self.loss(pred=self.predict(batch), ref=batch)
         self.log("loss", loss, prog_bar=True, batch_size=batch.num_graphs)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs the mean absolute error of the forces."""
         with torch.enable_grad():
             predicted = self.predict(batch)
         error = (predicted["forces"] - batch.forces).detach().abs().mean()
         self.log("val_forces_mae", error, prog_bar=True, batch_size=batch.num_graphs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns the optimizer."""
         return torch.optim.Adam(self.parameters(), lr=0.01, amsgrad=True)
 
 
 def main() -> None:
+    """Trains MACE with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--devices", type=int, default=2)

@@ -39,6 +39,7 @@ def build_model(name: str, elements: tuple[str, ...], layers: int, width: int) -
 
 
 def main() -> None:
+    """Trains a model of MatGL with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=["TensorNet", "M3GNet", "CHGNet"], default="TensorNet")
     parser.add_argument("--accelerator", default="cpu")

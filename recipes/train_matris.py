@@ -42,6 +42,7 @@ class MatRISModule(lightning.LightningModule):
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the loss."""
         graphs, labels = batch
         out = self.model(graphs, task="efs", is_training=self.training)
         loss = huber_loss(out["e"], labels["energy"]) + huber_loss(torch.cat(out["f"]), labels["forces"])
@@ -50,6 +51,7 @@ class MatRISModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs the mean absolute error of the forces."""
         graphs, labels = batch
         with torch.enable_grad():
             out = self.model(graphs, task="efs", is_training=self.training)
@@ -57,6 +59,7 @@ class MatRISModule(lightning.LightningModule):
         self.log("val_forces_mae", error, batch_size=len(graphs), sync_dist=True, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns the optimizer."""
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
 
@@ -81,6 +84,7 @@ def collate(samples: list[Any]) -> tuple[list[Any], dict[str, Tensor]]:
 
 
 def main() -> None:
+    """Trains MatRIS with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--devices", type=int, default=2)

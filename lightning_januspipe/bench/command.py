@@ -1,352 +1,78 @@
-"""The benchmarks of docs/benchmarks.md: compared in one call, on the same work, on this machine.
-
-Every configuration runs in fresh processes with one thread each; runs of the configurations alternate, so that what
-else the machine does meets all of them. Printed are medians over the runs, and ratios of them.
-"""
+"""``januspipe bench``: the benchmarks of docs/benchmarks.md."""
 
 from __future__ import annotations
 
-import argparse
-import re
-import resource
-import statistics
-import sys
-import time
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-import torch
+from jsonargparse.typing import PositiveInt
 
+from lightning_januspipe.bench import training_steps
+from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.replicas import balance
-from lightning_januspipe.bench.work import Work, trainer_of
-from lightning_januspipe.schedule.build import GENERATORS
-from lightning_januspipe.testing import RankPool
+from lightning_januspipe.bench.work import Work
+from lightning_januspipe.cli.parsers import CommandParser
 
-_WARM_UP = 5
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One rank's measurement of one run.
-
-    Attributes:
-        step: median seconds of an optimizer step.
-        loss: of the last step, to see that the work was the same.
-        memory: peak resident memory above what the process had before training, in bytes.
-        predicted: simulated seconds of the phases of each timed step, where steps were recorded.
-        recorded: what these took.
-    """
-
-    step: float
-    loss: float
-    memory: int
-    predicted: list[float]
-    recorded: list[float]
-
-
-def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) -> Timing:
-    """Train for a few steps on this rank; ``strategy`` None is plain Lightning.
-
-    Args:
-        work: what to do.
-        strategy: arguments of the strategy.
-        record: compare the timed steps with their simulation.
-    """
-    import lightning
-    import numpy as np
-
-    torch.set_num_threads(1)
-    dtype = torch.float64 if work.dtype == "float64" else torch.float32
-    torch.set_default_dtype(dtype)
-    module, loader = _module_and_loader(work, dtype, energy_weight=1.0)
-    times: list[float] = []
-    losses: list[float] = []
-    predicted: list[float] = []
-    recorded: list[float] = []
-
-    class Clock(lightning.Callback):
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if record and len(times) >= _WARM_UP:
-                trainer.strategy.runner.record_next_step()
-            trainer.strategy.barrier()
-            self._began = time.perf_counter()
-
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-            trainer.strategy.barrier()
-            times.append(time.perf_counter() - self._began)
-            losses.append(float(outputs["loss"]))
-            if record and len(times) > _WARM_UP:
-                step = trainer.strategy.runner.recorded_step()
-                predicted.append(step.predicted.makespan)
-                recorded.append(step.recorded.makespan)
-
-    trainer = trainer_of(strategy, work.steps + _WARM_UP, Clock())
-    np.random.seed(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer.fit(module, loader)
-    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return Timing(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
-
-
-def _module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
-    """The seeded module in the default dtype, and two batches in ``dtype``."""
-    from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
-    from lightning_januspipe.models import PotentialModule
-
-    torch.manual_seed(0)
-    size = work.batch_size * 2
-    structures: Any = work.data or emt_structures(size, sizes=(work.num_atoms,), vacancy_probability=0.0, seed=0)
-    dataset = StructureDataset(structures, cutoff=work.cutoff, dtype=dtype)
-    samples = [dataset[i % len(dataset)] for i in range(size)]
-    potential = work.potential(torch.utils.data.Subset(dataset, range(min(size, len(dataset)))), dataset.species)
-    module = PotentialModule(potential, energy_weight=energy_weight, force_weight=1.0)
-    loader: Any = torch.utils.data.DataLoader(
-        _Samples(samples), batch_size=work.batch_size, collate_fn=collate_structures
-    )
-    return module, loader
-
-
-class _Samples(torch.utils.data.Dataset[Any]):
-    def __init__(self, samples: list[Any]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._samples[index]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians of one configuration over its runs."""
-
-    name: str
-    step: float
-    steps: list[float]
-    memory: list[int]
-    loss: float
-
-
-def compare(
-    configurations: dict[str, tuple[int, dict[str, Any] | None]],
-    work: Work,
-    runs: int = 5,
-    report: Callable[[str], None] = print,
-) -> list[Row]:
-    """Run every configuration ``runs`` times, in turn.
-
-    Args:
-        configurations: name -> (number of ranks, arguments of the strategy, or None for plain Lightning).
-        work: what each does.
-        runs: how often.
-        report: gets a line after each run.
-    """
-    found: dict[str, list[list[Timing]]] = {name: [] for name in configurations}
-    for run in range(runs):
-        for name, (ranks, strategy) in configurations.items():
-            with RankPool(ranks) as pool:
-                found[name].append(pool.run(run_once, work, strategy, timeout=1800))
-            report(f"run {run + 1} of {runs}: {name}: {found[name][-1][0].step:.3f} s per step")
-    rows = []
-    for name, results in found.items():
-        steps = [max(t.step for t in ranks) for ranks in results]
-        memory = [max(ranks[r].memory for ranks in results) for r in range(len(results[0]))]
-        rows.append(Row(name, statistics.median(steps), steps, memory, results[-1][0].loss))
-    return rows
-
-
-def table(rows: list[Row]) -> str:
-    """A Markdown table of rows; ratios are against the first."""
-    first = rows[0]
-    lines = [
-        "| configuration | step, median (s) | range (s) | speed | peak memory per rank (MB) | last loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        memory = ", ".join(f"{m / 1e6:.0f}" for m in row.memory)
-        lines.append(
-            f"| {row.name} | {row.step:.3f} | {min(row.steps):.3f} to {max(row.steps):.3f} "
-            f"| {first.step / row.step:.2f} | {memory} | {row.loss:.6g} |"
-        )
-    return "\n".join(lines)
-
-
-def single_process(work: Work, runs: int = 5) -> str:
-    """One process: the strategy against plain Lightning, the whole batch at once."""
-    return table(compare({"plain Lightning": (1, None), "januspipe, one process": (1, {})}, work, runs))
-
-
-def two_ranks(work: Work, runs: int = 5) -> str:
-    """Two ranks with one thread each against one rank with one thread, one structure in a micro-batch."""
-    split = {"num_microbatches": work.batch_size}
-    return table(
-        compare(
-            {
-                "one rank": (1, split),
-                **{f"two ranks, {name}": (2, {**split, "schedule": name}) for name in reversed(list(GENERATORS))},
-            },
-            work,
-            runs,
-        )
-    )
-
-
-def contention(work: Work, runs: int = 5) -> str:
-    """Two replicas, which do twice the work of one rank and send almost nothing: what sharing the machine costs."""
-    split = {"num_microbatches": work.batch_size}
-    replicas = {**split, "pipeline_size": 1, "data_size": 2}
-    return table(compare({"one rank": (1, split), "two replicas, twice the work": (2, replicas)}, work, runs))
-
-
-def simulation(work: Work, runs: int = 5) -> str:
-    """Steps of two ranks against their simulation, with the phase times of earlier steps of the same run."""
-    lines = ["| schedule | simulated (s) | recorded, median (s) | difference | range |", "|---|---|---|---|---|"]
-    for name in reversed(list(GENERATORS)):
-        predicted, recorded = [], []
-        for _ in range(runs):
-            with RankPool(2) as pool:
-                strategy = {"num_microbatches": work.batch_size, "schedule": name}
-                timing = pool.run(run_once, work, strategy, True, timeout=1800)[0]
-            predicted += timing.predicted
-            recorded += timing.recorded
-        errors = [100 * (real / simulated - 1) for real, simulated in zip(recorded, predicted, strict=True)]
-        lines.append(
-            f"| {name} | {statistics.median(predicted):.3f} | {statistics.median(recorded):.3f} "
-            f"| {statistics.median(errors):+.1f} % | {min(errors):+.1f} to {max(errors):+.1f} % |"
-        )
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What one rank's first step gave.
-
-    Attributes:
-        gradients: of the parameters that it trains, by name, in float64.
-        message_bytes: sent to other ranks in the step.
-    """
-
-    gradients: dict[str, torch.Tensor]
-    message_bytes: int
-
-
-def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Gradients:
-    """The parameter gradients of a loss of forces, from the same weights and structures in any precision.
-
-    Args:
-        work: what to do.
-        strategy: arguments of the strategy.
-        precision: of the Trainer.
-    """
-    import lightning
-
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dtype = torch.float64 if precision == "64-true" else torch.float32
-    module, loader = _module_and_loader(work, dtype, energy_weight=0.0)
-    module = module.float().to(dtype)  # the weights are those that float32 has
-    torch.set_default_dtype(torch.float32)
-    found: list[Gradients] = []
-
-    class Keep(lightning.Callback):
-        def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
-            runner = trainer.strategy.runner
-            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.holds(p)]
-            gradients = {n: p.grad.detach().double() for n, p in held}
-            found.append(Gradients(gradients, getattr(runner, "bytes_sent", 0)))
-
-    trainer_of(strategy, 1, Keep(), precision=precision).fit(module, loader)
-    return found[0]
-
-
-def messages(work: Work, runs: int = 1) -> str:
-    """Error of the parameter gradients of a force loss, in several precisions and with messages in bfloat16."""
-    split = {"num_microbatches": work.batch_size, "schedule": "wavek"}
-    rounded = {**split, "message_dtype": "bf16"}
-    configurations: dict[str, tuple[int, dict[str, Any], str]] = {
-        "float32, one rank": (1, split, "32-true"),
-        **{f"float32, {n} ranks": (n, split, "32-true") for n in (2, 4)},
-        **{f"float32, {n} ranks, messages in bf16": (n, rounded, "32-true") for n in (2, 4)},
-        "bf16-mixed, one rank": (1, split, "bf16-mixed"),
-        **{f"bf16-mixed, {n} ranks": (n, split, "bf16-mixed") for n in (2, 4)},
-    }
-
-    def joined(ranks: int, strategy: dict[str, Any], precision: str) -> tuple[dict[str, torch.Tensor], int]:
-        with RankPool(ranks) as pool:
-            found = pool.run(gradients_once, work, strategy, precision, timeout=1800)
-        return {n: g for rank in found for n, g in rank.gradients.items()}, sum(rank.message_bytes for rank in found)
-
-    reference, _ = joined(1, split, "64-true")
-    norm = sum(float(g.square().sum()) for g in reference.values()) ** 0.5
-    lines = [
-        "| configuration | relative error of the gradient | of its worst parameter | messages (MB) |",
-        "|---|---|---|---|",
-    ]
-    for name, (ranks, strategy, precision) in configurations.items():
-        gradients, sent = joined(ranks, strategy, precision)
-        errors = {n: float((gradients[n] - g).norm()) for n, g in reference.items()}
-        worst = max(e / max(float(reference[n].norm()), 1e-3 * norm) for n, e in errors.items())
-        whole = sum(e**2 for e in errors.values()) ** 0.5 / norm
-        lines.append(f"| {name} | {whole:.1e} | {worst:.1e} | {sent / 1e6:.2f} |")
-    return "\n".join(lines)
-
-
-BENCHMARKS: dict[str, Callable[[Work, int], str]] = {
-    "single": single_process,
-    "two-ranks": two_ranks,
-    "contention": contention,
-    "simulation": simulation,
-    "messages": messages,
+BENCHMARKS: Mapping[str, Callable[..., str]] = {
+    "single": training_steps.single_process,
+    "two-ranks": training_steps.two_ranks,
+    "contention": training_steps.contention,
+    "simulation": training_steps.simulation,
+    "messages": training_steps.messages,
     "balance": balance,
     "graph": graph,
 }
+"""The benchmarks that train on this machine; each returns its tables."""
+
+_DESCRIPTION = """\
+Measures this machine: several configurations on the same work, in turn, in fresh processes. docs/benchmarks.md shows
+the tables.
+"""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """``januspipe bench NAME``: run a benchmark and print its table.
+def main(args: Sequence[str]) -> None:
+    """Runs ``januspipe bench NAME`` and prints its tables.
 
     Args:
-        args: command line after ``bench``; None for ``sys.argv``.
+        args: The command line after ``bench``.
     """
-    words = sys.argv[1:] if args is None else list(args)
-    if words[:1] == ["emulate"] or ("--emulate" in words and words[0] not in BENCHMARKS):
-        from lightning_januspipe.bench.emulate.schedules import main as emulate
-
-        emulate([w for i, w in enumerate(words) if w != "--emulate" and (i, w) != (0, "emulate")])
-        return
-    parser = argparse.ArgumentParser(prog="januspipe bench", description=__doc__)
-    parser.add_argument(
-        "name",
-        choices=[*sorted(BENCHMARKS), "emulate"],
-        help=" ".join(f"{n}: {f.__doc__}" for n, f in BENCHMARKS.items())
-        + " emulate: All schedules with phases that sleep; has options of its own, see januspipe bench emulate --help.",
-    )
-    parser.add_argument(
-        "--runs",
-        type=int,
-        help="runs of each configuration, of which medians are taken (default: 5; 1 with --emulate)",
-    )
-    parser.add_argument(
-        "--emulate",
-        action="store_true",
-        help="with balance: run the simulated meshes, with a process for each of their 32 ranks, real messages, and "
-        "phases that sleep; every one of --steps takes more than a minute",
-    )
-    explained = dict(re.findall(r"^ {8}(\w+): (.*)\.$", Work.__doc__ or "", re.MULTILINE))
-    for field_ in fields(Work):
-        kind = str if field_.type in ("str", "str | None") else int if field_.type == "int" else float
-        text = explained[field_.name] + ("" if field_.default is None else " (default: %(default)s)")
-        choices = ("float32", "float64") if field_.name == "dtype" else None
-        parser.add_argument(f"--{field_.name}", type=kind, choices=choices, default=field_.default, help=text)
-    given = vars(parser.parse_args(words))
-    name, runs, emulated = given.pop("name"), given.pop("runs"), given.pop("emulate")
-    if emulated and name != "balance":
-        parser.error(f"{name} is not emulated; expected --emulate with balance, or januspipe bench emulate")
+    parser = CommandParser("januspipe bench", _DESCRIPTION)
+    commands = parser.add_subcommands(dest="name", metavar="NAME", title="benchmarks", description=None)
+    for name, benchmark in BENCHMARKS.items():
+        own = CommandParser(description=inspect.getdoc(benchmark))
+        options = inspect.signature(benchmark).parameters
+        own.add_argument(
+            "--runs",
+            type=PositiveInt,
+            default=options["runs"].default,
+            help="Runs of each configuration, of which medians are taken.",
+        )
+        if "emulate" in options:
+            own.add_argument(
+                "--emulate",
+                action="store_true",
+                help="Run the simulated meshes instead, with a process for each of their 32 ranks, real messages, and "
+                "phases that sleep. Each of --steps takes more than a minute.",
+            )
+        own.add_class_arguments(Work)
+        commands.add_subcommand(name, own, help=(inspect.getdoc(benchmark) or "").partition("\n")[0])
+    emulate = CommandParser(description="Runs schedules with real messages between processes, and phases that sleep.")
+    emulate.add_function_arguments(emulate_schedules)
+    commands.add_subcommand("emulate", emulate, help=emulate.description)
+    words = ["emulate", *args[1:]] if args[:1] == ["--emulate"] else list(args)
+    given = parser.parse_args(words or ["--help"])
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    benchmark = partial(balance, emulate=True) if emulated else BENCHMARKS[name]
-    print(f"\n{benchmark(Work(**given), (1 if emulated else 5) if runs is None else runs)}")
+    values: dict[str, Any] = vars(given[given.name])
+    try:
+        if given.name == "emulate":
+            text = emulate_schedules(**values)
+        else:
+            work = Work(**{field.name: values.pop(field.name) for field in fields(Work)})
+            text = BENCHMARKS[given.name](work, **values)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"\n{text}")

@@ -148,5 +148,5 @@ def volume(data: str | None = None, num_ranks: int = 4) -> str:
 
 
 def graph(work: Work, runs: int = 1) -> str:
-    """Memory, time and exchange of ranks that share the atoms of one structure."""
+    """Measures memory and time of graph ranks that share the atoms of one structure, and counts what they exchange."""
     return f"{memory(work, runs)}\n\nAll-gather over exchange, 4 graph ranks:\n\n{volume(work.data)}"

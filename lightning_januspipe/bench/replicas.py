@@ -339,8 +339,11 @@ def _fit(work: Work, balance: str) -> list[tuple[float, float]]:
     return times[1:]
 
 
-def balance(work: Work, runs: int = 5, emulate: bool = False) -> str:
-    """Structures of very different sizes: micro-batches of each replica's own samples or of all replicas' samples."""
+def balance(work: Work, runs: int | None = None, emulate: bool = False) -> str:
+    """Shows what sharing samples among replicas gains on structures of very different sizes.
+
+    Micro-batches are made of each replica's own samples, or of the samples of all replicas.
+    """
     if emulate:
-        return f"Emulated:\n\n{emulated(work, runs)}"
-    return f"Simulated:\n\n{counted(work)}\n\nTwo replicas on this machine:\n\n{timed(work, runs)}"
+        return f"Emulated:\n\n{emulated(work, runs or 1)}"
+    return f"Simulated:\n\n{counted(work)}\n\nTwo replicas on this machine:\n\n{timed(work, runs or 5)}"

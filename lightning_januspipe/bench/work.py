@@ -1,29 +1,29 @@
-"""The work that benchmarks compare configurations on: the potential, and the Trainer."""
+"""The work that benchmarks compare configurations on, and the Trainer that does it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class Work:
-    """The same work for every configuration.
+    """The work that is the same for every configuration.
 
     Attributes:
-        data: an extxyz file; None for boxes of metal made with ASE's EMT.
-        num_atoms: about how many atoms a box of EMT metal has.
-        batch_size: structures in a batch.
-        steps: timed optimizer steps of a run; five more warm up, until the schedule is settled.
-        num_layers: layers of the potential.
-        num_features: channels of the potential.
-        l_max: largest degree of its features.
-        cutoff: its cutoff, in Å.
-        dtype: of the potential and of what is computed with it.
+        data: An extxyz file; without it, boxes of metal are made with ASE's EMT.
+        num_atoms: Atoms in a box of EMT metal, about.
+        batch_size: Structures in a batch.
+        steps: Timed optimizer steps of a run; five more warm up, until the schedule is settled.
+        num_layers: Layers of the potential.
+        num_features: Channels of the potential.
+        l_max: Largest degree of the potential's features.
+        cutoff: Cutoff of the potential, in Å.
+        dtype: Type of the potential and of all that is computed with it.
     """
 
     data: str | None = None
@@ -34,14 +34,14 @@ class Work:
     num_features: int = 32
     l_max: int = 1
     cutoff: float = 5.0
-    dtype: str = "float32"
+    dtype: Literal["float32", "float64"] = "float32"
 
     def potential(self, samples: Any, species: Sequence[str]) -> nn.Module:
-        """The reference potential, in the default dtype, scaled and shifted to samples.
+        """Returns the reference potential in the default dtype, scaled and shifted to samples.
 
         Args:
-            samples: a dataset of some of them.
-            species: of all.
+            samples: A dataset of some samples.
+            species: Chemical symbols of all samples.
         """
         from lightning_januspipe.data import dataset_statistics
         from lightning_januspipe.models import EquivariantPotential
@@ -59,13 +59,13 @@ class Work:
 
 
 def trainer_of(strategy: dict[str, Any] | None, steps: int, callback: Any, **arguments: Any) -> Any:
-    """A quiet Trainer over this job's processes.
+    """Returns a quiet Trainer over this job's processes.
 
     Args:
-        strategy: arguments of the strategy; None for plain Lightning.
-        steps: how many optimizer steps.
-        callback: what measures.
-        arguments: more of the Trainer's.
+        strategy: Arguments of the strategy; None for plain Lightning.
+        steps: Number of optimizer steps.
+        callback: The callback that measures.
+        arguments: More arguments of the Trainer.
     """
     from lightning_januspipe.testing import quiet_trainer
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_januspipe.runtime.runner import Runner
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +20,6 @@ else:
 __all__ = ["Callback", "LightningModule", "ModelSummary", "Trainer", "runner_of"]
 
 
-def runner_of(trainer: Trainer) -> Any:
+def runner_of(trainer: Trainer) -> Runner | None:
     """This rank's part of the module under JanusPipe, once it is known; None before that and with other strategies."""
     return getattr(trainer.strategy, "runner", None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from lightning_januspipe.callbacks.base import LightningModule, Trainer, runner_of
 from lightning_januspipe.callbacks.picture import Curve, draw_run
@@ -75,12 +76,14 @@ class PipelineMonitor(Metered):
         self._folder = Path()
         self._is_running = False
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
         super().on_train_start(trainer, pl_module)
         self.history, self._num_batches, self._is_running = [], 0, True
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for a recording of this batch, if it is time."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -90,11 +93,12 @@ class PipelineMonitor(Metered):
             return
         if left == 0:
             runner.step_recorder.ask()
-        elif left == 1 and hasattr(runner, "num_stages") and trainer.strategy.root_device.type == "cpu":
+        elif left == 1 and runner.is_staged and trainer.strategy.root_device.type == "cpu":
             is_due = runner.step_recorder.held is None or len(self.history) % _MEMORY_EVERY == 0
             if is_due:
                 runner.step_recorder.ask(memory=True)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -110,6 +114,7 @@ class PipelineMonitor(Metered):
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and write, on one rank."""
         self._is_running = False
@@ -125,6 +130,7 @@ class PipelineMonitor(Metered):
         if trainer.is_global_zero:
             self._write(trainer, rows)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what this rank knows: others may have ended."""
         if self._is_running and trainer.is_global_zero and self.history:
@@ -142,14 +148,13 @@ class PipelineMonitor(Metered):
         device = trainer.strategy.root_device
         held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else runner.step_recorder.held
         mine = RankNumbers.of_step(runner.step_recorder.rank_step, self.measured(), held)
-        num_stages = getattr(runner, "num_stages", 0)
-        most = trainer.strategy.num_microbatches()  # type: ignore[attr-defined]
-        return metrics(exchanged(mine, num_stages, most, mesh.host_group), mesh.shape)
+        strategy: Any = trainer.strategy
+        return metrics(exchanged(mine, runner.num_stages, strategy.num_microbatches(), mesh.host_group), mesh.shape)
 
     def _rows(self, trainer: Trainer) -> list[draw.Panel]:
         """The last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
-        if not hasattr(runner, "recorded_step") or mesh is None or mesh.aborted:
+        if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
             return []
         own = runner.recorded_step()
         steps: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None

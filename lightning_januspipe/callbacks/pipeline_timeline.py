@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer, runner_of
 from lightning_januspipe.schedule import draw
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
@@ -44,20 +46,24 @@ class PipelineTimeline(Callback):
         self.step, self.dirpath, self.suffix = step, dirpath, suffix
         self._num_batches = 0
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here."""
         self._num_batches = 0
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for the recording."""
-        if self._num_batches == 0 and not hasattr(runner_of(trainer), "record_next_step"):
+        runner = runner_of(trainer)
+        if runner is None or not runner.is_staged:
             raise ValueError(
                 "PipelineTimeline draws the steps of a pipeline, but this run has none; use "
                 "Trainer(strategy='januspipe') with at least two processes, or leave the callback out"
             )
         if self._num_batches == self.step:
-            runner_of(trainer).record_next_step()
+            runner.record_next_step()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -66,9 +72,11 @@ class PipelineTimeline(Callback):
         if self._num_batches != self.step + 1:
             return
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
-        found = runner_of(trainer).recorded_step()  # and so does this
+        runner = runner_of(trainer)
+        found = None if runner is None else runner.recorded_step()  # and so does this
         if not trainer.is_global_zero:
             return
+        assert found is not None, "the step was recorded"
         rows = [("predicted", found.schedule, found.predicted), ("recorded", found.schedule, found.recorded)]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pipeline-step-{self.step}"
@@ -81,6 +89,7 @@ class PipelineTimeline(Callback):
             f"{100 * found.predicted.bubble_fraction:.1f} %); timeline in {path.with_suffix('.' + self.suffix)}"
         )
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the step did not come."""
         if trainer.is_global_zero and self._num_batches <= self.step:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_januspipe.callbacks.base import LightningModule, ModelSummary, Trainer, runner_of
+from lightning_januspipe.runtime.runner import Runner
 
 
 class StageSummary(ModelSummary):
@@ -32,10 +34,12 @@ class StageSummary(ModelSummary):
         super().__init__(max_depth)
         self._is_printed = False
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing yet: the stages are not known."""
         self._is_printed = False
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Print the summary, once and on one process."""
         if self._is_printed:
@@ -45,7 +49,7 @@ class StageSummary(ModelSummary):
             print_summary(self._summary(trainer, pl_module), runner_of(trainer), pl_module)
 
 
-def print_summary(summary: Any, runner: Any, module: nn.Module) -> None:
+def print_summary(summary: Any, runner: Runner | None, module: nn.Module) -> None:
     """Print a table of a Lightning summary's columns, with the stages of a pipeline, and the totals.
 
     Args:
@@ -73,29 +77,22 @@ def print_summary(summary: Any, runner: Any, module: nn.Module) -> None:
     console.print(table)
     total, trainable = summary.total_parameters, summary.trainable_parameters
     console.print(f"Parameters: {total:,}, trainable: {trainable:,}, {summary.model_size:,.3f} MB", highlight=False)
-    if stages is not None:
+    if runner is not None and stages is not None:
         ranks = [[s for s, r in enumerate(runner.placement) if r == rank] for rank in sorted(set(runner.placement))]
         places = (f"rank {rank}: {describe(of_rank)}" for rank, of_rank in enumerate(ranks))
         console.print(f"Stages of the pipeline, {', '.join(places)}", highlight=False)
 
 
-def module_stages(runner: Any, module: nn.Module) -> dict[str, frozenset[int]] | None:
+def module_stages(runner: Runner | None, module: nn.Module) -> dict[str, frozenset[int]] | None:
     """Name of every submodule → the stages that read its parameters; None without a pipeline.
 
     Parameters that no stage reads, such as those outside the potential, count for all stages.
     """
-    if not hasattr(runner, "num_stages"):
+    if runner is None or not runner.is_staged:
         return None
-    potential = runner.capture.potential
-    prefix = f"{potential.path}." if potential.path else ""
-    everywhere = frozenset(range(runner.num_stages))
-    of_parameter: Mapping[str, Iterable[int]] = {
-        prefix + name: found for name, found in potential.parameter_stages().items() if found
-    }
-    of_object = {parameter: of_parameter.get(name) for name, parameter in module.named_parameters()}
+    stages_of = runner.parameters.stages_of
     return {
-        name: frozenset().union(*(of_object.get(p) or everywhere for p in part.parameters()))
-        for name, part in module.named_modules()
+        name: frozenset().union(*(stages_of[p] for p in part.parameters())) for name, part in module.named_modules()
     }
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
+
+from typing_extensions import override
 
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
 from lightning_januspipe.loader.microbatch import MicroBatches
-
-POSITION_KEYS = (keys.POSITIONS, "pos", "_positions")
-"""Names under which batches hold the (N, 3) positions: here and in ASE's ways, in PyG and NequIP, in SchNetPack."""
+from lightning_januspipe.loader.sample_fields import POSITIONS, STRUCTURE_INDICES, find_field, named_tensors
 
 
 class Metered(Callback):
@@ -31,24 +30,29 @@ class Metered(Callback):
         self._last_end: float | None = None
         self._is_first = True
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an earlier run measured."""
         self._batches.clear()
         self._is_first = True
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new interval."""
         self._last_end = None
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the time of the validation out."""
         self._last_end = None
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a new interval where there is none."""
         if self._last_end is None and not self._is_first:
             self._last_end = time.perf_counter()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -90,6 +94,7 @@ class Throughput(Metered):
             raise ValueError(f"window={window}; expected a number of batches of at least 1")
         super().__init__(window)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -105,30 +110,25 @@ class Throughput(Metered):
 
 
 def count_atoms(batch: Any) -> int:
-    """N of a batch, summed over its micro-batches; 0 where no positions are found."""
+    """Returns N of a batch, summed over its micro-batches; 0 where no positions are found."""
     if isinstance(batch, MicroBatches):
         return sum(count_atoms(part) for part in batch.batches)
-    for name in POSITION_KEYS:
-        positions = _get(batch, name)
-        if positions is not None:
-            return int(positions.shape[0])
-    return 0
+    positions = find_field(named_tensors(batch), POSITIONS, dim=2)
+    return 0 if positions is None else len(positions)
 
 
 def count_structures(batch: Any) -> int:
-    """B of a batch, summed over its micro-batches; 1 where nothing tells."""
+    """Returns B of a batch, summed over its micro-batches; 1 where nothing tells."""
     if isinstance(batch, MicroBatches):
         return sum(batch.num_samples)
-    for name in (keys.CELL, keys.ENERGY):
-        value = _get(batch, name)
-        if value is not None and value.dim() > 0:
-            return int(value.shape[0])
     num_graphs = getattr(batch, "num_graphs", None)  # PyG batches
     if num_graphs is not None:
         return int(num_graphs)
-    structure = _get(batch, keys.BATCH)
-    return 1 if structure is None or not len(structure) else int(structure.max()) + 1
-
-
-def _get(batch: Any, name: str) -> Any:
-    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+    fields = list(named_tensors(batch))
+    of_structures = find_field(fields, [keys.CELL], dim=3)
+    if of_structures is None:
+        of_structures = find_field(fields, [keys.ENERGY], dim=1)
+    if of_structures is not None:
+        return len(of_structures)
+    indices = find_field(fields, STRUCTURE_INDICES, dim=1)
+    return 1 if indices is None or not len(indices) else int(indices.max()) + 1

@@ -15,14 +15,14 @@ from lightning_januspipe.capture.cache.key import program_key
 from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
-from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.find.potential import evaluation_call, find_potential
+from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.report import summary
 from lightning_januspipe.capture.stages.captured import CapturedPotential
-from lightning_januspipe.capture.stages.explicit import ExplicitPotential, ExplicitStages
+from lightning_januspipe.capture.stages.explicit import ExplicitStages
 from lightning_januspipe.capture.stages.explicit_shapes import explicit_potential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.program import Program
@@ -35,9 +35,8 @@ from lightning_januspipe.capture.validate.against_eager import (
     validate_evaluation,
 )
 from lightning_januspipe.capture.validate.side_effects import unchanged
-from lightning_januspipe.engine.memory import PhaseBytes
-from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 StageOrigin = Literal["auto", "captured", "explicit"]
 """Where stages come from: tracing, the potential's own, or the first of these two that works."""
@@ -52,24 +51,25 @@ class Capture:
         seconds: measured phase times of each stage.
         bytes: measured memory of one micro-batch in each stage.
         elapsed: seconds that all of it took.
-        origin: in words, how the stages were come by, and what was refused before.
+        origin: in words, where the stages come from, and what was refused before.
+        alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
     """
 
     potential: StagedPotential
-    seconds: list[PhaseSeconds]
-    bytes: list[PhaseBytes]
+    costs: list[PhaseCosts]
+    memory: list[MemoryCosts]
     elapsed: float
     origin: str
+    alternative: str = ""
 
     def describe(self) -> str:
         """One line for a user: what was found, and how it is divided."""
-        total = sum(s.total for s in self.seconds)
-        shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
-        num, num_stages = sum(self.potential.num_operations), len(self.seconds)
+        total = sum(s.total for s in self.costs)
+        shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.costs)
+        num, num_stages = sum(self.potential.num_operations), len(self.costs)
         stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
-        what = "parts" if isinstance(self.potential, ExplicitPotential) else "operations"
         return (
-            f"potential {shown(self.potential.path)} {self.origin}: {num} {what} in "
+            f"potential {shown(self.potential.path)} {self.origin}: {num} {self.potential.operation_word} in "
             f"{stages if num_stages > 1 else 'one stage'}, ready after {self.elapsed:.1f} s"
         )
 
@@ -122,37 +122,18 @@ def capture_module(
             step_time,
             cache,
         )
-        captured, seconds, origin = _stages(job, stages)
+        captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages:
             validate(captured, job.potential, job.other, phase_mode)
         evaluated = potential_of(module, evaluation_step or step, found)
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
-        captured = _with_evaluation(captured, evaluated, evaluation)
+        captured = captured.with_evaluation(evaluated, evaluation)
         validate_evaluation(captured, evaluated, evaluation)
-        captured = _with_kinds(captured, (job.potential, job.other), (evaluated, evaluation))
+        captured = captured.with_validated((job.potential, job.other), (evaluated, evaluation))
         folded = replace(phase_mode, split_stages=False)
-        bytes_ = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
-        assert bytes_ is not None
-    return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin)
-
-
-def _with_kinds(captured: StagedPotential, *calls: tuple[nn.Module, PotentialCall]) -> StagedPotential:
-    """The captured potential, which knows what kinds of calls it was validated on."""
-    if not isinstance(captured, CapturedPotential):
-        return captured
-    found: frozenset[str] = frozenset()
-    for potential, call in calls:
-        symbols = captured.bind_sizes(captured.inputs(potential)(call.args, call.kwargs))
-        found |= captured.unvalidated_kinds(potential, call.args, call.kwargs, symbols)
-    return replace(captured, validated_kinds=found)
-
-
-def _with_evaluation(captured: StagedPotential, potential: nn.Module, call: PotentialCall) -> StagedPotential:
-    """The captured potential, which takes the constants of calls in evaluation too; what it returns is validated."""
-    if not isinstance(captured, CapturedPotential):
-        return captured
-    arguments = adapted(adapters_of(potential), potential, call.args, call.kwargs)
-    return replace(captured, call=captured.call.with_evaluation(*arguments))
+        memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].memory
+        assert memory is not None
+    return Capture(captured, seconds, memory, time.perf_counter() - began, origin, alternative)
 
 
 @dataclass(frozen=True)
@@ -175,9 +156,9 @@ class _CaptureJob:
     cache: ProgramCache | None
 
 
-def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseSeconds], str]:
-    """Stages, their times, and their origin: the first way that works."""
-    ways: dict[str, Callable[[_CaptureJob], tuple[StagedPotential, list[PhaseSeconds], str]]]
+def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseCosts], str, str]:
+    """Returns stages, their times, their origin, and the alternative to them: the first way that works."""
+    ways: dict[str, Callable[[_CaptureJob], tuple[StagedPotential, list[PhaseCosts], str]]]
     ways = {"captured": _from_trace, "explicit": _from_explicit_parts}
     has_own = isinstance(job.potential, ExplicitStages)
     if stages == "explicit" and not has_own:
@@ -195,13 +176,15 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
             refused.append(error)
             continue
         notes = [f"tracing was refused ({error})" for error in refused]
-        return captured, seconds, "; ".join([origin, *notes])
+        has_other = way == "captured" and has_own
+        alternative = " Or take the stages that it declares, with stages='explicit'." if has_other else ""
+        return captured, seconds, "; ".join([origin, *notes]), alternative
     if len(refused) == 1:
         raise refused[0]
     raise CaptureError(f"{refused[0]} The potential's own stages were refused too: {refused[1]}") from refused[0]
 
 
-def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
+def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseCosts], str]:
     """A potential that is traced, or was traced before; what the cache gives is proved like a new trace."""
     adapters = adapters_of(job.potential)
     call, other = (
@@ -221,7 +204,7 @@ def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseSeconds]
             except CaptureError:  # a new trace decides
                 job.cache.discard(key.digest)
     began = time.perf_counter()
-    program = split_shared_linear(trace_potential(job.potential, call, form, adapters))
+    program = apply_passes(trace_potential(job.potential, call, form, adapters))
     note = f", not cached: {key.reason}" if key is not None and key.digest is None else ""
     origin = f"captured (traced in {time.perf_counter() - began:.1f} s{note})"
     found = _cut(job, call, form, program)
@@ -232,14 +215,14 @@ def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseSeconds]
 
 def _cut(
     job: _CaptureJob, call: PotentialCall, form: CallFormat, program: Program
-) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+) -> tuple[CapturedPotential, list[PhaseCosts]]:
     """A traced potential in balanced, validated stages."""
     regions = find_regions(program, call.read_outputs)
     captured = CapturedPotential(
         call.path, program, regions, Cut([], [], []), form, call.replaced, call.step_parameters
     )
     profile = measure(program, regions, job.potential, captured.inputs(job.potential)(job.other.args, job.other.kwargs))
-    measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
+    measured: list[tuple[CapturedPotential, list[PhaseCosts]]] = []
     for placement in job.placements:
         ranks = placement if len(placement) > len(set(placement)) else None
         try:
@@ -251,7 +234,7 @@ def _cut(
     return fastest(measured, job.step_time)
 
 
-def _from_explicit_parts(job: _CaptureJob) -> tuple[StagedPotential, list[PhaseSeconds], str]:
+def _from_explicit_parts(job: _CaptureJob) -> tuple[StagedPotential, list[PhaseCosts], str]:
     parts = explicit_potential(job.potential, job.call, job.other)
     measured = balance_parts(parts, job.potential, job.other, job.phase_mode, job.placements)
     return *fastest(measured, job.step_time), "divided by itself (explicit stages)"

@@ -1,0 +1,1 @@
+"""Files and folders of checkpoints, and averages of weights."""

@@ -1,18 +1,17 @@
-"""LightningCLI for potentials."""
+"""``januspipe fit``, ``validate``, ``test`` and ``predict``: LightningCLI for potentials."""
 
 from __future__ import annotations
 
 import inspect
-import io
 import pkgutil
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+from typing_extensions import override
 
+import lightning_januspipe  # noqa: F401  (registers the strategy's names)
 from lightning_januspipe.callbacks import ErrorReport
+from lightning_januspipe.cli.parsers import RecipeParser
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,15 +22,8 @@ else:
         from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 
-DESCRIPTION = """\
-Train interatomic potentials in a pipeline of devices. Beside the subcommands below there are `januspipe plan`, which
-tells before training what each schedule would give, `januspipe bench`, which measures this machine, and `januspipe
-consolidate`, which makes one file of a checkpoint folder; see their own --help.
-"""
-
-
-POTENTIAL = "model.init_args.potential.init_args."
-
+POTENTIAL = "model.init_args.potential.init_args"
+"""Where the arguments of a potential stand in a configuration."""
 
 FROM_DATA: dict[str, Any] = {
     "species": [],
@@ -40,25 +32,26 @@ FROM_DATA: dict[str, Any] = {
     "per_species_scale": 1.0,
     "per_species_shift": 0.0,
 }
-"""Arguments of a potential that come from the data where they are left out, and what stands for them until then."""
+"""The arguments of a potential that come from the data where they are left out, and their values until then."""
 
 
 class PotentialCLI(LightningCLI):
     """LightningCLI with any LightningModule and LightningDataModule, named by their class paths.
 
-    Two additions:
+    Two things are added:
 
     - Arguments in :data:`FROM_DATA` that a recipe leaves out of ``model.init_args.potential`` are taken from the data
       module, if it has ``species`` and ``statistics()``. The configuration that is saved with a run holds the values.
     - ``fit`` ends with a test, if the data has a test split, and a table of the errors.
+
+    Args:
+        args: The command line without the name of the program.
+        run: Whether the command line begins with a subcommand, which is run. Otherwise model, data and Trainer are
+            made, and nothing is run.
+        prog: The name of the program in messages.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
-        """Parse the arguments and run the subcommand.
-
-        Args:
-            args: The command line without the name of the program.
-        """
+    def __init__(self, args: Sequence[str], *, run: bool = True, prog: str = "januspipe") -> None:
         self._missing: list[str] = []
         self._data: Any = None
         self.report = ErrorReport(print_after_fit=False)
@@ -71,15 +64,22 @@ class PotentialCLI(LightningCLI):
             # All of the validation data before training, for the table.
             trainer_defaults={"callbacks": [self.report], "num_sanity_val_steps": -1},
             parser_kwargs={
-                "prog": "januspipe",
-                "description": DESCRIPTION,
-                "allow_abbrev": False,  # missing_arguments needs full names
+                "prog": prog,
+                "allow_abbrev": False,
+                **{name: {"usage": f"{prog} {name} --config RECIPE [arguments]"} for name in self.subcommands()},
             },
             args=list(args),
+            run=run,
         )
 
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser, of the program or of a subcommand."""
+        return RecipeParser(**kwargs)
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of the report."""
+        """Adds the option of the report."""
         parser.add_argument(
             "--test_after_fit",
             type=Literal["best", "last", "no"],
@@ -87,42 +87,49 @@ class PotentialCLI(LightningCLI):
             help="Weights to test when fit ends: those of the best checkpoint, those of the last step, or no test.",
         )
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; where the data shall give arguments of the potential, let placeholders stand for them."""
-        self._missing = missing_arguments(args)
-        placeholders = [f"--{POTENTIAL}{name}={FROM_DATA[name]}" for name in self._missing]
-        if not any(arg.startswith("--print_config") for arg in args):
-            self.config = parser.parse_args([*args, *placeholders])
-            return
-        printed = io.StringIO()
-        try:
-            with redirect_stdout(printed):
-                self.config = parser.parse_args([*args, *placeholders])
-        finally:
-            print(without_placeholders(printed.getvalue(), self._missing), end="")
+        """Parses the command line; placeholders stand for arguments of the potential that the data will give."""
+        assert isinstance(parser, RecipeParser)
+        given = parser.parse_given(args)
+        self._missing = missing_arguments(given[given.subcommand] if "subcommand" in given else given)
+        keys = {f"{POTENTIAL}.{name}": name for name in self._missing}
+        parsers: Mapping[str, Any] = getattr(self, "_subcommand_parsers", {})
+        for each in (parser, *parsers.values()):
+            each.left_to_data = list(keys)
+        self.config = parser.parse_args([*args, *(f"--{key}={FROM_DATA[name]}" for key, name in keys.items())])
+        for each in (parser, *parsers.values()):
+            each.left_to_data = ()
 
+    @property
+    def arguments(self) -> Any:
+        """The parsed arguments: of the subcommand, where there is one."""
+        return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+
+    @override
     def before_instantiate_classes(self) -> None:
-        """Replace the placeholders by what the data says."""
+        """Replaces the placeholders by values from the data."""
         if not self._missing:
             return
-        config = self.config[self.config.subcommand].data
-        parser = LightningArgumentParser()
+        config = self.arguments.data
+        parser = RecipeParser()
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # older jsonargparse
         self._data = instantiate(parser.parse_object({"data": config})).data
         values = arguments_from_data(self._data, config.init_args.get("cutoff"), self._missing)
         for name, value in values.items():
-            self.config[f"{self.config.subcommand}.{POTENTIAL}{name}"] = value
+            self.arguments[f"{POTENTIAL}.{name}"] = value
 
+    @override
     def instantiate_classes(self) -> None:
-        """Make model, data module and Trainer; a data module that was asked already has its data, and is kept."""
+        """Makes model, data module and Trainer; a data module that gave arguments has its data already, and is kept."""
         super().instantiate_classes()
         if self._data is not None:
             self.datamodule = self._data
 
     def after_fit(self) -> None:
-        """Test the trained weights and print the table of the errors."""
-        weights = self.config.fit.test_after_fit
+        """Tests the trained weights and prints the table of the errors."""
+        weights = self.arguments.test_after_fit
         if weights != "no" and self._has_test_data():
             has_best = bool(getattr(self.trainer.checkpoint_callback, "best_model_path", ""))
             self.trainer.test(
@@ -141,111 +148,42 @@ class PotentialCLI(LightningCLI):
         return bool(loaders) if isinstance(loaders, (list, tuple)) else True
 
 
-def missing_arguments(args: Sequence[str]) -> list[str]:
-    """Names in :data:`FROM_DATA` that the potential accepts and the command line and its files do not give.
+def missing_arguments(given: Any) -> list[str]:
+    """Returns the names in :data:`FROM_DATA` that a potential accepts and that are not given to it.
 
     Args:
-        args: The command line without the name of the program.
+        given: A configuration without defaults, see :meth:`~lightning_januspipe.cli.parsers.RecipeParser.parse_given`.
     """
-    given = given_arguments(args)
-    if "data" not in given or "model.potential.class_path" not in given:
+    path = given.get("model.init_args.potential.class_path")
+    if path is None or given.get("data") is None:
         return []
-    try:
-        potential = pkgutil.resolve_name(str(given["model.potential.class_path"]))
-        accepted = inspect.signature(potential).parameters
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return []  # the parser says what is wrong with it
-    return [
-        name
-        for name in FROM_DATA
-        if name in accepted and not any(f"{key}.".startswith(f"model.potential.{name}.") for key in given)
-    ]
-
-
-def without_placeholders(config: str, names: Sequence[str]) -> str:
-    """A printed configuration that leaves to the data what is left to it, and so can be used as a recipe.
-
-    Args:
-        config: YAML, in which arguments of the potential have placeholders.
-        names: These arguments.
-    """
-    lines, path = [], list[tuple[int, str]]()
-    for line in config.splitlines():
-        indent, key = len(line) - len(line.lstrip()), line.strip().partition(":")[0]
-        if key and not key.startswith(("#", "-")):
-            path = [*((i, k) for i, k in path if i < indent), (indent, key)]
-            dotted = ".".join(k for _, k in path)
-            if dotted.removeprefix(POTENTIAL) in names and dotted.startswith(POTENTIAL):
-                line = f"{' ' * indent}# {key}: taken from the data"
-        lines.append(line)
-    return "".join(f"{line}\n" for line in lines)
-
-
-def given_arguments(args: Sequence[str]) -> dict[str, Any]:
-    """Model and data arguments of a command line and of the files that it names, by dotted key without ``init_args``.
-
-    Args:
-        args: The command line without the name of the program.
-    """
-    given: dict[str, Any] = {}
-    position = 0
-    while position < len(args):
-        option, has_value, value = args[position].partition("=")
-        position += 1
-        if not option.startswith("-"):
-            continue
-        if not has_value and position < len(args) and not args[position].startswith("--"):
-            value = args[position]
-            position += 1
-        key = "" if option in ("-c", "--config") else option.lstrip("-").removesuffix("+")
-        if key.partition(".")[0] not in ("", "model", "data"):
-            continue
-        if Path(value).suffix in (".yaml", ".yml", ".json") and Path(value).is_file():
-            content = yaml.safe_load(Path(value).read_text()) or {}
-            subcommand = next((arg for arg in args if arg in PotentialCLI.subcommands()), "")
-            if not key and isinstance(content.get(subcommand), dict):
-                content = content[subcommand]
-            _flatten(content, key, given)
-        else:
-            _flatten(value, key, given)
-            _flatten(value, f"{key}.class_path", given)  # "--model CLASS" is short for "--model.class_path CLASS"
-    return given
-
-
-def _flatten(value: Any, key: str, into: dict[str, Any]) -> None:
-    """Add a nested mapping under dotted keys, the mappings themselves included."""
-    key = ".".join(part for part in key.split(".") if part != "init_args")
-    into[key] = value
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            _flatten(item, f"{key}.{name}" if key else str(name), into)
+    accepted = inspect.signature(pkgutil.resolve_name(path)).parameters
+    return [name for name in FROM_DATA if name in accepted and f"{POTENTIAL}.{name}" not in given]
 
 
 def arguments_from_data(data: Any, cutoff: float | None, names: Sequence[str]) -> dict[str, Any]:
-    """Values of arguments of a potential.
+    """Returns the values of arguments of a potential.
 
     Args:
-        data: Data module with ``species`` and ``statistics()``, such as a
+        data: A data module with ``species`` and ``statistics()``, such as a
             :class:`~lightning_januspipe.data.StructureDataModule`.
         cutoff: Cutoff of the data's neighbour lists in Å; None where it has none.
-        names: Which of :data:`FROM_DATA` are asked for.
+        names: The wanted names out of :data:`FROM_DATA`.
 
     Returns:
         Value by name: the species, the cutoff (Å), the edges per atom of the training data, the root mean square of
         its force components in eV/Å as the scale of atomic energies, and the energy per atom of each species (eV).
 
     Raises:
-        ValueError: The data module cannot tell.
+        ValueError: The data module lacks one of them.
     """
     if not hasattr(data, "species") or not callable(getattr(data, "statistics", None)):
         raise ValueError(
             f"{type(data).__name__} has no species and statistics() to take {list(names)} of the potential from; give "
-            "them under model.init_args.potential.init_args, or use a StructureDataModule"
+            f"them under {POTENTIAL}, or use a StructureDataModule"
         )
     if "cutoff" in names and cutoff is None:
-        raise ValueError(
-            f"{type(data).__name__} has no argument cutoff; give it under model.init_args.potential.init_args"
-        )
+        raise ValueError(f"{type(data).__name__} has no argument cutoff; give it under {POTENTIAL}")
     values: dict[str, Any] = {"species": list(data.species), "cutoff": cutoff}
     if set(names) - set(values):
         statistics = data.statistics()

@@ -1,41 +1,70 @@
-"""The command line: ``januspipe fit|validate|test|predict|plan --config recipes/NAME.yaml``, ``januspipe bench``."""
+"""The command line ``januspipe``: finds the subcommand and hands it the rest."""
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
 
-import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.cli.fit import PotentialCLI
+TRAINER_COMMANDS = {
+    "fit": "Trains a potential and prints a table of its errors.",
+    "validate": "Evaluates a checkpoint on the validation data.",
+    "test": "Evaluates a checkpoint on the test data.",
+    "predict": "Runs the predict_step of the model on the data.",
+}
+"""The subcommands that run a Trainer, and what each does."""
+
+OTHER_COMMANDS = {
+    "plan": ("lightning_januspipe.cli.plan:main", "Tells before training what each schedule would give."),
+    "bench": ("lightning_januspipe.bench.command:main", "Measures this machine with the benchmarks of the docs."),
+    "init": ("lightning_januspipe.cli.init:main", "Writes the recipes of the package into the current folder."),
+    "consolidate": ("lightning_januspipe.cli.consolidate:main", "Makes one file of a checkpoint folder."),
+}
+"""The other subcommands: the function that gets the rest of the command line, and what each does."""
+
+_DESCRIPTION = """\
+Trains interatomic potentials in a pipeline of devices. `januspipe init` writes recipes, which are YAML files, and
+`januspipe fit --config recipes/quickstart.yaml` runs the first. `januspipe COMMAND --help` explains a command.
+"""
+
+# What Lightning and its own dependencies say to each other, and no user can mend.
+_WARNINGS = (
+    r"\s*``instantiate_classes`` was deprecated",
+    ".*LeafSpec.*is deprecated",
+    "The dirpath has changed",
+    "Starting from v1.9.0, `tensorboardX` has been removed",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of ``januspipe``.
+    """Runs ``januspipe``.
 
     Args:
         args: Command line without the name of the program; None for ``sys.argv``. A Trainer with several processes
             starts them by running ``sys.argv`` again, so that it needs None here.
     """
     given = sys.argv[1:] if args is None else list(args)
-    if given[:1] == ["bench"]:
-        from lightning_januspipe.bench.command import main as bench
+    command = given[0] if given else ""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    if command in OTHER_COMMANDS:
+        pkgutil.resolve_name(OTHER_COMMANDS[command][0])(given[1:])
+    elif command in TRAINER_COMMANDS or command in ("-c", "--config"):
+        from lightning_januspipe.cli.fit import PotentialCLI
 
-        bench(given[1:])
-        return
-    if given[:1] == ["consolidate"]:
-        from lightning_januspipe.cli.consolidate import main as consolidate
+        PotentialCLI(given)
+    else:
+        _explain(given)
 
-        consolidate(given[1:])
-        return
-    # What Lightning and its own dependencies say to each other, and no user can mend.
-    warnings.filterwarnings("ignore", message=r"\s*``instantiate_classes`` was deprecated")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message="The dirpath has changed")
-    warnings.filterwarnings("ignore", message="Starting from v1.9.0, `tensorboardX` has been removed")
-    if given[:1] == ["plan"]:
-        from lightning_januspipe.cli.plan import main as plan
 
-        plan(given[1:])
-        return
-    PotentialCLI(given)
+def _explain(args: Sequence[str]) -> None:
+    """Prints the help, the version, or an error."""
+    from lightning_januspipe import __version__
+    from lightning_januspipe.cli.parsers import CommandParser
+
+    parser = CommandParser("januspipe", _DESCRIPTION, version=__version__)
+    commands = parser.add_subcommands(required=False, metavar="COMMAND", title="commands", description=None)
+    for name, text in (TRAINER_COMMANDS | {name: text for name, (_, text) in OTHER_COMMANDS.items()}).items():
+        commands.add_subcommand(name, CommandParser(), help=text)
+    parser.parse_args(args or ["--help"])

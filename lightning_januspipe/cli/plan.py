@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import math
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_januspipe.cli.plan_options import make_parser
+from lightning_januspipe.callbacks import count_atoms, count_structures
+from lightning_januspipe.cli.parsers import CommandParser
+from lightning_januspipe.cli.plan_options import PlanArguments, add_plan_options
 from lightning_januspipe.cli.plan_tables import (
     GRAPH_LEGEND,
     MESH_LEGEND,
@@ -32,51 +33,61 @@ from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, G
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 from lightning_januspipe.plan.meshes import compare_meshes
 from lightning_januspipe.runtime.planner import placements
-from lightning_januspipe.schedule import PhaseCosts
 
 if TYPE_CHECKING:
     from lightning_januspipe.cli.recipe import Asked, Recipe
 
 _LARGE_SPREAD = 0.25
 _GRAPH_SIZES = (1, 2, 4)
-# First parts of the names of fit's options; jsonargparse judges the rest.
-_OF_FIT = ("config", "c", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path")
+_PHASES = ("fe", "ff", "bf", "be", "wf", "we")
+
+_DESCRIPTION = """\
+Tells what each schedule would give, before anything is trained, and which one to take.
+
+With a recipe, the model is captured in this one process and its phases are measured on a micro-batch of the data:
+
+  januspipe plan --config recipes/quickstart.yaml --ranks 2 --num_microbatches 8 --output plan
+
+Every argument of `januspipe fit` can be added (--data.batch_size 16, --model.potential.num_layers 8, ...). With the
+phase times of one rank's share, no model is needed:
+
+  januspipe plan --costs 10,14,12,9,6,5 --ranks 8 --num_microbatches 16
+"""
 
 
 def main(args: Sequence[str]) -> None:
-    """Run ``januspipe plan``.
+    """Runs ``januspipe plan``.
 
     Args:
-        args: command line after ``plan``.
+        args: The command line after ``plan``.
     """
-    parser = make_parser()
-    given, fit = parser.parse_known_args(list(args))
+    parser = CommandParser(
+        "januspipe plan",
+        _DESCRIPTION,
+        usage="januspipe plan (--config RECIPE [arguments of fit] | --costs FE,FF,BF,BE[,WF,WE]) [options]",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=str, metavar="RECIPE", help="A recipe, as of januspipe fit.")
+    add_plan_options(parser)
     try:
-        _refuse_unknown(parser, fit)
-        if given.costs is None and not fit:
+        if args and not {"--costs", "-h", "--help"} & {arg.partition("=")[0] for arg in args}:
+            from lightning_januspipe.cli.recipe import Recipe
+
+            recipe = Recipe(args)
+            _plan_meshes(recipe) if recipe.plan_arguments.meshes else _plan_recipe(recipe)
+            return
+        given = parser.parse_args(args)
+        if given.costs is None:
             raise ValueError(
                 "expected a recipe (--config recipes/quickstart.yaml) or phase times (--costs FE,FF,BF,BE[,WF,WE])"
             )
-        if given.costs is None:
-            _plan_recipe(given, fit)
-        else:
-            _plan_costs(given, fit)
+        if given.config is not None:
+            raise ValueError("--costs needs no model, but --config was given too: leave out one of them")
+        _plan_costs(PlanArguments.read(given))
     except ValueError as error:
         if not _is_own(error):
             raise
         parser.error(str(error))
-
-
-def _refuse_unknown(parser: argparse.ArgumentParser, fit: Sequence[str]) -> None:
-    """Refuse what neither ``plan`` nor ``fit`` has, before a model is made."""
-    if fit and not fit[0].startswith("-"):
-        raise ValueError(f"got {fit[0]!r}, expected an option: --config {fit[0]} for a recipe, or --costs {fit[0]}")
-    own = [option for action in parser._actions for option in action.option_strings]
-    for option in (arg.partition("=")[0] for arg in fit if arg.startswith("--")):
-        if option.lstrip("-").partition(".")[0].removesuffix("+") not in _OF_FIT:
-            close = difflib.get_close_matches(option, [*own, "--config"], n=1)
-            hint = f"did you mean {close[0]}?" if close else "see januspipe plan --help"
-            raise ValueError(f"unknown option {option}: {hint}")
 
 
 def _is_own(error: BaseException) -> bool:
@@ -88,25 +99,14 @@ def _is_own(error: BaseException) -> bool:
     return trace is not None and package in Path(trace.tb_frame.f_code.co_filename).resolve().parents
 
 
-def _plan_costs(given: argparse.Namespace, fit: Sequence[str]) -> None:
-    """The form with given times."""
-    if fit:
-        raise ValueError(f"--costs needs no model, but {fit[0]} was given too: leave out one of them")
-    if given.ranks is None:
-        raise ValueError("--costs needs --ranks too, the number of ranks")
-    if given.extrapolate:
-        raise ValueError("--extrapolate is for a recipe: --costs are those of one rank's share already")
-    if given.memory_limit is not None and given.memory is None:
-        raise ValueError("--memory_limit with --costs needs --memory ENERGY,FORCE,KEPT too, what a micro-batch holds")
-    for option, value in (("--graph_sizes", given.graph_sizes), ("--meshes", given.meshes)):
-        if value:
-            raise ValueError(f"{option} is for a recipe: it divides micro-batches of its data")
-    if given.bandwidth is not None and math.isfinite(given.bandwidth) and given.message_bytes is None:
-        raise ValueError("--bandwidth with --costs needs --message_bytes BYTES too, the size of a message")
+def _plan_costs(given: PlanArguments) -> None:
+    """Prints the plan for given times."""
+    costs, num_ranks = given.costs, given.ranks
+    assert costs is not None and num_ranks is not None
     plan = plan_costs(
-        given.costs,
-        given.ranks,
-        given.num_microbatches or 2 * given.ranks,
+        costs,
+        num_ranks,
+        given.num_microbatches or 2 * num_ranks,
         schedules=given.schedules,
         memory=given.memory,
         memory_limit=given.memory_limit,
@@ -116,33 +116,21 @@ def _plan_costs(given: argparse.Namespace, fit: Sequence[str]) -> None:
         bandwidth=given.bandwidth or math.inf,
         message_bytes=given.message_bytes or 0.0,
     )
-    costs: PhaseCosts = given.costs
-    names = ("fe", "ff", "bf", "be", "wf", "we")
-    times = ", ".join(f"{name.upper()} {1e3 * getattr(costs, name):g}" for name in names)
+    times = ", ".join(f"{name.upper()} {1e3 * getattr(costs, name):g}" for name in _PHASES)
     console = make_console()
     console.print(f"One rank's share of a micro-batch, in ms: {times}; {1e3 * costs.total:g} in all.", soft_wrap=True)
-    about = {"source": "costs", "seconds": {name: getattr(costs, name) for name in names}}
+    about = {"source": "costs", "seconds": {name: getattr(costs, name) for name in _PHASES}}
     _show(plan, given, about, [])
 
 
-def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
-    """The form with a model."""
-    from lightning_januspipe.cli.recipe import Recipe, sizes
-
-    for option, value in (("--memory", given.memory), ("--message_bytes", given.message_bytes)):
-        if value is not None:
-            raise ValueError(f"{option} is for --costs: with a recipe it is measured")
-    if given.meshes and given.extrapolate:
-        raise ValueError("--extrapolate is for one pipeline, and --meshes compares several: leave out one of them")
-    recipe = Recipe(fit)
-    if given.meshes:
-        _plan_meshes(given, recipe)
-        return
+def _plan_recipe(recipe: Recipe) -> None:
+    """Prints the plan of a model for one pipeline."""
+    given = recipe.plan_arguments
     asked = recipe.asked
     num_ranks = given.ranks or asked.num_ranks
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
-    structures, atoms = sizes(examples[1])
+    structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
     wanted = dict.fromkeys((tuple(range(num_ranks)), *(p for s in given.schedules for p in placements(s, num_ranks))))
     measured: list[Measured] = []
     for placement in wanted:
@@ -159,7 +147,7 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
                 ) from None
         if measured[0].num_stages < num_ranks:
             break
-    link = _graph_link(given)
+    link = given.link
     graph_sizes = given.graph_sizes or ((1, asked.graph_size) if asked.graph_size > 1 else ())
     batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES) if graph_sizes else []
     shares = _shares(recipe, measured[0], batches, graph_sizes) if graph_sizes else {}
@@ -214,15 +202,14 @@ def _plan_recipe(given: argparse.Namespace, fit: Sequence[str]) -> None:
     _show(plan, given, about, measured)
 
 
-def _plan_meshes(given: argparse.Namespace, recipe: Recipe) -> None:
-    """The form with a model and a number of devices."""
-    from lightning_januspipe.cli.recipe import sizes
-
-    asked, link = recipe.asked, _graph_link(given)
+def _plan_meshes(recipe: Recipe) -> None:
+    """Prints the plan of a model for every way to share the devices."""
+    given, asked = recipe.plan_arguments, recipe.asked
+    link = given.link
     num_ranks = given.ranks or asked.num_processes
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
-    structures, atoms = sizes(examples[1])
+    structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
     batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES)
     measured: dict[int, Measured] = {}
 
@@ -298,22 +285,13 @@ def _show_shares(shares: Sequence[GraphShare], measured: Measured) -> None:
     console.print(GRAPH_LEGEND)
 
 
-def _graph_link(given: argparse.Namespace) -> GraphLink:
-    """What exchanges cost, as given or usual."""
-    usual = GraphLink()
-    return GraphLink(
-        usual.latency if given.latency is None else given.latency,
-        usual.bandwidth if given.bandwidth is None else given.bandwidth,
-    )
-
-
 def _assumed(link: GraphLink) -> str:
     rate = f"{format_bytes(link.bandwidth)}/s" if math.isfinite(link.bandwidth) else "any number of bytes per second"
     return f"Exchanges: {1e6 * link.latency:g} µs each, {rate} (--latency, --bandwidth)."
 
 
 def _options(
-    given: argparse.Namespace, asked: Asked, num_ranks: int, num_microbatches: int, link: GraphLink | None = None
+    given: PlanArguments, asked: Asked, num_ranks: int, num_microbatches: int, link: GraphLink | None = None
 ) -> PlanOptions:
     """What all schedules have in common; messages of a pipeline cost nothing by default."""
     return PlanOptions(
@@ -366,7 +344,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
-def _show(plan: SchedulePlan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
+def _show(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measured: Sequence[Measured]) -> None:
     """The table of schedules, the choice, and the files."""
     console = make_console()
     if plan.rows:
@@ -379,7 +357,7 @@ def _show(plan: SchedulePlan, given: argparse.Namespace, about: dict[str, Any], 
     _write(plan, given, about, measured)
 
 
-def _write(plan: SchedulePlan, given: argparse.Namespace, about: dict[str, Any], measured: Sequence[Measured]) -> None:
+def _write(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measured: Sequence[Measured]) -> None:
     """The files, where they are asked for."""
     console = make_console()
     if given.output is not None and plan.rows:

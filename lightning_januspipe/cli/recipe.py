@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from lightning_januspipe.callbacks import count_atoms, count_structures
 from lightning_januspipe.cli.fit import PotentialCLI
+from lightning_januspipe.cli.plan_options import PlanArguments, add_plan_options
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.split import require_samples, split_batches
@@ -24,23 +25,39 @@ from lightning_januspipe.plan.measure import Measured, measure_stages
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.strategy.precision import SUPPORTED
 
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser
+
 _FEWEST_RANKS = 2
 
 
 class PlanCLI(PotentialCLI):
     """The model and the data of ``januspipe fit``, with a Trainer of one device that runs nothing.
 
+    Args:
+        args: The command line after ``plan``: the arguments of ``fit``, and those of the plan.
+
     Attributes:
-        asked: the recipe's own arguments of the Trainer.
+        plan_arguments: The arguments of the plan.
+        asked: The recipe's own arguments of the Trainer.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(["fit", *args])
+        super().__init__(args, run=False, prog="januspipe plan")
 
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of the plan to those of ``fit``."""
+        super().add_arguments_to_parser(parser)
+        parser.add_method_arguments(self.trainer_class, "fit", skip=set(self.subcommands()["fit"]))
+        add_plan_options(parser)
+
+    @override
     def before_instantiate_classes(self) -> None:
-        """Keep what the recipe asks of the Trainer, and let it do nothing of that."""
+        """Keeps what the recipe asks of the Trainer, and replaces it by a Trainer of one device without callbacks."""
+        self.plan_arguments = PlanArguments.read(self.config)
         super().before_instantiate_classes()
-        trainer = self.config.fit.trainer
+        trainer = self.config.trainer
         self.asked = trainer.clone()
         precision = str(trainer.precision or "32-true")
         if precision not in ("32", "64", *SUPPORTED):
@@ -51,9 +68,6 @@ class PlanCLI(PotentialCLI):
         if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             warnings.warn(f"there is no {trainer.accelerator} here: times are those of the CPU", stacklevel=2)
             trainer.accelerator = "cpu"
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +139,21 @@ class Recipe:
     """Model and data of a recipe, ready to be captured.
 
     Args:
-        args: the command line of ``fit``, without its name.
+        args: The command line after ``plan``.
+
+    Attributes:
+        plan_arguments: The arguments of the plan.
+        asked: What the recipe asks of the strategy.
+        precision: The Trainer's precision, as in ``32-true``.
 
     Raises:
-        ValueError: the recipe asks for what cannot be planned.
+        ValueError: The recipe asks for what cannot be planned.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
         with _quiet():
             cli = PlanCLI(args)
-        self.asked = asked_of_strategy(cli.asked)
+        self.plan_arguments, self.asked = cli.plan_arguments, asked_of_strategy(cli.asked)
         self.precision = str(cli.trainer.precision)
         self._trainer, self._model, self._data = cli.trainer, cli.model, cli.datamodule
         plugin = self._trainer.strategy.precision_plugin
@@ -217,11 +236,6 @@ class Recipe:
         strategy = self._trainer.strategy
         batch = strategy.precision_plugin.convert_input(batch)
         return strategy.batch_to_device(self._model._on_before_batch_transfer(batch, dataloader_idx=0))
-
-
-def sizes(batch: Any) -> tuple[int, int]:
-    """Structures and atoms of a batch; 0 atoms where no positions are found."""
-    return count_structures(batch), count_atoms(batch)
 
 
 @contextmanager

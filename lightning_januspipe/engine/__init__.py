@@ -1,0 +1,1 @@
+"""Runs the phases of stages in the order of a schedule: stages, messages, gradients."""

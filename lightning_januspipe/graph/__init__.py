@@ -1,6 +1,6 @@
 """Atoms of one micro-batch on several ranks: who owns which rows, and exchanges that can be differentiated twice."""
 
-from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica, shard_potential
+from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica
 from lightning_januspipe.graph.collectives import (
     Exchange,
     collect_rows,
@@ -15,8 +15,8 @@ from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.graph.owners_in_loader import OwnersInLoader
 from lightning_januspipe.graph.partition import halo_size, partition_atoms
 from lightning_januspipe.graph.sharded_potential import ShardedPotential
+from lightning_januspipe.graph.sharding import call_tensors, shard_potential, verify_sharding
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read, whole
-from lightning_januspipe.graph.verify_captured import call_tensors, verify_sharding
 from lightning_januspipe.graph.verify_explicit import verify_explicit_sharding
 
 __all__ = [

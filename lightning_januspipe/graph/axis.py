@@ -9,17 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.stages.captured import CapturedPotential
-from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
-from lightning_januspipe.graph.explicit import shard_explicit
-from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder, ShardPlan
-from lightning_januspipe.graph.sharded_potential import RankPotential, ShardedPotential
+from lightning_januspipe.graph.sharded_potential import RankPotential
+from lightning_januspipe.graph.sharding import shard_potential
 
 
 @dataclass(frozen=True)
@@ -52,22 +49,6 @@ class Replica:
     group: dist.ProcessGroup
 
 
-def shard_potential(staged: StagedPotential, potential: nn.Module) -> ShardedPotential[RankPotential]:
-    """How a potential is sharded over graph ranks.
-
-    Args:
-        staged: the potential in stages.
-        potential: the live potential.
-
-    Raises:
-        CaptureError: it cannot be sharded; the message says why.
-    """
-    if isinstance(staged, ExplicitPotential):
-        return shard_explicit(staged, potential)
-    assert isinstance(staged, CapturedPotential)
-    return shard_captured(staged)
-
-
 class GraphAxis:
     """What one rank does to the micro-batches of its pipeline, beside the phases.
 
@@ -85,7 +66,7 @@ class GraphAxis:
         self._sharded = shard_potential(captured, potential)
         self.size, self.rank = ranks.size, ranks.rank
         self._group: dist.ProcessGroup | None = ranks.group
-        self._sharder = MicrobatchSharder(captured, self._sharded, potential, ranks.size)
+        self._sharder = MicrobatchSharder(self._sharded, potential, ranks.size)
         self._exchanges: dict[int, dict[str, Exchange]] = {}
 
     @property

@@ -127,7 +127,7 @@ class ExplicitRankStage(ExplicitStage):
         }
 
 
-def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPotential[ExplicitRankPotential]:
+def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPotential:
     """How a potential that declares its stages is sharded over graph ranks.
 
     Args:
@@ -168,7 +168,7 @@ def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPo
         bind=local.bind,
         classes=RowClasses(atoms, {edges: target}, {atoms: [source], edges: []}),
         rows={key: str(name) for key, name in rows.items()},
-        renumbered={source.source: atoms, target.source: atoms},
+        localized={source.source: atoms, target.source: atoms},
         observables=tuple(_value(spec, (atoms, edges)) for spec in staged.features[-1].values()),
         derivatives=tuple(_value(staged.inputs_by_name[n], (atoms, edges)) for n in staged.coordinates),
         positions=place,

@@ -1,46 +1,79 @@
-"""Exchanges between graph ranks, put into a captured program where they are needed.
+"""Inserts exchanges between graph ranks into a captured program, where they are needed.
 
-Every rank of a stage runs the same operations on its own rows. What a value is to the ranks (see
-:mod:`~lightning_januspipe.graph.placement`) follows from its operands.
+Every rank of a stage runs the same operations on its own rows. How the ranks hold a value, its placement (see
+:mod:`~lightning_januspipe.graph.placement`), follows from the placements of the operation's operands.
 
-An exchange stands where a value has to become another kind, or rows of other ranks are read or written. Each is a
-linear map whose backward pass is its transpose, so that it is right in all four phases.
+An exchange stands where a value has to change its placement, or where rows of other ranks are read or written. Each is
+a linear map whose backward pass is its transpose, so that it is right in all four phases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
-from lightning_januspipe.capture.trace.program import Node, Ref, refs
-from lightning_januspipe.engine.specs import TensorSpec
-from lightning_januspipe.graph import exchange_ops
-from lightning_januspipe.graph.index_analysis import GATHERING, SCATTERING, IndexAnalysis, IndexUse
-from lightning_januspipe.graph.placement import (
-    CONSTANT,
-    CONTRACTING,
-    PARTIAL_GRADIENT,
-    REPEATING,
-    REPLICATE,
-    Placement,
-    PlacementKind,
-    adds,
-    is_largest,
+from lightning_januspipe.capture.trace.function import ProgramFunction
+from lightning_januspipe.capture.trace.graph_walks import ancestors, descendants, operations, readers
+from lightning_januspipe.capture.trace.operators import (
+    CREATES,
+    GATHERS,
+    RANGES,
+    REPEATS,
+    SCATTERS,
+    SUMS_ROWS,
     is_size,
     is_zero,
-    mixes,
-    refused,
+    keeps_largest,
+    mixes_along,
+    operator_of,
+    sums_into_rows,
 )
+from lightning_januspipe.capture.trace.program import Node, Ref
+from lightning_januspipe.engine.specs import TensorSpec
+from lightning_januspipe.graph import exchange_ops
+from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexUse
+from lightning_januspipe.graph.placement import PARTIAL_GRADIENT, REPLICATE, Placement, PlacementKind, no_exchange
 from lightning_januspipe.graph.rewrite import Rewrite, exchange_name, extended_name
 from lightning_januspipe.graph.row_classes import find_row_classes, refuse_index_arithmetic
-from lightning_januspipe.graph.sharded_potential import ShardedPotential
+from lightning_januspipe.graph.sharded_potential import IndexFunction, ShardedPotential
+from lightning_januspipe.graph.verify_captured import compare_in_lock_step
 
 
-def shard_captured(captured: CapturedPotential) -> ShardedPotential[CapturedPotential]:
-    """Put exchanges into a captured potential.
+@dataclass(frozen=True, kw_only=True)
+class ShardedProgram(ShardedPotential):
+    """A captured potential for several graph ranks.
+
+    Attributes:
+        potential: with exchanges.
+        captured: the same potential without exchanges.
+    """
+
+    potential: CapturedPotential
+    captured: CapturedPotential
+
+    def index_function(self, potential: nn.Module) -> IndexFunction:
+        """Returns the function that computes the program's :attr:`computed` indices."""
+        if not self.computed:
+            return super().index_function(potential)
+        names = [n.source.node for n in self.computed]
+        forward = {*self.captured.regions.geometry, *self.captured.regions.body}
+        function = ProgramFunction(self.captured.program, potential, forward, names)
+        return lambda tensors: dict(zip(names, function(tensors), strict=True))
+
+    def verify(self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int) -> bool:
+        """Compares all ranks in lock-step with the whole micro-batch; see :meth:`ShardedPotential.verify`."""
+        compare_in_lock_step(self.captured, self.potential, self, potential, tensors, num_ranks)
+        return True
+
+
+def shard_captured(captured: CapturedPotential) -> ShardedProgram:
+    """``CapturedPotential -> ShardedProgram``: a copy of a captured potential with exchanges between graph ranks.
 
     Raises:
-        CaptureError: an operation mixes rows in a way that has no exchange here.
+        CaptureError: an operation combines rows in a way that has no exchange here.
     """
     return _ExchangeInserter(captured).run()
 
@@ -48,258 +81,244 @@ def shard_captured(captured: CapturedPotential) -> ShardedPotential[CapturedPote
 class _ExchangeInserter:
     def __init__(self, captured: CapturedPotential) -> None:
         self._captured, self._program = captured, captured.program
-        forward = {*captured.regions.geometry, *captured.regions.body}
-        self._forward = [n.name for n in self._program.nodes if n.name in forward]
-        self._found = IndexAnalysis(self._program, self._forward, captured.cut.sizes)
-        self._classes = find_row_classes(self._program, self._found)
-        self._sharded = self._found.sharded = set(self._classes.names)
-        self._computed = [n.source.node for n in self._found.row_indices if n.source.node and n.of in self._sharded]
-        self._forward = self._alive()
-        refuse_index_arithmetic(self._program, self._found, self._classes, self._forward)
+        program, regions = captured.program, captured.regions
+        forward = operations(program, {*regions.geometry, *regions.body})
+        self._found = IndexAnalysis(program, forward, captured.cut.sizes)
+        self._classes = find_row_classes(program, self._found)
+        self._found.sharded = set(self._classes.names)
+        self._indices = [n for n in self._found.row_indices if n.target in self._found.sharded]
+        self._computed = [n.source.node for n in self._indices if n.source.node]
+        # Indices that operations compute become inputs; what only they need is not run.
+        results = [*program.energies, *program.coordinates, *regions.observables]
+        needed = ancestors(program, results, given=set(self._computed))
+        self._forward = [name for name in forward if name in needed]
+        refuse_index_arithmetic(program, self._found, self._classes, self._forward)
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
         self._known = {n.source for n in self._found.row_indices}
         self._owners = {n.source for n in self._classes.owner.values()}
-        self._on_parameter = self._program.dependent(self._program.parameters)
-        self._on_coordinate = self._program.dependent(self._program.coordinates)
-        self._values: dict[str, Placement] = {}
+        self._on_parameter = descendants(program, program.parameters)
+        self._differentiable = self._on_parameter | descendants(program, program.coordinates)
+        self._readers = readers(program)
+        self._placements: dict[str, Placement] = {}
         self._sizes: set[str] = set()
         self._extended: dict[str, int] = {}
-        self._rewrite = Rewrite(self._program, self._computed)
+        self._rewrite = Rewrite(program, self._computed)
 
-    def run(self) -> ShardedPotential[CapturedPotential]:
-        """All operations in order; then the program with what was inserted."""
-        program = self._program
+    def run(self) -> ShardedProgram:
+        """Visits all operations in order; returns the program with what was inserted."""
+        program, placements = self._program, self._placements
         forward = set(self._forward)
         for node in program.nodes:
-            if node.op == "placeholder" or node.name in self._computed:
-                self._values[node.name] = self._of_input(node)
+            if node.is_placeholder or node.name in self._computed:
+                is_input = node.name in program.inputs or node.name in self._computed
+                placements[node.name] = self._by_shape(node) if is_input else PARTIAL_GRADIENT
             elif node.name in forward:
-                self._values[node.name] = self._visit(self._rewrite.nodes[node.name])
-            if node.name in program.coordinates and self._values[node.name].kind is PlacementKind.PARTIAL_GRADIENT:
-                self._values[node.name] = REPLICATE
+                placements[node.name] = self._visit(self._rewrite.nodes[node.name])
+            if node.name in program.coordinates and placements[node.name] == PARTIAL_GRADIENT:
+                placements[node.name] = REPLICATE
         for name in self._captured.regions.observables:
-            if self._values[name].kind is PlacementKind.PARTIAL_GRADIENT:
+            if placements[name] == PARTIAL_GRADIENT:
                 self._rewrite.follow(name, exchange_ops.count_once, self._classes.root)
-                self._values[name] = REPLICATE
+                placements[name] = REPLICATE
         return self._result()
 
-    # -- kinds -------------------------------------------------------------------------------------------------------
+    # -- placements --------------------------------------------------------------------------------------------------
 
-    def _of_input(self, node: Node) -> Placement:
-        is_input = node.name in self._program.inputs or node.name in self._computed
-        if not is_input or node.spec is None:
-            return PARTIAL_GRADIENT
-        return self._rows_of(node.spec, node) or PARTIAL_GRADIENT
-
-    def _rows_of(self, spec: TensorSpec, node: Node) -> Placement | None:
-        """The one sharded dimension of a shape, if there is one."""
+    def _rows_of(self, spec: TensorSpec | None, node: Node) -> Placement | None:
+        """Returns the placement of a shape with a sharded dimension; None for a shape without one."""
         found = []
-        for dim, size in enumerate(spec.shape):
+        for dim, size in enumerate(spec.shape if spec is not None else ()):
             try:
                 factor = self._found.factor(size)
             except ValueError as error:
-                raise refused(node, f"makes {error}") from error
+                raise no_exchange(node, f"makes {error}") from error
             if factor is not None:
                 found.append(Placement(PlacementKind.SHARD, factor[0], dim, factor[1]))
         if len(found) > 1:
-            raise refused(node, "has two dimensions of atoms or edges")
+            raise no_exchange(node, "has two dimensions of atoms or edges")
         return found[0] if found else None
+
+    def _by_shape(self, node: Node) -> Placement:
+        return self._rows_of(node.spec, node) or PARTIAL_GRADIENT
 
     def _visit(self, node: Node) -> Placement:
         if is_size(node):
-            if any(r.name in self._sizes for r in refs(node.args)) or self._is_sharded_size(node):
+            if self._sizes.intersection(node.inputs()) or self._is_sharded_size(node):
                 self._sizes.add(node.name)
             return PARTIAL_GRADIENT
         counted = self._found.counts(node.name)
-        if counted is not None and self._found.class_of(counted) in self._sharded:
+        if counted is not None and self._found.class_of(counted) in self._found.sharded:
             self._refuse_counting(node)
-            return self._rows_of(node.spec, node) or PARTIAL_GRADIENT if node.spec is not None else PARTIAL_GRADIENT
-        self._refuse_sizes_as_numbers(node)
-        if node.target in SCATTERING:
+            return self._by_shape(node)
+        self._refuse_sizes_as_values(node)
+        if operator_of(node) in SCATTERS:
             written = self._written(node)
             if written is not None:
                 return written
-        elif node.target in GATHERING:
+        elif operator_of(node) in GATHERS:
             self._read(node)
         return self._local(node)
 
     def _local(self, node: Node) -> Placement:
-        """An operation on each rank's rows."""
-        if CONSTANT.match(str(node.target)) and node.spec is not None:
-            return self._rows_of(node.spec, node) or PARTIAL_GRADIENT
+        """Places the result of an operation on each rank's own rows."""
+        operator = operator_of(node)
+        if operator in CREATES and node.spec is not None:
+            return self._by_shape(node)
         given = self._operands(node)
-        own = [self._values[n] for n in given if self._values[n].is_sharded]
-        if len({v.rows for v in own}) > 1 and node.target not in GATHERING:
-            raise refused(node, "combines rows of two kinds, atoms with edges, say")
-        created = self._rows_of(node.spec, node) if node.spec is not None else None
+        own = [self._placements[n] for n in given if self._placements[n].is_sharded]
+        if len({p.rows for p in own}) > 1 and operator not in GATHERS:
+            raise no_exchange(node, "combines rows of two kinds, atoms with edges, say")
+        created = self._rows_of(node.spec, node)
         if not own:
             if created is not None:
-                if REPEATING.match(str(node.target)) is None and node.target not in GATHERING:
-                    raise refused(node, "makes one row for each atom or edge of something else")
+                if operator not in REPEATS and operator not in GATHERS:
+                    raise no_exchange(node, "makes one row for each atom or edge of something else")
                 self._replicate(node, given)
                 return created
-            is_replicated = any(self._values[n].kind is PlacementKind.REPLICATE for n in given)
-            if is_replicated:
-                for name in given:
-                    if self._values[name].kind is PlacementKind.PARTIAL_GRADIENT and name in self._on_parameter:
-                        self._rewrite.give(node, name, exchange_ops.count_once, self._classes.root)
-            return REPLICATE if is_replicated else PARTIAL_GRADIENT
+            return self._without_rows(node, given)
         self._replicate(node, given)
         if node.spec is None:  # several tensors
             return own[0]
         if created is None:
-            if node.target not in CONTRACTING:
-                raise refused(node, "combines all atoms or edges")
+            if operator not in SUMS_ROWS:
+                raise no_exchange(node, "combines all atoms or edges")
             return self._summed(node)
-        if created.rows != own[-1].rows and node.target not in GATHERING:
-            raise refused(node, "turns rows of one kind into rows of another")
-        if mixes(node, own[0]):
-            raise refused(node, "combines all atoms or edges")
+        if created.rows != own[-1].rows and operator not in GATHERS:
+            raise no_exchange(node, "turns rows of one kind into rows of another")
+        if mixes_along(node, own[0].dim):
+            raise no_exchange(node, "combines all atoms or edges")
         return created
 
+    def _without_rows(self, node: Node, given: Sequence[str]) -> Placement:
+        """Places the result of an operation that all ranks run alike; it counts for parameter gradients once."""
+        if all(self._placements[n] != REPLICATE for n in given):
+            return PARTIAL_GRADIENT
+        for name in given:
+            if self._placements[name] == PARTIAL_GRADIENT and name in self._on_parameter:
+                self._rewrite.give(node, name, exchange_ops.count_once, self._classes.root)
+        return REPLICATE
+
     def _operands(self, node: Node) -> list[str]:
-        """Values that an operation reads, as the program had them, without sizes."""
+        """Returns the values that an operation reads, as the program had them, without sizes."""
         by_name = self._program.by_name
         return [n for n in by_name[node.name].inputs() if n not in self._sizes and not is_size(by_name[n])]
 
     def _summed(self, node: Node) -> Placement:
         self._rewrite.follow(node.name, exchange_ops.sum_over_ranks, self._classes.root)
-        return REPLICATE if self._is_differentiable(node.name) else PARTIAL_GRADIENT
+        return REPLICATE if node.name in self._differentiable else PARTIAL_GRADIENT
 
     def _replicate(self, node: Node, given: Sequence[str]) -> None:
-        """What is the same on all ranks enters what each does with its own rows: cotangents have to be summed."""
+        """Marks where a replicated value enters what each rank does with its own rows: its cotangents are summed."""
         for name in given:
-            if self._values[name].kind is PlacementKind.REPLICATE and self._is_differentiable(name):
+            if self._placements[name] == REPLICATE and name in self._differentiable:
                 self._rewrite.give(node, name, exchange_ops.replicate, self._classes.root)
 
     # -- index operations --------------------------------------------------------------------------------------------
 
     def _read(self, node: Node) -> None:
-        """Rows that are looked up: those of other ranks have to come first."""
+        """Gathers rows of other ranks before they are looked up."""
         name = str(node.args[0].name)
-        value = self._values[name]
-        use = self._use(node, value)
+        placement = self._placements[name]
+        use = self._use(node, placement)
         if use is None or use.counts is not None or use.source in self._owners:
             return
-        if name in self._program.inputs and not self._is_differentiable(name):
-            self._extended[name] = value.dim
+        if name in self._program.inputs and name not in self._differentiable:
+            self._extended[name] = placement.dim
             node.args = (Ref(extended_name(name)), *node.args[1:])
             return
         extended = exchange_ops.with_room if is_zero(self._program, name) else exchange_ops.gather_halo
-        self._rewrite.give(node, name, extended, value.rows, value.dim)
+        self._rewrite.give(node, name, extended, placement.rows, placement.dim)
 
-    def _use(self, node: Node, value: Placement) -> IndexUse | None:
-        """The index along the rows of what is read or written, which has to come from an input."""
-        if not value.is_sharded:
-            return None
-        use = self._uses.get((node.name, value.dim))
+    def _use(self, node: Node, placement: Placement) -> IndexUse | None:
+        """Returns the use of indices along the sharded rows that are read or written; they have to be known ones."""
+        use = self._uses.get((node.name, placement.dim)) if placement.is_sharded else None
         if use is None:
             return None
-        is_known = use.source in self._known or self._found.class_of(use.counts or "") == value.rows
-        if not is_known or value.times > 1:
-            raise refused(node, "looks atoms or edges up by numbers that it computes")
+        is_known = use.source in self._known or self._found.class_of(use.counts or "") == placement.rows
+        if not is_known or placement.times > 1:
+            raise no_exchange(node, "looks atoms or edges up by indices that it computes")
         return use
 
     def _written(self, node: Node) -> Placement | None:
-        """Rows that are summed up: what belongs to rows of other ranks goes there. None for what stays on the rank."""
+        """Sums written rows over the ranks that write them; returns None for what stays on the rank."""
         name = str(node.args[0].name)
-        value = self._values[name]
-        dim = None if not value.is_sharded else value.dim
-        given = [n for n in self._operands(node) if n != name and self._values[n].is_sharded]
-        if dim is not None:
-            use = self._use(node, value)
-            if use is None:
+        placement = self._placements[name]
+        given = self._operands(node)
+        if not placement.is_sharded:
+            if not any(self._placements[n].is_sharded for n in given if n != name):
                 return None
-            if use.counts is not None or use.source in self._owners:
-                self._replicate(node, self._operands(node))
-                return value
-            if not adds(node) and not is_largest(node):
-                raise refused(node, "writes rows that belong to other ranks")
-            self._replicate(node, self._operands(node))
-            room, joined = (exchange_ops.with_room, exchange_ops.sum_halo)
-            if is_largest(node):
-                room, joined = (exchange_ops.with_low_room, exchange_ops.max_halo)
-            self._rewrite.give(node, name, room, value.rows, value.dim)
-            self._rewrite.follow(node.name, joined, value.rows, value.dim)
-            return value
-        if not given:
+            if not sums_into_rows(node):
+                raise no_exchange(node, "combines all atoms or edges, but does not sum")
+            if not is_zero(self._program, name):
+                raise no_exchange(node, "sums atoms or edges into values that are not zero at first")
+            self._replicate(node, given)
+            return self._summed(node)
+        use = self._use(node, placement)
+        if use is None:
             return None
-        if not adds(node):
-            raise refused(node, "combines all atoms or edges, but does not sum")
-        if not is_zero(self._program, name):
-            raise refused(node, "sums atoms or edges into values that are not zero at first")
-        self._replicate(node, self._operands(node))
-        return self._summed(node)
+        self._replicate(node, given)
+        if use.counts is not None or use.source in self._owners:
+            return placement
+        if sums_into_rows(node):
+            room, joined = exchange_ops.with_room, exchange_ops.sum_halo
+        elif keeps_largest(node):
+            room, joined = exchange_ops.with_low_room, exchange_ops.max_halo
+        else:
+            raise no_exchange(node, "writes rows that belong to other ranks")
+        self._rewrite.give(node, name, room, placement.rows, placement.dim)
+        self._rewrite.follow(node.name, joined, placement.rows, placement.dim)
+        return placement
 
     # -- refusals ----------------------------------------------------------------------------------------------------
 
     def _is_sharded_size(self, node: Node) -> bool:
-        if node.target != "aten.sym_size.int":
+        if operator_of(node) != "aten.sym_size":
             return False
-        value = self._values.get(node.args[0].name)
-        spec = self._program.by_name[node.args[0].name].spec
-        if value is None or not value.is_sharded or spec is None:
+        placement, spec = self._placements.get(node.args[0].name), self._program.by_name[node.args[0].name].spec
+        if placement is None or not placement.is_sharded or spec is None:
             return False
-        return node.args[1] % len(spec.shape) == value.dim
+        return bool(node.args[1] % len(spec.shape) == placement.dim)
 
-    def _refuse_sizes_as_numbers(self, node: Node) -> None:
-        """A rank knows the number of its own rows only, which is right in shapes and wrong in a mean."""
+    def _refuse_sizes_as_values(self, node: Node) -> None:
+        """Refuses to compute with a number of rows: a rank's own number is right in shapes, and wrong in a mean."""
         plain = [a.name for a in (*node.args, *node.kwargs.values()) if isinstance(a, Ref) and a.name in self._sizes]
-        if plain and not str(node.target).startswith(("aten.slice.", "aten.narrow.")):
-            raise refused(node, "computes with the number of atoms or edges")
+        if plain and operator_of(node) not in RANGES:
+            raise no_exchange(node, "computes with the number of atoms or edges")
 
     def _refuse_counting(self, node: Node) -> None:
-        """Rows are counted on each rank for itself, which is right for looking them up, and for nothing else."""
-        for name in self._forward:
-            user = self._program.by_name[name]
-            if node.name not in user.inputs() or self._found.counts(name) is not None:
-                continue
-            uses = [u for u in self._found.uses if u.node.name == name and u.index == node.name]
-            if not uses:
-                raise refused(node, "computes with the numbers of atoms or edges")
+        """Refuses to compute with rows that are counted: each rank counts its own, which is right in look-ups only."""
+        for name in self._readers[node.name]:
+            is_index = any(u.node.name == name and u.index == node.name for u in self._found.uses)
+            if name in self._forward and self._found.counts(name) is None and not is_index:
+                raise no_exchange(node, "computes with the indices of atoms or edges")
 
-    def _result(self) -> ShardedPotential[CapturedPotential]:
+    # -- result ------------------------------------------------------------------------------------------------------
+
+    def _result(self) -> ShardedProgram:
         program, regions = self._program, self._captured.regions
         exchanges, extended = map(exchange_name, self._classes.names), map(extended_name, self._extended)
-        rows = {
-            (position, value.dim): value.rows
-            for position, name in enumerate(program.inputs)
-            for value in [self._values[name]]
-            if value.is_sharded
-        }
+        placed = [self._placements[name] for name in program.inputs]
         potential = self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed])
-        return ShardedPotential[CapturedPotential](
+        return ShardedProgram(
             potential=potential,
+            captured=self._captured,
             bind=potential.program.bind,
             classes=self._classes,
-            rows=rows,
-            renumbered={n.source: n.of for n in self._found.row_indices if n.of in self._sharded and not n.source.node},
-            computed=tuple(n for n in self._found.row_indices if n.of in self._sharded and n.source.node),
-            observables=tuple(self._values[n] for n in regions.observables),
-            derivatives=tuple(self._values[n] for n in program.coordinates),
+            rows={(position, p.dim): p.rows for position, p in enumerate(placed) if p.is_sharded},
+            localized={n.source: n.target for n in self._indices if not n.source.node},
+            computed=tuple(n for n in self._indices if n.source.node),
+            observables=tuple(self._placements[n] for n in regions.observables),
+            derivatives=tuple(self._placements[n] for n in program.coordinates),
             positions=self._positions(),
             extended=tuple((program.inputs.index(name), dim) for name, dim in self._extended.items()),
         )
 
-    def _alive(self) -> list[str]:
-        """Operations that are still needed where computed numbers are inputs."""
-        regions, program = self._captured.regions, self._program
-        alive = {*program.energies, *program.coordinates, *regions.observables}
-        forward = set(self._forward)
-        for node in reversed(program.nodes):
-            if node.name in alive and node.name in forward and node.name not in self._computed:
-                alive.update(node.inputs())
-        return [n for n in self._forward if n in alive and n not in self._computed]
-
     def _positions(self) -> int | None:
-        """The input that the first differentiation input of atoms is made from, if it has its shape."""
+        """Returns the input that the first differentiation input of atoms is made from, if it has its shape."""
         for name in self._program.coordinates:
-            value, spec = self._values[name], self._program.by_name[name].spec
-            if value.is_sharded and value.rows == self._classes.root and spec is not None:
+            placement = self._placements[name]
+            if placement.is_sharded and placement.rows == self._classes.root:
                 source = self._found.source(name)
-                if source is not None and not source.selected and spec.shape[1:] == (3,):
+                if source is not None and not source.selected and self._program.spec(name).shape[1:] == (3,):
                     return source.position
         return None
-
-    def _is_differentiable(self, name: str) -> bool:
-        return name in self._on_parameter or name in self._on_coordinate

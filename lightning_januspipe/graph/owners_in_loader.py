@@ -15,10 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from lightning_januspipe.graph.partition import partition_atoms
-from lightning_januspipe.loader.sample_fields import ATOMS, EDGES, named_tensors
-
-_PAIRS = (("idx_i", "idx_j"), ("edge_dst", "edge_src"), ("receivers", "senders"))
-"""Names of targets and sources, where each has a tensor of its own."""
+from lightning_januspipe.loader.sample_fields import EDGE_ENDS, EDGE_LISTS, POSITIONS, named_tensors
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
     """
     named = [(name.strip("_").lower(), t) for name, t in named_tensors(batch) if t.layout == torch.strided]
     named = [(name, t) for name, t in named if t.device.type == "cpu" and not t.is_nested]
-    positions = next((t for n, t in named if n in ATOMS and t.dim() == 2 and t.shape[1] == 3), None)
+    positions = next((t for n, t in named if n in POSITIONS and t.dim() == 2 and t.shape[1] == 3), None)
     edges = _edges(named)
     if positions is None or edges is None:
         return None
@@ -76,11 +73,11 @@ def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
 def _edges(named: list[tuple[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
     """Targets and sources. Which row of two is which does not matter: lists of edges hold both directions."""
     integers = [(n, t.to(torch.int64)) for n, t in named if t.dtype in (torch.int64, torch.int32)]
-    for _, tensor in ((n, t) for n, t in integers if any(e in n for e in EDGES) and t.dim() == 2):
+    for _, tensor in ((n, t) for n, t in integers if any(e in n for e in EDGE_LISTS) and t.dim() == 2):
         if 2 in tensor.shape:
             first, second = (tensor if tensor.shape[0] == 2 else tensor.T).unbind(0)
             return second, first
-    for ends in _PAIRS:
+    for ends in EDGE_ENDS:
         found = [next((t for n, t in integers if n == end and t.dim() == 1), None) for end in ends]
         if found[0] is not None and found[1] is not None and len(found[0]) == len(found[1]):
             return found[0], found[1]

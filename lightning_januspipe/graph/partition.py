@@ -204,7 +204,7 @@ def _cuthill_mckee(target: Ints, source: Ints, num_atoms: int) -> Ints | None:
     """An order in which neighbours are near each other, from the edges alone; None without scipy."""
     if importlib.util.find_spec("scipy") is None or not len(target):
         return None
-    from scipy.sparse.csgraph import reverse_cuthill_mckee  # type: ignore[import-untyped]
+    from scipy.sparse.csgraph import reverse_cuthill_mckee
 
     return reverse_cuthill_mckee(_adjacency(target, source, num_atoms), symmetric_mode=False).astype(np.int64)
 
@@ -217,7 +217,7 @@ def _structures(target: Ints, source: Ints, num_atoms: int, structure: Tensor | 
             raise ValueError(f"structure has shape {given.shape}; expected ({num_atoms},)")
         label = given
     elif importlib.util.find_spec("scipy") is not None:
-        from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+        from scipy.sparse.csgraph import connected_components
 
         _, label = connected_components(_adjacency(target, source, num_atoms), directed=False)
     else:
@@ -241,7 +241,7 @@ def _connected(target: Ints, source: Ints, num_atoms: int) -> Ints:
 
 
 def _adjacency(target: Ints, source: Ints, num_atoms: int) -> Any:
-    from scipy.sparse import coo_matrix  # type: ignore[import-untyped]
+    from scipy.sparse import coo_matrix
 
     ones = np.ones(len(target), dtype=np.int8)
     return coo_matrix((ones, (target, source)), shape=(num_atoms, num_atoms)).tocsr()

@@ -1,4 +1,4 @@
-"""Changes to a captured program: exchanges before operands, and behind values, by the names of the operations."""
+"""Rewrites a captured program: exchanges go before operands and behind values, found by the operations' names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.trace.operators import index_arguments
 from lightning_januspipe.capture.trace.program import Node, Program, Ref, replace_refs
-from lightning_januspipe.graph.index_analysis import GATHERING, SCATTERING
 
 
 class Rewrite:
-    """A program while exchanges are put into it.
+    """A program while exchanges are inserted into it.
 
     Args:
-        program: the captured one, which stays as it is.
+        program: the captured program, which stays as it is.
         gone: operations whose results become inputs.
 
     Attributes:
@@ -30,7 +30,15 @@ class Rewrite:
         self._with: dict[str, list[str]] = {}
 
     def give(self, node: Node, name: str, function: Callable[..., Any], rows: str, dim: int = 0) -> None:
-        """Give ``node`` what ``function`` makes of its operand ``name``."""
+        """Gives an operation what an exchange makes of one of its operands.
+
+        Args:
+            node: the operation.
+            name: the operand.
+            function: the exchange, of :mod:`~lightning_januspipe.graph.exchange_ops`.
+            rows: the class of rows that are exchanged.
+            dim: their dimension.
+        """
         key = (name, function.__name__, rows, dim)
         if key not in self._added:
             added = f"{name}__{function.__name__}" + (f"_{dim}" if dim else "")
@@ -44,17 +52,14 @@ class Rewrite:
         def swapped(other: str) -> Ref:
             return Ref(added if other == name else other)
 
-        if node.target in GATHERING or node.target in SCATTERING:  # the indices are other operands
-            node.args = (
-                (swapped(node.args[0].name), *node.args[1:])
-                if node.args[0].name == name
-                else tuple(replace_refs(a, swapped) for a in node.args)
-            )
+        # The rows of an index operation are its first operand; the same tensor as indices stays what it is.
+        if index_arguments(node) is not None and node.args[0].name == name:
+            node.args = (swapped(name), *node.args[1:])
         else:
             node.args, node.kwargs = replace_refs(node.args, swapped), replace_refs(node.kwargs, swapped)
 
     def follow(self, name: str, function: Callable[..., Any], rows: str, dim: int = 0) -> None:
-        """Let ``function`` of a value take its place."""
+        """Lets what an exchange makes of a value take the value's place; arguments as of :meth:`give`."""
         node = self.nodes[name]
         part = f"{name}__part"
         raw = replace(node, name=part)
@@ -64,23 +69,18 @@ class Rewrite:
         self._with.setdefault(name, []).append(part)
 
     def potential(self, captured: CapturedPotential, more: Sequence[str]) -> CapturedPotential:
-        """A captured potential with all changes.
+        """Returns a captured potential with all changes.
 
         Args:
-            captured: the one that the program is of.
-            more: names of inputs after those that there are.
+            captured: the potential whose program this is.
+            more: names of inputs to add after the program's own.
         """
-        program, nodes = self._program, []
-        placeholders = [Node(name, "placeholder", name, (), {}, None) for name in more]
-        is_first = True
-        for node in program.nodes:
-            if node.name in self._gone:
-                continue
-            if node.op != "placeholder" and is_first:
-                nodes += placeholders
-                is_first = False
-            nodes += self._new.get(node.name, [])
-            nodes.append(self.nodes[node.name])
+        program = self._program
+        nodes = [n for n in program.nodes if n.is_placeholder]
+        nodes += [Node(name, "placeholder", name, (), {}, None) for name in more]
+        for node in program.operations:
+            if node.name not in self._gone:
+                nodes += [*self._new.get(node.name, []), self.nodes[node.name]]
         regions, cut = captured.regions, captured.cut
         return replace(
             captured,
@@ -94,21 +94,16 @@ class Rewrite:
         )
 
     def longer(self, names: Sequence[str]) -> list[str]:
-        """Names of operations, with what was inserted before them and without what is gone."""
-        found: list[str] = []
-        for name in names:
-            if name in self._gone:
-                continue
-            found += [n for n in self._with.get(name, []) if n not in found]
-            found.append(name)
-        return found
+        """Returns names of operations, with what was inserted before each, and without what is gone."""
+        kept = [name for name in names if name not in self._gone]
+        return list(dict.fromkeys(n for name in kept for n in (*self._with.get(name, []), name)))
 
 
 def exchange_name(rows: str) -> str:
-    """Name of the input with the exchange of a class."""
+    """Returns the name of the input with the exchange of a class of rows."""
     return f"exchange_{rows}"
 
 
 def extended_name(name: str) -> str:
-    """Name of an input with the rows of the halo."""
+    """Returns the name of the input that is another input with the rows of the halo."""
     return f"{name}__with_halo"

@@ -1,11 +1,12 @@
-"""Which classes of rows are sharded over the graph ranks, by which numbers, and what forbids that."""
+"""Decides which classes of rows are sharded over the graph ranks, and refuses programs that forbid it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_januspipe.capture.trace.program import Node, Program, refs
+from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
+from lightning_januspipe.capture.trace.program import Program
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexSource, RowIndex, symbolic
 
@@ -15,9 +16,9 @@ class RowClasses:
     """The classes whose rows are sharded over the ranks.
 
     Attributes:
-        root: that of the atoms, whose owners are chosen.
-        owner: of every other class the numbers that tell to whose owner a row belongs.
-        readers: of every class the numbers that may point to rows of other ranks.
+        root: the class of the atoms, whose owners are chosen.
+        owner: for every other class the indices that decide: a row belongs to the owner of the row it points to.
+        readers: for every class the indices that may point to rows of other ranks.
     """
 
     root: str
@@ -26,15 +27,20 @@ class RowClasses:
 
     @property
     def names(self) -> list[str]:
-        """All of them, those that others hang on first."""
+        """All classes; each comes after the class that its owners follow from."""
         return [self.root, *self.owner]
+
+    @property
+    def edges(self) -> str:
+        """The class of rows that belong to an atom's owner: edges; the atoms themselves where there are none."""
+        return next((name for name, owning in self.owner.items() if owning.target == self.root), self.root)
 
 
 def find_row_classes(program: Program, found: IndexAnalysis) -> RowClasses:
-    """Which classes are sharded, and by what.
+    """Finds the classes of rows that are sharded.
 
-    Atoms are what energies are differentiated by, or where these are vectors of edges, what these join. Other rows
-    belong to the owner of the row that they are summed into, or that they are read with.
+    Atoms are what the energy is differentiated by; where these are vectors of edges, atoms are what edges join. Other
+    rows belong to the owner of the row that they are summed into, or else that they are read with.
 
     Raises:
         CaptureError: there are no atoms that anything is looked up from.
@@ -48,46 +54,48 @@ def find_row_classes(program: Program, found: IndexAnalysis) -> RowClasses:
             "differentiation inputs of this potential have other shapes. Use graph_size=1."
         )
     root = known[0]
-    pairs = [n.of for n in found.row_indices if n.rows == root]
-    twice = [of for of in dict.fromkeys(pairs) if pairs.count(of) > 1]
-    root = twice[0] if twice else root
+    joined = [n.target for n in found.row_indices if n.holder == root]
+    root = next((target for target in dict.fromkeys(joined) if joined.count(target) > 1), root)
     owner: dict[str, RowIndex] = {}
-    sharded, grows = {root}, True
-    while grows:
-        candidates = [n for n in found.row_indices if n.of in sharded and n.rows not in sharded and not n.is_table]
-        candidates.sort(key=lambda n: not n.writes)
-        grows = bool(candidates)
-        if grows:
-            owner[candidates[0].rows] = candidates[0]
-            sharded.add(candidates[0].rows)
+    while True:
+        sharded = {root, *owner}
+        candidates = [
+            n for n in found.row_indices if n.target in sharded and n.holder not in sharded and not n.is_table
+        ]
+        if not candidates:
+            break
+        chosen = next((n for n in candidates if n.writes), candidates[0])
+        owner[chosen.holder] = chosen
     readers = {
-        name: [n for n in found.row_indices if n.of == name and owner.get(n.rows) is not n] for name in (root, *owner)
+        name: [n for n in found.row_indices if n.target == name and owner.get(n.holder) is not n]
+        for name in (root, *owner)
     }
     return RowClasses(root, owner, readers)
 
 
 def refuse_index_arithmetic(program: Program, found: IndexAnalysis, classes: RowClasses, nodes: Sequence[str]) -> None:
-    """Refuse programs that compute with the numbers of sharded rows: each rank has numbers of its own.
+    """Refuses programs that compute with indices of sharded rows: each rank has indices of its own.
 
     Raises:
-        CaptureError: they are compared, added, or looked up themselves.
+        CaptureError: such indices are compared, added, or looked up themselves.
     """
-    sharded = set(classes.names)
-    renumbered = [n.source for n in found.row_indices if n.of in sharded]
+    localized = [n.source for n in found.row_indices if n.target in classes.names]
     indexed = {(u.node.name, u.index) for u in found.uses}
     for name in nodes:
         node = program.by_name[name]
         own = found.source(name)
-        if node.spec is None or (own is not None and own.node != name):  # the same numbers, or a part of them
+        if node.spec is None or (own is not None and own.node != name):  # the same indices, or a part of them
             continue
-        for given in dict.fromkeys(r.name for r in refs((node.args, node.kwargs))):
+        if operator_of(node) in SHAPE_ONLY or operator_of(node) == "aten.unbind":
+            continue
+        for given in node.inputs():
             source = found.source(given)
             if source is None or (name, given) in indexed:
                 continue
-            if any(_overlap(source, other) for other in renumbered) and not _only_shape(node, given):
+            if any(_overlap(source, other) for other in localized):
                 raise CaptureError(
-                    f"graph_size > 1 is not possible: the potential computes {node.target} of the numbers of atoms or "
-                    "edges in one of its inputs, but each graph rank numbers its own rows. Use graph_size=1."
+                    f"graph_size > 1 is not possible: the potential computes {node.target} of the indices of atoms or "
+                    "edges in one of its inputs, but each graph rank indexes its own rows. Use graph_size=1."
                 )
 
 
@@ -96,9 +104,3 @@ def _overlap(a: IndexSource, b: IndexSource) -> bool:
         return a.node == b.node
     shorter = min(len(a.selected), len(b.selected))
     return a.position == b.position and a.selected[:shorter] == b.selected[:shorter]
-
-
-def _only_shape(node: Node, given: str) -> bool:
-    return str(node.target).startswith(("aten.new_", "aten.zeros_like", "aten.ones_like", "aten.full_like")) or (
-        str(node.target) == "aten.unbind.int"
-    )

@@ -1,10 +1,10 @@
-"""What of a potential's inputs and results is sharded over the graph ranks."""
+"""What a potential that is sharded over graph ranks tells of its inputs and results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,9 +13,12 @@ from lightning_januspipe.graph.index_analysis import IndexSource, RowIndex
 from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.row_classes import RowClasses
 
+IndexFunction = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+"""From the inputs of a whole micro-batch to the indices that the potential computes, by the operation's name."""
+
 
 class RankPotential(Protocol):
-    """A potential whose stages work on own rows; their tensors end with one exchange for each class of rows."""
+    """A potential whose stages work on one rank's own rows; its inputs end with one exchange for each class of rows."""
 
     @property
     def num_stages(self) -> int:
@@ -26,38 +29,61 @@ class RankPotential(Protocol):
         """Specs of derivative and observables."""
 
     def stage(self, index: int, potential: nn.Module) -> StageFunction:
-        """One stage, with the parameters of the live potential."""
+        """Returns one stage, with the parameters of the live potential."""
 
 
-P = TypeVar("P", bound=RankPotential, covariant=True)
-
-
-@dataclass(frozen=True)
-class ShardedPotential(Generic[P]):
+@dataclass(frozen=True, kw_only=True)
+class ShardedPotential:
     """A potential for several graph ranks.
 
     Attributes:
         potential: with exchanges; its inputs end with one exchange for each of ``classes.names``.
         bind: from its inputs on one rank to the values of its size symbols.
-        classes: what is sharded, and by what.
+        classes: the classes of rows that are sharded.
         rows: (position of an input, dimension) -> the class that it has an entry for.
-        renumbered: parts of inputs that hold numbers of rows -> the class that they count.
-        observables: kinds of the observables.
-        derivatives: kinds of the differentiation inputs, and so of the derivative.
-        positions: place of the input with positions (N, 3), if it is among the inputs.
-        computed: numbers of rows that operations compute from inputs; they are computed for the whole micro-batch, and
+        localized: parts of inputs that hold row indices -> the class that they point to. Each rank gets local indices.
+        observables: placements of the observables.
+        derivatives: placements of the differentiation inputs, and so of the derivative.
+        positions: which input has the positions (N, 3), if one has.
+        computed: row indices that operations compute from inputs. They are computed for the whole micro-batch, and
             are the last inputs.
-        extended: (position, dimension) of the inputs of which the potential also takes rows with the halo, after the
-            exchanges: every rank has them, so nothing has to be sent.
+        extended: (position, dimension) of inputs whose rows the potential takes with the halo too, after the
+            exchanges: every rank has these rows, so nothing has to be sent.
     """
 
-    potential: P
+    potential: RankPotential
     bind: Callable[[Sequence[Tensor]], dict[str, int]]
     classes: RowClasses
     rows: dict[tuple[int, int], str]
-    renumbered: dict[IndexSource, str]
+    localized: dict[IndexSource, str]
     observables: tuple[Placement, ...]
     derivatives: tuple[Placement, ...]
     positions: int | None
     computed: tuple[RowIndex, ...] = ()
     extended: tuple[tuple[int, int], ...] = ()
+
+    def index_function(self, potential: nn.Module) -> IndexFunction:
+        """Returns the function that computes the :attr:`computed` indices.
+
+        Args:
+            potential: the live potential.
+        """
+        assert not self.computed
+        return lambda _: {}
+
+    def verify(self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int) -> bool:
+        """Compares a micro-batch that is sharded over graph ranks with the whole one, in this process.
+
+        Args:
+            potential: the live potential.
+            tensors: the inputs of the whole micro-batch.
+            num_ranks: G.
+
+        Returns:
+            False where that takes all ranks together; see
+            :func:`~lightning_januspipe.graph.verify_explicit.verify_explicit_sharding`.
+
+        Raises:
+            CaptureError: they differ.
+        """
+        return False

@@ -14,83 +14,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.stages.captured import CapturedPotential, independent_coordinates
-from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.trace.program import Node, PlaceholderValues, new_leaf, replace_refs, target_function
+from lightning_januspipe.capture.trace.function import PlaceholderValues, new_leaf
+from lightning_januspipe.capture.trace.operators import target_function
+from lightning_januspipe.capture.trace.program import Node, replace_refs
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
-from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph import exchange_ops
-from lightning_januspipe.graph.insert_exchanges import shard_captured
-from lightning_januspipe.graph.placement import REPLICATE, Placement, refused
+from lightning_januspipe.graph.placement import REPLICATE, Placement, no_exchange
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.graph.sharded_potential import ShardedPotential
 from lightning_januspipe.graph.shards import Shard
 
 
-def verify_sharding(
-    captured: CapturedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
-) -> None:
-    """Prove that a captured potential can be sharded over graph ranks, on the potential call of one batch.
-
-    Args:
-        captured: the potential in stages.
-        module: the LightningModule.
-        step: its step, from a batch to its output.
-        batch: one micro-batch.
-        num_ranks: graph ranks.
-
-    Raises:
-        CaptureError: it cannot be sharded; the message says why.
-    """
-    potential = module.get_submodule(captured.path)
-    compare_sharded(
-        captured, shard_captured(captured), potential, call_tensors(captured, module, step, batch), num_ranks
-    )
-
-
-def call_tensors(staged: StagedPotential, module: nn.Module, step: StepFunction, batch: Any) -> list[Tensor]:
-    """The tensors of the potential's call in a step; the module is left as it was."""
-    with unchanged(module):
-        args, kwargs = call_arguments(module, staged.path, step, batch, staged.replaced is not None)
-        return staged.inputs(module.get_submodule(staged.path))(args, kwargs)
-
-
-def compare_sharded(
+def compare_in_lock_step(
     captured: CapturedPotential,
-    sharded: ShardedPotential[CapturedPotential],
+    with_exchanges: CapturedPotential,
+    sharded: ShardedPotential,
     potential: nn.Module,
     tensors: Sequence[Tensor],
     num_ranks: int,
 ) -> None:
-    """Compare a micro-batch sharded over graph ranks with the whole one.
+    """Compares a micro-batch that is sharded over graph ranks with the whole one.
 
     Args:
         captured: the potential.
-        sharded: the same with exchanges.
+        with_exchanges: the same with exchanges.
+        sharded: how it is sharded.
         potential: the live potential.
         tensors: the inputs of a micro-batch.
-        num_ranks: graph ranks.
+        num_ranks: G.
 
     Raises:
         CaptureError: they differ.
     """
-    sharder = MicrobatchSharder(captured, sharded, potential, num_ranks)
+    sharder = MicrobatchSharder(sharded, potential, num_ranks)
     plan = sharder.plan_scattered(tensors)  # dealt whole, nothing would be exchanged
     parts = [sharder.shard(tensors, plan, rank) for rank in range(num_ranks)]
-    program = sharded.potential.program
-    extended = program.inputs[len(program.inputs) - len(parts[0].extended) :]
-    inputs = [dict(zip([*captured.program.inputs, *extended], [*p.tensors, *p.extended], strict=True)) for p in parts]
+    own, program = captured.program.inputs, with_exchanges.program
+    names = [*own, *program.inputs[len(program.inputs) - len(parts[0].extended) :]]
+    inputs = [dict(zip(names, [*p.tensors, *p.extended], strict=True)) for p in parts]
+    of_ranks = _LockStep(with_exchanges, potential, inputs, plan.shards, sharded.derivatives)
     same = [REPLICATE] * len(sharded.derivatives)
-    of_ranks = _LockStep(sharded.potential, potential, inputs, plan.shards, sharded.derivatives)
-    whole = _LockStep(captured, potential, [dict(zip(captured.program.inputs, tensors, strict=True))], {}, same)
-    tolerance = rounding_tolerance(captured, potential)
+    whole = _LockStep(captured, potential, [dict(zip(own, tensors, strict=True))], {}, same)
     weights: list[Tensor] = []
     expected = whole.results([REPLICATE] * len(sharded.observables), weights)
     found = of_ranks.results(sharded.observables, weights)
-    require_same(expected, found, tolerance, captured.path, num_ranks)
+    require_same(expected, found, rounding_tolerance(captured, potential), captured.path, num_ranks)
 
 
 def require_same(
@@ -127,11 +98,11 @@ def require_same(
             )
 
 
-GRADIENT = "the parameter gradient of a force loss for "
-"""How parameter gradients are named, before the parameter's name."""
-
 DERIVATIVE = "the derivative by "
 """How derivatives of the energy are named, before the coordinate's name."""
+
+GRADIENT = "the parameter gradient of a force loss for "
+"""How parameter gradients are named, before the parameter's name."""
 
 
 def draw_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -201,7 +172,7 @@ class _LockStep:
                     for v in self._values
                 ]
             except Exception as error:
-                raise refused(node, f"fails on the rows of one rank ({type(error).__name__}: {error})") from error
+                raise no_exchange(node, f"fails on the rows of one rank ({type(error).__name__}: {error})") from error
         for of_rank, result in zip(self._values, results, strict=True):
             of_rank[node.name] = result
 

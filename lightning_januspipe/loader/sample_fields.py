@@ -1,24 +1,46 @@
-"""The fields of samples and batches of any format."""
+"""The fields of samples and batches of any format: their names, here and nowhere else, and how they are found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
+from lightning_januspipe import keys
 from lightning_januspipe.loader.packing import work
+
+# Formats put underscores around these names, and write some in capitals.
+POSITIONS = (keys.POSITIONS, "pos", "coords", "coordinates", "cart_coords", "r", "xyz")
+"""Names of the positions of atoms, (N, 3)."""
+
+ATOM_FIELDS = (*POSITIONS, "z", keys.ATOMIC_NUMBERS, "x")
+"""Names of fields with a row for each atom."""
+
+EDGE_LISTS = (keys.EDGE_INDEX, "nbr_list", "neighbor_list")
+"""Names, or parts of names, of edge lists, (2, E) or (E, 2)."""
+
+EDGE_ENDS = (("idx_i", "idx_j"), ("edge_dst", "edge_src"), ("receivers", "senders"))
+"""Names of the targets and the sources of edges, where each has a field of its own, (E,)."""
+
+EDGE_FIELDS = (*EDGE_LISTS, *(targets for targets, _ in EDGE_ENDS))
+"""Names, or parts of names, of fields that tell the number of edges; a format has one of them."""
+
+STRUCTURE_INDICES = (keys.BATCH, "idx_m")
+"""Names of the index of the structure that each atom belongs to, (N,)."""
 
 _MAX_DEPTH = 5
 
 
-EDGES = ("edge_index", "idx_i", "edge_src", "senders", "nbr_list", "neighbor_list")
-"""In the names under which samples keep their edges: two rows or columns of E indices, or one."""
+def is_named(name: str, names: Collection[str]) -> bool:
+    """Whether a field has one of some names."""
+    return name.strip("_").lower() in names
 
 
-ATOMS = ("pos", "positions", "coords", "coordinates", "cart_coords", "r", "xyz")
-"""Names under which samples keep their atoms' positions, without underscores around them: N rows."""
+def find_field(fields: Iterable[tuple[str, Tensor]], names: Collection[str], dim: int) -> Tensor | None:
+    """Returns the first tensor with one of some names and a number of dimensions; None where there is none."""
+    return next((tensor for name, tensor in fields if is_named(name, names) and tensor.dim() == dim), None)
 
 
 def sample_cost(sample: Any) -> float:
@@ -39,9 +61,9 @@ def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, 
     if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
         shape = tuple(value.shape)
         numbers = value.numel() if isinstance(value, Tensor) else int(value.size)
-        if any(n in name for n in EDGES):
+        if any(n in name for n in EDGE_FIELDS):
             return numbers // 2 if len(shape) == 2 else numbers, None, numbers
-        if name.strip("_").lower() in ATOMS and len(shape) == 2:
+        if is_named(name, POSITIONS) and len(shape) == 2:
             return None, shape[0], numbers
         return None, None, numbers
     if depth > _MAX_DEPTH or value is None or isinstance(value, (str, bytes, int, float)):

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from lightning_januspipe.loader.packing import ATOM_WEIGHT
+from lightning_januspipe.loader.sample_fields import ATOM_FIELDS, EDGE_FIELDS
 
 Floats = NDArray[np.float64]
-
-_EDGES = ("edge_index", "idx_i", "edge_src", "senders", "nbr_list")
-_ATOMS = ("pos", "positions", "coords", "z", "atomic_numbers", "x")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def _from_slices(dataset: Any) -> SampleSizes:
                 return sizes if indices is None else sizes[np.asarray(list(indices), dtype=np.int64)]
         return None
 
-    return SampleSizes(first(_ATOMS), first(_EDGES))
+    return SampleSizes(first(ATOM_FIELDS), first(EDGE_FIELDS))
 
 
 def _each(sizes: SampleSizes | None, function: Callable[[Floats], Floats]) -> list[Floats | None]:

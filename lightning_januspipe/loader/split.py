@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_januspipe.loader.copies import AnyLoader, copied_loader
 from lightning_januspipe.loader.microbatch import (
     GroupedIndices,
     GroupedSamples,
@@ -89,18 +89,19 @@ def take_groups(loader: Any, batch_sampler: Any) -> None:
     """Let a loader of :func:`split_batches` take its batches from another sampler, and the micro-batches with them.
 
     Args:
-        loader: the copy, which is changed. Its dataset is from now on seen through an object that passes groups on.
+        loader: the copy, which is changed. Its dataset stays what callbacks see.
         batch_sampler: gives :class:`~lightning_januspipe.loader.microbatch.GroupedIndices`.
     """
-    loader.__dict__["batch_sampler"] = batch_sampler  # both are not to be set after __init__, where they are checked
+    loader.__dict__["batch_sampler"] = batch_sampler  # not to be set after __init__, where it is checked
     if collates_microbatches(loader):
-        loader.__dict__["dataset"] = _GroupingDataset(loader.dataset)
+        loader.split_state.has_groups = True
 
 
 # -- splitting -------------------------------------------------------------------------------------------------------
 
 
 def collates_samples(loader: Any) -> bool:
+    """Whether a loader makes batches of samples, so that a batch can be split by collating fewer of them."""
     return isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
 
 
@@ -134,6 +135,7 @@ class _SplitState:
         reads_ahead: whether the first batch is read as soon as there is an iterator.
         examples: two batches for capture.
         parked: an iterator made for these; the next that is asked for.
+        has_groups: whether the batch sampler forms the micro-batches.
     """
 
     num_microbatches: int
@@ -141,6 +143,7 @@ class _SplitState:
     reads_ahead: bool
     examples: tuple[Any, Any] | None = None
     parked: Iterator[Any] | None = None
+    has_groups: bool = False
 
     def examples_of(self, loader: Any) -> tuple[Any, Any]:
         """The examples of a loader that reads ahead."""
@@ -169,8 +172,11 @@ class _SplitState:
         return batch if self.num_microbatches > 1 else batch.batches[0]
 
 
-class _GroupingDataset:
-    """A dataset as a loader's fetcher sees it: the samples of grouped indices come in the same groups."""
+class GroupedDataset:
+    """A dataset as a loader's fetcher sees it: the samples of grouped indices come in the same groups.
+
+    Everything else is asked of the dataset, and set there: a ``worker_init_fn`` finds this object in its worker.
+    """
 
     def __init__(self, dataset: Any) -> None:
         object.__setattr__(self, "_dataset", dataset)
@@ -196,23 +202,28 @@ class _GroupingDataset:
         setattr(self._dataset, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _GroupingDataset, (self._dataset,)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        """That of the dataset, for callbacks that ask."""
-        return type(self._dataset)
+        return GroupedDataset, (self._dataset,)
 
 
-class SplitLoader:
+class SplitLoader(AnyLoader):
     """Comes before the class of the user's loader in that of its copy."""
 
     split_state: _SplitState
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         state = self.split_state
         parked, state.parked = state.parked, None
-        return parked or _SplitIterator(super().__iter__(), state, type(self).__name__)  # type: ignore[misc]
+        return parked or _SplitIterator(self._batches(), state, type(self).__name__)
+
+    def _batches(self) -> Iterator[Any]:
+        if not self.split_state.has_groups:
+            return super().__iter__()
+        # The dataset of the loader itself stays the user's, for callbacks; the one that is read groups its samples.
+        reader = object.__new__(type(self))
+        reader.__dict__.update(self.__dict__, dataset=GroupedDataset(self.dataset))
+        batches = super(SplitLoader, reader).__iter__()
+        self._iterator = reader._iterator  # of workers that persist
+        return batches
 
 
 class _SplitIterator(Iterator[Any]):
@@ -247,11 +258,7 @@ def _split_copy(
     """
     before = getattr(loader.__dict__.get("state_dict"), "__self__", None)
     source = before if isinstance(before, SplitLoader) else loader
-    kind = type(loader)
-    split_kind = types.new_class(kind.__name__, (SplitLoader, kind))
-    split_kind.__module__, split_kind.__qualname__ = kind.__module__, kind.__qualname__
-    split: Any = object.__new__(split_kind)
-    split.__dict__.update(source.__dict__)
+    split = copied_loader(SplitLoader, type(loader), source)
     if source is loader:
         split.__dict__["_iterator"] = None  # workers that persist belong to the user's loader
     else:
@@ -295,6 +302,11 @@ def fresh_pass(iterable: Any, what: str) -> Iterator[Any]:
 
 
 def first_and_last(batches: Sequence[Any]) -> tuple[Any, Any]:
+    """Returns the first and the last of some batches.
+
+    Raises:
+        ValueError: There are none.
+    """
     if not batches:
         raise ValueError("the loader gives no batches")
     return batches[0], batches[-1]

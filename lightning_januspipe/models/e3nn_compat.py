@@ -13,7 +13,7 @@ from torch import Tensor
 
 # e3nn 0.4 stores slices in its constants file, which torch >= 2.6 refuses to load by default.
 with torch.serialization.safe_globals([slice]):
-    from e3nn import math, o3  # type: ignore[import-untyped]
+    from e3nn import math, o3
 
 
 def wigner_3j(l1: int, l2: int, l3: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Reads trained weights from a checkpoint, verifies that they belong to the model, and freezes some of them."""
 
-import math
 import pickle
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,33 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ARGUMENTS = ("species", "cutoff", "avg_num_neighbors")
-"""Attributes of a potential without which its weights have no meaning."""
-
-KEY = "potential_arguments"
-"""Key of the checkpoint entry that holds the :data:`ARGUMENTS` of the potential."""
+from lightning_januspipe.models.saved_arguments import compare_arguments
 
 
-def arguments_of(potential: nn.Module) -> dict[str, Any]:
-    """Return the :data:`ARGUMENTS` that a potential has as attributes, in types that ``torch.load`` reads safely."""
-    found = {name: getattr(potential, name) for name in ARGUMENTS if hasattr(potential, name)}
-    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in found.items()}
-
-
-def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> None:
+def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> list[str]:
     """Load all parameters and buffers from a checkpoint, and nothing else.
 
     Args:
         module: Receives the weights, which the checkpoint holds under the same names.
-        potential: The submodule whose :data:`ARGUMENTS` are compared with those in the checkpoint.
+        potential: The submodule whose arguments are compared with those in the checkpoint.
         path: File written by a Trainer, or folder of ``torch.distributed.checkpoint``.
+
+    Returns:
+        A message for each argument of the potential whose value the weights replace.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint belongs to another model: other arguments, names or shapes.
     """
-    checkpoint = read_checkpoint(Path(path))
-    _check_arguments(arguments_of(potential), checkpoint.get(KEY, {}), path)
+    checkpoint = read_checkpoint(path)
+    replaced = compare_arguments(potential, checkpoint, str(path))
     weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     own = module.state_dict()
     problems = [
@@ -58,9 +50,10 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> N
             "when it was saved, for instance with --config and the config.yaml of that run"
         )
     module.load_state_dict(weights)
+    return replaced
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint into CPU memory.
 
     Files are read without running code; the index of a folder is a pickle.
@@ -74,8 +67,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     from lightning_januspipe.checkpoint.sharded import read_folder
 
+    path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"initial_weights: there is no {path}; expected a checkpoint of an earlier run")
+        raise FileNotFoundError(f"there is no checkpoint {path} (looked in {path.absolute().parent}); check the path")
     try:
         checkpoint = read_folder(path, True) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -113,38 +107,6 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if patterns and not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"frozen={list(patterns)} leaves no parameter to train; freeze less")
-
-
-def check_data(potential: nn.Module, data: Any) -> None:
-    """Refuse data whose species indices differ from those of the potential.
-
-    Args:
-        potential: A module; its attribute ``species``, if there is one, lists chemical symbols by species index.
-        data: A data module; its attribute ``species``, if there is one, does the same.
-
-    Raises:
-        ValueError: The species of the data are not the first species of the potential.
-    """
-    own, given = getattr(potential, "species", None), getattr(data, "species", None)
-    if own is None or given is None or list(own)[: len(given)] == list(given):
-        return
-    raise ValueError(
-        f"the data has the species {list(given)} and the potential {list(own)}: a species must have the same index "
-        f"in both. Give the data species={list(own)}, or train a potential for those of the data"
-    )
-
-
-def _check_arguments(own: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse a checkpoint of a potential with other :data:`ARGUMENTS`, as far as both are known."""
-    for name in own.keys() & saved.keys():
-        here, there = own[name], saved[name]
-        is_same = math.isclose(here, there, rel_tol=1e-6) if isinstance(here, float) else here == there
-        if not is_same:
-            raise ValueError(
-                f"{path} was trained with {name}={there}, and this potential has {name}={here}, with which the same "
-                f"weights are another potential. Give it {name}={there}, such as with --config and the config.yaml of "
-                "that run"
-            )
 
 
 def _shortened(names: Sequence[str], most: int = 5) -> str:

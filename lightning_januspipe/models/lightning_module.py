@@ -1,7 +1,10 @@
 """Defines the LightningModule that trains a conservative potential on energies, forces and stresses."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,8 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.models.initial_weights import KEY, arguments_of, check_data, freeze, load_weights
+from lightning_januspipe.models.data_checks import check_data, check_labels
+from lightning_januspipe.models.initial_weights import freeze, load_weights, read_checkpoint
 from lightning_januspipe.models.losses import MaskedError, masked_loss
+from lightning_januspipe.models.saved_arguments import compare_arguments, rebuild_potential, save_arguments
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -102,6 +107,7 @@ class PotentialModule(LightningModule):
         self.potential = potential
         freeze(potential, frozen)
         self._initial_weights = initial_weights
+        self._checked: set[int] = set()
         self.weights = weights
         self.huber_delta = huber_delta if loss == "huber" else None
         self.metrics = nn.ModuleDict(
@@ -160,22 +166,98 @@ class PotentialModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Load the initial weights once, and verify the species of the data."""
-        check_data(self.potential, self.trainer.datamodule)  # type: ignore[attr-defined]
+        """Load the initial weights once, and compare the data with the potential and the loss.
+
+        Raises:
+            ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, or
+                no training structure has a label that the loss needs.
+        """
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        check_data(self.potential, data)
+        if stage == "fit" and callable(getattr(data, "dataset", None)):
+            self._check_dataset(data.dataset("train"), "training")
         if self._initial_weights is not None:
-            load_weights(self, self.potential, self._initial_weights)
+            self._warn(load_weights(self, self.potential, self._initial_weights))
             self._initial_weights = None
 
     @override
+    def on_train_start(self) -> None:
+        """Compare the training data with the potential and the loss."""
+        self._check_loaders(self.trainer.train_dataloader, "training")
+
+    @override
+    def on_validation_start(self) -> None:
+        """Compare the validation data with the potential and the loss."""
+        self._check_loaders(self.trainer.val_dataloaders, "validation")
+
+    @override
+    def on_test_start(self) -> None:
+        """Compare the test data with the potential and the loss."""
+        self._check_loaders(self.trainer.test_dataloaders, "test")
+
+    @override
+    def on_predict_start(self) -> None:
+        """Compare the prediction data with the potential."""
+        self._check_loaders(self.trainer.predict_dataloaders, "prediction")
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the arguments of the potential without which its weights have no meaning."""
-        if arguments := arguments_of(self.potential):
-            checkpoint[KEY] = arguments
+        """Save the class and the arguments of the potential, without which its weights have no meaning."""
+        save_arguments(self.potential, checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the weights of a checkpoint that is resumed, instead of the initial weights."""
+        """Refuse the checkpoint of another potential; its weights go before the initial weights.
+
+        Raises:
+            ValueError: The potential in the checkpoint has other arguments.
+        """
+        path = getattr(self._trainer, "ckpt_path", None) or "the checkpoint"
+        self._warn(compare_arguments(self.potential, checkpoint, str(path)))
         self._initial_weights = None
+
+    @override
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "PotentialModule":
+        """Build the module that a checkpoint was saved from, with its weights, in evaluation mode.
+
+        Args:
+            checkpoint_path: File written by a Trainer, or folder of torch.distributed.checkpoint.
+            args: Further arguments of ``LightningModule.load_from_checkpoint``.
+            kwargs: Further arguments, and those of the module that are to differ. A ``potential`` is needed only if it
+                is not one of :mod:`lightning_januspipe.models`, and if its class or arguments are not in the file, as
+                in files of version 0.1.
+
+        Raises:
+            FileNotFoundError: There is no checkpoint.
+            ValueError: The potential is of another package, or the given one has other arguments.
+        """
+        is_path = isinstance(checkpoint_path, (str, Path))
+        if is_path and ("potential" not in kwargs or Path(checkpoint_path).is_dir()):
+            checkpoint = read_checkpoint(checkpoint_path)
+            if "potential" not in kwargs:
+                kwargs["potential"] = rebuild_potential(checkpoint, str(checkpoint_path))
+            checkpoint_path = BytesIO()
+            torch.save(checkpoint, checkpoint_path)
+            checkpoint_path.seek(0)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs).eval()
+
+    def _check_loaders(self, loaders: Any, what: str) -> None:
+        for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+            self._check_dataset(getattr(loader, "dataset", None), what)
+
+    def _check_dataset(self, dataset: Any, what: str) -> None:
+        if id(dataset) in self._checked:
+            return
+        self._checked.add(id(dataset))
+        check_data(self.potential, dataset)
+        if what != "prediction":
+            self._warn(check_labels(self.weights, dataset, what, required=what == "training"))
+
+    def _warn(self, messages: Sequence[str]) -> None:
+        for message in messages if self.global_rank == 0 else ():
+            warnings.warn(message, stacklevel=3)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -204,7 +286,11 @@ class PotentialModule(LightningModule):
             structure = batch[keys.BATCH]
             num_atoms = torch.zeros_like(label).index_add(0, structure, torch.ones_like(structure, dtype=label.dtype))
             num_atoms = num_atoms.clamp(min=1)
-            pairs[keys.ENERGY] = (energy / num_atoms, label / num_atoms)
+            # The difference of large energies is taken with all their digits, and only then rounded.
+            is_known = ~label.isnan()
+            difference = (energy - torch.where(is_known, label, energy.detach())) / num_atoms
+            rounded = difference.to(batch[keys.POSITIONS].dtype)
+            pairs[keys.ENERGY] = (rounded, torch.where(is_known, torch.zeros_like(rounded), torch.nan))
         return pairs
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:

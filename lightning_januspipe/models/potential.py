@@ -1,11 +1,13 @@
 """Defines the reference potential: an equivariant message-passing energy, with forces and stress as derivatives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_januspipe import keys
 from lightning_januspipe.models.equivariant import Interaction
@@ -87,14 +89,29 @@ class EnergyModel(nn.Module):
             nn.Linear(num_features, num_features // 2), nn.SiLU(), nn.Linear(num_features // 2, 1, bias=False)
         )
 
-        for name, given in (("scale", per_species_scale), ("shift", per_species_shift)):
-            values = _per_species_tensor(f"per_species_{name}", given, self.species)
-            if trainable_scale_shift:
-                self.register_parameter(name, nn.Parameter(values))
-            else:
-                self.register_buffer(name, values)
-        self.scale: Tensor
-        self.shift: Tensor
+        scale = _per_species_tensor("per_species_scale", per_species_scale, self.species).to(torch.get_default_dtype())
+        shift = _per_species_tensor("per_species_shift", per_species_shift, self.species)
+        self.scale: Tensor = nn.Parameter(scale) if trainable_scale_shift else nn.Buffer(scale)
+        # All-electron energies have more digits than float32: shifts and sums of energies stay in float64.
+        self.shift: Tensor = nn.Parameter(shift) if trainable_scale_shift else nn.Buffer(shift)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EnergyModel":
+        """Move or convert the model, but keep the shifts in float64."""
+        exact = self.shift.detach()
+        super()._apply(fn, recurse)
+        if self.shift.dtype != exact.dtype:
+            self.shift.data = exact.to(self.shift.device)
+        return self
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the model, but keep its shifts where those in ``state_dict`` are the same ones with fewer digits."""
+        saved = state_dict.get(f"{prefix}shift")
+        own = self.shift.detach()
+        if isinstance(saved, Tensor) and saved.shape == own.shape and torch.equal(own.to(saved), saved):
+            state_dict[f"{prefix}shift"] = own
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
         """Evaluate the energy of strained structures.
@@ -105,12 +122,12 @@ class EnergyModel(nn.Module):
             strain: (B, 3, 3) strain; its symmetric part is applied to positions and cell.
 
         Returns:
-            (B,) energies in eV.
+            (B,) energies in eV, in float64.
         """
         return self.sum_structures(batch, self.atomic_energies(batch, positions, strain))
 
     def atomic_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
-        """Evaluate the energies of the atoms, (N,) in eV. For the arguments see :meth:`forward`."""
+        """Evaluate the energies of the atoms, (N,) in eV and float64. For the arguments see :meth:`forward`."""
         species = batch[keys.SPECIES]
         source, target = batch[keys.EDGE_INDEX].unbind(0)
         lengths, directions = self.edges(batch, positions, strain)
@@ -122,7 +139,7 @@ class EnergyModel(nn.Module):
         for name, layer in zip(self.coupling_names, self.layers, strict=True):
             features = layer(features, species, source, target, couplings[name], radial_basis)
         energies = self.readout(features.squeeze(1)).squeeze(-1)
-        return self.scale[species] * energies + self.shift[species]
+        return (self.scale[species] * energies).to(self.shift.dtype) + self.shift[species]
 
     def edges(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lengths (E,) in Å and the directions (E, 3) of the edges.
@@ -169,8 +186,8 @@ class ConservativePotential(nn.Module):
             batch: The batch (see :mod:`lightning_januspipe.keys`).
 
         Returns:
-            ``energy`` (B,) in eV, ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3) in eV/Å³, zero where the cell has
-            no volume.
+            ``energy`` (B,) in eV, in the dtype of the energy model, ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3)
+            in eV/Å³, zero where the cell has no volume.
 
         Raises:
             RuntimeError: Called in inference mode, where torch cannot differentiate.
@@ -201,7 +218,8 @@ class EquivariantPotential(ConservativePotential):
     """Predicts energy, forces and stress by equivariant messages, in the manner of NequIP (arXiv 2101.03164).
 
     Its constants have the default dtype: for float64 accuracy build the potential under
-    ``torch.set_default_dtype(torch.float64)`` instead of converting it afterwards.
+    ``torch.set_default_dtype(torch.float64)`` instead of converting it afterwards. Only the shifts, and the sums of
+    atomic energies, are in float64 always.
 
     Args:
         species: Chemical symbols; the index of a symbol is its species index in a batch.
@@ -257,24 +275,26 @@ class EquivariantPotential(ConservativePotential):
         per_species_shift: PerSpecies = 0.0,
         trainable_scale_shift: bool = False,
     ) -> None:
-        energy_model = EnergyModel(
-            species=species,
-            cutoff=cutoff,
-            num_layers=num_layers,
-            num_features=num_features,
-            l_max=l_max,
-            num_bessel=num_bessel,
-            radial_hidden=radial_hidden,
-            cutoff_exponent=cutoff_exponent,
-            trainable_bessel=trainable_bessel,
-            avg_num_neighbors=avg_num_neighbors,
-            per_species_scale=per_species_scale,
-            per_species_shift=per_species_shift,
-            trainable_scale_shift=trainable_scale_shift,
-        )
-        super().__init__(energy_model)
-        self.species = energy_model.species
-        self.cutoff = energy_model.cutoff
+        _check_species(species)
+        arguments: dict[str, Any] = {
+            "species": list(species),
+            "cutoff": float(cutoff),
+            "num_layers": num_layers,
+            "num_features": num_features,
+            "l_max": l_max,
+            "num_bessel": num_bessel,
+            "radial_hidden": list(radial_hidden),
+            "cutoff_exponent": cutoff_exponent,
+            "trainable_bessel": trainable_bessel,
+            "avg_num_neighbors": float(avg_num_neighbors),
+            "per_species_scale": _per_species_tensor("per_species_scale", per_species_scale, species).tolist(),
+            "per_species_shift": _per_species_tensor("per_species_shift", per_species_shift, species).tolist(),
+            "trainable_scale_shift": trainable_scale_shift,
+        }
+        super().__init__(EnergyModel(**arguments))
+        self.arguments = arguments
+        self.species = tuple(species)
+        self.cutoff = float(cutoff)
         self.avg_num_neighbors = float(avg_num_neighbors)
 
 
@@ -304,4 +324,4 @@ def _per_species_tensor(name: str, given: PerSpecies, species: Sequence[str]) ->
         raise ValueError(
             f"{name} has {len(given)} values for the {len(species)} species {list(species)}; give one for each"
         )
-    return torch.tensor([float(value) for value in given])
+    return torch.tensor([float(value) for value in given], dtype=torch.float64)

@@ -18,7 +18,7 @@ def num_components(l_max: int) -> int:
 
 
 def degree_of_component(l_max: int) -> Tensor:
-    """Return the degree of each component, (I,) int64: 0, 1, 1, 1, 2, …"""
+    """Return the degree of each component, (I,) int64: 0, 1, 1, 1, 2, …."""
     return torch.repeat_interleave(torch.arange(l_max + 1), 2 * torch.arange(l_max + 1) + 1)
 
 

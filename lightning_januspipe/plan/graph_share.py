@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.capture import CapturedPotential, CaptureError
+from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
-from lightning_januspipe.capture.size_names import words_of
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
+from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_captured, verify_sharding
+from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_potential, verify_sharding
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.plan.measure import Measured
-from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
+from lightning_januspipe.random_state import kept_random_state
+from lightning_januspipe.schedule import Action, MemoryCosts, PhaseCosts
 
 MOST_MICROBATCHES = 4
 """That are divided: those of the first batch."""
@@ -169,7 +169,7 @@ class Sharing:
     def __init__(
         self, module: nn.Module, step: StepFunction, potential: StagedPotential, batches: Sequence[Any]
     ) -> None:
-        self._module, self._step, self._batches, self._divided = module, step, batches, potential
+        self._module, self._step, self._batches, self._staged = module, step, batches, potential
         self._potential = module.get_submodule(potential.path)
         inputs = potential.inputs(self._potential)
         self._tensors: list[list[Tensor]] = []
@@ -192,21 +192,19 @@ class Sharing:
         if measured is not None and measured.refused:
             return measured
         try:
-            captured = self._divided
-            if not isinstance(captured, CapturedPotential):
-                raise CaptureError(
-                    "they are predicted only for what can be traced; explicit stages can be trained with them"
-                )
             if measured is None:
                 smallest = min(range(len(self._batches)), key=lambda i: sum(t.numel() for t in self._tensors[i]))
-                verify_sharding(captured, self._module, self._step, self._batches[smallest], num_ranks)
-            return self._share(captured, num_ranks, measured)
+                if verify_sharding(self._staged, self._module, self._step, self._batches[smallest], num_ranks):
+                    raise CaptureError(
+                        "they are predicted only for what can be traced; explicit stages can be trained with them"
+                    )
+            return self._share(self._staged, num_ranks, measured)
         except CaptureError as error:
             return GraphShare(num_ranks, refused=str(error))
 
-    def _share(self, captured: CapturedPotential, num_ranks: int, measured: GraphShare | None) -> GraphShare:
-        localized = shard_captured(captured)
-        sharder = MicrobatchSharder(captured, localized, self._potential, num_ranks)
+    def _share(self, captured: StagedPotential, num_ranks: int, measured: GraphShare | None) -> GraphShare:
+        sharded = shard_potential(captured, self._potential)
+        sharder = MicrobatchSharder(sharded, self._potential, num_ranks)
         divisions = [sharder.plan_balanced(tensors).shards for tensors in self._tensors]
         groups = [CountingGroup(rank, num_ranks) for rank in range(num_ranks)]
         axes = [GraphAxis(captured, self._potential, GraphGroup(num_ranks, g.rank(), g)) for g in groups]
@@ -215,7 +213,7 @@ class Sharing:
             for tensors in self._tensors
         ]
         share = replace(
-            _division(localized, words_of(captured).word, divisions),
+            _division(sharded, captured.size_words().word, divisions),
             together=_mean_traffic([_largest_traffic([walk()[1] for walk in of_ranks]) for of_ranks in walks]),
             deferred=_mean_traffic([_largest_traffic([walk(defer=True)[1] for walk in of]) for of in walks]),
         )
@@ -238,7 +236,7 @@ class Sharing:
 
     def walk_of(
         self,
-        captured: CapturedPotential,
+        captured: StagedPotential,
         tensors: list[Tensor],
         axis: GraphAxis | None = None,
         group: CountingGroup | None = None,
@@ -273,28 +271,25 @@ class Sharing:
             part = given if axis is None else axis.shard_inputs(0, given)
             if group is not None:
                 group.begin()
-            on_phase = None if group is None else group.on_phase
-            result = run_single_process(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
+            on_action = None if group is None else group.on_action
+            result = run_single_process(functions, captured.chain, part.tensors, loss, on_action=on_action, **manner)
             return result, {} if group is None else group.sent
 
         return walk
 
 
 def _seconds(result: SingleProcessResult) -> float:
-    return sum(of_stage.total for of_stage in result.seconds)
+    return sum(of_stage.total for of_stage in result.costs)
 
 
-def _held(result: SingleProcessResult) -> int:
+def _held(result: SingleProcessResult) -> float:
     """Bytes that a micro-batch holds at most on all stages together."""
-    return sum(b.energy + max(b.force, b.kept) for b in result.bytes or [])
+    return sum(b.energy + max(b.force, b.kept) for b in result.memory or [])
 
 
-def _division(
-    localized: ShardedPotential[CapturedPotential], word: Any, divisions: Sequence[Mapping[str, Sequence[Shard]]]
-) -> GraphShare:
+def _division(sharded: ShardedPotential, word: Any, divisions: Sequence[Mapping[str, Sequence[Shard]]]) -> GraphShare:
     """Who owns and reads how much."""
-    classes = localized.classes
-    edges = next((name for name, owning in classes.owner.items() if owning.of == classes.root), classes.root)
+    classes = sharded.classes
     halo = {}
     for name in classes.names:
         copied = sum(shard.num_halo for shards in divisions for shard in shards[name])
@@ -302,7 +297,7 @@ def _division(
     return GraphShare(
         num_ranks=len(divisions[0][classes.root]),
         atoms=statistics.fmean(_imbalance(shards[classes.root]) for shards in divisions),
-        edges=statistics.fmean(_imbalance(shards[edges]) for shards in divisions),
+        edges=statistics.fmean(_imbalance(shards[classes.edges]) for shards in divisions),
         halo=halo,
         num_whole=sum(all(shard.is_free for of in shards.values() for shard in of) for shards in divisions),
         num_microbatches=len(divisions),
@@ -360,9 +355,9 @@ class CountingGroup(dist.ProcessGroup):
         """Count from here."""
         self.sent = {}
 
-    def on_phase(self, phase: str, stage: int) -> None:
+    def on_action(self, action: Action) -> None:
         """What follows belongs to a phase of a stage."""
-        self._phase = (phase, stage)
+        self._phase = (action.phase.value.lower(), action.stage)
 
     def _count(self, num_bytes: float) -> dist.Work:
         size, number = self.sent.get(self._phase, (0.0, 0.0))

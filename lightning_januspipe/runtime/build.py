@@ -13,22 +13,20 @@ from torch import Tensor
 from lightning_januspipe.capture import (
     Capture,
     CaptureError,
-    ExplicitStages,
     PhaseMode,
     ProgramCache,
     StageOrigin,
     capture_module,
 )
 from lightning_januspipe.capture.find.grad_call import StepFunction
-from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.distributed import on_first_rank
-from lightning_januspipe.engine.memory import PhaseBytes
-from lightning_januspipe.engine.specs import PhaseSeconds
-from lightning_januspipe.graph import call_tensors, shard_potential, verify_sharding
+from lightning_januspipe.engine.p2p import Links, message_latency
+from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
-from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline, measured_latency
-from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
+from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
+from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.user_step import with_batch
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class CaptureRequest:
         ready: the contexts that the step is run in, with the module in training mode or as it is.
         trains: whether it is for training.
         evaluation_step: validation_step, where training runs it.
+        annotate: gives the context that an action runs in by the action's name, as profilers do; None without one.
     """
 
     module: Any
@@ -52,6 +51,7 @@ class CaptureRequest:
     ready: Callable[[bool], AbstractContextManager[None]]
     trains: bool
     evaluation_step: Callable[..., Any] | None = None
+    annotate: Callable[[str], AbstractContextManager[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,16 @@ class PipelineBuilder:
             CaptureError: on every rank, where rank 0 cannot capture.
         """
         num_ranks = mesh.shape.pipeline
-        # One number for all replicas: by it the stages are placed.
-        latency = broadcast(measured_latency(mesh))
+        assert mesh.down_group is not None and mesh.up_group is not None
+        links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
+        # One number for all replicas: the stages are placed by it.
+        latency = broadcast(message_latency(links))
         news = ""
         to_verify: list[Tensor] = []
         if self._kept is None or not self._kept.serves(request):
 
-            def step_time(seconds: list[PhaseSeconds]) -> float:
-                return self._planner(num_ranks, latency, seconds).step_time(request.num_microbatches)
+            def step_time(costs: list[PhaseCosts]) -> float:
+                return self._planner(num_ranks, latency, costs).step_time(request.num_microbatches)
 
             def capture_in(training: bool) -> tuple[Capture, list[Tensor]]:
                 with request.ready(training):
@@ -163,8 +165,9 @@ class PipelineBuilder:
         found = self._kept.capture
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
-        planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
-        pipeline = Pipeline(request.module, mesh, found, planner, request.num_microbatches, self._message_dtype)
+        planner = self._planner(num_ranks, latency, found.costs, found.memory, limit)
+        pipeline = Pipeline(request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype)
+        pipeline.executor.annotate = request.annotate
         if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.
@@ -175,15 +178,15 @@ class PipelineBuilder:
         self,
         num_ranks: int,
         latency: float,
-        seconds: Sequence[PhaseSeconds],
-        measured_bytes: Sequence[PhaseBytes] = (),
+        costs: Sequence[PhaseCosts],
+        memory: Sequence[MemoryCosts] = (),
         memory_limit: float | None = None,
     ) -> Planner:
         return Planner(
             self.schedule,
             num_ranks,
-            phase_costs(seconds),
-            memory_costs(measured_bytes),
+            tuple(costs),
+            tuple(memory),
             self._wave_size,
             memory_limit,
             latency,
@@ -207,19 +210,12 @@ def _verify_graph_ranks(capture: Capture, module: Any, step: StepFunction, batch
     Returns:
         The potential's inputs, on the CPU, where all ranks together have to verify it with them; else nothing.
     """
-    potential = capture.potential
     if num_ranks == 1:
         return []
-    if isinstance(potential, CapturedPotential):
-        try:
-            verify_sharding(potential, module, step, batch, num_ranks)
-        except CaptureError as error:
-            if not isinstance(module.get_submodule(potential.path), ExplicitStages):
-                raise
-            raise CaptureError(f"{error} Or take the stages that it declares, with stages='explicit'.") from error
-        return []
-    shard_potential(potential, module.get_submodule(potential.path))
-    return [t.detach().cpu() for t in call_tensors(potential, module, step, batch)]
+    try:
+        return [t.detach().cpu() for t in verify_sharding(capture.potential, module, step, batch, num_ranks)]
+    except CaptureError as error:
+        raise CaptureError(f"{error}{capture.alternative}") from error
 
 
 def _name(step: Callable[..., Any]) -> str:

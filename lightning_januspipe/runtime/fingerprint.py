@@ -1,23 +1,33 @@
-"""Whether ranks got the same batch."""
+"""Whether the ranks of a replica got the same batch, told by a few numbers of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
 from torch import Tensor
+
+from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.mesh import Mesh
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> tuple[float, ...]:
-    """A few numbers that differ for different batches: sizes, and a position-weighted checksum of all values."""
+    """Returns a few numbers that differ for different batches: sizes, and checksums weighted by place.
+
+    Args:
+        tensors: All tensors of a batch.
+    """
     if not tensors:
         return (0.0,)
     checksums, magnitudes = [], []
-    for position, tensor in enumerate(tensors, start=1):
+    for index, tensor in enumerate(tensors, start=1):
         flat = tensor.detach().reshape(-1).to(torch.float64)
         # Neither periodic in the place of a value nor the same for two tensors: exchanged values are seen.
         places = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
-        weights = torch.frac(places.mul_(0.6180339887498949)).add_(position)
+        weights = torch.frac(places.mul_(0.6180339887498949)).add_(index)
         finite = torch.nan_to_num(flat, nan=0.5, posinf=2.0**64, neginf=-(2.0**64))  # a batch has to equal itself
         checksums.append(finite.dot(weights))
         magnitudes.append(finite.abs().dot(weights))
@@ -26,9 +36,44 @@ def fingerprint(tensors: Sequence[Tensor]) -> tuple[float, ...]:
 
 
 def same_batch(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two fingerprints are of the same batch: sums of the same numbers may differ by rounding."""
+    """Returns whether two fingerprints are of the same batch: sums of the same numbers may differ by rounding."""
     if len(first) < 4 or len(second) < 4:
         return list(first) == list(second)
     return first[:2] == second[:2] and all(
         abs(a - b) <= 1e-9 * max(first[3], second[3]) for a, b in zip(first[2:], second[2:], strict=True)
     )
+
+
+def require_same_batches(inputs: Sequence[Sequence[Tensor]], batches: Sequence[Any], mesh: Mesh) -> None:
+    """Compares the micro-batches of all ranks that work on one replica's samples: nothing else would notice.
+
+    Args:
+        inputs: The tensors that the potential gets of each micro-batch.
+        batches: The micro-batches themselves, whose labels count too.
+        mesh: This rank's process groups.
+
+    Raises:
+        PipelineError: The ranks hold different micro-batches, or one of them did not answer.
+    """
+    labels = [[x for x in pytree.tree_leaves(b) if isinstance(x, Tensor)] for b in batches]
+    mine = [fingerprint([*tensors, *more]) for tensors, more in zip(inputs, labels, strict=True)]
+    found: list[Any] = [None] * len(mesh.replica_ranks)
+    try:
+        dist.all_gather_object(found, mine, group=mesh.replica_group)
+    except RuntimeError as error:
+        # Without the frames of torch, which refer to the group: this rank's connections have to close in turn.
+        raise PipelineError(
+            f"global rank {mesh.rank} could not compare its batch with the other ranks of its pipeline: {error}. One "
+            "of them has ended or hangs; its own output has the cause."
+        ) from error.with_traceback(None)
+    for rank, other in zip(mesh.replica_ranks, found, strict=True):
+        if len(other) != len(found[0]) or not all(map(same_batch, found[0], other)):
+            differing = (i for i, (a, b) in enumerate(zip(found[0], other, strict=False)) if not same_batch(a, b))
+            index = next(differing, 0)
+            raise PipelineError(
+                f"global ranks {mesh.replica_ranks[0]} and {rank} of one pipeline got different batches (micro-batch "
+                f"{index}: {found[0][index : index + 1]} and {other[index : index + 1]}, as number of tensors, "
+                f"numbers, checksum; {len(found[0])} and {len(other)} micro-batches). All ranks of a pipeline have to "
+                "see the same samples: keep Trainer(use_distributed_sampler=True), or seed your sampler "
+                "and your random transforms alike on every rank (lightning.seed_everything(..., workers=True))."
+            )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.runtime.parameters import PlacedParameters
 
 
 class ParameterResidence:
@@ -44,23 +44,23 @@ class ParameterResidence:
         else:
             self._module._apply(lambda t: t if isinstance(t, nn.Parameter) else t.to(device))
 
-    def place(self, pipeline: Pipeline) -> None:
+    def place(self, parameters: PlacedParameters) -> None:
         """Move the parameters that this rank's stages and the steps read to its device; the others stay."""
         for parameter in self._module.parameters():
-            if _is_needed(pipeline, parameter):
+            if _is_needed(parameters, parameter):
                 parameter.data = parameter.data.to(self._mesh.device)
             elif self._mesh.rank != 0:
                 parameter.data = parameter.data.cpu()
 
-    def release(self, pipeline: Pipeline) -> None:
+    def release(self, parameters: PlacedParameters) -> None:
         """Free the parameters of other stages."""
-        ranks = pipeline.ranks_of
+        ranks = parameters.ranks_of
         # Gradients of a parameter with several holders are summed over all ranks.
-        self._gone = {p: pipeline.owner(p) for p in self._module.parameters() if len(ranks[p]) == 1}
+        self._gone = {p: parameters.owner(p) for p in self._module.parameters() if len(ranks[p]) == 1}
         # Ranks that do not hold such a parameter have its values of before training.
-        self._stale = {p: pipeline.owner(p) for p in pipeline.partly_held() if p not in self._gone}
+        self._stale = {p: parameters.owner(p) for p in parameters.partly_held() if p not in self._gone}
         for parameter in self._gone:
-            if not pipeline.holds(parameter):
+            if not parameters.holds(parameter):
                 parameter.grad = None
                 _replace(parameter, torch.empty_like(parameter, device="meta"))
 
@@ -107,8 +107,8 @@ class ParameterResidence:
         self._module._apply(lambda t: t if t.is_meta else t.cpu())
 
 
-def _is_needed(pipeline: Pipeline, parameter: nn.Parameter) -> bool:
-    return pipeline.holds(parameter) or len(pipeline.ranks_of[parameter]) > 1
+def _is_needed(parameters: PlacedParameters, parameter: nn.Parameter) -> bool:
+    return parameters.holds(parameter) or len(parameters.ranks_of[parameter]) > 1
 
 
 def _forget(parameters: list[nn.Parameter]) -> None:

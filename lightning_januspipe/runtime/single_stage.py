@@ -1,54 +1,45 @@
-"""What stands for a pipeline where there is one stage and nobody shares atoms: the user's step as it is."""
+"""The runner where nothing is shared between ranks but gradients: the user's step as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction
-from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.loss import gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.mesh import Mesh, as_world
-from lightning_januspipe.runtime.step_recorder import StepRecorder
+from lightning_januspipe.runtime.parameters import PlacedParameters
+from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.schedule import Action, Phase
 
 
-class SingleStage:
-    """The whole module on one rank: gradient accumulation over the micro-batches, nothing captured.
+class SingleStage(Runner):
+    """Trains the whole module on one rank: gradient accumulation over the micro-batches, nothing captured.
 
     Args:
-        module: the LightningModule.
-        mesh: this rank's process groups.
+        module: The LightningModule.
+        mesh: This rank's process groups.
     """
 
+    is_staged = False
+    placement = (0,)
+    bytes_sent = 0
+
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
-        self.gradients = GradientBuffers()
+        super().__init__(PlacedParameters(module, mesh, {}), mesh)
         self._module, self._mesh = module, mesh
-        self.step_recorder = StepRecorder(mesh.device, self.gradients)
 
     def train_step(
         self,
         steps: Sequence[StepFunction],
         batches: Sequence[Any],
         loss_scale: float = 1.0,
-        ahead: Sequence[Tensor | None] = (),
+        owners: Sequence[Tensor | None] = (),
     ) -> list[Any]:
-        """Run the user's step on every micro-batch; gradients end in ``gradients``.
-
-        Args:
-            steps: the user's training step for each micro-batch, from a batch to what it returns.
-            batches: the micro-batches.
-            loss_scale: of a gradient scaler: what the gradients are multiplied by, from the losses on.
-            ahead: for graph ranks, owners of the atoms of each micro-batch, where the loader has chosen them.
-
-        Returns:
-            What the steps returned.
-
-        Raises:
-            FloatingPointError: a loss is not finite, before it is scaled.
-        """
+        """Runs the user's step on every micro-batch, one after the other; see :meth:`.Runner.train_step`."""
         outputs = []
         with self.step_recorder.step() as recorder:
             for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
@@ -70,20 +61,12 @@ class SingleStage:
         return output
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
-        """The user's step of evaluation."""
+        """Runs the user's evaluation step."""
         with as_world(self._mesh.data_group):
             return step(batch)
 
-    def reduce(self) -> None:
-        """Average ``p.grad`` over the replicas."""
-        if self._mesh.shape.data > 1:
-            assert self._mesh.data_group is not None
-            reduce_gradients(self._module.parameters(), self._mesh.data_group, divide_by=self._mesh.shape.data)
+    def recorded_step(self) -> None:
+        """Returns None: without stages there is no schedule to compare a step with."""
 
-    def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank trains a parameter: all of them."""
-        return True
-
-    def owns(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank counts a parameter in norms and checkpoints: all of them."""
-        return True
+    def fetch_parameters_with(self, whole: Callable[[], AbstractContextManager[None]]) -> None:
+        """Does nothing: all parameters stay."""

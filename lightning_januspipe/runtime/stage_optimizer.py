@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.runtime.parameters import PlacedParameters
 
 
 class StageOptimizer:
@@ -23,7 +23,7 @@ class StageOptimizer:
 
     Args:
         optimizer: made by the user over the whole module.
-        pipeline: this rank's stage.
+        parameters: the module's parameters, with the ranks that train them.
         names: of all parameters of the module.
         state: of a checkpoint, by the indices of the optimizer over the whole module; by default the optimizer's own.
     """
@@ -31,15 +31,15 @@ class StageOptimizer:
     def __init__(
         self,
         optimizer: Optimizer,
-        pipeline: Pipeline,
+        parameters: PlacedParameters,
         names: Mapping[nn.Parameter, str],
         state: Mapping[int, Any] | None = None,
     ) -> None:
-        self.optimizer, self._pipeline, self._names = optimizer, pipeline, names
+        self.optimizer, self._parameters, self._names = optimizer, parameters, names
         self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
-        known = set(pipeline.ranks_of)
-        for parameters in self._groups:
-            if any(p not in known for p in parameters):
+        known = set(parameters.ranks_of)
+        for group in self._groups:
+            if any(p not in known for p in group):
                 raise ValueError(
                     "the optimizer holds parameters that are not parameters of the LightningModule; return from "
                     "configure_optimizers an optimizer over self.parameters() or a part of it"
@@ -65,9 +65,9 @@ class StageOptimizer:
 
     def _prune(self) -> None:
         for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
-            group["params"] = [p for p in parameters if self._pipeline.holds(p)]
+            group["params"] = [p for p in parameters if self._parameters.holds(p)]
         for parameter in self._known:
-            if not self._pipeline.holds(parameter):
+            if not self._parameters.holds(parameter):
                 self.optimizer.state.pop(parameter, None)
 
     def _load_held(self, state: Mapping[int, Any]) -> None:
@@ -84,7 +84,7 @@ class StageOptimizer:
             self._names[p]: self.optimizer.state[p]
             for parameters in self._groups
             for p in parameters
-            if p in self.optimizer.state and self._pipeline.owns(p)
+            if p in self.optimizer.state and self._parameters.owns(p)
         }
         names = [[self._names[p] for p in parameters] for parameters in self._groups]
         return {"state": state, "param_groups": _groups(self.optimizer, names)}
@@ -98,7 +98,7 @@ class StageOptimizer:
         mine = {
             i: _to_cpu(self.optimizer.state[p])
             for i, p in enumerate(order)
-            if p in self.optimizer.state and self._pipeline.owns(p)
+            if p in self.optimizer.state and self._parameters.owns(p)
         }
         is_first = mesh.pipeline_rank == 0
         found: list[Any] | None = [None] * mesh.shape.pipeline if is_first else None

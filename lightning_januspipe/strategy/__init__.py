@@ -1,0 +1,1 @@
+"""The strategy: what a Lightning Trainer calls."""

@@ -9,38 +9,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_januspipe.checkpoint import atomic, sharded
 from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.errors import PipelineError
-from lightning_januspipe.loader.resume import KEY, LoaderProgress
-from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.parameter_residence import ParameterResidence
-from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.loader.resume import KEY
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
+from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.contexts import is_fitting
-from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 
-class CheckpointHooks:
+class CheckpointHooks(StrategyState):
     """The part of the strategy that saves and loads; every rank takes part in saving."""
 
-    lib: Any
-    _checkpoint_io: Any
-    mesh: Mesh | None
-    runner: SingleStage | Pipeline | None
-    _save_distributed: bool
-    _progress: LoaderProgress
-    _stage_optimizers: dict[int, StageOptimizer]
-    _shutdown: CoordinatedShutdown | None = None
-    _residence: ParameterResidence | None = None
-    _unloaded: dict[int, dict[str, Any]]
-    """States of optimizers that wait until the stages are known."""
-
     @property
+    @override
     def checkpoint_io(self) -> Any:
         """How files are written: the user's plugin, or whole or not at all."""
         if self._checkpoint_io is None:
@@ -55,44 +41,47 @@ class CheckpointHooks:
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state: whole on global rank 0, or, for a folder, right where this rank owns it."""
-        module, runner = self.lightning_module, self.runner
+        module, runner = self._module, self.runner
         self._require_all_ranks()
-        if not isinstance(runner, Pipeline):  # after training everything is whole
+        if runner is None:  # after training everything is whole
             return module.state_dict()
         assert self.mesh is not None
-        if self._save_distributed and _has_own_tensors(module):
-            runner.synchronize(module.trainer.callbacks, averages_only=True)
+        if self.options.save_distributed_checkpoint and _has_own_tensors(module):
+            runner.parameters.synchronize(self._trainer.callbacks, averages_only=True)
             return module.state_dict()
         if self._residence is not None and self._residence.is_partial:
             with self._residence.whole_on_first_rank():
                 return module.state_dict()
-        runner.synchronize(module.trainer.callbacks)
+        runner.parameters.synchronize(self._trainer.callbacks)
         return module.state_dict()
 
+    @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """An optimizer's state: as plain Lightning would save it, or, for a folder, this rank's part by names."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         stage, waiting = self._stage_optimizers.get(id(optimizer)), self._unloaded.get(id(optimizer))
-        if stage is not None and self._save_distributed:
+        if stage is not None and self.options.save_distributed_checkpoint:
             return stage.own_state_dict()
         if stage is not None:
             assert self.mesh is not None
             return stage.full_state_dict(self.mesh)
         if waiting is not None:
             return waiting
-        if self._save_distributed:
-            return named_state_dict(optimizer, _names(self.lightning_module))
-        return super().optimizer_state(optimizer)  # type: ignore[misc]
+        if self.options.save_distributed_checkpoint:
+            return named_state_dict(optimizer, _names(self._module))
+        return super().optimizer_state(optimizer)
 
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a file or a folder; it appears under its name when it is complete, on every rank's word."""
-        if is_fitting(self.lightning_module.trainer) and "optimizer_states" in checkpoint:
+        if is_fitting(self._trainer) and "optimizer_states" in checkpoint:
             checkpoint[KEY] = {"replicas": self._replica_progress()}
-        if self._save_distributed:
+        if self.options.save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError(
                     f"storage_options={storage_options!r} with save_distributed_checkpoint=True: folders are written "
@@ -141,16 +130,18 @@ class CheckpointHooks:
 
     def _owners(self) -> dict[Any, int]:
         """The pipeline rank that owns a tensor, for those that belong to single stages."""
-        runner, module = self.runner, self.lightning_module
-        if not isinstance(runner, Pipeline) or not _has_own_tensors(module):
+        runner, module = self.runner, self._module
+        if runner is None or not _has_own_tensors(module):
             return {}
-        owned = {_storage(p): runner.owner(p) for p in runner.partly_held()}
-        return owned | {_storage(t): runner.owner(p) for p, t in runner.followers(module.trainer.callbacks)}
+        parameters = runner.parameters
+        owned = {_storage(p): parameters.owner(p) for p in parameters.partly_held()}
+        return owned | {_storage(t): parameters.owner(p) for p, t in parameters.averages(self._trainer.callbacks)}
 
     def _replica_progress(self) -> list[Any]:
         """Random states and loader progress of the first ranks of all replicas, on global rank 0."""
         mesh = self.mesh
         assert mesh is not None
+        assert self._progress is not None
         mine = self._progress.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
         if mesh.host_group is None:
             return [mine]
@@ -169,11 +160,12 @@ class CheckpointHooks:
             PipelineError: a rank is missing.
         """
         is_alone = self.mesh is not None and self.mesh.aborted
-        if not is_alone and self.lightning_module.trainer.interrupted and self._shutdown is not None:
+        if not is_alone and self._trainer.interrupted and self._shutdown is not None:
             is_alone = not self._shutdown.are_together()
         if is_alone:
             raise PipelineError("no checkpoint can be gathered: not all ranks have come here, after an exception")
 
+    @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a file, a link or a folder."""
         if not self.is_global_zero:
@@ -186,6 +178,7 @@ class CheckpointHooks:
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file or a folder, whichever is there, into host memory of every rank."""
         torch.cuda.empty_cache()
@@ -196,13 +189,15 @@ class CheckpointHooks:
         else:
             given = {} if weights_only is None else {"weights_only": weights_only}
             checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
-        if is_fitting(self.lightning_module.trainer):
-            self._progress.resume(checkpoint, self.mesh_shape.coordinates(self.global_rank)[1])
+        if is_fitting(self._trainer):
+            assert self._progress is not None
+            self._progress.resume(checkpoint, self.replica_index)
         return checkpoint
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load whole optimizers' states, of which each rank takes its part when the stages are known."""
-        names = _names(self.lightning_module)
+        names = _names(self._module)
         states = []
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             stage = self._stage_optimizers.get(id(optimizer))
@@ -215,36 +210,29 @@ class CheckpointHooks:
                 state = {"state": {}, "param_groups": state["param_groups"]}
             states.append(state)
         if states:
-            super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})  # type: ignore[misc]
+            super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def _prune_optimizers(self) -> None:
         """Leave to this rank its part of all optimizers, and of the states that a checkpoint gave."""
-        assert isinstance(self.runner, Pipeline)
-        names = _names(self.lightning_module)
+        assert self.runner is not None
+        names = _names(self._module)
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
-            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner, names, state)
+            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner.parameters, names, state)
 
     def _free_other_stages(self) -> None:
         """Where the module is made in ``configure_model``, keep this rank's parameters only."""
-        assert isinstance(self.runner, Pipeline)
-        module = self.lightning_module
+        assert self.runner is not None
+        module = self._module
         if self._residence is None:
             return
-        if followers(module, module.trainer.callbacks, self.runner.partly_held()):
+        if followers(module, self._trainer.callbacks, self.runner.parameters.partly_held()):
             self.lib.rank_zero.rank_zero_info(
                 "januspipe: averages of weights are kept, so every rank keeps all parameters"
             )
             return
-        self._residence.release(self.runner)
-        self.runner.batch_checks.whole = self._residence.whole
-
-    # -- exceptions --------------------------------------------------------------------------------------------------
-
-    def on_exception(self, exception: BaseException) -> None:
-        """A rank that ends with an exception says so to the others, unless they have all ended alike."""
-        if self._shutdown is not None:
-            self._shutdown.give_up()
+        self._residence.release(self.runner.parameters)
+        self.runner.fetch_parameters_with(self._residence.whole)
 
 
 def _names(module: nn.Module) -> dict[nn.Parameter, str]:

@@ -60,8 +60,8 @@ def without_inference(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(without_inference(v) for v in value))
     if isinstance(value, Mapping):
-        changed = copy.copy(value)
-        changed.update({k: without_inference(v) for k, v in value.items()})  # type: ignore[attr-defined]
+        changed: Any = copy.copy(value)
+        changed.update({k: without_inference(v) for k, v in value.items()})
         return changed
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value) if f.init]

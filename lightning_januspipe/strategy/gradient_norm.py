@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.runtime.single_stage import SingleStage
+from lightning_januspipe.runtime.parameters import PlacedParameters
+from lightning_januspipe.runtime.runner import Runner
 
 
 def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
@@ -40,16 +40,14 @@ def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = 
         raise ValueError(f"norm_type={norm_type!r}; expected a positive number, or 'inf'")
     named = dict(module.named_parameters())
     strategy = module.trainer.strategy
-    runner: Any = getattr(strategy, "runner", None)
-    mesh: Any = getattr(strategy, "mesh", None)
-    is_divided = mesh is not None and mesh.shape.pipeline > 1 and runner is not None
+    runner: Runner | None = getattr(strategy, "runner", None)
     norms = torch.zeros(2, len(named), dtype=torch.float64, device=strategy.root_device)
     for index, parameter in enumerate(named.values()):
-        if parameter.grad is not None and (not is_divided or runner.owns(parameter)):
+        if parameter.grad is not None and (runner is None or runner.parameters.owns(parameter)):
             norms[0, index] = parameter.grad.detach().norm(power)
             norms[1, index] = 1.0
-    if is_divided:
-        dist.all_reduce(norms, group=mesh.pipeline_group)
+    if runner is not None and strategy.mesh.shape.pipeline > 1:
+        dist.all_reduce(norms, group=strategy.mesh.pipeline_group)
     prefix = f"grad_{power}_norm"
     found = {n: v for n, v, has in zip(named, norms[0], norms[1].tolist(), strict=True) if has}
     result = {f"{prefix}{group_separator}{n}": v for n, v in found.items()}
@@ -57,20 +55,20 @@ def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = 
 
 
 def clip_gradients_by_norm(
-    parameters: list[nn.Parameter], max_norm: float, runner: SingleStage | Pipeline, mesh: Mesh
+    parameters: list[nn.Parameter], max_norm: float, placed: PlacedParameters, mesh: Mesh
 ) -> Tensor:
     """Scale gradients so that their norm over the whole model is at most ``max_norm``.
 
     Args:
         parameters: those of this rank's optimizer.
         max_norm: largest norm.
-        runner: knows which rank counts a parameter that several stages hold.
+        placed: know which rank counts a parameter that several stages hold.
         mesh: this rank's process groups.
 
     Returns:
         The norm before clipping, the same on every rank.
     """
-    counted = [p.grad for p in parameters if p.grad is not None and runner.owns(p)]
+    counted = [p.grad for p in parameters if p.grad is not None and placed.owns(p)]
     square = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for gradient in counted:
         square += gradient.detach().to(torch.float64).square().sum()

@@ -1,88 +1,34 @@
-"""The Lightning hooks of processes: how many there are, how they start, and the collectives that the Trainer calls."""
+"""The Lightning hooks of processes: how they start, and the collectives that the Trainer calls."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_januspipe.loader.resume import LoaderProgress
-from lightning_januspipe.mesh import Mesh, MeshShape, Size
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.strategy.base import StrategyState
 
 
-class ProcessHooks:
+class ProcessHooks(StrategyState):
     """The part of the strategy that starts processes and lays the mesh over them."""
-
-    lib: Any
-    mesh: Mesh | None
-    parallel_devices: Any
-    cluster_environment: Any
-    _pipeline_size: Size
-    _data_size: Size
-    _graph_size: int
-    _num_nodes: int
-    _num_runs: int
-    _process_group_backend: str | None
-    _timeout: timedelta
-    _progress: LoaderProgress
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether the Trainer has to inject distributed samplers and honour ``sync_dist``."""
-        return self.num_processes * self._num_nodes > 1
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this machine."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 1
-
-    @property
-    def root_device(self) -> torch.device:
-        """This rank's device."""
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def mesh_shape(self) -> MeshShape:
-        """Sizes of the three axes.
-
-        Raises:
-            ValueError: they do not multiply to the number of processes.
-        """
-        world = self._num_nodes * self.num_processes
-        return MeshShape.resolve(self._pipeline_size, self._data_size, self._graph_size, world)
-
-    @property
-    def world_size(self) -> int:
-        """Number of data-parallel replicas.
-
-        Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``: ranks of one pipeline see the
-        same samples, so only replicas count.
-        """
-        return self.mesh_shape.data
 
     @property
     def process_group_backend(self) -> str | None:
         """Backend of torch.distributed."""
-        return self._process_group_backend
+        if self.options.process_group_backend is not None or not self.is_distributed:
+            return self.options.process_group_backend
+        return str(self.lib.distributed._get_default_process_group_backend_for_device(self.root_device))
 
     @property
+    @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Ranks of one pipeline draw the same samples."""
-        shape = self.mesh_shape
-        return {"num_replicas": shape.data, "rank": shape.coordinates(self.global_rank)[1]}
+        return {"num_replicas": self.mesh_shape.data, "rank": self.replica_index}
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and Lightning's rank-zero helpers who this process is."""
@@ -92,6 +38,7 @@ class ProcessHooks:
         for module in (self.lib.rank_zero, self.lib.utils_rank_zero):
             module.rank_zero_only.rank = self.global_rank
 
+    @override
     def _configure_launcher(self) -> None:
         _ = self.mesh_shape  # an error here comes before any process is started
         assert self.cluster_environment is not None
@@ -101,21 +48,18 @@ class ProcessHooks:
                 self.cluster_environment, self.num_processes, self._num_nodes
             )
 
+    @override
     def setup_environment(self) -> None:
         """Start torch.distributed and lay the mesh."""
-        super().setup_environment()  # type: ignore[misc]
+        super().setup_environment()
         self.lib.seed.reset_seed()
         self.set_world_ranks()
         if self.is_distributed:
-            self._process_group_backend = (
-                self._process_group_backend
-                or self.lib.distributed._get_default_process_group_backend_for_device(self.root_device)
-            )
             # Without device_id, which would let NCCL's sends and receives wait for one another whatever their peers.
-            self.lib.distributed._init_dist_connection(self.cluster_environment, self._process_group_backend)
+            self.lib.distributed._init_dist_connection(self.cluster_environment, self.process_group_backend)
         if self.mesh is None or self.mesh.aborted:
-            self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self._timeout)
-        self.lightning_module._device_mesh = self.mesh.device_mesh
+            self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self.options.message_timeout)
+        self._module._device_mesh = self.mesh.device_mesh
         self._progress = LoaderProgress(self.root_device)
         self._num_runs += 1
 
@@ -129,11 +73,13 @@ class ProcessHooks:
         # A rank that fails closes it, so that the others do not wait there.
         return None if self.mesh is None else self.mesh.host_group
 
+    @override
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
         if self._is_joined():
             dist.barrier(group=self._host_group())
 
+    @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object of one global rank, on all ranks."""
         if not self._is_joined():
@@ -142,12 +88,14 @@ class ProcessHooks:
         dist.broadcast_object_list(objects, src, group=self._host_group())
         return objects[0]
 
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce over the data-parallel replicas: the ranks of one pipeline hold the same values."""
         if not isinstance(tensor, Tensor) or self.mesh is None or (group is None and self.mesh.shape.data == 1):
             return tensor
         return self.lib.distributed._sync_ddp_if_available(tensor, group or self.mesh.data_group, reduce_op=reduce_op)
 
+    @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather over the data-parallel replicas, as ``(D, ...)``; in one replica the tensor itself."""
         if self.mesh is None or (group is None and self.mesh.shape.data == 1):
@@ -156,6 +104,7 @@ class ProcessHooks:
             tensor, group=group or self.mesh.data_group, sync_grads=sync_grads
         )
 
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """A decision of all ranks of the mesh."""
         if not self._is_joined():

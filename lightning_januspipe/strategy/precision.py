@@ -2,81 +2,100 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 
 from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
+
+if TYPE_CHECKING:
+    from lightning.pytorch.plugins import Precision
+
+    _Plugin = TypeVar("_Plugin", bound=Precision)
 
 SUPPORTED = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
 class MeshClipping:
-    """Mixin for a precision plugin: norms count every parameter of the pipeline once; a rank may have no gradients."""
+    """Clips in the place of a precision plugin: norms count every parameter once; a rank may have no gradients.
 
-    januspipe_strategy: Any
+    Args:
+        plugin: Its methods for clipping are replaced; it stays the object that users and Lightning know.
+        strategy: Has the mesh and the runner, once there are any.
+    """
 
-    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+    def __init__(self, plugin: Precision, strategy: Any) -> None:
+        self._plugin, self.strategy = plugin, strategy
+        self._clip_by_norm, self._clip_by_value = plugin.clip_grad_by_norm, plugin.clip_grad_by_value
+        vars(plugin).update(clip_grad_by_norm=self.clip_by_norm, clip_grad_by_value=self.clip_by_value)
+
+    def clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Clip gradients by the norm over all stages."""
-        strategy = self.januspipe_strategy
-        if strategy.runner is None or strategy.mesh is None:
-            super().clip_grad_by_norm(optimizer, clip_val)  # type: ignore[misc]
-            return
-        clip_gradients_by_norm(list(self.main_params(optimizer)), clip_val, strategy.runner, strategy.mesh)  # type: ignore[attr-defined]
+        if self.strategy.runner is None or self.strategy.mesh is None:
+            self._clip_by_norm(optimizer, clip_val)
+        else:
+            parameters = list(self._plugin.main_params(optimizer))
+            clip_gradients_by_norm(parameters, clip_val, self.strategy.runner.parameters, self.strategy.mesh)
 
-    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
+    def clip_by_value(self, optimizer: Any, clip_val: float) -> None:
         """Clip gradients by value, where there are any: torch's own function fails without."""
-        if any(p.grad is not None for p in self.main_params(optimizer)):  # type: ignore[attr-defined]
-            super().clip_grad_by_value(optimizer, clip_val)  # type: ignore[misc]
+        if any(p.grad is not None for p in self._plugin.main_params(optimizer)):
+            self._clip_by_value(optimizer, clip_val)
 
 
 class MeshScaling:
-    """Mixin for a gradient scaler: a step that overflowed on one rank is skipped on all, and the scale stays one."""
+    """Looks for overflows in the place of a gradient scaler: a step that overflowed on one rank is skipped on all.
 
-    def unscale_(self, optimizer: Any) -> None:
+    Args:
+        scaler: Its methods that look for overflows are replaced; its scale stays the same on all ranks.
+    """
+
+    def __init__(self, scaler: GradScaler) -> None:
+        self._scaler = scaler
+        self._unscale, self._check = scaler.unscale_, scaler._check_inf_per_device
+        vars(scaler).update(unscale_=self.unscale, _check_inf_per_device=self.check)
+
+    def unscale(self, optimizer: Any) -> None:
         """Divide this rank's gradients by the scale."""
-        super().unscale_(optimizer)  # type: ignore[misc]
+        self._unscale(optimizer)
         self._reduce(optimizer)
 
-    def _check_inf_per_device(self, optimizer: Any) -> dict[Any, Tensor]:
-        """Called for optimizers that unscale by themselves (fused ones)."""
-        super()._check_inf_per_device(optimizer)  # type: ignore[misc]
+    def check(self, optimizer: Any) -> dict[Any, Tensor]:
+        """Look for overflows; called for optimizers that unscale by themselves (fused ones)."""
+        self._check(optimizer)
         return self._reduce(optimizer)
 
     def _reduce(self, optimizer: Any) -> dict[Any, Tensor]:
         """Whether any rank of the mesh overflowed; a rank without gradients has no entry of its own."""
-        if not self._enabled or not dist.is_initialized():  # type: ignore[attr-defined]
+        if not self._scaler.is_enabled() or not dist.is_initialized():
             return {}
-        state = self._per_optimizer_states[id(optimizer)]  # type: ignore[attr-defined]
-        found = torch.zeros_like(self._scale)  # type: ignore[attr-defined]
+        state = self._scaler._per_optimizer_states[id(optimizer)]
+        assert self._scaler._scale is not None
+        found = torch.zeros_like(self._scaler._scale)
         for value in state["found_inf_per_device"].values():
             found = torch.maximum(found, value.to(found.device))
         dist.all_reduce(found, dist.ReduceOp.MAX)
         state["found_inf_per_device"] = {found.device: found}
-        return state["found_inf_per_device"]  # type: ignore[no-any-return]
+        return {found.device: found}
 
 
-def mesh_aware(plugin: Any, strategy: Any) -> Any:
-    """The same plugin object, with the mesh of ``strategy`` in its clipping and in its gradient scaler.
-
-    Lightning picks plugins for its own strategies by their classes, so the class is changed after the choice.
-    """
-    _mix_in(plugin, MeshClipping)
-    if getattr(plugin, "scaler", None) is not None:
-        _mix_in(plugin.scaler, MeshScaling)
-    plugin.januspipe_strategy = strategy
+def mesh_aware(plugin: _Plugin, strategy: Any) -> _Plugin:
+    """The same plugin object, with the mesh of ``strategy`` in its clipping and in its gradient scaler."""
+    clipping = getattr(plugin.clip_grad_by_norm, "__self__", None)
+    if isinstance(clipping, MeshClipping):
+        clipping.strategy = strategy
+    else:
+        MeshClipping(plugin, strategy)
+    scaler = getattr(plugin, "scaler", None)
+    if scaler is not None and not isinstance(getattr(scaler.unscale_, "__self__", None), MeshScaling):
+        MeshScaling(scaler)
     return plugin
 
 
-def loss_scale(plugin: Any) -> float:
+def loss_scale(plugin: Precision) -> float:
     """What a plugin's gradient scaler multiplies losses by; 1 without one."""
     scaler = getattr(plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _mix_in(target: Any, mixin: type) -> None:
-    if not isinstance(target, mixin):
-        cls = type(target)
-        target.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -30,9 +31,10 @@ class RankPool:
 
     Args:
         size: The largest number of ranks of a job.
-        preload: Modules that one server process imports; the ranks are forked from it, which saves seconds whenever
-            ranks are started, also after a failure. All pools of a program share that server, and it imports the
-            modules of the first pool. Importing them must not touch a GPU. None starts every rank from nothing.
+        preload: Modules that every rank imports first. A server process imports them, too, and the ranks are forked
+            from it, which saves seconds whenever ranks are started, also after a failure. All pools of a program share
+            that server, which has the modules of the first pool. Importing them must not touch a GPU. None starts
+            every rank from nothing.
 
     Example:
         >>> with RankPool(2) as pool:
@@ -126,17 +128,20 @@ class RankPool:
             # Not daemonic: loaders with workers have to be able to start processes of their own.
             # How those start is as in this process, not as the pool's own.
             method = multiprocessing.get_start_method(allow_none=True)
-            process = context.Process(target=_serve, args=(theirs, dict(os.environ), method))
+            arguments = (theirs, dict(os.environ), method, tuple(self._preload or ()))
+            process = context.Process(target=_serve, args=arguments)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(pipe: Connection, environment: dict[str, str], start_method: str | None) -> None:
+def _serve(pipe: Connection, environment: dict[str, str], start_method: str | None, modules: Sequence[str]) -> None:
     os.environ.clear()  # a forked process has the environment of the server, not that of the pool's program
     os.environ.update(environment)
     multiprocessing.set_start_method(start_method, force=True)
+    for module in modules:
+        importlib.import_module(module)
     np.random.seed()
     torch.set_num_threads(1)
     while True:
@@ -161,20 +166,25 @@ def _answer(job: bytes) -> tuple[bool, Any]:
     """Returns whether a job's function succeeded, and its result or the traceback."""
     try:
         function, args = ForkingPickler.loads(job)
-    except Exception:
-        return False, traceback.format_exc() + (
+    except Exception as error:
+        return False, _told(error) + (
             "The ranks run in processes of their own, which import functions and classes by name: define them in a "
             "file that can be imported from a folder on sys.path"
         )
     dtype = torch.get_default_dtype()
     try:
         return True, function(*args)
-    except BaseException:
-        return False, traceback.format_exc()
+    except BaseException as error:
+        return False, _told(error)
     finally:
         torch.set_default_dtype(dtype)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _told(error: BaseException) -> str:
+    """Returns the error, and where it was raised."""
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lightning_januspipe.bench.command import main
 from lightning_januspipe.bench.emulate import EmulationError, emulate
 from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, emulated_chain, observable, sleep_until
 from lightning_januspipe.bench.emulate.rank import check_order
-from lightning_januspipe.bench.emulate.schedules import compare, parse_costs, suitable_unit, table
+from lightning_januspipe.bench.emulate.schedules import compare_emulated, emulation_table, parse_costs, suitable_unit
 from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
 from lightning_januspipe.schedule.costs import action_times
 from lightning_januspipe.testing import RankPool
@@ -168,9 +168,9 @@ class TestCommand:
     def test_table(self, pool: RankPool) -> None:
         lines: list[str] = []
         names = ["1f1b-2nd", "wavek-zb"]
-        runs = compare(names, 2, 4, COSTS, seconds_per_unit=UNIT, repeats=1, pool=pool, report=lines.append)
+        runs = compare_emulated(names, 2, 4, COSTS, seconds_per_unit=UNIT, repeats=1, pool=pool, report=lines.append)
         assert [run.schedule.name for run in runs] == names and len(lines) == 2
-        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table(runs).splitlines()[:4]]
+        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in emulation_table(runs).splitlines()[:4]]
         assert all(len(row) == len(rows[0]) == 10 for row in rows)
         for row, run in zip(rows[2:], runs, strict=True):
             assert row[0] == run.schedule.name
@@ -179,7 +179,7 @@ class TestCommand:
             assert float(row[7]) == pytest.approx(run.makespan / (4 * COSTS.total * UNIT), abs=1e-3)
             assert float(row[8]) == pytest.approx(runs[0].makespan / run.makespan, abs=1e-2)
             assert int(row[9]) == max(run.simulated.peak_live)
-        assert table(runs[1:]).splitlines()[2].split("|")[-3].strip() == "", "no baseline to compare with"
+        assert emulation_table(runs[1:]).splitlines()[2].split("|")[-3].strip() == "", "no baseline to compare with"
 
     @pytest.mark.parametrize("words", [["emulate"], ["--emulate"]])
     def test_bench_emulate(

@@ -57,6 +57,19 @@ class TestCounts:
         batch = SimpleNamespace(pos=torch.zeros(4, 3), num_graphs=2)
         assert (count_atoms(batch), count_structures(batch)) == (4, 2)
 
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            {"_positions": torch.zeros(4, 3), "_idx_m": torch.tensor([0, 0, 1, 1]), "_cell": torch.zeros(2, 3, 3)},
+            {"_positions": torch.zeros(4, 3), "_idx_m": torch.tensor([0, 0, 1, 1])},
+            SimpleNamespace(positions=torch.zeros(4, 3), cell=torch.zeros(6, 3), num_graphs=2),
+            (SimpleNamespace(pos=torch.zeros(4, 3), batch=torch.tensor([0, 0, 1, 1])), torch.zeros(2), None),
+        ],
+        ids=["underscores", "indices", "cells in one matrix", "a graph in a tuple"],
+    )
+    def test_formats_of_others(self, batch: object) -> None:
+        assert (count_atoms(batch), count_structures(batch)) == (4, 2)
+
     def test_other_formats_do_not_fail(self) -> None:
         assert (count_atoms({"x": torch.zeros(3)}), count_structures({"x": torch.zeros(3)})) == (0, 1)
         assert count_atoms([torch.zeros(3, 3)]) == 0

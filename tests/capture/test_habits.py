@@ -51,10 +51,9 @@ from torch import nn
 from lightning_januspipe.capture.adapters.adapter import BUILT_IN
 from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.capture.validate.against_eager import run_staged, validate, validate_evaluation
-from lightning_januspipe.capture.validate.side_effects import seeded
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.insert_exchanges import shard_captured
-from lightning_januspipe.graph.verify_captured import compare_sharded
+from lightning_januspipe.random_state import seeded
 
 OTHER = (5, 3, 4, 7)
 
@@ -263,7 +262,7 @@ def test_atoms_are_sharded(potential: type[Potential]) -> None:
     call = found.call_on(batch(*OTHER))
     captured = found.cut(2)
     tensors = captured.inputs(found.potential)(call.args, call.kwargs)
-    compare_sharded(captured, shard_captured(captured), found.potential, tensors, 2)
+    shard_captured(captured).verify(found.potential, tensors, 2)
 
 
 def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +273,7 @@ def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.Monkey
     call = found.call_on(batch(*OTHER))
     captured = found.cut(2)
     tensors = captured.inputs(found.potential)(call.args, call.kwargs)
-    compare_sharded(captured, shard_captured(captured), found.potential, tensors, 2)
+    shard_captured(captured).verify(found.potential, tensors, 2)
 
 
 def test_copies_share_tensors_and_nothing_else() -> None:

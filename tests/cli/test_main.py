@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ import pytest
 import torch
 import yaml
 
+import lightning_januspipe
 from lightning_januspipe import strategy_class
-from lightning_januspipe.cli.fit import FROM_DATA, PotentialCLI, arguments_from_data, given_arguments, missing_arguments
+from lightning_januspipe.bench.command import BENCHMARKS
+from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, arguments_from_data
 from lightning_januspipe.cli.main import main
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
@@ -25,7 +28,9 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 EXTXYZ = str(ROOT / "recipes" / "extxyz.yaml")
 FINETUNE = str(ROOT / "recipes" / "finetune.yaml")
 RESUME = str(ROOT / "recipes" / "resume.yaml")
-POTENTIAL = "lightning_januspipe.models.EquivariantPotential"
+EQUIVARIANT = "lightning_januspipe.models.EquivariantPotential"
+MODEL = "lightning_januspipe.models.PotentialModule"
+DATA = "lightning_januspipe.data.EMTDataModule"
 
 ONE_PROCESS = ["--trainer.strategy=auto", "--trainer.devices=1", "--trainer.accelerator=cpu"]
 SMALL = ["--model.potential.num_layers=2", "--model.potential.num_features=4", "--model.potential.l_max=1"]
@@ -55,20 +60,58 @@ def config_of(folder: str = ".") -> dict:
     return yaml.safe_load((Path(folder) / "lightning_logs" / "version_0" / "config.yaml").read_text())
 
 
+class ParsedOnly(PotentialCLI):
+    """The command line parsed, with nothing made of it."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def missing_arguments(args: list[str]) -> list[str]:
+    """The arguments of the potential that are left to the data."""
+    return ParsedOnly(args)._missing
+
+
 class TestHelp:
     def test_lists_the_subcommands(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as exit_info:
-            main(["--help"])
-        assert exit_info.value.code == 0
-        text = capsys.readouterr().out
-        assert text.startswith("usage: januspipe ")
-        assert all(name in text for name in ("fit", "validate", "test", "predict"))
+        for args in (["--help"], []):
+            with pytest.raises(SystemExit) as exit_info:
+                main(args)
+            assert exit_info.value.code == 0
+            text = capsys.readouterr().out
+            assert text.startswith("usage: januspipe ") and len(text.splitlines()) < 30
+            for name in ("fit", "validate", "test", "predict", "plan", "bench", "init", "consolidate"):
+                assert re.search(rf"^    {name} +[A-Z]", text, re.MULTILINE), name
 
-    def test_a_wrong_argument_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert capsys.readouterr().out.split() == ["januspipe", lightning_januspipe.__version__]
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (["fti"], "invalid choice: 'fti' (choose from 'fit', "),
+            (["fit", "--config", QUICKSTART, "--trainer.max_epoch=3"], "did you mean --trainer.max_epochs?"),
+            (["fit", "--config", QUICKSTART, "--data.batch_sizes=3"], "did you mean batch_size?"),
+            (["fit", QUICKSTART], f"did you mean --config {QUICKSTART}?"),
+            (["consolidate", "."], "is no checkpoint folder"),
+        ],
+    )
+    def test_a_wrong_argument_is_an_error_of_one_line(
+        self, args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with pytest.raises(SystemExit) as exit_info:
-            main(["fit", "--config", QUICKSTART, *ONE_PROCESS, "--trainer.max_epoch=3"])
+            main(args)
         assert exit_info.value.code == 2
-        assert "max_epoch" in capsys.readouterr().err
+        text = capsys.readouterr().err
+        assert said in text and text.startswith("januspipe") and text.count("\n") == 1
 
     @pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
     def test_every_argument_of_the_strategy_is_explained(self, namespace: str) -> None:
@@ -97,9 +140,13 @@ class TestHelp:
 
     def test_benchmarks_explain_their_options(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
-            main(["bench", "--help"])
+            main(["bench", "single", "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert "--cutoff CUTOFF its cutoff, in Å (default: 5.0)" in text and "None" not in text.split("--num_atoms")[-1]
+        assert "--cutoff CUTOFF Cutoff of the potential, in Å. (type: float, default: 5.0)" in text
+        with pytest.raises(SystemExit):
+            main(["bench", "--help"])
+        text = capsys.readouterr().out
+        assert all(re.search(rf"^    {name} +[A-Z]", text, re.MULTILINE) for name in (*BENCHMARKS, "emulate"))
 
     def test_printed_configurations_leave_to_the_data_what_is_left_to_it(
         self, capsys: pytest.CaptureFixture[str]
@@ -112,7 +159,7 @@ class TestHelp:
             Path("printed.yaml").write_text(text)
             potential = yaml.safe_load(text)["model"]["init_args"]["potential"]["init_args"]
             assert not set(FROM_DATA) & set(potential) and potential["num_features"] == 16
-            assert "# cutoff: taken from the data" in text
+            assert f"# {POTENTIAL}.cutoff: taken from the data" in text
             assert yaml.safe_load(text)["data"]["init_args"]["cutoff"] == 4.5
             assert missing_arguments(["fit", "--config", "printed.yaml"]) == list(FROM_DATA)
 
@@ -122,7 +169,9 @@ def explained(cls: type) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(cls, "cls")
     actions = {action.dest.removeprefix("cls."): action for action in parser._actions}
-    for name in inspect.signature(cls).parameters:
+    own = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    assert set(own) <= set(actions)
+    for name in [name for name, action in actions.items() if action.dest.startswith("cls.")]:
         text = str(actions[name].help)
         assert text[:1].isupper() or text[:1] in '"`', (name, text)
         assert len(text.split()) >= 3 and ":class:" not in text, (name, text)
@@ -151,30 +200,52 @@ class TestMissingArguments:
     @pytest.mark.parametrize("nested", [False, True])
     def test_those_in_a_second_file_are_given(self, nested: bool) -> None:
         content = {"model": {"init_args": {"potential": {"init_args": {"per_species_shift": {"Cu": -3.0}}}}}}
-        path = write_yaml("more.yaml", {"fit": content} if nested else content)
-        missing = missing_arguments(["fit", "-c", QUICKSTART, f"--config={path}"])
-        assert missing == [name for name in FROM_DATA if name != "per_species_shift"]
+        if nested:
+            whole = yaml.safe_load(Path(QUICKSTART).read_text())
+            whole["model"]["init_args"]["potential"]["init_args"]["per_species_shift"] = {"Cu": -3.0}
+            args = ["--config", write_yaml("whole.yaml", {"fit": whole}), "fit"]
+        else:
+            args = ["fit", "-c", QUICKSTART, f"--config={write_yaml('more.yaml', content)}"]
+        assert missing_arguments(args) == [name for name in FROM_DATA if name != "per_species_shift"]
 
     def test_files_of_parts(self) -> None:
-        potential = {"class_path": POTENTIAL, "init_args": {"cutoff": 3.0}}
-        model = write_yaml("model.yaml", {"class_path": "M", "init_args": {"potential": potential}})
-        args = ["fit", "--model", model, "--data", "lightning_januspipe.data.EMTDataModule"]
+        potential = {"class_path": EQUIVARIANT, "init_args": {"cutoff": 3.0}}
+        model = write_yaml("model.yaml", {"class_path": MODEL, "init_args": {"potential": potential}})
+        args = ["fit", "--model", model, "--data", DATA]
         assert missing_arguments(args) == [name for name in FROM_DATA if name != "cutoff"]
 
-    @pytest.mark.parametrize("potential", ["torch.nn.Linear", "no.such.module", "Short"])
-    def test_other_potentials_get_nothing(self, potential: str) -> None:
-        args = ["fit", "--model=M", "--model.potential", potential, "--data=D"]
-        assert given_arguments(args)["model.potential.class_path"] == potential
-        assert missing_arguments(args) == []
+    def test_other_potentials_get_nothing(self) -> None:
+        linear = ["--model.potential=torch.nn.Linear", "--model.potential.in_features=1"]
+        assert (
+            missing_arguments(["fit", "--model", MODEL, *linear, "--model.potential.out_features=1", "--data", DATA])
+            == []
+        )
+
+    def test_a_potential_that_is_not_there_is_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", "--model", MODEL, "--model.potential", "no.such.module", "--data", DATA])
+        assert exit_info.value.code == 2 and "no.such.module" in capsys.readouterr().err
 
     def test_no_potential_or_no_data(self) -> None:
-        assert missing_arguments(["fit", "--model=M", "--model.width=3", "--data=D"]) == []
-        assert missing_arguments(["fit", "--model=M", f"--model.potential.class_path={POTENTIAL}"]) == []
+        given = [
+            "--model.potential.species=[Cu]",
+            "--model.potential.cutoff=4",
+            "--model.potential.avg_num_neighbors=9",
+        ]
+        assert missing_arguments(["fit", "--model", "lightning.pytorch.demos.BoringModel", "--data", DATA]) == []
+        assert missing_arguments(["fit", "--model", MODEL, "--model.potential", EQUIVARIANT, *given]) == []
 
     def test_flags_without_value_hide_nothing(self) -> None:
-        given = given_arguments(["fit", "--print_config", "--model.potential.cutoff", "-1.0", "--data", "D"])
-        assert given["model.potential.cutoff"] == "-1.0"
-        assert given["data.class_path"] == "D"
+        args = [
+            "fit",
+            "--config",
+            QUICKSTART,
+            "--trainer.enable_progress_bar",
+            "false",
+            "--model.potential.cutoff",
+            "1.5",
+        ]
+        assert missing_arguments(args) == [name for name in FROM_DATA if name != "cutoff"]
 
 
 class TestArgumentsFromData:

@@ -63,8 +63,8 @@ def test_bytes_are_those_of_training(found: SimpleNamespace, pool: RankPool) -> 
     predicted = []
     for rank in range(2):
         group = CountingGroup(rank, 2)
-        axis = GraphAxis(one_stage._divided, one_stage._potential, GraphGroup(2, rank, group))
-        walks = [one_stage.walk_of(one_stage._divided, t, axis, group)()[1] for t in one_stage._tensors]
+        axis = GraphAxis(one_stage._staged, one_stage._potential, GraphGroup(2, rank, group))
+        walks = [one_stage.walk_of(one_stage._staged, t, axis, group)()[1] for t in one_stage._tensors]
         sent = [pair for walk in walks for pair in walk.values()]
         predicted.append((sum(size for size, _ in sent), sum(number for _, number in sent)))
     real = pool.run(sent_in_a_step, tiny.module, tiny.data, NUM_MICROBATCHES, world_size=2)

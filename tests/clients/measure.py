@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lightning_januspipe.capture import capture_module
 from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.errors import CaptureError
-from lightning_januspipe.graph.verify_captured import verify_sharding
+from lightning_januspipe.graph.sharding import verify_sharding
 from lightning_januspipe.loader.examples import example_batches
 
 

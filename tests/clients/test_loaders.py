@@ -268,7 +268,6 @@ def test_cost_is_edges_and_atoms(client: Client) -> None:
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 def test_examples(client: Client, arguments: dict[str, Any], num_microbatches: int) -> None:
     """Batches as the project's own, of different sizes; what comes afterwards, in random order, is not changed."""
-
     kind = type(next(iter(client.loader(batch_size=8))))
 
     def passes(look: bool) -> list[list[int]]:

@@ -10,6 +10,7 @@ from ase.io import write
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import atoms_to_sample, read_structures
+from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.structures import resolve_dtype, validate_species
 
 VOIGT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -18,7 +19,9 @@ WATER_FORCES = np.arange(9.0).reshape(3, 3)
 
 
 def to_sample(atoms, **options):
-    return atoms_to_sample(atoms, **{"species": ["H", "O", "Cu"], "cutoff": 3.0, "dtype": "float64", **options})
+    labels = LabelKeys(**{name: options.pop(name) for name in list(options) if name.endswith("_key")})
+    defaults = {"species": ["H", "O", "Cu"], "cutoff": 3.0, "dtype": "float64", "labels": labels}
+    return atoms_to_sample(atoms, **{**defaults, **options})
 
 
 def test_molecule_sample(labelled):
@@ -40,8 +43,9 @@ def test_molecule_sample(labelled):
 def test_types(labelled, dtype):
     sample = to_sample(labelled(molecule("H2O"), energy=-1.5, forces=WATER_FORCES), dtype=dtype)
     real = {"float32": torch.float32, torch.float64: torch.float64, None: torch.get_default_dtype()}[dtype]
-    for name in (keys.POSITIONS, keys.CELL_SHIFTS, keys.CELL, keys.ENERGY, keys.FORCES, keys.STRESS):
+    for name in (keys.POSITIONS, keys.CELL_SHIFTS, keys.CELL, keys.FORCES, keys.STRESS):
         assert sample[name].dtype == real, name
+    assert sample[keys.ENERGY].dtype == torch.float64  # all-electron energies have more digits than float32
     for name in (keys.SPECIES, keys.ATOMIC_NUMBERS, keys.EDGE_INDEX, keys.BATCH):
         assert sample[name].dtype == torch.int64, name
     assert sample[keys.PBC].dtype == torch.bool
@@ -120,7 +124,7 @@ def test_missing_labels_name_what_was_found(labelled):
     water = labelled(molecule("H2O"), energy=-1.0)
     water.info["REF_energy"] = 0.0
     water.arrays["REF_forces"] = WATER_FORCES
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="no forces label") as error:
         to_sample(water, source="data.xyz, frame 4")
     message = str(error.value)
     assert "data.xyz, frame 4 has no forces label 'forces'" in message

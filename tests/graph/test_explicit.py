@@ -28,7 +28,7 @@ def test_rows_are_found_by_their_sizes() -> None:
     names = list(found.potential.inputs_by_name)  # type: ignore[attr-defined]
     staged = {(names[position], dim) for position, dim in sharded.rows}
     assert staged == {("positions", 0), ("species", 0), ("edges", 1), ("index", 0)}
-    assert {(names[s.position], s.selected) for s in sharded.renumbered} == {
+    assert {(names[s.position], s.selected) for s in sharded.localized} == {
         ("edges", ((0, 0),)), ("edges", ((0, 1),))
     }  # fmt: skip
     assert [v.kind for v in sharded.observables] == [PlacementKind.REPLICATE, PlacementKind.SHARD], (

@@ -10,13 +10,11 @@ import pytest
 from capture_models import Potential, Step, Traced, make_batch
 from graph_contract_workers import Values
 
-from lightning_januspipe.capture import CapturedPotential, CaptureError
+from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.graph import exchange_ops
-from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.graph.insert_exchanges import ShardedProgram, shard_captured
 from lightning_januspipe.graph.placement import PlacementKind
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
-from lightning_januspipe.graph.sharded_potential import ShardedPotential
-from lightning_januspipe.graph.verify_captured import compare_sharded
 
 BATCH = models.angles_of(make_batch((9, 4, 3)))
 
@@ -26,15 +24,13 @@ def traced(kind: type[Potential], num_layers: int) -> Traced:
     return Traced(Step(kind(num_layers=num_layers)), models.angles_of(make_batch((4, 3, 5))))
 
 
-def with_exchanges(
-    kind: type[Potential], num_layers: int = 2, num_stages: int = 2
-) -> tuple[Traced, ShardedPotential[CapturedPotential]]:
+def with_exchanges(kind: type[Potential], num_layers: int = 2, num_stages: int = 2) -> tuple[Traced, ShardedProgram]:
     """A potential, traced, cut and with exchanges."""
     found = traced(kind, num_layers)
     return found, shard_captured(found.cut(num_stages))
 
 
-def exchanges(found: ShardedPotential[CapturedPotential]) -> Counter[str]:
+def exchanges(found: ShardedProgram) -> Counter[str]:
     """How often each exchange stands in a potential."""
     nodes = found.potential.program.nodes
     return Counter(
@@ -53,12 +49,10 @@ def test_a_sharded_batch_is_the_whole_one(kind: type[Potential], num_ranks: int)
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
     halos = [
         s.num_halo
-        for s in MicrobatchSharder(captured, found, source.potential, num_ranks)
-        .plan_balanced(tensors)
-        .shards[found.classes.root]
+        for s in MicrobatchSharder(found, source.potential, num_ranks).plan_balanced(tensors).shards[found.classes.root]
     ]
     assert sum(halos) > 0, "rows of other ranks are read"
-    compare_sharded(captured, found, source.potential, tensors, num_ranks)
+    assert found.verify(source.potential, tensors, num_ranks)
 
 
 def test_exchanges_stand_where_rows_of_others_are_read() -> None:
@@ -88,7 +82,7 @@ def test_edges_of_angles_are_sharded_too() -> None:
     assert len(found.classes.names) == 3
     call = source.call_on(BATCH)
     tensors = source.cut(2).inputs(source.potential)(call.args, call.kwargs)
-    shards = MicrobatchSharder(source.cut(2), found, source.potential, 3).plan_balanced(tensors).shards
+    shards = MicrobatchSharder(found, source.potential, 3).plan_balanced(tensors).shards
     for name, of_class in shards.items():
         assert sum(s.num_own for s in of_class) == of_class[0].num_rows
         assert any(s.num_halo for s in of_class) == (name != found.classes.names[-1]), "nothing reads angles"
@@ -111,11 +105,11 @@ def test_stages_have_the_exchanges_of_what_they_run() -> None:
     ("kind", "reason"),
     [
         (models.MeanField, "combines all atoms or edges"),
-        (models.Numbered, "computes aten.lt.Tensor of the numbers of atoms or edges"),
+        (models.Numbered, "computes aten.lt.Tensor of the indices of atoms or edges"),
         (models.Shifted, "combines all atoms or edges"),
         (models.Counted, "computes with the number of atoms or edges"),
-        (Values, "computes aten.mul.Tensor of the numbers of atoms or edges"),
-        (models.Looked, "looks atoms or edges up by numbers that it computes"),
+        (Values, "computes aten.mul.Tensor of the indices of atoms or edges"),
+        (models.Looked, "looks atoms or edges up by indices that it computes"),
     ],
 )
 def test_what_has_no_exchange_is_refused(kind: type[Potential], reason: str) -> None:
@@ -134,4 +128,4 @@ def test_a_missing_exchange_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
     monkeypatch.setitem(module._EXCHANGES, exchange_ops.gather_halo, module._with_room)
     with pytest.raises(CaptureError, match="sharded over 2 ranks, .* differs by"):
-        compare_sharded(captured, found, source.potential, tensors, 2)
+        found.verify(source.potential, tensors, 2)

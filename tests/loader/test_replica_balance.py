@@ -20,8 +20,7 @@ from lightning_januspipe.loader.microbatch import GroupedIndices, MicroBatches
 from lightning_januspipe.loader.packing import ATOM_WEIGHT, imbalance, plan
 from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.sample_sizes import sample_costs, sample_sizes
-from lightning_januspipe.loader.split import split_batches
-from lightning_januspipe.strategy.strategy import UnboundStrategy
+from lightning_januspipe.loader.split import GroupedDataset, split_batches
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
 TWO = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
@@ -97,12 +96,18 @@ def test_one_microbatch_for_each_replica() -> None:
     assert sorted(first + second) == list(range(8)) and sum(first) == sum(second)
 
 
-def test_datasets_are_seen_as_they_are() -> None:
-    (loader,) = _replicas(Costly(8), 1, 2)
-    dataset = loader.dataset
-    assert isinstance(dataset, Costly) and len(dataset) == 8 and dataset.num_reads == 0
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}])
+def test_datasets_are_seen_as_they_are(workers: dict[str, Any]) -> None:
+    """Callbacks find the user's dataset in the loader, whose iterators read it in groups, in every pass."""
+    user = Costly(8)
+    (loader,) = _replicas(user, 1, 2, **workers)
+    passes = [[batch.num_samples for batch in loader] for _ in range(2)]
+    assert loader.dataset is user and (loader._iterator is not None) == bool(workers)
+    assert len(passes[0]) == len(passes[1]) == 2 and all(len(sizes) == 2 for sizes in passes[0])
+    dataset = GroupedDataset(user)
+    assert len(dataset) == 8
     dataset.num_reads = 5
-    assert pickle.loads(pickle.dumps(dataset)).num_reads == 5
+    assert user.num_reads == pickle.loads(pickle.dumps(dataset)).num_reads == 5
     assert [len(s) for s in dataset.__getitems__([1, 2])] == [2, 3]
     indices = pickle.loads(pickle.dumps(GroupedIndices([[1, 2], [0]])))
     assert indices == [1, 2, 0] and indices.sizes == [2, 1]
@@ -278,11 +283,6 @@ def test_a_stream_cannot_be_balanced_across_replicas(pool: RankPool) -> None:
             "balance='replicas', but the training loader cannot share its samples" in error and "is iterable" in error
         )
     assert pool.run(balance_workers.fit_iterable, "auto", world_size=2) == ["", ""]
-
-
-def test_unknown_balance() -> None:
-    with pytest.raises(ValueError, match="balance='even'; expected one of 'auto', 'microbatches', 'replicas'"):
-        UnboundStrategy(balance="even")  # type: ignore[arg-type]
 
 
 def test_benchmark_deals_a_mixture() -> None:

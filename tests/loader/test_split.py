@@ -40,7 +40,7 @@ def _of_each_batch(loader: Any) -> list[list[float]]:
     return [sorted(v for group in _values(b if isinstance(b, MicroBatches) else [b]) for v in group) for b in loader]
 
 
-@pytest.fixture()
+@pytest.fixture
 def several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if other ranks went on reading what this one looks at."""
     monkeypatch.setattr(loading, "_is_distributed", lambda: True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_januspipe import JanusPipeStrategy
-from lightning_januspipe.models import PotentialModule, initial_weights
+from lightning_januspipe.models import PotentialModule, initial_weights, saved_arguments
 from lightning_januspipe.testing import quiet_trainer
 
 LAYER = "potential.energy_model.layers.0."
@@ -56,7 +56,7 @@ def test_starts_from_weights_and_trains_what_is_not_frozen(tmp_path, batches, ma
     assert [p.shape for g in optimizers[0].param_groups for p in g["params"]] == [
         p.shape for p in module.parameters() if p.requires_grad
     ]
-    assert set(initial_weights.read_checkpoint(path)) >= {"optimizer_states", "state_dict", initial_weights.KEY}
+    assert set(initial_weights.read_checkpoint(path)) >= {"optimizer_states", "state_dict", saved_arguments.ARGUMENTS}
     assert "initial_weights" not in module.hparams
 
 
@@ -95,9 +95,9 @@ def test_from_a_folder(tmp_path, batches, make_potential) -> None:
     [
         ({"species": ["H", "O", "Au", "Cu"]}, r"trained with species=\['H', 'O', 'Cu', 'Au'\], .* has species=\['H'"),
         ({"avg_num_neighbors": 7.0}, "avg_num_neighbors=6.0, .*avg_num_neighbors=7.0"),
-        ({"num_layers": 2}, r"missing in the model: potential\.energy_model\.layers\.1\..* and \d+ more"),
-        ({"num_layers": 4}, r"missing in the checkpoint: .*potential\.energy_model\.layers\.3\."),
-        ({"num_features": 8}, r"embedding.weight \(4, 6\) instead of \(4, 8\).*config.yaml"),
+        ({"num_layers": 2}, r"trained with num_layers=3, .* has num_layers=2"),
+        ({"cutoff": 3.6}, r"cutoff=3.5, .*cutoff=3.6"),
+        ({"cutoff_exponent": 5}, r"cutoff_exponent=6, .*Give it cutoff_exponent=6, for instance .*config.yaml"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -109,8 +109,26 @@ def test_refuses_weights_of_another_model(make_potential, saved, options, messag
     torch.testing.assert_close(weights_of(module), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 2}, r"missing in the model: potential\.energy_model\.layers\.1\..* and \d+ more"),
+        ({"num_layers": 4}, r"missing in the checkpoint: .*potential\.energy_model\.layers\.3\."),
+        ({"num_features": 8}, r"embedding.weight \(4, 6\) instead of \(4, 8\).*config.yaml"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refuses_weights_of_other_names_and_shapes(make_potential, saved, options, message) -> None:
+    checkpoint = torch.load(saved[0], weights_only=True)
+    del checkpoint[saved_arguments.ARGUMENTS]  # as in a checkpoint of another potential
+    torch.save(checkpoint, saved[0])
+    module = PotentialModule(make_potential(**options))
+    with pytest.raises(ValueError, match=message):
+        initial_weights.load_weights(module, module.potential, saved[0])
+
+
 def test_refuses_what_is_no_checkpoint(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no .*none.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*none.ckpt"):
         initial_weights.read_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(FileNotFoundError, match="is no checkpoint"):
         initial_weights.read_checkpoint(tmp_path)
@@ -135,17 +153,3 @@ def test_patterns(make_potential) -> None:
         PotentialModule(make_potential(), frozen=["energy_model"])
     with pytest.raises(ValueError, match="expected a list"):
         PotentialModule(make_potential(), frozen="layers")
-
-
-def test_data_with_other_species_is_refused(tmp_path, batches, make_potential) -> None:
-    class Data(LightningDataModule):
-        species = ("H", "O")
-
-        def train_dataloader(self):
-            return DataLoader(batches, batch_size=None)
-
-    initial_weights.check_data(make_potential(), Data())  # the first ones of the potential
-    Data.species = ("O", "H")
-    trainer = Trainer(accelerator="cpu", logger=False, fast_dev_run=True, default_root_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"data has the species \['O', 'H'\].*Give the data species=\['H', 'O', 'Cu'"):
-        trainer.fit(PotentialModule(make_potential()), Data())

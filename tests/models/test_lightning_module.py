@@ -91,7 +91,7 @@ def test_loss_by_hand(batches, make_potential) -> None:
     energy = ((prediction["energy"] - batch["energy"]) / counts).square().mean()
     forces = (prediction["forces"] - batch["forces"]).square().mean()
     stress = (prediction["stress"] - batch["stress"])[[0, 2]].square().mean()
-    torch.testing.assert_close(module.loss(prediction, batch), 2 * energy + 3 * forces + 4 * stress)
+    torch.testing.assert_close(module.loss(prediction, batch), 2 * energy.float() + 3 * forces + 4 * stress)
     module.loss(prediction, batch).backward()
     gradients = [parameter.grad for parameter in module.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)

@@ -10,7 +10,6 @@ import pytest
 import strategy_workers as workers
 from pools import pool_of
 
-import lightning_januspipe
 from lightning_januspipe.testing import RankError, RankPool
 
 CASES = [
@@ -58,28 +57,6 @@ def test_more_ranks_than_parts(pool: RankPool) -> None:
 def test_world_size_that_is_not_the_product(pool: RankPool, sizes: dict[str, int]) -> None:
     for message in pool.run(workers.error_of, "tiny", sizes, world_size=2):
         assert message.startswith("ValueError") and "×" in message and "2 processes" in message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"schedule": "1f1b-flod"}, ["1f1b-flod", "1f1b-fold", "wavek"]),
-        ({"num_microbatches": 0}, ["num_microbatches=0"]),
-        ({"wave_size": "all"}, ["wave_size", "all"]),
-        ({"graph_size": 0}, ["graph_size=0", "positive"]),
-        ({"activation": "recompute"}, ["recompute", "keep"]),
-    ],
-)
-def test_arguments(arguments: dict[str, object], words: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:
-        lightning_januspipe.JanusPipeStrategy(**arguments)
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_unknown_namespace() -> None:
-    with pytest.raises(ValueError, match="pytorch_lightning"):
-        lightning_januspipe.strategy_class("fabric")
 
 
 def test_unavailable_precision(pool: RankPool) -> None:

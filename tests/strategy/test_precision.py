@@ -45,7 +45,7 @@ def test_in_one_process() -> None:
     expected = [p.grad.clone() for p in module.parameters()]  # type: ignore[union-attr]
     total = torch.stack([g.norm() for g in expected]).norm()
     mesh = Mesh(MeshShape(1, 1), 0, torch.device("cpu"))
-    norm = clip_gradients_by_norm(list(module.parameters()), 0.5, SingleStage(module, mesh), mesh)
+    norm = clip_gradients_by_norm(list(module.parameters()), 0.5, SingleStage(module, mesh).parameters, mesh)
     assert float(norm) == pytest.approx(float(total))
     for parameter, gradient in zip(module.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * 0.5 / total, rtol=1e-5, atol=0)
@@ -54,7 +54,9 @@ def test_in_one_process() -> None:
 def test_no_gradients_at_all() -> None:
     module = nn.Linear(3, 2)
     mesh = Mesh(MeshShape(1, 1), 0, torch.device("cpu"))
-    assert float(clip_gradients_by_norm(list(module.parameters()), 1.0, SingleStage(module, mesh), mesh)) == 0.0
+    assert (
+        float(clip_gradients_by_norm(list(module.parameters()), 1.0, SingleStage(module, mesh).parameters, mesh)) == 0.0
+    )
 
 
 def _plugins(namespace: str) -> list[Any]:
@@ -67,14 +69,13 @@ def test_wrapped_plugins_stay_what_they_are(namespace: str) -> None:
     pytest.importorskip(namespace)
     for plugin in _plugins(namespace):
         cls, strategy, other = type(plugin), object(), object()
-        assert mesh_aware(plugin, strategy) is plugin
-        assert isinstance(plugin, cls) and isinstance(plugin, MeshClipping)
-        assert type(plugin).__name__ == cls.__name__ and type(plugin).__module__ == cls.__module__
-        assert plugin.januspipe_strategy is strategy
-        wrapped = type(plugin)
-        assert mesh_aware(plugin, other) is plugin and type(plugin) is wrapped, "wrapped once"
-        assert plugin.januspipe_strategy is other
-        assert not isinstance(cls(), MeshClipping), "other plugins of the class are left alone"
+        assert mesh_aware(plugin, strategy) is plugin and type(plugin) is cls
+        clipping = plugin.clip_grad_by_norm.__self__
+        assert isinstance(clipping, MeshClipping) and clipping.strategy is strategy
+        assert mesh_aware(plugin, other) is plugin
+        assert plugin.clip_grad_by_norm.__self__ is clipping is plugin.clip_grad_by_value.__self__, "wrapped once"
+        assert clipping.strategy is other
+        assert not isinstance(cls().clip_grad_by_norm.__self__, MeshClipping), "other plugins are left alone"
 
 
 def test_plugin_clips_over_the_mesh_once_there_is_one() -> None:
@@ -84,14 +85,14 @@ def test_plugin_clips_over_the_mesh_once_there_is_one() -> None:
     mesh = Mesh(MeshShape(1, 1), 0, torch.device("cpu"))
     asked: list[nn.Parameter] = []
 
-    class Half(SingleStage):
-        """Owns nothing, so that the norm is zero and nothing is clipped."""
+    def owns(parameter: nn.Parameter) -> bool:
+        """No rank owns anything, so that the norm is zero and nothing is clipped."""
+        asked.append(parameter)
+        return False
 
-        def owns(self, parameter: nn.Parameter) -> bool:
-            asked.append(parameter)
-            return False
-
-    for runner, expected in ((None, 1.0), (Half(module, mesh), 5.0)):
+    own_nothing = SingleStage(module, mesh)
+    own_nothing.parameters.owns = owns  # type: ignore[method-assign]
+    for runner, expected in ((None, 1.0), (own_nothing, 5.0)):
         module.weight.grad = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
         strategy = SimpleNamespace(runner=runner, mesh=mesh)
         mesh_aware(_plugins("lightning.pytorch")[0], strategy).clip_grad_by_norm(optimizer, 1.0)
@@ -104,7 +105,11 @@ def test_scaler_of_a_plugin_is_wrapped_too() -> None:
     plugins = importlib.import_module("lightning.pytorch.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     plugin = mesh_aware(plugins.MixedPrecision("16-mixed", "cpu", scaler), object())
-    assert plugin.scaler is scaler and isinstance(scaler, MeshScaling) and loss_scale(plugin) == 16.0
+    assert plugin.scaler is scaler and type(scaler) is torch.amp.GradScaler and loss_scale(plugin) == 16.0
+    scaling = scaler.unscale_.__self__
+    assert isinstance(scaling, MeshScaling)
+    mesh_aware(plugin, object())
+    assert scaler.unscale_.__self__ is scaling is scaler._check_inf_per_device.__self__, "wrapped once"
     assert loss_scale(plugins.MixedPrecision("bf16-mixed", "cpu")) == loss_scale(plugins.Precision()) == 1.0
 
 

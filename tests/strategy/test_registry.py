@@ -58,6 +58,40 @@ print(next(c for c in strategy.__mro__ if c.__name__ == "ParallelStrategy").__mo
     assert base.startswith("pytorch_lightning.") and module == "lightning_januspipe.pytorch_lightning"
 
 
+@pytest.mark.parametrize("comes_first", ["lightning_januspipe", "lightnings"])
+def test_names_are_registered_whatever_is_imported_first(comes_first: str) -> None:
+    """The package itself imports neither torch nor a Lightning; every Trainer knows its names all the same."""
+    for library in TRAINER.values():
+        pytest.importorskip(library)
+    lightnings = "import lightning.pytorch, pytorch_lightning"
+    package = "import lightning_januspipe; early = {m.split('.')[0] for m in sys.modules}"
+    imports = [package, lightnings] if comes_first == "lightning_januspipe" else [lightnings, package]
+    script = f"""
+import sys
+{imports[0]}
+{imports[1]}
+for library in (lightning.pytorch, pytorch_lightning):
+    arguments = dict(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    strategy = library.Trainer(strategy="januspipe_gpipe", **arguments).strategy
+    print(type(strategy).__module__, strategy.schedule, strategy.options.graph_size)
+print(*sorted(early & {{"torch", "lightning", "pytorch_lightning", "numpy"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *strategies, early = done.stdout.splitlines()
+    assert strategies == [f"lightning_januspipe.{namespace} gpipe 1" for namespace in TRAINER]
+    if comes_first == "lightning_januspipe":
+        assert early == "", "the package's import is cheap"
+
+
+def test_the_public_names() -> None:
+    assert set(lightning_januspipe.__all__) <= set(dir(lightning_januspipe))
+    assert all(hasattr(lightning_januspipe, name) for name in lightning_januspipe.__all__)
+    assert lightning_januspipe.schedule.build_schedule
+    with pytest.raises(AttributeError, match="no attribute 'JanusPipe'"):
+        _ = lightning_januspipe.JanusPipe
+
+
 def test_unknown_namespace() -> None:
     with pytest.raises(ValueError, match="expected one of lightning, pytorch_lightning"):
         lightning_januspipe.strategy_class("lightning.pytorch")

@@ -168,7 +168,7 @@ class Sent(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         runner = trainer.strategy.runner
         self.sent.append(runner.executor.bytes_sent - self._before)
-        self.held = runner._planner.report(runner.schedule(4)).peak_memory
+        self.held = runner.schedules.planner.report(runner.schedules.schedule(4)).peak_memory
 
 
 def monitored(strategy: dict[str, Any], folder: str, every: int = 3, **arguments: Any) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def stage_summary(strategy: dict[str, Any] | None) -> tuple[str, dict[str, list[
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             runner = getattr(trainer.strategy, "runner", None)
             if runner is not None:
-                held.update({n: sorted(runner.ranks_of[p]) for n, p in module.named_parameters()})
+                held.update({n: sorted(runner.parameters.ranks_of[p]) for n, p in module.named_parameters()})
 
     os.environ["COLUMNS"] = "160"
     with contextlib.redirect_stdout(text):

@@ -13,11 +13,11 @@ from torch.autograd import grad
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
-from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.find.potential import find_potential
+from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.trace import trace_potential
@@ -160,7 +160,7 @@ class Traced:
             second = adapted(adapters, self.potential, of_other.args, of_other.kwargs)
         self.format = CallFormat.of(args, kwargs, second)
         traced = replace(self.call, args=args, kwargs=kwargs)
-        self.program = split_shared_linear(trace_potential(self.potential, traced, self.format, adapters))
+        self.program = apply_passes(trace_potential(self.potential, traced, self.format, adapters))
         self.regions = find_regions(self.program, self.call.read_outputs)
         uncut = CapturedPotential(
             self.call.path,

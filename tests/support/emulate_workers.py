@@ -60,8 +60,7 @@ def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str
         send(self, tensors, consumed_at)
 
     with mock.patch.object(Channel, "send", wrong):
-        error = _emulate(schedule)
-    return error
+        return _emulate(schedule)
 
 
 def with_a_silent_stage(schedule: Schedule, stage: int) -> str:

@@ -133,8 +133,7 @@ class _Counts(Read):
 
     def forward(self, inputs: Features, features: Features) -> Features:
         num = int(inputs["index"].max()) + 1 if len(inputs["index"]) else 0
-        found = super().forward({**inputs, "strain": inputs["strain"][:num]}, features)
-        return found
+        return super().forward({**inputs, "strain": inputs["strain"][:num]}, features)
 
 
 class CountsStructures(SelfDividing):

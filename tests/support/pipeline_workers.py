@@ -13,8 +13,8 @@ import tiny
 from lightning.pytorch import Callback
 
 from lightning_januspipe.callbacks import PipelineTimeline
+from lightning_januspipe.runtime import agreed_schedules, pipeline
 from lightning_januspipe.runtime import build as capturing
-from lightning_januspipe.runtime import pipeline
 from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
 from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
@@ -80,11 +80,12 @@ def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | N
     def look(*_: Any) -> None:
         runner = trainer.strategy.runner
         found["num_microbatches"] = trainer.strategy.num_microbatches()
-        found["schedule"] = str(runner.schedule(found["num_microbatches"]))
-        found["placement"], found["force_placement"] = runner._placement, runner._force_placement
+        found["schedule"] = str(runner.schedules.schedule(found["num_microbatches"]))
+        found["placement"], found["force_placement"] = runner.placement, runner.force_placement
         found["stages"] = sorted(runner.executor.stages)
-        found["holds"] = sorted(n for n, p in module.named_parameters() if runner.holds(p))
-        found["latency"], found["memory"] = runner._planner.latency, runner._planner.memory
+        found["holds"] = sorted(n for n, p in module.named_parameters() if runner.parameters.holds(p))
+        planner = runner.schedules.planner
+        found["latency"], found["memory"] = planner.latency, planner.memory
 
     module.on_train_batch_end = look
     trainer.fit(module, datamodule=tiny.data())
@@ -129,7 +130,7 @@ def timeline_in_the_default_folder(folder: str) -> int:
     trainer.callbacks.append(PipelineTimeline(step=0, suffix="png"))
     found: list[int] = []
     module = tiny.module()
-    module.on_train_end = lambda: found.append(len(trainer.strategy.runner._times.means()))
+    module.on_train_end = lambda: found.append(len(trainer.strategy.runner.schedules._times.means()))
     trainer.fit(module, datamodule=tiny.data())
     trainer.strategy.barrier()
     return found[0]
@@ -137,41 +138,41 @@ def timeline_in_the_default_folder(folder: str) -> int:
 
 def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
     """Where the stages are, and where a schedule puts them that is made after costs turned out quite different."""
-    measured, found = pipeline.measured_costs, []
+    measured, found = agreed_schedules.measured_costs, []
 
     def skewed(*arguments: Any) -> Any:
         return (PhaseCosts(5.0, 1e-3, 1e-3, 5.0),) * len(measured(*arguments))
 
     def look(trainer: Any) -> None:
         runner = trainer.strategy.runner
-        assert runner._costs[0].fe == 5.0
-        later = runner.schedule(3)
-        found.append((runner._placement, runner._force_placement))
+        assert runner.schedules.costs[0].fe == 5.0
+        later = runner.schedules.schedule(3)
+        found.append((runner.placement, runner.force_placement))
         found.append((later.placement, later.force_placement))
 
-    pipeline.measured_costs = skewed  # type: ignore[attr-defined]
+    agreed_schedules.measured_costs = skewed  # type: ignore[attr-defined]
     try:
         fit(strategy, 5, [_AtTheEnd(look)])
     finally:
-        pipeline.measured_costs = measured  # type: ignore[attr-defined]
+        agreed_schedules.measured_costs = measured  # type: ignore[attr-defined]
     return found[0], found[1]
 
 
 def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
     """The latency and the costs that a rank plans with, where each rank measures others."""
-    measured, latency, found = pipeline.measured_costs, capturing.measured_latency, []
+    measured, latency, found = agreed_schedules.measured_costs, capturing.message_latency, []
     rank = int(os.environ["RANK"])
 
     def look(trainer: Any) -> None:
-        planner = trainer.strategy.runner._planner
+        planner = trainer.strategy.runner.schedules.planner
         found.append((planner.latency, planner.costs))
 
-    pipeline.measured_costs = lambda *a: (PhaseCosts(1.0 + rank, 1.0, 1.0, 1.0),) * len(measured(*a))  # type: ignore
-    capturing.measured_latency = lambda mesh: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
+    agreed_schedules.measured_costs = lambda *a: (PhaseCosts(1.0 + rank, 1.0, 1.0, 1.0),) * len(measured(*a))  # type: ignore
+    capturing.message_latency = lambda links: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
     try:
         fit(strategy, 5, [_AtTheEnd(look)])
     finally:
-        pipeline.measured_costs, capturing.measured_latency = measured, latency  # type: ignore[attr-defined]
+        agreed_schedules.measured_costs, capturing.message_latency = measured, latency  # type: ignore[attr-defined]
     return found[0]
 
 

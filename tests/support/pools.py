@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import torch.distributed as dist
 from lightning_januspipe.testing import RankPool
 
 PRELOADED = (
+    "few_refinements",
     "ase.calculators.emt",
     "lightning.pytorch",
     "lightning_januspipe.data",
     "lightning_januspipe.models",
+    "lightning_januspipe.strategy.strategy",
     "pytest",
     "torch.export",
     "vesin",
@@ -24,22 +27,35 @@ PRELOADED = (
 
 
 def pool_of(size: int) -> RankPool:
-    """Processes that start within a fraction of a second, as tests that kill some need them."""
+    """Returns a pool whose processes start within a fraction of a second, as tests that kill some need them."""
     return RankPool(size, PRELOADED)
 
 
+class InSessionPool:
+    """Has a :class:`~lightning_januspipe.testing.PotentialConformance` use the session's pool of ranks."""
+
+    pool: RankPool | None
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _pool_of_the_session(cls, pool: RankPool) -> Iterator[None]:
+        cls.pool = pool
+        yield
+        cls.pool = None
+
+
 def slow(*case: object) -> object:
-    """A case that takes the path of another one."""
+    """Marks a case that takes the path of another one."""
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def state(variable: str) -> tuple[str, str, float]:
-    """An environment variable, how processes of this rank start, and a random number of NumPy's."""
+    """Returns an environment variable, how processes of this rank start, and a random number of NumPy's."""
     return os.environ.get(variable, ""), multiprocessing.get_start_method(), float(np.random.rand())
 
 
 def init_twice() -> float:
-    """A sum over the ranks, in a second process group after a first."""
+    """Returns a sum over the ranks, from a second process group after a first."""
     dist.init_process_group("gloo")
     dist.barrier()
     dist.destroy_process_group()

@@ -133,7 +133,7 @@ def train(
         arguments["precision"] = precision
     if overflow is not None:
         _overflow(module, overflow)
-    recorder = _Recorder(namespace, lambda t, p: strategy is None or t.strategy.runner.holds(p))
+    recorder = _Recorder(namespace, lambda t, p: strategy is None or t.strategy.runner.parameters.holds(p))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = quiet_trainer(strategy, namespace, max_steps=steps, callbacks=[recorder], **arguments)

@@ -111,9 +111,11 @@ def device_pool(size: int) -> RankPool:
 
 def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[PhaseCosts]:
     """The costs in seconds."""
-    if not isinstance(costs, PhaseCosts):
-        return [in_seconds(entry, seconds_per_unit) for entry in costs]  # type: ignore[misc]
-    return PhaseCosts(**{f.name: seconds_per_unit * getattr(costs, f.name) for f in fields(costs)})
+
+    def scaled(entry: PhaseCosts) -> PhaseCosts:
+        return PhaseCosts(**{f.name: seconds_per_unit * getattr(entry, f.name) for f in fields(entry)})
+
+    return scaled(costs) if isinstance(costs, PhaseCosts) else [scaled(entry) for entry in costs]
 
 
 def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Sequence[RankRecord]) -> EmulatedRun:

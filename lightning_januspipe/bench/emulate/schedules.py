@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from lightning_januspipe.bench.emulate.run import EmulatedRun, device_pool, emulate
 from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.plan.compare import BASELINE
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
 from lightning_januspipe.schedule.build import GENERATORS
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
@@ -17,9 +17,10 @@ from lightning_januspipe.schedule.costs import action_times
 from lightning_januspipe.schedule.draw import Panel, gantt
 from lightning_januspipe.testing import RankPool
 
-BASELINE = "1f1b-2nd"
 COSTS = PhaseCosts(1.0, 1.35, 1.9, 0.7, 0.8, 0.9)
 """Used where none are given: ratios measured on the reference potential, as docs/benchmarks.md tells."""
+
+_COSTS = ",".join(f"{getattr(COSTS, field.name):g}" for field in fields(COSTS))
 
 _COLUMNS = (
     "schedule",
@@ -35,7 +36,7 @@ _COLUMNS = (
 )
 
 
-def compare(
+def compare_emulated(
     names: Sequence[str],
     num_ranks: int,
     num_microbatches: int,
@@ -98,7 +99,7 @@ def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts, mesh: MeshSh
     return (8e-3 + max(0, num_ranks - 8) * 4e-3 / 24) / shortest
 
 
-def table(runs: Sequence[EmulatedRun]) -> str:
+def emulation_table(runs: Sequence[EmulatedRun]) -> str:
     """A Markdown table of runs on the same devices, and what the runtime itself took."""
     baseline = next((run for run in runs if run.schedule.name == BASELINE), None)
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
@@ -153,10 +154,10 @@ def pictures(runs: Sequence[EmulatedRun], folder: Path) -> None:
 
 
 def parse_costs(text: str) -> PhaseCosts:
-    """Costs from numbers with commas between them: FE, FF, BF, BE, WF, WE.
+    """Returns costs from numbers with commas between them: FE, FF, BF, BE, WF, WE.
 
     Raises:
-        ValueError: there are not six numbers, or one of them is not a possible cost.
+        ValueError: There are not six numbers, or one of them is not a possible cost.
     """
     names = [f.name for f in fields(PhaseCosts)]
     parts = text.split(",")
@@ -165,47 +166,45 @@ def parse_costs(text: str) -> PhaseCosts:
     return PhaseCosts(*map(float, parts))
 
 
-def main(args: Sequence[str]) -> None:
-    """``januspipe bench emulate``.
+def emulate_schedules(
+    ranks: int = 8,
+    microbatches: int = 16,
+    costs: str = _COSTS,
+    schedules: str = "all",
+    repeats: int = 3,
+    seconds_per_unit: float | None = None,
+    message_bytes: int = 1024,
+    output: Path | None = None,
+) -> str:
+    """Runs schedules on emulated devices and compares the times with the simulated ones.
 
     Args:
-        args: command line after ``emulate``.
+        ranks: Ranks of the pipeline, one process each.
+        microbatches: Micro-batches of a step.
+        costs: Times of FE,FF,BF,BE,WF,WE.
+        schedules: Names of schedules with commas between them, or all.
+        repeats: Steps of each schedule.
+        seconds_per_unit: Seconds in one unit of the costs; without it, so many that the runtime is small beside them.
+        message_bytes: Bytes of the boundary between two stages.
+        output: Folder for a Gantt chart (PNG) and a trace of every schedule.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: An argument is not possible.
     """
-    parser = argparse.ArgumentParser(
-        prog="januspipe bench emulate",
-        description="Run schedules with the real executor and real messages between processes, with phases that "
-        "sleep, and compare the times with the simulated ones.",
+    runs = compare_emulated(
+        list(GENERATORS) if schedules == "all" else schedules.split(","),
+        ranks,
+        microbatches,
+        parse_costs(costs),
+        seconds_per_unit=seconds_per_unit,
+        repeats=repeats,
+        message_bytes=message_bytes,
     )
-    parser.add_argument("--ranks", type=int, default=8, help="ranks of the pipeline, one process each; default: 8")
-    parser.add_argument("--microbatches", type=int, default=16, help="micro-batches of a step; default: 16")
-    default = ",".join(f"{getattr(COSTS, f.name):g}" for f in fields(COSTS))
-    parser.add_argument("--costs", default=default, help=f"times of FE,FF,BF,BE,WF,WE; default: {default}")
-    parser.add_argument(
-        "--schedules", default="all", help=f"names with commas between them, out of {', '.join(GENERATORS)}; or all"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each schedule; default: 3")
-    parser.add_argument(
-        "--seconds_per_unit", type=float, help="seconds in one unit of the costs; default: so that the runtime is small"
-    )
-    parser.add_argument(
-        "--message_bytes", type=int, default=1024, help="bytes of the boundary between two stages; default: 1024"
-    )
-    parser.add_argument("--output", type=Path, help="folder for a Gantt chart (PNG) and a trace of every schedule")
-    given = parser.parse_args(args)
-    names = list(GENERATORS) if given.schedules == "all" else given.schedules.split(",")
-    try:
-        runs = compare(
-            names,
-            given.ranks,
-            given.microbatches,
-            parse_costs(given.costs),
-            seconds_per_unit=given.seconds_per_unit,
-            repeats=given.repeats,
-            message_bytes=given.message_bytes,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"\n{table(runs)}")
-    if given.output is not None:
-        pictures(runs, given.output)
-        print(f"\nPictures and traces are in {given.output}.")
+    text = emulation_table(runs)
+    if output is not None:
+        pictures(runs, output)
+        text += f"\n\nPictures and traces are in {output}."
+    return text

@@ -38,10 +38,10 @@ class Adapter:
     """Changed with the adapter: what was traced with another version is traced again."""
 
     def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Active during the whole of a capture, also while the user's step runs in it, and in the validation that
-        Lightning runs before training, on a module that is still whole.
+        """Active during the whole of a capture, and in Lightning's validation before training, on a whole module.
 
-        Here belongs what a module does beside computing its forward, such as compiling itself when it is first called.
+        The user's step runs inside it too. Here belongs what a module does beside computing its forward, such as
+        compiling itself when it is first called.
 
         Args:
             module: the LightningModule.

@@ -75,6 +75,7 @@ def _make_edges(backbone: Any, data: Any) -> None:
 
 
 def _dataset_names(potential: nn.Module) -> tuple[dict[str, str], list[str]] | None:
+    part: Any
     for part in potential.modules():
         if hasattr(part, "dataset_emb_dict"):
             return part.dataset_mapping, list(part.dataset_emb_dict)

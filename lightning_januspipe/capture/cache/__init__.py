@@ -1,0 +1,1 @@
+"""Keeps traced programs from one run to the next."""

@@ -1,0 +1,1 @@
+"""Cuts a traced program into stages of equal cost."""

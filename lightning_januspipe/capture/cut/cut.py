@@ -15,9 +15,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from lightning_januspipe.capture.cut.cut_points import BORDER_COST, best_cuts, find_cut_points, most_parts
-from lightning_januspipe.capture.cut.reorder import arranged, closures, num_sums, traffic
-from lightning_januspipe.capture.trace.preparation import symbols_in
-from lightning_januspipe.capture.trace.program import Node, Program
+from lightning_januspipe.capture.cut.reorder import arranged, num_sums, traffic
+from lightning_januspipe.capture.trace.graph_walks import (
+    alive_after_each,
+    ancestors,
+    ancestors_of_each,
+    descendants,
+    operations,
+)
+from lightning_januspipe.capture.trace.program import Node, Program, symbols_in
 from lightning_januspipe.errors import CaptureError, TooFewParts
 
 # What takes more than this share of the whole work to compute is never repeated: an eighth of it on eight stages
@@ -85,6 +91,7 @@ class Cut:
 
     @property
     def num_stages(self) -> int:
+        """Number of stages."""
         return len(self.bodies)
 
 
@@ -99,41 +106,27 @@ def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
     Raises:
         CaptureError: a differentiation input depends on a parameter.
     """
-    on_parameter = program.dependent(program.parameters)
-    on_gradient = program.dependent({program.gradient})
+    on_parameter = descendants(program, program.parameters)
+    on_gradient = descendants(program, [program.gradient])
     for name in program.coordinates:
         if name in on_parameter:
             raise CaptureError(
                 f"the energy is differentiated with respect to {name!r}, which depends on a parameter; forces have to "
                 "be derivatives with respect to positions or strain"
             )
-    epilogue: set[str] = set()
-    observables: set[str] = set()
-    direct: set[str] = set()
     kept = [i for i in range(len(program.outputs)) if i in read_outputs or _is_small(program, program.outputs[i])]
-    stack = [program.outputs[i] for i in kept]
-    while stack:
-        name = stack.pop()
-        node = program.by_name[name]
-        if name in epilogue or name in observables or name == program.gradient:
-            continue
-        if node.op == "placeholder":
-            if name in program.parameters:
-                direct.add(name)
-            continue
-        if name in on_parameter and name not in on_gradient:
-            observables.add(name)
-            continue
-        epilogue.add(name)
-        stack.extend(node.inputs())
-    forward = _ancestors(program, [*program.energies, *program.coordinates, *observables])
-    operations = [n.name for n in program.nodes if n.op != "placeholder" and n.name in forward]
+    wanted = [program.outputs[i] for i in kept]
+    of_forward = set(operations(program, on_parameter - on_gradient))
+    after = ancestors(program, wanted, given={program.gradient, *of_forward})
+    read = {*wanted, *(i for name in after for i in program.by_name[name].inputs())}
+    observables = [n for n in operations(program, of_forward) if n in read]
+    forward = operations(program, ancestors(program, [*program.energies, *program.coordinates, *observables]))
     return Regions(
-        body=[n for n in operations if n in on_parameter],
-        geometry=[n for n in operations if n not in on_parameter],
-        observables=[n for n in operations if n in observables],
-        epilogue=[n.name for n in program.nodes if n.name in epilogue],
-        epilogue_parameters=sorted(direct),
+        body=[n for n in forward if n in on_parameter],
+        geometry=[n for n in forward if n not in on_parameter],
+        observables=observables,
+        epilogue=operations(program, after),
+        epilogue_parameters=sorted(after & program.parameters.keys()),
         outputs=kept,
         derived=[i for i in kept if program.outputs[i] in on_gradient],
     )
@@ -176,14 +169,6 @@ def find_cut(
     return _assemble(program, order, free, [ends[p].sent for p in positions], profile, positions)
 
 
-def _ancestors(program: Program, roots: Sequence[str]) -> set[str]:
-    found = set(roots)
-    for node in reversed(program.nodes):
-        if node.name in found:
-            found.update(node.inputs())
-    return found
-
-
 def _is_small(program: Program, name: str) -> bool:
     spec = program.by_name[name].spec
     return spec is not None and math.prod(s for s in spec.shape[1:] if isinstance(s, int)) <= 9
@@ -201,9 +186,9 @@ def _repeatable(
     These are values of parameters alone, and local ones that cost little compared with sending them.
     """
     whole = sum(work.values()) or 1.0
-    closure = closures(program, [name for name, sums in num_sums(program, body).items() if sums == 0])
+    closure = ancestors_of_each(program, [name for name, sums in num_sums(program, body).items() if sums == 0])
     share = {name: sum(work[part] for part in parts) / whole for name, parts in closure.items()}
-    on_batch = program.dependent(program.inputs)
+    on_batch = descendants(program, program.inputs)
     of_parameters = {name for name in body if name not in on_batch}
 
     def together(names: Collection[str]) -> set[str]:
@@ -240,28 +225,20 @@ def _boundaries(
     program: Program, order: Sequence[str], free: Collection[str], num_bytes: Mapping[str, int]
 ) -> list[_End]:
     """What is sent if the cut is after each operation."""
-    last = dict.fromkeys(order, -1)
-    for i, name in enumerate(order):
-        for source in program.by_name[name].inputs():
-            if source in last:
-                last[source] = i
     rows = {name: _num_rows(program.by_name[name], num_bytes.get(name, 0)) for name in order}
     known = set(program.symbols)
     ends: list[_End] = []
-    alive: set[str] = set()
-    for i, name in enumerate(order):
-        alive = {n for n in alive if last[n] > i}
-        if last[name] > i and name not in free:
-            alive.add(name)
-        # What is free belongs to the stage that uses it first, so no cut comes right after it.
-        is_sendable = name not in free and all(_has_known_shape(program.by_name[n], known) for n in alive)
-        size = float(sum(num_bytes.get(n, 0) for n in alive)) if is_sendable else math.inf
-        ends.append(_End(frozenset(alive), size, max((rows[n] for n in alive), default=0)))
+    for name, alive in zip(order, alive_after_each(program, order), strict=True):
+        # What is free belongs to the stage that uses it first, so it is not sent, and no cut comes right after it.
+        sent = frozenset(n for n in alive if n not in free)
+        is_sendable = name not in free and all(_has_known_shape(program.by_name[n], known) for n in sent)
+        size = float(sum(num_bytes.get(n, 0) for n in sent)) if is_sendable else math.inf
+        ends.append(_End(sent, size, max((rows[n] for n in sent), default=0)))
     return ends
 
 
 def _has_known_shape(node: Node, symbols: Collection[str]) -> bool:
-    """Whether a rank can tell the shape of a value before it receives it."""
+    """Tells whether a rank knows the shape of a value before it receives it."""
     return node.spec is not None and all(symbols_in(size) <= set(symbols) for size in node.spec.shape)
 
 
@@ -332,13 +309,9 @@ def _assemble(
     owner = {n: s for s, names in enumerate(bodies) for n in names}
     replicated: list[list[str]] = []
     for stage, names in enumerate(bodies):
-        again: set[str] = set()
-        stack = [i for n in names for i in program.by_name[n].inputs()]
-        while stack:
-            name = stack.pop()
-            if name in free and owner[name] < stage and name not in again:
-                again.add(name)
-                stack.extend(program.by_name[name].inputs())
+        earlier = {n for n in free if owner[n] < stage}
+        inputs = {i for n in names for i in program.by_name[n].inputs()}
+        again = ancestors(program, inputs & earlier, given=program.by_name.keys() - earlier)
         replicated.append([n for n in order if n in again])
     boundaries = [[n for n in order if n in names] for names in sent]
     return Cut(

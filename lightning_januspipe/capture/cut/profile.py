@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.cut.cut import Profile, Regions
-from lightning_januspipe.capture.trace.program import (
-    PlaceholderValues,
-    Program,
-    new_leaf,
-    replace_refs,
-    target_function,
-)
+from lightning_januspipe.capture.trace.function import PlaceholderValues, new_leaf
+from lightning_januspipe.capture.trace.operators import target_function
+from lightning_januspipe.capture.trace.program import Program, replace_refs
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 
 # At least so many runs, and while there is time more of them: on a busy machine the least of a few is no measure.
@@ -39,7 +35,7 @@ def measure(
     nodes = [n for n in program.nodes if n.name in wanted]
     functions = [target_function(n.target) for n in nodes]
     coordinates = set(program.coordinates)
-    names = [n.name for n in program.nodes if n.op == "placeholder"]
+    names = [n.name for n in program.nodes if n.is_placeholder]
     start_values = dict(zip(names, PlaceholderValues(program, potential, names).values(tensors), strict=True))
     on_cuda = any(t.is_cuda for t in tensors)
     seconds: dict[str, float] = {}

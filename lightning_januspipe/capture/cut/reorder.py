@@ -8,15 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from operator import getitem
 
-from lightning_januspipe.capture.trace.program import Node, Program, target_function
+from lightning_januspipe.capture.trace.graph_walks import readers
+from lightning_januspipe.capture.trace.operators import LOOKUPS, is_view, operator_of
+from lightning_januspipe.capture.trace.program import Node, Program
 
-# Operations that look values up: a size symbol that is lost here was an index, not a sum over atoms or edges.
-_LOOKUPS = {
-    *("aten.index.Tensor", "aten.index_select.default", "aten.gather.default", "aten.embedding.default"),
-    *("aten.repeat_interleave.self_Tensor", "aten.select.int"),
-}
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -36,7 +32,7 @@ def num_sums(program: Program, body: Sequence[str]) -> dict[str, int]:
 
 
 def _sums(node: Node, operand: Node) -> bool:
-    if node.target in _LOOKUPS or node.spec is None or operand.spec is None:
+    if operator_of(node) in LOOKUPS or node.spec is None or operand.spec is None:
         return False
     return bool(_symbols(operand) - _symbols(node))
 
@@ -52,24 +48,8 @@ def traffic(program: Program, names: Sequence[str], num_bytes: Mapping[str, int]
     found = {}
     for name in names:
         node = program.by_name[name]
-        function = target_function(node.target)
-        is_view = node.spec is None or function is getitem or getattr(function, "is_view", False)
-        operands = 0 if is_view else sum(num_bytes.get(i, 0) for i in node.inputs())
-        found[name] = 0.0 if is_view else float(num_bytes.get(name, 0) + operands)
-    return found
-
-
-def closures(program: Program, names: Collection[str]) -> dict[str, frozenset[str]]:
-    """For each value the operations among ``names`` that it takes to compute it, itself included.
-
-    Args:
-        program: the traced potential.
-        names: operations, in execution order.
-    """
-    found: dict[str, frozenset[str]] = {}
-    for name in names:
-        parts = [found[i] for i in program.by_name[name].inputs() if i in found]
-        found[name] = frozenset((name,)).union(*parts)
+        moved = 0 if node.spec is None or is_view(node) else sum(num_bytes.get(i, 0) for i in (name, *node.inputs()))
+        found[name] = float(moved)
     return found
 
 
@@ -90,11 +70,7 @@ def arranged(
         after it: a readout of each layer that the model evaluates after all layers, say.
     """
     place = {name: float(i) for i, name in enumerate(body)}
-    users: dict[str, list[str]] = {name: [] for name in body}
-    for name in body:
-        for source in program.by_name[name].inputs():
-            if source in users:
-                users[source].append(name)
+    users = readers(program, body)
     moved: set[str] = set()
     for name in body:
         if name in free or name in fixed:

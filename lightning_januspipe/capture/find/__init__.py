@@ -1,0 +1,1 @@
+"""Finds the potential in a user's LightningModule."""

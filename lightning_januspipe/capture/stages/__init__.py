@@ -1,0 +1,1 @@
+"""Potentials in stages, captured or declared by their author."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.find.call_format import size_carrier
-from lightning_januspipe.capture.trace.preparation import symbols_in
-from lightning_januspipe.capture.trace.program import PlaceholderValues, build_module, placeholders_of
-from lightning_januspipe.capture.trace.read_values import Fact
-from lightning_januspipe.engine.autocast import OFF, autocast_as
+from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.function import ProgramFunction
+from lightning_januspipe.capture.trace.graph_walks import ancestors
+from lightning_januspipe.capture.trace.program import symbols_in
 from lightning_januspipe.errors import CaptureError, shown
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class CallInputs:
                 draw = program.draws[step - program.first_draw]
                 tensors[step] = draw(symbols, device, self._potential.training)
                 continue
-            with autocast_as(OFF), torch.no_grad():  # casts are operations of the program
-                values = step.module(*step.placeholders.values(tensors))
+            with torch.no_grad():
+                values = step.function(tensors)
             for value, use in zip(values, step.uses, strict=True):
                 if isinstance(use, Fact):
                     self._require(use, value.tolist())
@@ -78,20 +78,18 @@ class _Evaluation:
     """Values that are computed together for each batch.
 
     Attributes:
-        placeholders: what they are computed from.
-        module: computes them.
+        function: computes them.
         uses: of each the position of the input that it is, or the fact that it has to agree with.
     """
 
-    placeholders: PlaceholderValues
-    module: nn.Module
+    function: ProgramFunction
     uses: list[int | Fact]
 
 
 def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list[_Evaluation | int]:
     """What is done for each batch before the stages, in order: values to compute, and positions of draws."""
     program = captured.program
-    operations = [n.name for n in program.nodes if n.op != "placeholder"]
+    every = {n.name for n in program.operations}
     num_call = len(captured.call.tensors) + len(captured.call.sizes)
     first_prepared = program.first_draw + len(program.draws)
     wanted: list[tuple[str, int | Fact]] = [
@@ -99,7 +97,7 @@ def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list
         *((name, first_prepared + i) for i, name in enumerate(program.prepared)),
         *program.facts,
     ]
-    needs = [set(placeholders_of(program, operations, [name])) & set(program.inputs) for name, _ in wanted]
+    needs = [ancestors(program, [name]) & set(program.inputs) for name, _ in wanted]
     draws = list(range(program.first_draw, first_prepared))
     known = set(range(num_call))
     steps: list[_Evaluation | int] = []
@@ -117,10 +115,8 @@ def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list
                 "other random numbers; draw one of them in the dataset"
             )
         outputs = [wanted[k][0] for k in ready]
-        given = placeholders_of(program, operations, outputs)
-        module = build_module(program, operations, given, outputs)
         uses = [wanted[k][1] for k in ready]
-        steps.append(_Evaluation(PlaceholderValues(program, potential, given), module, uses))
+        steps.append(_Evaluation(ProgramFunction(program, potential, every, outputs), uses))
         known |= {use for use in uses if isinstance(use, int)}
         wanted = [x for k, x in enumerate(wanted) if k not in ready]
         needs = [x for k, x in enumerate(needs) if k not in ready]

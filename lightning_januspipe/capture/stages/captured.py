@@ -1,30 +1,28 @@
-"""From a program and its cut to the stages and the epilogue that the engine runs."""
+"""From a captured program and its cut to the stages and the return value that the engine runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.adapters import Adapter, adapters_of, joined, separated
-from lightning_januspipe.capture.cut.cut import Cut, Regions
+from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, joined, separated
+from lightning_januspipe.capture.cut.cut import Cut, Profile, Regions
 from lightning_januspipe.capture.cut.dependence import dependence_of
+from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.size_names import SizeWords, words_of_program
 from lightning_januspipe.capture.stages.call_inputs import CallInputs
-from lightning_januspipe.capture.stages.staged_potential import Inputs
-from lightning_januspipe.capture.trace.program import (
-    PlaceholderValues,
-    Program,
-    ReturnedSize,
-    build_module,
-    placeholders_of,
-)
+from lightning_januspipe.capture.stages.staged_potential import Inputs, StageOperations
+from lightning_januspipe.capture.trace.function import ProgramFunction
+from lightning_januspipe.capture.trace.graph_walks import ancestors, in_order, readers
+from lightning_januspipe.capture.trace.program import Program, ReturnedSize
 from lightning_januspipe.capture.trees import with_leaves
-from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
 from lightning_januspipe.errors import CaptureError, shown
 
@@ -35,10 +33,10 @@ class CapturedPotential:
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
-        program: the traced potential.
-        regions: what of it is what.
+        program: the captured program.
+        regions: which of its operations are geometry, body and epilogue.
         cut: the chain of stages.
-        call: what a call of the potential looks like.
+        call: the format of the potential's calls.
         replaced: see :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`.
         step_parameters: see there.
         validated_kinds: kinds of calls that its stages were validated on.
@@ -57,13 +55,13 @@ class CapturedPotential:
     def chain(self) -> ChainSpec:
         """Specs of derivative and observables."""
         owner = {n: s for s, names in enumerate(self.cut.bodies) for n in names}
-        reach = dependence_of(self.program, self.regions)
+        dependence = dependence_of(self.program, self.regions)
         return ChainSpec(
-            coordinates=tuple(_spec(self.program, n) for n in self.program.coordinates),
-            observables=tuple(_spec(self.program, n) for n in self.regions.observables),
+            coordinates=tuple(self.program.spec(n) for n in self.program.coordinates),
+            observables=tuple(self.program.spec(n) for n in self.regions.observables),
             observable_stage=tuple(owner[n] for n in self.regions.observables),
             autocast=self.program.autocast,
-            dependence=tuple(tuple(reach[n] for n in names) for names in self.cut.boundaries),
+            dependence=tuple(tuple(dependence[n] for n in names) for names in self.cut.boundaries),
         )
 
     @property
@@ -83,9 +81,24 @@ class CapturedPotential:
         return [len(body) for body in self.cut.bodies]
 
     @property
+    def operation_word(self) -> str:
+        """What :attr:`num_operations` counts."""
+        return "operations"
+
+    @property
     def boundary_bytes(self) -> Sequence[int]:
         """Bytes of each boundary on the batch that was measured."""
         return self.cut.boundary_bytes
+
+    @property
+    def coordinate_names(self) -> Sequence[str]:
+        """Names of the differentiation inputs in the program."""
+        return self.program.coordinates
+
+    @property
+    def observable_names(self) -> Sequence[str]:
+        """Names of the observables in the program."""
+        return self.regions.observables
 
     @property
     def outputs(self) -> Sequence[int]:
@@ -94,42 +107,60 @@ class CapturedPotential:
 
     @property
     def derived(self) -> Sequence[int]:
-        """Those of them that depend on the derivative."""
+        """The computed outputs that depend on the derivative."""
         return self.regions.derived
 
+    @property
+    def _places(self) -> list[str]:
+        """Where each input stands in a call; integers read from data come last."""
+        program = self.program
+        known = [*self.call.tensors, *self.call.sizes, *["an integer read from data"] * len(program.sizes)]
+        known += ["random numbers that the forward draws"] * len(program.draws)
+        return known + ["a list of indices that the forward makes"] * len(program.prepared)
+
     def inputs(self, potential: nn.Module) -> Inputs:
-        """From a call of the live potential to the program's inputs."""
+        """Returns the function from a call of the live potential to the program's inputs."""
         return CallInputs(self, potential)
 
     def stage(self, index: int, potential: nn.Module) -> CapturedStage:
-        """One stage."""
+        """Returns one stage."""
         return CapturedStage(self, index, potential)
 
     def return_value(self, potential: nn.Module) -> Epilogue:
-        """What the forward returns."""
+        """Returns what computes the forward's return value."""
         return Epilogue(self, potential)
 
+    def profile(self, potential: nn.Module, tensors: Sequence[Tensor]) -> Profile:
+        """Measures every operation on one call's tensors."""
+        return measure(self.program, self.regions, potential, tensors)
+
+    def size_words(self) -> SizeWords:
+        """Returns the field's words for sizes, from what indices look up."""
+        places = [*self.call.tensors, *self.call.sizes]
+        return words_of_program(self.program, self.cut.sizes, self.regions.observables, places)
+
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
-        """Values of the size symbols for one call's tensors.
+        """Returns the values of the size symbols for one call's tensors.
 
         Raises:
             CaptureError: a size for which the traced forward would have done something else.
         """
-        places = self._places()
         for (position, dim), (lower, upper) in self.program.limits.items():
             shape = tensors[position].shape
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
                 expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
                 raise CaptureError(
                     f"the potential {shown(self.path)} was captured for size {expected} of dimension {dim} of its "
-                    f"input {places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
+                    f"input {self._places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
                 )
         symbols = self.program.bind(tensors)
         for condition in self.program.conditions:
             sizes = violated_sizes(condition, symbols)
             if sizes:
                 where = {s: self.program.symbols[s] for s in sizes}
-                given = [f"{s} = {sizes[s]} (dimension {d} of its input {places[i]})" for s, (i, d) in where.items()]
+                given = [
+                    f"{s} = {sizes[s]} (dimension {d} of its input {self._places[i]})" for s, (i, d) in where.items()
+                ]
                 raise CaptureError(
                     f"the potential {shown(self.path)} was captured for sizes with {condition}, but this batch has "
                     f"{', '.join(given)}. {_OTHER_SIZES}"
@@ -140,50 +171,111 @@ class CapturedPotential:
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
         """Returns sizes of 0 and 1 and new entries, on which a forward may branch, without :attr:`validated_kinds`."""
-        places = self._places()
-        found = set()
-        for symbol, (position, dim) in self.program.symbols.items():
-            if symbols[symbol] < 2:
-                found.add(f"size {symbols[symbol]} in dimension {dim} of {places[position]}")
+        found = {
+            f"size {symbols[symbol]} in dimension {dim} of {self._places[position]}"
+            for symbol, (position, dim) in self.program.symbols.items()
+            if symbols[symbol] < 2
+        }
         # What an adapter makes of the arguments has always the same entries.
         if all(type(adapter).arguments is Adapter.arguments for adapter in adapters_of(potential)):
             found |= {f"an entry {place}" for place in self.call.new_entries(args, kwargs)}
         return frozenset(found - self.validated_kinds)
 
-    def _places(self) -> list[str]:
-        """Where the program's inputs come from, in words."""
-        program, places = self.program, [*self.call.tensors, *self.call.sizes]
-        places += ["an integer read from data"] * len(program.sizes)
-        places += ["random numbers that the forward draws"] * len(program.draws)
-        return places + ["a list of indices that the forward makes"] * len(program.prepared)
+    def with_validated(self, *calls: tuple[nn.Module, PotentialCall]) -> CapturedPotential:
+        """Returns the same potential, to which the kinds of these calls count as validated."""
+        found = self.validated_kinds
+        for potential, call in calls:
+            symbols = self.bind_sizes(self.inputs(potential)(call.args, call.kwargs))
+            found |= self.unvalidated_kinds(potential, call.args, call.kwargs, symbols)
+        return replace(self, validated_kinds=found)
+
+    def with_evaluation(self, potential: nn.Module, call: PotentialCall) -> CapturedPotential:
+        """Returns the same potential, which also takes the constants that a call has in evaluation."""
+        arguments = adapted(adapters_of(potential), potential, call.args, call.kwargs)
+        return replace(self, call=self.call.with_evaluation(*arguments))
+
+    def received(self, stage: int) -> list[str]:
+        """Returns the names of the values that a stage receives from the one before."""
+        return self.cut.boundaries[stage - 1] if stage else []
+
+    def sent(self, stage: int) -> list[str]:
+        """Returns the names of the values that a stage sends to the next one."""
+        return self.cut.boundaries[stage] if stage < len(self.cut.boundaries) else []
+
+    def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
+        """Returns the names and specs of the values that a stage sends to the next one."""
+        return [(name, self.program.spec(name)) for name in self.sent(stage)]
+
+    def computed(self, stage: int) -> list[str]:
+        """Returns the names of what a stage gives: its boundary, energies, observables and coordinates."""
+        body = set(self.cut.bodies[stage])
+        owned = [n for n in (*self.program.energies, *self.regions.observables) if n in body]
+        return [*self.sent(stage), *owned, *self.program.coordinates]
+
+    def needed(self, stage: int) -> set[str]:
+        """Returns the names of all values that a stage computes or reads, without those that it receives."""
+        return ancestors(self.program, self.computed(stage), given=set(self.received(stage)))
+
+    def stage_operations(self, stage: int) -> StageOperations:
+        """Returns the operations that a stage runs."""
+        program, needed, repeated = self.program, self.needed(stage), self.cut.replicated[stage]
+        own = [n for n in self.cut.bodies[stage] if n in needed]
+        read = {i for n in own for i in program.by_name[n].inputs()}
+        values = [(n, program.by_name[n].spec) for n in repeated if n in read]
+        return StageOperations(
+            own=own,
+            repeated=repeated,
+            geometry=[n for n in self.regions.geometry if n in needed],
+            repeated_values=[(n, spec) for n, spec in values if spec is not None],
+        )
 
     def parameter_stages(self) -> dict[str, set[int]]:
-        """Name of each parameter inside the potential -> the stages that read it.
+        """Returns for each parameter, by its name inside the potential, the stages that read it.
 
         Parameters that the epilogue, or the user's step by itself, reads are read by every stage.
         """
-        everywhere = set(range(self.cut.num_stages))
-        stages: dict[str, set[int]] = {name: set() for name in self.program.parameters.values()}
+        program, everywhere = self.program, set(range(self.num_stages))
+        stages: dict[str, set[int]] = {name: set() for name in program.parameters.values()}
         for stage in everywhere:
-            for placeholder in placeholders_of(self.program, self._stage_nodes(stage), self._stage_outputs(stage)):
-                if placeholder in self.program.parameters:
-                    stages[self.program.parameters[placeholder]].add(stage)
+            for placeholder in self.needed(stage) & program.parameters.keys():
+                stages[program.parameters[placeholder]].add(stage)
         for placeholder in self.regions.epilogue_parameters:
-            stages[self.program.parameters[placeholder]] |= everywhere
+            stages[program.parameters[placeholder]] |= everywhere
         for name in self.step_parameters:
             if stages.get(name):
                 stages[name] |= everywhere
         return stages
 
-    def _stage_nodes(self, stage: int) -> list[str]:
-        return [*self.regions.geometry, *self.cut.replicated[stage], *self.cut.bodies[stage]]
+    def why_shared(self, parameter: str) -> str:
+        """Returns, in words, why several stages read a parameter: the reason that concerns most of them."""
+        placeholder = next(p for p, name in self.program.parameters.items() if name == parameter)
+        repeated = {n for again in self.cut.replicated for n in again}
+        read_by = readers(self.program)[placeholder]
+        if placeholder in self.regions.epilogue_parameters:
+            return "read after the derivative, on every rank"
+        if parameter in self.step_parameters:
+            return "read by the step itself, on every rank"
+        if repeated.intersection(read_by):
+            return f"{self._last_repeated(repeated.intersection(read_by), repeated)} computed where needed"
+        if sum(not self.needed(stage).isdisjoint(read_by) for stage in range(self.num_stages)) > 1:
+            return "used by layers of these stages"
+        return "a constant made of it is computed where needed"
 
-    def _stage_outputs(self, stage: int) -> list[str]:
-        body = set(self.cut.bodies[stage])
-        sent = self.cut.boundaries[stage] if stage < len(self.cut.boundaries) else []
-        energies = [n for n in self.program.energies if n in body]
-        observables = [n for n in self.regions.observables if n in body]
-        return [*sent, *energies, *observables, *self.program.coordinates]
+    def _last_repeated(self, started: set[str], repeated: set[str]) -> str:
+        """Returns the shapes of the repeated values that operations of one stage read, computed from some values."""
+        program, words = self.program, self.size_words()
+        reached = set(started)
+        shapes: dict[str, None] = {}
+        for node in program.operations:
+            reads = [i for i in node.inputs() if i in reached]
+            if reads and node.name in repeated:
+                reached.add(node.name)
+            else:
+                specs = [program.by_name[i].spec for i in reads]
+                shapes.update(dict.fromkeys(f"({', '.join(map(str, words.shape(s)))})" for s in specs if s is not None))
+        found = list(shapes)
+        more = ", ..." if len(found) > 2 else ""
+        return " and ".join(found[:2]) + more + (" is" if len(found) == 1 else " are")
 
 
 _OTHER_SIZES = (
@@ -202,58 +294,52 @@ class CapturedStage:
     """
 
     def __init__(self, captured: CapturedPotential, index: int, potential: nn.Module) -> None:
-        program, cut = captured.program, captured.cut
-        outputs = captured._stage_outputs(index)
-        received = cut.boundaries[index - 1] if index else []
+        program, own = captured.program, set(captured.cut.bodies[index])
         self.index = index
-        names = placeholders_of(program, captured._stage_nodes(index), outputs, received)
-        self._placeholders = PlaceholderValues(program, potential, names)
-        self._module = build_module(
+        self.function = ProgramFunction(
             program,
-            captured._stage_nodes(index),
-            [*names, *received],
-            outputs,
+            potential,
+            {*captured.regions.geometry, *captured.cut.replicated[index], *own},
+            captured.computed(index),
+            captured.received(index),
             leaves=independent_coordinates(program),
         )
-        own = set(cut.bodies[index])
-        sent = cut.boundaries[index] if index < len(cut.boundaries) else []
         self._num_energies = sum(n in own for n in program.energies)
         self.observables: Sequence[int] = [i for i, n in enumerate(captured.regions.observables) if n in own]
-        self.boundary_in: Sequence[TensorSpec] = [_spec(program, n) for n in received]
-        self.boundary_out: Sequence[TensorSpec] = [_spec(program, n) for n in sent]
-        live = dict(potential.named_parameters(remove_duplicate=False))
-        used = [live[program.parameters[n]] for n in names if n in program.parameters]
-        self.parameters: Sequence[nn.Parameter] = [p for p in dict.fromkeys(used) if p.requires_grad]
+        self.boundary_in: Sequence[TensorSpec] = [program.spec(n) for n in captured.received(index)]
+        self.boundary_out: Sequence[TensorSpec] = [program.spec(n) for n in captured.sent(index)]
+        self.parameters = self.function.parameters
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
-        out = self._module(*self._placeholders.values(tensors), *boundary)
-        first = len(self.boundary_out) + self._num_energies
-        second = first + len(self.observables)
-        num_sent = len(self.boundary_out)
-        return StageOutput(list(out[:num_sent]), list(out[num_sent:first]), list(out[first:second]), list(out[second:]))
+        """Evaluates the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
+        values = iter(self.function(tensors, boundary))
+        numbers = (len(self.boundary_out), self._num_energies, len(self.observables))
+        sent, energies, observables = ([next(values) for _ in range(number)] for number in numbers)
+        return StageOutput(sent, energies, observables, list(values))
 
 
 class Epilogue:
-    """What the potential's forward does after differentiating: from derivative and observables to its return value."""
+    """Computes the forward's return value from the derivative and the observables.
+
+    It is a :class:`~lightning_januspipe.capture.stages.staged_potential.ReturnValue`.
+
+    Args:
+        captured: the captured potential.
+        potential: the live potential.
+    """
 
     def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
         program, regions = captured.program, captured.regions
         self._program, self._kept = program, regions.outputs
         self._potential, self._adapters = potential, adapters_of(potential)
-        wanted = [program.outputs[i] for i in regions.outputs]
-        given = [program.gradient, *regions.observables]
-        names = placeholders_of(program, regions.epilogue, wanted, given)
-        self._placeholders = PlaceholderValues(program, potential, names)
-        self._module = build_module(program, regions.epilogue, [*names, *given], wanted)
-        live = dict(potential.named_parameters(remove_duplicate=False))
-        used = [live[program.parameters[n]] for n in regions.epilogue_parameters]
-        self.parameters: Sequence[nn.Parameter] = [p for p in dict.fromkeys(used) if p.requires_grad]
+        wanted, given = [program.outputs[i] for i in regions.outputs], [program.gradient, *regions.observables]
+        self.function = ProgramFunction(program, potential, regions.epilogue, wanted, given)
+        self.parameters = self.function.parameters
 
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> Any:
-        """The potential's return value.
+        """Returns the potential's return value.
 
         Args:
             call_tensors: the call's own tensors (returned as they are where the forward passes them through).
@@ -279,16 +365,15 @@ class Epilogue:
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The outputs that are available, as a list (``regions.outputs`` has their positions)."""
-        with autocast_as(OFF):  # casts are operations of the program
-            return list(self._module(*self._placeholders.values(call_tensors), list(derivatives), *observables))
+        """Returns the available outputs (``regions.outputs`` has their positions)."""
+        return self.function(call_tensors, [list(derivatives), *observables])
 
     def of_forward(self, returned: Any) -> Any:
-        """What the forward itself returned, as adapters make it for the program."""
+        """Returns what the forward itself returned, as adapters make it for the program."""
         return joined(self._adapters, self._potential, returned)
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-        """The return value as adapters make it for the user's step; see :class:`ReturnValue`."""
+        """Returns the return value as adapters make it for the user's step; see :class:`.ReturnValue`."""
         return separated(self._adapters, self._potential, args, kwargs, value)
 
 
@@ -314,22 +399,9 @@ class _Unavailable:
 
 
 def independent_coordinates(program: Program) -> list[str]:
-    """Differentiation inputs that depend on no other one: these become leaves of autograd.
+    """Returns the differentiation inputs that depend on no other one: these become leaves of autograd.
 
     Strained positions that depend on the strain stay what they are.
     """
-    found: list[str] = []
-    reached: set[str] = set()
-    for node in program.nodes:
-        if node.op != "placeholder" and any(i in reached for i in node.inputs()):
-            reached.add(node.name)
-        elif node.name in program.coordinates:
-            found.append(node.name)
-            reached.add(node.name)
-    return found
-
-
-def _spec(program: Program, name: str) -> TensorSpec:
-    spec = program.by_name[name].spec
-    assert spec is not None, f"{name} is no tensor"
-    return spec
+    names = set(program.coordinates)
+    return [n for n in in_order(program, names) if ancestors(program, [n]) & names == {n}]

@@ -14,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.size_names import SizeWords, words_of_inputs
 from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trees import leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
@@ -142,6 +144,21 @@ class ExplicitPotential:
         return [b - a for a, b in pairwise(self.bounds)]
 
     @property
+    def operation_word(self) -> str:
+        """What :attr:`num_operations` counts."""
+        return "parts"
+
+    @property
+    def coordinate_names(self) -> Sequence[str]:
+        """Names of the differentiation inputs."""
+        return self.coordinates
+
+    @property
+    def observable_names(self) -> Sequence[str]:
+        """Names of the results of the last part."""
+        return list(self.features[-1])
+
+    @property
     def boundary_bytes(self) -> list[int]:
         """Bytes of each boundary on the batch that was measured."""
         return [self.part_bytes[bound - 1] for bound in self.bounds[1:-1]]
@@ -171,8 +188,34 @@ class ExplicitPotential:
     def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
-        """None: the parts run as they are, with all their branches."""
+        """Returns nothing: the parts run as they are, with all their branches."""
         return frozenset()
+
+    def with_validated(self, *calls: tuple[nn.Module, PotentialCall]) -> ExplicitPotential:
+        """Returns itself: no kind of call has to be validated."""
+        return self
+
+    def with_evaluation(self, potential: nn.Module, call: PotentialCall) -> ExplicitPotential:
+        """Returns itself: the parts take any constants."""
+        return self
+
+    def stage_operations(self, stage: int) -> None:
+        """Returns None: a stage is made of parts."""
+
+    def profile(self, potential: nn.Module, tensors: Sequence[Tensor]) -> None:
+        """Returns None: a stage is made of parts."""
+
+    def size_words(self) -> SizeWords:
+        """Returns the field's words for sizes, from the inputs' shapes."""
+        return words_of_inputs(self.inputs_by_name, self.symbols, self.coordinates)
+
+    def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
+        """Returns the names and specs of the features that a stage sends to the next one."""
+        return list(self.features[self.bounds[stage + 1] - 1].items())
+
+    def why_shared(self, parameter: str) -> str:
+        """Returns, in words, why several stages read a parameter."""
+        return "read by parts of these stages"
 
     def parameter_stages(self) -> dict[str, set[int]]:
         """Name of each parameter inside the potential -> the stages that read it."""
@@ -185,10 +228,10 @@ class ExplicitPotential:
 
     def inputs(self, potential: nn.Module) -> Inputs:
         """From a call of the potential to its named tensors, in order."""
-        assert isinstance(potential, ExplicitStages)
+        declared = declared_stages(potential)
 
         def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-            found = named_inputs(potential, self.path, args, kwargs)
+            found = named_inputs(declared, self.path, args, kwargs)
             if list(found) != list(self.inputs_by_name):
                 raise CaptureError(
                     f"stage_inputs of the potential {shown(self.path)} returned {list(found)}; it returned "
@@ -217,10 +260,9 @@ class ExplicitStage:
     """
 
     def __init__(self, staged: ExplicitPotential, index: int, potential: nn.Module) -> None:
-        assert isinstance(potential, ExplicitStages)
         first, last = staged.bounds[index], staged.bounds[index + 1]
         self._staged = staged
-        self._parts = list(potential.stage_parts())[first:last]
+        self._parts = list(declared_stages(potential).stage_parts())[first:last]
         self._received = staged.features[first - 1] if first else {}
         self._returned = staged.features[last - 1]
         self._is_last = index == staged.num_stages - 1
@@ -271,8 +313,7 @@ class ExplicitReturnValue:
     parameters: Sequence[nn.Parameter] = ()
 
     def __init__(self, staged: ExplicitPotential, potential: nn.Module) -> None:
-        assert isinstance(potential, ExplicitStages)
-        self._staged, self._potential = staged, potential
+        self._staged, self._potential = staged, declared_stages(potential)
 
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
@@ -297,6 +338,12 @@ class ExplicitReturnValue:
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         """The return value, which has the form of the forward's own."""
         return value
+
+
+def declared_stages(potential: nn.Module) -> ExplicitStages:
+    """Returns the potential, which declares its stages."""
+    assert isinstance(potential, ExplicitStages), f"{type(potential).__name__} declares no stages"
+    return potential
 
 
 def returned_tensors(value: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ from lightning_januspipe.capture.stages.explicit import (
     ENERGY,
     ExplicitPotential,
     ExplicitStages,
+    declared_stages,
     named_inputs,
     returned_tensors,
 )
@@ -31,13 +32,14 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
     Raises:
         CaptureError: a part or the outputs are not what :class:`ExplicitStages` asks for.
     """
-    assert isinstance(potential, ExplicitStages)
-    parts = _parts(potential, first.path)
+    declared = declared_stages(potential)
+    parts = _parts(declared, first.path)
     names = {p: n for n, p in potential.named_parameters()}
     foreign = [i for i, part in enumerate(parts) if any(p not in names for p in part.parameters())]
     if foreign:
         raise CaptureError(f"part {foreign[0]} of {shown(first.path)} has parameters that are none of the potential's")
-    runs = [_run(potential, parts, call) for call in (first, second)]
+    trainable = {n: p for n, p in potential.named_parameters() if p.requires_grad}
+    runs = [_run(declared, parts, call, trainable) for call in (first, second)]
     (inputs, features, outputs, derived), (other_inputs, other_features, _, _) = runs
     if list(inputs) != list(other_inputs):
         raise CaptureError(
@@ -65,7 +67,7 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
             for i, (a, b) in enumerate(zip(features, other_features, strict=True))
         ),
         symbols=symbols,
-        coordinates=tuple(potential.stage_coordinates),
+        coordinates=tuple(declared.stage_coordinates),
         parameters=tuple(tuple(dict.fromkeys(names[p] for p in part.parameters())) for part in parts),
         part_bytes=tuple(sum(x.numel() * x.element_size() for x in of_part.values()) for of_part in other_features),
         outputs=tuple(range(outputs)),
@@ -86,10 +88,9 @@ def _parts(potential: ExplicitStages, path: str) -> list[nn.Module]:
 
 
 def _run(
-    potential: nn.Module, parts: Sequence[nn.Module], call: PotentialCall
+    potential: ExplicitStages, parts: Sequence[nn.Module], call: PotentialCall, trainable: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], int, tuple[int, ...]]:
     """Inputs, features after each part, number of returned tensors, and which of these depend on the derivative."""
-    assert isinstance(potential, ExplicitStages)
     given = named_inputs(potential, call.path, call.args, call.kwargs)
     inputs = {n: x.detach() for n, x in given.items()}
     found: list[dict[str, Tensor]] = []
@@ -111,18 +112,17 @@ def _run(
     gradients = {n: torch.zeros_like(inputs[n]).requires_grad_() for n in potential.stage_coordinates}
     with torch.enable_grad():
         returned = returned_tensors(potential.stage_outputs(inputs, found[-1], gradients))
-        _refuse_parameters(potential, returned, list(gradients.values()), call.path)
+        _refuse_parameters(trainable, returned, call.path)
     derived = tuple(i for i, x in enumerate(returned) if x.requires_grad)
     return inputs, found, len(returned), derived
 
 
-def _refuse_parameters(potential: nn.Module, returned: list[Tensor], gradients: list[Tensor], path: str) -> None:
-    named = [(n, p) for n, p in potential.named_parameters() if p.requires_grad]
+def _refuse_parameters(trainable: Mapping[str, nn.Parameter], returned: Sequence[Tensor], path: str) -> None:
     values = [x.sum() for x in returned if x.requires_grad]
-    if not values or not named:
+    if not values or not trainable:
         return
-    found = torch.autograd.grad(values, [p for _, p in named], allow_unused=True, retain_graph=True)
-    read = [n for (n, _), g in zip(named, found, strict=True) if g is not None]
+    found = torch.autograd.grad(values, list(trainable.values()), allow_unused=True, retain_graph=True)
+    read = [n for n, g in zip(trainable, found, strict=True) if g is not None]
     if read:
         raise CaptureError(
             f"stage_outputs of the potential {shown(path)} reads the parameters {', '.join(read[:3])}; only parts may "

@@ -1,21 +1,26 @@
-"""What a potential in stages is to the rest of the package, however it came by them."""
+"""The interface of a potential in stages, whether its stages were captured or are its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_januspipe.engine.specs import ChainSpec, StageFunction
+from lightning_januspipe.capture.cut.cut import Profile
+from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.size_names import SizeWords
+from lightning_januspipe.engine.specs import ChainSpec, StageFunction, TensorSpec
 
 Inputs = Callable[[tuple[Any, ...], dict[str, Any]], list[Tensor]]
 """From positional and keyword arguments of a call of the potential to the tensors that all stages get."""
 
 
 class ReturnValue(Protocol):
-    """What the potential's forward does after differentiating.
+    """Computes what the potential's forward does after differentiating.
 
     Attributes:
         parameters: trainable parameters that it reads.
@@ -26,24 +31,41 @@ class ReturnValue(Protocol):
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> Any:
-        """The potential's return value, from the call's tensors, leaves for the observables, and ∂E/∂x."""
+        """Returns the potential's return value, from the call's tensors, leaves for the observables, and ∂E/∂x."""
 
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The tensors in it that are available, as :attr:`StagedPotential.outputs` numbers them."""
+        """Returns the available tensors of the return value, in the order of :attr:`StagedPotential.outputs`."""
 
     def of_forward(self, returned: Any) -> Any:
-        """What the forward itself returned, in the form of this return value: its tensors are numbered alike."""
+        """Returns what the forward itself returned in the form of this return value, with its tensors in this order."""
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-        """The return value in the form in which the forward gives it to the user's step.
+        """Returns the return value in the form in which the forward gives it to the user's step.
 
         Args:
             args: positional arguments of the user's call.
             kwargs: its keyword arguments.
             value: the return value.
         """
+
+
+@dataclass(frozen=True)
+class StageOperations:
+    """The operations that one stage runs.
+
+    Attributes:
+        own: operations of the body that the stage owns.
+        repeated: operations of the body that an earlier stage owns, and that this one computes again.
+        geometry: operations that depend on no parameter, which every stage computes for itself.
+        repeated_values: names and specs of the repeated values that the stage's own operations read.
+    """
+
+    own: Sequence[str]
+    repeated: Sequence[str]
+    geometry: Sequence[str]
+    repeated_values: Sequence[tuple[str, TensorSpec]]
 
 
 class StagedPotential(Protocol):
@@ -67,7 +89,11 @@ class StagedPotential(Protocol):
 
     @property
     def num_operations(self) -> list[int]:
-        """How many operations (or parts, where the potential divides itself) each stage has."""
+        """How many operations, or parts, each stage has."""
+
+    @property
+    def operation_word(self) -> str:
+        """What :attr:`num_operations` counts: ``"operations"`` or ``"parts"``."""
 
     @property
     def boundary_bytes(self) -> Sequence[int]:
@@ -82,15 +108,45 @@ class StagedPotential(Protocol):
         """Specs of derivative and observables."""
 
     @property
+    def coordinate_names(self) -> Sequence[str]:
+        """Names of the differentiation inputs, for messages."""
+
+    @property
+    def observable_names(self) -> Sequence[str]:
+        """Names of the observables, for messages."""
+
+    @property
     def outputs(self) -> Sequence[int]:
         """Which of the tensors that the forward returns are available."""
 
     @property
     def derived(self) -> Sequence[int]:
-        """Those of them that depend on the derivative (forces, stress)."""
+        """Which of these depend on the derivative (forces, stress)."""
 
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
-        """Values of the size symbols for one call's tensors; a CaptureError for sizes that it is not right for."""
+        """Returns the values of the size symbols for one call's tensors.
+
+        Raises:
+            CaptureError: the stages are not right for a size.
+        """
+
+    def parameter_stages(self) -> dict[str, set[int]]:
+        """Returns for each parameter, by its name inside the potential, the stages that read it."""
+
+    def why_shared(self, parameter: str) -> str:
+        """Returns, in words, why several stages read a parameter."""
+
+    def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
+        """Returns the names and specs of the tensors that a stage sends to the next one."""
+
+    def size_words(self) -> SizeWords:
+        """Returns the field's words (atom, edge, structure) for the sizes of its tensors."""
+
+    def stage_operations(self, stage: int) -> StageOperations | None:
+        """Returns the operations that a stage runs; None where a stage is made of parts."""
+
+    def profile(self, potential: nn.Module, tensors: Sequence[Tensor]) -> Profile | None:
+        """Measures every operation on one call's tensors; None where a stage is made of parts."""
 
     def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
@@ -104,14 +160,17 @@ class StagedPotential(Protocol):
             symbols: values of its size symbols.
         """
 
-    def parameter_stages(self) -> dict[str, set[int]]:
-        """Name of each parameter inside the potential -> the stages that read it."""
+    def with_validated(self, *calls: tuple[nn.Module, PotentialCall]) -> Self:
+        """Returns the same potential, to which these calls, each with the live potential, count as validated."""
+
+    def with_evaluation(self, potential: nn.Module, call: PotentialCall) -> Self:
+        """Returns the same potential, which also takes the constants that a call has in evaluation."""
 
     def inputs(self, potential: nn.Module) -> Inputs:
-        """From a call of the live potential to the tensors that all stages get."""
+        """Returns the function from a call of the live potential to the tensors that all stages get."""
 
     def stage(self, index: int, potential: nn.Module) -> StageFunction:
-        """One stage, with the parameters of the live potential."""
+        """Returns one stage, with the parameters of the live potential."""
 
     def return_value(self, potential: nn.Module) -> ReturnValue:
-        """What the forward of the live potential returns."""
+        """Returns what computes the return value of the live potential's forward."""

@@ -1,0 +1,1 @@
+"""Traces the forward of a potential into one graph."""

@@ -121,7 +121,8 @@ def _cast(graph: fx.Graph, node: fx.Node, autocast: Autocast, known: set[Any]) -
         for place, value in zip(places, given, strict=True):
             filled[place] = value
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = node.target
+        return target(*args, **kwargs)
 
     operands = [values[i] for i in places]
     with FakeTensorMode():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_januspipe.capture.trace.program import Node, Ref, is_random, refs, replace_refs
+from lightning_januspipe.capture.trace.operators import is_random
+from lightning_januspipe.capture.trace.program import Node, Ref, refs, replace_refs
 from lightning_januspipe.errors import CaptureError
 
 
@@ -27,7 +28,7 @@ def merge_derivatives(nodes: Sequence[Node], marks: Sequence[Node]) -> list[Node
         if on_first & set(node.inputs()):
             on_first.add(node.name)
         described = repr((node.target, _renamed(node.args, same), _renamed(node.kwargs, same)))
-        is_pure = node.op != "placeholder" and not is_random(node.target)
+        is_pure = not node.is_placeholder and not is_random(node)
         same[node.name] = known.setdefault(described, node.name) if is_pure else node.name
     starts = {first.name: 0}
     coordinates = list(first.args[1])

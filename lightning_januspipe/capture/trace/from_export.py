@@ -1,4 +1,4 @@
-"""From an exported program to plain data: operations, inputs, sizes, and what the trace took for granted."""
+"""From an exported program to plain data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_januspipe.capture.trace.derivatives import merge_derivatives
-from lightning_januspipe.capture.trace.means import split_means
-from lightning_januspipe.capture.trace.pair_lookups import split_pair_lookups
-from lightning_januspipe.capture.trace.preparation import prepare
-from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs, simplify
-from lightning_januspipe.capture.trace.random_draws import draw_outside
-from lightning_januspipe.capture.trace.read_values import Fact
+from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.graph_walks import descendants
+from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.errors import CaptureError
 
@@ -28,7 +25,6 @@ def program_from_export(
     prefix: str,
     num_sizes: int = 0,
     facts: Sequence[Fact] = (),
-    path: str = "",
 ) -> Program:
     """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
 
@@ -39,7 +35,6 @@ def program_from_export(
         prefix: what stands before every parameter's and buffer's name in the exported program.
         num_sizes: how many integers the forward reads from tensors; these are its next outputs.
         facts: other values that it reads from tensors; these are its last outputs.
-        path: of the potential, for messages.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -93,21 +88,16 @@ def program_from_export(
         facts=list(zip(user_outputs[num_outputs + num_sizes :], facts, strict=True)),
         symbols=symbols,
     )
-    draw_outside(program, path)
-    split_means(program)
-    simplify(program)
     _refuse_trained_facts(program)
     program.limits = _limits(program, exported)
     if inputs:
         shape_env = placeholders[inputs[0]].meta["val"].fake_mode.shape_env
-        program.conditions = _conditions(program, shape_env)
-        prepare(program, _equal_sizes(shape_env))
-    split_pair_lookups(program)
+        program.conditions, program.equal_sizes = _conditions(program, shape_env), _equal_sizes(shape_env)
     return program
 
 
 def _refuse_trained_facts(program: Program) -> None:
-    changing = program.dependent({*program.parameters, program.gradient})
+    changing = descendants(program, {*program.parameters, program.gradient})
     for name, fact in program.facts:
         if name in changing:
             raise CaptureError(
@@ -123,11 +113,10 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
     Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
     from models that branch for a single structure only to squeeze a dimension.
     """
-    used = {name for node in program.nodes if node.op != "placeholder" for name in node.inputs()}
     limits: dict[tuple[int, int], tuple[int, int]] = {}
     for position, name in enumerate(program.inputs):
         spec = program.by_name[name].spec
-        for dim, size in enumerate(spec.shape if spec is not None and name in used else ()):
+        for dim, size in enumerate(spec.shape if spec is not None else ()):
             if isinstance(size, int):
                 limits[position, dim] = (size, size)
     for symbol, bounds in exported.range_constraints.items():

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from lightning_januspipe.capture.trace.operators import is_zero, operator_of
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
 from lightning_januspipe.engine.specs import TensorSpec
 
 
-def split_means(program: Program) -> None:
-    """Replace ``index_reduce`` with means, which counts nothing but the given rows, by two sums and their quotient.
+def split_means(program: Program) -> Program:
+    """``Program -> Program`` with sums and counts where ``index_reduce`` makes means of nothing but the given rows.
 
     Args:
-        program: a traced potential, which is changed.
+        program: the captured program; it is changed.
+
+    Returns:
+        The program.
     """
     nodes: list[Node] = []
     for node in program.nodes:
-        if node.target == "aten.index_reduce.default" and node.args[4] == "mean":
+        if operator_of(node) == "aten.index_reduce" and node.args[4] == "mean":
             include_self = node.kwargs.get("include_self", node.args[5] if len(node.args) > 5 else True)
             own, dim, index, rows = node.args[:4]
-            if not include_self and node.spec is not None and program.by_name[own.name].target in _ZEROS:
+            if not include_self and node.spec is not None and is_zero(program, own.name):
                 nodes += _sums(program, node, own, dim, index, rows)
         nodes.append(node)
-    program.nodes = nodes
-    program.by_name = {n.name: n for n in nodes}
-
-
-_ZEROS = {"aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"}
+    program.replace_nodes(nodes)
+    return program
 
 
 def _sums(program: Program, node: Node, own: Ref, dim: int, index: Ref, rows: Ref) -> list[Node]:

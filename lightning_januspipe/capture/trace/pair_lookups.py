@@ -6,18 +6,23 @@ look-ups, each with one index for each edge, edges can be sharded.
 
 from __future__ import annotations
 
-from lightning_januspipe.capture.trace.program import Node, Program, Ref, simplify
+from lightning_januspipe.capture.trace.graph_walks import drop_unread
+from lightning_januspipe.capture.trace.operators import operator_of
+from lightning_januspipe.capture.trace.program import Node, Program, Ref
 from lightning_januspipe.engine.specs import TensorSpec
 
 _VIEWS = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"}
 _INDEX_SELECT = "aten.index_select.default"
 
 
-def split_pair_lookups(program: Program) -> None:
-    """Replace look-ups by flattened pairs of indices whose results are read one end at a time.
+def split_pair_lookups(program: Program) -> Program:
+    """``Program -> Program`` with a look-up for each end of edges where one looks both ends up.
 
     Args:
-        program: a traced potential, which is changed.
+        program: the captured program; it is changed.
+
+    Returns:
+        The program.
     """
     nodes: list[Node] = []
     for node in program.nodes:
@@ -40,9 +45,9 @@ def split_pair_lookups(program: Program) -> None:
             node.target, node.args, node.kwargs = _INDEX_SELECT, (lookup.args[0], 0, Ref(index)), {}
         nodes.append(node)
     if len(nodes) > len(program.nodes):
-        program.nodes = nodes
-        program.by_name = {n.name: n for n in nodes}
-        simplify(program)
+        program.replace_nodes(nodes)
+        drop_unread(program)
+    return program
 
 
 def _end_of_pairs(program: Program, node: Node) -> tuple[Node, Node, int, int] | None:
@@ -50,7 +55,7 @@ def _end_of_pairs(program: Program, node: Node) -> tuple[Node, Node, int, int] |
     view: Node | None
     if node.target == "aten.select.int":
         view, dim, place = program.by_name[node.args[0].name], node.args[1], node.args[2]
-    elif getattr(node.target, "__name__", "") == "getitem":
+    elif operator_of(node) == "getitem":
         whole = program.by_name[node.args[0].name]
         if whole.target != "aten.unbind.int":
             return None

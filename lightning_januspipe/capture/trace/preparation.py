@@ -9,12 +9,13 @@ receives a message, and rows of these inputs can be sharded like those of any ot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
-from lightning_januspipe.capture.trace.program import Node, Program, Ref
+from lightning_januspipe.capture.trace.graph_walks import descendants
+from lightning_januspipe.capture.trace.program import Node, Program, Ref, with_placeholders
 from lightning_januspipe.engine.specs import TensorSpec
 
 _ALWAYS = {"aten.nonzero.default", "aten.repeat_interleave.Tensor"}
@@ -23,29 +24,26 @@ _ALWAYS = {"aten.nonzero.default", "aten.repeat_interleave.Tensor"}
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
 
-def prepare(program: Program, equal: Sequence[tuple[str, str]] = ()) -> None:
-    """Make inputs of lists of indices whose length depends on values.
+def prepare(program: Program) -> Program:
+    """``Program -> Program`` in which lists of indices whose length depends on values are inputs.
 
     Args:
-        program: a traced potential, which is changed.
-        equal: pairs of size symbols that the trace took for equal; where a length of this kind is the size of an input,
-            it goes by the symbol of that input, and every batch is checked for it.
+        program: the captured program; it is changed.
+
+    Returns:
+        The program. Where a length of this kind is the size of an input, it goes by the symbol of that input, and
+        every batch is checked for it.
     """
     aliases = _Masks(program).run()
     _rename(program, aliases)
     _make_inputs(program)
     known = set(program.symbols)
-    for a, b in ((aliases.get(a, a), aliases.get(b, b)) for a, b in equal):
+    for a, b in ((aliases.get(a, a), aliases.get(b, b)) for a, b in program.equal_sizes):
         if a != b and {a, b} <= known:
             program.conditions.append(f"Eq({a}, {b})")
             made, given = (a, b) if program.symbols[a] > program.symbols[b] else (b, a)
             _rename(program, {made: given})
-
-
-def symbols_in(size: int | str) -> set[str]:
-    """The size symbols in an expression."""
-    names = _NAMES.findall(size) if isinstance(size, str) else []
-    return {n for n in names if not n[0].isupper()}  # functions of sympy have capitals
+    return program
 
 
 class _Masks:
@@ -60,15 +58,14 @@ class _Masks:
     def run(self) -> dict[str, str]:
         """Changes the program; returns symbols of lengths that are the same as others."""
         program = self._program
-        changing = program.dependent({*program.parameters, program.gradient})
+        changing = descendants(program, {*program.parameters, program.gradient})
         for node in program.nodes:
             if node.target in ("aten.index.Tensor", "aten.masked_select.default") and node.spec is not None:
                 self._index(node, changing)
             elif node.target == "aten.repeat_interleave.self_Tensor" and node.spec is not None:
                 self._repeat(node, changing)
             self._nodes.append(node)
-        program.nodes = self._nodes
-        program.by_name = {n.name: n for n in program.nodes}
+        program.replace_nodes(self._nodes)
         return self._aliases
 
     def _index(self, node: Node, changing: set[str]) -> None:
@@ -137,8 +134,8 @@ class _Masks:
 
 
 def _make_inputs(program: Program) -> None:
-    changing = program.dependent({*program.parameters, program.gradient})
-    differentiable = program.dependent(program.coordinates)
+    changing = descendants(program, {*program.parameters, program.gradient})
+    differentiable = descendants(program, program.coordinates)
     known = set(program.symbols)
     nodes: list[Node] = []
     made: list[Node] = []
@@ -146,7 +143,7 @@ def _make_inputs(program: Program) -> None:
         new = _new_symbols(node, known)
         is_float = node.spec is not None and node.spec.dtype.is_floating_point
         has_derivative = node.name in changing or (is_float and node.name in differentiable)
-        if node.op == "placeholder" or node.spec is None or has_derivative or not (new or node.target in _ALWAYS):
+        if node.is_placeholder or node.spec is None or has_derivative or not (new or node.target in _ALWAYS):
             nodes.append(node)
         else:
             nodes.append(replace(node, name=f"{node.name}__made"))
@@ -157,9 +154,7 @@ def _make_inputs(program: Program) -> None:
                     program.symbols[str(size)] = (len(program.inputs), dim)
                     known.add(str(size))
             program.inputs.append(node.name)
-    first = next((i for i, n in enumerate(nodes) if n.op != "placeholder"), len(nodes))
-    program.nodes = [*nodes[:first], *made, *nodes[first:]]
-    program.by_name = {n.name: n for n in program.nodes}
+    program.replace_nodes(with_placeholders(nodes, made))
 
 
 def _new_symbols(node: Node, known: set[str]) -> set[int | str]:

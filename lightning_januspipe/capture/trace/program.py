@@ -1,27 +1,25 @@
-"""The traced potential as plain data: picklable, so that one rank traces and every rank holds the same graph."""
+"""The captured program as plain data: picklable, so that one rank traces and every rank holds the same graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from lightning_januspipe.capture.trace import segment_linear
-from lightning_januspipe.capture.trace.read_values import Fact
+from lightning_januspipe.capture.trace.facts import Draw, Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec, evaluate
 
-# Programs name operations; these have to be registered on every rank that runs one.
-_OWN_OPERATIONS = (segment_linear.segment_linear,)
-
 GRADIENT_OP = "januspipe.energy_gradient.default"
 LARGEST_SIZE = 2**62
+"""Stands for no upper limit of a size, and for the end of a dimension in slices."""
 
 SLOT = torch.empty(0, device="meta")
-"""Stands for a tensor in a tree; a tensor itself, so that what holds tensors is still seen to."""
+"""Stands for a tensor in a tree; being a tensor, it shows that the containers around it hold tensors."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,16 @@ class Ref:
 
 @dataclass
 class Node:
-    """One operation: ``target`` is an ATen overload's name or a picklable Python function."""
+    """One operation, or a placeholder for a value that is given.
+
+    Attributes:
+        name: unique in the program.
+        op: ``"placeholder"`` or ``"call_function"``.
+        target: an ATen overload's name, or a picklable Python function.
+        args: positional arguments, with a :class:`Ref` for each value of another node.
+        kwargs: keyword arguments, likewise.
+        spec: shape and dtype of its value; None if that is no tensor.
+    """
 
     name: str
     op: str
@@ -67,12 +74,19 @@ class Node:
     kwargs: dict[str, Any]
     spec: TensorSpec | None
 
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether its value is given instead of computed."""
+        return self.op == "placeholder"
+
     def inputs(self) -> list[str]:
-        """Names of the nodes whose values this one uses, each once, in order."""
-        found: dict[str, None] = {}
-        _add_names(self.args, found)
-        _add_names(self.kwargs, found)
-        return list(found)
+        """Returns the names of the nodes whose values this one uses, each once, in order."""
+        return list(dict.fromkeys(r.name for r in refs((self.args, self.kwargs))))
+
+    def rename(self, names: Callable[[str], str]) -> None:
+        """Replaces the names of the nodes whose values this one uses."""
+        self.args = replace_refs(self.args, lambda n: Ref(names(n)))
+        self.kwargs = replace_refs(self.kwargs, lambda n: Ref(names(n)))
 
 
 @dataclass
@@ -91,12 +105,13 @@ class Program:
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
         returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
-        draws: random numbers (:class:`~.random_draws.Draw`) that are inputs, after those of the sizes.
-        prepared: names of operations whose results are inputs, after those.
-        facts: node names and the values that they have to have on every batch, with the line that read them.
+        facts: names of other values that the forward reads from tensors, and what every batch has to give for them.
+        draws: random numbers that the forward draws; inputs after those of the sizes.
+        prepared: names of operations whose results are inputs too, after the random numbers.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
         conditions: relations between sizes, in size symbols, that the program is right for.
+        equal_sizes: pairs of size symbols that the trace took for equal; one is a length that depends on values.
         autocast: what the forward differentiates its energy under. Casts of the energy itself are operations.
     """
 
@@ -112,69 +127,86 @@ class Program:
     returned: Any
     sizes: list[str] = field(default_factory=list)
     facts: list[tuple[str, Fact]] = field(default_factory=list)
-    draws: list[Any] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
+    equal_sizes: list[tuple[str, str]] = field(default_factory=list)
     autocast: Autocast = OFF
 
     def __post_init__(self) -> None:
         self.by_name = {n.name: n for n in self.nodes}
 
-    def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
-        """Values of the size symbols for one call's tensors."""
-        return {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
+    @property
+    def operations(self) -> list[Node]:
+        """The nodes that are computed, in execution order."""
+        return [n for n in self.nodes if not n.is_placeholder]
+
+    @property
+    def results(self) -> set[str]:
+        """Names of all values that are wanted of the program: outputs, energies, coordinates, values of each batch."""
+        return {*self.outputs, *self.of_batch, *self.energies, *self.coordinates}
+
+    @property
+    def of_batch(self) -> list[str]:
+        """Names of the values that are computed for each batch before the stages run: sizes, index lists, facts."""
+        return [*self.sizes, *self.prepared, *(name for name, _ in self.facts)]
 
     @property
     def first_draw(self) -> int:
-        """Position of the first input that the forward itself draws or makes."""
+        """Position of the first input that the forward draws or makes by itself."""
         return len(self.inputs) - len(self.draws) - len(self.prepared)
 
-    @property
-    def on_batch(self) -> list[str]:
-        """Nodes that are evaluated for each batch, before the stages are: sizes, lists of indices, facts."""
-        return [*self.sizes, *self.prepared, *(name for name, _ in self.facts)]
+    def spec(self, name: str) -> TensorSpec:
+        """Returns the shape and dtype of a value that has to be a tensor."""
+        spec = self.by_name[name].spec
+        assert spec is not None, f"{name} is no tensor"
+        return spec
 
-    def dependent(self, roots: Collection[str]) -> set[str]:
-        """These values, and all that are computed from them."""
-        found = set(roots)
-        for node in self.nodes:
-            if node.op != "placeholder" and any(i in found for i in node.inputs()):
-                found.add(node.name)
-        return found
+    def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Returns the values of the size symbols for one call's tensors."""
+        return {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
+
+    def replace_nodes(self, nodes: list[Node]) -> None:
+        """Takes other nodes."""
+        self.nodes = nodes
+        self.by_name = {n.name: n for n in nodes}
 
 
-def _add_names(tree: Any, found: dict[str, None]) -> None:
-    """The names of :func:`refs`, without generators: every graph is asked for them many times."""
+def with_placeholders(nodes: Sequence[Node], added: Sequence[Node]) -> list[Node]:
+    """Returns nodes with more placeholders after those that they begin with."""
+    first = next((i for i, n in enumerate(nodes) if not n.is_placeholder), len(nodes))
+    return [*nodes[:first], *added, *nodes[first:]]
+
+
+def symbols_in(size: int | str) -> set[str]:
+    """Returns the size symbols in an expression; functions of sympy begin with capitals."""
+    return set(re.findall(r"\b[a-z]\w*", size)) if isinstance(size, str) else set()
+
+
+def refs(tree: Any) -> list[Ref]:
+    """Returns every use of another node inside arguments, in order."""
+    found: list[Ref] = []
+    _add_refs(tree, found)
+    return found
+
+
+def _add_refs(tree: Any, found: list[Ref]) -> None:
     if isinstance(tree, Ref):
-        found[tree.name] = None
+        found.append(tree)
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            _add_names(item, found)
+            _add_refs(item, found)
     elif isinstance(tree, dict):
         for item in tree.values():
-            _add_names(item, found)
+            _add_refs(item, found)
     elif isinstance(tree, slice):
-        _add_names((tree.start, tree.stop, tree.step), found)
-
-
-def refs(tree: Any) -> Iterable[Ref]:
-    """Uses of other nodes inside arguments."""
-    if isinstance(tree, Ref):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from refs(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from refs(item)
-    elif isinstance(tree, slice):
-        yield from refs((tree.start, tree.stop, tree.step))
+        _add_refs((tree.start, tree.stop, tree.step), found)
 
 
 def replace_refs(tree: Any, function: Callable[[str], Any]) -> Any:
-    """Arguments with each :class:`Ref` replaced by ``function(name)``."""
+    """Returns arguments with each :class:`Ref` replaced by ``function(name)``."""
     if isinstance(tree, Ref):
         return function(tree.name)
     if isinstance(tree, (list, tuple)):
@@ -184,176 +216,3 @@ def replace_refs(tree: Any, function: Callable[[str], Any]) -> Any:
     if isinstance(tree, slice):
         return slice(*(replace_refs(x, function) for x in (tree.start, tree.stop, tree.step)))
     return tree
-
-
-def _copy(source: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
-    """``aten.copy`` has no derivative; this has."""
-    return value.to(source.dtype).expand(source.shape)
-
-
-def target_function(target: Any) -> Callable[..., Any]:
-    """The callable behind a node's target."""
-    if not isinstance(target, str):
-        return target  # type: ignore[no-any-return]
-    if target == "aten.copy.default":
-        return _copy
-    namespace, name, overload = target.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload)  # type: ignore[no-any-return]
-
-
-def is_random(target: Any) -> bool:
-    """Whether an operation draws random numbers."""
-    tags = getattr(target_function(target), "tags", ()) if isinstance(target, str) else ()
-    return torch.Tag.nondeterministic_seeded in tags
-
-
-def simplify(program: Program) -> Program:
-    """The program without operations that return their input unchanged, and without those that nothing uses.
-
-    Each such view costs a node of autograd in every one of the four phases. Dimensions are dropped by name: ``squeeze``
-    would drop that of the structures too, where there is one.
-    """
-    same: dict[str, str] = {}
-
-    def final(name: str) -> str:
-        return same.get(name, name)
-
-    kept = []
-    for node in program.nodes:
-        node.args = replace_refs(node.args, lambda n: Ref(final(n)))
-        node.kwargs = replace_refs(node.kwargs, lambda n: Ref(final(n)))
-        _fix_squeeze(program, node)
-        if _returns_its_input(program, node):
-            same[node.name] = node.args[0].name
-        else:
-            kept.append(node)
-    program.nodes = kept
-    program.outputs = [final(n) for n in program.outputs]
-    program.sizes = [final(n) for n in program.sizes]
-    program.facts = [(final(n), fact) for n, fact in program.facts]
-    program.energies = [final(n) for n in program.energies]
-    program.coordinates = [final(n) for n in program.coordinates]
-    alive = {program.gradient, *program.outputs, *program.on_batch}
-    for node in reversed(program.nodes):
-        if node.name in alive:
-            alive.update(node.inputs())
-    program.nodes = [n for n in program.nodes if n.op == "placeholder" or n.name in alive]
-    program.by_name = {n.name: n for n in program.nodes}
-    return program
-
-
-def _fix_squeeze(program: Program, node: Node) -> None:
-    """Drop the dimensions that were dropped in the trace: those that always have one entry."""
-    if node.target not in ("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims"):
-        return
-    source = program.by_name[node.args[0].name].spec
-    assert source is not None
-    num = len(source.shape)
-    given = node.args[1] if len(node.args) > 1 else range(num)
-    dims = [d % num for d in ([given] if isinstance(given, int) else given)] if num else []
-    node.target, node.args = "aten.squeeze.dims", (node.args[0], [d for d in dims if source.shape[d] == 1])
-
-
-def _returns_its_input(program: Program, node: Node) -> bool:
-    source = program.by_name[node.args[0].name] if node.args and isinstance(node.args[0], Ref) else None
-    if source is None or source.spec is None or source.spec != node.spec:
-        return False
-    if node.target == "aten.slice.Tensor":
-        start, stop, step = (*node.args[2:], None, None, None)[:3]
-        full = stop is None or (isinstance(stop, int) and stop >= LARGEST_SIZE)
-        return start in (None, 0) and full and step in (None, 1)
-    return node.target in ("aten.view.default", "aten._unsafe_view.default", "aten.alias.default", "aten.squeeze.dims")
-
-
-def build_module(
-    program: Program, nodes: Sequence[str], arguments: Sequence[str], outputs: Sequence[str], leaves: Iterable[str] = ()
-) -> fx.GraphModule:
-    """A module that computes ``outputs`` from ``arguments`` with just the operations among ``nodes``.
-
-    Args:
-        program: the whole graph.
-        nodes: names of the operations that may be used (those that the outputs do not need are left out).
-        arguments: names of the values given, in order.
-        outputs: names of the values returned, in order.
-        leaves: values after which a leaf of autograd is made, to differentiate with respect to it.
-    """
-    allowed, given = set(nodes), set(arguments)
-    needed: set[str] = set()
-    stack = list(outputs)
-    while stack:
-        name = stack.pop()
-        if name in needed or name in given:
-            continue
-        assert name in allowed, f"{name} is needed, but not among the stage's operations"
-        needed.add(name)
-        stack.extend(program.by_name[name].inputs())
-    graph, made, leaves = fx.Graph(), {}, set(leaves)
-
-    def add(name: str, node: fx.Node) -> None:
-        made[name] = graph.call_function(new_leaf, (node,)) if name in leaves else node
-
-    for name in arguments:
-        add(name, graph.placeholder(name))
-    for source in program.nodes:
-        if source.name in needed:
-            args = replace_refs(source.args, made.__getitem__)
-            kwargs = replace_refs(source.kwargs, made.__getitem__)
-            add(source.name, graph.call_function(target_function(source.target), args, kwargs))
-    graph.output(tuple(made[name] for name in outputs))
-    return fx.GraphModule(torch.nn.Module(), graph)
-
-
-def new_leaf(value: Tensor) -> Tensor:
-    """A leaf of autograd with the same values."""
-    return value.detach().requires_grad_(True)
-
-
-class PlaceholderValues:
-    """Values of placeholders: parameters and buffers of the live potential, constants, the call's tensors.
-
-    Args:
-        program: the traced potential.
-        potential: the live potential; what it holds at the time of each call counts.
-        names: the placeholders wanted, in order.
-    """
-
-    def __init__(self, program: Program, potential: nn.Module, names: Sequence[str]) -> None:
-        self._sources: list[tuple[Any, Any]] = []
-        positions = {n: i for i, n in enumerate(program.inputs)}
-        device = next((p.device for p in potential.parameters()), torch.device("cpu"))
-        for name in names:
-            if name in positions:
-                self._sources.append((None, positions[name]))
-            elif name in program.constants:
-                self._sources.append(({0: program.constants[name].to(device)}, 0))
-            else:
-                owned = program.parameters.get(name) or program.buffers[name]
-                owner, _, attribute = owned.rpartition(".")
-                module = potential.get_submodule(owner)
-                self._sources.append((module._parameters if name in program.parameters else module._buffers, attribute))
-
-    def values(self, tensors: Sequence[Any]) -> list[Any]:
-        """The values, in the order of the names; of the call's tensors the values only."""
-        given = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
-        return [given[key] if where is None else where[key] for where, key in self._sources]
-
-
-def placeholders_of(
-    program: Program, nodes: Sequence[str], outputs: Sequence[str], given: Sequence[str] = ()
-) -> list[str]:
-    """Placeholders that the outputs need, in the program's order."""
-    allowed, stop = set(nodes), set(given)
-    found: set[str] = set()
-    seen: set[str] = set()
-    stack = list(outputs)
-    while stack:
-        name = stack.pop()
-        if name in seen or name in stop:
-            continue
-        seen.add(name)
-        node = program.by_name[name]
-        if node.op == "placeholder":
-            found.add(name)
-        elif name in allowed:
-            stack.extend(node.inputs())
-    return [n.name for n in program.nodes if n.name in found]

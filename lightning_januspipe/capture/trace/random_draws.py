@@ -6,8 +6,6 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.trace.program import Node, Program, Ref, is_random
-from lightning_januspipe.engine.specs import TensorSpec
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.capture.trace.facts import Draw
+from lightning_januspipe.capture.trace.operators import is_random
+from lightning_januspipe.capture.trace.program import Node, Program, Ref, with_placeholders
+from lightning_januspipe.errors import CaptureError
 
 
 @torch.library.custom_op("januspipe::dropout_noise", mutates_args=())
@@ -50,62 +49,6 @@ def _dropout_arguments(
     return input, p, training, inplace
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Random numbers of one operation.
-
-    Attributes:
-        kind: one of :data:`_KINDS`.
-        spec: shape and type.
-        arguments: limits, mean, probability, ..., as its kind has them.
-    """
-
-    kind: str
-    spec: TensorSpec
-    arguments: tuple[float, ...] = ()
-
-    def __call__(self, symbols: Mapping[str, int], device: torch.device, training: bool) -> Tensor:
-        """Draws from the global generator.
-
-        Args:
-            symbols: values of the size symbols.
-            device: of the numbers.
-            training: whether dropout is on.
-        """
-        shape, dtype = self.spec.sizes(symbols), self.spec.dtype
-        if self.kind == "dropout" and not training:
-            return torch.ones(shape, dtype=dtype, device=device)
-        return _KINDS[self.kind](shape, dtype, device, *self.arguments)
-
-
-Shape = tuple[int, ...]
-
-
-def _filled(method: str) -> Callable[..., Tensor]:
-    def draw(shape: Shape, dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        drawn: Tensor = getattr(empty, method)(*arguments)
-        return drawn
-
-    return draw
-
-
-def _dropout(shape: Shape, dtype: torch.dtype, device: torch.device, p: float) -> Tensor:
-    return functional.dropout(torch.ones(shape, dtype=dtype, device=device), p, True)
-
-
-_KINDS: dict[str, Callable[..., Tensor]] = {
-    "rand": lambda shape, dtype, device: torch.rand(shape, dtype=dtype, device=device),
-    "randn": lambda shape, dtype, device: torch.randn(shape, dtype=dtype, device=device),
-    "randint": lambda shape, dtype, device, low, high: torch.randint(low, high, shape, dtype=dtype, device=device),
-    "randperm": lambda shape, dtype, device: torch.randperm(shape[0], dtype=dtype, device=device),
-    "uniform": _filled("uniform_"),
-    "normal": _filled("normal_"),
-    "exponential": _filled("exponential_"),
-    "bernoulli": _filled("bernoulli_"),
-    "dropout": _dropout,
-}
-
 # Operation -> kind, and how many arguments before those of the kind.
 _OPERATIONS = {
     "aten.rand.default": ("rand", 0, 0),
@@ -125,12 +68,14 @@ _OPERATIONS = {
 }
 
 
-def draw_outside(program: Program, path: str) -> None:
-    """Make inputs of the random numbers that a program draws.
+def draw_outside(program: Program) -> Program:
+    """``Program -> Program`` in which random numbers are inputs.
 
     Args:
-        program: a traced potential, which is changed.
-        path: its name, for the message.
+        program: the captured program; it is changed.
+
+    Returns:
+        The program, with a :class:`~.facts.Draw` for each new input.
 
     Raises:
         CaptureError: it draws numbers whose distribution depends on values.
@@ -138,26 +83,25 @@ def draw_outside(program: Program, path: str) -> None:
     nodes: list[Node] = []
     drawn: list[Node] = []
     for node in program.nodes:
-        draw = _draw_of(node)
+        draw = None if node.is_placeholder else _draw_of(node)
         if draw is not None:
             drawn.append(Node(node.name, "placeholder", node.name, (), {}, node.spec))
             program.draws.append(draw)
             program.inputs.append(node.name)
             continue
-        if node.op != "placeholder" and is_random(node.target) and not _is_disabled_dropout(node):
+        if is_random(node) and not _is_disabled_dropout(node):
             raise CaptureError(
-                f"the potential {shown(path)} draws random numbers in its forward ({node.target}) in a way that can "
-                "not be done before its stages run. torch.rand, torch.randn, torch.randint and torch.nn.functional."
-                "dropout can; or draw the numbers in the dataset."
+                f"the potential draws random numbers in its forward ({node.target}) in a way that can not be done "
+                "before its stages run. torch.rand, torch.randn, torch.randint and torch.nn.functional.dropout can; "
+                "or draw the numbers in the dataset."
             )
         nodes.append(node)
-    first = next((i for i, n in enumerate(nodes) if n.op != "placeholder"), len(nodes))
-    program.nodes = [*nodes[:first], *drawn, *nodes[first:]]
-    program.by_name = {n.name: n for n in program.nodes}
+    program.replace_nodes(with_placeholders(nodes, drawn))
+    return program
 
 
 def _draw_of(node: Node) -> Draw | None:
-    known = _OPERATIONS.get(node.target) if isinstance(node.target, str) and node.op != "placeholder" else None
+    known = _OPERATIONS.get(node.target) if isinstance(node.target, str) else None
     if known is None or node.spec is None:
         return None
     kind, start, num = known

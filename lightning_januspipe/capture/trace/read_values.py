@@ -18,7 +18,6 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_januspipe.capture.find.call_format import size_carrier
+from lightning_januspipe.capture.trace.facts import Fact
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError
 
@@ -38,19 +38,6 @@ _UNTOUCHED = {
 }
 # Libraries whose functions models call: they take sizes from data where none is given.
 _LIBRARIES = {"torch_geometric", "torch_scatter"}
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A value that the trace took for granted.
-
-    Attributes:
-        value: what was read: a truth value, a number, or a list of these.
-        place: the line of the forward that read it.
-    """
-
-    value: Any
-    place: str
 
 
 class ReadValues:

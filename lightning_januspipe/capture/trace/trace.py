@@ -188,7 +188,6 @@ def trace_potential(
         prefix="potential.",
         num_sizes=len(values.sizes),
         facts=values.facts,
-        path=call.path,
     )
     program.autocast = autocast
     # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.

@@ -1,0 +1,1 @@
+"""Compares a captured potential with the module that it was captured from."""

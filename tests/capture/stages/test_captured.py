@@ -98,7 +98,7 @@ def test_stage_graph_holds_only_its_share(traced: Traced) -> None:
     tanh = [
         sum(
             n.target is torch.ops.aten.tanh.default
-            for n in CapturedStage(captured, i, traced.potential)._module.graph.nodes
+            for n in CapturedStage(captured, i, traced.potential).function.graph.nodes
         )
         for i in range(3)
     ]

@@ -15,19 +15,11 @@ from torch._subclasses import FakeTensorMode
 from torch.export import export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from lightning_januspipe.capture.cut.simplify import simplify
 from lightning_januspipe.capture.trace.from_export import program_from_export
-from lightning_januspipe.capture.trace.program import (
-    SLOT,
-    Node,
-    PlaceholderValues,
-    Program,
-    Ref,
-    build_module,
-    refs,
-    replace_refs,
-    simplify,
-    target_function,
-)
+from lightning_januspipe.capture.trace.function import PlaceholderValues, build_module
+from lightning_januspipe.capture.trace.operators import target_function
+from lightning_januspipe.capture.trace.program import SLOT, Node, Program, Ref, refs, replace_refs
 from lightning_januspipe.capture.trace.trace import energy_gradient
 from lightning_januspipe.engine.specs import TensorSpec
 
@@ -165,6 +157,21 @@ def test_simplify_keeps_dimensions_that_the_trace_kept(target: str, arguments: A
     assert [n.args[1] for n in program.nodes if n.target.startswith("aten.squeeze")] == [[2] for _ in left]
 
 
+def test_simplify_gives_the_sizes_of_views() -> None:
+    """A graph rank that has no rows could not infer them."""
+    program = simplify(
+        program_of(
+            operation("flat", "aten.view.default", Ref("x"), [Ref("x"), 1, -1], spec=TensorSpec(("n", 1, 2), DTYPE)),
+            operation("rows", "aten.view.default", Ref("flat"), [-1, 1], spec=TensorSpec(("2*n", 1), DTYPE)),
+            operation("e", "aten.sum.default", Ref("rows"), spec=TensorSpec((), DTYPE)),
+            operation("g", "januspipe.energy_gradient.default", [Ref("e")], [Ref("x")]),
+            outputs=["rows"],
+        )
+    )
+    assert program.by_name["flat"].args[1] == [Ref("x"), 1, 2]
+    assert program.by_name["rows"].args[1] == [-1, 1], "follows from the number of rows"
+
+
 def test_build_module_uses_what_it_needs() -> None:
     program = program_of(
         operation("a", "aten.mul.Tensor", Ref("x"), Ref("w")),
@@ -178,7 +185,7 @@ def test_build_module_uses_what_it_needs() -> None:
     assert len(list(build_module(program, ["a", "b"], ["x", "w"], ["a"]).graph.nodes)) == 4  # x, w, a and the output
     given = build_module(program, ["c", "b"], ["a", "x"], ["c"])
     torch.testing.assert_close(given(w, x)[0], w + x.exp())
-    with pytest.raises(AssertionError, match="a is needed, but not among the stage's operations"):
+    with pytest.raises(AssertionError, match="a is needed, but not among the operations that may be used"):
         build_module(program, ["b", "c"], ["x", "w"], ["c"])
 
 

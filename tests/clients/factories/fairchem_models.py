@@ -70,7 +70,7 @@ def make_esen() -> Training:
 
 
 def make_esen_own_edges() -> Training:
-    """eSEN that makes its edges in the forward."""
+    """ESEN that makes its edges in the forward."""
     return training(eSCNMDBackbone, use_quaternion_wigner=False, otf_graph=True)
 
 

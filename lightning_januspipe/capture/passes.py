@@ -1,0 +1,44 @@
+"""What is done to a captured program between its trace and its cut: an ordered list of passes.
+
+A pass is a function ``Program -> Program``: it changes the program that it is given, and returns it. After every pass
+the program gives the same results for every batch, within rounding. Random numbers, in the order in which the forward
+draws all of them, and lists of indices become inputs; other placeholders, symbols and conditions stay.
+Tracing applies none, and the cache holds programs to which all have been applied.
+
+What follows reads the program and does not change it::
+
+    find_regions(Program, read outputs) -> Regions                 which operations are geometry, body, epilogue
+    measure(Program, Regions, tensors) -> Profile                  seconds and bytes of each operation
+    find_cut(Program, Regions, Profile, num_stages) -> Cut         which stage owns, repeats and sends what
+    dependence_of(Program, Regions) -> {name: Dependence}          what depends on each value that is sent
+    shard_captured(CapturedPotential) -> ShardedPotential          a copy with exchanges between graph ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_januspipe.capture.cut.simplify import simplify
+from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
+from lightning_januspipe.capture.trace.means import split_means
+from lightning_januspipe.capture.trace.pair_lookups import split_pair_lookups
+from lightning_januspipe.capture.trace.preparation import prepare
+from lightning_januspipe.capture.trace.program import Program
+from lightning_januspipe.capture.trace.random_draws import draw_outside
+
+PASSES: tuple[Callable[[Program], Program], ...] = (
+    draw_outside,
+    split_means,
+    simplify,
+    prepare,
+    split_pair_lookups,
+    split_shared_linear,
+)
+"""The passes in their order: a range of columns is recognized only where no view stands between it and its reader."""
+
+
+def apply_passes(program: Program) -> Program:
+    """Returns the program after all :data:`PASSES`; it is changed."""
+    for apply in PASSES:
+        program = apply(program)
+    return program

@@ -1,0 +1,114 @@
+"""Compares the arguments of a potential with those in a checkpoint and with the data, and rebuilds a potential."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+ARGUMENTS = "potential_arguments"
+"""Key of the checkpoint entry with the arguments of the potential, by name."""
+
+CLASS = "potential_class"
+"""Key of the checkpoint entry with the class of the potential, as a dotted path."""
+
+_ATTRIBUTES = ("species", "cutoff", "avg_num_neighbors")
+"""Attributes that are saved of a potential without ``arguments``: its weights have no meaning without them."""
+
+_IN_WEIGHTS = ("per_species_scale", "per_species_shift")
+"""Arguments whose values are among the weights, so that loading a checkpoint replaces them."""
+
+_OF_TRAINING = ("trainable_bessel", "trainable_scale_shift")
+"""Arguments that choose what is trained, and do not change a prediction."""
+
+
+def arguments_of(potential: nn.Module) -> dict[str, Any]:
+    """Return what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
+
+    Args:
+        potential: Its attribute ``arguments``, a mapping, is returned if there is one; otherwise its attributes
+            ``species``, ``cutoff`` and ``avg_num_neighbors``, as far as they exist.
+    """
+    found = getattr(potential, "arguments", None)
+    if not isinstance(found, Mapping):
+        found = {name: getattr(potential, name) for name in _ATTRIBUTES if hasattr(potential, name)}
+    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in found.items()}
+
+
+def save_arguments(potential: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Add the class and the known arguments of a potential to a checkpoint."""
+    if arguments := arguments_of(potential):
+        checkpoint[ARGUMENTS] = arguments
+        checkpoint[CLASS] = f"{type(potential).__module__}.{type(potential).__qualname__}"
+
+
+def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], source: str) -> list[str]:
+    """Refuse a checkpoint whose weights would be another potential with the arguments of this one.
+
+    Args:
+        potential: The potential that receives the weights.
+        checkpoint: The checkpoint; without the entry of :data:`ARGUMENTS` nothing is compared.
+        source: Name of the checkpoint in messages, such as its path.
+
+    Returns:
+        A message for each argument of the potential whose value the weights replace.
+
+    Raises:
+        ValueError: An argument that is known of both has another value in the checkpoint, such as other species,
+            another order of species, or another cutoff.
+    """
+    own, saved, replaced = arguments_of(potential), checkpoint.get(ARGUMENTS, {}), []
+    for name in [name for name in own if name in saved and name not in _OF_TRAINING]:
+        if _is_same(own[name], saved[name]):
+            continue
+        if name in _IN_WEIGHTS:
+            replaced.append(f"{name}={own[name]} is replaced by the weights in {source}, saved with {saved[name]}")
+            continue
+        raise ValueError(
+            f"{source} was trained with {name}={saved[name]}, and this potential has {name}={own[name]}, with which "
+            f"the same weights are another potential. Give it {name}={saved[name]}, for instance with --config and "
+            "the config.yaml of that run"
+        )
+    return replaced
+
+
+def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
+    """Build a reference potential with the arguments that a checkpoint names; its weights are not loaded.
+
+    Only classes of :mod:`lightning_januspipe.models` are built, because a checkpoint may name any other code.
+
+    Args:
+        checkpoint: The checkpoint. The potential has the dtype of its weights, if that is float32 or float64.
+        source: Name of the checkpoint in messages, such as its path.
+
+    Raises:
+        ValueError: The checkpoint does not tell the class and arguments, or the class is not one of this package.
+    """
+    from lightning_januspipe import models
+
+    name, arguments = checkpoint.get(CLASS), checkpoint.get(ARGUMENTS)
+    module, _, kind = str(name).rpartition(".")
+    if name is None or module.rpartition(".")[0] != models.__name__ or kind not in models.__all__:
+        what = "does not say which potential it belongs to" if name is None else f"belongs to a potential {name}"
+        raise ValueError(
+            f"{source} {what}, which cannot be built from the file alone; build it and pass it on, as in "
+            "PotentialModule.load_from_checkpoint(path, potential=potential)"
+        )
+    dtypes = {value.dtype for value in checkpoint["state_dict"].values() if value.is_floating_point()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtypes == {torch.float64} else torch.float32)
+    try:
+        return getattr(models, kind)(**arguments or {})
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _is_same(here: Any, there: Any) -> bool:
+    if isinstance(here, (list, tuple)) and isinstance(there, (list, tuple)):
+        return len(here) == len(there) and all(map(_is_same, here, there))
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        return here.keys() == there.keys() and all(_is_same(here[name], there[name]) for name in here)
+    if isinstance(here, (int, float)) and isinstance(there, (int, float)):
+        return math.isclose(here, there, rel_tol=1e-6)
+    return here == there

@@ -1,0 +1,132 @@
+"""What the parts of the strategy share: its options, the mesh, and what lives for one run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from typing_extensions import override
+
+from lightning_januspipe.loader.resume import LoaderProgress
+from lightning_januspipe.mesh import Mesh, MeshShape
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
+from lightning_januspipe.runtime.runner import Runner
+from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
+from lightning_januspipe.strategy.library import Library
+from lightning_januspipe.strategy.options import StrategyOptions
+from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import ParallelStrategy
+else:
+    ParallelStrategy = object  # the strategy is bound to a Lightning's own class later; see registry.py
+
+
+class StrategyState(ParallelStrategy):
+    """The state of the strategy, and the sizes that follow from it.
+
+    Args:
+        options: The arguments of the user.
+
+    Attributes:
+        lib: The modules of the Lightning that the strategy is bound to.
+        mesh: This rank's process groups, from ``setup_environment`` on.
+        runner: This rank's part of the module: the whole of it in one stage, else known after capture.
+    """
+
+    lib: ClassVar[Library]
+
+    def __init__(self, options: StrategyOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.mesh: Mesh | None = None
+        self.runner: Runner | None = None
+        self._num_nodes = 1
+        self._num_runs = 0
+        self._progress: LoaderProgress | None = None
+        self._shutdown: CoordinatedShutdown | None = None
+        self._residence: ParameterResidence | None = None
+        self._stage_optimizers: dict[int, StageOptimizer] = {}
+        self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
+        self._train_loader: Any = None
+        self._eval_loader: Any = None
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> Any:  # most of its attributes are set where type checkers do not see it
+        return self._module.trainer
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule."""
+        return self.options.schedule
+
+    def num_microbatches(self) -> int:
+        """Into how many micro-batches a training batch is split, where it has as many samples."""
+        if self.options.num_microbatches != "auto":
+            return self.options.num_microbatches
+        return 1 if self.mesh_shape.pipeline == 1 else 2 * self.mesh_shape.pipeline
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the Trainer has to inject distributed samplers and honour ``sync_dist``."""
+        return self.num_processes * self._num_nodes > 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this machine."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 1
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """Sizes of the three axes.
+
+        Raises:
+            ValueError: They do not multiply to the number of processes.
+        """
+        world = self._num_nodes * self.num_processes
+        options = self.options
+        return MeshShape.resolve(options.pipeline_size, options.data_size, options.graph_size, world)
+
+    @property
+    def _captures(self) -> bool:
+        """Whether the potential is captured: several ranks work on the samples of a replica."""
+        return self.mesh_shape.ranks_per_replica > 1
+
+    @property
+    def replica_index(self) -> int:
+        """The index of this rank's replica."""
+        return self.mesh_shape.coordinates(self.global_rank)[1]
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """Number of data-parallel replicas.
+
+        Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``: ranks of one pipeline see the
+        same samples, so only replicas count.
+        """
+        return self.mesh_shape.data
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]

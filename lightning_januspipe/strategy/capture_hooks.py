@@ -1,0 +1,83 @@
+"""The Lightning hooks at which a potential is captured: the start of training, or of evaluation without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_januspipe.loader.examples import example_batches
+from lightning_januspipe.runtime.build import CaptureRequest, PipelineBuilder
+from lightning_januspipe.strategy.base import StrategyState
+from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged
+from lightning_januspipe.strategy.options import StrategyOptions
+
+
+class CaptureHooks(StrategyState):
+    """The part of the strategy that has the potential captured, and gets this rank's part of the pipeline."""
+
+    def __init__(self, options: StrategyOptions) -> None:
+        super().__init__(options)
+        self._builder = PipelineBuilder(
+            options.schedule,
+            options.wave_size,
+            options.memory_limit,
+            options.potential,
+            options.stages,
+            options.message_dtype,
+        )
+
+    @override
+    def on_validation_start(self) -> None:
+        """Outside fit, capture the potential from the evaluation step."""
+        self._capture_for_evaluation("validation_step")
+
+    @override
+    def on_test_start(self) -> None:
+        """See :meth:`on_validation_start`."""
+        self._capture_for_evaluation("test_step")
+
+    @override
+    def on_predict_start(self) -> None:
+        """See :meth:`on_validation_start`."""
+        self._capture_for_evaluation("predict_step")
+
+    def _capture_for_evaluation(self, name: str) -> None:
+        # In the sanity check before training every rank has the whole module, unless it was made to be cut, but
+        # structures that are sharded over ranks may be too large for each.
+        is_whole = self._residence is None and self.mesh_shape.graph == 1
+        if self.runner is None and not (is_whole and is_fitting(self._trainer)):
+            self._capture(self._eval_loader, getattr(self._module, name), 1)
+
+    def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
+        """One rank captures; all ranks get the same result or the same error."""
+        assert self.mesh is not None
+        module, trainer = self._module, self._trainer
+        trains = is_fitting(trainer) and not trainer.sanity_checking
+
+        def examples() -> tuple[Any, Any]:
+            # A structure that is sharded over ranks may be too large for the one that captures.
+            first, second = example_batches(loader, num_microbatches, limited=self.mesh_shape.graph > 1)
+            return self._moved(first), self._moved(second)
+
+        @contextmanager
+        def ready(training: bool) -> Generator[None, None, None]:
+            quiet = unlogged(trainer, self.lib.loggers.DummyLogger)
+            with differentiable(), training_mode(module, training), quiet, self.precision_plugin.forward_context():
+                yield
+
+        evaluation = module.validation_step if trains and trainer.enable_validation else None
+        is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
+        annotate = trainer.profiler.profile if is_profiled else None
+        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
+        self.runner, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
+        if news:
+            self.lib.rank_zero.rank_zero_info(news)
+        if self._residence is not None:
+            self._residence.place(self.runner.parameters)
+
+    def _moved(self, batch: Any) -> Any:
+        batch = self.precision_plugin.convert_input(batch)
+        return self.batch_to_device(self._module._on_before_batch_transfer(batch, dataloader_idx=0))

@@ -1,0 +1,167 @@
+"""The arguments of the strategy: one field for each, with its type, default and meaning."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import textwrap
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lightning_januspipe.capture import StageOrigin
+from lightning_januspipe.loader.replica_balance import Balance
+from lightning_januspipe.mesh import Size
+from lightning_januspipe.runtime.pipeline import MessageDtype
+from lightning_januspipe.runtime.planner import is_searched
+from lightning_januspipe.schedule.build import ScheduleName
+
+_Constructor = TypeVar("_Constructor", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """What a user asks of the strategy.
+
+    A new argument of the strategy is a new field here. Its type is checked, its docstring is its help text on command
+    lines. Integers are sizes and counts, at least 1; other numbers are positive.
+
+    Raises:
+        ValueError: A value is of another type or out of its range.
+    """
+
+    pipeline_size: Size = "auto"
+    """Ranks of a pipeline, each with a share of the layers. "auto": the number of processes over
+    data_size × graph_size."""
+
+    data_size: Size = "auto"
+    """Replicas of the pipeline, each with batches of its own. "auto": 1 if pipeline_size is "auto" too, else as many as
+    the processes are enough for."""
+
+    graph_size: int = 1
+    """Ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's memory. More than
+    1 needs a potential that can be traced, or parts that call ``with_halo``."""
+
+    num_microbatches: Size = "auto"
+    """Into how many micro-batches each batch is split; fewer where a batch has fewer samples. The gradient is that of
+    gradient accumulation over the micro-batches. "auto": twice the ranks of a pipeline, and 1 in one process."""
+
+    schedule: ScheduleName = "wavek-zb"
+    """Order of the phases. "wavek-zb" is the fastest and "wavek" the one of the paper; "1f1b-fold" and "gpipe" are
+    simpler; "1f1b-2nd" and "hanayo-2nd" are unfolded baselines to compare with."""
+
+    wave_size: Size = "auto"
+    """Micro-batches in a wave of "wavek" and "wavek-zb", which are also the most that a rank holds at once: fewer take
+    less memory and more time. "auto": up to twice the ranks of a pipeline."""
+
+    potential: str | None = None
+    """Dotted name of the submodule that differentiates the energy, such as "model.potential". None: it is found by
+    itself."""
+
+    activation: Literal["keep"] = "keep"
+    """What is kept of a micro-batch between its phases. Only "keep", everything, is available."""
+
+    save_distributed_checkpoint: bool = False
+    """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
+    instead of single files. Both kinds are loaded, whatever this is."""
+
+    process_group_backend: str | None = None
+    """Backend of torch.distributed, such as "nccl" or "gloo". None: the one of the device."""
+
+    timeout: timedelta | float = field(
+        default=timedelta(minutes=30), metadata={"expected": "a time > 0, in seconds or as a timedelta"}
+    )
+    """How long a rank waits for a message of another, in seconds or as hours:minutes:seconds (in Python, a
+    timedelta)."""
+
+    memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
+    """Most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
+    micro-batches for it. None: no limit."""
+
+    stages: StageOrigin = "auto"
+    """Where the stages come from: "captured" by tracing the potential, or "explicit", declared by it as
+    lightning_januspipe.capture.stages.explicit.ExplicitStages. "auto": the first of these that works."""
+
+    message_dtype: MessageDtype | None = None
+    """"bf16" rounds the features that stages send each other, and all gradients of these, to bfloat16 on the way: half
+    the bytes of float32, and parameter gradients with a relative error of 1e-3 to 1e-2 (januspipe bench messages
+    measures it). Energies and forces are sent as they are. None: everything is."""
+
+    balance: Balance = "auto"
+    """Which samples share a micro-batch: "microbatches" deals out each replica's batch to its own micro-batches,
+    "replicas" the samples of all replicas' batches to all of theirs, so that none waits for one with more to do.
+    "auto": the latter, where the dataset knows what its samples cost."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if not _is_valid(value, hints[option.name]):
+                raise ValueError(f"{option.name}={value!r}; expected {_expected(value, option, hints[option.name])}")
+        if self.wave_size != "auto" and not is_searched(self.schedule):
+            warnings.warn(
+                f"wave_size={self.wave_size} has no effect: schedule={self.schedule!r} has no waves", stacklevel=4
+            )
+
+    @property
+    def message_timeout(self) -> timedelta:
+        """The timeout as a timedelta."""
+        return self.timeout if isinstance(self.timeout, timedelta) else timedelta(seconds=self.timeout)
+
+
+def _is_valid(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, and is in the range of all options of that type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_valid(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if hint in (int, float):
+        is_number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        return is_number and value > 0
+    return isinstance(value, hint) and (hint is not timedelta or value > timedelta(0))
+
+
+def _expected(value: Any, option: Field[Any], hint: Any) -> str:
+    """The valid values of an option, in words, and the one that was probably meant."""
+    if "expected" in option.metadata:
+        return str(option.metadata["expected"])
+    words: list[str] = []
+    names: list[str] = []
+    for choice in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        if get_origin(choice) is Literal:
+            names += get_args(choice)
+            words += map(repr, get_args(choice))
+        else:
+            words.append({int: "a positive integer", str: "a string", bool: "True or False"}.get(choice, "None"))
+    close = difflib.get_close_matches(str(value), names, n=1)
+    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return listed + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def takes_options(constructor: _Constructor) -> _Constructor:
+    """Gives a constructor the signature of :class:`StrategyOptions`, for command lines and editors."""
+    first = list(inspect.signature(constructor).parameters.values())[:1]
+    options = inspect.signature(StrategyOptions, eval_str=True).parameters.values()
+    vars(constructor)["__signature__"] = inspect.Signature([*first, *options])
+    return constructor
+
+
+def arguments_section() -> str:
+    """The section of the strategy's docstring that explains its arguments, made of the docstrings under the fields."""
+    try:
+        source = textwrap.dedent(inspect.getsource(StrategyOptions))
+    except OSError:  # a Python without source files has no help texts
+        return ""
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    lines = ["Args:"]
+    for option, text in itertools.pairwise(definition.body):
+        if isinstance(option, ast.AnnAssign):
+            assert isinstance(option.target, ast.Name) and isinstance(text, ast.Expr)
+            lines.append(f"    {option.target.id}: {' '.join(ast.literal_eval(text.value).split())}")
+    return "\n".join(lines)
