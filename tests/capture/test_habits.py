@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,10 +67,10 @@ def batch(*seeds: int) -> Any:
     return collate([sample(seed) for seed in seeds])
 
 
-def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b) -> Traced:
-    """Asserts that two and three stages train like the module on a batch of other sizes."""
+def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Sequence[int] = (2, 3)) -> Traced:
+    """Asserts that stages train like the module on a batch of other sizes."""
     found = traced(step, make)
-    for num_stages in (2, 3):
+    for num_stages in stages:
         potential = found.cut(num_stages)
         validate(potential, found.potential, found.call_on(make(batch(*OTHER))))
         assert_parity(potential, step, make(batch(*OTHER)), 1e-9)
@@ -269,7 +269,7 @@ def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.Monkey
     with pytest.raises(CaptureError, match="a loop over structures"):
         traced(Step(Experts()))
     monkeypatch.setitem(BUILT_IN, "habits", "habits:ExpertsAdapter")
-    found = trains(Step(Experts()))
+    found = trains(Step(Experts()), stages=(2,))
     call = found.call_on(batch(*OTHER))
     captured = found.cut(2)
     tensors = captured.inputs(found.potential)(call.args, call.kwargs)
