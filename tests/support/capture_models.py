@@ -208,9 +208,9 @@ def staged_gradients(
     losses = []
 
     def loss(y: list[Tensor], x: list[Tensor]) -> Any:
-        result = runner.loss(0, step, batch, 1.0, y, x)
-        losses.append(loss_in(result.output).detach())
-        return result.gradients
+        output, seeds = runner.loss(0, 1.0, y, x)
+        losses.append(loss_in(output).detach())
+        return seeds
 
     result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
     gradients: dict[str, Tensor] = {}
