@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "programs"))
 
 from lightning_januspipe.capture import capture_module
 from lightning_januspipe.capture.trees import copied
@@ -30,12 +30,12 @@ from lightning_januspipe.loader.examples import example_batches
 def main() -> int:
     """Prints the line; the exit code is 1 where capture was refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("factories", help="a module in tests/clients/factories")
+    parser.add_argument("factories", help="a module in tests/clients/programs")
     parser.add_argument("module", help="its function that makes the LightningModule")
     parser.add_argument("data", help="its function that makes the data")
     parser.add_argument("--trace", action="store_true", help="print the traceback of a refusal")
     args = parser.parse_args()
-    factories = importlib.import_module(f"tests.clients.factories.{args.factories}")
+    factories = importlib.import_module(args.factories)
     module, data = getattr(factories, args.module)(), getattr(factories, args.data)()
     traced, other = example_batches(data.train_dataloader(), 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import Adapter
-from lightning_januspipe.capture.trace.segment_linear import segment_linear
+from lightning_januspipe.capture.segment_linear import segment_linear
 
 DTYPE = torch.float64
 Batch = dict[str, Tensor]

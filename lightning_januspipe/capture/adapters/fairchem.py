@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
 from lightning_januspipe.capture.patches import forward_replaced
-from lightning_januspipe.capture.trace.segment_linear import segment_linear
+from lightning_januspipe.capture.segment_linear import segment_linear
 from lightning_januspipe.capture.trees import copied
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.capture.trace import segment_linear
+from lightning_januspipe.capture import segment_linear
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
 
 _OWN_OPERATIONS = (segment_linear.segment_linear,)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from client_parts import CUTOFF, Structures, Training, in_float64, labels_of, seeded_model
 from orb_models.forcefield import atomic_system
 from orb_models.forcefield.base import batch_graphs
 from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
 from torch import Tensor
-
-from .common import CUTOFF, Structures, Training, in_float64, labels_of, seeded_model
 
 in_float64()
 CONFIG = atomic_system.SystemConfig(radius=CUTOFF, max_num_neighbors=64)

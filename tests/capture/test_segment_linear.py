@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_januspipe.capture.trace.segment_linear import segment_linear
+from lightning_januspipe.capture.segment_linear import segment_linear
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1, 3, 3, 3], [3, 0, 1, 3, 0, 3], []])

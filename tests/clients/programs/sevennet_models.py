@@ -9,14 +9,13 @@ from typing import Any
 import sevenn._keys as key
 import torch
 from ase import Atoms
+from client_parts import CUTOFF, NUMBERS, Structures, Training, in_float64, labels_of, seeded_model
 from sevenn._const import DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG
 from sevenn.atom_graph_data import AtomGraphData
 from sevenn.model_build import build_E3_equivariant_model
 from sevenn.train.dataload import unlabeled_atoms_to_graph
 from torch import Tensor, nn
 from torch_geometric.loader import DataLoader
-
-from .common import CUTOFF, NUMBERS, Structures, Training, in_float64, labels_of, seeded_model
 
 in_float64()
 

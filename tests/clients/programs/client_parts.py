@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from ase import Atoms
+from structures import CUTOFF, labelled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "programs"))
-
-from structures import CUTOFF, labelled
 
 NUMBERS = (13, 28, 29)
 """Atomic numbers of the elements."""

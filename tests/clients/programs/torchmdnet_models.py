@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from client_parts import CUTOFF, Structures, labels_of
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 from torchmdnet.module import LNNP
-
-from .common import CUTOFF, Structures, labels_of
 
 SETTINGS: dict[str, Any] = {
     "load_model": None,

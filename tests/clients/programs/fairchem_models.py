@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from client_parts import CUTOFF, Structures, Training, edges_of, labels_of, seeded_model
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.models.base import HydraModelV2
 from fairchem.core.models.uma.escn_md import MLP_EFS_Head, eSCNMDBackbone
 from fairchem.core.models.uma.escn_moe import eSCNMDMoeBackbone
 from torch import Tensor, nn
-
-from .common import CUTOFF, Structures, Training, edges_of, labels_of, seeded_model
 
 SMALL: dict[str, Any] = {
     "sphere_channels": 8,
