@@ -66,7 +66,7 @@ class MeshShape:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that work on the same samples: those of a pipeline, with their graph ranks."""
+        """Number of ranks that work on the same samples: the ranks of a pipeline, with their graph ranks."""
         return self.pipeline * self.graph
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ class Executor:
 
     Args:
         rank: This rank's index in the pipeline.
-        stages: The stages of which this rank runs phases, by their index in the chain.
+        stages: The stages whose phases this rank runs, by their index in the chain.
         chain: What all stages share.
         links: The connections to other ranks; None if there is one rank.
         timeout: How long to wait for one message.

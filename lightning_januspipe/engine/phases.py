@@ -36,7 +36,7 @@ class StepPhases:
     """Runs the phases of one step on one rank.
 
     Args:
-        stages: The stages of which this rank runs phases, by their index.
+        stages: The stages whose phases this rank runs, by their index.
         chain: What all stages share.
         num_stages: Length of the chain.
         inputs: The micro-batches.
