@@ -61,11 +61,6 @@ class Executor:
         self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._routes: dict[int, tuple[Schedule, Route]] = {}
 
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of all messages to other ranks so far."""
-        return 0 if self._links is None else self._links.bytes_sent
-
     def close(self) -> None:
         """Lets go of all connections: ranks that wait for this one learn at once that it will not answer."""
         self._clear()
