@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import step_with
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import shallow_copy
 from lightning_januspipe.capture.validate.side_effects import kept_metrics, metrics_of, silent_log
@@ -139,7 +139,7 @@ class CapturedStep:
 
         with seeded(prepared.seed):
             if self._staged.replaced is None:
-                with forward_replaced(self._potential, lambda *args, **kwargs: value_for(args, kwargs)):
+                with patched(self._potential, "forward", lambda *args, **kwargs: value_for(args, kwargs)):
                     return prepared.step(shallow_copy(prepared.batch))
             with step_with(self._module, *value_for((prepared.batch,), {})):
                 return prepared.step(shallow_copy(prepared.batch))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
-from lightning_januspipe.capture.validate.side_effects import replaced_log
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
@@ -149,7 +149,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
             return step
 
-        with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
+        with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
             owners = batch.ahead if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)

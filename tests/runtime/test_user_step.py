@@ -12,9 +12,10 @@ import torch
 from capture_models import DTYPE, Batch, Potential, Step, Traced, eager_gradients, make_batch, staged_gradients
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.captured import CapturedPotential, CapturedStage
 from lightning_januspipe.capture.trees import shallow_copy
-from lightning_januspipe.capture.validate.side_effects import replaced_log, silent_log
+from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import StageOutput
 from lightning_januspipe.errors import CaptureError
@@ -158,7 +159,7 @@ def test_log_is_silent_in_prepare(traced: Traced) -> None:
 
 def test_log_is_put_back() -> None:
     module, seen = Logging(nn.Identity()), []
-    with replaced_log(module, lambda name, value: seen.append(name)):
+    with patched(module, "log", lambda name, value: seen.append(name)):
         module.log("outer", 1)
         with pytest.raises(RuntimeError), silent_log(module):
             module.log("silent", 1)
