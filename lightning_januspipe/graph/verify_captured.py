@@ -20,12 +20,8 @@ from lightning_januspipe.capture.stages.captured import CapturedPotential, indep
 from lightning_januspipe.capture.trace.function import PlaceholderValues, new_leaf
 from lightning_januspipe.capture.trace.operators import target_function
 from lightning_januspipe.capture.trace.program import Node, replace_refs
-<<<<<<< HEAD
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
-=======
-from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
 from lightning_januspipe.capture.validate.probe_loss import probe_loss
->>>>>>> main
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph import exchange_ops
@@ -199,18 +195,10 @@ class _LockStep:
             gradients = [next(found) for _ in dict.fromkeys(leaves)]
             if not placement.is_sharded:  # each rank computes with a copy of its own
                 gradients = [torch.stack(gradients).sum(0)]
-<<<<<<< HEAD
-            outputs.append((f"{DERIVATIVE}{name}", self._joined(gradients, value)))
-        if not weights:
-            weights += draw_weights([x for _, x in outputs])
-        terms = force_loss([x for _, x in outputs], weights)
-        trained = torch.autograd.grad(terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
-=======
-            outputs.append((f"the derivative by {name}", self._gathered(gradients, placement)))
+            outputs.append((f"{DERIVATIVE}{name}", self._gathered(gradients, placement)))
         parameters = list(self._parameters.values())
         loss = probe_loss([x for _, x in outputs])
         trained = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
->>>>>>> main
         named = [(f"{GRADIENT}{n!r}", g) for n, g in zip(self._parameters, trained, strict=True)]
         return [*((name, x.detach()) for name, x in outputs), *named]
 

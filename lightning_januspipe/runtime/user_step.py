@@ -144,13 +144,8 @@ class CapturedStep:
 
         with seeded(prepared.seed):
             if self._staged.replaced is None:
-<<<<<<< HEAD
-                with forward_replaced(self._potential, lambda *args, **kwargs: value_for(args, kwargs)):
-                    return prepared.step(copied(prepared.batch))
-=======
                 with patched(self._potential, "forward", lambda *args, **kwargs: value_for(args, kwargs)):
-                    return prepared.step(shallow_copy(prepared.batch))
->>>>>>> main
+                    return prepared.step(copied(prepared.batch))
             with step_with(self._module, *value_for((prepared.batch,), {})):
                 return prepared.step(copied(prepared.batch))
 

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.segment_linear import segment_linear
 from lightning_januspipe.capture.trees import copied
 
@@ -87,8 +86,7 @@ def _without_statistics(module: nn.Module) -> Iterator[None]:
     owners = [part for part in module.modules() if hasattr(part, "log_MOLE_stats")]
     with ExitStack() as stack:
         for owner in owners:
-            owner.__dict__["log_MOLE_stats"] = lambda: None
-            stack.callback(owner.__dict__.pop, "log_MOLE_stats")
+            stack.enter_context(patched(owner, "log_MOLE_stats", lambda: None))
         yield
 
 
@@ -96,15 +94,14 @@ def _without_statistics(module: nn.Module) -> Iterator[None]:
 def _together(potential: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for maker in _edge_makers(potential):
-            stack.enter_context(mock.patch.object(maker, "otf_graph", False))
+            stack.enter_context(patched(maker, "otf_graph", False))
         for part in potential.modules():
             if hasattr(part, "global_mole_tensors") and hasattr(part, "merged_linear_layer"):
-                stack.enter_context(forward_replaced(part, partial(_experts, part)))
+                stack.enter_context(patched(part, "forward", partial(_experts, part)))
             elif hasattr(part, "dataset_emb_dict"):
-                stack.enter_context(forward_replaced(part, partial(_dataset_embedding, part)))
+                stack.enter_context(patched(part, "forward", partial(_dataset_embedding, part)))
             elif getattr(part, "num_experts", 0) and hasattr(part, "set_MOLE_sizes"):
-                part.__dict__["set_MOLE_sizes"] = partial(_set_structures, part)
-                stack.callback(part.__dict__.pop, "set_MOLE_sizes")
+                stack.enter_context(patched(part, "set_MOLE_sizes", partial(_set_structures, part)))
         yield
 
 

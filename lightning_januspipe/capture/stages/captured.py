@@ -17,11 +17,8 @@ from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.size_names import SizeWords, words_of_program
-<<<<<<< HEAD
 from lightning_januspipe.capture.stages.call_inputs import CallInputs
-=======
 from lightning_januspipe.capture.stages.stage_body import StageBody, stage_body
->>>>>>> main
 from lightning_januspipe.capture.stages.staged_potential import Inputs, StageOperations
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors, in_order, readers

@@ -5,11 +5,7 @@ Energies and forces that agree say nothing about training, so the parameter grad
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Iterable, Mapping, Sequence
-=======
-from collections.abc import Sequence
->>>>>>> main
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +43,7 @@ class ProbeResult:
 
 
 class _KeepGrad(TorchFunctionMode):
-<<<<<<< HEAD
-    """Keeps what all calls of ``torch.autograd.grad`` returned."""
-=======
-    """Keeps the derivatives that ``torch.autograd.grad`` returns."""
->>>>>>> main
+    """Keeps the derivatives that all calls of ``torch.autograd.grad`` return."""
 
     def __init__(self) -> None:
         super().__init__()
