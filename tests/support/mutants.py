@@ -85,8 +85,8 @@ def _scaled_message(phase: Phase, factor: float) -> Mutation:
 def _wrong_weight() -> Mutation:
     run = CapturedStep.loss
 
-    def loss(self: CapturedStep, index: int, step: Any, batch: Any, weight: float, *args: Any) -> Any:
-        return run(self, index, step, batch, weight * (1.01 if index == 1 else 1.0), *args)
+    def loss(self: CapturedStep, index: int, weight: float, *args: Any) -> Any:
+        return run(self, index, weight * (1.01 if index == 1 else 1.0), *args)
 
     return CapturedStep, "loss", loss
 
