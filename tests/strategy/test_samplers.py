@@ -28,9 +28,9 @@ PIPELINE = {"pipeline_size": 2, "num_microbatches": 2}
 def test_each_structure_is_evaluated_once(
     pool: RankPool, strategy: dict, world: int, num: int, batch_size: int, budget: int | None
 ) -> None:
-    (expected,) = pool.run(workers.tested, None, num, 1, world_size=1)
+    (expected,) = pool.run(workers.evaluated, None, num, 1, world_size=1)
     assert {"test_loss", "val_loss", "test_energy_rmse", "val_stress_mae"} <= set(expected)
-    for found in pool.run(workers.tested, strategy, num, batch_size, budget, world_size=world):
+    for found in pool.run(workers.evaluated, strategy, num, batch_size, budget, world_size=world):
         assert found == pytest.approx(expected, rel=1e-9)
 
 

@@ -23,7 +23,7 @@ class Labels(torch.utils.data.Dataset[torch.Tensor]):
         return torch.tensor([float(index + 1)], dtype=torch.float64)
 
 
-def tested(
+def evaluated(
     strategy: dict[str, Any] | None, num_test: int, batch_size: int, budget: int | None = None
 ) -> dict[str, Any]:
     """Test and validation errors of the reference potential on a few structures."""
