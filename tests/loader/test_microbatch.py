@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from lightning_januspipe.loader import microbatch
 from lightning_januspipe.loader.microbatch import MicroBatchCollate, MicroBatches, example_groups, split_samples
 from lightning_januspipe.loader.sample_fields import sample_cost
 
