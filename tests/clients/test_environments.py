@@ -47,7 +47,7 @@ def test_torch_is_first_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         first, *others = found.installed
         assert first == [TORCH]
         assert all(TORCH in install or install[0] == "--no-deps" for install in others)
-        assert any(word.startswith(("nequip", "schnetpack", "matgl", "mace", "matris")) for i in others for word in i)
+        assert any(word.startswith(("nequip", "schnetpack", "matgl", "mace", "matris", "fairchem")) for i in others for word in i)
         assert str(environments.ROOT) in others[-1]
 
 
