@@ -16,7 +16,7 @@ import yaml
 from lightning_januspipe.cli.main import main
 from lightning_januspipe.cli.plan_options import parse_bytes
 from lightning_januspipe.cli.plan_tables import notes
-from lightning_januspipe.cli.recipe import asked_of_strategy
+from lightning_januspipe.cli.recipe import strategy_arguments
 from lightning_januspipe.engine.executor import Executor, _Step
 from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import MicrobatchInput
@@ -276,9 +276,9 @@ def test_parse_bytes_refuses(text: str) -> None:
         parse_bytes(text)
 
 
-class TestAskedOfStrategy:
+class TestStrategyArguments:
     def asked(self, devices: Any, strategy: Any, num_nodes: int = 1) -> Any:
-        return asked_of_strategy(
+        return strategy_arguments(
             SimpleNamespace(devices=devices, num_nodes=num_nodes, accelerator="cpu", strategy=strategy)
         )
 

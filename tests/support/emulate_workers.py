@@ -100,9 +100,9 @@ def _emulate_mesh(shape: MeshShape, schedule: Schedule, steps: list[MeshWork]) -
 
 
 def with_other_work(schedule: Schedule) -> str:
-    """Run on two graph ranks of which each takes another micro-batch for the one that is divided."""
-    whole, divided = MicrobatchWork((1.0, 1.0)), MicrobatchWork((1.0, 1.0), is_divided=True)
-    order = [divided, whole] if int(os.environ["RANK"]) == 0 else [whole, divided]
+    """Run on two graph ranks of which each takes another micro-batch for the one that is sharded."""
+    whole, sharded = MicrobatchWork((1.0, 1.0)), MicrobatchWork((1.0, 1.0), is_sharded=True)
+    order = [sharded, whole] if int(os.environ["RANK"]) == 0 else [whole, sharded]
     return _emulate_mesh(MeshShape(1, 1, 2), schedule, [[order]])
 
 
@@ -125,7 +125,7 @@ def with_the_end_of_a_rank(schedule: Schedule, rank: int) -> str:
             os._exit(1)
         return backward_force(self, microbatch, *args, **more)
 
-    work = [MicrobatchWork((1.0, 1.0), is_divided=True)] * schedule.num_microbatches
+    work = [MicrobatchWork((1.0, 1.0), is_sharded=True)] * schedule.num_microbatches
     with mock.patch.object(EmulatedStage, "backward_force", wrong):
         emulate_mesh_rank(MeshShape(2, 1, 2), schedule, PhaseCosts(1, 1, 1, 1), [[work]], 256, timedelta(seconds=60))
     return ""

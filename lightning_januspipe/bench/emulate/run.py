@@ -1,4 +1,4 @@
-"""Schedules on emulated devices, laid beside their simulation."""
+"""Runs schedules on emulated devices and compares them with their simulation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lightning_januspipe.testing import RankPool
 
 @dataclass(frozen=True)
 class EmulatedRun:
-    """A schedule simulated, and run on emulated devices. Times are in seconds.
+    """Holds a schedule as simulated, and as run on emulated devices. Times are in seconds.
 
     Attributes:
-        schedule: the schedule.
-        simulated: its simulation without any cost of messages.
-        with_messages: its simulation with the measured latency of a message.
-        latency: median time from the sending of a message to its arrival.
-        makespans: time from the common start of all ranks to the last end, of every step.
-        report: the step with the median makespan, as it ran.
-        oversleep: median time that a phase took longer than asked for.
-        handover: median time from the end of an action to the start of one on another rank that waited for it.
-        turnaround: median time from the end of an action to the start of the next one on its rank, where that waited
-            for nothing.
-        cpu: share of one core that the busiest rank's process used, all its threads together.
-        urgent: whether all ranks ran before other programs on the machine.
+        schedule: The schedule.
+        simulated: Its simulation without any cost of messages.
+        with_messages: Its simulation with the measured latency of a message.
+        latency: Median time from the sending of a message to its arrival.
+        makespans: For every step, the time from the common start of all ranks to the last end.
+        report: The step with the median makespan, as it ran.
+        oversleep: Median excess of a phase over its asked time.
+        handover: Median time from the end of an action to the start of an action on another rank that waited for it.
+        turnaround: Median time from the end of an action to the start of the next one on its rank, where that one
+            waited for no message.
+        cpu: Share of one core that the busiest rank's process used, all its threads together.
+        urgent: Whether all ranks ran with priority over other programs on the machine.
     """
 
     schedule: Schedule
@@ -48,12 +48,12 @@ class EmulatedRun:
 
     @property
     def makespan(self) -> float:
-        """Median over the steps."""
+        """Median makespan of the steps."""
         return statistics.median_low(self.makespans)
 
     @property
     def error(self) -> float:
-        """By how much the steps took longer than simulated with messages, as a share."""
+        """Excess of the steps over their simulation with messages, as a share."""
         return self.makespan / self.with_messages.makespan - 1
 
 
@@ -66,20 +66,20 @@ def emulate(
     message_bytes: int = 1024,
     pool: RankPool | None = None,
 ) -> EmulatedRun:
-    """Run a schedule on emulated devices, one process for each rank, and lay it beside its simulation.
+    """Runs a schedule on emulated devices, one process for each rank, and compares it with its simulation.
 
     Args:
-        schedule: the schedule.
-        costs: as of :func:`~lightning_januspipe.schedule.simulate`.
-        seconds_per_unit: seconds in one unit of the costs; phases of less than a few milliseconds measure the machine
+        schedule: The schedule.
+        costs: Phase times, as in :func:`~lightning_januspipe.schedule.simulate`.
+        seconds_per_unit: Seconds in one unit of the costs; phases of less than a few milliseconds measure the machine
             and not the schedule.
-        repeats: number of steps.
-        message_bytes: bytes of the boundary between two stages; a message has some more for energies and forces.
-        pool: where to run; None starts processes for this call.
+        repeats: Number of steps.
+        message_bytes: Bytes of the boundary between two stages; a message has some more for energies and forces.
+        pool: The processes; None starts some for this call.
 
     Raises:
-        ValueError: an argument is not positive, or the pool has too few processes.
-        RankError: a rank failed; an :class:`EmulationError` in its message is a message in the wrong place.
+        ValueError: An argument is not positive, or the pool has too few processes.
+        RankError: A rank failed; with an :class:`EmulationError`, a message reached the wrong action.
     """
     for name, value in (("seconds_per_unit", seconds_per_unit), ("repeats", repeats), ("message_bytes", message_bytes)):
         if not value > 0:
@@ -105,12 +105,12 @@ def emulate(
 
 
 def device_pool(size: int) -> RankPool:
-    """Processes of emulated devices, forked from one that has imported what they need: many fit on one machine."""
+    """Returns processes that are forked from one with all imports done, so that many fit on one machine."""
     return RankPool(size, preload=("lightning_januspipe.bench.emulate",))
 
 
 def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[PhaseCosts]:
-    """The costs in seconds."""
+    """Returns costs in seconds."""
 
     def scaled(entry: PhaseCosts) -> PhaseCosts:
         return PhaseCosts(**{f.name: seconds_per_unit * getattr(entry, f.name) for f in fields(entry)})
@@ -150,7 +150,7 @@ def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Seq
 
 
 def pauses(schedule: Schedule, report: Report) -> tuple[list[float], list[float]]:
-    """Times from an end to the start of what waited for it: on another rank, and on the same one."""
+    """Returns the times from the end of an action to the next start: on another rank that waited, and on the same."""
     handovers, turnarounds = [], []
     for order in schedule.actions:
         free: float | None = None
