@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 import pkgutil
 import re
@@ -20,13 +19,10 @@ else:
     except ModuleNotFoundError:
         from pytorch_lightning.cli import LightningArgumentParser
 _DUMPS = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "- Expected a <class 'str'>",
-    "- Expected a <class 'None",
+    *("Does not validate", "Subtypes:", "Errors:", "Given value type", "- Expected a <class"),
+    *("Given value: Namespace", "Given value: NestedArg"),
 )
+"""How lines of jsonargparse's errors begin that list types and inner values."""
 
 
 class OneLineErrors(ArgumentParser):
@@ -43,7 +39,9 @@ class OneLineErrors(ArgumentParser):
     def _unknown(self, text: str) -> tuple[str, list[str]]:
         """Returns the unknown option that an error names, and what it could have been."""
         if found := re.search(r"class_path '([\w.]+)'.*Option '(\w+)' is not accepted", text):
-            return found[2], list(inspect.signature(pkgutil.resolve_name(found[1])).parameters)
+            accepted = CommandParser()
+            accepted.add_class_arguments(pkgutil.resolve_name(found[1]))
+            return found[2], [name.removeprefix("--") for name in accepted._option_names()]
         if found := re.search(r"unrecognized arguments: (--[^\s=]+)", text):
             return found[1], list(self._option_names())
         if found := re.search(r"unrecognized arguments: (\S+\.ya?ml)", text):
@@ -60,13 +58,13 @@ class OneLineErrors(ArgumentParser):
 
 
 def _short(message: str) -> str:
-    """Returns an error of jsonargparse on one line, without the types and values that it dumps."""
-    if not message.startswith("Parser key"):
+    """Returns an error of jsonargparse on one line, without the types and inner values that it lists."""
+    found = re.match(r'Parser key "([^"]+)":', message)
+    if found is None:
         return message
-    lines = [line.strip() for line in message.splitlines()]
-    if any(line.startswith("- Problem with given class_path") for line in lines):
-        lines = [line for line in lines if not line.startswith(_DUMPS)]
-    return " ".join(" ".join(lines).split())
+    lines = [line.strip() for line in message[found.end() :].splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith(_DUMPS)] or lines
+    return f"--{found[1]}: " + "; ".join(cause.removeprefix("- ") for cause in causes).replace(":; ", ": ")
 
 
 class CommandParser(OneLineErrors):

@@ -149,7 +149,7 @@ def test_refuses_what_is_not_positive(argument: str) -> None:
 
 
 def test_refuses_a_pool_that_is_too_small() -> None:
-    with pytest.raises(ValueError, match="has 3 ranks, but the pool has 2 processes"):
+    with pytest.raises(ValueError, match="the mesh has 3 ranks, but the pool has 2 processes"):
         emulate(build_schedule("gpipe", 3, 1, COSTS), COSTS, seconds_per_unit=1.0, pool=RankPool(2))
 
 

@@ -12,7 +12,7 @@ from emulate_workers import with_an_unreduced_gradient, with_other_work, with_th
 from lightning_januspipe.bench import replicas as replicas_module
 from lightning_januspipe.bench.command import main
 from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, MicrobatchWork, emulate_mesh
-from lightning_januspipe.bench.emulate.run import device_pool
+from lightning_januspipe.bench.emulate.emulated_mesh import device_pool
 from lightning_januspipe.bench.emulate.schedules import suitable_unit
 from lightning_januspipe.bench.replicas import WAYS, emulated, shared_by_graph_ranks
 from lightning_januspipe.bench.work import Work

@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 from lightning_januspipe.bench.emulate.mesh_rank import MeshRecord, MeshWork, emulate_mesh_rank
-from lightning_januspipe.bench.emulate.run import device_pool, in_seconds, pauses
 from lightning_januspipe.engine.timeline import Span, recorded_report
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.schedule import Schedule, simulate
+from lightning_januspipe.schedule import PhaseCosts, Report, Schedule, simulate
 from lightning_januspipe.schedule.costs import Costs, action_times
 from lightning_januspipe.testing import RankPool
 
@@ -46,6 +45,7 @@ class EmulatedMesh:
 
     Attributes:
         steps: The steps, in their order.
+        latency: Time from the sending of a message to its arrival.
         oversleep: Excess of a phase over its asked time, without its exchange.
         handover: Time from the end of an action to the start of an action on another rank that waited for it.
         turnaround: Time from the end of an action to the start of the next one on its rank, where that one waited for
@@ -58,6 +58,7 @@ class EmulatedMesh:
     """
 
     steps: tuple[EmulatedStep, ...]
+    latency: float
     oversleep: float
     handover: float
     turnaround: float
@@ -186,6 +187,7 @@ def _evaluated(
             reductions.append(_together(step.reductions[rank] for rank in holders))
     return EmulatedMesh(
         steps,
+        statistics.median([latency for record in records for latency in record.latencies] or [0.0]),
         statistics.median(oversleeps),
         statistics.median(handovers or [0.0]),
         statistics.median(turnarounds or [0.0]),
@@ -208,3 +210,32 @@ def _pipelines(shape: MeshShape) -> list[list[int]]:
 
 def _graph_groups(shape: MeshShape) -> list[list[int]]:
     return [[shape.rank(p, d, g) for g in range(shape.graph)] for p in range(shape.pipeline) for d in range(shape.data)]
+
+
+def device_pool(size: int) -> RankPool:
+    """Returns processes that are forked from one with all imports done, so that many fit on one machine."""
+    return RankPool(size, preload=("lightning_januspipe.bench.emulate",))
+
+
+def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[PhaseCosts]:
+    """Returns costs in seconds."""
+
+    def scaled(entry: PhaseCosts) -> PhaseCosts:
+        return PhaseCosts(**{f.name: seconds_per_unit * getattr(entry, f.name) for f in fields(entry)})
+
+    return scaled(costs) if isinstance(costs, PhaseCosts) else [scaled(entry) for entry in costs]
+
+
+def pauses(schedule: Schedule, report: Report) -> tuple[list[float], list[float]]:
+    """Returns the times from the end of an action to the next start: on another rank that waited, and on the same."""
+    handovers, turnarounds = [], []
+    for order in schedule.actions:
+        free: float | None = None
+        for action in order:
+            came = max((report.end[m.source] for m in schedule.received(action)), default=None)
+            if came is not None and (free is None or came > free):
+                handovers.append(report.start[action] - came)
+            elif free is not None:
+                turnarounds.append(report.start[action] - free)
+            free = report.end[action]
+    return handovers, turnarounds

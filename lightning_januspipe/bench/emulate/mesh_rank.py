@@ -12,7 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, EmulationError, emulated_stages
-from lightning_januspipe.bench.emulate.rank import check_order, common_start, no_garbage_collection, step_data, urgently
+from lightning_januspipe.bench.emulate.rank import (
+    check_order,
+    common_start,
+    message_latencies,
+    no_garbage_collection,
+    step_data,
+    urgently,
+)
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.p2p import Links
@@ -51,6 +58,7 @@ class MeshRecord:
         actions: The rank's actions as they ran.
         exchanges: The times of exchanges with graph ranks, by action.
         reductions: Start and end of the reduction of gradients.
+        latencies: Seconds from the sending to the arrival of each of some messages, before the first step.
         cpu: Seconds that the rank's process computed, all threads together.
         urgent: Whether the rank ran with priority over other programs; one entry for all steps.
     """
@@ -58,6 +66,7 @@ class MeshRecord:
     actions: list[list[Span]] = field(default_factory=list)
     exchanges: list[list[Span]] = field(default_factory=list)
     reductions: list[tuple[float, float]] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     urgent: list[bool] = field(default_factory=list)
 
@@ -140,9 +149,7 @@ def emulate_mesh_rank(
 class _MeshRank:
     """Holds the executor of one rank, with its stages and its groups."""
 
-    def __init__(
-        self, mesh: Mesh, schedule: Schedule, costs: Costs, message_bytes: int, timeout: timedelta | None
-    ) -> None:
+    def __init__(self, mesh: Mesh, schedule: Schedule, costs: Costs, message_bytes: int, timeout: timedelta) -> None:
         self._mesh, self._schedule = mesh, schedule
         spec, functions = emulated_stages(schedule.num_stages, message_bytes)
         times = action_times(schedule, costs)
@@ -151,10 +158,11 @@ class _MeshRank:
         for s in schedule.stages_of(mesh.pipeline_rank):
             seconds = {phase: times(phase, s) for phase in Phase}
             self._stages[s] = EmulatedStage(functions[s], schedule.num_stages, seconds, self._ran)
-        links = None
+        self._message_bytes, self._timeout = message_bytes, timeout
+        self._links: Links | None = None
         if mesh.down_group is not None and mesh.up_group is not None:
-            links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
-        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, links, _CPU, timeout)
+            self._links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
+        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, self._links, _CPU, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
         self._gradient = nn.Parameter(torch.zeros(_GRADIENT, dtype=torch.float64))
@@ -172,6 +180,10 @@ class _MeshRank:
         record = MeshRecord()
         with no_garbage_collection(), urgently() as urgent:
             record.urgent.append(urgent)
+            if self._links is not None:
+                rank, size = self._mesh.pipeline_rank, self._mesh.shape.pipeline
+                found = message_latencies(self._links, rank, size, self._message_bytes, self._timeout)
+                record.latencies.extend(found)
             for number, work in enumerate([steps[0], *steps]):
                 mine = work[self._mesh.data_rank]
                 loads = [entry.loads[self._mesh.graph_rank] for entry in mine]

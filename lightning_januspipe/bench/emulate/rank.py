@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -15,89 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_januspipe.bench.emulate.emulated_stage import (
-    EmulatedStage,
     EmulationError,
-    emulated_stages,
     observable,
     sleep_until,
 )
-from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.p2p import Links
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.timeline import ActionRecorder
-from lightning_januspipe.schedule import Action, Phase, Schedule
-from lightning_januspipe.schedule.costs import Costs, action_times
+from lightning_januspipe.schedule import Action, Schedule
 
 _CPU = torch.device("cpu")
 _ROUNDS = 20
 _HOP = 1e-3  # seconds
 _START_AFTER = 0.25  # seconds
-
-
-@dataclass(frozen=True)
-class RankRecord:
-    """Holds one rank's measurements.
-
-    Attributes:
-        times: For every step, start and end of the rank's actions in seconds after the common start.
-        cpu: For every step, seconds that the rank's process computed, all threads together.
-        latencies: Seconds from the sending to the arrival of each message.
-        urgent: Whether the rank ran with priority over other programs, see :func:`urgently`.
-    """
-
-    times: list[list[tuple[float, float]]] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
-    urgent: list[bool] = field(default_factory=list)
-
-
-def emulate_rank(schedule: Schedule, costs: Costs, repeats: int, message_bytes: int, timeout: timedelta) -> RankRecord:
-    """Connects a rank, measures messages, runs a step without sleeping, then steps with it.
-
-    Args:
-        schedule: The schedule.
-        costs: Times of the phases in seconds.
-        repeats: Number of measured steps.
-        message_bytes: Bytes of the boundary between two stages.
-        timeout: Longest wait for a message.
-    """
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    down, up = dist.new_group(), dist.new_group()
-    assert down is not None and up is not None
-    links = Links(rank, range(size), down, up, _CPU)
-    spec, functions = emulated_stages(schedule.num_stages, message_bytes)
-    times = action_times(schedule, costs)
-    ran: list[Action] = []
-    stages = {s: EmulatedStage(functions[s], schedule.num_stages, {}, ran) for s in schedule.stages_of(rank)}
-    executor = Executor(rank, stages, spec, links, _CPU, timeout)
-    executor.recorder = recorder = ActionRecorder(_CPU)
-    record = RankRecord()
-    try:
-        for step in range(repeats + 1):
-            for index, stage in stages.items():
-                stage.seconds = {p: times(p, index) if step else 0.0 for p in Phase}
-            inputs, loss = step_data(schedule, step)
-            ran.clear()
-            if step:
-                with no_garbage_collection(), urgently() as urgent:
-                    if step == 1:
-                        record.latencies.extend(_message_latencies(links, rank, size, message_bytes, timeout))
-                    start = common_start()
-                    recorder.reset()
-                    before = time.process_time()
-                    executor.run(schedule, inputs, loss)
-                    record.cpu.append(time.process_time() - before)
-                spans, shift = recorder.spans(), recorder.began - start
-                record.times.append([(span.start + shift, span.end + shift) for span in spans])
-                record.urgent.append(urgent)
-                check_order(rank, [span.action for span in spans], schedule.actions[rank])
-            else:
-                executor.run(schedule, inputs, loss)
-            check_order(rank, ran, schedule.actions[rank])
-        return record
-    finally:
-        executor.close()
 
 
 def check_order(rank: int, ran: Sequence[Action], order: Sequence[Action]) -> None:
@@ -141,7 +69,7 @@ def step_data(schedule: Schedule, step: int) -> tuple[list[MicrobatchInput], Cal
     return [MicrobatchInput([torch.tensor(serial)], {}) for serial in serials], loss
 
 
-def _message_latencies(links: Links, rank: int, size: int, message_bytes: int, timeout: timedelta) -> list[float]:
+def message_latencies(links: Links, rank: int, size: int, message_bytes: int, timeout: timedelta) -> list[float]:
     """Sends a message down the ranks and up again, with pauses as between phases, and returns its travel times."""
     length = max(message_bytes // torch.float64.itemsize, 1)
     shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((length,), torch.float64)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from datetime import timedelta
+from dataclasses import dataclass, replace
 
-from lightning_januspipe.bench.emulate.rank import RankRecord, emulate_rank
-from lightning_januspipe.engine.timeline import Span, recorded_report
-from lightning_januspipe.schedule import PhaseCosts, Report, Schedule, simulate
-from lightning_januspipe.schedule.costs import Costs, action_times
+from lightning_januspipe.bench.emulate.emulated_mesh import emulate_mesh, in_seconds
+from lightning_januspipe.bench.emulate.mesh_rank import MicrobatchWork
+from lightning_januspipe.engine.timeline import recorded_report
+from lightning_januspipe.mesh import MeshShape
+from lightning_januspipe.schedule import Report, Schedule, simulate
+from lightning_januspipe.schedule.costs import Costs
 from lightning_januspipe.testing import RankPool
 
 
@@ -81,84 +80,33 @@ def emulate(
         ValueError: An argument is not positive, or the pool has too few processes.
         RankError: A rank failed; with an :class:`EmulationError`, a message reached the wrong action.
     """
-    for name, value in (("seconds_per_unit", seconds_per_unit), ("repeats", repeats), ("message_bytes", message_bytes)):
-        if not value > 0:
-            raise ValueError(f"{name}={value!r}; expected a positive number")
-    if pool is not None and pool.size < schedule.num_ranks:
-        raise ValueError(f"{schedule.name!r} has {schedule.num_ranks} ranks, but the pool has {pool.size} processes")
+    if not repeats > 0:
+        raise ValueError(f"repeats={repeats!r}; expected a positive number")
+    shape, work = MeshShape(schedule.num_ranks, 1, 1), [[MicrobatchWork((1.0,))] * schedule.num_microbatches]
+    mesh = emulate_mesh(
+        shape,
+        schedule,
+        costs,
+        [work] * repeats,
+        seconds_per_unit=seconds_per_unit,
+        message_bytes=message_bytes,
+        pool=pool,
+    )
     seconds = in_seconds(costs, seconds_per_unit)
     simulated = simulate(schedule, seconds)
-    # A rank may have to wait for a whole step; the rest is for what else the machine does.
-    timeout = 60 + 3 * simulated.makespan
-    with nullcontext(pool) if pool is not None else device_pool(schedule.num_ranks) as ranks:
-        records = ranks.run(
-            emulate_rank,
-            schedule,
-            seconds,
-            repeats,
-            message_bytes,
-            timedelta(seconds=timeout),
-            world_size=schedule.num_ranks,
-            timeout=120 + (repeats + 1) * timeout,
-        )
-    return _evaluated(schedule, seconds, simulated, records)
-
-
-def device_pool(size: int) -> RankPool:
-    """Returns processes that are forked from one with all imports done, so that many fit on one machine."""
-    return RankPool(size, preload=("lightning_januspipe.bench.emulate",))
-
-
-def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[PhaseCosts]:
-    """Returns costs in seconds."""
-
-    def scaled(entry: PhaseCosts) -> PhaseCosts:
-        return PhaseCosts(**{f.name: seconds_per_unit * getattr(entry, f.name) for f in fields(entry)})
-
-    return scaled(costs) if isinstance(costs, PhaseCosts) else [scaled(entry) for entry in costs]
-
-
-def _evaluated(schedule: Schedule, costs: Costs, simulated: Report, records: Sequence[RankRecord]) -> EmulatedRun:
-    latencies = [latency for record in records for latency in record.latencies]
-    latency = statistics.median(latencies) if latencies else 0.0
-    makespans = tuple(
-        max(end for times in steps for _, end in times) for steps in zip(*(r.times for r in records), strict=True)
-    )
+    makespans = tuple(max(span.end for spans in step.actions for span in spans) for step in mesh.steps)
     step = makespans.index(statistics.median_low(makespans))
-    spans = {
-        rank: [Span(a, *times) for a, times in zip(order, record.times[step], strict=True)]
-        for rank, (order, record) in enumerate(zip(schedule.actions, records, strict=True))
-    }
-    report = replace(recorded_report(schedule, spans), makespan=makespans[step], ideal=simulated.ideal)
-    asked = action_times(schedule, costs)
-    handovers, turnarounds = pauses(schedule, report)
+    report = recorded_report(schedule, dict(enumerate(mesh.steps[step].actions)))
     return EmulatedRun(
         schedule=schedule,
         simulated=simulated,
-        with_messages=simulate(schedule, costs, comm=latency),
-        latency=latency,
+        with_messages=simulate(schedule, seconds, comm=mesh.latency),
+        latency=mesh.latency,
         makespans=makespans,
-        report=report,
-        oversleep=statistics.median(
-            s.end - s.start - asked(s.action.phase, s.action.stage) for of in spans.values() for s in of
-        ),
-        handover=statistics.median(handovers or [0.0]),
-        turnaround=statistics.median(turnarounds or [0.0]),
-        cpu=max(record.cpu[step] for record in records) / makespans[step],
-        urgent=all(all(record.urgent) for record in records),
+        report=replace(report, makespan=makespans[step], ideal=simulated.ideal),
+        oversleep=mesh.oversleep,
+        handover=mesh.handover,
+        turnaround=mesh.turnaround,
+        cpu=mesh.cpu,
+        urgent=mesh.urgent,
     )
-
-
-def pauses(schedule: Schedule, report: Report) -> tuple[list[float], list[float]]:
-    """Returns the times from the end of an action to the next start: on another rank that waited, and on the same."""
-    handovers, turnarounds = [], []
-    for order in schedule.actions:
-        free: float | None = None
-        for action in order:
-            came = max((report.end[m.source] for m in schedule.received(action)), default=None)
-            if came is not None and (free is None or came > free):
-                handovers.append(report.start[action] - came)
-            elif free is not None:
-                turnarounds.append(report.start[action] - free)
-            free = report.end[action]
-    return handovers, turnarounds

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-from lightning_januspipe.bench.emulate.run import EmulatedRun, device_pool, emulate
+from lightning_januspipe.bench.emulate.emulated_mesh import device_pool
+from lightning_januspipe.bench.emulate.run import EmulatedRun, emulate
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan.compare import BASELINE
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
