@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
+from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_potential, verify_sharding
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.plan.measure import Measured
-from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
+from lightning_januspipe.random_state import kept_random_state
+from lightning_januspipe.schedule import Action, MemoryCosts, PhaseCosts
 
 MOST_MICROBATCHES = 4
 """Micro-batches of the first batch that are sharded for a prediction, at most."""
@@ -269,23 +270,23 @@ class Sharing:
             return seeds if axis is None else axis.own_gradients(0, seeds)
 
         def walk(**manner: Any) -> tuple[SingleProcessResult, Traffic]:
-            part = given if axis is None else axis.shard_inputs(0, given)
+            part = given if axis is None else axis.shard_inputs(0, tensors)
             if group is not None:
                 group.begin()
-            on_phase = None if group is None else group.on_phase
-            result = run_single_process(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
+            on_action = None if group is None else group.on_action
+            result = run_single_process(functions, captured.chain, part.tensors, loss, on_action=on_action, **manner)
             return result, {} if group is None else group.sent
 
         return walk
 
 
 def _seconds(result: SingleProcessResult) -> float:
-    return sum(of_stage.total for of_stage in result.seconds)
+    return sum(of_stage.total for of_stage in result.costs)
 
 
-def _held(result: SingleProcessResult) -> int:
+def _held(result: SingleProcessResult) -> float:
     """Returns the most bytes that a micro-batch holds on all stages together."""
-    return sum(b.energy + max(b.force, b.kept) for b in result.bytes or [])
+    return sum(b.energy + max(b.force, b.kept) for b in result.memory or [])
 
 
 def _sizes(sharded: ShardedPotential, word: Any, microbatches: Sequence[Mapping[str, Sequence[Shard]]]) -> GraphShare:
@@ -344,9 +345,9 @@ class CountingGroup(dist.ProcessGroup):
         """Starts to count anew."""
         self.sent = {}
 
-    def on_phase(self, phase: str, stage: int) -> None:
+    def on_action(self, action: Action) -> None:
         """Counts what follows for a phase of a stage."""
-        self._phase = (phase, stage)
+        self._phase = (action.phase.value.lower(), action.stage)
 
     def _count(self, num_bytes: float) -> dist.Work:
         size, number = self.sent.get(self._phase, (0.0, 0.0))

@@ -17,7 +17,7 @@ from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.p2p import Links, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.engine.timeline import recorded_report
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
 from lightning_januspipe.mesh import Mesh, as_world
@@ -79,9 +79,14 @@ class Pipeline(Runner):
             self._graph = GraphAxis(staged, potential, group)
         local = staged if self._graph is None else self._graph.potential
         own = first.stages_of(mesh.pipeline_rank)
-        stages = {s: Stage(local.stage(s, potential), self.gradients, local.chain.autocast) for s in own}
+        stages = {
+            s: (SplitStage if first.is_split(s) else Stage)(
+                local.stage(s, potential), self.gradients, local.chain.autocast
+            )
+            for s in own
+        }
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
-        self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.device, mesh.timeout, sent_as)
+        self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.timeout, sent_as)
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self._recorded_with = self.schedules.costs
 
@@ -102,17 +107,14 @@ class Pipeline(Runner):
         with self._abort_on_error():
             inputs = self._inputs(steps, batches, owners)
             schedule = self.schedules.schedule(len(batches))
-            outputs: list[Any] = [None] * len(batches)
+            outputs, weight = [None] * len(batches), loss_scale / len(batches)
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 if self._graph is not None:
                     observables, derivatives = self._graph.gather_results(index, observables, derivatives)
                 with as_world(self._mesh.data_group):
-                    result = self._step.loss(
-                        index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
-                    )
-                outputs[index] = result.output
-                return result.gradients if self._graph is None else self._graph.own_gradients(index, result.gradients)
+                    outputs[index], seeds = self._step.loss(index, weight, observables, derivatives)
+                return seeds if self._graph is None else self._graph.own_gradients(index, seeds)
 
             if self.step_recorder.wants_times:
                 self._recorded_with = self.schedules.costs
@@ -133,7 +135,7 @@ class Pipeline(Runner):
             if self._graph is not None:
                 observables, derivatives = self._graph.gather_results(0, observables, derivatives)
             with as_world(self._mesh.data_group):
-                return self._step.finish(0, step, batch, observables, derivatives)
+                return self._step.finish(0, observables, derivatives)
 
     def _inputs(
         self, steps: Sequence[StepFunction], batches: Sequence[Any], owners: Sequence[Tensor | None] = ()

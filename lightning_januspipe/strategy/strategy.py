@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
-from lightning_januspipe.capture.validate.side_effects import replaced_log
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.loader.microbatch import MicroBatches
-from lightning_januspipe.loader.resume import same_random_state
+from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
@@ -116,7 +116,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
-            same_random_state(self.mesh)
+            # The ranks of a replica run the same steps, so they have to draw the same numbers.
+            broadcast_random_state(self.mesh.replica_ranks[0], self.mesh.replica_group)
             self._prune_optimizers()
             self._free_other_stages()
         self._progress.settle()
@@ -148,7 +149,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
             return step
 
-        with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
+        with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
             owners = batch.ahead if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)

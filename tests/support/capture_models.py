@@ -193,9 +193,21 @@ def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
 
 
 def staged_gradients(
-    captured: StagedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
+    captured: StagedPotential,
+    module: nn.Module,
+    batch: Batch,
+    step: Callable[[Batch], Any] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same through the four phases of all stages and the user's step around them."""
+    """The same through the four phases of all stages and the user's step around them.
+
+    Args:
+        captured: the potential in stages.
+        module: what it is a part of.
+        batch: one micro-batch.
+        step: the module's step, if not its training step.
+        options: of ``run_single_process``.
+    """
     outside = GradientBuffers()
     runner = CapturedStep(captured, module, outside.add)
     step = step or module.training_step
@@ -204,11 +216,11 @@ def staged_gradients(
     losses = []
 
     def loss(y: list[Tensor], x: list[Tensor]) -> Any:
-        result = runner.loss(0, step, batch, 1.0, y, x)
-        losses.append(loss_in(result.output).detach())
-        return result.gradients
+        output, seeds = runner.loss(0, 1.0, y, x)
+        losses.append(loss_in(output).detach())
+        return seeds
 
-    result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
+    result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss, **options)
     gradients: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         parts = [g for g in (result.gradients.get(parameter), outside.get(parameter)) if g is not None]
@@ -222,10 +234,12 @@ def loss_in(output: Any) -> Tensor:
     return output["loss"] if isinstance(output, dict) else output
 
 
-def assert_parity(captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
+def assert_parity(
+    captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10, **options: Any
+) -> None:
     """Loss and every parameter gradient equal those of the undivided double backward; none where that has none."""
     expected_loss, expected = eager_gradients(module, batch)
-    loss, found = staged_gradients(captured, module, batch)
+    loss, found = staged_gradients(captured, module, batch, **options)
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
     assert set(found) == set(expected)
     scale = max(float(g.abs().max()) for g in expected.values())

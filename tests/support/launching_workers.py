@@ -209,6 +209,7 @@ def main() -> None:
     folder, sizes, strategy = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
     module = module_of("lightning")
     trainer = library("lightning").Trainer(
         accelerator="cpu", **sizes, strategy=lightning_januspipe.JanusPipeStrategy(**strategy), max_epochs=2,
@@ -218,6 +219,7 @@ def main() -> None:
     trainer.strategy.barrier()
     result = {
         "rank": [trainer.global_rank, trainer.local_rank, trainer.node_rank, trainer.num_nodes],
+        "precision": [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32],
         "steps": trainer.global_step,
         "metrics": plain(trainer.callback_metrics),
         "state": plain(module.potential.state_dict()),

@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, EmulationError, emulated_stages
+from lightning_januspipe.bench.emulate.emulated_stage import (
+    EmulatedSplitStage,
+    EmulatedStage,
+    EmulationError,
+    emulated_stages,
+)
 from lightning_januspipe.bench.emulate.rank import (
     check_order,
     common_start,
@@ -157,12 +162,13 @@ class _MeshRank:
         self._stages: dict[int, EmulatedStage] = {}
         for s in schedule.stages_of(mesh.pipeline_rank):
             seconds = {phase: times(phase, s) for phase in Phase}
-            self._stages[s] = EmulatedStage(functions[s], schedule.num_stages, seconds, self._ran)
+            kind = EmulatedSplitStage if schedule.is_split(s) else EmulatedStage
+            self._stages[s] = kind(functions[s], schedule.num_stages, seconds, self._ran)
         self._message_bytes, self._timeout = message_bytes, timeout
         self._links: Links | None = None
         if mesh.down_group is not None and mesh.up_group is not None:
             self._links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
-        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, self._links, _CPU, timeout)
+        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, self._links, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
         self._gradient = nn.Parameter(torch.zeros(_GRADIENT, dtype=torch.float64))
