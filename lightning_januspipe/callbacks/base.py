@@ -8,16 +8,16 @@ from lightning_januspipe.runtime.runner import Runner
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelSummary
+    from lightning.pytorch.callbacks import ModelSummary, RichProgressBar
 else:
     try:
         from lightning.pytorch import Callback, LightningModule, Trainer
-        from lightning.pytorch.callbacks import ModelSummary
+        from lightning.pytorch.callbacks import ModelSummary, RichProgressBar
     except ModuleNotFoundError:
         from pytorch_lightning import Callback, LightningModule, Trainer
-        from pytorch_lightning.callbacks import ModelSummary
+        from pytorch_lightning.callbacks import ModelSummary, RichProgressBar
 
-__all__ = ["Callback", "LightningModule", "ModelSummary", "Trainer", "runner_of"]
+__all__ = ["Callback", "LightningModule", "ModelSummary", "RichProgressBar", "Trainer", "runner_of"]
 
 
 def runner_of(trainer: Trainer) -> Runner | None:

@@ -58,6 +58,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def setup(self, trainer: Trainer) -> None:
         """Check what the strategy cannot train, then set up as every strategy does."""
         assert self.mesh is not None
+        self._take_over_samplers(trainer)
         self.runner = None if self._captures else SingleStage(self._module, self.mesh)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
@@ -201,13 +202,17 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """FE and FF, then the user's step on every rank."""
         with self.precision_plugin.val_step_context():
-            return self._evaluate(self._module.validation_step, *args, **kwargs)
+            output = self._evaluate(self._module.validation_step, *args, **kwargs)
+            self._discard_repeated()
+            return output
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`validation_step`."""
         with self.precision_plugin.test_step_context():
-            return self._evaluate(self._module.test_step, *args, **kwargs)
+            output = self._evaluate(self._module.test_step, *args, **kwargs)
+            self._discard_repeated()
+            return output
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +247,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
+            self._hand_back_samplers(module.trainer)
         if self._shutdown is not None:
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None

@@ -27,9 +27,9 @@ from lightning_januspipe.bench.emulate.rank import (
 )
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
-from lightning_januspipe.engine.p2p import Links
 from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.mesh import Mesh, MeshShape
+from lightning_januspipe.runtime.build import pipeline_links
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.costs import Costs, action_times
 
@@ -165,9 +165,7 @@ class _MeshRank:
             kind = EmulatedSplitStage if schedule.is_split(s) else EmulatedStage
             self._stages[s] = kind(functions[s], schedule.num_stages, seconds, self._ran)
         self._message_bytes, self._timeout = message_bytes, timeout
-        self._links: Links | None = None
-        if mesh.down_group is not None and mesh.up_group is not None:
-            self._links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
+        self._links = pipeline_links(mesh) if mesh.shape.size > 1 else None
         self._executor = Executor(mesh.pipeline_rank, self._stages, spec, self._links, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
