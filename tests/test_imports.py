@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": set(),
     "engine": {"errors", "schedule"},
     "loader": {"keys", "mesh"},
-    "capture": {"engine", "errors"},
+    "capture": {"engine", "errors", "schedule"},
     "graph": {"capture", "engine", "errors", "loader"},
     "data": {"keys", "loader"},
     "models": {"checkpoint", "keys"},

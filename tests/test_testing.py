@@ -98,7 +98,7 @@ class Faulty(PotentialConformance):
             faulty_clients.wrong_message,
             "two-stages",
             r"Faulty on molecules: JanusPipeStrategy\(pipeline_size=2, data_size=1, graph_size=1, num_microbatches=3\) "
-            r"on 2 rank\(s\) does not train as one process does: rank \d: the gradient of .* in step 0 differs by",
+            r"on 2 rank\(s\) does not train as a plain Trainer does: rank \d: the gradient of .* in step 0 differs by",
         ),
         (
             faulty_clients.ScaledGradient,
@@ -124,7 +124,7 @@ def test_faulty_models_are_told(
     monkeypatch.setattr(Faulty, "pool", pool)
     Faulty.setup_class()
     with pytest.raises(AssertionError, match=message):
-        Faulty().test_trains_as_in_one_process("molecules", strategy)
+        Faulty().test_trains_as_undivided("molecules", strategy)
 
 
 def test_single_precision_is_told() -> None:

@@ -16,8 +16,8 @@ from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import PhaseMode, validate
-from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.errors import CaptureError, TooFewParts, shown
+from lightning_januspipe.schedule import PhaseCosts
 
 _REFINEMENTS = 3
 _LEAST_GAIN = 0.02
@@ -25,12 +25,12 @@ _LEAST_GAIN = 0.02
 _TRIED_BOUNDS = 20_000
 
 _Divided = TypeVar("_Divided", bound=StagedPotential)
-StepTime = Callable[[list[PhaseSeconds]], float]
+StepTime = Callable[[list[PhaseCosts]], float]
 
 
 def fastest(
-    measured: list[tuple[_Divided, list[PhaseSeconds]]], step_time: StepTime | None
-) -> tuple[_Divided, list[PhaseSeconds]]:
+    measured: list[tuple[_Divided, list[PhaseCosts]]], step_time: StepTime | None
+) -> tuple[_Divided, list[PhaseCosts]]:
     """The cut with the shortest step; one with more stages, and so more messages, has to gain what it may cost."""
     best = measured[0]
     for other in measured[1:]:
@@ -48,7 +48,7 @@ def balance(
     call: PotentialCall,
     phase_mode: PhaseMode,
     placement: Sequence[int],
-) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+) -> tuple[CapturedPotential, list[PhaseCosts]]:
     """Validate, measure all phases, and move the cut to where these are balanced.
 
     A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
@@ -56,7 +56,7 @@ def balance(
     """
     folded = replace(phase_mode, split_stages=False)  # costs are those of a stage whose phases are together
 
-    def measured(candidate: CapturedPotential) -> list[PhaseSeconds]:
+    def measured(candidate: CapturedPotential) -> list[PhaseCosts]:
         return validate(candidate, potential, call, folded, num_runs=2)  # the second run is warm
 
     several = placement if len(placement) > len(set(placement)) else None
@@ -82,7 +82,7 @@ def _key(cut: Cut) -> tuple[int, ...]:
     return tuple(len(b) for b in cut.bodies)
 
 
-def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
+def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseCosts]) -> Profile:
     scaled = dict(profile.seconds)
     for names, cost, measured in zip(cut.bodies, cut.costs, seconds, strict=True):
         for name in names:
@@ -90,7 +90,7 @@ def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseSeconds]) -> Profile:
     return replace(profile, seconds=scaled)
 
 
-def _slowest(seconds: Sequence[PhaseSeconds], placement: Sequence[int]) -> float:
+def _slowest(seconds: Sequence[PhaseCosts], placement: Sequence[int]) -> float:
     """Time of the busiest rank."""
     work = dict.fromkeys(placement, 0.0)
     for rank, stage in zip(placement, seconds, strict=True):
@@ -104,7 +104,7 @@ def balance_parts(
     call: PotentialCall,
     phase_mode: PhaseMode,
     placements: Sequence[Sequence[int]],
-) -> list[tuple[ExplicitPotential, list[PhaseSeconds]]]:
+) -> list[tuple[ExplicitPotential, list[PhaseCosts]]]:
     """Validate a potential's own parts, measure them, and join them to balanced stages for each placement.
 
     Args:

@@ -35,9 +35,8 @@ from lightning_januspipe.capture.validate.against_eager import (
     validate_evaluation,
 )
 from lightning_januspipe.capture.validate.side_effects import unchanged
-from lightning_januspipe.engine.memory import PhaseBytes
-from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 StageOrigin = Literal["auto", "captured", "explicit"]
 """Where stages come from: tracing, the potential's own, or the first of these two that works."""
@@ -57,17 +56,17 @@ class Capture:
     """
 
     potential: StagedPotential
-    seconds: list[PhaseSeconds]
-    bytes: list[PhaseBytes]
+    costs: list[PhaseCosts]
+    memory: list[MemoryCosts]
     elapsed: float
     origin: str
     alternative: str = ""
 
     def describe(self) -> str:
         """One line for a user: what was found, and how it is divided."""
-        total = sum(s.total for s in self.seconds)
-        shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.seconds)
-        num, num_stages = sum(self.potential.num_operations), len(self.seconds)
+        total = sum(s.total for s in self.costs)
+        shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.costs)
+        num, num_stages = sum(self.potential.num_operations), len(self.costs)
         stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
         return (
             f"potential {shown(self.potential.path)} {self.origin}: {num} {self.potential.operation_word} in "
@@ -132,9 +131,9 @@ def capture_module(
         validate_evaluation(captured, evaluated, evaluation)
         captured = captured.with_validated((job.potential, job.other), (evaluated, evaluation))
         folded = replace(phase_mode, split_stages=False)
-        bytes_ = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].bytes
-        assert bytes_ is not None
-    return Capture(captured, seconds, bytes_, time.perf_counter() - began, origin, alternative)
+        memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].memory
+        assert memory is not None
+    return Capture(captured, seconds, memory, time.perf_counter() - began, origin, alternative)
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,9 @@ class _CaptureJob:
     cache: ProgramCache | None
 
 
-def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseSeconds], str, str]:
+def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseCosts], str, str]:
     """Returns stages, their times, their origin, and the alternative to them: the first way that works."""
-    ways: dict[str, Callable[[_CaptureJob], tuple[StagedPotential, list[PhaseSeconds], str]]]
+    ways: dict[str, Callable[[_CaptureJob], tuple[StagedPotential, list[PhaseCosts], str]]]
     ways = {"captured": _from_trace, "explicit": _from_explicit_parts}
     has_own = isinstance(job.potential, ExplicitStages)
     if stages == "explicit" and not has_own:
@@ -185,7 +184,7 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
     raise CaptureError(f"{refused[0]} The potential's own stages were refused too: {refused[1]}") from refused[0]
 
 
-def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseSeconds], str]:
+def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseCosts], str]:
     """A potential that is traced, or was traced before; what the cache gives is proved like a new trace."""
     adapters = adapters_of(job.potential)
     call, other = (
@@ -216,14 +215,14 @@ def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseSeconds]
 
 def _cut(
     job: _CaptureJob, call: PotentialCall, form: CallFormat, program: Program
-) -> tuple[CapturedPotential, list[PhaseSeconds]]:
+) -> tuple[CapturedPotential, list[PhaseCosts]]:
     """A traced potential in balanced, validated stages."""
     regions = find_regions(program, call.read_outputs)
     captured = CapturedPotential(
         call.path, program, regions, Cut([], [], []), form, call.replaced, call.step_parameters
     )
     profile = measure(program, regions, job.potential, captured.inputs(job.potential)(job.other.args, job.other.kwargs))
-    measured: list[tuple[CapturedPotential, list[PhaseSeconds]]] = []
+    measured: list[tuple[CapturedPotential, list[PhaseCosts]]] = []
     for placement in job.placements:
         ranks = placement if len(placement) > len(set(placement)) else None
         try:
@@ -235,7 +234,7 @@ def _cut(
     return fastest(measured, job.step_time)
 
 
-def _from_explicit_parts(job: _CaptureJob) -> tuple[StagedPotential, list[PhaseSeconds], str]:
+def _from_explicit_parts(job: _CaptureJob) -> tuple[StagedPotential, list[PhaseCosts], str]:
     parts = explicit_potential(job.potential, job.call, job.other)
     measured = balance_parts(parts, job.potential, job.other, job.phase_mode, job.placements)
     return *fastest(measured, job.step_time), "divided by itself (explicit stages)"

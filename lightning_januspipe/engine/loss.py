@@ -1,22 +1,58 @@
-"""The loss of a user's step."""
+"""The loss of a user's step, and the seeds that it gives to the backward passes of the stages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_januspipe.engine.autocast import OFF, autocast_as, forget_casts
+from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.errors import CaptureError
 
 
+class LossLeaves:
+    """Leaves from which a loss is computed instead of energies and forces; their gradients seed BF and BE.
+
+    Args:
+        observables: Values of the potential that the loss reads.
+        derivatives: Complete ∂E/∂x.
+
+    Attributes:
+        observables: A leaf for each observable.
+        derivatives: A leaf for each derivative.
+        inputs: The leaves that can be differentiated.
+    """
+
+    def __init__(self, observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> None:
+        self.observables = [y.detach().requires_grad_(y.is_floating_point()) for y in observables]
+        self.derivatives = [x.detach().requires_grad_() for x in derivatives]
+        self.inputs = [v for v in (*self.observables, *self.derivatives) if v.requires_grad]
+
+    def seeds(self, gradients: Sequence[Tensor | None]) -> LossGradients:
+        """Returns the seeds, with zeros for derivatives that the loss does not read.
+
+        Args:
+            gradients: Of the loss with respect to :attr:`inputs`, None where it does not depend on one.
+        """
+        given = iter(gradients)
+        observables = [next(given) if y.requires_grad else None for y in self.observables]
+        return LossGradients(
+            observables, [torch.zeros_like(x) if g is None else g for g, x in zip(given, self.derivatives, strict=True)]
+        )
+
+
 def loss_in(output: Any, name: str) -> Tensor:
-    """The loss in what a training step returned.
+    """Returns the loss in what a training step returned.
+
+    Args:
+        output: What the step returned.
+        name: Class of the LightningModule, for the message.
 
     Raises:
-        CaptureError: there is none.
+        CaptureError: There is none.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -28,12 +64,12 @@ def loss_in(output: Any, name: str) -> Tensor:
 
 
 def gradients_of_loss(loss: Tensor, weight: float, inputs: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of a weighted loss, as a Trainer's backward pass has them: outside autocast.
+    """Returns the gradients of a weighted loss, as a Trainer's backward pass computes them: outside autocast.
 
     Args:
-        loss: of one micro-batch.
-        weight: its factor. A loss in half precision is weighted in float32, where the factor of a gradient scaler fits.
-        inputs: what to differentiate with respect to; None is returned for those that the loss does not depend on.
+        loss: The loss of one micro-batch.
+        weight: Its factor. A loss in half precision is weighted in float32, where the factor of a gradient scaler fits.
+        inputs: What to differentiate with respect to; None is returned where the loss does not depend on an input.
     """
     with autocast_as(OFF):
         weighted = (loss.float() if loss.dtype == torch.float16 else loss) * weight
@@ -43,10 +79,14 @@ def gradients_of_loss(loss: Tensor, weight: float, inputs: list[Tensor]) -> list
 
 
 def require_finite(loss: Tensor, index: int) -> None:
-    """Refuse a loss that is NaN or infinite: every parameter would be lost with the next optimizer step.
+    """Refuses a loss that is NaN or infinite: every parameter would be lost with the next optimizer step.
+
+    Args:
+        loss: The loss.
+        index: Index of its micro-batch.
 
     Raises:
-        FloatingPointError: it is.
+        FloatingPointError: The loss is not finite.
     """
     if not bool(torch.isfinite(loss.detach()).all()):
         raise FloatingPointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_januspipe.engine.timeline import ActionRecorder
 from lightning_januspipe.schedule import Action
-
-
-@dataclass(frozen=True)
-class PhaseBytes:
-    """Bytes that one micro-batch holds between the phases of one stage.
-
-    Values received count; parameters, their gradients, the batch's own tensors and messages in transit do not.
-
-    Attributes:
-        energy: held from FE on, until BE (with deferral WE).
-        force: held in addition from FF on, until BF (with deferral WF).
-        kept: held in addition from BF on, until BE (with deferral WE).
-    """
-
-    energy: int
-    force: int
-    kept: int
 
 
 class StorageCounter(TorchDispatchMode):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,31 +12,42 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.memory import PhaseBytes, StorageCounter
-from lightning_januspipe.engine.specs import ChainSpec, LossGradients, PhaseSeconds, StageFunction
-from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.memory import StorageCounter
+from lightning_januspipe.engine.messages import Parts
+from lightning_januspipe.engine.phases import Passed, StepPhases
+from lightning_januspipe.engine.specs import ChainSpec, LossGradients, MicrobatchInput, StageFunction
+from lightning_januspipe.engine.stage import SplitStage, Stage
+from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 
 _Result = TypeVar("_Result")
+
+SHORTEST = 1e-7
+"""Seconds: phases too short to be measured get the least that counts."""
+
+_OWN_SUCCESSOR = {Phase.FE: Phase.FF, Phase.BF: Phase.BE}
+"""The phases that hand something on to another phase of the same stage, and that phase."""
 
 
 @dataclass(frozen=True)
 class SingleProcessResult:
-    """What one walk through the phases gave.
+    """The results of one micro-batch, and what its phases cost.
 
     Attributes:
-        observables: values that the loss reads.
-        derivatives: complete ∂E/∂x.
-        gradients: parameter gradients.
-        seconds: measured phase times of each stage.
-        bytes: measured memory of each stage, if asked for. A split stage holds ``energy`` on both ranks, and
-            ``force`` on that of FF.
+        observables: Values that the loss reads.
+        derivatives: Complete ∂E/∂x.
+        gradients: Parameter gradients.
+        costs: Measured seconds of the phases of each stage. FF of a split stage counts FE's recomputation, and BF the
+            way back through it.
+        memory: Measured bytes of each stage, if asked for. Values received count; parameters, their gradients, the
+            batch's own tensors and messages in transit do not. A split stage holds ``energy`` on both ranks, and
+            ``force`` on the rank of FF.
     """
 
     observables: list[Tensor]
     derivatives: list[Tensor]
     gradients: GradientBuffers
-    seconds: list[PhaseSeconds]
-    bytes: list[PhaseBytes] | None = None
+    costs: list[PhaseCosts]
+    memory: list[MemoryCosts] | None = None
 
 
 def run_single_process(
@@ -49,149 +59,146 @@ def run_single_process(
     defer: bool = False,
     split_stages: Collection[int] = frozenset(),
     measure_memory: bool = False,
-    on_phase: Callable[[str, int], None] | None = None,
+    on_action: Callable[[Action], None] | None = None,
 ) -> SingleProcessResult:
-    """Walk one micro-batch through all phases of all stages.
+    """Runs all phases of all stages for one micro-batch.
 
     Args:
-        functions: the stages, in order.
-        chain: what they share.
-        tensors: the potential call's tensors, and on a graph rank its exchanges.
-        loss: called with (observables, derivatives).
-        defer: leave what only parameters wait for to WF and WE.
-        split_stages: indices of the stages whose FF and BF run as on another rank than FE and BE.
-        measure_memory: also measure what each stage holds between its phases (times then mean little).
-        on_phase: called with the name of a phase and its stage before each of them.
+        functions: The stages, in order.
+        chain: What they share.
+        tensors: The potential call's tensors, and on a graph rank its exchanges.
+        loss: Called with (observables, derivatives).
+        defer: Leave what only parameters wait for to WF and WE.
+        split_stages: Indices of the stages whose FF and BF run as on another rank than FE and BE.
+        measure_memory: Also measure what each stage holds between its phases (times then mean little).
+        on_action: Called before each action.
     """
     gradients = GradientBuffers()
-    stages = [Stage(f, gradients, chain.autocast) for f in functions]
-    others = {i: Stage(functions[i], gradients, chain.autocast) for i in split_stages}
-    meter = _Meter(functions, gradients, others, tensors, measure_memory, on_phase)
-    observables: dict[int, Tensor] = {}
-    received: dict[int, list[Tensor]] = {}
-    boundary: list[Tensor] = []
-    for i, stage in enumerate(stages):
-        received[i] = boundary
-        boundary, values = meter.run("fe", i, partial(stage.forward_energy, 0, tensors), boundary)
-        observables.update(zip(stage.function.observables, values, strict=True))
-    known = [observables[i] for i in range(len(chain.observables))]
-    boundary, derivatives = [], None
-    for i, stage in reversed(list(enumerate(stages))):
-        if i in others:
-            meter.run("recompute", i, partial(others[i].recompute_energy, 0, tensors), received[i])
-        boundary, parts = meter.run(
-            "ff", i, partial(others.get(i, stage).forward_force, 0), chain.force_seeds(i, boundary)
-        )
-        derivatives = parts if derivatives is None else [a + b for a, b in zip(derivatives, parts, strict=True)]
-    assert derivatives is not None
-    seeds = loss(known, derivatives)
-    boundary, more = [], {}
-    for i, stage in enumerate(stages):
-        given = boundary, seeds.derivatives
-        if i in others:
-            boundary, more[i] = meter.run("bf", i, partial(others[i].backward_force_apart, 0), *given)
-        else:
-            boundary = meter.run("bf", i, partial(stage.backward_force, 0, defer=defer), *given)
-    boundary = []
-    for i, stage in reversed(list(enumerate(stages))):
-        own = [seeds.observables[k] for k in stage.function.observables]
-        backward = partial(stage.backward_energy, 0, defer=defer, more=more.get(i, ()))
-        boundary = meter.run("be", i, backward, chain.read_cotangents(i, boundary, seeds.observables), own)
-    for i, stage in enumerate(stages if defer else ()):
-        if i not in others:
-            meter.run("wf", i, partial(stage.weight_force, 0))
-        meter.run("we", i, partial(stage.weight_energy, 0))
-    return SingleProcessResult(
-        known, derivatives, gradients, meter.seconds(), meter.bytes(defer) if measure_memory else None
-    )
+    stages = {
+        i: (SplitStage if i in split_stages else Stage)(function, gradients, chain.autocast)
+        for i, function in enumerate(functions)
+    }
+    results: list[list[Tensor]] = []
+
+    def kept_loss(_: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+        results.extend((observables, derivatives))
+        return loss(observables, derivatives)
+
+    actions = _one_microbatch(len(functions), defer, split_stages)
+    phases = _MeasuredPhases(stages, chain, tensors, actions, kept_loss, gradients, measure_memory)
+    chain_parts, own_parts = Parts[Tensor](), dict[tuple[Phase, int], Parts[Tensor]]()
+    before: Phase | None = None
+    for action in actions:
+        if on_action is not None:
+            on_action(action)
+        if action == (Phase.BF, 0, 0):
+            phases.loss_gradients(0)  # before the phase, whose time does not count it
+        chain_parts = chain_parts if action.phase is before else Parts()
+        made = phases.run(action, Passed(chain_parts, own_parts.pop((action.phase, action.stage), Parts())))
+        chain_parts, before = made.chain, action.phase
+        if action.phase in _OWN_SUCCESSOR:
+            own_parts[_OWN_SUCCESSOR[action.phase], action.stage] = made.own
+    observables, derivatives = results
+    memory = phases.memory(split_stages) if measure_memory else None
+    return SingleProcessResult(observables, derivatives, gradients, phases.costs(), memory)
 
 
-class _Meter:
-    """Runs phases, and measures their time and what is alive after them.
+def _one_microbatch(num_stages: int, defer: bool, split_stages: Collection[int]) -> list[Action]:
+    """Returns the actions of a micro-batch in the order of the chain; a split stage defers nothing of BF."""
+    found = []
+    for phase in (Phase.FE, Phase.FF, Phase.BF, Phase.BE):
+        order = range(num_stages) if phase in (Phase.FE, Phase.BF) else reversed(range(num_stages))
+        found += [Action(phase, stage, 0) for stage in order]
+    for stage in range(num_stages) if defer else ():
+        found += [Action(Phase.WF, stage, 0)] * (stage not in split_stages) + [Action(Phase.WE, stage, 0)]
+    return found
+
+
+class _MeasuredPhases(StepPhases):
+    """Measures the time of phases, and what is alive after them.
 
     To tell what a stage holds from what its messages hold, messages are copied when memory is measured.
     """
 
     def __init__(
         self,
-        functions: Sequence[StageFunction],
-        gradients: GradientBuffers,
-        split_stages: Collection[int],
+        stages: dict[int, Stage],
+        chain: ChainSpec,
         tensors: Sequence[Any],
-        memory: bool,
-        on_phase: Callable[[str, int], None] | None,
+        actions: Sequence[Action],
+        loss: Callable[[int, list[Tensor], list[Tensor]], LossGradients],
+        gradients: GradientBuffers,
+        measure_memory: bool,
     ) -> None:
-        self._functions, self._gradients, self._split_stages, self._on_phase = (
-            functions,
-            gradients,
-            split_stages,
-            on_phase,
-        )
-        self._cuda = any(isinstance(t, Tensor) and t.is_cuda for t in tensors)
-        self._seconds: list[dict[str, float]] = [{} for _ in functions]
-        self._alive: list[dict[str, int]] = [{} for _ in functions]
-        self._counters: dict[tuple[int, bool], StorageCounter] | None = {} if memory else None
+        super().__init__(stages, chain, len(stages), [MicrobatchInput(list(tensors), {})], actions, loss)
+        self._gradients = gradients
+        self._is_cuda = any(isinstance(t, Tensor) and t.is_cuda for t in tensors)
+        self._spent: dict[tuple[int, Phase], float] = {}
+        self._alive: dict[tuple[int, Phase], list[int]] = {}
+        self._counters: dict[tuple[int, bool], StorageCounter] | None = {} if measure_memory else None
 
-    def run(
-        self, phase: str, index: int, function: Callable[..., _Result], *messages: Sequence[Tensor | None]
-    ) -> _Result:
-        """One phase of one stage, with the messages that it receives."""
-        if self._counters is None:
-            return self._timed(phase, index, function, messages)
-        other = index in self._split_stages and phase in ("recompute", "ff", "bf")
-        counter = self._counters.setdefault((index, other), StorageCounter())
-        sent = self._counted(counter, phase, index, function, messages)
-        gradients = [self._gradients.get(p) for p in self._functions[index].parameters]
-        self._alive[index][phase] = counter.alive(without=[g for g in gradients if g is not None])
-        return sent
+    def costs(self) -> list[PhaseCosts]:
+        """Returns the seconds of the phases of each stage."""
 
-    def seconds(self) -> list[PhaseSeconds]:
-        """Times of each stage."""
-        return [PhaseSeconds(**s) for s in self._seconds]
+        def spent(stage: int, phase: Phase) -> float:
+            return max(self._spent.get((stage, phase), 0.0), 0.0 if phase in (Phase.WF, Phase.WE) else SHORTEST)
 
-    def bytes(self, defer: bool) -> list[PhaseBytes]:
-        """Memory of each stage."""
+        return [PhaseCosts(*(spent(stage, phase) for phase in Phase)) for stage in self._stages]
+
+    def memory(self, split_stages: Collection[int]) -> list[MemoryCosts]:
+        """Returns the bytes that a micro-batch holds in each stage."""
         found = []
-        for index, alive in enumerate(self._alive):
-            energy = alive["fe"]
-            force = alive["ff"] - alive.get("recompute", energy)
-            later = [alive["be"] - energy]
-            if index not in self._split_stages:
-                waiting = force if defer else 0  # for WF
-                later = [alive["bf"] - energy - waiting, alive["be"] - energy - waiting, alive.get("wf", 0) - energy]
-            found.append(PhaseBytes(energy, max(force, 0), max(*later, 0)))
+        for stage in self._stages:
+            energy, force_calls = self._alive[stage, Phase.FE][-1], self._alive[stage, Phase.FF]
+            force = force_calls[-1] - force_calls[0]
+            after_be = self._alive[stage, Phase.BE][-1] - energy
+            if stage in split_stages:
+                kept = after_be
+            else:
+                waiting = force if self._is_deferred else 0  # for WF
+                after_wf = self._alive.get((stage, Phase.WF), [0])[-1] - energy
+                kept = max(self._alive[stage, Phase.BF][-1] - energy - waiting, after_be - waiting, after_wf)
+            found.append(MemoryCosts(energy, max(force, 0), max(kept, 0)))
         return found
+
+    def _call(self, action: Action, function: Callable[..., _Result], *messages: Sequence[Tensor | None]) -> _Result:
+        if self._counters is None:
+            return self._timed(action, function, messages)
+        stage = self._stages[action.stage]
+        is_other_rank = isinstance(stage, SplitStage) and action.phase in (Phase.FF, Phase.BF)
+        counter = self._counters.setdefault((action.stage, is_other_rank), StorageCounter())
+        result = self._counted(counter, action, function, messages)
+        gradients = [self._gradients.get(p) for p in stage.function.parameters]
+        alive = counter.alive(without=[g for g in gradients if g is not None])
+        self._alive.setdefault((action.stage, action.phase), []).append(alive)
+        return result
 
     def _counted(
         self,
         counter: StorageCounter,
-        phase: str,
-        index: int,
+        action: Action,
         function: Callable[..., _Result],
         messages: Sequence[Sequence[Tensor | None]],
     ) -> _Result:
         received = _copied(messages)
         counter.note(t for t in pytree.tree_leaves(received) if t is not None)
         with counter:
-            result = self._timed(phase, index, function, received)
+            result = self._timed(action, function, received)
         return _copied(result)
 
     def _timed(
-        self, phase: str, index: int, function: Callable[..., _Result], messages: Sequence[Sequence[Tensor | None]]
+        self, action: Action, function: Callable[..., _Result], messages: Sequence[Sequence[Tensor | None]]
     ) -> _Result:
-        if self._on_phase is not None:
-            self._on_phase(phase, index)
         self._synchronize()
         began = time.perf_counter()
         result = function(*messages)
         self._synchronize()
-        name = "ff" if phase == "recompute" else phase
-        spent = self._seconds[index]
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+        key = action.stage, action.phase
+        self._spent[key] = self._spent.get(key, 0.0) + time.perf_counter() - began
         return result
 
     def _synchronize(self) -> None:
-        if self._cuda:
+        if self._is_cuda:
             torch.cuda.synchronize()
 
 

@@ -139,6 +139,10 @@ class ChainSpec:
     autocast: Autocast = OFF
     dependence: tuple[tuple[Dependence, ...], ...] = ()
 
+    def observables_before(self, stage: int) -> list[int]:
+        """Returns the indices of the observables that stages before this one compute."""
+        return [i for i, s in enumerate(self.observable_stage) if s < stage]
+
     def force_seeds(self, stage: int, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """What a stage received for FF, None for values that lead to no energy.
 
@@ -196,24 +200,3 @@ class MicrobatchInput:
 
     tensors: list[Any]
     symbols: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class PhaseSeconds:
-    """Measured seconds of the phases of one stage for one micro-batch.
-
-    Of a split stage, FF counts FE's recomputation and BF the way back through it. WF and WE are 0 where
-    nothing is deferred.
-    """
-
-    fe: float
-    ff: float
-    bf: float
-    be: float
-    wf: float = 0.0
-    we: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All phases."""
-        return self.fe + self.ff + self.bf + self.be + self.wf + self.we

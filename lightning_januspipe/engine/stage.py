@@ -1,11 +1,10 @@
-"""One stage and its phases (JanusPipe, section on SymFold): FE, FF, BF and BE of the same layers on one rank.
+"""One stage and its phases (JanusPipe, section on SymFold): FE, FF, BF and BE of the same layers.
 
 Each graph of autograd is walked once. BF goes back through the graph of FF and stops where it enters the graph of FE,
 keeping the gradients that arrive there; BE starts from these and from the cotangents of the stage's outputs. The naive
 form, which walks the graph of FF again in BE, does a sixth more work and makes BE the longest phase by far.
 
-Two variations: with ``defer``, BF and BE leave the products that only parameters wait for to WF and WE; and a stage
-may be *apart*, with FE and BE on one rank and FF and BF on another one that evaluates FE again (unfolded baselines).
+With ``defer``, BF and BE leave the products that only parameters wait for to WF and WE.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class _Inflight:
     energies: list[Tensor]
     observables: list[Tensor]
     coordinates: list[Tensor]
-    apart: bool = False
     seeds: list[Tensor] = field(default_factory=list)
     derivatives: list[Tensor] = field(default_factory=list)
     boundary_gradients: list[Tensor] = field(default_factory=list)
@@ -56,14 +54,12 @@ class _Inflight:
 class Stage:
     """Runs the phases of one stage, for any number of micro-batches in flight.
 
-    A micro-batch runs FE, FF, BF, BE, and if these are deferred WF any time after BF, and then WE after BE. In a stage
-    that is apart, one rank runs FE and BE (and WE), the other one :meth:`recompute_energy`, FF and
-    :meth:`backward_force_apart`.
+    A micro-batch runs FE, FF, BF, BE, and if these are deferred WF any time after BF, and then WE after BE.
 
     Args:
-        function: the stage as a pure function.
-        gradients: where parameter gradients are added up.
-        autocast: what FF differentiates under; all other phases run outside autocast.
+        function: The stage as a pure function.
+        gradients: Where parameter gradients are summed.
+        autocast: What FF differentiates under; all other phases run outside autocast.
     """
 
     def __init__(self, function: StageFunction, gradients: GradientBuffers, autocast: Autocast = OFF) -> None:
@@ -77,33 +73,50 @@ class Stage:
         return len(self._inflight)
 
     def clear(self) -> None:
-        """Forget all micro-batches, after an error or an evaluation."""
+        """Forgets all micro-batches, after an error or an evaluation."""
         self._inflight.clear()
 
     def forward_energy(
         self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """FE: values for the next stage, and this stage's observables, both detached."""
-        state = self._evaluate(tensors, boundary)
-        self._inflight[microbatch] = state
-        return [h.detach() for h in state.boundary_out], [y.detach() for y in state.observables]
+        """Runs FE.
 
-    def recompute_energy(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
-        """FE again, on the rank that runs FF and BF of a stage whose FE and BE are on another one."""
-        state = self._evaluate(tensors, boundary)
-        state.apart, state.observables = True, []
-        self._inflight[microbatch] = state
+        Args:
+            microbatch: Index of the micro-batch.
+            tensors: The potential call's tensors.
+            boundary: h_in from the stage before (none in the first stage).
+
+        Returns:
+            h_out for the stage after, and this stage's observables, both detached.
+        """
+        leaves = [h.detach().requires_grad_(_is_differentiable(h)) for h in boundary]
+        with torch.enable_grad(), autocast_as(OFF):
+            out = self.function(tensors, leaves)
+        self._inflight[microbatch] = _Inflight(leaves, out.boundary, out.energies, out.observables, out.coordinates)
+        return [h.detach() for h in out.boundary], [y.detach() for y in out.observables]
+
+    def begin_force(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
+        """Gets ready for FF. FE has run here, so there is nothing to do.
+
+        Args:
+            microbatch: Index of the micro-batch.
+            tensors: The potential call's tensors.
+            boundary: h_in, as FE has received it.
+        """
 
     def forward_force(
         self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """FF: ∂E/∂h_in for the stage before, and this stage's part of ∂E/∂x, both detached.
+        """Runs FF.
 
         Args:
-            microbatch: index of the micro-batch.
+            microbatch: Index of the micro-batch.
             boundary_gradients: ∂E/∂h_out from the stage after (none in the last stage), None where a value leads to no
                 energy.
-            create_graph: keep what BF needs; off in evaluation.
+            create_graph: Keep what BF needs; off in evaluation.
+
+        Returns:
+            ∂E/∂h_in for the stage before, and this stage's part of ∂E/∂x, both detached.
         """
         state = self._inflight[microbatch]
         if boundary_gradients:
@@ -135,21 +148,20 @@ class Stage:
         derivative_cotangents: Sequence[Tensor],
         *,
         defer: bool = False,
-    ) -> list[Tensor]:
-        """BF: back through the graph of FF, once.
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs BF: back through the graph of FF, once.
 
         Args:
-            microbatch: index of the micro-batch.
+            microbatch: Index of the micro-batch.
             boundary_cotangents: u_in = ∂L/∂g_in from the stage before (none in the first stage).
             derivative_cotangents: v = ∂L/∂(∂E/∂x).
-            defer: leave to WF what only parameters wait for.
+            defer: Leave to WF what only parameters wait for.
 
         Returns:
-            u_out = ∂L/∂g_out for the stage after.
+            u_out = ∂L/∂g_out for the stage after, and what another rank needs for BE: nothing, BE runs here.
         """
         state = self._inflight[microbatch]
-        assert not state.apart, "the other rank runs BE: use backward_force_apart"
-        roots = _rooted([*state.derivatives, *state.boundary_gradients], [*derivative_cotangents, *boundary_cotangents])
+        roots = _force_roots(state, boundary_cotangents, derivative_cotangents)
         seeds, leaves = _differentiated(state.seeds), _differentiated(state.boundary_in)
         parameters = self.function.parameters
         energy_graph = self._energy_graph(state)
@@ -167,32 +179,7 @@ class Stage:
         if not defer:
             self._gradients.add(parameters, found[num:])
         state.derivatives, state.boundary_gradients, state.seeds = [], [], []
-        return sent
-
-    @autocast_as(OFF)
-    def backward_force_apart(
-        self, microbatch: int, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """BF of a stage whose FE and BE are on another rank: back through the graphs of FF and of FE's recomputation.
-
-        Args:
-            microbatch: index of the micro-batch.
-            boundary_cotangents: u_in = ∂L/∂g_in from the stage before (none in the first stage).
-            derivative_cotangents: v = ∂L/∂(∂E/∂x).
-
-        Returns:
-            u_out = ∂L/∂g_out for the stage after, and μ_in, the part of ∂L/∂h_in through this stage's derivatives,
-            which the rank that runs BE adds to its own.
-        """
-        state = self._inflight.pop(microbatch)
-        assert state.apart, "FE was not recomputed: use backward_force"
-        roots = _rooted([*state.derivatives, *state.boundary_gradients], [*derivative_cotangents, *boundary_cotangents])
-        seeds, leaves = _differentiated(state.seeds), _differentiated(state.boundary_in)
-        parameters = self.function.parameters
-        found = gradients_of(roots, [*seeds, *leaves, *parameters])
-        num = len(seeds) + len(leaves)
-        self._gradients.add(parameters, found[num:])
-        return _for_all(found[: len(seeds)], state.seeds), _for_all(found[len(seeds) : num], state.boundary_in)
+        return sent, []
 
     @autocast_as(OFF)
     def backward_energy(
@@ -202,23 +189,22 @@ class Stage:
         observable_cotangents: Sequence[Tensor | None],
         *,
         defer: bool = False,
-        more: Sequence[Tensor] = (),
+        force_part: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """BE: back through the graph of FE, once.
+        """Runs BE: back through the graph of FE, once.
 
         Args:
-            microbatch: index of the micro-batch.
+            microbatch: Index of the micro-batch.
             boundary_cotangents: λ_out = ∂L/∂h_out from the stage after (none in the last stage), None where the loss
                 does not read a value.
             observable_cotangents: ∂L/∂y of this stage's observables, None where the loss does not read one.
-            defer: leave to WE what only parameters wait for.
-            more: μ_in from the rank that runs FF and BF, where that is another one.
+            defer: Leave to WE what only parameters wait for.
+            force_part: μ_in of a split stage, from the rank that ran BF.
 
         Returns:
             λ_in = ∂L/∂h_in for the stage before.
         """
         state = self._inflight[microbatch]
-        assert not state.apart, "BE runs on the other rank"
         assert defer or state.force_weights is None, "BE without deferral needs what WF finds"
         roots = _rooted([*state.boundary_out, *state.observables], [*boundary_cotangents, *observable_cotangents])
         roots += state.entering
@@ -232,8 +218,8 @@ class Stage:
         if state.boundary_part is not None:
             found[: len(leaves)] = [_sum(a, b) for a, b in zip(found, state.boundary_part, strict=False)]
         sent = _for_all(found[: len(leaves)], state.boundary_in)
-        if more:
-            sent = [a + b if _is_differentiable(a) else a for a, b in zip(sent, more, strict=True)]
+        if force_part:
+            sent = [a + b if _is_differentiable(a) else a for a, b in zip(sent, force_part, strict=True)]
         if defer:
             # Of the graph of FE only what the deferred joins hold is left.
             self._inflight[microbatch] = _Inflight(
@@ -245,7 +231,7 @@ class Stage:
 
     @autocast_as(OFF)
     def weight_force(self, microbatch: int) -> None:
-        """WF: parameter gradients that BF deferred; also keeps for WE what arrives at the graph of FE."""
+        """Runs WF: parameter gradients that BF deferred; also keeps for WE what arrives at the graph of FE."""
         state = self._inflight[microbatch]
         assert state.force_weights is not None, "BF did not defer, or WF ran before"
         deferred, state.force_weights = state.force_weights, None
@@ -256,7 +242,7 @@ class Stage:
 
     @autocast_as(OFF)
     def weight_energy(self, microbatch: int) -> None:
-        """WE: parameter gradients that BE deferred, and those of what WF kept."""
+        """Runs WE: parameter gradients that BE deferred, and gradients of what WF kept."""
         state = self._inflight[microbatch]
         assert state.energy_weights is not None, "BE did not defer, or did not run yet"
         assert state.force_weights is None, "WE needs what WF finds"
@@ -265,12 +251,6 @@ class Stage:
         parameters = self.function.parameters
         found, _ = walk_to_parameters(state.energy_weights, parameters, retain_graph=False)
         self._gradients.add(parameters, found)
-
-    def _evaluate(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> _Inflight:
-        leaves = [h.detach().requires_grad_(_is_differentiable(h)) for h in boundary]
-        with torch.enable_grad(), autocast_as(OFF):
-            out = self.function(tensors, leaves)
-        return _Inflight(leaves, out.boundary, out.energies, out.observables, out.coordinates)
 
     def _energy_graph(self, state: _Inflight) -> Graph:
         if state.energy_graph is not None:
@@ -282,8 +262,82 @@ class Stage:
         return explore((get_gradient_edge(v).node for v in outputs), leaves)
 
 
+class SplitStage(Stage):
+    """Runs the phases of a stage whose FE and BE (and WE) are on one rank, and FF and BF on another one.
+
+    Unfolded schedules, baselines to compare with, place stages like that. The rank of FF and BF evaluates FE once more,
+    so that both ranks have a graph of it, and the gradients of the parameters are on both. An object of this class runs
+    the phases of either rank; in one process it runs all of them, without mixing the two ranks' graphs.
+
+    Args: See :class:`Stage`.
+    """
+
+    def __init__(self, function: StageFunction, gradients: GradientBuffers, autocast: Autocast = OFF) -> None:
+        super().__init__(function, gradients, autocast)
+        self._force_rank = Stage(function, gradients, autocast)
+
+    @property
+    def num_inflight(self) -> int:
+        """Micro-batches between their first and their last phase here."""
+        return super().num_inflight + self._force_rank.num_inflight
+
+    def clear(self) -> None:
+        """Forgets all micro-batches."""
+        super().clear()
+        self._force_rank.clear()
+
+    def begin_force(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
+        """Evaluates FE again, on the rank of FF; see :meth:`Stage.begin_force`."""
+        self._force_rank.forward_energy(microbatch, tensors, boundary)
+        self._force_rank._inflight[microbatch].observables = []  # BE reads them, which is on the other rank
+
+    def forward_force(
+        self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs FF; see :meth:`Stage.forward_force`."""
+        return self._force_rank.forward_force(microbatch, boundary_gradients, create_graph=create_graph)
+
+    @autocast_as(OFF)
+    def backward_force(
+        self,
+        microbatch: int,
+        boundary_cotangents: Sequence[Tensor],
+        derivative_cotangents: Sequence[Tensor],
+        *,
+        defer: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs BF: back through the graphs of FF and of FE's recomputation.
+
+        Args:
+            microbatch: Index of the micro-batch.
+            boundary_cotangents: u_in = ∂L/∂g_in from the stage before (none in the first stage).
+            derivative_cotangents: v = ∂L/∂(∂E/∂x).
+            defer: Has no effect: the rank of FF and BF defers nothing.
+
+        Returns:
+            u_out = ∂L/∂g_out for the stage after, and μ_in, the part of ∂L/∂h_in through this stage's derivatives,
+            which the rank that runs BE adds to its own.
+        """
+        state = self._force_rank._inflight.pop(microbatch)
+        roots = _force_roots(state, boundary_cotangents, derivative_cotangents)
+        seeds, leaves = _differentiated(state.seeds), _differentiated(state.boundary_in)
+        parameters = self.function.parameters
+        found = gradients_of(roots, [*seeds, *leaves, *parameters])
+        num = len(seeds) + len(leaves)
+        self._gradients.add(parameters, found[num:])
+        return _for_all(found[: len(seeds)], state.seeds), _for_all(found[len(seeds) : num], state.boundary_in)
+
+
+def _force_roots(
+    state: _Inflight, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
+) -> Rooted:
+    """Returns where BF starts: at the results of FF, with u_in and v."""
+    results = [*state.derivatives, *state.boundary_gradients]
+    return _rooted(results, [*derivative_cotangents, *boundary_cotangents])
+
+
 def _rooted(values: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Rooted:
-    """Where to start a walk: the values that have a gradient and a cotangent."""
+    """Returns where to start a walk: the values that have a gradient and a cotangent."""
     pairs = zip(values, cotangents, strict=True)
     return [(get_gradient_edge(v), g) for v, g in pairs if v.requires_grad and g is not None]
 
@@ -293,7 +347,7 @@ def _differentiated(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _for_all(gradients: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor]:
-    """One gradient for each value, zeros where there is none, from those of the values that require one."""
+    """Returns one gradient for each value, zeros where there is none; given are those of values that require one."""
     given = iter(gradients)
     return [_or_zeros(next(given) if v.requires_grad else None, v) for v in values]
 

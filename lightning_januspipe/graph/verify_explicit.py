@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
+from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError, PipelineError, shown
@@ -84,17 +85,14 @@ def _results(
             observables, derivatives = axis.gather_results(0, observables, derivatives)
         words = [f"the result {name!r}" for name in names]
         words += [f"the derivative by {name!r}" for name in staged.coordinates]
-        values = [v.detach().requires_grad_(v.is_floating_point()) for v in (*observables, *derivatives)]
+        leaves = LossLeaves(observables, derivatives)
+        values = [*leaves.observables, *leaves.derivatives]
         outputs.extend((what, v.detach()) for what, v in zip(words, values, strict=True))
         if not weights:
             weights.extend(draw_weights(values))
         with torch.enable_grad():
             terms = force_loss(values, weights)
-            found = iter(torch.autograd.grad(terms, [v for v in values if v.requires_grad]))
-        seeds = [next(found) if v.requires_grad else None for v in values]
-        num = len(observables)
-        tangents = [torch.zeros_like(v) if s is None else s for s, v in zip(seeds[num:], values[num:], strict=True)]
-        gradients = LossGradients(seeds[:num], tangents)
+            gradients = leaves.seeds(torch.autograd.grad(terms, leaves.inputs))
         return gradients if axis is None else axis.own_gradients(0, gradients)
 
     functions = [local.stage(i, potential) for i in range(local.num_stages)]

@@ -26,7 +26,7 @@ from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPoten
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.plan.measure import Measured
-from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
+from lightning_januspipe.schedule import Action, MemoryCosts, PhaseCosts
 
 MOST_MICROBATCHES = 4
 """That are divided: those of the first batch."""
@@ -270,20 +270,20 @@ class Sharing:
             part = given if axis is None else axis.shard_inputs(0, given)
             if group is not None:
                 group.begin()
-            on_phase = None if group is None else group.on_phase
-            result = run_single_process(functions, captured.chain, part.tensors, loss, on_phase=on_phase, **manner)
+            on_action = None if group is None else group.on_action
+            result = run_single_process(functions, captured.chain, part.tensors, loss, on_action=on_action, **manner)
             return result, {} if group is None else group.sent
 
         return walk
 
 
 def _seconds(result: SingleProcessResult) -> float:
-    return sum(of_stage.total for of_stage in result.seconds)
+    return sum(of_stage.total for of_stage in result.costs)
 
 
-def _held(result: SingleProcessResult) -> int:
+def _held(result: SingleProcessResult) -> float:
     """Bytes that a micro-batch holds at most on all stages together."""
-    return sum(b.energy + max(b.force, b.kept) for b in result.bytes or [])
+    return sum(b.energy + max(b.force, b.kept) for b in result.memory or [])
 
 
 def _division(sharded: ShardedPotential, word: Any, divisions: Sequence[Mapping[str, Sequence[Shard]]]) -> GraphShare:
@@ -354,9 +354,9 @@ class CountingGroup(dist.ProcessGroup):
         """Count from here."""
         self.sent = {}
 
-    def on_phase(self, phase: str, stage: int) -> None:
+    def on_action(self, action: Action) -> None:
         """What follows belongs to a phase of a stage."""
-        self._phase = (phase, stage)
+        self._phase = (action.phase.value.lower(), action.stage)
 
     def _count(self, num_bytes: float) -> dist.Work:
         size, number = self.sent.get(self._phase, (0.0, 0.0))

@@ -17,11 +17,11 @@ from lightning_januspipe.capture.report import CutReport, report
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate
 from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
+from lightning_januspipe.engine.messages import MessageForm, Parts, message_specs
 from lightning_januspipe.engine.p2p import packed_size
-from lightning_januspipe.engine.specs import PhaseSeconds, TensorSpec
+from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.errors import TooFewParts
 from lightning_januspipe.plan.compare import CutCosts
-from lightning_januspipe.runtime.planner import memory_costs, phase_costs
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
 
@@ -80,29 +80,17 @@ class Measured:
 
     def message_bytes(self, message: Message) -> int:
         """Bytes of a message as the executor packs it: the boundary, and what goes with it."""
-        source, target = message
-        chain = self.potential.chain
-        before = [spec for _, spec in self.boundary(target.stage - 1)] if target.stage else []
-        behind = [spec for _, spec in self.boundary(target.stage)] if target.stage < self.num_stages - 1 else []
-        specs: list[TensorSpec]
-        if source.phase is target.phase is Phase.FE:
-            owned = zip(chain.observables, chain.observable_stage, strict=True)
-            specs = [*before, *(spec for spec, owner in owned if owner < target.stage)]
-        elif source.phase is target.phase is Phase.FF:
-            specs = [*behind, *chain.coordinates, *chain.observables]
-        elif source.phase is target.phase is Phase.BF:
-            specs = [*before, *chain.coordinates]
-        elif source.phase is target.phase is Phase.BE:
-            specs = behind
-        elif source.phase is Phase.FE:
-            specs = [*before, *(chain.observables if target.stage == self.num_stages - 1 else ())]
-        else:
-            specs = [*before, *chain.coordinates, *chain.observables]
-        return packed_size([(spec.sizes(self.symbols), spec.dtype) for spec in specs])
+        stage = message.target.stage
+        before = [spec for _, spec in self.boundary(stage - 1)] if stage else []
+        behind = [spec for _, spec in self.boundary(stage)] if stage < self.num_stages - 1 else []
+        return self._packed(message_specs(message, self.potential.chain, self.num_stages, before, behind))
 
     def boundary_bytes(self, stage: int) -> int:
         """Bytes of what a stage passes on to the next one, on this micro-batch."""
-        return packed_size([(spec.sizes(self.symbols), spec.dtype) for _, spec in self.boundary(stage)])
+        return self._packed(Parts([spec for _, spec in self.boundary(stage)]))
+
+    def _packed(self, specs: Parts[TensorSpec]) -> int:
+        return packed_size(MessageForm(specs, self.symbols).shapes())
 
     def stages(self, num_ranks: int) -> CutCosts:
         """The costs for schedules of a number of ranks.
@@ -201,24 +189,24 @@ def _measured(
     tensors = captured.inputs(submodule)(call.args, call.kwargs)
     profile = captured.profile(submodule, tensors)
     validate(captured, submodule, call, DEFAULT_MODE)  # and a first walk without deferral, which warms up
-    walks: dict[bool, list[list[PhaseSeconds]]] = {False: [], True: []}
+    walks: dict[bool, list[list[PhaseCosts]]] = {False: [], True: []}
     began = time.perf_counter()
     while True:
         for defer, found in walks.items():  # in turn, so that what else the machine does meets both
-            found.append(run_staged(captured, submodule, call, PhaseMode(defer=defer))[1].seconds)
+            found.append(run_staged(captured, submodule, call, PhaseMode(defer=defer))[1].costs)
         num = len(walks[False])
         if num >= (repeats or _LEAST_REPEATS) and (repeats or time.perf_counter() - began > _SECONDS):
             break
     memory = []
     for defer in walks:
         result = run_staged(captured, submodule, call, PhaseMode(defer=defer), measure_memory=True)[1]
-        assert result.bytes is not None
-        memory.append(memory_costs(result.bytes))
+        assert result.memory is not None
+        memory.append(tuple(result.memory))
     return Measured(
         captured,
         report(captured, profile),
-        phase_costs(_medians(walks[False])),
-        phase_costs(_medians(walks[True])),
+        tuple(_medians(walks[False])),
+        tuple(_medians(walks[True])),
         memory[0],
         memory[1],
         captured.bind_sizes(tensors),
@@ -236,10 +224,10 @@ def _spread(times: Sequence[float]) -> float:
     return (third - first) / median
 
 
-def _medians(walks: Sequence[Sequence[PhaseSeconds]]) -> list[PhaseSeconds]:
+def _medians(walks: Sequence[Sequence[PhaseCosts]]) -> list[PhaseCosts]:
     """Of each phase of each stage, over the walks."""
-    names = [f.name for f in fields(PhaseSeconds)]
+    names = [f.name for f in fields(PhaseCosts)]
     return [
-        PhaseSeconds(*(statistics.median(getattr(seconds, name) for seconds in of_stage) for name in names))
+        PhaseCosts(*(statistics.median(getattr(seconds, name) for seconds in of_stage) for name in names))
         for of_stage in zip(*walks, strict=True)
     ]

@@ -20,14 +20,13 @@ from lightning_januspipe.capture import (
 )
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.distributed import on_first_rank
-from lightning_januspipe.engine.memory import PhaseBytes
 from lightning_januspipe.engine.p2p import Links, message_latency
-from lightning_januspipe.engine.specs import PhaseSeconds
 from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
-from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, memory_costs, phase_costs, placements
+from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.user_step import with_batch
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ class PipelineBuilder:
         to_verify: list[Tensor] = []
         if self._kept is None or not self._kept.serves(request):
 
-            def step_time(seconds: list[PhaseSeconds]) -> float:
-                return self._planner(num_ranks, latency, seconds).step_time(request.num_microbatches)
+            def step_time(costs: list[PhaseCosts]) -> float:
+                return self._planner(num_ranks, latency, costs).step_time(request.num_microbatches)
 
             def capture_in(training: bool) -> tuple[Capture, list[Tensor]]:
                 with request.ready(training):
@@ -166,7 +165,7 @@ class PipelineBuilder:
         found = self._kept.capture
         # Evaluation keeps nothing between its phases.
         limit = self._memory_limit if request.trains else None
-        planner = self._planner(num_ranks, latency, found.seconds, found.bytes, limit)
+        planner = self._planner(num_ranks, latency, found.costs, found.memory, limit)
         pipeline = Pipeline(request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype)
         pipeline.executor.annotate = request.annotate
         if to_verify:
@@ -179,15 +178,15 @@ class PipelineBuilder:
         self,
         num_ranks: int,
         latency: float,
-        seconds: Sequence[PhaseSeconds],
-        measured_bytes: Sequence[PhaseBytes] = (),
+        costs: Sequence[PhaseCosts],
+        memory: Sequence[MemoryCosts] = (),
         memory_limit: float | None = None,
     ) -> Planner:
         return Planner(
             self.schedule,
             num_ranks,
-            phase_costs(seconds),
-            memory_costs(measured_bytes),
+            tuple(costs),
+            tuple(memory),
             self._wave_size,
             memory_limit,
             latency,

@@ -17,7 +17,7 @@ from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.p2p import Links, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.engine.timeline import recorded_report
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
 from lightning_januspipe.mesh import Mesh, as_world
@@ -79,9 +79,14 @@ class Pipeline(Runner):
             self._graph = GraphAxis(staged, potential, group)
         local = staged if self._graph is None else self._graph.potential
         own = first.stages_of(mesh.pipeline_rank)
-        stages = {s: Stage(local.stage(s, potential), self.gradients, local.chain.autocast) for s in own}
+        stages = {
+            s: (SplitStage if first.is_split(s) else Stage)(
+                local.stage(s, potential), self.gradients, local.chain.autocast
+            )
+            for s in own
+        }
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
-        self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.device, mesh.timeout, sent_as)
+        self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.timeout, sent_as)
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self._recorded_with = self.schedules.costs
 

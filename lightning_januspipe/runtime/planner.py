@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_januspipe.engine.memory import PhaseBytes
-from lightning_januspipe.engine.specs import PhaseSeconds
+from lightning_januspipe.engine.single_process import SHORTEST
 from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, Report, Schedule, build_schedule, simulate
-from lightning_januspipe.schedule.actions import CRITICAL_PHASES, DEFERRED_PHASES
 from lightning_januspipe.schedule.build import CHOOSES_PLACEMENT, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
 from lightning_januspipe.schedule.stage_placement import layouts, snake
 
 # Times of phases are measured to a few percent: a new order has to be better by more.
 _WORTH_A_CHANGE = 0.01
-_SHORTEST = 1e-7
 
 
 @dataclass(frozen=True)
@@ -88,15 +85,6 @@ class Planner:
         return simulate(schedule, costs, comm=self.latency).makespan
 
 
-def phase_costs(seconds: Sequence[PhaseSeconds]) -> tuple[PhaseCosts, ...]:
-    """Measured times as costs; phases too short to be measured get the least that counts."""
-    found = []
-    for s in seconds:
-        fe, ff, bf, be = (max(t, _SHORTEST) for t in (s.fe, s.ff, s.bf, s.be))
-        found.append(PhaseCosts(fe, ff, bf, be, s.wf, s.we))
-    return tuple(found)
-
-
 def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedule) -> tuple[PhaseCosts, ...]:
     """Costs from the times of phases that ran.
 
@@ -104,19 +92,14 @@ def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedul
         seconds: by stage and phase; WF and WE are 0 where they did not run by themselves.
         schedule: what ran. FF and BF of a split stage have computed FE and BE once more.
     """
-    order = (*CRITICAL_PHASES, *DEFERRED_PHASES)
     found = []
     for stage in range(schedule.num_stages):
-        fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in order)
+        fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in Phase)
         if schedule.is_split(stage):
             ff, bf = ff - fe, bf - be
-        found.append(PhaseSeconds(fe, ff, bf, be, wf, we))
-    return phase_costs(found)
-
-
-def memory_costs(measured: Sequence[PhaseBytes]) -> tuple[MemoryCosts, ...]:
-    """Measured bytes as costs."""
-    return tuple(MemoryCosts(b.energy, b.force, b.kept) for b in measured)
+        fe, ff, bf, be = (max(t, SHORTEST) for t in (fe, ff, bf, be))
+        found.append(PhaseCosts(fe, ff, bf, be, wf, we))
+    return tuple(found)
 
 
 def placements(name: str, num_ranks: int) -> tuple[tuple[int, ...], ...]:

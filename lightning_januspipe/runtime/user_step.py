@@ -16,7 +16,7 @@ from lightning_januspipe.capture.patches import forward_replaced
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import shallow_copy
 from lightning_januspipe.capture.validate.side_effects import _seeded, kept_metrics, metrics_of, silent_log
-from lightning_januspipe.engine.loss import gradients_of_loss, loss_in, require_finite
+from lightning_januspipe.engine.loss import LossLeaves, gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError
 
@@ -115,23 +115,19 @@ class CapturedStep:
             CaptureError: the loss does not depend on energy or forces.
             FloatingPointError: the loss is not finite.
         """
-        y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
-        x = [d.detach().requires_grad_() for d in derivatives]
+        leaves = LossLeaves(observables, derivatives)
         with torch.enable_grad():
-            output = self._replay(index, step, batch, y, x)
+            output = self._replay(index, step, batch, leaves.observables, leaves.derivatives)
         loss = loss_in(output, type(self._module).__name__)
         require_finite(loss, index)
-        inputs = [v for v in (*y, *x) if v.requires_grad]
-        if not loss.requires_grad:
+        found: list[Tensor | None] = []
+        num = len(leaves.inputs)
+        if loss.requires_grad:
+            found = gradients_of_loss(loss, weight, [*leaves.inputs, *self.outside_parameters])
+            self._add(self.outside_parameters, found[num:])
+        if all(gradient is None for gradient in found[:num]):
             raise CaptureError(_UNTRAINED.format(type(self._module).__name__))
-        found = gradients_of_loss(loss, weight, [*inputs, *self.outside_parameters])
-        self._add(self.outside_parameters, list(found[len(inputs) :]))
-        given = iter(found[: len(inputs)])
-        seeds = [next(given) if v.requires_grad else None for v in (*y, *x)]
-        if all(s is None for s in seeds):
-            raise CaptureError(_UNTRAINED.format(type(self._module).__name__))
-        tangents = [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)]
-        return StepResult(output, LossGradients(seeds[: len(y)], tangents))
+        return StepResult(output, leaves.seeds(found[:num]))
 
     def finish(
         self, index: int, step: StepFunction, batch: Any, observables: list[Tensor], derivatives: list[Tensor]

@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: build, prove, time and draw them. Free of torch."""
+"""Builds, validates, times and draws pipeline schedules, which are plain data. Needs no torch."""
 
 from lightning_januspipe.schedule.actions import Action, Phase, Schedule
 from lightning_januspipe.schedule.build import build_schedule

@@ -1,16 +1,16 @@
-"""Schedules as data: phases, actions, phase costs, and the ordered actions of every rank.
+"""Holds schedules as data: phases, actions, and the actions of every rank in their order.
 
-One micro-batch walks the chain of ``S`` stages four times (arXiv 2605.18404, SymFold)::
+One micro-batch goes through the ``S`` stages four times (arXiv 2605.18404, SymFold)::
 
     FE  forward energy   stage 0 -> S-1
     FF  forward force    stage S-1 -> 0
     BF  backward force   stage 0 -> S-1
     BE  backward energy  stage S-1 -> 0
 
-In a folded schedule all four phases of a stage run on one rank, so each phase hands its result to a neighbouring
-stage, or, at the two folds, to the next phase of the same stage. In an unfolded one FF and BF of a stage may run on
-another rank than FE and BE, which then computes FE once more. ``WF`` and ``WE`` are the parts of ``BF`` and ``BE`` that
-feed weight gradients only; no other rank waits for them.
+In a folded schedule all four phases of a stage run on one rank, so each phase sends its result to a neighbouring
+stage, or, at the two folds, to the next phase of the same stage. In an unfolded schedule a stage can be split: its FF
+and BF run on another rank than its FE and BE, and that rank computes FE once more. ``WF`` and ``WE`` are the parts of
+``BF`` and ``BE`` that only weight gradients need; no other rank waits for them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 
 class Phase(str, Enum):
-    """One pass over a stage. ``WF`` and ``WE`` are the deferred weight gradients of ``BF`` and ``BE``."""
+    """Names one pass over a stage. ``WF`` and ``WE`` are the deferred weight gradients of ``BF`` and ``BE``."""
 
     FE = "FE"
     FF = "FF"
@@ -37,10 +37,10 @@ class Phase(str, Enum):
 
 
 CRITICAL_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
-"""The phases on the critical path, in the order in which a micro-batch goes through them."""
+"""The phases that other ranks wait for, in the order in which a micro-batch goes through them."""
 
 DEFERRED_PHASES = {Phase.WF: Phase.BF, Phase.WE: Phase.BE}
-"""The phases off the critical path, each with the phase that it is split from."""
+"""The phases that no other rank waits for, each with the phase that they are a part of."""
 
 _DOWNWARD = (Phase.FE, Phase.BF)
 _PREVIOUS = {Phase.FF: Phase.FE, Phase.BF: Phase.FF, Phase.BE: Phase.BF}
@@ -53,7 +53,7 @@ _ACTION_PATTERN = re.compile(r"([A-Z]{2})(\d+)\.(\d+)")
 
 
 class Action(NamedTuple):
-    """One phase of one stage for one micro-batch; written ``FE0.3`` (phase, stage, micro-batch)."""
+    """Names one phase of one stage for one micro-batch; it is written ``FE0.3`` (phase, stage, micro-batch)."""
 
     phase: Phase
     stage: int
@@ -64,22 +64,22 @@ class Action(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """Read an action from its text form.
+        """Reads an action from its text form.
 
         Raises:
-            ValueError: If ``text`` is not a phase, a stage and a micro-batch as in ``FE0.3``.
+            ValueError: The text is not a phase, a stage and a micro-batch as in ``FE0.3``.
         """
         match = _ACTION_PATTERN.fullmatch(text.strip())
         if match is None or match[1] not in Phase.__members__:
             raise ValueError(
                 f"{text!r} is not an action: write phase, stage and micro-batch like 'FE0.3', "
-                f"with a phase out of {', '.join(Phase.__members__)}."
+                f"where the phase is one of {', '.join(Phase.__members__)}."
             )
         return cls(Phase[match[1]], int(match[2]), int(match[3]))
 
 
 def predecessor(action: Action, num_stages: int) -> Action | None:
-    """The action whose output ``action`` takes in along the chain; None for the chain's first action and for WF, WE."""
+    """Returns the action whose output an action reads; None for a micro-batch's first action, WF and WE."""
     phase, stage, microbatch = action
     if phase in DEFERRED_PHASES:
         return None
@@ -91,7 +91,7 @@ def predecessor(action: Action, num_stages: int) -> Action | None:
 
 
 def successor(action: Action, num_stages: int) -> Action | None:
-    """The action that takes in the output of ``action``; None for the chain's last action and for WF, WE."""
+    """Returns the action that reads the output of an action; None for a micro-batch's last action, WF and WE."""
     phase, stage, microbatch = action
     if phase in DEFERRED_PHASES:
         return None
@@ -103,15 +103,15 @@ def successor(action: Action, num_stages: int) -> Action | None:
 
 
 def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
-    """The actions that must have ended before ``action`` may start.
+    """Returns the actions that must have ended before an action may start.
 
-    These are the action before it on the chain, whose output it takes in, and the previous phase of its own stage,
-    whose saved tensors it reads. A deferred weight gradient waits for the phase that it is split from, and WE also for
-    WF, which leaves it what it found of the graph of FE.
+    An action waits for its predecessor, whose output it reads, and for the previous phase of its own stage, whose saved
+    tensors it reads. A deferred weight gradient waits for the phase that it is a part of, and WE also for WF, which
+    leaves it the gradients that it found at the graph of FE.
 
     Args:
         action: The action that waits.
-        num_stages: The number of stages of the chain.
+        num_stages: Number of stages of the potential.
     """
     phase, stage, microbatch = action
     if phase is Phase.WF:
@@ -127,7 +127,7 @@ def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
 
 
 class Message(NamedTuple):
-    """What ``source`` sends to another rank for ``target``."""
+    """Names a message by the action that sends it and the action, on another rank, that waits for it."""
 
     source: Action
     target: Action
@@ -135,20 +135,19 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The actions of every rank, in the order in which the rank runs them.
+    """Holds the actions of every rank, in the order in which the rank runs them.
 
     Args:
-        name: Name of the schedule, as given to `build_schedule`.
+        name: Name of the schedule, as in `build_schedule`.
         num_ranks: Number of pipeline ranks.
         num_microbatches: Number of micro-batches of one training step.
         actions: One tuple of actions per rank.
-        placement: The rank of each stage. Empty stands for stage ``s`` on rank ``s``.
-        force_placement: The rank of FF and BF (and WF) of each stage, where these are not on the rank of FE and BE.
-            Empty stands for ``placement``: a folded schedule.
+        placement: The rank of FE, BE and WE of each stage. Empty stands for stage ``s`` on rank ``s``.
+        force_placement: The rank of FF, BF and WF of each stage. Empty stands for ``placement``: a folded schedule.
 
     Raises:
-        ValueError: If the sizes do not fit one another. Whether the order of the actions can run is the question
-            that `validate` answers.
+        ValueError: The sizes do not fit each other. Whether the actions can run in their order is checked by
+            `validate`.
     """
 
     name: str
@@ -181,12 +180,12 @@ class Schedule:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages of the chain."""
+        """Number of stages."""
         return len(self.placement)
 
     @property
     def phases(self) -> frozenset[Phase]:
-        """The phases that occur; WF and WE do where weight gradients are deferred."""
+        """The phases that occur; WF and WE are among them where weight gradients are deferred."""
         return frozenset(action.phase for order in self.actions for action in order)
 
     @property
@@ -195,26 +194,26 @@ class Schedule:
         return self.placement == self.force_placement
 
     def is_split(self, stage: int) -> bool:
-        """Whether FF and BF of a stage are on another rank than FE and BE."""
+        """Tells whether a stage is split: its FF and BF run on another rank than its FE and BE."""
         return self.placement[stage] != self.force_placement[stage]
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages of which a rank runs a phase."""
+        """Returns the stages that have a phase on a rank."""
         both = enumerate(zip(self.placement, self.force_placement, strict=True))
         return tuple(stage for stage, ranks in both if rank in ranks)
 
     def rank_of(self, action: Action) -> int:
-        """The rank that runs ``action``."""
+        """Returns the rank that runs an action."""
         return (self.force_placement if action.phase in _FORCE_PHASES else self.placement)[action.stage]
 
     def dependencies(self, action: Action) -> tuple[Action, ...]:
-        """The actions that must have ended before ``action`` may start (see `dependencies`)."""
+        """Returns the actions that must have ended before an action may start (see `dependencies`)."""
         return dependencies(action, self.num_stages)
 
     def sent(self, action: Action) -> tuple[Message, ...]:
-        """The messages that ``action`` sends, in order.
+        """Returns the messages that an action sends, in order.
 
-        Along the chain first, then, for a split stage, from FE to FF and from BF to BE.
+        The first goes to the successor. A split stage also sends one from FE to FF and from BF to BE.
         """
         rank = self.rank_of(action)
         after = successor(action, self.num_stages)
@@ -227,12 +226,12 @@ class Schedule:
         return found
 
     def received(self, action: Action) -> tuple[Message, ...]:
-        """The messages that ``action`` waits for, along the chain first."""
+        """Returns the messages that an action waits for, the one of its predecessor first."""
         rank = self.rank_of(action)
         return tuple(Message(d, action) for d in self.dependencies(action) if self.rank_of(d) != rank)
 
     def messages(self) -> dict[tuple[int, int], list[Message]]:
-        """For every ordered pair of ranks the messages between them, in the order in which they are sent."""
+        """Returns the messages of every ordered pair of ranks, in the order in which they are sent."""
         found: dict[tuple[int, int], list[Message]] = {}
         for rank, order in enumerate(self.actions):
             for action in order:
@@ -249,10 +248,10 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """Read a schedule from the text that ``str(schedule)`` gives.
+        """Reads a schedule from the text that ``str(schedule)`` gives.
 
         Raises:
-            ValueError: If the text has another form.
+            ValueError: The text has another form.
         """
         head, *lines = text.strip().splitlines() or [""]
         match = _HEAD_PATTERN.fullmatch(head.strip())
@@ -266,7 +265,7 @@ class Schedule:
         return cls._from_rows(match[1], match[2], match[3], match[4] or "", actions)
 
     def to_csv(self) -> str:
-        """Write the schedule as comma-separated values: rows of sizes and placements, then one of actions per rank."""
+        """Returns the schedule as comma-separated values: rows of sizes and placements, then one row per rank."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("name", self.name))
@@ -279,10 +278,10 @@ class Schedule:
 
     @classmethod
     def from_csv(cls, text: str) -> Schedule:
-        """Read a schedule from the text that `to_csv` gives.
+        """Reads a schedule from the text that `to_csv` gives.
 
         Raises:
-            ValueError: If the text has another form.
+            ValueError: The text has another form.
         """
         rows = [row for row in csv.reader(io.StringIO(text)) if row]
         keys = [row[0] for row in rows[:3]]

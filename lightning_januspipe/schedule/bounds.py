@@ -1,4 +1,4 @@
-"""Lower bounds on the time of a step, to compare schedules with."""
+"""Computes lower bounds on the time of a step, which schedules are compared with."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def lower_bound(
     deferred: bool = False,
     latency: float = 0.0,
 ) -> float:
-    """Least makespan that any folded schedule of these stages can have.
+    """Returns a makespan that no folded schedule of these stages can beat.
 
-    A rank starts only when FE has come down to its first stage, and without deferral the stages before its first one
-    still owe the last BE when the rank has ended; deferred weight gradients can fill that time. With one equal stage on
-    each rank that is M·T + (P-1)(t_FE + t_BE), or M·T + (P-1) t_FE with deferral. One micro-batch takes the time of its
-    whole chain.
+    A rank starts when the first FE has reached its first stage. Without deferral, the stages before it still have to
+    run the last BE when the rank has ended; deferred weight gradients can fill that time. With one equal stage on each
+    rank the bound is M·T + (P-1)(t_FE + t_BE), or M·T + (P-1) t_FE with deferral. It is never less than the time of one
+    micro-batch in all stages.
 
     Args:
         costs: Costs of each stage.
@@ -33,9 +33,9 @@ def lower_bound(
     if not deferred:
         costs = [entry.fused() for entry in costs]
     hops = sum(a != b for a, b in pairwise(placement))
-    chain = sum(entry.fe + entry.ff + entry.bf + entry.be for entry in costs) + 4 * hops * latency
-    # The chain's last BE is followed by its own WE at least.
-    bound = chain + (costs[0].we if deferred else 0.0)
+    one_microbatch = sum(entry.fe + entry.ff + entry.bf + entry.be for entry in costs) + 4 * hops * latency
+    # The last BE is followed by its own WE at least.
+    bound = one_microbatch + (costs[0].we if deferred else 0.0)
     work: dict[int, float] = {}
     ramp: dict[int, float] = {}
     elapsed = 0.0

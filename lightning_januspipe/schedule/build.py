@@ -34,7 +34,7 @@ SEVERAL_STAGES = ("1f1b-2nd", "hanayo-2nd", "wavek-zb")
 """The schedules that can have more than one stage on a rank."""
 
 CHOOSES_PLACEMENT = ("wavek-zb",)
-"""The schedules that choose the ranks of their stages."""
+"""The schedules that choose the rank of each stage."""
 
 UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
 """The schedules with split stages: FF and BF of a stage on another rank than its FE and BE."""
@@ -43,7 +43,7 @@ DEFERRED = ("wavek-zb",)
 """The schedules with WF and WE."""
 
 SEARCHED = ("wavek", "wavek-zb")
-"""The schedules whose order depends on the costs, at the same places."""
+"""The schedules that search an order for the costs."""
 
 
 def build_schedule(
@@ -60,29 +60,28 @@ def build_schedule(
     memory_limit: float | None = None,
     placement: Sequence[int] | None = None,
 ) -> Schedule:
-    """Build and prove the schedule of a given name; the same arguments give the same schedule on every rank.
+    """Builds and validates the schedule of a given name; the same arguments give the same schedule on every rank.
 
     Args:
         name: ``gpipe``, ``1f1b-fold``, ``1f1b-2nd``, ``hanayo-2nd``, ``wavek`` or ``wavek-zb``.
         num_ranks: Number P of pipeline ranks.
         num_microbatches: Number M of micro-batches of one training step.
-        costs: Times of one rank's share for one micro-batch, the same on all ranks or one entry per rank; or one entry
-            per stage, which then are as many as there are entries.
-        wave_size: Most micro-batches per wave of ``wavek`` and ``wavek-zb``, which is also the most that a rank then
-            holds at once, or "auto" to search it. Schedules without waves do not read it.
-        max_live: Most micro-batches of which a rank may hold something at once. None leaves it to the schedule: all
-            for ``gpipe``, P for the 1F1B orders, up to 2P for the others, k where ``wave_size`` k is given.
-        chunks: Stages per rank of ``wavek-zb``, or "auto" to let it choose 1 or 2; of the unfolded baselines, how
-            finely the chain may be cut. The other schedules have one stage on each rank.
-        latency: Time that a message between two ranks takes, for the choice of the order.
+        costs: Times of one rank's share for one micro-batch: one entry for all ranks, one per rank, or one per stage.
+        wave_size: Most micro-batches in a wave of ``wavek`` and ``wavek-zb``, which are also the most that a rank holds
+            at once, or "auto" to search it. Schedules without waves ignore it.
+        max_live: Most live micro-batches of a rank. None leaves the number to the schedule: M for ``gpipe``, P for the
+            1F1B orders, up to 2P for the others, k where ``wave_size`` k is given.
+        chunks: Stages per rank of ``wavek-zb``, or "auto" to let it choose 1 or 2. For the unfolded baselines, the
+            stages per rank that the potential may be cut into. The other schedules have one stage on each rank.
+        latency: Time of a message between two ranks, for the choice of the order.
         memory: Bytes that a micro-batch holds between its phases, given like ``costs``.
         memory_limit: Most bytes that the micro-batches of one rank may hold; ``wavek`` and ``wavek-zb`` keep fewer
             micro-batches live for it.
-        placement: The rank of each stage of ``wavek-zb``, where it is given already; None lets it choose.
+        placement: The rank of each stage of ``wavek-zb``; None lets it choose.
 
     Raises:
-        ValueError: If the name is unknown, a size is not a whole number >= 1, ``costs`` does not fit ``num_ranks``, or
-            the schedule cannot keep within ``max_live`` or ``memory_limit``.
+        ValueError: The name is unknown, a size is not a whole number >= 1, ``costs`` does not fit ``num_ranks``, or the
+            schedule cannot keep within ``max_live`` or ``memory_limit``.
     """
     if name not in GENERATORS:
         close = difflib.get_close_matches(str(name), GENERATORS, n=1, cutoff=0.4)
@@ -101,19 +100,19 @@ def build_schedule(
         raise ValueError("memory and memory_limit belong together: give the bytes of a micro-batch and the limit.")
     if memory_limit is not None and not memory_limit >= 0:
         raise ValueError(f"memory_limit is {memory_limit!r}, expected a number of bytes >= 0 or None.")
-    places = tuple(placement) if isinstance(placement, Sequence) else None
+    ranks = tuple(placement) if isinstance(placement, Sequence) else None
     if placement is not None and (
-        places is None or name not in CHOOSES_PLACEMENT or set(places) != set(range(num_ranks))
+        ranks is None or name not in CHOOSES_PLACEMENT or set(ranks) != set(range(num_ranks))
     ):
         raise ValueError(
             f"placement is {placement!r}, expected the rank of each stage, with every rank from 0 to {num_ranks - 1}, "
             f"for {' or '.join(CHOOSES_PLACEMENT)}; {name!r} was asked for."
         )
     request = Request(
-        num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit, places
+        num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit, ranks
     )
     several = name in SEVERAL_STAGES
-    request.stage_costs(len(places) if places else request.stage_counts((1,))[0] if several else num_ranks)
+    request.stage_costs(len(ranks) if ranks else request.stage_counts((1,))[0] if several else num_ranks)
     schedule = GENERATORS[name](request)
     validate(schedule)
     if memory is not None and memory_limit is not None:

@@ -1,7 +1,7 @@
-"""Traces of timed schedules in the Trace Event Format, for ui.perfetto.dev and chrome://tracing.
+"""Writes timed schedules in the Trace Event Format, which ui.perfetto.dev and chrome://tracing show.
 
 Every row (label, schedule, report) is a process and every rank a thread of it, so that predicted and recorded times lie
-below one another, each counted from its first action.
+below each other, each counted from its first action.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _PER_MICROSECOND = 1e3  # nanoseconds; the format counts microseconds, and viewe
 
 
 def chrome_trace(rows: Sequence[Panel], *, seconds_per_unit: float = 1.0) -> dict[str, Any]:
-    """Turn timed schedules into a trace.
+    """Returns timed schedules as a trace.
 
-    An action is a complete event named like ``FE0.3``, a message between two ranks a flow from the action that sends it
-    to the one that takes it in, and the memory of a rank, where the report has it, a counter of bytes.
+    An action is a complete event named like ``FE0.3``. A message is a flow from the action that sends it to the action
+    that waits for it. The memory of a rank, where the report has it, is a counter of bytes.
 
     Args:
         rows: Label, schedule and report of every process.
@@ -45,7 +45,7 @@ def chrome_trace(rows: Sequence[Panel], *, seconds_per_unit: float = 1.0) -> dic
         The trace, ready for `json.dump`.
 
     Raises:
-        ValueError: If there is no row, a report is not of its schedule, or ``seconds_per_unit`` is not a number > 0.
+        ValueError: There is no row, a report belongs to another schedule, or ``seconds_per_unit`` is not > 0.
     """
     check_panels(rows)
     if not (math.isfinite(seconds_per_unit) and seconds_per_unit > 0):
@@ -64,7 +64,7 @@ def chrome_trace(rows: Sequence[Panel], *, seconds_per_unit: float = 1.0) -> dic
 
 
 def write_chrome_trace(rows: Sequence[Panel], path: str | os.PathLike[str], *, seconds_per_unit: float = 1.0) -> None:
-    """Write the trace of `chrome_trace` as JSON, one event per line.
+    """Writes the trace of `chrome_trace` as JSON, one event per line.
 
     Args:
         rows: Label, schedule and report of every process.
@@ -72,7 +72,7 @@ def write_chrome_trace(rows: Sequence[Panel], path: str | os.PathLike[str], *, s
         seconds_per_unit: Length of the reports' unit of time, in seconds.
 
     Raises:
-        ValueError: As `chrome_trace`.
+        ValueError: See `chrome_trace`.
     """
     trace = chrome_trace(rows, seconds_per_unit=seconds_per_unit)
     events = trace.pop("traceEvents")
@@ -93,7 +93,7 @@ class _Clock:
 
 
 def _names(process: int, label: str, num_ranks: int) -> Iterator[dict[str, Any]]:
-    """Labels and order of a process and its threads."""
+    """Yields the events that name a process and its threads."""
 
     def metadata(kind: str, thread: int, **values: object) -> dict[str, Any]:
         return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": values}
@@ -125,7 +125,7 @@ def _boxes(process: int, schedule: Schedule, report: Report, clock: _Clock) -> I
 def _messages(
     process: int, schedule: Schedule, report: Report, clock: _Clock
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Both ends of every message between two ranks."""
+    """Yields the two events of every message between ranks."""
     for rank, order in enumerate(schedule.actions):
         for action in order:
             for source in schedule.dependencies(action):
@@ -147,7 +147,7 @@ def _messages(
 
 
 def _counters(process: int, report: Report, clock: _Clock) -> Iterator[dict[str, Any]]:
-    """Bytes held by each rank; of several values at one time the last holds."""
+    """Yields the bytes that each rank holds; the last of several values at one time counts."""
     for rank, steps in enumerate(report.memory):
         for time, held in {clock(time): held for time, held in steps}.items():
             yield {

@@ -1,4 +1,4 @@
-"""What a stage costs: times of its phases, bytes that a micro-batch holds between them, and what messages cost."""
+"""Holds the costs of stages: times of phases, bytes that a micro-batch holds between them, and costs of messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_januspipe.schedule.actions import DEFERRED_PHASES, Phase, Schedul
 
 @dataclass(frozen=True, slots=True)
 class PhaseCosts:
-    """Times of one rank's share of one micro-batch, in any one unit of time.
+    """Holds the phase times of one rank's share of one micro-batch, in any one unit of time.
 
     ``wf`` and ``we`` are the deferrable parts of the two backward phases and are not counted in ``bf`` and ``be``. A
     schedule without WF and WE actions spends them inside BF and BE.
@@ -42,22 +42,22 @@ class PhaseCosts:
         return self.fe + self.ff + self.bf + self.be + self.wf + self.we
 
     def of(self, phase: Phase) -> float:
-        """Time of one phase."""
+        """Returns the time of one phase."""
         return float(getattr(self, phase.value.lower()))
 
     def fused(self) -> PhaseCosts:
-        """The same work with nothing deferred: ``wf`` inside ``bf`` and ``we`` inside ``be``."""
+        """Returns the costs of the same work with nothing deferred: ``wf`` inside ``bf`` and ``we`` inside ``be``."""
         return PhaseCosts(self.fe, self.ff, self.bf + self.wf, self.be + self.we)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryCosts:
-    """Bytes that one micro-batch holds on one rank's share of the model.
+    """Holds the bytes that one micro-batch keeps on one rank's share of the model.
 
     Args:
-        energy: What FE saves, held from FE to BE (to WE, where it is deferred).
-        force: What FF saves in addition, held from FF to BF (to WF, where it is deferred).
-        kept: What BF keeps for BE, held from BF to BE (WE).
+        energy: Bytes that FE saves, held from FE to BE (to WE, where it is deferred).
+        force: Bytes that FF saves in addition, held from FF to BF (to WF, where it is deferred).
+        kept: Bytes that BF keeps for BE, held from BF to BE (WE).
     """
 
     energy: float
@@ -73,12 +73,12 @@ class MemoryCosts:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a message between two ranks costs, in the unit of time of the phases.
+    """Holds the costs of a message between two ranks, in the unit of time of the phases.
 
     Args:
-        latency: Time that every message takes.
-        bandwidth: Bytes per unit of time, in each direction between two ranks; messages of one direction follow one
-            another.
+        latency: Time of every message.
+        bandwidth: Bytes per unit of time, in each direction between two ranks; messages of one direction follow each
+            other.
         message_bytes: Bytes of a message.
     """
 
@@ -109,19 +109,19 @@ _Entry = TypeVar("_Entry", PhaseCosts, MemoryCosts)
 
 
 def costs_per_stage(costs: Costs, num_ranks: int, num_stages: int) -> tuple[PhaseCosts, ...]:
-    """Spell ``costs`` out for every stage.
+    """Returns the costs of every stage.
 
-    One entry is a rank's share, of which each stage is a part of ``num_ranks / num_stages``. One entry per rank stands
-    for equal pieces of the chain, from its first layer to its last.
+    A single entry is one rank's share, and each stage has ``num_ranks / num_stages`` of it. One entry per rank stands
+    for equal pieces of the potential, from its first layer to its last.
 
     Raises:
-        ValueError: If ``costs`` is neither one `PhaseCosts`, nor one per rank, nor one per stage.
+        ValueError: ``costs`` is neither one `PhaseCosts`, nor one per rank, nor one per stage.
     """
     return _per_stage(PhaseCosts, "costs", costs, num_ranks, num_stages)
 
 
 def memory_per_stage(memory: Memory, num_ranks: int, num_stages: int) -> tuple[MemoryCosts, ...]:
-    """As `costs_per_stage`, of bytes."""
+    """Returns the bytes of every stage, as `costs_per_stage` does its times."""
     return _per_stage(MemoryCosts, "memory", memory, num_ranks, num_stages)
 
 
@@ -150,7 +150,7 @@ def _combine(kind: type[_Entry], parts: Sequence[tuple[_Entry, float]]) -> _Entr
 
 
 def durations(costs: PhaseCosts, deferred: bool, split: bool) -> Mapping[Phase, float]:
-    """Time of every phase of one stage.
+    """Returns the time of every phase of one stage.
 
     The rank that runs FF and BF of a split stage computes FE once more, and BF goes back through it too.
 
@@ -170,7 +170,7 @@ def durations(costs: PhaseCosts, deferred: bool, split: bool) -> Mapping[Phase, 
 
 
 def action_times(schedule: Schedule, costs: Costs) -> Callable[[Phase, int], float]:
-    """Time of every phase of every stage of a schedule, as a function of phase and stage."""
+    """Returns a function that gives the time of a phase of a stage in a schedule."""
     deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
     per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
     table = [durations(entry, deferred, schedule.is_split(stage)) for stage, entry in enumerate(per_stage)]

@@ -1,7 +1,8 @@
-"""Pictures of timed schedules: Gantt charts, and the memory that every rank holds over time.
+"""Draws timed schedules: Gantt charts, and the memory that every rank holds over time.
 
-Both take rows of (label, schedule, report). The report of `simulate` gives the predicted picture, that of a recorded
-run the real one; rows of one picture have the same time axis, which begins at the first action of each row.
+Both take rows of (label, schedule, report), one for each panel. The report of `simulate` gives the predicted picture,
+the report of a recorded step the real one. All panels have the same time axis, which begins at the first action of
+each.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ _LEAST_WIDTH, _LARGEST_WIDTH = 8.0, 24.0
 
 
 def gantt(rows: Sequence[Panel], path: str | os.PathLike[str], *, unit: str = "", title: str = "") -> None:
-    """Draw when each rank runs what, one panel per row, with the same time axis.
+    """Draws when each rank runs which action, one panel per row, with the same time axis.
 
-    A box is an action, in the colour of its phase and, where there is room, with the number of its micro-batch. Where a
+    A box is an action, in the colour of its phase and, where there is room, with the index of its micro-batch. Where a
     rank has several stages, the boxes of all but the first have a bar at the bottom, higher from stage to stage. The
     light ground behind the boxes is a bubble, the dashed line the ideal time.
 
@@ -79,7 +80,7 @@ def gantt(rows: Sequence[Panel], path: str | os.PathLike[str], *, unit: str = ""
         title: Title of the whole picture.
 
     Raises:
-        ValueError: If ``path`` ends otherwise, there is no row, or a report is not of its schedule.
+        ValueError: ``path`` ends otherwise, there is no row, or a report belongs to another schedule.
     """
     suffix = _suffix(path)
     save(gantt_figure(rows, unit=unit, title=title), path, suffix)
@@ -93,7 +94,7 @@ def memory(
     title: str = "",
     limit: float | None = None,
 ) -> None:
-    """Draw the bytes that every rank holds over time, one panel per row, with the same axes.
+    """Draws the bytes that every rank holds over time, one panel per row, with the same axes.
 
     Args:
         rows: Label, schedule and report of every panel, from top to bottom; the reports have a ``memory``.
@@ -103,7 +104,7 @@ def memory(
         limit: Bytes that a rank may hold, drawn as a dashed line.
 
     Raises:
-        ValueError: If ``path`` ends otherwise, there is no row, a report is not of its schedule or has no memory, or
+        ValueError: ``path`` ends otherwise, there is no row, a report belongs to another schedule or has no memory, or
             the limit is not a number > 0.
     """
     suffix = _suffix(path)
@@ -111,11 +112,10 @@ def memory(
 
 
 def gantt_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", below: float = 0.0) -> Figure:
-    """The picture that `gantt` writes.
+    """Returns the picture that `gantt` writes, with ``below`` inches left free under the panels.
 
-    The boxes are one collection per phase, with the id ``panel<row>-<phase>``; beside them there are
-    ``panel<row>-bubbles`` and, where a rank has several stages, ``panel<row>-bars``. ``below`` inches under the panels
-    stay free.
+    The boxes are one collection per phase, with the id ``panel<row>-<phase>``. Beside them there are
+    ``panel<row>-bubbles`` and, where a rank has several stages, ``panel<row>-bars``.
     """
     check_panels(rows)
     most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
@@ -136,7 +136,7 @@ def gantt_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", belo
 
 
 def memory_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", limit: float | None = None) -> Figure:
-    """The picture that `memory` writes; the line of each rank has the id ``panel<row>-rank<rank>``."""
+    """Returns the picture that `memory` writes; the line of each rank has the id ``panel<row>-rank<rank>``."""
     check_panels(rows)
     for label, _, report in rows:
         if not report.memory:
@@ -176,10 +176,10 @@ def memory_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", lim
 
 
 def check_panels(rows: Sequence[Panel]) -> None:
-    """Check that there is a row and that the report of every row has the times of its schedule's actions.
+    """Checks that there are rows, and that the report of each has the times of its schedule's actions.
 
     Raises:
-        ValueError: Otherwise.
+        ValueError: There is no row, or a report lacks the time of an action.
     """
     if not rows:
         raise ValueError("There is nothing to draw: rows is empty, expected (label, schedule, report) at least once.")
@@ -196,7 +196,7 @@ def check_panels(rows: Sequence[Panel]) -> None:
 
 
 def first_start(report: Report) -> float:
-    """Time at which the first action starts; pictures count from there."""
+    """Returns the time at which the first action starts; pictures count from there."""
     return min(report.start.values())
 
 
@@ -222,7 +222,7 @@ def _bytes(size: float) -> str:
 
 
 def _byte_unit(size: float) -> tuple[float, str]:
-    """Bytes per unit and the unit's name, for sizes about ``size``."""
+    """Returns the bytes per unit and the unit's name, for sizes about ``size``."""
     for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= factor:
             return factor, name
@@ -230,19 +230,19 @@ def _byte_unit(size: float) -> tuple[float, str]:
 
 
 def _chunks(schedule: Schedule) -> list[dict[int, int]]:
-    """Per rank, the place of each of its stages among them."""
+    """Returns for each rank the index of each of its stages among them."""
     stages = [sorted({action.stage for action in order}) for order in schedule.actions]
     return [{stage: chunk for chunk, stage in enumerate(of_rank)} for of_rank in stages]
 
 
 def _box(start: float, end: float, rank: int, height: float = _BOX_HEIGHT) -> list[tuple[float, float]]:
-    """Corners of a box in a rank's row, standing on the same line as all boxes of the row; ranks count downwards."""
+    """Returns the corners of a box in a rank's row; all boxes of a row stand on one line, and ranks count downwards."""
     bottom = rank + _BOX_HEIGHT / 2
     return [(start, bottom), (start, bottom - height), (end, bottom - height), (end, bottom)]
 
 
 def _draw_boxes(axes: Axes, schedule: Schedule, report: Report, panel: str) -> None:
-    """Add the ground of the bubbles, the boxes of all actions, and the bars of later stages."""
+    """Adds the ground of the bubbles, the boxes of all actions, and the bars of later stages."""
     from matplotlib.collections import PolyCollection
 
     origin, chunks = first_start(report), _chunks(schedule)
@@ -270,9 +270,9 @@ def _draw_boxes(axes: Axes, schedule: Schedule, report: Report, panel: str) -> N
 
 
 def _number_boxes(axes: Axes, schedule: Schedule, report: Report, height: float) -> None:
-    """Write micro-batches into the boxes, ``height`` points high, in which every micro-batch's number has room.
+    """Writes the index of the micro-batch into each box, ``height`` points high, that has room for any index.
 
-    Boxes that are too narrow, but follow one another with one phase of one micro-batch, get one number together.
+    Boxes that are too narrow get one index together if they follow each other with one phase of one micro-batch.
     """
     origin, scale = first_start(report), _points_per_unit(axes)
     room = scale * _short_time(report)
@@ -300,7 +300,7 @@ def _number_boxes(axes: Axes, schedule: Schedule, report: Report, height: float)
 
 
 def _runs(order: Sequence[Action], report: Report) -> Iterator[list[Action]]:
-    """Neighbours of one phase and micro-batch without a pause between them."""
+    """Yields the actions that follow each other with one phase and micro-batch and without a pause."""
     run: list[Action] = []
     for action in order:
         if run:
@@ -315,23 +315,23 @@ def _runs(order: Sequence[Action], report: Report) -> Iterator[list[Action]]:
 
 
 def _number_width(schedule: Schedule, font: float) -> float:
-    """Width in points of the longest number of a micro-batch, with a little room on its sides."""
+    """Returns the width in points of the longest index of a micro-batch, with a little room on its sides."""
     return (len(str(schedule.num_microbatches - 1)) * _DIGIT_WIDTH + 0.2) * font
 
 
 def _short_time(report: Report) -> float:
-    """The time that four of five actions take at least."""
+    """Returns the time that four of five actions take at least."""
     times = sorted(end - report.start[action] for action, end in report.end.items())
     return times[len(times) // 5]
 
 
 def _last_time(rows: Sequence[Panel]) -> float:
-    """Where the time axis ends."""
+    """Returns the end of the time axis."""
     return 1.01 * max(report.makespan for _, _, report in rows)
 
 
 def _gantt_width(rows: Sequence[Panel]) -> float:
-    """Width in inches at which most boxes have room for their number, within what fits on a screen."""
+    """Returns the width in inches at which most boxes have room for an index, within what fits on a screen."""
     last = _last_time(rows)
     width = 0.0
     for _, schedule, report in rows:
@@ -341,7 +341,7 @@ def _gantt_width(rows: Sequence[Panel]) -> float:
 
 
 def _points_per_unit(axes: Axes) -> float:
-    """Points on paper of one unit of time; read after the time axis is set."""
+    """Returns the points on paper of one unit of time; it is called after the time axis is set."""
     first, last = axes.get_xlim()
     return float(axes.bbox.width / _DPI * _POINTS / (last - first))
 
@@ -363,7 +363,7 @@ def _gantt_legend(rows: Sequence[Panel]) -> list[Artist]:
 
 
 def _memory_legend(num_ranks: int, limit: float | None) -> list[Artist]:
-    """Ranks evenly spaced from the first to the last, eight at most."""
+    """Returns the entries of ranks, evenly spaced from the first to the last, eight at most."""
     from matplotlib.lines import Line2D
 
     shown = {round(place * (num_ranks - 1) / 7) for place in range(8)}
@@ -395,7 +395,7 @@ def _panels(
     title: str,
     below: float = 0.0,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a title, a legend, and panels of the given heights below one another; sizes in inches."""
+    """Makes a figure with a title, a legend, and panels of the given heights below each other; sizes in inches."""
     from matplotlib.figure import Figure
 
     columns = min(len(legend), max(1, int((width - _LEFT - _RIGHT) / entry_width)))
@@ -426,7 +426,7 @@ def _panels(
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The same look on every machine, whatever the user's own settings are."""
+    """Gives pictures the same look on every machine, whatever the user's own settings are."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -459,7 +459,7 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 
 def save(figure: Figure, path: str | os.PathLike[str], suffix: str) -> None:
-    """Write a figure to a file, as ``.png`` or ``.svg``."""
+    """Writes a figure to a file, as ``.png`` or ``.svg``."""
     # Without dates and versions a picture changes only with what it shows.
     unset = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[suffix]
     with style():

@@ -1,4 +1,4 @@
-"""``gpipe``: all FE, then all FF, then all BF, then all BE."""
+"""Builds ``gpipe``: all FE, then all FF, then all BF, then all BE."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from lightning_januspipe.schedule.request import Request
 
 
 def gpipe(request: Request) -> Schedule:
-    """Order the folded pipeline phase by phase, with every micro-batch live at once.
+    """Orders the folded pipeline phase by phase, with every micro-batch live at once.
 
     Raises:
-        ValueError: If ``max_live`` is less than the number of micro-batches, as all of them are live here.
+        ValueError: ``max_live`` is less than the number of micro-batches, which are all live here.
     """
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
     if request.max_live is not None and request.max_live < num_microbatches:

@@ -1,4 +1,4 @@
-"""Greedy event-driven list scheduling: every free rank starts the most urgent action that is ready."""
+"""Makes an order of actions by greedy list scheduling: every free rank starts the most urgent action that is ready."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _WF, _WE = 4, 5
 
 @dataclass(frozen=True)
 class Priority:
-    """What a rank prefers among the actions that are ready.
+    """Says which of its ready actions a rank starts first.
 
     Micro-batches are grouped in units of ``unit``. Older units go first, then the phase that comes earlier in
-    ``phases``, then the older micro-batch. Deferred weight gradients come after everything else, unless a rank owes
-    more of them than it may.
+    ``phases``, then the older micro-batch. Deferred weight gradients come after everything else, unless a rank has put
+    off more of them than it may.
 
     Args:
         phases: FE, FF, BF and BE, the most urgent first.
         unit: Micro-batches per unit.
-        overlap: Count the backward wave (BF, BE) of a unit as equally old as the forward wave (FE, FF) of the next
-            unit, so that ``phases`` decides between the two.
-        most_deferred: Most weight gradients that a rank may owe when it starts something else, or None. They are what
-            keeps micro-batches live: under a tight cap, owing few of them lets new ones in earlier.
+        overlap: Whether the backward wave (BF, BE) of a unit counts as equally old as the forward wave (FE, FF) of the
+            next unit, so that ``phases`` decides between the two.
+        most_deferred: Most weight gradients that a rank may have put off when it starts another action, or None. They
+            keep micro-batches live: under a tight cap, few of them let new micro-batches in earlier.
     """
 
     phases: tuple[Phase, ...]
@@ -44,19 +44,19 @@ class Priority:
     most_deferred: int | None = None
 
     def table(self, num_microbatches: int) -> list[list[int]]:
-        """Urgency of every chain phase (in chain order) and micro-batch; lower goes first and no two are equal."""
+        """Returns the urgency of each of `CRITICAL_PHASES` and micro-batch; lower goes first and no two are equal."""
         urgency = []
         for index, phase in enumerate(CRITICAL_PHASES):
             wave = index // 2 if self.overlap else 0
-            place = self.phases.index(phase)
+            order = self.phases.index(phase)
             ages = (microbatch // self.unit + wave for microbatch in range(num_microbatches))
-            urgency.append([(age * len(CRITICAL_PHASES) + place) * num_microbatches + m for m, age in enumerate(ages)])
+            urgency.append([(age * len(CRITICAL_PHASES) + order) * num_microbatches + m for m, age in enumerate(ages)])
         return urgency
 
 
 @dataclass(frozen=True)
 class PlacedStages:
-    """The stages of a pipeline, their places and their costs.
+    """Holds the stages of a pipeline, with their costs and the ranks that run them.
 
     Args:
         num_ranks: Number of pipeline ranks.
@@ -76,11 +76,11 @@ class PlacedStages:
     def folded(
         cls, num_ranks: int, costs: Sequence[PhaseCosts], placement: tuple[int, ...], latency: float
     ) -> PlacedStages:
-        """All phases of a stage on one rank."""
+        """Makes stages that have all phases on one rank."""
         return cls(num_ranks, costs, placement, placement, latency)
 
     def durations(self, deferred: bool) -> list[list[float]]:
-        """Time of every phase (in the order of the chain, then WF and WE) of every stage."""
+        """Returns for every stage the time of FE, FF, BF, BE, WF and WE."""
         split = [a != b for a, b in zip(self.placement, self.force_placement, strict=True)]
         tables = [durations(entry, deferred, is_split) for entry, is_split in zip(self.costs, split, strict=True)]
         return [[table[phase] for phase in _PHASES] for table in tables]
@@ -88,15 +88,15 @@ class PlacedStages:
 
 @dataclass(frozen=True)
 class ListSchedule:
-    """An order of actions per rank, and its makespan under the costs that it was made with.
+    """Holds an order of actions per rank, and its makespan under the costs that it was made with.
 
-    Most orders of a search are compared and dropped, so the actions are spelled out only where they are asked for.
+    Most orders of a search are compared and dropped, so actions are made only where they are asked for.
 
     Args:
-        orders: Per rank the actions as numbers: ``(phase * num_stages + stage) * num_microbatches + microbatch``.
+        orders: Per rank the actions as integers, ``(phase * num_stages + stage) * num_microbatches + microbatch``.
         num_stages: Number of stages.
         num_microbatches: Number of micro-batches.
-        makespan: When the last action ends.
+        makespan: Time at which the last action ends.
     """
 
     orders: list[list[int]]
@@ -113,7 +113,7 @@ class ListSchedule:
 
 
 def list_schedule(
-    chain: PlacedStages,
+    stages: PlacedStages,
     num_microbatches: int,
     priority: Priority,
     max_live: int,
@@ -121,46 +121,46 @@ def list_schedule(
     deferred: bool = False,
     deadline: float = math.inf,
 ) -> ListSchedule | None:
-    """Let every free rank start the most urgent action that is ready, until all is done.
+    """Lets every free rank start the most urgent action that is ready, until all have run.
 
-    A rank opens a micro-batch only while it holds fewer than ``max_live``. Where deferred weight gradients are what
-    holds them, it does these first; there always are some then, as every rank's unfinished micro-batches are among
-    those that the first stage's rank has admitted.
+    A rank begins a micro-batch only while it has fewer than ``max_live``. Where deferred weight gradients keep its
+    micro-batches live, it runs these first. There always are some then, because the live micro-batches of every rank
+    are among those that the first stage has begun.
 
     Args:
-        chain: Stages, places and costs.
+        stages: The stages with their costs and ranks.
         num_microbatches: Number of micro-batches.
-        priority: What a rank prefers.
-        max_live: Most micro-batches of which a rank holds something at once.
+        priority: Which of its ready actions a rank starts first.
+        max_live: Most live micro-batches of a rank.
         deferred: Whether WF and WE are actions of their own.
-        deadline: Give up as soon as the makespan is sure to reach this time.
+        deadline: Time; the search ends as soon as the makespan is sure to reach it.
 
     Returns:
         The order of actions, or None if the makespan would reach ``deadline``.
     """
-    return _Run(chain, num_microbatches, priority, max_live, deferred).finish(deadline)
+    return _ListScheduling(stages, num_microbatches, priority, max_live, deferred).finish(deadline)
 
 
-class _Run:
-    """The state of one list scheduling.
+class _ListScheduling:
+    """Holds the state of one list scheduling.
 
-    All that is done once for each action is done with numbers. A *step* is a phase of a stage, ``phase * num_stages +
-    stage``. A ready action is a *key*, ``urgency * num_steps + step``: the least one is the most urgent, and it tells
-    its micro-batch, as urgencies count through the micro-batches.
+    Everything that happens for each action is done with integers. A *step* is a phase of a stage, ``phase * num_stages
+    + stage``. A ready action is a *key*, ``urgency * num_steps + step``: the least key is the most urgent, and it gives
+    the micro-batch, because urgencies count through the micro-batches.
     """
 
     def __init__(
-        self, chain: PlacedStages, num_microbatches: int, priority: Priority, max_live: int, deferred: bool
+        self, stages: PlacedStages, num_microbatches: int, priority: Priority, max_live: int, deferred: bool
     ) -> None:
-        num_ranks, num_stages = chain.num_ranks, len(chain.placement)
+        num_ranks, num_stages = stages.num_ranks, len(stages.placement)
         num_phases = len(_PHASES) if deferred else len(CRITICAL_PHASES)
         self.num_microbatches, self.num_stages, self.num_steps = num_microbatches, num_stages, num_phases * num_stages
-        self.max_live, self.latency, self.entry = max_live, chain.latency, chain.placement[0]
+        self.max_live, self.latency, self.entry = max_live, stages.latency, stages.placement[0]
         self.urgency = priority.table(num_microbatches)
         self.most_deferred = math.inf if priority.most_deferred is None else priority.most_deferred
-        by_stage = chain.durations(deferred)
+        by_stage = stages.durations(deferred)
         self.duration = [by_stage[stage][phase] for phase in range(num_phases) for stage in range(num_stages)]
-        energies, forces = chain.placement, chain.force_placement
+        energies, forces = stages.placement, stages.force_placement
         self.rank_of = [r for phase in range(num_phases) for r in (energies if phase in (0, 3, _WE) else forces)]
         self.following = [self.next_step(step) for step in range(self.num_steps)]
         self.work_left, self.steps_per_rank = [0.0] * num_ranks, [0] * num_ranks
@@ -174,11 +174,11 @@ class _Run:
         self.left: list[dict[int, int]] = [{} for _ in range(num_ranks)]
         self.is_busy = [False] * num_ranks
         self.orders: list[list[int]] = [[] for _ in range(num_ranks)]
-        # Time, number of the action as in `ListSchedule`, and whether it is the arrival of what the action needs.
+        # Time, the action as in `ListSchedule`, and whether its input arrives then. Otherwise it ends then.
         self.events: list[tuple[float, int, bool]] = []
 
     def next_step(self, step: int) -> int | None:
-        """The step that takes in the output of a step."""
+        """Returns the step that reads the output of a step."""
         phase, stage = divmod(step, self.num_stages)
         if phase >= _WF:
             return None
@@ -216,7 +216,7 @@ class _Run:
         return ListSchedule(self.orders, self.num_stages, self.num_microbatches, self.now)
 
     def start(self, rank: int, deadline: float) -> bool:
-        """Start the most urgent ready action of a rank, if any; False if the deadline cannot be met any more."""
+        """Starts the most urgent ready action of a rank, if any; False if the deadline cannot be met any more."""
         ready, weights, left = self.ready[rank], self.weights[rank], self.left[rank]
         num_microbatches = self.num_microbatches
         key = ready[0] if ready else None
@@ -254,7 +254,7 @@ class _Run:
         return True
 
     def end(self, rank: int, step: int, microbatch: int) -> int | None:
-        """Make ready what follows an action that ended; return the rank that this concerns, if another one."""
+        """Makes the successor of an ended action ready, and returns its rank if it may start."""
         left = self.left[rank]
         if left[microbatch] == 1:
             del left[microbatch]
@@ -275,6 +275,6 @@ class _Run:
         return target
 
     def arrive(self, step: int, microbatch: int) -> None:
-        """Make an action ready."""
+        """Makes an action ready."""
         urgency = self.urgency[step // self.num_stages][microbatch]
         heappush(self.ready[self.rank_of[step]], urgency * self.num_steps + step)

@@ -1,4 +1,4 @@
-"""``1f1b-fold``: the folded placement in 1F1B order, which is what the fold alone gives."""
+"""Builds ``1f1b-fold``: the folded placement in 1F1B order, which shows what the fold alone gives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NOMINAL_COSTS = PhaseCosts(fe=1.0, ff=1.0, bf=2.0, be=2.0)
 
 
 def one_f_one_b(request: Request) -> Schedule:
-    """Order the folded pipeline as 1F1B: backward before forward, at most P live micro-batches per rank.
+    """Orders the folded pipeline as 1F1B: backward before forward, at most P live micro-batches per rank.
 
     The order comes from nominal first-order costs, not from measured ones; ``max_live`` may be a tighter cap than P.
     """
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
     cap = num_ranks if request.max_live is None else min(num_ranks, request.max_live)
-    chain = PlacedStages.folded(num_ranks, (NOMINAL_COSTS,) * num_ranks, tuple(range(num_ranks)), 0.0)
-    found = list_schedule(chain, num_microbatches, Priority(DEPTH_FIRST, unit=num_microbatches), cap)
+    stages = PlacedStages.folded(num_ranks, (NOMINAL_COSTS,) * num_ranks, tuple(range(num_ranks)), 0.0)
+    found = list_schedule(stages, num_microbatches, Priority(DEPTH_FIRST, unit=num_microbatches), cap)
     assert found is not None
     return Schedule("1f1b-fold", num_ranks, num_microbatches, found.actions)

@@ -20,24 +20,24 @@ def render(
     marked: tuple[int, int] | None = None,
     max_columns: int | None = None,
 ) -> str:
-    """Draw a schedule as a grid with ranks as rows and time slots as columns.
+    """Returns a schedule as a grid of text, with ranks as rows and time slots as columns.
 
-    Without a report the slots are the places in each rank's order, which any schedule has, valid or not. With the
-    report of a simulation a slot is as long as the shortest action: an action is written where it starts, ``-`` goes
-    on for as long as it runs, and ``.`` is a bubble.
+    Without a report the columns count the actions of each rank; this works for invalid schedules too. With the report
+    of a simulation a column is as long as the shortest action: an action is written where it starts, ``-`` goes on for
+    as long as it runs, and ``.`` is a bubble.
 
     Args:
         schedule: The schedule to draw.
-        report: The result of `simulate` for this schedule, for slots of time.
-        marked: Rank and place of an action to be marked as ``>FE0.3<``.
+        report: The result of `simulate` for this schedule, for columns of time.
+        marked: Rank of an action to be marked as ``>FE0.3<``, and its index in the rank's order.
         max_columns: Most columns to draw, around the marked action or else from the start; None draws all.
     """
-    rows = _places(schedule) if report is None else _time_slots(schedule, report)
+    rows = _orders(schedule) if report is None else _time_slots(schedule, report)
     column = 0
     if marked is not None:
-        rank, place = marked
-        text = str(schedule.actions[rank][place])
-        column = place if report is None else rows[rank].index(text)
+        rank, index = marked
+        text = str(schedule.actions[rank][index])
+        column = index if report is None else rows[rank].index(text)
         rows[rank][column] = f">{text}<"
     num_columns = max(map(len, rows), default=0)
     first, last = _window(num_columns, column, max_columns)
@@ -52,7 +52,7 @@ def render(
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _places(schedule: Schedule) -> list[list[str]]:
+def _orders(schedule: Schedule) -> list[list[str]]:
     return [[str(action) for action in order] for order in schedule.actions]
 
 

@@ -1,4 +1,4 @@
-"""Times a schedule: when each action starts and ends, how long the step takes, and what the ranks hold meanwhile."""
+"""Times a schedule: when each action starts and ends, how long the step takes, and which bytes ranks hold meanwhile."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def simulate(
     memory: Memory | None = None,
     weights: Sequence[float] | None = None,
 ) -> Report:
-    """Run a schedule in simulated time.
+    """Runs a schedule in simulated time.
 
-    Every action starts as soon as its rank has ended the one before and its messages are there. Messages travel beside
-    the computation. WF and WE, where the schedule lacks them, are spent inside BF and BE.
+    Every action starts as soon as its rank has ended the action before and its messages have arrived. Messages travel
+    beside the computation. Where the schedule lacks WF and WE, their times are spent inside BF and BE.
 
     Args:
         schedule: The schedule to time.
-        costs: Phase times: of a rank's share, the same on all ranks, or one entry per rank, or one per stage.
-        comm: What a message between two ranks costs: its latency, or a `Link`.
+        costs: Phase times of a rank's share for one micro-batch: one entry for all ranks, one per rank, or one per
+            stage.
+        comm: Cost of a message between two ranks: its latency, or a `Link`.
         memory: Bytes that a micro-batch holds between its phases, for the memory over time; given like ``costs``.
-        weights: How long each micro-batch takes, in those of the costs; 1 for all by default.
+        weights: Factor of the times of each micro-batch; 1 for all by default.
 
     Raises:
-        ScheduleError: If the schedule cannot run to its end.
-        ValueError: If ``comm`` is negative or not finite, or ``costs``, ``memory`` or ``weights`` do not fit the
-            schedule.
+        ScheduleError: The schedule cannot run to its end.
+        ValueError: ``comm`` is negative or not finite, or ``costs``, ``memory`` or ``weights`` do not fit the schedule.
     """
     factors = [1.0] * schedule.num_microbatches if weights is None else list(weights)
     if len(factors) != schedule.num_microbatches or not all(math.isfinite(f) and f > 0 for f in factors):
@@ -52,11 +52,11 @@ def simulate(
             raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
         comm = Link(latency=comm)
     times = action_times(schedule, costs)
-    steps, num_edges = dependency_table(schedule)
-    needs = {phase: [step.needs for step in of_phase] for phase, of_phase in steps.items()}
+    table, num_dependencies = dependency_table(schedule)
+    needs = {phase: [entry.needs for entry in of_phase] for phase, of_phase in table.items()}
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
-    # When a dependency is met, by micro-batch times edges plus edge, and the ranks that wait for it.
+    # When a dependency is met, by micro-batch times dependencies plus dependency, and the ranks that wait for it.
     met: dict[int, float] = {}
     waiting: dict[int, int] = {}
     channel_free: dict[tuple[int, int], float] = {}
@@ -72,15 +72,15 @@ def simulate(
             phase, stage, microbatch = action
             if not 0 <= stage < schedule.num_stages or action in end:
                 break
-            step, first_edge = steps[phase][stage], microbatch * num_edges
-            if step.rank != rank:
+            entry, first = table[phase][stage], microbatch * num_dependencies
+            if entry.rank != rank:
                 break
             ready = clock[rank]
             missing = None
-            for edge in needs[phase][stage]:
-                time = met.get(first_edge + edge)
+            for index in needs[phase][stage]:
+                time = met.get(first + index)
                 if time is None:
-                    missing = first_edge + edge
+                    missing = first + index
                     break
                 ready = max(ready, time)
             if missing is not None:
@@ -91,14 +91,14 @@ def simulate(
             end[action] = clock[rank] = ready + duration
             busy[rank] += duration
             position[rank] += 1
-            for edge in step.hands_on:
-                met[first_edge + edge] = clock[rank]
-            for target, edge in step.sends:
+            for index in entry.local_outputs:
+                met[first + index] = clock[rank]
+            for target, index in entry.sends:
                 gone = max(clock[rank], channel_free.get((rank, target), 0.0)) + comm.occupied
                 channel_free[rank, target] = gone
-                met[first_edge + edge] = gone + comm.latency
-                if first_edge + edge in waiting:
-                    runnable.append(waiting.pop(first_edge + edge))
+                met[first + index] = gone + comm.latency
+                if first + index in waiting:
+                    runnable.append(waiting.pop(first + index))
     if not end or len(end) != sum(map(len, schedule.actions)):
         validate(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")
@@ -108,9 +108,9 @@ def simulate(
 
 
 def ideal_time(schedule: Schedule, costs: Costs) -> float:
-    """Time that the busiest rank works if nothing is computed twice: no order of the schedule's stages is faster.
+    """Returns the time that the busiest rank works if nothing is computed twice; no order of the stages is faster.
 
-    Of an unfolded schedule, whose stages could be divided in any way, it is an equal share of the whole work.
+    For an unfolded schedule, whose stages could be cut anywhere, it is an equal share of the whole work.
     """
     per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
     if not schedule.is_folded:
@@ -124,12 +124,12 @@ def ideal_time(schedule: Schedule, costs: Costs) -> float:
 def memory_over_time(
     schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float], memory: Memory
 ) -> tuple[MemoryCurve, ...]:
-    """Per rank the bytes that its micro-batches hold, from what each phase allocates and frees.
+    """Returns for each rank the bytes that its micro-batches hold over time.
 
     Args:
         schedule: The schedule.
-        start: Start time of every action; what an action allocates counts from here on.
-        end: End time of every action; what it frees counts until here.
+        start: Start time of every action, from which the bytes that it allocates count.
+        end: End time of every action, until which the bytes that it frees count.
         memory: Bytes of one micro-batch, given like the costs.
     """
     per_stage = memory_per_stage(memory, schedule.num_ranks, schedule.num_stages)
@@ -155,7 +155,7 @@ def memory_over_time(
             changes += [(start[action], allocated), (end[action], -freed)]
         curve: list[tuple[float, float]] = [(0.0, 0.0)]
         held = 0.0
-        # A rank runs one action at a time: what one frees is gone before the next one allocates.
+        # A rank runs one action at a time: each frees its bytes before the next one allocates.
         for time, change in changes:
             if change:
                 held += change

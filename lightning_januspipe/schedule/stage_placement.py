@@ -1,4 +1,4 @@
-"""Which rank holds which stage."""
+"""Places stages on ranks."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ from collections.abc import Sequence
 
 
 def snake(num_ranks: int, num_stages: int) -> tuple[int, ...]:
-    """Down and up again: stages 0 to P-1 on ranks 0 to P-1, the next P on ranks P-1 to 0, and so on.
+    """Places stages down the ranks and up again: 0 to P-1 on ranks 0 to P-1, the next P on ranks P-1 to 0, and so on.
 
-    Where the chain turns, two neighbouring stages share a rank and nothing is sent.
+    Where the direction turns, two neighbouring stages share a rank and nothing is sent.
     """
     rounds = (divmod(stage, num_ranks) for stage in range(num_stages))
-    return tuple(place if turn % 2 == 0 else num_ranks - 1 - place for turn, place in rounds)
+    return tuple(rank if turn % 2 == 0 else num_ranks - 1 - rank for turn, rank in rounds)
 
 
 def loop(num_ranks: int, num_stages: int) -> tuple[int, ...]:
-    """Down again and again: stage s on rank s mod P.
+    """Places stages down the ranks again and again: stage s on rank s mod P.
 
-    Every border of stages is one of ranks, but a rank's stages are far from one another, so that a chain with light
-    ends is shared more evenly.
+    Every boundary is a message, but a rank's stages are far from each other, so that a potential whose first and last
+    layers are cheap is shared more evenly.
     """
     return tuple(stage % num_ranks for stage in range(num_stages))
 
 
 def layouts(num_ranks: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
-    """The folded placements to choose from."""
+    """Returns the folded placements to choose from."""
     return tuple(dict.fromkeys((snake(num_ranks, num_stages), loop(num_ranks, num_stages))))
 
 
 def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
-    """The part of each element when a sequence is cut in contiguous parts with the least maximal sum of costs.
+    """Cuts a sequence into contiguous parts so that the largest sum of costs is least.
 
     Args:
         costs: Costs of the elements, in order; at least as many as parts, so that no part is empty.
         num_parts: Number of parts.
+
+    Returns:
+        The index of the part of each element.
     """
     assert len(costs) >= num_parts, "every part needs an element"
     low, high = max(costs), sum(costs)
@@ -50,7 +53,7 @@ def cut_evenly(costs: Sequence[float], num_parts: int) -> list[int]:
 
 
 def _fill(costs: Sequence[float], num_parts: int, largest: float) -> list[int] | None:
-    """Fill part after part up to a sum; None if that takes more parts."""
+    """Fills part after part up to a sum; returns None if that takes more parts."""
     parts: list[int] = []
     part, held = 0, 0.0
     for index, cost in enumerate(costs):

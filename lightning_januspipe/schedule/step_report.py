@@ -1,4 +1,4 @@
-"""What a simulation finds."""
+"""Holds the times of one step, as `simulate` finds them or a recorder measures them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ MemoryCurve = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Report:
-    """Timing of one step, simulated or recorded, in the unit of time of the costs.
+    """Holds the timing of one step, simulated or recorded, in the unit of time of the costs.
 
     Args:
         makespan: Time from the first start to the last end.
         ideal: Time that the busiest rank of a folded pipeline works, M·T; no schedule of these stages is faster.
-        peak_live: Per rank, the most micro-batches of which it holds something at once: from the first to the last
-            of their actions on the rank.
+        peak_live: Per rank, the most live micro-batches; one is live from its first to its last action on the rank.
         start: Start time of every action.
         end: End time of every action.
         busy: Per rank, the time that it works; more than its share where FE is computed twice.
@@ -47,7 +46,7 @@ class Report:
 
 
 def peak_live(schedule: Schedule) -> tuple[int, ...]:
-    """Most live micro-batches per rank; a rank runs one action at a time, so its order alone decides."""
+    """Returns the most live micro-batches of each rank; a rank runs one action at a time, so its order decides."""
     peaks = []
     for order in schedule.actions:
         left = Counter(action.microbatch for action in order)

@@ -1,7 +1,7 @@
-"""``1f1b-2nd`` and ``hanayo-2nd``: first-order pipelining of the unrolled chain, the baselines that do not fold.
+"""Builds ``1f1b-2nd`` and ``hanayo-2nd``, the baselines that do not fold: first-order pipelines of all forward phases.
 
-To a first-order pipeline a training step is a chain of twice as many forward stages, FE of all layers and then FF of
-all layers, with BF and BE as its backward pass. It is cut in parts of equal cost wherever that falls, so that FF of a
+To a first-order pipeline a training step has twice as many forward stages, FE of all layers and then FF of all layers,
+and BF and BE are its backward pass. This sequence is cut into parts of equal cost, wherever the cuts fall. So FF of a
 layer usually is on another rank than its FE: that rank holds the layer's weights once more, computes FE again (FF takes
 ``fe + ff`` and BF goes back through both, ``bf + be``), and adds its gradients. Where FE and FF of a layer meet on one
 rank, nothing is computed twice.
@@ -18,25 +18,25 @@ from lightning_januspipe.schedule.request import Request
 from lightning_januspipe.schedule.stage_placement import cut_evenly, snake
 
 _CHUNKS = (2, 3, 4)
-"""Stages per rank that the chain of energies may be cut in; it is cut in parts of equal cost at their borders."""
+"""Stages per rank that the potential may be cut into; parts of equal cost end where these stages do."""
 
 
 def one_f_one_b_unfolded(request: Request) -> Schedule:
-    """The unrolled chain in P parts, in 1F1B order with at most P live micro-batches."""
+    """Orders P parts of all forward phases as 1F1B, with at most P live micro-batches."""
     return _fastest("1f1b-2nd", request, parts_per_rank=1, caps=(request.num_ranks,))
 
 
 def hanayo_unfolded(request: Request) -> Schedule:
-    """The unrolled chain in 2P parts that go down the ranks and up again: one wave of Hanayo (SC '23).
+    """Orders 2P parts of all forward phases, down the ranks and up again, as one wave of Hanayo (SC '23).
 
-    Its live micro-batches, P to 2P, are those with which it is fastest.
+    It has the number of live micro-batches, P to 2P, that makes it fastest.
     """
     num_ranks = request.num_ranks
     return _fastest("hanayo-2nd", request, parts_per_rank=2, caps=(2 * num_ranks, 3 * num_ranks // 2, num_ranks))
 
 
 def _fastest(name: str, request: Request, parts_per_rank: int, caps: tuple[int, ...]) -> Schedule:
-    """The fastest out of the numbers of stages and the live caps that are allowed."""
+    """Returns the fastest schedule over the numbers of stages and the caps of live micro-batches that are allowed."""
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
     priority = Priority(DEPTH_FIRST, unit=num_microbatches)
     if request.max_live is not None:
@@ -44,15 +44,15 @@ def _fastest(name: str, request: Request, parts_per_rank: int, caps: tuple[int, 
     best: tuple[float, Schedule] | None = None
     for num_stages in request.stage_counts(_CHUNKS):
         costs = request.stage_costs(num_stages)
-        chain = PlacedStages(
+        stages = PlacedStages(
             num_ranks, costs, *unfolded_placement(costs, num_ranks, parts_per_rank), latency=request.latency
         )
         for cap in dict.fromkeys(caps):
             deadline = math.inf if best is None else best[0]
-            found = list_schedule(chain, num_microbatches, priority, cap, deadline=deadline)
+            found = list_schedule(stages, num_microbatches, priority, cap, deadline=deadline)
             if found is not None:
                 schedule = Schedule(
-                    name, num_ranks, num_microbatches, found.actions, chain.placement, chain.force_placement
+                    name, num_ranks, num_microbatches, found.actions, stages.placement, stages.force_placement
                 )
                 best = found.makespan, schedule
     assert best is not None
@@ -62,17 +62,17 @@ def _fastest(name: str, request: Request, parts_per_rank: int, caps: tuple[int, 
 def unfolded_placement(
     costs: tuple[PhaseCosts, ...], num_ranks: int, parts_per_rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ranks of FE and BE, and of FF and BF, of each stage.
+    """Returns the ranks of FE and BE, and of FF and BF, of each stage.
 
     Args:
         costs: Costs of each stage.
         num_ranks: Number of pipeline ranks.
-        parts_per_rank: Parts of the unrolled chain on each rank, placed down the ranks and up again.
+        parts_per_rank: Parts of all forward phases on each rank, placed down the ranks and up again.
     """
     times = [durations(entry, deferred=False, split=True) for entry in costs]
     energies = [time[Phase.FE] + time[Phase.BE] for time in times]
     forces = [time[Phase.FF] + time[Phase.BF] for time in times]
     parts = cut_evenly([*energies, *reversed(forces)], num_ranks * parts_per_rank)
     ranks = snake(num_ranks, num_ranks * parts_per_rank)
-    places = [ranks[part] for part in parts]
-    return tuple(places[: len(costs)]), tuple(reversed(places[len(costs) :]))
+    of_stages = [ranks[part] for part in parts]
+    return tuple(of_stages[: len(costs)]), tuple(reversed(of_stages[len(costs) :]))

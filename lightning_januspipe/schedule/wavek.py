@@ -1,13 +1,13 @@
-"""``wavek`` and ``wavek-zb``: units of k micro-batches in alternating forward and backward waves that overlap.
+"""Builds ``wavek`` and ``wavek-zb``: units of k micro-batches in alternating forward and backward waves that overlap.
 
-A unit goes down and up in its forward wave (FE, FF), then down and up in its backward wave (BF, BE). The phases take
-unequal times, so the wave of one unit alone leaves gaps; the wave of the next unit fills them (arXiv 2605.18404,
-WaveK). Which phase should go first where two waves meet depends on the costs, so a portfolio of orders is scheduled
-and the shortest is kept.
+A unit goes down and up the stages in its forward wave (FE, FF), then down and up in its backward wave (BF, BE). The
+phases take unequal times, so the wave of one unit alone leaves gaps; the wave of the next unit fills them (arXiv
+2605.18404, WaveK). Which phase should go first where two waves meet depends on the costs, so many priorities are
+scheduled and the shortest order is kept.
 
-``wavek-zb`` goes beyond the paper in two ways. Weight gradients (WF, WE), which no other rank waits for, fill what gaps
-remain, as zero-bubble schedules do in first-order training. And a rank may hold several chunks of layers, placed down
-the ranks and up again, so that the first micro-batch reaches the last rank sooner.
+``wavek-zb`` goes beyond the paper in two ways. Weight gradients (WF, WE), which no other rank waits for, fill the gaps
+that remain, as zero-bubble schedules do in first-order training. And a rank may have two stages, placed down the ranks
+and up again, so that the first micro-batch reaches the last rank sooner.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OFTEN_BEST = (
     (Phase.BF, Phase.FF, Phase.FE, Phase.BE),
     (Phase.BF, Phase.FF, Phase.BE, Phase.FE),
 )
-# With the most weight gradients that a rank may owe: few of them serve a tight cap.
+# Each with the most weight gradients that a rank may put off: few of them serve a tight cap.
 _OFTEN_BEST_DEFERRED = (
     ((Phase.FE, Phase.FF, Phase.BF, Phase.BE), None),
     ((Phase.BF, Phase.BE, Phase.FF, Phase.FE), 0),
@@ -54,24 +54,24 @@ _SEARCHED_ACTIONS = 100_000
 _LEAST_TRIES, _MOST_TRIES = 4, 400
 _SEARCHED_CAPS = 3
 _SMALL_CAP = 16
-# So near to what is possible, the search ends.
+# The search ends this near to the bound.
 _GOOD_ENOUGH = 2e-3
-# A gain within rounding is no gain: the earlier entry of the portfolio stays.
+# A gain within rounding is no gain: the earlier priority stays.
 _ROUNDING = 1e-9
-# Chunks send each message more often; they have to shorten the step by this share.
+# More stages on a rank mean more messages; they have to shorten the step by this share.
 _LEAST_GAIN_OF_CHUNKS = 5e-3
 
 
 @dataclass(frozen=True)
 class WaveKChoice:
-    """The order that `search_wavek` settled on.
+    """Holds the order that `search_wavek` chose.
 
     Args:
         schedule: The schedule.
         makespan: Its simulated makespan.
-        bound: What no schedule of these stages can be faster than.
+        bound: The time that no schedule of these stages can beat.
         wave_size: Micro-batches per unit; more than ``max_live`` means that the cap alone shapes the waves.
-        max_live: The live cap that it was made under.
+        max_live: The cap of live micro-batches that it was made under.
         phases: Phases from the most to the least urgent, where units overlap.
     """
 
@@ -84,40 +84,40 @@ class WaveKChoice:
 
 
 def wavek(request: Request) -> Schedule:
-    """Order the folded pipeline in waves, one stage on each rank; see `search_wavek`."""
+    """Orders the folded pipeline in waves, one stage on each rank; see `search_wavek`."""
     return search_wavek(request).schedule
 
 
 def wavek_deferred(request: Request) -> Schedule:
-    """Order the folded pipeline in waves with deferred weight gradients, and chunks where they help."""
+    """Orders the folded pipeline in waves, with deferred weight gradients, and two stages on a rank where they help."""
     return search_wavek(request, deferred=True).schedule
 
 
 def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
-    """Search the waves with the least makespan; the same request gives the same choice on every rank.
+    """Searches the waves with the least makespan; the same request gives the same choice on every rank.
 
     With ``wave_size="auto"`` the result of ``wavek`` is never slower than ``1f1b-fold`` under the same cap.
     ``max_live=None`` stands for 2P, and for k where ``wave_size`` k is given: a new unit starts as micro-batches of the
-    one before end, and units may be smaller if that is faster. A memory limit may lower the cap further.
+    unit before end, and units may be smaller if that is faster. A memory limit may lower the cap further.
 
     Args:
-        request: What is asked for.
+        request: The arguments of `build_schedule`.
         deferred: Whether weight gradients are actions of their own, and a rank may have several stages.
 
     Raises:
-        ValueError: If not even one micro-batch at a time keeps within the memory limit.
+        ValueError: Not even one micro-batch at a time keeps within the memory limit.
     """
     best: WaveKChoice | None = None
     least_bytes = math.inf
     placements = request.folded_layouts(_CHUNKS) if deferred else [tuple(range(request.num_ranks))]
     for placement in placements:
-        chain = PlacedStages.folded(request.num_ranks, request.stage_costs(len(placement)), placement, request.latency)
+        stages = PlacedStages.folded(request.num_ranks, request.stage_costs(len(placement)), placement, request.latency)
         deadline = math.inf
         if best is not None:
-            # More chunks come first: fewer only have to be nearly as fast.
+            # More stages come first: fewer only have to be nearly as fast.
             fewer = len(placement) < best.schedule.num_stages
             deadline = best.makespan * (1 + _LEAST_GAIN_OF_CHUNKS if fewer else 1 - _ROUNDING)
-        found, needed = _search_chain(request, chain, deferred, deadline)
+        found, needed = _search_stages(request, stages, deferred, deadline)
         least_bytes = min(least_bytes, needed)
         best = found or best
     if best is None:
@@ -129,24 +129,24 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     return best
 
 
-def _search_chain(
-    request: Request, chain: PlacedStages, deferred: bool, deadline: float
+def _search_stages(
+    request: Request, stages: PlacedStages, deferred: bool, deadline: float
 ) -> tuple[WaveKChoice | None, float]:
-    """The best order for given stages that ends before the deadline, and the least memory that was seen."""
+    """Returns the best order of given stages that ends before the deadline, and the least memory that was seen."""
     num_microbatches, name = request.num_microbatches, "wavek-zb" if deferred else "wavek"
-    num_stages = len(chain.placement)
+    num_stages = len(stages.placement)
     cap = min(_default_cap(request), num_microbatches)
-    bound = lower_bound(chain.costs, chain.placement, num_microbatches, deferred=deferred, latency=request.latency)
+    bound = lower_bound(stages.costs, stages.placement, num_microbatches, deferred=deferred, latency=request.latency)
     best: WaveKChoice | None = None
     least_bytes = math.inf
     if bound >= deadline:
         return None, least_bytes
 
     def consider(choice: WaveKChoice) -> bool:
-        """Keep a choice if it is the best so far; False if it needs too much memory."""
+        """Keeps a choice if it is the best so far; returns False if it needs too much memory."""
         nonlocal best, least_bytes
         if request.memory is not None and request.memory_limit is not None:
-            report = simulate(choice.schedule, chain.costs, comm=request.latency, memory=request.memory)
+            report = simulate(choice.schedule, stages.costs, comm=request.latency, memory=request.memory)
             least_bytes = min(least_bytes, max(report.peak_memory))
             if max(report.peak_memory) > request.memory_limit:
                 return False
@@ -156,7 +156,7 @@ def _search_chain(
 
     if request.wave_size == "auto" and not deferred:
         baseline = replace(one_f_one_b(replace(request, max_live=cap)), name=name)
-        makespan = simulate(baseline, chain.costs, comm=request.latency).makespan
+        makespan = simulate(baseline, stages.costs, comm=request.latency).makespan
         live = min(cap, request.num_ranks)
         consider(WaveKChoice(baseline, makespan, bound, num_microbatches, live, DEPTH_FIRST))
     num_actions = (6 if deferred else 4) * num_stages * num_microbatches
@@ -168,10 +168,10 @@ def _search_chain(
             if best is not None and best.makespan <= bound * (1 + _GOOD_ENOUGH):
                 return best, least_bytes
             limit = deadline if best is None else best.makespan * (1 - _ROUNDING)
-            found = list_schedule(chain, num_microbatches, priority, live, deferred=deferred, deadline=limit)
+            found = list_schedule(stages, num_microbatches, priority, live, deferred=deferred, deadline=limit)
             if found is None:
                 continue
-            schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, chain.placement)
+            schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, stages.placement)
             choice = WaveKChoice(schedule, found.makespan, bound, priority.unit, live, priority.phases)
             num_over += not consider(choice)
             if num_over == _LEAST_TRIES:
@@ -189,7 +189,7 @@ def _default_cap(request: Request) -> int:
 
 
 def _caps(request: Request, cap: int) -> list[int]:
-    """Live caps to try: fewer live micro-batches sometimes make a better order, and need less memory."""
+    """Returns caps of live micro-batches to try: lower ones sometimes make a better order, and need less memory."""
     caps = [int(cap * share) for share in (1.0, 0.75, 0.5)]
     if request.memory_limit is not None:
         shares = (0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -198,7 +198,7 @@ def _caps(request: Request, cap: int) -> list[int]:
 
 
 def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:
-    """Priorities to try, the most promising first."""
+    """Yields the priorities to try, the most promising first."""
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
     orders: list[tuple[tuple[Phase, ...], int | None]] = []
     if deferred:

@@ -12,15 +12,16 @@ from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_un
 
 _SIZES = ("pipeline_size", "data_size", "graph_size")
 _REFERENCE = ("data_size", "num_microbatches", "balance")
-"""The arguments of the strategy on which the run in one process depends."""
+"""The arguments of the strategy on which the plain Trainer's run depends."""
 
 
 class PotentialConformance:
-    """Tests that a LightningModule trains on every mesh of ranks as it does in one process.
+    """Tests that a LightningModule trains on every mesh of ranks as it does undivided.
 
     Inherit this class in a test file, name what makes the module and its data, and run pytest. Each test trains a few
     steps on one kind of structures with one strategy, and compares losses, the gradients of all parameters, and the
-    trained parameters with those of one process, at 1e-9 in float64.
+    trained parameters with those of a plain Trainer, at 1e-9 in float64: in one process, or for replicas in as many
+    processes under Lightning's DDP.
 
     The factories run in other processes: define them at the top level of a file that can be imported. They have to make
     the same module and data at every call.
@@ -107,8 +108,8 @@ class PotentialConformance:
             "structures with unequal numbers of atoms or edges"
         )
 
-    def test_trains_as_in_one_process(self, structures: str, strategy: str) -> None:
-        """Compares losses, gradients and parameters with those of one process."""
+    def test_trains_as_undivided(self, structures: str, strategy: str) -> None:
+        """Compares losses, gradients and parameters with those of a plain Trainer."""
         cls = type(self)
         arguments = _complete(cls.strategies[strategy])
         devices = _devices(arguments)
@@ -118,16 +119,17 @@ class PotentialConformance:
         except AssertionError as error:
             raise AssertionError(
                 f"{cls.__name__} on {structures}: JanusPipeStrategy({_written(arguments)}) on {devices} rank(s) does "
-                f"not train as one process does: {error}"
+                f"not train as a plain Trainer does: {error}"
             ) from None
 
     def _reference(self, structures: str, arguments: Mapping[str, Any]) -> Record:
-        """Returns the record of one process, which runs once for all strategies of the same micro-batches."""
+        """Returns the record of a plain Trainer, which runs once for all strategies of the same micro-batches."""
         needed = _complete({name: arguments[name] for name in _REFERENCE if name in arguments})
         key = (structures, *sorted(needed.items()))
         if key not in self._references:
             run = self._run_of(structures, needed)
-            (self._references[key],) = self._ranks().run(train_undivided, *run, _devices(needed), world_size=1)
+            replicas = _devices(needed)
+            self._references[key] = self._ranks().run(train_undivided, *run, replicas, world_size=replicas)[0]
         return self._references[key]
 
     def _run_of(self, structures: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:

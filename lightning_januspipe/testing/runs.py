@@ -72,7 +72,10 @@ def train_undivided(
     trainer_arguments: dict[str, Any],
     devices: int,
 ) -> Record:
-    """Trains in one process with a plain Trainer, on the mean loss of all micro-batches of all replicas.
+    """Trains the undivided module with a plain Trainer, on the mean loss of all micro-batches of all replicas.
+
+    In one process the replicas' batches are trained on side by side. In as many processes as there are replicas, each
+    trains on its own with Lightning's DDP, so that losses that reduce themselves over processes are what they would be.
 
     Args:
         module_factory: Makes the LightningModule.
@@ -88,8 +91,9 @@ def train_undivided(
     bound.parallel_devices = [torch.device("cpu")] * devices
     replicas, num_microbatches = bound.mesh_shape.data, bound.num_microbatches()
     balance = strategy.get("balance", "auto")
+    world = int(os.environ["WORLD_SIZE"])
     loaders = []
-    for replica in range(replicas):
+    for replica in range(replicas) if world == 1 else [int(os.environ["RANK"])]:
         loader = _ordered_loader(_train_loader(data), replicas, replica)
         loader = split_batches(loader, num_microbatches, required=False)
         if replicas > 1 and balance != "microbatches":
@@ -113,7 +117,8 @@ def train_undivided(
 
     module.training_step = mean_step
     module.log = lambda *_, **__: None
-    trainer = _trainer(namespace, steps, trainer_arguments, strategy="auto", devices=1)
+    plain = "auto" if world == 1 else "ddp_find_unused_parameters_true"
+    trainer = _trainer(namespace, steps, trainer_arguments, strategy=plain, devices=world)
     recorder = _recorder(module, lambda parameter: True)
     trainer.callbacks.insert(0, recorder)
     trainer.fit(module, _Zipped(loaders))

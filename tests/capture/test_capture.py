@@ -101,8 +101,8 @@ def test_stages_are_right(busy: Any) -> None:
     module, captured, _, _ = busy
     potential = captured.potential
     assert potential.path == "potential"
-    assert potential.cut.num_stages == len(captured.seconds) == 2
-    assert all(s.total > 0 for s in captured.seconds)
+    assert potential.cut.num_stages == len(captured.costs) == 2
+    assert all(s.total > 0 for s in captured.costs)
     assert_parity(potential, Step(module.potential), make_batch((5, 1, 2)))
 
 

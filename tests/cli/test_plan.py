@@ -446,7 +446,7 @@ class TestMeasured:
             step = _Step(Executor(rank, stages, chain), Route(schedule, rank), inputs, None)  # type: ignore[arg-type]
             for messages in step.route.incoming.values():
                 for message in messages:
-                    assert measured.message_bytes(message) == packed_size([(s, d) for s, d, _ in step._shapes(message)])
+                    assert measured.message_bytes(message) == packed_size(step._form(message).shapes())
                     seen += 1
         assert seen == sum(map(len, schedule.messages().values())) > 0
 

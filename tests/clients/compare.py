@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_januspipe.testing import PotentialConformance
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 TIMEOUT = 280.0
@@ -78,6 +80,20 @@ def summary(checkpoint: Path) -> Path:
     out = checkpoint.with_suffix(".pt")
     torch.save({"losses": [float(score) for score in found], "state": saved["state_dict"]}, out)
     return out
+
+
+class ClientConformance(PotentialConformance):
+    """The tests that the models of every package pass, with five steps each; ``preload`` names a package's program."""
+
+    steps = 5
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.preload = (f"{cls.__module__.rpartition('test_')[-1]}_program",)
+
+
+TWO_STAGES = {"two-stages": {"pipeline_size": 2, "num_microbatches": 1}}
+THREE_STAGES = {"three-stages": {"pipeline_size": 3, "num_microbatches": 1}}
 
 
 class Runs:

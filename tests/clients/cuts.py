@@ -45,7 +45,7 @@ def nequip(folder: Path) -> Iterator[Model]:
         arguments = Namespace(
             structures="crystals", num_structures=8, batch_size=4, replicas=1, out=folder / "nequip.pt", ema=False
         )
-        data = nequip_program.data_module(arguments)
+        data = nequip_program.make_data(arguments)
         data.setup("fit")
         model = {
             "_target_": "nequip.model.NequIPGNNModel",
@@ -88,7 +88,7 @@ def schnetpack(folder: Path) -> Iterator[Model]:
             128, 6, spk.nn.GaussianRBF(20, CUTOFF), spk.nn.CosineCutoff(CUTOFF)
         ),
     }
-    data = schnetpack_program.data_module(
+    data = schnetpack_program.make_data(
         Namespace(structures="crystals", num_structures=8, batch_size=4, out=folder / "schnetpack.pt")
     )
     data.setup()
@@ -111,10 +111,10 @@ def matgl(folder: Path) -> Iterator[Model]:
     arguments = Namespace(
         structures="periodic", frames=8, lone_atom=False, model="tensornet", layers=2, loss="mse_loss", batch_size=4
     )
-    loader, module = matgl_program.build(arguments)
+    matgl_program.make_data(arguments)
     torch.set_default_dtype(torch.float32)
     matgl_program.matgl.set_default_dtype("float", 32)
-    loader, module = matgl_program.build(arguments)
+    loader, module = matgl_program.make_data(arguments).train_dataloader(), matgl_program.make_module(arguments)
     models = {
         "TensorNet, 2 layers, 64 features": TensorNet(SYMBOLS, cutoff=CUTOFF, is_intensive=False),
         "TensorNet, 4 layers, 64 features": TensorNet(SYMBOLS, cutoff=CUTOFF, nblocks=4, is_intensive=False),
@@ -179,8 +179,8 @@ def row(name: str, module: Any, loader: Any, num_stages: int, folder: Path) -> s
     boundaries = "; ".join(dict.fromkeys(str(boundary) for boundary in found.boundaries))
     again = sum(map(len, captured.potential.cut.replicated))
     shared = len(found.shared)
-    total = sum(s.total for s in captured.seconds)
-    shares = " + ".join(f"{100 * s.total / total:.0f}" for s in captured.seconds)
+    total = sum(s.total for s in captured.costs)
+    shares = " + ".join(f"{100 * s.total / total:.0f}" for s in captured.costs)
     times = f"{seconds[0]:.1f} | {seconds[1]:.1f}"
     return f"| {name} | {num_stages} | {boundaries} | {shares} | {again} | {shared} | {times} |"
 

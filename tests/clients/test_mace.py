@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from capture_models import assert_parity
+from factories import data_of, module_of
 
 from lightning_januspipe.capture import capture_module
 
-from .compare import PROGRAMS, assert_same, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,33 +48,38 @@ def test_whole_batches(model: str, tmp_path: Path) -> None:
     assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--model", "mace", "--structures", "mixed", "--clip", "10", "--ema"],
-        ["--structures", "lone"],  # micro-batches of a single atom, without edges
-    ],
-)
-def test_microbatches_are_accumulation(options: list[str], tmp_path: Path) -> None:
+def test_microbatches_are_accumulation(tmp_path: Path) -> None:
+    """Also with clipping, and with the moving average that MACE keeps."""
+    options = ["--model", "mace", "--structures", "mixed", "--clip", "10", "--ema"]
     reference = train(PROGRAM, tmp_path, "plain", *options, "--batch-size", "1", "--accumulate", "4")
     found = train(PROGRAM, tmp_path, "pipeline", *options, *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 
-def test_molecules_one_by_one(tmp_path: Path) -> None:
-    common = ["--structures", "molecules", "--batch-size", "1"]
-    reference = train(PROGRAM, tmp_path, "plain", *common)
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+class TestScaleShiftMACE(ClientConformance):
+    make_module = module_of("mace_program")
+    datamodules = {kind: data_of("mace_program", "--structures", kind) for kind in ("periodic", "molecules", "lone")}
 
 
-def test_three_ranks(tmp_path: Path) -> None:
-    reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))
+class TestMACE(ClientConformance):
+    make_module = module_of("mace_program", "--model", "mace")
+    datamodules = {"mixed": data_of("mace_program", "--structures", "mixed")}
+
+
+class TestFourLayers(ClientConformance):
+    make_module = module_of("mace_program", "--layers", "4")
+    datamodules = {"periodic": data_of("mace_program")}
+    strategies = THREE_STAGES
+
+
+class TestBatchesOfOne(ClientConformance):
+    make_module = module_of("mace_program")
+    datamodules = {"molecules": data_of("mace_program", "--structures", "molecules", "--batch-size", "1")}
+    strategies = TWO_STAGES
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(PROGRAMS))
+def program() -> Iterator[Any]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield import_module("mace_program")
@@ -128,11 +134,3 @@ def test_capture(layers: int, options: dict[str, Any], program: Any) -> None:
 
 
 _OF_ATOMS = {f"[0][0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
-
-
-@pytest.mark.parametrize("options", [[], ["--structures", "lone"]])
-def test_graph_ranks(options: list[str], tmp_path: Path) -> None:
-    reference = train(PROGRAM, tmp_path, "plain", *options)
-    janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
-    found = train(PROGRAM, tmp_path, "graph", *options, "--strategy", "januspipe", "--devices", "2", "--janus", janus)
-    assert_same(reference, found)

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from capture_models import assert_parity
+from factories import data_of, module_of
 from torch import nn
 
 from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
-from .compare import PROGRAMS, assert_same, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,34 +54,53 @@ def test_whole_batches(model: str, tmp_path: Path) -> None:
     assert metrics == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_microbatches_are_accumulation(model: str, tmp_path: Path) -> None:
-    common = ["--model", model, "--structures", "mixed", "--lone-atom"]
+def test_microbatches_are_accumulation(tmp_path: Path) -> None:
+    common = ["--structures", "mixed", "--lone-atom"]
     reference = train(PROGRAM, tmp_path, "plain", *common, "--batch-size", "1", "--accumulate", "4")
     found = train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 
-def test_molecules_one_by_one(tmp_path: Path) -> None:
-    common = ["--model", "m3gnet", "--structures", "molecules", "--batch-size", "1"]
-    reference = train(PROGRAM, tmp_path, "plain", *common)
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+class TestTensorNet(ClientConformance):
+    make_module = module_of("matgl_program")
+    datamodules = {
+        "periodic": data_of("matgl_program"),
+        "mixed": data_of("matgl_program", "--structures", "mixed", "--lone-atom"),
+    }
 
 
-@pytest.mark.parametrize("options", [[], ["--structures", "mixed", "--lone-atom"]])
-@pytest.mark.parametrize("model", MODELS)
-def test_graph_ranks(model: str, options: list[str], tmp_path: Path) -> None:
-    """Line graphs and three-body terms too."""
-    common = ["--model", model, *options]
-    reference = train(PROGRAM, tmp_path, "plain", *common)
-    janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
-    found = train(PROGRAM, tmp_path, "graph", *common, "--strategy", "januspipe", "--devices", "2", "--janus", janus)
-    assert_same(reference, found)
+class TestM3GNet(ClientConformance):
+    """Has three-body terms."""
+
+    make_module = module_of("matgl_program", "--model", "m3gnet")
+    datamodules = {
+        "periodic": data_of("matgl_program", "--model", "m3gnet"),
+        "mixed": data_of("matgl_program", "--model", "m3gnet", "--structures", "mixed", "--lone-atom"),
+    }
 
 
-def test_three_ranks(tmp_path: Path) -> None:
-    reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))
+class TestCHGNet(ClientConformance):
+    """Has line graphs."""
+
+    make_module = module_of("matgl_program", "--model", "chgnet")
+    datamodules = {
+        "periodic": data_of("matgl_program", "--model", "chgnet"),
+        "mixed": data_of("matgl_program", "--model", "chgnet", "--structures", "mixed", "--lone-atom"),
+    }
+
+
+class TestFourLayers(ClientConformance):
+    make_module = module_of("matgl_program", "--layers", "4")
+    datamodules = {"periodic": data_of("matgl_program")}
+    strategies = THREE_STAGES
+
+
+class TestBatchesOfOne(ClientConformance):
+    make_module = module_of("matgl_program", "--model", "m3gnet")
+    datamodules = {
+        "molecules": data_of("matgl_program", "--model", "m3gnet", "--structures", "molecules", "--batch-size", "1")
+    }
+    strategies = TWO_STAGES
 
 
 class Client:
@@ -89,7 +109,8 @@ class Client:
     def __init__(self, model: str, layers: int = 3) -> None:
         arguments = {"model": model, "layers": layers, "structures": "mixed", "frames": 12, "lone_atom": True}
         program: Any = import_module("matgl_program")
-        loader, self.module = program.build(argparse.Namespace(**arguments, batch_size=1, loss="mse_loss"))
+        args = argparse.Namespace(**arguments, batch_size=1, loss="mse_loss")
+        loader, self.module = program.make_data(args).train_dataloader(), program.make_module(args)
         self.collate, self.dataset = loader.collate_fn, loader.dataset
         self.module.log_dict = lambda *_, **__: None
         step = self.module.training_step
@@ -104,11 +125,6 @@ class Client:
         return capture_module(self.module, step, self.batch(2, 4), self.batch(1), [[0, 1]], **options).potential
 
 
-@pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(PROGRAMS))
-
-
 ATOMS, BONDS = ("[1]['g'].batch", 0), ("[1]['g'].edge_index", 1)
 CLOSE_BONDS, ANGLES = ("[1]['l_g']['kept_edge_ids']", 0), ("[1]['l_g']['line_edge_index']", 1)
 
@@ -116,7 +132,7 @@ CLOSE_BONDS, ANGLES = ("[1]['l_g']['kept_edge_ids']", 0), ("[1]['l_g']['line_edg
 @pytest.mark.parametrize(
     ("model", "allowed"), [("tensornet", []), ("m3gnet", [BONDS]), ("chgnet", [BONDS, CLOSE_BONDS, ANGLES])]
 )
-def test_boundaries(model: str, allowed: list[tuple[str, int]], program: None) -> None:
+def test_boundaries(model: str, allowed: list[tuple[str, int]]) -> None:
     """Features of atoms alone in TensorNet; also of what else a model updates."""
     client = Client(model)
     captured = client.capture()
@@ -140,7 +156,7 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("model", ["tensornet", "m3gnet"])
-def test_potential_in_a_module_of_the_user(model: str, program: None) -> None:
+def test_potential_in_a_module_of_the_user(model: str) -> None:
     client = Client(model, layers=2)
     potential = client.module.model
     client.module.model = Wrapped(potential)

@@ -19,12 +19,13 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from capture_models import Step, assert_parity
+from factories import data_of, module_of
 from torch import Tensor, nn
 
 from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
-from .compare import assert_same, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,11 +45,10 @@ def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
     return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
 
 
-@pytest.mark.parametrize("structures", ["periodic", "molecules", "mixed"])
-def test_whole_batches(structures: str, tmp_path: Path) -> None:
-    common = ["--structures", structures]
-    reference = train(PROGRAM, tmp_path, "plain", *common)
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+def test_whole_batches(tmp_path: Path) -> None:
+    """With validation."""
+    reference = train(PROGRAM, tmp_path, "plain", "--structures", "mixed")
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--structures", "mixed", *pipeline(1)))
 
 
 def test_microbatches_are_accumulation(tmp_path: Path) -> None:
@@ -58,25 +58,24 @@ def test_microbatches_are_accumulation(tmp_path: Path) -> None:
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 
-@pytest.mark.parametrize("structures", ["periodic", "mixed"])
-def test_graph_ranks(structures: str, tmp_path: Path) -> None:
-    """Attention over line graphs, divided too."""
-    common = ["--structures", structures]
-    reference = train(PROGRAM, tmp_path, "plain", *common)
-    janus = '{"num_microbatches": 1, "pipeline_size": 1, "graph_size": 2}'
-    found = train(PROGRAM, tmp_path, "graph", *common, "--strategy", "januspipe", "--devices", "2", "--janus", janus)
-    assert_same(reference, found)
+class TestMatRIS(ClientConformance):
+    """Attention over line graphs."""
+
+    make_module = module_of("matris_program")
+    datamodules = {kind: data_of("matris_program", "--structures", kind) for kind in ("periodic", "molecules", "mixed")}
 
 
-def test_three_ranks(tmp_path: Path) -> None:
-    reference = train(PROGRAM, tmp_path, "plain", "--layers", "4")
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--layers", "4", *pipeline(1, devices=3)))
+class TestFourLayers(ClientConformance):
+    make_module = module_of("matris_program", "--layers", "4")
+    datamodules = {"periodic": data_of("matris_program")}
+    strategies = THREE_STAGES
 
 
-def test_batches_of_one_cell_with_one_atom(tmp_path: Path) -> None:
-    common = ["--structures", "single", "--batch-size", "1"]
-    reference = train(PROGRAM, tmp_path, "plain", *common)
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+class TestBatchesOfOneAtom(ClientConformance):
+    test_structures_differ_in_size = None  # they do not
+    make_module = module_of("matris_program")
+    datamodules = {"single": data_of("matris_program", "--structures", "single", "--batch-size", "1")}
+    strategies = TWO_STAGES
 
 
 # -- the adapter, in this process -------------------------------------------------------------------------------------

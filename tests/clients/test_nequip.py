@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import data_of, module_of
 
-from .compare import ROOT, Runs, assert_same, execute, sent_per, summary
+from .compare import ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, execute, sent_per, summary
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,38 +43,44 @@ def assert_same_averages(reference: Path, found: Path) -> None:
     assert first["ema"] == second["ema"] is not None
 
 
-@pytest.mark.parametrize("options", [["--ema", "--validate"], ["--structures", "molecules"], ["--structures", "lone"]])
-def test_whole_batches(options: list[str], run: Runs) -> None:
-    """Crystals with stresses and metrics of a moving average, molecules, and some structures of one atom."""
+def test_whole_batches(run: Runs) -> None:
+    """Crystals with stresses and metrics of a moving average."""
+    options = ["--ema", "--validate"]
     reference, found = run(*options), run(*options, *pipeline(1))
     assert_same(reference, found)
     assert sent_per(found.with_suffix(".log")) == {"atom"}
-    if "--ema" in options:
-        assert_same_averages(reference, found)
+    assert_same_averages(reference, found)
 
 
-@pytest.mark.parametrize("options", [["--ema"], ["--structures", "lone"]])
-def test_microbatches_are_accumulation(options: list[str], run: Runs) -> None:
-    """Micro-batches of one crystal, and of one atom without edges."""
-    reference, found = run(*options, *ACCUMULATED), run(*options, *pipeline(4))
+def test_microbatches_are_accumulation(run: Runs) -> None:
+    reference, found = run("--ema", *ACCUMULATED), run("--ema", *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
-    if "--ema" in options:
-        assert_same_averages(reference, found)
+    assert_same_averages(reference, found)
 
 
-@pytest.mark.parametrize(
-    ("devices", "sizes"),
-    [
-        *((n, f'"pipeline_size": 1, "graph_size": {n}') for n in (2, 3, 4)),
-        (4, '"graph_size": 2'),
-    ],
-)
-@pytest.mark.parametrize("options", [[], ["--structures", "lone"]])
-def test_graph_ranks(options: list[str], devices: int, sizes: str, run: Runs) -> None:
-    """Crystals smaller than the cutoff that no rank has as a whole, and more ranks than some structures have atoms."""
-    common = ["--layers", "4", *options]
-    found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
-    assert_same(run(*common), found)
+MORE_GRAPH_RANKS = {f"{size}-graph-ranks": {"graph_size": size, "num_microbatches": 1} for size in (3, 4)}
+
+
+class TestCrystals(ClientConformance):
+    """Crystals smaller than the cutoff, which no graph rank has as a whole."""
+
+    make_module = module_of("nequip_program", "--layers", "4")
+    datamodules = {"crystals": data_of("nequip_program")}
+    strategies = {**ClientConformance.strategies, **MORE_GRAPH_RANKS}
+
+
+class TestWithoutCells(ClientConformance):
+    """Also more graph ranks than some structures have atoms."""
+
+    make_module = module_of("nequip_program", "--layers", "4", "--structures", "molecules")
+    datamodules = {kind: data_of("nequip_program", "--structures", kind) for kind in ("molecules", "lone")}
+    strategies = {**ClientConformance.strategies, **MORE_GRAPH_RANKS}
+
+
+class TestBatchesOfOne(ClientConformance):
+    make_module = module_of("nequip_program", "--structures", "molecules")
+    datamodules = {"molecules": data_of("nequip_program", "--structures", "molecules", "--batch-size", "1")}
+    strategies = TWO_STAGES
 
 
 @pytest.mark.parametrize(("devices", "pipeline_size"), [(4, 1), (8, 2)])
@@ -84,11 +91,6 @@ def test_graph_ranks_and_replicas(devices: int, pipeline_size: int, run: Runs) -
     found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
     whole = '{"num_microbatches": 1, "pipeline_size": 1, "data_size": 2}'
     assert_same(run(*common, "--devices", "2", "--janus", whole), found)
-
-
-def test_molecules_one_by_one(run: Runs) -> None:
-    common = ["--structures", "molecules", "--batch-size", "1", "--num-structures", "5"]
-    assert_same(run(*common), run(*common, *pipeline(1)))
 
 
 def test_three_ranks_go_on_from_a_checkpoint(run: Runs) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.utils.data.dataloader as dataloader
+from factories import data_of, module_of
 
-from .compare import PROGRAMS, ROOT, Runs, assert_same, execute, sent_per, summary
+from .compare import PROGRAMS, ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, execute, sent_per, summary
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,45 +39,54 @@ def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
     return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
 
 
-@pytest.mark.parametrize("structures", ["crystals", "molecules"])
 @pytest.mark.parametrize("model", MODELS)
-def test_whole_batches(model: str, structures: str, run: Runs) -> None:
+def test_whole_batches(model: str, run: Runs) -> None:
     """Crystals with stresses and validation: SchNetPack's moving average, its metrics and the best model it saves."""
-    common = ["--model", model, "--structures", structures]
-    common += ["--ema", "--validate"] if structures == "crystals" else []
+    common = ["--model", model, "--ema", "--validate"]
     found = run(*common, *pipeline(1))
     assert_same(run(*common), found)
     assert sent_per(found.with_suffix(".log")) == {"atom"}
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_microbatches_are_accumulation(model: str, run: Runs) -> None:
-    common = ["--model", model]
-    found = run(*common, *pipeline(4))
-    assert_same(run(*common, *ACCUMULATED), found, losses=False)  # of single structures there, of batches here
+def test_microbatches_are_accumulation(run: Runs) -> None:
+    assert_same(run(*ACCUMULATED), run(*pipeline(4)), losses=False)  # of single structures there, of batches here
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_lone_atoms(model: str, run: Runs) -> None:
-    """Structures of one atom without edges, in batches with others and in micro-batches of their own."""
-    common = ["--model", model, "--structures", "lone"]
-    assert_same(run(*common), run(*common, *pipeline(1)))
-    assert_same(run(*common, *ACCUMULATED), run(*common, *pipeline(4)), losses=False)
+GRAPH_RANKS = {f"{size}-graph-ranks": {"graph_size": size, "num_microbatches": 1} for size in (3, 4)}
 
 
-@pytest.mark.parametrize(
-    ("devices", "sizes"),
-    [
-        *((n, f'"pipeline_size": 1, "graph_size": {n}') for n in (2, 3, 4)),
-        (4, '"graph_size": 2'),
-    ],
-)
-@pytest.mark.parametrize("structures", ["crystals", "lone"])
-def test_graph_ranks(structures: str, devices: int, sizes: str, run: Runs) -> None:
-    """Crystals smaller than the cutoff that no rank has as a whole, and more ranks than some structures have atoms."""
-    common = ["--structures", structures]
-    found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
-    assert_same(run(*common), found)
+class TestPaiNN(ClientConformance):
+    """Crystals smaller than the cutoff, which no graph rank has as a whole."""
+
+    make_module = module_of("schnetpack_program")
+    datamodules = {"crystals": data_of("schnetpack_program")}
+    strategies = {**ClientConformance.strategies, **GRAPH_RANKS}
+
+
+class TestPaiNNWithoutCells(ClientConformance):
+    """Also more graph ranks than some structures have atoms."""
+
+    make_module = module_of("schnetpack_program", "--structures", "molecules")
+    datamodules = {kind: data_of("schnetpack_program", "--structures", kind) for kind in ("molecules", "lone")}
+    strategies = {**ClientConformance.strategies, **GRAPH_RANKS}
+
+
+class TestSchNet(ClientConformance):
+    make_module = module_of("schnetpack_program", "--model", "schnet")
+    datamodules = {"crystals": data_of("schnetpack_program", "--model", "schnet")}
+
+
+class TestSchNetWithoutCells(ClientConformance):
+    make_module = module_of("schnetpack_program", "--model", "schnet", "--structures", "molecules")
+    datamodules = {
+        kind: data_of("schnetpack_program", "--model", "schnet", "--structures", kind) for kind in ("molecules", "lone")
+    }
+
+
+class TestBatchesOfOne(ClientConformance):
+    make_module = module_of("schnetpack_program", "--structures", "molecules")
+    datamodules = {"molecules": data_of("schnetpack_program", "--structures", "molecules", "--batch-size", "1")}
+    strategies = TWO_STAGES
 
 
 @pytest.mark.parametrize(("devices", "pipeline_size"), [(4, 1), (8, 2)])
@@ -87,11 +97,6 @@ def test_graph_ranks_and_replicas(devices: int, pipeline_size: int, run: Runs) -
     found = run(*common, "--devices", str(devices), "--janus", f'{{"num_microbatches": 1, {sizes}}}')
     whole = '{"num_microbatches": 1, "pipeline_size": 1, "data_size": 2}'
     assert_same(run(*common, "--devices", "2", "--janus", whole), found)
-
-
-def test_molecules_one_by_one(run: Runs) -> None:
-    common = ["--structures", "molecules", "--batch-size", "1", "--num-structures", "5"]
-    assert_same(run(*common), run(*common, *pipeline(1)))
 
 
 @pytest.mark.parametrize(

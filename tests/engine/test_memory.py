@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from toy import CHAINS, FLOAT, chain, loss_gradients, microbatch
 
-from lightning_januspipe.engine.memory import PhaseBytes, StorageCounter
+from lightning_januspipe.engine.memory import StorageCounter
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
+from lightning_januspipe.schedule import MemoryCosts
 
 NUM_ATOMS = 4
 VECTORS = NUM_ATOMS * 3 * 8
@@ -92,26 +93,26 @@ def _measured(**options: bool) -> SingleProcessResult:
 
 
 def test_bytes_of_phases_counted_by_hand() -> None:
-    first = PhaseBytes(
+    first = MemoryCosts(
         energy=VECTORS,  # exp
         force=3 * VECTORS,  # the seed received, its product with exp, and that times the weight: the derivative
         kept=VECTORS,  # the gradient of exp
     )
-    last = PhaseBytes(
+    last = MemoryCosts(
         energy=2 * VECTORS + 8,  # h received, its square, and the energy
         force=3 * VECTORS + 8,  # the seed 1, its product with the weight, ∂E/∂h, and ∂E/∂x = 0
         kept=VECTORS,  # what the derivatives add to ∂L/∂h
     )
-    assert _measured().bytes == [first, last]
+    assert _measured().memory == [first, last]
 
 
 def test_deferral_keeps_the_gradients_that_arrive_at_joins() -> None:
-    first, last = _measured(defer=True).bytes or []
+    first, last = _measured(defer=True).memory or []
     # After BE: the gradients of both products of FF, one of them v as received, and λ as received; the derivative is
     # gone. After WF: the gradient of exp, and λ.
-    assert first == PhaseBytes(VECTORS, 3 * VECTORS, 2 * VECTORS)
+    assert first == MemoryCosts(VECTORS, 3 * VECTORS, 2 * VECTORS)
     # After BF: u as received, and what the derivatives add to ∂L/∂h; ∂E/∂h and ∂E/∂x, no less, are gone.
-    assert last == PhaseBytes(2 * VECTORS + 8, 3 * VECTORS + 8, 0)
+    assert last == MemoryCosts(2 * VECTORS + 8, 3 * VECTORS + 8, 0)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -121,8 +122,8 @@ def test_measuring_changes_nothing(name: str, defer: bool) -> None:
     tensors = microbatch(1).tensors
     plain = run_single_process(functions, spec, tensors, loss_gradients, defer=defer)
     measured = run_single_process(functions, spec, tensors, loss_gradients, defer=defer, measure_memory=True)
-    assert plain.bytes is None and measured.bytes is not None
-    assert all(b.energy > 0 and b.force > 0 for b in measured.bytes)
+    assert plain.memory is None and measured.memory is not None
+    assert all(b.energy > 0 and b.force > 0 for b in measured.memory)
     for parameter in {p for f in functions for p in f.parameters}:
         torch.testing.assert_close(measured.gradients.get(parameter), plain.gradients.get(parameter), rtol=0, atol=0)
 
@@ -150,8 +151,8 @@ def test_nothing_but_results_is_alive_in_the_end(name: str, split_stages: tuple[
 def test_split_stages() -> None:
     functions, spec = chain(CHAINS["three stages"])
     tensors = microbatch(1).tensors
-    whole = run_single_process(functions, spec, tensors, loss_gradients, measure_memory=True).bytes
-    split = run_single_process(functions, spec, tensors, loss_gradients, split_stages=(1,), measure_memory=True).bytes
+    whole = run_single_process(functions, spec, tensors, loss_gradients, measure_memory=True).memory
+    split = run_single_process(functions, spec, tensors, loss_gradients, split_stages=(1,), measure_memory=True).memory
     assert whole is not None and split is not None
     assert (split[0], split[2]) == (whole[0], whole[2])
-    assert split[1] == PhaseBytes(whole[1].energy, whole[1].force, 0), "nothing waits between BF and BE"
+    assert split[1] == MemoryCosts(whole[1].energy, whole[1].force, 0), "nothing waits between BF and BE"

@@ -20,7 +20,7 @@ from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, mi
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients
-from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.stage import SplitStage, Stage
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -86,7 +86,7 @@ def test_messages_have_the_shape_and_dtype_of_the_boundary() -> None:
         same_form(message, boundaries[i])
     message = []
     for i, stage in enumerate(stages):
-        message = stage.backward_force(0, message, [torch.ones_like(d) for d in derivatives])
+        message, _ = stage.backward_force(0, message, [torch.ones_like(d) for d in derivatives])
         same_form(message, boundaries[i + 1])
     message = []
     for i, stage in reversed(list(enumerate(stages))):
@@ -158,7 +158,7 @@ def test_six_products_for_each_linear_layer() -> None:
     sent = []
     for stage in stages:
         with _Products() as products:
-            sent = stage.backward_force(0, sent, [torch.ones_like(d) for d in derivatives])
+            sent, _ = stage.backward_force(0, sent, [torch.ones_like(d) for d in derivatives])
         counted.update({"BF": products.count} if stage is stages[1] else {})
     sent = []
     for stage in reversed(stages):
@@ -350,14 +350,14 @@ def _fail(walk: _Walk, phase: str) -> None:
         walk.run(phase)
 
 
-def test_apart_stages_free_their_graphs() -> None:
+def test_split_stages_free_their_graphs() -> None:
     functions, _ = chain(CHAINS["two stages"])
-    stage = Stage(functions[1], GradientBuffers())
+    stage = SplitStage(functions[1], GradientBuffers())
     with _watched() as saved:
-        stage.recompute_energy(0, microbatch(7).tensors, [torch.ones(7, 5, dtype=FLOAT)])
+        stage.begin_force(0, microbatch(7).tensors, [torch.ones(7, 5, dtype=FLOAT)])
         message, derivatives = stage.forward_force(0, [])
     assert len(saved) > 0 and stage.num_inflight == 1
-    u, mu = stage.backward_force_apart(0, message, derivatives)
+    u, mu = stage.backward_force(0, message, derivatives)
     assert u == [] and [m.shape for m in mu] == [(7, 5)]
     gc.collect()
     assert len(saved) == 0 and stage.num_inflight == 0
@@ -424,7 +424,9 @@ class _Walk:
         elif phase == "BF":
             self.evaluate_loss()
             assert self._seeds is not None
-            self._message = stage.backward_force(self._index, self._message, self._seeds.derivatives, defer=self._defer)
+            self._message, _ = stage.backward_force(
+                self._index, self._message, self._seeds.derivatives, defer=self._defer
+            )
         elif phase == "BE":
             assert self._seeds is not None
             own = [self._seeds.observables[i] for i in stage.function.observables]

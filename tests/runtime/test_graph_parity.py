@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import graph_models
-import plain_modules
 import pytest
 import tiny
 from pools import pool_of, slow
@@ -49,28 +48,6 @@ def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[s
     check(
         pool, 2 * more["pipeline_size"], graph_models.Data, module, **{"graph_size": 2, "num_microbatches": 2, **more}
     )
-
-
-@pytest.mark.parametrize(
-    ("module", "pipeline_size"),
-    [(plain_modules.InStep, 1), (plain_modules.InStep, 2), (plain_modules.OwnForward, 1)],
-)
-def test_steps_that_differentiate_by_themselves(pool: RankPool, module: object, pipeline_size: int) -> None:
-    check(
-        pool, 2 * pipeline_size, graph_models.Data, module,
-        pipeline_size=pipeline_size, graph_size=2, num_microbatches=2,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("pipeline_size", "graph_size", "schedule"), [(1, 3, "wavek-zb"), (2, 2, "wavek-zb"), (2, 2, "1f1b-2nd")]
-)
-def test_stages_of_the_potential(pool: RankPool, pipeline_size: int, graph_size: int, schedule: str) -> None:
-    """Hand-written parts, which call one function for the atoms of other ranks."""
-    check(
-        pool, pipeline_size * graph_size, graph_models.Data, plain_modules.Explicit,
-        pipeline_size=pipeline_size, graph_size=graph_size, num_microbatches=2, schedule=schedule,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", [slow({"pipeline_size": 1}), {"pipeline_size": 2}])

@@ -4,28 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
+import graph_models
 import plain_modules
 import pytest
+from pools import InSessionPool
 
-from lightning_januspipe.testing import RankError, RankPool, compare_records, train_in_pipeline, train_undivided
+from lightning_januspipe.testing import PotentialConformance, RankError, RankPool
 
 
-@pytest.mark.parametrize(
-    ("module", "size", "more"),
-    [
-        (plain_modules.InStep, 2, {}),
-        (plain_modules.InStep, 3, {"num_microbatches": 1}),
-        (plain_modules.OwnForward, 2, {}),
-        (plain_modules.Explicit, 2, {}),
-        (plain_modules.Explicit, 3, {"stages": "explicit", "num_microbatches": 1}),
-        (plain_modules.Explicit, 4, {"stages": "explicit", "pipeline_size": 2, "schedule": "1f1b-2nd"}),
-    ],
-)
-def test_parity(pool: RankPool, module: Any, size: int, more: dict[str, Any]) -> None:
-    strategy = {"num_microbatches": 2, **more}
-    results = pool.run(train_in_pipeline, module, plain_modules.Data, strategy, 3, {}, world_size=size)
-    (reference,) = pool.run(train_undivided, module, plain_modules.Data, strategy, 3, {}, size, world_size=1)
-    compare_records(reference, results, 1e-9)
+class ModuleConformance(InSessionPool, PotentialConformance):
+    """Structures of very unequal sizes; all strategies with molecules are in test_testing.py."""
+
+    datamodules = {"one-large": graph_models.Data}
+
+
+def some(*names: str) -> dict[str, dict[str, Any]]:
+    """Returns some of the usual strategies."""
+    return {name: dict(PotentialConformance.strategies[name]) for name in names}
+
+
+class TestInStep(ModuleConformance):
+    make_module = plain_modules.InStep
+    strategies = {
+        **some("two-graph-ranks", "two-stages-of-two-graph-ranks"),
+        "three-stages": {"pipeline_size": 3, "num_microbatches": 1},
+    }
+
+
+class TestOwnForward(ModuleConformance):
+    make_module = plain_modules.OwnForward
+    strategies = some("two-stages-4-microbatches", "two-graph-ranks")
+
+
+class TestReducing(ModuleConformance):
+    make_module = plain_modules.Reducing
+    strategies = some("two-replicas")
+
+
+class TestExplicit(ModuleConformance):
+    """Hand-written parts, which call one function for the atoms of other ranks."""
+
+    make_module = plain_modules.Explicit
+    strategies = {
+        **some("two-stages-4-microbatches", "two-stages-of-two-graph-ranks"),
+        "three-stages-of-its-own": {"pipeline_size": 3, "num_microbatches": 1, "stages": "explicit"},
+        "three-graph-ranks": {"graph_size": 3, "num_microbatches": 2},
+        "split-stages-and-replicas": {
+            **{"pipeline_size": 2, "data_size": 2, "num_microbatches": 2},
+            **{"stages": "explicit", "schedule": "1f1b-2nd"},
+        },
+        "split-stages-of-graph-ranks": {
+            **{"pipeline_size": 2, "graph_size": 2, "num_microbatches": 2, "schedule": "1f1b-2nd"}
+        },
+    }
 
 
 @pytest.mark.parametrize("kind", [plain_modules.InStep, plain_modules.Reducing])

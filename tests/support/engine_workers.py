@@ -17,7 +17,7 @@ from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradien
 from lightning_januspipe.engine.p2p import Channel, Links
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
@@ -100,10 +100,9 @@ def make_executor(
     gradients = GradientBuffers()
     executor = Executor(
         rank,
-        {s: Stage(functions[s], gradients) for s in stages},
+        {s: (SplitStage if schedule and schedule.is_split(s) else Stage)(functions[s], gradients) for s in stages},
         spec,
         Links(rank, range(size), down, up, CPU),
-        CPU,
         timedelta(seconds=timeout),
     )
     return executor, functions, gradients

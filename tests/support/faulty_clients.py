@@ -16,11 +16,11 @@ wrong_message = partial(mutants.mutated, "BE message off by a millionth", "on_tr
 
 
 class ScaledGradient(plain_modules.InStep):
-    """Scales one gradient a little, where it is one of several processes."""
+    """Scales one gradient a little, unless a plain Trainer trains it."""
 
     def on_after_backward(self) -> None:
         gradient = self.model.embedding.weight.grad
-        if torch.distributed.is_initialized() and gradient is not None:
+        if "JanusPipe" in type(self.trainer.strategy).__name__ and gradient is not None:
             gradient.mul_(1 + 1e-6)
 
 

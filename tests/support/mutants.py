@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lightning_januspipe.engine import executor
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
-from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.messages import Parts
+from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.graph import collectives
 from lightning_januspipe.runtime import parameters
 from lightning_januspipe.runtime.user_step import CapturedStep
@@ -60,7 +62,7 @@ def _unchanged() -> Mutation:
 def _no_second_order_term() -> Mutation:
     run = Stage.backward_force
 
-    def backward_force(self: Stage, microbatch: int, *args: Any, **more: Any) -> list[Tensor]:
+    def backward_force(self: Stage, microbatch: int, *args: Any, **more: Any) -> Any:
         sent = run(self, microbatch, *args, **more)
         self._inflight[microbatch].entering = []
         return sent
@@ -71,13 +73,11 @@ def _no_second_order_term() -> Mutation:
 def _scaled_message(phase: Phase, factor: float) -> Mutation:
     run = executor._Step._hand_on
 
-    def hand_on(self: Any, message: Any, tensors: list[Tensor]) -> None:
-        source, target = message
-        if source.phase is target.phase is phase:
-            function = self._executor.stages[source.stage].function
-            num = len(function.boundary_out if phase in (Phase.FE, Phase.BF) else function.boundary_in)
-            tensors = [t * factor if t.is_floating_point() else t for t in tensors[:num]] + tensors[num:]
-        run(self, message, tensors)
+    def hand_on(self: Any, message: Any, parts: Parts[Tensor]) -> None:
+        if message.source.phase is message.target.phase is phase:
+            scaled = [t * factor if t.is_floating_point() else t for t in parts.boundary]
+            parts = replace(parts, boundary=scaled)
+        run(self, message, parts)
 
     return executor._Step, "_hand_on", hand_on
 
@@ -106,17 +106,15 @@ def _replicas_not_averaged() -> Mutation:
 def _last_derivative_unread() -> Mutation:
     run = Stage.backward_force
 
-    def backward_force(
-        self: Stage, microbatch: int, boundary: Any, derivatives: list[Tensor], **more: Any
-    ) -> list[Tensor]:
+    def backward_force(self: Stage, microbatch: int, boundary: Any, derivatives: list[Tensor], **more: Any) -> Any:
         return run(self, microbatch, boundary, [*derivatives[:-1], torch.zeros_like(derivatives[-1])], **more)
 
     return Stage, "backward_force", backward_force
 
 
-def _gradients_lost(method: str) -> Mutation:
+def _gradients_lost(method: str, kind: type[Stage] = Stage) -> Mutation:
     """What a phase adds to the parameter gradients is thrown away."""
-    run = getattr(Stage, method)
+    run = getattr(kind, method)
 
     def phase(self: Stage, *args: Any, **more: Any) -> Any:
         own, self._gradients = self._gradients, GradientBuffers()
@@ -125,14 +123,14 @@ def _gradients_lost(method: str) -> Mutation:
         finally:
             self._gradients = own
 
-    return Stage, method, phase
+    return kind, method, phase
 
 
 def _part_of_the_other_rank_lost() -> Mutation:
     run = Stage.backward_energy
 
-    def backward_energy(self: Stage, *args: Any, more: Any = (), **others: Any) -> list[Tensor]:
-        return run(self, *args, more=[torch.zeros_like(m) for m in more], **others)
+    def backward_energy(self: Stage, *args: Any, force_part: Any = (), **more: Any) -> list[Tensor]:
+        return run(self, *args, force_part=[torch.zeros_like(f) for f in force_part], **more)
 
     return Stage, "backward_energy", backward_energy
 
@@ -164,7 +162,7 @@ MUTATIONS: dict[str, Callable[[], Mutation]] = {
     "cotangent of the strain dropped": _last_derivative_unread,
     "WF lost": lambda: _gradients_lost("weight_force"),
     "WE lost": lambda: _gradients_lost("weight_energy"),
-    "second copy not trained": lambda: _gradients_lost("backward_force_apart"),
+    "second copy not trained": lambda: _gradients_lost("backward_force", SplitStage),
     "part of the other rank lost": _part_of_the_other_rank_lost,
     "halo without second derivative": lambda: _raw_backward(collectives._GatherHalo, collectives.sum_halo),
     "halo scaled by the ranks": lambda: _raw_backward(collectives._GatherHalo, collectives.sum_halo, 2.0),

@@ -115,11 +115,6 @@ class EmulatedStage(Stage):
             made = self._made(Phase.FE, microbatch, self.function.boundary_out)
             return made, [observable(serial, i) for i in self.function.observables]
 
-    def recompute_energy(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
-        """FE on the rank of FF; its time is a part of FF's."""
-        self._serials[microbatch] = int(tensors[0])
-        self._check(Phase.FF, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
-
     def forward_force(
         self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -138,21 +133,12 @@ class EmulatedStage(Stage):
         derivative_cotangents: Sequence[Tensor],
         *,
         defer: bool = False,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """BF: a cotangent of the boundary's gradient."""
         with self._phase(Phase.BF, microbatch):
             self._check(Phase.BF, microbatch, boundary_cotangents, self.function.boundary_in, Phase.BF, -1)
             self._check_loss(Phase.BF, microbatch, derivative_cotangents)
-            return self._made(Phase.BF, microbatch, self.function.boundary_out)
-
-    def backward_force_apart(
-        self, microbatch: int, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """BF, and what it sends to the rank that runs BE."""
-        found = self.backward_force(microbatch, boundary_cotangents, derivative_cotangents)
-        own = self._made(Phase.BF, microbatch, self.function.boundary_in, _OWN)
-        del self._serials[microbatch]
-        return found, own
+            return self._made(Phase.BF, microbatch, self.function.boundary_out), []
 
     def backward_energy(
         self,
@@ -161,17 +147,21 @@ class EmulatedStage(Stage):
         observable_cotangents: Sequence[Tensor | None],
         *,
         defer: bool = False,
-        more: Sequence[Tensor] = (),
+        force_part: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """BE: a cotangent of the boundary."""
         with self._phase(Phase.BE, microbatch):
             self._check(Phase.BE, microbatch, boundary_cotangents, self.function.boundary_out, Phase.BE, 1)
-            self._check(Phase.BE, microbatch, more, self.function.boundary_in if more else [], Phase.BF, 0, _OWN)
+            self._check_force_part(microbatch, force_part)
             self._check_loss(Phase.BE, microbatch, observable_cotangents)
             found = self._made(Phase.BE, microbatch, self.function.boundary_in)
         if not defer:
             del self._serials[microbatch]
         return found
+
+    def _check_force_part(self, microbatch: int, force_part: Sequence[Tensor]) -> None:
+        """Nothing comes from another rank, on which no phase of this stage is."""
+        self._check(Phase.BE, microbatch, force_part, [], Phase.BF, 0, _OWN)
 
     def weight_force(self, microbatch: int) -> None:
         """WF: nothing but its time."""
@@ -241,6 +231,32 @@ class EmulatedStage(Stage):
                 raise EmulationError(
                     f"{action} got the loss of micro-batch {int(cotangent[0])}, expected {self._serials[microbatch]}"
                 )
+
+
+class EmulatedSplitStage(EmulatedStage):
+    """The same for a stage whose FF and BF are on another rank than its FE and BE."""
+
+    def begin_force(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
+        """FE on the rank of FF; its time is a part of FF's."""
+        self._serials[microbatch] = int(tensors[0])
+        self._check(Phase.FF, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
+
+    def backward_force(
+        self,
+        microbatch: int,
+        boundary_cotangents: Sequence[Tensor],
+        derivative_cotangents: Sequence[Tensor],
+        *,
+        defer: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """BF, and what it sends to the rank that runs BE."""
+        found, _ = super().backward_force(microbatch, boundary_cotangents, derivative_cotangents)
+        force_part = self._made(Phase.BF, microbatch, self.function.boundary_in, _OWN)
+        del self._serials[microbatch]
+        return found, force_part
+
+    def _check_force_part(self, microbatch: int, force_part: Sequence[Tensor]) -> None:
+        self._check(Phase.BE, microbatch, force_part, self.function.boundary_in, Phase.BF, 0, _OWN)
 
 
 def observable(serial: int, position: int) -> Tensor:

@@ -154,7 +154,7 @@ class _MeshRank:
         links = None
         if mesh.down_group is not None and mesh.up_group is not None:
             links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
-        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, links, _CPU, timeout)
+        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, links, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
         self._gradient = nn.Parameter(torch.zeros(_GRADIENT, dtype=torch.float64))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_januspipe.bench.emulate.emulated_stage import (
+    EmulatedSplitStage,
     EmulatedStage,
     EmulationError,
     emulated_chain,
@@ -69,8 +70,11 @@ def emulate_rank(schedule: Schedule, costs: Costs, repeats: int, message_bytes: 
     spec, functions = emulated_chain(schedule.num_stages, message_bytes)
     times = action_times(schedule, costs)
     ran: list[Action] = []
-    stages = {s: EmulatedStage(functions[s], schedule.num_stages, {}, ran) for s in schedule.stages_of(rank)}
-    executor = Executor(rank, stages, spec, links, _CPU, timeout)
+    stages = {
+        s: (EmulatedSplitStage if schedule.is_split(s) else EmulatedStage)(functions[s], schedule.num_stages, {}, ran)
+        for s in schedule.stages_of(rank)
+    }
+    executor = Executor(rank, stages, spec, links, timeout)
     executor.recorder = recorder = ActionRecorder(_CPU)
     record = RankRecord()
     try:

@@ -18,9 +18,11 @@ from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
-from lightning_januspipe.engine.specs import LossGradients, PhaseSeconds
+from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.schedule import PhaseCosts
 
 
 @dataclass(frozen=True)
@@ -198,23 +200,17 @@ def run_staged(
     tensors = staged.inputs(potential)(call.args, call.kwargs)
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
-        y = [v.detach().requires_grad_(v.is_floating_point()) for v in observables]
-        x = [d.detach().requires_grad_() for d in derivatives]
+        probe = LossLeaves(observables, derivatives)
+        num = len(probe.inputs)
         with torch.enable_grad():
-            outputs.extend(epilogue.tensors(tensors, y, x))
-            inputs = [v for v in (*y, *x) if v.requires_grad]
+            outputs.extend(epilogue.tensors(tensors, probe.observables, probe.derivatives))
             if not potential.training:
-                return LossGradients([None] * len(y), [torch.zeros_like(d) for d in x])
+                return probe.seeds([None] * num)
             total = _probe_loss(outputs)
             with autocast_as(OFF):
-                found = torch.autograd.grad(total, [*inputs, *epilogue.parameters], allow_unused=True)
-        outside.add(epilogue.parameters, found[len(inputs) :])
-        given = iter(found[: len(inputs)])
-        seeds = [next(given) if v.requires_grad else None for v in (*y, *x)]
-        return LossGradients(
-            seeds[: len(y)],
-            [torch.zeros_like(d) if s is None else s for s, d in zip(seeds[len(y) :], x, strict=True)],
-        )
+                found = torch.autograd.grad(total, [*probe.inputs, *epilogue.parameters], allow_unused=True)
+        outside.add(epilogue.parameters, found[num:])
+        return probe.seeds(found[:num])
 
     eager: ProbeResult | None = None
     for _ in range(num_runs):
@@ -251,7 +247,7 @@ def validate(
     call: PotentialCall,
     phase_mode: PhaseMode = DEFAULT_MODE,
     num_runs: int = 1,
-) -> list[PhaseSeconds]:
+) -> list[PhaseCosts]:
     """Compare a captured potential with the eager module.
 
     Args:
@@ -289,7 +285,7 @@ def validate(
         if parameter in eager.gradients or parameter in found.gradients:
             a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
             _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, tolerance, staged.path)
-    return result.seconds
+    return result.costs
 
 
 def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: PotentialCall) -> None:

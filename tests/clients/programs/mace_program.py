@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from factories import Loader
 from mace import data, modules, tools
 from mace.tools.torch_geometric.dataloader import DataLoader
 
 import lightning_januspipe
+from lightning_januspipe.testing import quiet_trainer
 
 NUMBERS = (13, 28, 29)
 CUTOFF = 4.0
@@ -139,6 +142,18 @@ class Potential(lightning.LightningModule):
         return torch.optim.Adam(groups, lr=0.01, amsgrad=True)
 
 
+def make_module(args: argparse.Namespace) -> Potential:
+    """Makes the module that the options ask for."""
+    torch.set_default_dtype(torch.float64)
+    return Potential(model(args.model, args.layers, args.correlation, **args.options))
+
+
+def make_data(args: argparse.Namespace) -> Loader:
+    """Makes the data that the options ask for."""
+    torch.set_default_dtype(torch.float64)
+    return Loader(DataLoader(dataset(args.structures, args.num_structures), batch_size=args.batch_size, shuffle=False))
+
+
 class Losses(lightning.Callback):
     """Loss of every step; of the validation, if there is one, after it."""
 
@@ -171,7 +186,7 @@ class Average(lightning.Callback):
         self.average.copy_to()
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=["mace", "scaleshift"], default="scaleshift")
     parser.add_argument("--layers", type=int, default=2, help="num_interactions")
@@ -189,32 +204,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--janus", type=json.loads, help="JSON of the arguments of JanusPipeStrategy")
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    loader = DataLoader(dataset(args.structures, args.num_structures), batch_size=args.batch_size, shuffle=False)
-    module = Potential(model(args.model, args.layers, args.correlation, **args.options))
+    module, loader = make_module(args), make_data(args).train_dataloader()
     losses = Losses()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        args.strategy if args.janus is None else lightning_januspipe.JanusPipeStrategy(**args.janus),
         devices=args.devices,
-        strategy=args.strategy if args.janus is None else lightning_januspipe.JanusPipeStrategy(**args.janus),
         max_steps=args.steps,
         accumulate_grad_batches=args.accumulate,
         gradient_clip_val=args.clip,
         callbacks=[losses, *([Average()] if args.ema else [])],
         val_check_interval=args.steps * args.accumulate if args.validate else None,
         limit_val_batches=1.0 if args.validate else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # Lightning's own shuffles
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, loader, loader if args.validate else None)
     checkpoint = args.out.with_suffix(".ckpt")

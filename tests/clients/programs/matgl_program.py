@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import matgl
 import numpy as np
 import torch
 from ase import Atoms
+from factories import Loader
 from matgl.ext.ase import Atoms2Graph
 from matgl.graph.data import MGLDataset, collate_fn_pes
 from matgl.models import CHGNet, M3GNet, TensorNet
@@ -26,6 +28,8 @@ from matgl.utils.constants import EV_PER_ANG3_TO_GPA
 from matgl.utils.training import PotentialLightningModule
 from structures import CUTOFF, SYMBOLS, labelled
 from torch.utils.data import DataLoader
+
+from lightning_januspipe.testing import quiet_trainer
 
 THREEBODY_CUTOFF = 3.2
 
@@ -75,10 +79,10 @@ def build_model(name: str, layers: int) -> torch.nn.Module:
     return CHGNet(SYMBOLS, num_blocks=layers, cutoff=CUTOFF, threebody_cutoff=THREEBODY_CUTOFF, **width, **hidden)
 
 
-def build(arguments: argparse.Namespace) -> tuple[DataLoader, PotentialLightningModule]:
-    """Loader and module; ``chgnet`` learns magnetic moments too."""
+def make_data(args: argparse.Namespace) -> Loader:
+    """Makes the data that the options ask for; magnetic moments for ``chgnet``."""
     matgl.set_default_dtype("float", 64)
-    structures = frames(arguments.structures, arguments.frames, arguments.lone_atom)
+    structures = frames(args.structures, args.frames, args.lone_atom)
     dataset = MGLDataset(
         structures=structures,
         converter=Atoms2Graph(SYMBOLS, CUTOFF),
@@ -86,26 +90,30 @@ def build(arguments: argparse.Namespace) -> tuple[DataLoader, PotentialLightning
         root=tempfile.mkdtemp(),
         save_cache=False,
     )
-    magmoms = arguments.model == "chgnet"
-    collate = partial(collate_fn_pes, include_stress=True, include_magmom=magmoms)
-    module = PotentialLightningModule(
-        build_model(arguments.model, arguments.layers),
+    collate = partial(collate_fn_pes, include_stress=True, include_magmom=args.model == "chgnet")
+    return Loader(DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate))
+
+
+def make_module(args: argparse.Namespace) -> PotentialLightningModule:
+    """Makes the module that the options ask for; ``chgnet`` learns magnetic moments too."""
+    matgl.set_default_dtype("float", 64)
+    return PotentialLightningModule(
+        build_model(args.model, args.layers),
         element_refs=np.array([-0.1, 0.2, 0.3]),
         stress_weight=0.1,
-        magmom_weight=0.1 if magmoms else 0.0,
+        magmom_weight=0.1 if args.model == "chgnet" else 0.0,
         data_std=1.5,
-        loss=arguments.loss,
+        loss=args.loss,
         lr=1e-3,
     )
-    return DataLoader(dataset, batch_size=arguments.batch_size, collate_fn=collate), module
 
 
-def strategy(arguments: argparse.Namespace) -> Any:
+def strategy(args: argparse.Namespace) -> Any:
     """The registered name, or the strategy with the arguments of ``--janus``."""
-    januspipe = importlib.import_module("lightning_januspipe") if arguments.strategy == "januspipe" else None
-    if januspipe is not None and arguments.janus:
-        return januspipe.JanusPipeStrategy(**json.loads(arguments.janus))
-    return arguments.strategy
+    januspipe = importlib.import_module("lightning_januspipe") if args.strategy == "januspipe" else None
+    if januspipe is not None and args.janus:
+        return januspipe.JanusPipeStrategy(**json.loads(args.janus))
+    return args.strategy
 
 
 class Losses(lightning.Callback):
@@ -118,7 +126,7 @@ class Losses(lightning.Callback):
         self.values.append(float(outputs["loss"]))
 
 
-def parse() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=["tensornet", "m3gnet", "chgnet"], default="tensornet")
     parser.add_argument("--layers", type=int, default=3)
@@ -134,37 +142,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
-    arguments = parse()
+    args = arguments()
     torch.set_num_threads(1)
-    loader, module = build(arguments)
+    loader, module = make_data(args).train_dataloader(), make_module(args)
     losses = Losses()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=arguments.devices,
-        strategy=strategy(arguments),
-        max_steps=arguments.steps,
-        accumulate_grad_batches=arguments.accumulate,
+    trainer = quiet_trainer(
+        strategy(args),
+        devices=args.devices,
+        max_steps=args.steps,
+        accumulate_grad_batches=args.accumulate,
         callbacks=[losses],
         inference_mode=False,
-        use_distributed_sampler=False,
         limit_val_batches=2,
         num_sanity_val_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    trainer.fit(module, loader, loader if arguments.validate else None)
-    checkpoint = arguments.out.with_suffix(".ckpt")
+    trainer.fit(module, loader, loader if args.validate else None)
+    checkpoint = args.out.with_suffix(".ckpt")
     trainer.save_checkpoint(checkpoint, weights_only=True)
     if trainer.is_global_zero:
         state = torch.load(checkpoint, weights_only=False)["state_dict"]
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save({"losses": losses.values, "state": state, "metrics": metrics}, arguments.out)
+        torch.save({"losses": losses.values, "state": state, "metrics": metrics}, args.out)
 
 
 if __name__ == "__main__":

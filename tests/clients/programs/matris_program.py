@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.units import GPa
+from factories import Loader
 from matris.model.model import MatRIS
 from pymatgen.io.ase import AseAtomsAdaptor
 from structures import CUTOFF, labelled
 from torch.nn.functional import huber_loss
 from torch.utils.data import DataLoader
+
+from lightning_januspipe.testing import quiet_trainer
 
 THREE_BODY_CUTOFF = 3.2
 Sample = tuple[Any, dict[str, torch.Tensor]]
@@ -121,6 +124,22 @@ class Training(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+def make_module(args: argparse.Namespace) -> Training:
+    """Makes the module that the options ask for."""
+    torch.set_default_dtype(torch.float64)
+    return Training(args.layers, args.task)
+
+
+def make_data(args: argparse.Namespace) -> Loader:
+    """Makes the data that the options ask for."""
+    torch.set_default_dtype(torch.float64)
+    matris.graph.converter.datatype = torch.float64
+    convert = make_module(args).model.graph_converter
+    number = args.batch_size * args.accumulate * args.steps
+    samples = [sample(i, args.structures, convert) for i in range(number)]
+    return Loader(DataLoader(samples, batch_size=args.batch_size, collate_fn=collate))  # type: ignore[arg-type]
+
+
 class Losses(lightning.Callback):
     """The loss of every batch."""
 
@@ -131,7 +150,7 @@ class Losses(lightning.Callback):
         self.values.append(float(outputs["loss"]))
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--task", default="efsm", help="what MatRIS predicts")
@@ -143,42 +162,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--janus", type=json.loads, default={}, help="JSON of the arguments of JanusPipeStrategy")
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="pymatgen")
-    torch.set_default_dtype(torch.float64)
-    matris.graph.converter.datatype = torch.float64
     strategy: Any = args.strategy
     if strategy == "januspipe":
         import lightning_januspipe
 
         strategy = lightning_januspipe.JanusPipeStrategy(**args.janus)
-    module = Training(args.layers, args.task)
-    number = args.batch_size * args.accumulate * args.steps
-    samples = [sample(i, args.structures, module.model.graph_converter) for i in range(number)]
-    loader = DataLoader(samples, batch_size=args.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    module, loader = make_module(args), make_data(args).train_dataloader()
     losses = Losses()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        strategy,
         devices=args.devices,
-        strategy=strategy,
         max_epochs=1,
         accumulate_grad_batches=args.accumulate,
         callbacks=[losses],
         limit_val_batches=2,
-        num_sanity_val_steps=0,
         inference_mode=False,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    trainer.fit(module, loader, DataLoader(samples, batch_size=4, collate_fn=collate))  # type: ignore[arg-type]
+    trainer.fit(module, loader, DataLoader(loader.dataset, batch_size=4, collate_fn=collate))  # type: ignore[arg-type]
     checkpoint = args.out.with_suffix(".ckpt")
     trainer.save_checkpoint(checkpoint, weights_only=True)
     if trainer.is_global_zero:

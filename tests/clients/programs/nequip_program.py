@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nequip.utils.global_state import set_global_state
 from structures import CUTOFF, KINDS, SYMBOLS, labelled
 from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_januspipe.testing import quiet_trainer
 
 
 class Losses(lightning.Callback):
@@ -39,8 +42,14 @@ def ordered_loader(dataset: Any, num_replicas: int, **arguments: Any) -> DataLoa
     return DataLoader(dataset, sampler=sampler, **arguments)
 
 
-def data_module(args: argparse.Namespace) -> Any:
-    """As ``nequip-train`` makes it from a configuration."""
+def _set_state() -> None:
+    set_global_state()
+    torch.set_default_dtype(torch.float64)  # which NequIP sets once in a process only
+
+
+def make_data(args: argparse.Namespace) -> Any:
+    """Makes the data module as ``nequip-train`` makes it from a configuration."""
+    _set_state()
     file = args.out.with_suffix(f".{lightning.fabric.utilities.rank_zero.rank_zero_only.rank}.xyz")
     write(file, labelled(args.structures, args.num_structures), format="extxyz")
     loader = {"_target_": f"{__name__}.ordered_loader", "batch_size": args.batch_size, "num_replicas": args.replicas}
@@ -64,8 +73,9 @@ def data_module(args: argparse.Namespace) -> Any:
     )
 
 
-def training_module(args: argparse.Namespace) -> Any:
-    """The same, with metrics that reduce in every step and at the end of an epoch."""
+def make_module(args: argparse.Namespace) -> Any:
+    """Makes the training module so too, with metrics that reduce in every step and at the end of an epoch."""
+    _set_state()
     kind, coefficients = "EnergyForce", {"total_energy": 1.0, "forces": 1.0}
     if args.structures == "crystals":
         kind, coefficients = "EnergyForceStress", {**coefficients, "stress": 1.0}
@@ -105,7 +115,7 @@ def training_module(args: argparse.Namespace) -> Any:
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--l-max", type=int, default=1)
@@ -122,33 +132,29 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--janus", type=json.loads, help="JSON of the arguments of JanusPipeStrategy")
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
-    set_global_state()
     if args.janus is not None:
         import lightning_januspipe
     losses = Losses()
     # NequIP's data module has no state after training.
     saving = ModelCheckpoint(args.out.parent, f"{args.out.stem}-{{epoch}}", save_top_k=-1)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        "auto" if args.janus is None else lightning_januspipe.JanusPipeStrategy(**args.janus),
         devices=args.devices,
-        strategy="auto" if args.janus is None else lightning_januspipe.JanusPipeStrategy(**args.janus),
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate,
         callbacks=[losses, saving],
         limit_val_batches=1.0 if args.validate else 0,
-        use_distributed_sampler=False,
         inference_mode=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_checkpointing=True,
+        num_sanity_val_steps=2,
     )
-    module, data = training_module(args), data_module(args)
+    module, data = make_module(args), make_data(args)
     module.world_size = trainer.world_size  # as nequip-train does
     trainer.fit(module, datamodule=data, ckpt_path=args.resume, weights_only=False)
     metrics = {k: v for k, v in trainer.callback_metrics.items() if "step" not in k}

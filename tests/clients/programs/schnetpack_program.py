@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ import torchmetrics
 from ase.db import connect
 from pytorch_lightning.callbacks import Callback
 from schnetpack.data import AtomsDataModule, AtomsLoader
+
+from lightning_januspipe.testing import quiet_trainer
 
 UNITS = {"energy": "eV", "forces": "eV/Ang", "stress": "eV/Ang/Ang/Ang"}
 
@@ -46,8 +49,8 @@ class Losses(Callback):
         self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
 
 
-def data_module(args: argparse.Namespace) -> AtomsDataModule:
-    """A database, its split and its transforms."""
+def make_data(args: argparse.Namespace) -> AtomsDataModule:
+    """Makes a database, its split and its transforms."""
     rank = pytorch_lightning.utilities.rank_zero.rank_zero_only.rank
     database, split = (args.out.with_suffix(f".{rank}.{end}") for end in ("db", "npz"))
     database.unlink(missing_ok=True)
@@ -70,8 +73,10 @@ def properties_of(args: argparse.Namespace) -> list[str]:
     return ["energy", "forces", *(["stress"] if args.structures == "crystals" else [])]
 
 
-def task(args: argparse.Namespace) -> Any:
-    """The task, with metrics of each of its outputs."""
+def make_module(args: argparse.Namespace) -> Any:
+    """Makes the task, with metrics of each of its outputs."""
+    pytorch_lightning.seed_everything(7)
+    torch.set_default_dtype(torch.float32)
     representation = {"painn": spk.representation.PaiNN, "schnet": spk.representation.SchNet}[args.model](
         n_atom_basis=16,
         n_interactions=args.layers,
@@ -103,7 +108,7 @@ def task(args: argparse.Namespace) -> Any:
     return made.double()
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=["painn", "schnet"], default="painn")
     parser.add_argument("--layers", type=int, default=3)
@@ -119,7 +124,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--janus", type=json.loads, help="JSON of the arguments of JanusPipeStrategy")
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main() -> None:
@@ -139,22 +144,18 @@ def main() -> None:
     else:
         saving = pytorch_lightning.callbacks.ModelCheckpoint(**files)
     average = [spk.train.ExponentialMovingAverage(decay=0.9)] if args.ema else []
-    trainer = pytorch_lightning.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        strategy,
+        namespace="pytorch_lightning",
         devices=args.devices,
-        strategy=strategy,
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate,
         callbacks=[losses, *average, saving],
         limit_val_batches=1.0 if args.validate else 0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # Lightning's own shuffles
         inference_mode=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_checkpointing=True,
     )
-    module, data = task(args), data_module(args)
+    module, data = make_module(args), make_data(args)
     trainer.fit(module, datamodule=data, ckpt_path=args.resume, weights_only=False)
     metrics = {f"metric {k}": v for k, v in trainer.callback_metrics.items() if not k.startswith("train")}
     if trainer.is_global_zero:
