@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 import pkgutil
 import re
@@ -43,7 +42,7 @@ class OneLineErrors(ArgumentParser):
     def _unknown(self, text: str) -> tuple[str, list[str]]:
         """Returns the unknown option that an error names, and what it could have been."""
         if found := re.search(r"class_path '([\w.]+)'.*Option '(\w+)' is not accepted", text):
-            return found[2], list(inspect.signature(pkgutil.resolve_name(found[1])).parameters)
+            return found[2], ArgumentParser().add_class_arguments(pkgutil.resolve_name(found[1]))
         if found := re.search(r"unrecognized arguments: (--[^\s=]+)", text):
             return found[1], list(self._option_names())
         if found := re.search(r"unrecognized arguments: (\S+\.ya?ml)", text):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
+from ase import Atoms
 from torch.utils.data import Subset
 from typing_extensions import override
 
-from lightning_januspipe.data.datamodule import SampleDataset, StructureDataModule
+from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.labels import LabelKeys
+from lightning_januspipe.data.references import References, choose_references, is_isolated_atom, isolated_energies
 from lightning_januspipe.data.splits import Split, check_size, split_indices
+from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 from lightning_januspipe.data.structures import validate_species
 
 
@@ -41,11 +46,18 @@ class ASEDataModule(StructureDataModule):
         val_size: int | float | None = None,
         test_size: int | float | None = None,
         seed: int = 0,
+        stratify: bool = False,
         cutoff: float = 5.0,
         species: list[str] | Literal["auto"] = "auto",
-        energy_key: str = "energy",
-        forces_key: str = "forces",
+        reference_energies: References | dict[str, float] = "auto",
+        energy_key: str | None = "energy",
+        forces_key: str | None = "forces",
         stress_key: str | None = "stress",
+        virial_key: str | None = None,
+        energy_unit: str = "eV",
+        forces_unit: str = "eV/Å",
+        stress_unit: str = "eV/Å³",
+        require_labels: bool = True,
         dtype: Literal["float32", "float64"] | None = None,
         **loader: Any,
     ) -> None:
@@ -61,12 +73,23 @@ class ASEDataModule(StructureDataModule):
             val_size: Number or fraction of the structures in ``train_file`` for validation, instead of ``val_file``.
             test_size: Number or fraction of the structures in ``train_file`` for testing, instead of ``test_file``.
             seed: Seed of the split.
+            stratify: Give each split its share of every kind of structure: of every set of elements, periodic or not,
+                and every ``config_type``.
             cutoff: Cutoff of the neighbour lists in Å.
             species: Chemical symbols in the model's order; ``"auto"`` for those in ``train_file``, sorted by atomic
                 number.
-            energy_key: Name of the energy label (eV).
-            forces_key: Name of the forces label (eV/Å).
-            stress_key: Name of the stress label (eV/Å³); None to read no stress.
+            reference_energies: Energies of atoms, for ``statistics()``: ``"isolated_atoms"`` takes them from frames of
+                one atom with ``config_type=IsolatedAtom`` in ``train_file``, ``"least_squares"`` fits them to the
+                training energies, ``"auto"`` fits those that have no such frame, and a mapping from chemical symbols
+                gives them in eV.
+            energy_key: Name of the energy label; None to read no energies.
+            forces_key: Name of the forces label; None to read no forces.
+            stress_key: Name of the stress label, positive under tension; None to read none.
+            virial_key: Name of the virial label, which is -stress × volume in ``energy_unit``; None to read none.
+            energy_unit: Unit of energies and virials, such as eV, Hartree or kcal/mol.
+            forces_unit: Unit of forces, such as eV/Å, Hartree/Bohr or kcal/mol/Å.
+            stress_unit: Unit of stresses, such as eV/Å³, GPa or kbar.
+            require_labels: Refuse structures without energy or forces; False leaves missing labels out of the loss.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
             loader: Options of :class:`StructureDataModule`.
 
@@ -85,9 +108,11 @@ class ASEDataModule(StructureDataModule):
         self._seed = seed
         self._cutoff = cutoff
         self._species = None if species == "auto" else validate_species(species)
-        self._energy_key = energy_key
-        self._forces_key = forces_key
-        self._stress_key = stress_key
+        self._references = reference_energies
+        choose_references(reference_energies, {}, [])  # names an unknown way
+        self._stratify = stratify
+        self._labels = LabelKeys(energy_key, forces_key, stress_key, virial_key, energy_unit, forces_unit, stress_unit)
+        self._require_labels = require_labels
         self._dtype = dtype
         self._train_source: StructureDataset | None = None
 
@@ -96,6 +121,12 @@ class ASEDataModule(StructureDataModule):
     def species(self) -> list[str]:
         """Chemical symbols in the order of the species index; ``"auto"`` reads ``train_file``."""
         return list(self._species if self._species is not None else self._source().species)
+
+    @property
+    @override
+    def cutoff(self) -> float:
+        """Cutoff of the neighbour lists in Å."""
+        return self._cutoff
 
     @override
     def build_dataset(self, split: Split) -> SampleDataset | None:
@@ -107,24 +138,49 @@ class ASEDataModule(StructureDataModule):
         """
         file = self._files.get(split)
         if file is not None:
-            return self._read(file, self.species, require_labels=split != "predict")
+            return self._read(file, self.species, require_labels=self._require_labels and split != "predict")
         if split == "predict":
             return self.dataset("test")
         if split != "train" and self._sizes[split] is None:
             return None
         source = self._source()
-        indices = split_indices(
-            len(source),
-            train=self._sizes["train"],
-            val=self._sizes["val"],
-            test=self._sizes["test"],
-            seed=self._seed,
-        )[split]
-        return Subset(source, indices)
+        isolated = self._isolated()
+        others = [index for index in range(len(source)) if index not in isolated] or list(isolated)
+        kinds = [_kind(source.atoms(index)) for index in others] if self._stratify else None
+        parts = split_indices(len(others), **self._sizes, seed=self._seed, kinds=kinds)
+        chosen = {others[i] for i in parts[split]}
+        return Subset(source, sorted(chosen | isolated if split == "train" else chosen))
+
+    @override
+    def splits_of(self, stage: str | None) -> tuple[Split, ...]:
+        """Return the splits of a stage; a fit checks the test data too, before it costs the training."""
+        return (*super().splits_of(stage), *(("test",) if stage == "fit" else ()))
+
+    @override
+    def statistics(self) -> DatasetStatistics:
+        """Return the statistics of the training data, with the reference energies that were asked for.
+
+        Raises:
+            ValueError: The reference energy of a species is missing, or isolated atoms contradict each other.
+        """
+        if self._statistics is None:
+            source, isolated = self._source(), sorted(self._isolated())
+            symbols = [source.atoms(index).symbols[0] for index in isolated]
+            known = isolated_energies(source.facts(isolated), symbols)
+            references = choose_references(self._references, known, self.species)
+            train = self.dataset("train")
+            assert train is not None
+            self._statistics = dataset_statistics(train, len(self.species), references)
+        return self._statistics
+
+    def _isolated(self) -> set[int]:
+        """Return the indices of isolated atoms in the training file, which are all trained on."""
+        source = self._source()
+        return {index for index in range(len(source)) if is_isolated_atom(source.atoms(index))}
 
     def _source(self) -> StructureDataset:
         if self._train_source is None:
-            self._train_source = self._read(self._train_file, self._species, require_labels=True)
+            self._train_source = self._read(self._train_file, self._species, require_labels=self._require_labels)
         return self._train_source
 
     def _read(self, file: str, species: list[str] | None, *, require_labels: bool) -> StructureDataset:
@@ -132,10 +188,12 @@ class ASEDataModule(StructureDataModule):
             file,
             cutoff=self._cutoff,
             species="auto" if species is None else species,
-            energy_key=self._energy_key,
-            forces_key=self._forces_key,
-            stress_key=self._stress_key,
             dtype=self._dtype,
             require_labels=require_labels,
             precompute=self._precompute,
+            **asdict(self._labels),
         )
+
+
+def _kind(atoms: Atoms) -> tuple[frozenset[str], bool, str]:
+    return frozenset(atoms.symbols), bool(atoms.pbc.any()), str(atoms.info.get("config_type", ""))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
+from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.facts import Facts, missing_kinds, num_shared, suspicions
 from lightning_januspipe.data.splits import Split
-from lightning_januspipe.data.statistics import DatasetStatistics, dataset_statistics
+from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -21,7 +24,6 @@ else:
     except ImportError:  # projects that have the stand-alone package only
         from pytorch_lightning import LightningDataModule
 
-SampleDataset = Dataset[dict[str, Tensor]]
 SampleLoader = DataLoader[dict[str, Tensor]]
 
 _SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
@@ -61,8 +63,8 @@ class StructureDataModule(LightningDataModule):
                 that they share them.
             shuffle: Whether the training structures come in random order.
             drop_last: Whether an incomplete last training batch is left out.
-            max_atoms: Largest number of atoms per batch and replica, instead of ``batch_size`` (see
-                :class:`~lightning_januspipe.data.budget.BudgetBatchSampler`).
+            max_atoms: Largest number of atoms per batch and replica, instead of ``batch_size``; see
+                ``BudgetBatchSampler``.
             max_edges: Largest number of edges per batch and replica, instead of ``batch_size`` or beside ``max_atoms``.
 
         Raises:
@@ -89,6 +91,11 @@ class StructureDataModule(LightningDataModule):
         """Chemical symbols in the order of the species index."""
         raise NotImplementedError
 
+    @property
+    def cutoff(self) -> float | None:
+        """Cutoff of the neighbour lists in Å; None where it is not known."""
+        return None
+
     def build_dataset(self, split: Split) -> SampleDataset | None:
         """Make the dataset of one split; return None where there is none."""
         raise NotImplementedError
@@ -113,9 +120,53 @@ class StructureDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Make the datasets of a stage (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``; None for all)."""
-        for split in _SPLITS_OF_STAGE[stage]:
-            self.dataset(split)
+        """Make and check the datasets of a stage (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``; None for all).
+
+        Raises:
+            ValueError: A structure or its labels are not usable, or there is no batch to train on.
+        """
+        facts: dict[str, list[Facts] | None] = {split: self._facts(split) for split in self.splits_of(stage)}
+        train = facts.get("train")
+        if train is None:
+            return
+        self._check_batches()
+        for warning in suspicions(train):
+            self._warn(warning)
+        for split, what in (("val", "validation"), ("test", "test")):
+            other = facts.get(split) or []
+            if other and split == "val" and (lacking := missing_kinds(train, other)):
+                self._warn(f"the validation data holds {lacking}, unlike the training data: errors there stay unseen")
+            if num := num_shared(train, other):
+                self._warn(f"{num} of {len(other)} {what} structures are training data too: their errors are too low")
+
+    def splits_of(self, stage: str | None) -> tuple[Split, ...]:
+        """Return the splits that ``setup`` makes and checks for a stage."""
+        return _SPLITS_OF_STAGE[stage]
+
+    def _facts(self, split: Split) -> list[Facts] | None:
+        """Return facts about the structures of a split, which checks them; None where they cannot be known."""
+        dataset: Any = self.dataset(split)
+        indices: list[int] | None = None
+        while isinstance(dataset, Subset):
+            indices = list(dataset.indices) if indices is None else [dataset.indices[i] for i in indices]
+            dataset = dataset.dataset
+        return dataset.facts(indices) if isinstance(dataset, StructureDataset) else None
+
+    def _check_batches(self) -> None:
+        """Refuse a replica without a full batch, where only full ones are kept."""
+        num = len(self.dataset("train") or ())
+        num_replicas = self.trainer.world_size if self.trainer is not None else 1
+        has_budget = self._max_atoms is not None or self._max_edges is not None
+        if self._drop_last and not has_budget and -(-num // num_replicas) < self.batch_size:
+            replicas = f" for {num_replicas} replicas" if num_replicas > 1 else ""
+            raise ValueError(
+                f"batch_size={self.batch_size} with drop_last, but there are {num} training structures{replicas}: no "
+                "batch is full. Use a smaller batch_size or drop_last=False"
+            )
+
+    def _warn(self, message: str) -> None:
+        if self.trainer is None or self.trainer.is_global_zero:
+            warnings.warn(message, stacklevel=3)
 
     @override
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
@@ -138,8 +189,8 @@ class StructureDataModule(LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, split: Split) -> SampleLoader | list[SampleLoader]:
-        dataset = self.dataset(split)
-        if dataset is None or len(dataset) == 0:  # type: ignore[arg-type]
+        dataset: Any = self.dataset(split)
+        if not dataset:
             return []  # Lightning then skips the loop
         shuffle, drop_last = self._shuffle and split == "train", self._drop_last and split == "train"
         options: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": shuffle, "drop_last": drop_last}

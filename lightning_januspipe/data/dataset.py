@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from ase import Atoms
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_januspipe import keys
+from lightning_januspipe.data.facts import Facts, LabelCounts
+from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.neighbors import estimate_num_edges
 from lightning_januspipe.data.structures import (
     atoms_to_sample,
@@ -32,7 +33,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
     Attributes:
         species: Chemical symbols; a sample's ``species`` are indices into this list.
         cutoff: Cutoff of the neighbour lists in Å.
-        dtype: Type of the floating-point tensors.
+        dtype: Type of the floating-point tensors, but for energies, which are float64.
+        labels: Names and units of the labels.
     """
 
     def __init__(
@@ -41,12 +43,10 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         *,
         cutoff: float,
         species: Sequence[str] | Literal["auto"] = "auto",
-        energy_key: str = "energy",
-        forces_key: str = "forces",
-        stress_key: str | None = "stress",
         dtype: torch.dtype | str | None = None,
         require_labels: bool = True,
         precompute: bool = False,
+        **labels: Any,
     ) -> None:
         """Read the structures.
 
@@ -55,13 +55,12 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
                 ``ase.io``.
             cutoff: Cutoff of the neighbour lists in Å.
             species: Chemical symbols in the model's order; ``"auto"`` for all that occur, sorted by atomic number.
-            energy_key: Name of the energy label (eV).
-            forces_key: Name of the forces label (eV/Å).
-            stress_key: Name of the stress label (eV/Å³); None to read no stress.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` at this moment.
-            require_labels: Whether each structure must have energy and forces; False for prediction.
+            require_labels: Whether each structure must have energy and forces; otherwise missing ones become NaN.
             precompute: Make, and so check, all samples now instead of on first use. Otherwise each worker process of
                 a loader makes its own.
+            labels: Names and units of the labels, as the attributes of
+                :class:`~lightning_januspipe.data.labels.LabelKeys`.
 
         Raises:
             ValueError: The file is missing, empty or unreadable, there are no structures, or ``species`` or ``dtype``
@@ -80,16 +79,13 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         self.species = find_species(self._structures) if species == "auto" else validate_species(species)
         self.cutoff = float(cutoff)
         self.dtype = resolve_dtype(dtype)
-        self._energy_key = energy_key
-        self._forces_key = forces_key
-        self._stress_key = stress_key
+        self.labels = LabelKeys(**labels)
         self._require_labels = require_labels
         self._samples: dict[int, dict[str, Tensor]] = {}
-        self._precomputed = precompute
-        self._sizes: tuple[list[int], list[int]] | None = None
+        self._facts: dict[int, Facts] = {}
+        self._edges: dict[int, int] = {}
         if precompute:
-            for index in range(len(self)):
-                self[index]
+            self.facts()
 
     def __len__(self) -> int:
         """Return the number of structures."""
@@ -114,9 +110,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
                 species=self.species,
                 cutoff=self.cutoff,
                 dtype=self.dtype,
-                energy_key=self._energy_key,
-                forces_key=self._forces_key,
-                stress_key=self._stress_key,
+                labels=self.labels,
                 require_labels=self._require_labels,
                 source=self.describe(index),
             )
@@ -125,18 +119,36 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
     def sample_sizes(self) -> tuple[list[int], list[int]]:
         """Return the numbers of atoms and of edges of all structures, the same in every process.
 
-        Edges are counted if all samples were made at once (``precompute``), otherwise estimated.
+        Edges are counted in structures whose :meth:`facts` are known, as all are with ``precompute``, and estimated in
+        others.
         """
-        if self._sizes is None:
-            edges = []
-            for index, atoms in enumerate(self._structures):
-                if self._precomputed:
-                    edges.append(self._samples[index][keys.EDGE_INDEX].shape[1])
-                else:
-                    estimate = estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)
-                    edges.append(round(estimate))
-            self._sizes = [len(atoms) for atoms in self._structures], edges
-        return self._sizes
+        for index, atoms in enumerate(self._structures):
+            if index not in self._edges:
+                estimate = estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)
+                self._edges[index] = round(estimate)
+        return [len(atoms) for atoms in self._structures], [self._edges[index] for index in range(len(self))]
+
+    def facts(self, indices: Sequence[int] | None = None) -> list[Facts]:
+        """Return facts about structures; the first call makes, and so checks, their samples.
+
+        Args:
+            indices: Indices of the structures; None for all.
+
+        Raises:
+            ValueError: A structure or its labels are not usable (see :func:`atoms_to_sample`).
+        """
+        found = []
+        for index in range(len(self)) if indices is None else indices:
+            if index not in self._facts:
+                name, atoms = self.describe(index), self._structures[index]
+                self._facts[index] = Facts.of(atoms, self[index], name, self.labels)
+                self._edges[index] = self._facts[index].num_edges
+            found.append(self._facts[index])
+        return found
+
+    def count_labels(self, indices: Sequence[int] | None = None) -> LabelCounts:
+        """Count the labels of structures; see :meth:`facts`."""
+        return LabelCounts.of(self.facts(indices), self.labels)
 
     def describe(self, index: int) -> str:
         """Return the name of a structure in messages: its file and frame."""

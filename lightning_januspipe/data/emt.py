@@ -17,9 +17,10 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from typing_extensions import override
 
-from lightning_januspipe.data.datamodule import SampleDataset, StructureDataModule
+from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.splits import Split
+from lightning_januspipe.data.statistics import SampleDataset
 from lightning_januspipe.data.structures import validate_species
 
 EMT_METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
@@ -217,6 +218,12 @@ class EMTDataModule(StructureDataModule):
     def species(self) -> list[str]:
         """Chemical symbols in the order of the species index."""
         return list(self._species)
+
+    @property
+    @override
+    def cutoff(self) -> float:
+        """Cutoff of the neighbour lists in Å."""
+        return self._cutoff
 
     @override
     def prepare_data(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -16,6 +18,7 @@ def split_indices(
     val: int | float | None = None,
     test: int | float | None = None,
     seed: int = 0,
+    kinds: Sequence[Hashable] | None = None,
 ) -> dict[Split, list[int]]:
     """Split structures at random into disjoint sets; the same arguments give the same split in every process.
 
@@ -25,24 +28,29 @@ def split_indices(
         val: Number or fraction for validation; None for none.
         test: Number or fraction for testing; None for none.
         seed: Seed of the permutation.
+        kinds: Kind of each structure. Every split gets its share of each kind, and a single structure of a kind is
+            trained on. None: structures are chosen at random.
 
     Returns:
         Sorted indices of ``"train"``, ``"val"`` and ``"test"``.
 
     Raises:
-        ValueError: A size is neither a number nor a fraction, the sizes exceed the number of structures, or nothing is
-            left to train on.
+        ValueError: A size is neither a number nor a fraction, a fraction is no whole structure, the sizes exceed the
+            number of structures, or nothing is left to train on.
     """
     for name, size in (("train", train), ("val", val), ("test", test)):
         check_size(name, size)
-    num_val, num_test = _count(val, num_structures), _count(test, num_structures)
-    num_train = num_structures - num_val - num_test if train is None else _count(train, num_structures)
+    num_val, num_test = _count("val", val, num_structures), _count("test", test, num_structures)
+    num_train = num_structures - num_val - num_test if train is None else _count("train", train, num_structures)
     if num_train < 1 or num_train + num_val + num_test > num_structures:
         raise ValueError(
             f"cannot split {num_structures} structures into train={train}, val={val}, test={test}: {num_train} + "
             f"{num_val} + {num_test} must not be more than {num_structures}, with at least one to train on"
         )
-    order = np.random.default_rng(seed).permutation(num_structures)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(num_structures)
+    if kinds is not None:
+        order = _spread_evenly(order, kinds, rng)
     # Validation and test come first, so that a smaller training set keeps them.
     parts = np.split(order, np.cumsum([num_val, num_test, num_train]))
     val_part, test_part, train_part = (sorted(part.tolist()) for part in parts[:3])
@@ -61,7 +69,21 @@ def check_size(name: str, size: int | float | None) -> None:
         raise ValueError(f"{name}={size!r}; expected a number of structures (int) or a fraction below 1 (float)")
 
 
-def _count(size: int | float | None, total: int) -> int:
+def _count(name: str, size: int | float | None, total: int) -> int:
     if size is None:
         return 0
-    return round(size * total) if isinstance(size, float) else size
+    count = round(size * total) if isinstance(size, float) else size
+    if size and not count:
+        raise ValueError(f"{name}={size} of {total} structures is less than one; give a larger fraction or a number")
+    return count
+
+
+def _spread_evenly(order: NDArray[np.int64], kinds: Sequence[Hashable], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Sort structures so that every beginning of the list has about its share of each kind."""
+    groups: dict[Hashable, list[int]] = {}
+    for index in order.tolist():
+        groups.setdefault(kinds[index], []).append(index)
+    places = np.empty(len(order))
+    for group in groups.values():
+        places[group] = 2.0 if len(group) == 1 else (np.arange(len(group)) + rng.random()) / len(group)
+    return np.argsort(places, kind="stable")

@@ -1,15 +1,9 @@
-"""Reads structures from files, and turns ASE ``Atoms`` into samples: the tensors of one structure with its labels.
-
-Labels are looked up in the results of the calculator that is attached to the ``Atoms`` (where ``ase.io`` puts energy,
-forces and stress), then in ``Atoms.info`` and ``Atoms.arrays`` (where it puts everything else, for instance
-``REF_energy``).
-"""
+"""Reads structures from files, and turns ASE ``Atoms`` into samples: the tensors of one structure with its labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import ase.io
 import numpy as np
@@ -20,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_januspipe import keys
+from lightning_januspipe.data.labels import LabelKeys, read_labels
 from lightning_januspipe.data.neighbors import neighbor_list
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -120,9 +115,7 @@ def atoms_to_sample(
     species: Sequence[str],
     cutoff: float,
     dtype: torch.dtype | str | None = None,
-    energy_key: str = "energy",
-    forces_key: str = "forces",
-    stress_key: str | None = "stress",
+    labels: LabelKeys | None = None,
     require_labels: bool = True,
     source: str = "structure",
 ) -> dict[str, Tensor]:
@@ -133,10 +126,7 @@ def atoms_to_sample(
         species: Chemical symbols; the index of a symbol in this list is its species index.
         cutoff: Cutoff of the neighbour list in Å.
         dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()``.
-        energy_key: Name of the energy label (eV).
-        forces_key: Name of the forces label (N, 3) (eV/Å).
-        stress_key: Name of the stress label (eV/Å³, ASE's sign), as (6,) in Voigt order, (3, 3) or (9,). None to
-            read no stress. A structure without a stress label or without a periodic direction gets NaN.
+        labels: Names and units of the labels; None for ``LabelKeys()``.
         require_labels: Whether energy and forces are required. Otherwise missing ones become NaN.
         source: Name of the structure in error messages, for instance ``"water.extxyz, frame 3"``.
 
@@ -144,9 +134,9 @@ def atoms_to_sample(
         Tensors of N atoms, E edges and one structure (``batch`` is all zero).
 
     Raises:
-        ValueError: There are no atoms, an element is not in ``species``, a required label is missing, a label has the
-            wrong shape, is NaN or infinite, or was computed for other positions, or there is no
-            neighbour list (see :func:`~lightning_januspipe.data.neighbors.neighbor_list`).
+        ValueError: There are no atoms, an element is not in ``species``, a label is not usable (see
+            :func:`~lightning_januspipe.data.labels.read_labels`), or there is no neighbour list (see
+            :func:`~lightning_januspipe.data.neighbors.neighbor_list`).
     """
     real = resolve_dtype(dtype)
     if len(atoms) == 0:
@@ -158,9 +148,7 @@ def atoms_to_sample(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
-    energy = _energy_label(atoms, energy_key, require_labels, source)
-    forces = _forces_label(atoms, forces_key, require_labels, source)
-    stress = _stress_label(atoms, stress_key, source)
+    values = read_labels(atoms, labels or LabelKeys(), required=require_labels, source=source)
     return {
         keys.POSITIONS: torch.tensor(atoms.positions, dtype=real),
         keys.SPECIES: torch.from_numpy(_species_index(atoms, species, source)),
@@ -169,9 +157,9 @@ def atoms_to_sample(
         keys.CELL_SHIFTS: torch.tensor(cell_shifts, dtype=real),
         keys.CELL: torch.tensor(cell, dtype=real).unsqueeze(0),
         keys.BATCH: torch.zeros(len(atoms), dtype=torch.int64),
-        keys.ENERGY: torch.tensor([energy], dtype=torch.float64),
-        keys.FORCES: torch.tensor(forces, dtype=real),
-        keys.STRESS: torch.tensor(stress, dtype=real).unsqueeze(0),
+        keys.ENERGY: torch.tensor(values[keys.ENERGY], dtype=torch.float64).reshape(1),
+        keys.FORCES: torch.tensor(values[keys.FORCES], dtype=real),
+        keys.STRESS: torch.tensor(values[keys.STRESS], dtype=real).unsqueeze(0),
         keys.PBC: torch.tensor(pbc).unsqueeze(0),
     }
 
@@ -185,90 +173,3 @@ def _species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray
             "leave out the structure."
         )
     return np.array([index[symbol] for symbol in atoms.symbols], dtype=np.int64)
-
-
-def _energy_label(atoms: Atoms, key: str, required: bool, source: str) -> float:
-    value = _find_label(atoms, key, "energy", required, source)
-    if value is None:
-        return float("nan")
-    array = _as_array(value, key, source)
-    if array.size != 1:
-        raise ValueError(f"{source}: energy label {key!r} has shape {array.shape}; expected one number in eV")
-    return float(_finite(array, key, source).reshape(()))
-
-
-def _forces_label(atoms: Atoms, key: str, required: bool, source: str) -> NDArray[np.float64]:
-    value = _find_label(atoms, key, "forces", required, source)
-    if value is None:
-        return np.full((len(atoms), 3), np.nan)
-    array = _as_array(value, key, source)
-    if array.shape != (len(atoms), 3):
-        raise ValueError(
-            f"{source}: forces label {key!r} has shape {array.shape}; expected {(len(atoms), 3)} in eV/Å, one row for "
-            "each atom"
-        )
-    return _finite(array, key, source)
-
-
-def _stress_label(atoms: Atoms, key: str | None, source: str) -> NDArray[np.float64]:
-    # Stress is per volume: a structure without a periodic direction has none, even if a calculator returns one.
-    value = _find_label(atoms, key, "stress", False, source) if key is not None and atoms.pbc.any() else None
-    if value is None:
-        return np.full((3, 3), np.nan)
-    array = _finite(_as_array(value, str(key), source), str(key), source)
-    if array.shape == (6,):
-        xx, yy, zz, yz, xz, xy = array
-        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
-    if array.shape in ((3, 3), (9,)):
-        return array.reshape(3, 3)
-    raise ValueError(
-        f"{source}: stress label {key!r} has shape {array.shape}; expected (6,) (xx, yy, zz, yz, xz, xy), (3, 3) or "
-        "(9,) in eV/Å³"
-    )
-
-
-def _find_label(atoms: Atoms, key: str, label: str, required: bool, source: str) -> Any:
-    results = getattr(atoms.calc, "results", {})
-    if results.get(key) is not None:
-        _check_not_stale(atoms, key, label, source)
-        return results[key]
-    for place in (atoms.info, atoms.arrays):
-        if place.get(key) is not None:
-            return place[key]
-    if not required:
-        return None
-    own_arrays = [name for name in atoms.arrays if name not in ("numbers", "positions")]
-    raise ValueError(
-        f"{source} has no {label} label {key!r}. Keys found: calculator results {sorted(results)}, info "
-        f"{sorted(map(str, atoms.info))}, arrays {sorted(own_arrays)}. Set `{label}_key` to the one that holds the "
-        f"{label}."
-    )
-
-
-def _check_not_stale(atoms: Atoms, key: str, label: str, source: str) -> None:
-    # A calculator keeps its results when atoms move, and check_state finds that.
-    if getattr(atoms.calc, "atoms", None) is None or not hasattr(atoms.calc, "check_state"):
-        return
-    changes = [change for change in atoms.calc.check_state(atoms) if change in ("positions", "numbers", "cell", "pbc")]
-    if changes:
-        raise ValueError(
-            f"{source}: the calculator's {label} {key!r} was computed for other {', '.join(changes)} than the "
-            "structure has. Compute it again, or store it in Atoms.info or Atoms.arrays and remove the calculator."
-        )
-
-
-def _as_array(value: Any, key: str, source: str) -> NDArray[np.float64]:
-    try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: label {key!r} is {value!r}; expected numbers") from error
-
-
-def _finite(array: NDArray[np.float64], key: str, source: str) -> NDArray[np.float64]:
-    bad = int((~np.isfinite(array)).sum())
-    if bad:
-        raise ValueError(
-            f"{source}: label {key!r} has NaN or infinite values ({bad} of {array.size}). Remove the structure or "
-            "correct the label."
-        )
-    return array

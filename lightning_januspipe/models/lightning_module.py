@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_januspipe import keys
+from lightning_januspipe.models.data_checks import check_data, check_labels
 from lightning_januspipe.models.initial_weights import freeze, load_weights, read_checkpoint
 from lightning_januspipe.models.losses import MaskedError, masked_loss
-from lightning_januspipe.models.saved_arguments import (
-    check_data,
-    compare_arguments,
-    rebuild_potential,
-    save_arguments,
-)
+from lightning_januspipe.models.saved_arguments import compare_arguments, rebuild_potential, save_arguments
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -111,6 +107,7 @@ class PotentialModule(LightningModule):
         self.potential = potential
         freeze(potential, frozen)
         self._initial_weights = initial_weights
+        self._checked: set[int] = set()
         self.weights = weights
         self.huber_delta = huber_delta if loss == "huber" else None
         self.metrics = nn.ModuleDict(
@@ -169,32 +166,40 @@ class PotentialModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Load the initial weights once, and verify the species and the cutoff of the data."""
+        """Load the initial weights once, and compare the data with the potential and the loss.
+
+        Raises:
+            ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, or
+                no training structure has a label that the loss needs.
+        """
         trainer: Any = self.trainer
-        check_data(self.potential, trainer.datamodule)
+        data = trainer.datamodule
+        check_data(self.potential, data)
+        if stage == "fit" and callable(getattr(data, "dataset", None)):
+            self._check_dataset(data.dataset("train"), "training")
         if self._initial_weights is not None:
             self._warn(load_weights(self, self.potential, self._initial_weights))
             self._initial_weights = None
 
     @override
     def on_train_start(self) -> None:
-        """Verify the species and the cutoff of the training data."""
-        self._check_loaders(self.trainer.train_dataloader)
+        """Compare the training data with the potential and the loss."""
+        self._check_loaders(self.trainer.train_dataloader, "training")
 
     @override
     def on_validation_start(self) -> None:
-        """Verify the species and the cutoff of the validation data."""
-        self._check_loaders(self.trainer.val_dataloaders)
+        """Compare the validation data with the potential and the loss."""
+        self._check_loaders(self.trainer.val_dataloaders, "validation")
 
     @override
     def on_test_start(self) -> None:
-        """Verify the species and the cutoff of the test data."""
-        self._check_loaders(self.trainer.test_dataloaders)
+        """Compare the test data with the potential and the loss."""
+        self._check_loaders(self.trainer.test_dataloaders, "test")
 
     @override
     def on_predict_start(self) -> None:
-        """Verify the species and the cutoff of the prediction data."""
-        self._check_loaders(self.trainer.predict_dataloaders)
+        """Compare the prediction data with the potential."""
+        self._check_loaders(self.trainer.predict_dataloaders, "prediction")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,9 +243,17 @@ class PotentialModule(LightningModule):
             checkpoint_path.seek(0)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs).eval()
 
-    def _check_loaders(self, loaders: Any) -> None:
+    def _check_loaders(self, loaders: Any, what: str) -> None:
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
-            check_data(self.potential, getattr(loader, "dataset", None))
+            self._check_dataset(getattr(loader, "dataset", None), what)
+
+    def _check_dataset(self, dataset: Any, what: str) -> None:
+        if id(dataset) in self._checked:
+            return
+        self._checked.add(id(dataset))
+        check_data(self.potential, dataset)
+        if what != "prediction":
+            self._warn(check_labels(self.weights, dataset, what, required=what == "training"))
 
     def _warn(self, messages: Sequence[str]) -> None:
         for message in messages if self.global_rank == 0 else ():

@@ -295,6 +295,7 @@ class EquivariantPotential(ConservativePotential):
         self.arguments = arguments
         self.species = tuple(species)
         self.cutoff = float(cutoff)
+        self.avg_num_neighbors = float(avg_num_neighbors)
 
 
 def cell_volume(cell: Tensor) -> Tensor:

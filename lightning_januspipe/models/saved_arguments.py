@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 ARGUMENTS = "potential_arguments"
 """Key of the checkpoint entry with the arguments of the potential, by name."""
@@ -102,38 +102,6 @@ def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
         return getattr(models, kind)(**arguments or {})
     finally:
         torch.set_default_dtype(before)
-
-
-def check_data(potential: nn.Module, data: Any) -> None:
-    """Refuse data whose species indices or neighbour lists do not fit the potential.
-
-    Args:
-        potential: Its attributes ``species``, chemical symbols by species index, and ``cutoff`` in Å are compared, if
-            they exist.
-        data: A data module or dataset with the same attributes; a ``Subset`` or ``ConcatDataset`` of such datasets.
-
-    Raises:
-        ValueError: The species of the data are not the first species of the potential, or its cutoff is smaller.
-    """
-    for part in getattr(data, "datasets", None) or [data]:
-        while not hasattr(part, "species") and hasattr(part, "dataset"):
-            part = part.dataset
-        own, given = getattr(potential, "species", None), getattr(part, "species", None)
-        if own is not None and given is not None and list(own)[: len(given)] != list(given):
-            raise ValueError(
-                f"the data has the species {list(given)} and the potential {list(own)}: a species must have the same "
-                f"index in both. Give the data species={list(own)}, or train a potential for those of the data"
-            )
-        own, given = getattr(potential, "cutoff", None), getattr(part, "cutoff", None)
-        if own is not None and given is not None and _as_number(given) < _as_number(own) * (1 - 1e-6):
-            raise ValueError(
-                f"the data has neighbour lists with cutoff={given} Å and the potential has cutoff={own} Å, so that "
-                f"messages of neighbours would be missing. Give the data cutoff={own}"
-            )
-
-
-def _as_number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float, Tensor)) else math.nan
 
 
 def _is_same(here: Any, there: Any) -> bool:

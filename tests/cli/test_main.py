@@ -169,7 +169,9 @@ def explained(cls: type) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(cls, "cls")
     actions = {action.dest.removeprefix("cls."): action for action in parser._actions}
-    for name in inspect.signature(cls).parameters:
+    own = [name for name, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    assert set(own) <= set(actions)
+    for name in [name for name, action in actions.items() if action.dest.startswith("cls.")]:
         text = str(actions[name].help)
         assert text[:1].isupper() or text[:1] in '"`', (name, text)
         assert len(text.split()) >= 3 and ":class:" not in text, (name, text)

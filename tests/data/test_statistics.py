@@ -78,6 +78,31 @@ def test_errors(molecules):
         dataset_statistics(Subset(dataset, []))
     with pytest.raises(ValueError, match="species index 2, num_species=2"):
         dataset_statistics(dataset, num_species=2)
-    unlabelled = StructureDataset([Atoms("H")], cutoff=2.5, require_labels=False)
-    with pytest.raises(ValueError, match="without energy or forces labels"):
-        dataset_statistics(unlabelled)
+    with pytest.raises(ValueError, match="2 reference energies of 3 species"):
+        dataset_statistics(dataset, reference_energies=[1.0, None])
+
+
+def test_missing_labels_are_left_out(labelled, molecules):
+    water = Atoms("OH2", [[0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    unlabelled = dataset_statistics(StructureDataset([water], cutoff=2.5, require_labels=False))
+    assert unlabelled.energy_shifts == (0.0, 0.0) and unlabelled.force_rms == unlabelled.energy_rms == 0.0
+    options = {"cutoff": 2.5, "require_labels": False, "species": ["H", "C", "O"]}
+    with_gaps = dataset_statistics(StructureDataset([water, *molecules], **options))
+    without = dataset_statistics(StructureDataset(molecules, **options))
+    assert with_gaps.energy_shifts == without.energy_shifts and with_gaps.force_rms == without.force_rms
+    assert with_gaps.num_structures == without.num_structures + 1
+
+
+def test_lone_atoms_do_not_count_beside_others(labelled, molecules):
+    lone = labelled(Atoms("H"), energy=-1000.0, forces=np.zeros((1, 3)))
+    expected = dataset_statistics(StructureDataset(molecules, cutoff=2.5))
+    assert dataset_statistics(StructureDataset([lone, *molecules], cutoff=2.5)) == expected
+
+
+def test_known_reference_energies(molecules):
+    dataset = StructureDataset(molecules, cutoff=2.5)
+    fitted = dataset_statistics(dataset).energy_shifts
+    known = dataset_statistics(dataset, reference_energies=[-20.0, None, None]).energy_shifts
+    assert known[0] == -20.0 and known[1:] != pytest.approx(fitted[1:], abs=1.0)
+    exact = dataset_statistics(dataset, reference_energies=[fitted[0], None, None]).energy_shifts
+    assert exact == pytest.approx(fitted, rel=1e-6)

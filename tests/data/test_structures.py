@@ -10,6 +10,7 @@ from ase.io import write
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import atoms_to_sample, read_structures
+from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.structures import resolve_dtype, validate_species
 
 VOIGT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -18,7 +19,9 @@ WATER_FORCES = np.arange(9.0).reshape(3, 3)
 
 
 def to_sample(atoms, **options):
-    return atoms_to_sample(atoms, **{"species": ["H", "O", "Cu"], "cutoff": 3.0, "dtype": "float64", **options})
+    labels = LabelKeys(**{name: options.pop(name) for name in list(options) if name.endswith("_key")})
+    defaults = {"species": ["H", "O", "Cu"], "cutoff": 3.0, "dtype": "float64", "labels": labels}
+    return atoms_to_sample(atoms, **{**defaults, **options})
 
 
 def test_molecule_sample(labelled):

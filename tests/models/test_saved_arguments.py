@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_januspipe import JanusPipeStrategy, keys
 from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
-from lightning_januspipe.models import EquivariantPotential, PotentialModule, saved_arguments
+from lightning_januspipe.models import EquivariantPotential, PotentialModule, data_checks, saved_arguments
 from lightning_januspipe.testing import quiet_trainer
 
 SPECIES = ["Al", "Ni", "Cu"]
@@ -142,7 +142,7 @@ def test_data_module_that_does_not_fit_the_potential_is_refused(tmp_path) -> Non
         def train_dataloader(self):
             return make_loader()
 
-    saved_arguments.check_data(make_potential(), Data())  # the first species of the potential
+    data_checks.check_data(make_potential(), Data())  # the first species of the potential
     Data.species = ("Ni", "Al")
     trainer = quiet_trainer(default_root_dir=tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match=r"data has the species \['Ni', 'Al'\].*species=\['Al', 'Ni', 'Cu'"):
