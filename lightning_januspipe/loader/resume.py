@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -100,19 +101,31 @@ class LoaderProgress:
     def start_pass(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Returns a pass over the loader: a new one, or the rest of the interrupted one."""
         if self._resumed is not None:
-            return _Rest(make, self)
+            return self._rest_of_pass(make)
         self._at_start, self._at_first = random_state(self._device), None
-        return _Pass(make(), self)
+        return self._whole_pass(make())
 
-    def rest_of_pass(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Returns the rest of the interrupted pass; called for its next batch, when the sampler's epoch is known."""
+    def _whole_pass(self, batches: Iterator[Any]) -> Iterator[Any]:
+        self._at_first = random_state(self._device)  # samplers draw their seeds when the first batch is asked for
+        yield from batches
+
+    def _rest_of_pass(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        batches = self._rejoined(make)  # with the first batch that is asked for: the sampler's epoch is known then
+        for batch in islice(batches, 1):
+            if not self._is_training and self._resumed:  # the batch was read ahead, setting up goes on
+                self._after_next = random_state(self._device)
+            yield batch
+        yield from batches
+
+    def _rejoined(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Returns a new pass after as many batches as training has had of the interrupted one."""
         assert self._resumed is not None
         if self._num_done == 0:
             if not self._is_training:
                 self._set(self._resumed.get("now"))
             self._at_start = random_state(self._device)
             batches = make()
-            self.first_batch_is_asked_for()
+            self._at_first = random_state(self._device)
             return batches
         self._at_start, self._at_first = self._resumed.get("began"), self._resumed.get("first")
         self._set(self._at_start)
@@ -123,11 +136,6 @@ class LoaderProgress:
         self._set(self._resumed.get("now"))
         return batches
 
-    def next_batch_is_read(self) -> None:
-        """Keeps the random states after the next batch, if it was read before training has started."""
-        if not self._is_training and self._resumed:
-            self._after_next = random_state(self._device)
-
     def training_starts(self) -> None:
         """Undoes the random numbers that setting up has drawn since the checkpoint was loaded."""
         self._is_training = True
@@ -136,10 +144,6 @@ class LoaderProgress:
     def batch_is_taken(self) -> None:
         """Makes the next pass a new one: the interrupted one goes on."""
         self._resumed = self._after_next = None
-
-    def first_batch_is_asked_for(self) -> None:
-        """Keeps the random states with which samplers draw their seeds, which they do only now."""
-        self._at_first = random_state(self._device)
 
     def _set(self, state: Mapping[str, Any] | None) -> None:
         if state is not None:
@@ -164,32 +168,3 @@ class _Tracked(AnyLoader):
 
     def __iter__(self) -> Any:
         return self.januspipe_progress.start_pass(super().__iter__)
-
-
-class _Pass(Iterator[Any]):
-    """Iterates once over a tracked loader from its beginning."""
-
-    def __init__(self, batches: Iterator[Any], progress: LoaderProgress) -> None:
-        self._batches, self._progress, self._is_first = batches, progress, True
-
-    def __next__(self) -> Any:
-        if self._is_first:
-            self._is_first = False
-            self._progress.first_batch_is_asked_for()
-        return next(self._batches)
-
-
-class _Rest(Iterator[Any]):
-    """Iterates over the rest of a pass that was interrupted."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]], progress: LoaderProgress) -> None:
-        self._make, self._progress = make, progress
-        self._batches: Iterator[Any] | None = None
-
-    def __next__(self) -> Any:
-        if self._batches is not None:
-            return next(self._batches)
-        self._batches = self._progress.rest_of_pass(self._make)
-        batch = next(self._batches)
-        self._progress.next_batch_is_read()
-        return batch

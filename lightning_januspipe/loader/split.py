@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch.distributed as dist
@@ -218,7 +217,7 @@ class SplitLoader(AnyLoader):
     def __iter__(self) -> Any:
         state = self.split_state
         parked, state.parked = state.parked, None
-        return parked or _SplitIterator(self._batches(), state, type(self).__name__)
+        return parked or _split_pass(self._batches(), state, type(self).__name__)
 
     def _batches(self) -> Iterator[Any]:
         if not self.split_state.has_groups:
@@ -231,23 +230,16 @@ class SplitLoader(AnyLoader):
         return batches
 
 
-class _SplitIterator(Iterator[Any]):
-    """Iterates once over a split loader."""
-
-    def __init__(self, batches: Iterator[Any], state: _SplitState, name: str) -> None:
-        self._batches, self._state, self._name = batches, state, name
-        self._ahead: deque[Any] = deque()
-        if state.reads_ahead and state.examples is None:
-            # Every process reads ahead here, although one captures, so that their random numbers stay the same.
-            self._ahead.extend(islice(self._checked(), 1 if state.collates else 2))
-            if self._ahead and not state.collates:
-                state.examples = first_and_last(list(self._ahead))
-
-    def __next__(self) -> Any:
-        return self._ahead.popleft() if self._ahead else self._state.checked(next(self._batches), self._name)
-
-    def _checked(self) -> Iterator[Any]:
-        return (self._state.checked(b, self._name) for b in self._batches)
+def _split_pass(batches: Iterator[Any], state: _SplitState, name: str) -> Iterator[Any]:
+    """Returns one pass over a split loader."""
+    checked = (state.checked(batch, name) for batch in batches)
+    if not state.reads_ahead or state.examples is not None:
+        return checked
+    # Every process reads ahead here, although one captures, so that their random numbers stay the same.
+    ahead = list(islice(checked, 1 if state.collates else 2))
+    if ahead and not state.collates:
+        state.examples = first_and_last(ahead)
+    return chain(ahead, checked)
 
 
 def _split_copy(
