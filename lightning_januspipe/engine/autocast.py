@@ -1,4 +1,4 @@
-"""Which casts autocast makes, phase by phase.
+"""The casts that autocast makes, phase by phase.
 
 Plain training runs the whole step under autocast, the derivative of the energy in it included, and the backward pass of
 the loss outside. So the casts of FE are part of a captured graph, FF differentiates under the autocast that the forward
@@ -18,22 +18,22 @@ _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 
 @dataclass(frozen=True)
 class Autocast:
-    """What autocast casts to.
+    """Describes the casts that autocast makes.
 
     Attributes:
-        dtypes: (device type, dtype) for every type of device for which it is on.
+        dtypes: (device type, dtype) for every type of device that autocast is on for.
     """
 
     dtypes: tuple[tuple[str, torch.dtype], ...] = ()
 
     @classmethod
     def current(cls) -> Autocast:
-        """What holds now, in this thread."""
+        """Returns the autocast of this thread, as it is now."""
         available = (d for d in _DEVICE_TYPES if torch.amp.is_autocast_available(d))
         return cls(tuple((d, torch.get_autocast_dtype(d)) for d in available if torch.is_autocast_enabled(d)))
 
     def changed(self, device_type: str, dtype: torch.dtype | None) -> Autocast:
-        """The same with another dtype for one type of device; None turns it off there."""
+        """Returns the same with another dtype for one type of device; None turns autocast off there."""
         others = dict(self.dtypes)
         others.pop(device_type, None)
         return Autocast(tuple(sorted({**others, **({device_type: dtype} if dtype else {})}.items())))
@@ -45,7 +45,7 @@ OFF = Autocast()
 
 @contextmanager
 def autocast_as(wanted: Autocast) -> Iterator[None]:
-    """Inside, autocast makes just these casts, and keeps none: a kept one would outlive its micro-batch's graph."""
+    """Makes autocast do just these casts inside, and keep none: a kept cast would outlive its micro-batch's graph."""
     current = Autocast.current()
     if current == wanted:
         yield
@@ -59,5 +59,5 @@ def autocast_as(wanted: Autocast) -> Iterator[None]:
 
 
 def forget_casts() -> None:
-    """Drop the casts of parameters that an autocast of the user's keeps: their graphs end with the micro-batch."""
+    """Drops the casts of parameters that the user's autocast has kept: their graphs end with the micro-batch."""
     torch.clear_autocast_cache()

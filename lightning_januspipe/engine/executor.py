@@ -32,17 +32,18 @@ class Executor:
     """Runs the actions of one rank.
 
     Args:
-        rank: this rank's position in the pipeline.
-        stages: the stages of which this rank runs phases, by their position in the chain.
-        chain: what all stages share.
-        links: the connections to other ranks; None where there is one rank.
-        timeout: how long to wait for one message.
-        sent_as: type to which boundaries and their gradients are rounded for messages; None to send them as they are.
+        rank: This rank's index in the pipeline.
+        stages: The stages of which this rank runs phases, by their index in the chain.
+        chain: What all stages share.
+        links: The connections to other ranks; None if there is one rank.
+        timeout: How long to wait for one message.
+        sent_as: The dtype that boundaries and their gradients are rounded to in messages; None to send them as they
+            are.
 
     Attributes:
-        recorder: notes when each action starts and ends, if set.
-        annotate: gives the context that an action runs in by its name, as profilers do, if set. Without it, actions
-            are named to torch's own profiler where that is on.
+        recorder: Notes when each action starts and ends, if set.
+        annotate: Returns the context that an action runs in, given the action's name, as profilers do, if set. Without
+            it, actions are named to torch's own profiler if that is on.
     """
 
     def __init__(
@@ -66,32 +67,32 @@ class Executor:
         return 0 if self._links is None else self._links.bytes_sent
 
     def close(self) -> None:
-        """Let go of all connections: ranks that wait for this one are told at once that it will not answer."""
+        """Lets go of all connections: ranks that wait for this one learn at once that it will not answer."""
         self._clear()
         if self._links is not None:
             self._links.close()
 
     def run(self, schedule: Schedule, inputs: Sequence[MicrobatchInput], loss: LossFunction) -> None:
-        """Run one step's actions of this rank; parameter gradients end in the stages' buffers.
+        """Runs this rank's actions of one step; parameter gradients end in the stages' buffers.
 
         Args:
-            schedule: the actions of all ranks.
-            inputs: the micro-batches.
-            loss: called once for each micro-batch with (index, observables, derivatives).
+            schedule: The actions of all ranks.
+            inputs: The micro-batches.
+            loss: Called once for each micro-batch with (index, observables, derivatives).
 
         Raises:
-            PipelineError: a message did not come, or could not be sent.
+            PipelineError: A message did not come, or could not be sent.
         """
         self._run(_Step(self, self._route(schedule), inputs, loss))
 
     def evaluate(
         self, schedule: Schedule, inputs: Sequence[MicrobatchInput]
     ) -> list[tuple[list[Tensor], list[Tensor]] | None]:
-        """FE and FF only.
+        """Runs FE and FF only.
 
         Args:
-            schedule: see :func:`~lightning_januspipe.engine.route.evaluation_schedule`.
-            inputs: the micro-batches.
+            schedule: See :func:`~lightning_januspipe.engine.route.evaluation_schedule`.
+            inputs: The micro-batches.
 
         Returns:
             For each micro-batch all observables and ∂E/∂x, on the rank of the first stage's FF; None on the others.
@@ -114,7 +115,7 @@ class Executor:
             stage.clear()
 
     def _route(self, schedule: Schedule) -> Route:
-        """What this rank has to know of a schedule; found once for each schedule."""
+        """Returns what this rank has to know of a schedule; it is found once for each schedule."""
         known = self._routes.get(id(schedule))
         if known is None or known[0] is not schedule:
             if len(self._routes) >= 8:
@@ -125,7 +126,7 @@ class Executor:
 
 
 class _Step:
-    """State of one step on one rank."""
+    """Runs one step on one rank, and knows which messages were posted and have come."""
 
     def __init__(
         self, executor: Executor, route: Route, inputs: Sequence[MicrobatchInput], loss: LossFunction | None

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class GradientBuffers:
-    """Sums of gradients, by parameter; those in half precision are summed in float32."""
+    """Sums the gradients of each parameter; gradients in half precision are summed in float32."""
 
     def __init__(self) -> None:
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._owned: set[nn.Parameter] = set()
 
     def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """Add one gradient to each parameter's sum (None adds nothing)."""
+        """Adds one gradient to each parameter's sum (None adds nothing)."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -34,22 +34,22 @@ class GradientBuffers:
                 self._owned.add(parameter)
 
     def get(self, parameter: nn.Parameter) -> Tensor | None:
-        """The sum so far."""
+        """Returns a parameter's sum so far, None if there is none."""
         return self._sums.get(parameter)
 
     def sums(self) -> list[Tensor]:
-        """All sums so far."""
+        """Returns all sums so far."""
         return list(self._sums.values())
 
     def accumulate_into_grad(self, scale: float) -> None:
-        """Add the sums, times ``scale``, to ``p.grad``, and forget them."""
+        """Adds the sums, times ``scale``, to ``p.grad``, and forgets them."""
         for parameter, total in self._sums.items():
             scaled = (total * scale).to(parameter.dtype)
             parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
         self.clear()
 
     def clear(self) -> None:
-        """Forget all sums."""
+        """Forgets all sums."""
         self._sums.clear()
         self._owned.clear()
 
@@ -59,14 +59,14 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:
-    """Sum ``p.grad`` over a group (a missing gradient counts as zero), and divide.
+    """Sums ``p.grad`` over a group (a missing gradient counts as zero), and divides.
 
-    One collective for each dtype: all gradients travel in one buffer. A parameter that has no gradient on any rank
-    keeps none, as in one process.
+    There is one collective for each dtype: all gradients travel in one buffer. A parameter that has no gradient on any
+    rank keeps none, as in one process.
 
     Args:
-        parameters: the same on every rank of the group, in the same order.
-        group: the ranks that hold a copy.
+        parameters: The same parameters on every rank of the group, in the same order.
+        group: The ranks that hold a copy.
         divide_by: 1 for a sum, the group's size for a mean.
     """
     parameters = [p for p in parameters if p.requires_grad]

@@ -1,4 +1,4 @@
-"""How much memory the phases of a stage hold, counted in storages: the same on every device."""
+"""The bytes that phases hold, counted in storages: the same on every device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_januspipe.schedule import Action
 class StorageCounter(TorchDispatchMode):
     """Counts the bytes of the storages that were made while it was active and are still alive.
 
-    An operation makes a storage if a result has one that no argument has: views of a parameter make none.
+    An operation makes a storage if one of its results has a storage that no argument has. Views make none.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class StorageCounter(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def note(self, tensors: Iterable[Tensor]) -> None:
-        """Count these too."""
+        """Counts these tensors too."""
         for tensor in tensors:
             if (storage := _storage(tensor)) is not None:
                 # The weak reference keeps the address from being used again.
                 self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
     def alive(self, without: Iterable[Tensor] = ()) -> int:
-        """Bytes of what was made and is alive, without the storages of some tensors."""
+        """Returns the bytes of what was made and is alive, without the storages of some tensors."""
         self._made = {k: (ref, size) for k, (ref, size) in self._made.items() if not ref.expired()}
         excluded = {s._cdata for s in map(_storage, without) if s is not None}
         return sum(size for key, (_, size) in self._made.items() if key not in excluded)
@@ -41,7 +41,7 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and note what it made."""
+        """Runs an operation and notes what it made."""
         result = func(*args, **(kwargs or {}))
         given = {s._cdata for s in map(_storage, pytree.tree_leaves((args, kwargs))) if s is not None}
         made = [t for t in pytree.tree_leaves(result) if (s := _storage(t)) is not None and s._cdata not in given]
@@ -50,13 +50,16 @@ class StorageCounter(TorchDispatchMode):
 
 
 class MemoryRecorder(ActionRecorder):
-    """Measures what a rank holds after each action, instead of times, which mean little meanwhile.
+    """Measures the bytes that a rank holds after each action of the step that it is entered for.
 
-    To be entered for a step. Everything that is made in the step and alive counts: what phases saved and messages, but
-    no gradients of parameters.
+    Everything counts that was made in the step and is alive: what phases saved, and messages, but no gradients of
+    parameters. Times mean little meanwhile.
 
     Args:
-        gradients: of parameters, as they are when called.
+        gradients: Returns the gradients of the parameters, as they are when called.
+
+    Attributes:
+        peak: The most bytes held after an action.
     """
 
     def __init__(self, gradients: Callable[[], Iterable[Tensor]]) -> None:
@@ -73,7 +76,7 @@ class MemoryRecorder(ActionRecorder):
         self._counter.__exit__(*error)
 
     def end(self, action: Action) -> None:
-        """See what is held now."""
+        """Measures what is held now."""
         super().end(action)
         self.peak = max(self.peak, self._counter.alive(without=self._gradients()))
 

@@ -29,6 +29,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_januspipe.engine.p2p import Shapes
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.schedule.actions import Message, Phase
 
@@ -96,7 +97,7 @@ class MessageForm:
     symbols: Mapping[str, int]
     sent_as: torch.dtype | None = None
 
-    def shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def shapes(self) -> Shapes:
         """Returns shape and dtype of every tensor on the way."""
         specs = self.specs
         boundary = [(s.sizes(self.symbols), rounded_dtype(s.dtype, self.sent_as)) for s in specs.boundary]

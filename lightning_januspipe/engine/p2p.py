@@ -1,7 +1,7 @@
 """Point-to-point messages between the ranks of a pipeline.
 
-One process group for each direction, so that messages between two ranks match in the order in which they are sent,
-which is what NCCL needs. A message is one buffer of bytes; its length is known to the receiver beforehand.
+Each direction has a process group of its own, so that messages between two ranks match in the order in which they are
+sent, which is what NCCL needs. A message is one buffer of bytes; the receiver knows its length beforehand.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from torch import Tensor
 
 _ALIGNMENT = 16
 
+Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor of a message."""
+
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of any dtype as one buffer of bytes."""
+    """Returns tensors of any dtype as one buffer of bytes."""
     parts = []
     for tensor in tensors:
         part = tensor.detach().contiguous().reshape(-1)
@@ -36,14 +39,14 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def packed_size(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Bytes of the buffer that :func:`pack` makes of tensors with these shapes and dtypes."""
+def packed_size(shapes: Shapes) -> int:
+    """Returns the length of the buffer that :func:`pack` makes of tensors with these shapes, in bytes."""
     sizes = [torch.Size(s).numel() * d.itemsize for s, d in shapes]
     return sum(n + -n % _ALIGNMENT for n in sizes)
 
 
-def unpack(buffer: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    """The tensors of a buffer, as views of it."""
+def unpack(buffer: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Returns the tensors of a buffer, as views of it."""
     tensors, start = [], 0
     for shape, dtype in shapes:
         num = torch.Size(shape).numel() * dtype.itemsize
@@ -54,29 +57,33 @@ def unpack(buffer: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass
 class Receive:
-    """A receive that was posted."""
+    """Waits for one message; its receive is posted."""
 
-    shapes: list[tuple[tuple[int, ...], torch.dtype]]
+    shapes: Shapes
     buffer: Tensor
     work: dist.Work | None
 
     def wait(self, timeout: timedelta | None) -> list[Tensor]:
-        """The message's tensors, once they are here."""
+        """Returns the message's tensors, once they are here."""
         if self.work is not None:
-            if timeout is None or self.buffer.is_cuda:
-                self.work.wait()
-            else:
-                self.work.wait(timeout)
+            _wait(self.work, self.buffer, timeout)
         return unpack(self.buffer, self.shapes)
 
 
+def _wait(work: dist.Work, buffer: Tensor, timeout: timedelta | None) -> None:
+    if timeout is None or buffer.is_cuda:
+        work.wait()
+    else:
+        work.wait(timeout)
+
+
 class Channel:
-    """Messages from one rank to another, or back from it: one direction.
+    """Carries the messages between this rank and another one, in one direction.
 
     Args:
-        group: process group of this direction.
-        peer: global rank of the other.
-        device: where buffers live.
+        group: Process group of this direction.
+        peer: Global rank of the other.
+        device: The device of the buffers.
     """
 
     def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device) -> None:
@@ -87,11 +94,11 @@ class Channel:
         self.bytes_sent = 0
 
     def send(self, tensors: Sequence[Tensor], consumed_at: int | None = None) -> None:
-        """Start sending; the buffer is kept until it has left.
+        """Starts to send a message; its buffer is kept until it has left.
 
         Args:
-            tensors: the message.
-            consumed_at: which of the receiver's actions reads it; see :meth:`release`.
+            tensors: The message.
+            consumed_at: Index of the receiver's action that reads it; see :meth:`release`.
         """
         buffer = pack(tensors)
         if buffer.numel() == 0:
@@ -102,49 +109,51 @@ class Channel:
         self._sent.append((consumed_at, work, buffer))
 
     def release(self, done: int) -> None:
-        """Free the buffers of messages that the receiver has read.
+        """Frees the buffers of messages that the receiver has read.
 
-        gloo tells that a send is complete only to who waits for it, so this waits for just those of which it is known.
-        As messages match in order, those before one that was read have come too.
+        gloo tells that a send is complete only if one waits for it, so this waits for the sends that are known to be
+        complete. As messages match in order, all messages before one that was read have come too.
 
         Args:
-            done: the receiver has run its actions up to this one.
+            done: Index of the last action that the receiver has run.
         """
         num = max((i + 1 for i, (at, _, _) in enumerate(self._sent) if at is not None and at <= done), default=0)
         for _ in range(num):
             _, work, _ = self._sent.popleft()
             work.wait()
 
-    def receive(self, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Receive:
-        """Post the receive of the next message of this direction."""
+    def receive(self, shapes: Shapes) -> Receive:
+        """Posts the receive of the next message in this direction."""
         buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._device)
         work = dist.irecv(buffer, self.peer, group=self._group) if buffer.numel() else None
         return Receive(shapes, buffer, work)
 
     def close(self) -> None:
-        """Let go of the group and of everything under way, so that the connection can be closed."""
+        """Lets go of the group and of everything under way, so that the connection can be closed."""
         self._sent.clear()
         self._group = None
 
     def flush(self, timeout: timedelta | None) -> None:
-        """Wait until everything sent has left."""
+        """Waits until everything sent has left."""
         for _, work, buffer in self._sent:
-            if timeout is None or buffer.is_cuda:
-                work.wait()
-            else:
-                work.wait(timeout)
+            _wait(work, buffer, timeout)
         self._sent.clear()
 
 
 class Links:
-    """The channels of one rank to and from the other ranks of its pipeline, made when they are first used.
+    """Makes the channels of one rank to and from the other ranks of its pipeline, when they are first used.
 
     Args:
-        rank: this rank's position in the pipeline.
-        global_ranks: global rank of every position.
-        down: process group of messages to higher positions.
-        up: process group of messages to lower positions.
-        device: where buffers live.
+        rank: This rank's index in the pipeline.
+        global_ranks: The global rank at each index.
+        down: Process group of messages to higher ranks of the pipeline.
+        up: Process group of messages to lower ranks of the pipeline.
+        device: The device of the buffers.
+
+    Attributes:
+        rank: This rank's index in the pipeline.
+        num_ranks: Ranks of the pipeline.
+        device: The device of the buffers.
     """
 
     def __init__(
@@ -163,29 +172,29 @@ class Links:
         self._from: dict[int, Channel] = {}
 
     def global_rank(self, peer: int) -> int:
-        """The global rank at a position."""
+        """Returns the global rank at an index in the pipeline."""
         return self._global_ranks[peer]
 
     def to(self, peer: int) -> Channel:
-        """Messages to the rank at a position."""
+        """Returns the channel to another rank of the pipeline."""
         if peer not in self._to:
             self._to[peer] = self._channel(peer, downward=peer > self.rank)
         return self._to[peer]
 
     def from_(self, peer: int) -> Channel:
-        """Messages from the rank at a position."""
+        """Returns the channel from another rank of the pipeline."""
         if peer not in self._from:
             self._from[peer] = self._channel(peer, downward=peer < self.rank)
         return self._from[peer]
 
     def connect(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Make connections before a schedule uses them.
+        """Makes connections before a schedule uses them.
 
-        With NCCL two ranks make theirs with the first message, and both wait for the other one then. Amid a schedule
-        the receiver may be waiting for something that the sender only does later.
+        With NCCL two ranks connect with their first message, and each waits for the other then. In the middle of a
+        schedule the receiver may be waiting for something that the sender does only later.
 
         Args:
-            pairs: sender and receiver of each connection, the same on all ranks.
+            pairs: Sender and receiver of each connection, the same on all ranks.
         """
         for sender, receiver in sorted(set(pairs)):  # one after the other in one order, so no cycle of waits
             if sender == self.rank:
@@ -195,7 +204,7 @@ class Links:
                 self.from_(sender).receive([((1,), torch.uint8)]).wait(None)
 
     def outgoing(self) -> list[tuple[int, Channel]]:
-        """All channels that were sent through, with the position of their receiver."""
+        """Returns all channels that were sent through, each with the receiver's index in the pipeline."""
         return list(self._to.items())
 
     @property
@@ -204,7 +213,7 @@ class Links:
         return sum(channel.bytes_sent for channel in self._to.values())
 
     def close(self) -> None:
-        """Let go of the groups and of everything under way, so that the connections can be closed."""
+        """Lets go of the groups and of everything under way, so that the connections can be closed."""
         for channel in (*self._to.values(), *self._from.values()):
             channel.close()
         self._groups = None
@@ -215,21 +224,21 @@ class Links:
 
 
 def message_latency(links: Links, num_messages: int = 10) -> float:
-    """Seconds that a small message takes: half the round trip between the first two ranks, the median of several.
+    """Measures how long a small message takes: half the round trip between the first two ranks, median of several.
 
     Args:
-        links: of this rank; all ranks of the pipeline may call this, the first two have to.
-        num_messages: how many go there and back.
+        links: The connections of this rank. All ranks of the pipeline may call this, the first two have to.
+        num_messages: How many messages go there and back.
 
     Returns:
-        The latency as rank 0 sees it; 0 on the others, and where there is one rank only.
+        The latency in seconds as rank 0 sees it; 0 on other ranks, and if there is one rank only.
     """
     rank = links.rank
     if rank > 1 or links.num_ranks == 1:
         return 0.0
     links.connect([(0, 1), (1, 0)])
     message = [torch.zeros(256, dtype=torch.uint8, device=links.device)]
-    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((256,), torch.uint8)]
+    shapes: Shapes = [((256,), torch.uint8)]
     times = []
     for _ in range(num_messages + 1):
         receive = links.from_(1 - rank).receive(shapes)

@@ -1,4 +1,4 @@
-"""What the engine needs to know of a stage: a pure function, and the symbolic shapes of what crosses its borders."""
+"""How stages describe themselves to the engine: as pure functions, with symbolic shapes of what crosses boundaries."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from lightning_januspipe.engine.autocast import OFF, Autocast
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape (numbers, or expressions of the inputs' size symbols) and dtype of one tensor.
+    """Describes one tensor before it exists.
 
-    All ranks of a pipeline hold the same batch, so each evaluates the shape of what it will receive by itself.
+    All ranks of a pipeline hold the same batch, so each evaluates the shapes that it will receive by itself.
+
+    Attributes:
+        shape: A number, or an expression of the inputs' size symbols, for each dimension.
+        dtype: The dtype.
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
 
     def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape for given values of the symbols."""
+        """Returns the shape for given values of the symbols."""
         return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
 
 
 def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
-    """The sizes for which a condition does not hold; none where it does.
+    """Returns the sizes that violate a condition, by their symbols; none if it holds.
 
-    A condition that only a size of 0 or 1 breaks is taken to hold: operations treat such sizes specially.
+    A condition that only a size of 0 or 1 violates is taken to hold: operations treat such sizes specially.
 
     Args:
-        condition: a relation between size symbols.
-        symbols: their values.
+        condition: A relation between size symbols.
+        symbols: Their values.
     """
     names, function = _compiled(condition)
     sizes = {n: symbols[n] for n in names}
@@ -53,7 +57,10 @@ def _evaluate(expression: str, symbols: Mapping[str, int]) -> int:
 
 @lru_cache(maxsize=1024)
 def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
-    """An expression of torch's symbolic shapes as a function; sympy is slow, so each is compiled once."""
+    """Returns the symbols of an expression of torch's symbolic shapes, and a function of their values.
+
+    sympy is slow, so each expression is compiled once.
+    """
     import sympy
     from torch.utils import _sympy
 
@@ -69,13 +76,13 @@ def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What one forward pass of a stage gives.
+    """Holds the results of one forward pass of a stage.
 
     Attributes:
-        boundary: values for the next stage.
-        energies: differentiated energies computed in this stage (usually in the last only), one number each.
-        observables: values that the loss reads (per-structure energies, charges), those computed in this stage.
-        coordinates: differentiation inputs (positions, strain), as this stage made them.
+        boundary: Values for the next stage.
+        energies: The energies that are differentiated, in eV, one number each; usually only the last stage has any.
+        observables: The values that this stage computes and the loss reads, such as energies of structures or charges.
+        coordinates: The inputs of the differentiation, as this stage made them: positions (N, 3) in Å, strain.
     """
 
     boundary: list[Tensor]
@@ -85,14 +92,14 @@ class StageOutput:
 
 
 class StageFunction(Protocol):
-    """A stage as a pure function ``(h_out, y) = f(h_in, x, batch; θ)``, captured or written by hand.
+    """Computes one stage as a pure function ``(h_out, y) = f(h_in, x, batch; θ)``, captured or written by hand.
 
     Attributes:
-        index: position in the chain.
-        parameters: the trainable parameters that this stage reads.
-        boundary_in: specs of the values received from the stage before.
-        boundary_out: specs of the values sent to the next stage.
-        observables: positions (among all observables) of those computed here.
+        index: Index of the stage in the chain.
+        parameters: The trainable parameters that this stage reads.
+        boundary_in: Specs of the values received from the stage before.
+        boundary_out: Specs of the values sent to the next stage.
+        observables: Indices, among all observables, of the observables that this stage computes.
     """
 
     index: int
@@ -102,17 +109,17 @@ class StageFunction(Protocol):
     observables: Sequence[int]
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """Evaluate the stage on the batch's tensors and the values received."""
+        """Evaluates the stage on the potential call's tensors and the values received."""
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """Where a value of a boundary leads.
+    """Says what depends on a value of a boundary.
 
     Attributes:
-        energy: an energy depends on it.
-        forces: an energy's derivative may depend on it; not so if the energy is linear in it.
-        observables: those that depend on it.
+        energy: Whether an energy depends on it.
+        forces: Whether an energy's derivative may depend on it, which it does not if the energy is linear in it.
+        observables: Indices of the observables that depend on it.
     """
 
     energy: bool
@@ -122,15 +129,15 @@ class Dependence:
 
 @dataclass(frozen=True)
 class ChainSpec:
-    """What all stages of a chain share.
+    """Holds what all stages of a chain share.
 
     Attributes:
-        coordinates: specs of the differentiation inputs; the derivative has the same.
-        observables: specs of all observables, in order.
-        observable_stage: the stage that computes each observable.
-        autocast: what FF differentiates under.
-        dependence: for each boundary what depends on each of its values; empty where that is not known, as with stages
-            of the potential's own: parameters that lead to what the loss does not read then get gradients of zeros.
+        coordinates: Specs of the inputs of the differentiation; ∂E/∂x has the same.
+        observables: Specs of all observables, in order.
+        observable_stage: The stage that computes each observable.
+        autocast: The autocast that FF differentiates under.
+        dependence: What depends on each value of each boundary; empty if that is not known, as with explicit stages,
+            where parameters that affect only what the loss does not read then get gradients of zeros.
     """
 
     coordinates: tuple[TensorSpec, ...]
@@ -144,11 +151,11 @@ class ChainSpec:
         return [i for i, s in enumerate(self.observable_stage) if s < stage]
 
     def force_seeds(self, stage: int, gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """What a stage received for FF, None for values that lead to no energy.
+        """Returns the gradients that a stage received for FF, with None for values that no energy depends on.
 
         Args:
-            stage: position of the stage that received them.
-            gradients: ∂E/∂h_out, one for each value that it sent.
+            stage: Index of the stage.
+            gradients: ∂E/∂h_out, one for each value that the stage sent.
         """
         if not gradients or not self.dependence:
             return gradients
@@ -157,14 +164,14 @@ class ChainSpec:
     def read_cotangents(
         self, stage: int, cotangents: Sequence[Tensor], seeds: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        """What a stage received for BE, None for values that the loss depends on in no way.
+        """Returns the cotangents that a stage received for BE, with None for values that do not affect the loss.
 
-        A message holds zeros for them. With these, parameters that only a charge depends on, say, would have a gradient
-        of zeros where a single process has none, and an optimizer would decay them.
+        A message holds zeros for such values. Parameters that affect only a charge, say, would get a gradient of zeros
+        from them, and an optimizer would decay these parameters, which have no gradient in a single process.
 
         Args:
-            stage: position of the stage that received them.
-            cotangents: λ_out = ∂L/∂h_out, one for each value that it sent.
+            stage: Index of the stage.
+            cotangents: λ_out = ∂L/∂h_out, one for each value that the stage sent.
             seeds: ∂L/∂y for every observable, None where the loss does not read it.
         """
         if not cotangents or not self.dependence:
@@ -177,7 +184,7 @@ class ChainSpec:
 
 @dataclass(frozen=True)
 class LossGradients:
-    """What the four phases need of the loss of one micro-batch.
+    """Holds the gradients of the loss of one micro-batch, with which BF and BE start.
 
     Attributes:
         observables: ∂L/∂y for every observable, None where the loss does not read it.
@@ -193,9 +200,11 @@ LossFunction = Callable[[int, list[Tensor], list[Tensor]], LossGradients]
 
 @dataclass(frozen=True)
 class MicrobatchInput:
-    """One micro-batch as the stages see it: the potential call's tensors, and the values of its size symbols.
+    """Holds one micro-batch as the stages see it.
 
-    On graph ranks the tensors end with what exchanges between them need, which is no tensor.
+    Attributes:
+        tensors: The potential call's tensors. On graph ranks, the exchanges between these ranks follow.
+        symbols: Values of the size symbols.
     """
 
     tensors: list[Any]

@@ -22,12 +22,12 @@ from lightning_januspipe.engine.specs import StageFunction
 from lightning_januspipe.engine.weight_split import (
     PATH,
     WEIGHTS,
-    Deferred,
-    Graph,
-    Rooted,
+    BackwardGraph,
+    DeferredWeights,
+    Roots,
     explore,
     gradients_of,
-    walk,
+    walk_graph,
     walk_to_parameters,
 )
 
@@ -44,11 +44,11 @@ class _Inflight:
     seeds: list[Tensor] = field(default_factory=list)
     derivatives: list[Tensor] = field(default_factory=list)
     boundary_gradients: list[Tensor] = field(default_factory=list)
-    energy_graph: Graph | None = None
-    entering: Rooted = field(default_factory=list)
+    energy_graph: BackwardGraph | None = None
+    entering: Roots = field(default_factory=list)
     boundary_part: list[Tensor | None] | None = None
-    force_weights: Deferred | None = None
-    energy_weights: Deferred | None = None
+    force_weights: DeferredWeights | None = None
+    energy_weights: DeferredWeights | None = None
 
 
 class Stage:
@@ -172,7 +172,7 @@ class Stage:
         )
         state.energy_graph = energy_graph if defer else None  # most likely BE does the same
         inputs = [*seeds, *leaves] if defer else [*seeds, *leaves, *parameters]
-        found, state.entering, state.force_weights = walk(graph, roots, inputs, defer=defer, retain_graph=True)
+        found, state.entering, state.force_weights = walk_graph(graph, roots, inputs, defer=defer, retain_graph=True)
         sent = _for_all(found[: len(seeds)], state.seeds)
         num = len(seeds) + len(leaves)
         state.boundary_part = found[len(seeds) : num]
@@ -211,7 +211,7 @@ class Stage:
         leaves, parameters = _differentiated(state.boundary_in), self.function.parameters
         if defer:
             graph = self._energy_graph(state)
-            found, _, state.energy_weights = walk(graph, roots, leaves, defer=True, retain_graph=True)
+            found, _, state.energy_weights = walk_graph(graph, roots, leaves, defer=True, retain_graph=True)
         else:
             found = gradients_of(roots, [*leaves, *parameters])
             self._gradients.add(parameters, found[len(leaves) :])
@@ -252,7 +252,7 @@ class Stage:
         found, _ = walk_to_parameters(state.energy_weights, parameters, retain_graph=False)
         self._gradients.add(parameters, found)
 
-    def _energy_graph(self, state: _Inflight) -> Graph:
+    def _energy_graph(self, state: _Inflight) -> BackwardGraph:
         if state.energy_graph is not None:
             return state.energy_graph
         outputs = _differentiated([*state.boundary_out, *state.energies, *state.observables])
@@ -330,13 +330,13 @@ class SplitStage(Stage):
 
 def _force_roots(
     state: _Inflight, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
-) -> Rooted:
+) -> Roots:
     """Returns where BF starts: at the results of FF, with u_in and v."""
     results = [*state.derivatives, *state.boundary_gradients]
     return _rooted(results, [*derivative_cotangents, *boundary_cotangents])
 
 
-def _rooted(values: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Rooted:
+def _rooted(values: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Roots:
     """Returns where to start a walk: the values that have a gradient and a cotangent."""
     pairs = zip(values, cotangents, strict=True)
     return [(get_gradient_edge(v), g) for v, g in pairs if v.requires_grad and g is not None]

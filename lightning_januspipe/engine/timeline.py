@@ -1,4 +1,4 @@
-"""Notes when the actions of a step really start and end, on the CPU or on a CUDA stream."""
+"""Measured times of the actions of a step, on the CPU or on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_januspipe.schedule.step_report import peak_live
 
 @dataclass(frozen=True)
 class Span:
-    """One action as it ran.
+    """Holds when an action ran.
 
     Attributes:
-        action: the action.
-        start: seconds since the start of the step.
-        end: seconds since the start of the step.
+        action: The action.
+        start: Seconds since the start of the step.
+        end: Seconds since the start of the step.
     """
 
     action: Action
@@ -28,12 +28,12 @@ class Span:
 
 
 class ActionRecorder:
-    """Times the actions of one rank; waiting for messages does not count.
+    """Measures the times of one rank's actions; waiting for messages does not count.
 
-    On CUDA devices times are those of the current stream, and nothing is synchronized before :meth:`spans`.
+    On CUDA devices the times of the current stream are measured, and nothing is synchronized before :meth:`spans`.
 
     Args:
-        device: where the stages run.
+        device: The device that the stages run on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,31 +45,31 @@ class ActionRecorder:
         self.reset()
 
     def reset(self) -> None:
-        """Start a step: forget all actions and set the time to zero."""
+        """Starts a step: forgets all actions and sets the time to zero."""
         self._marks.clear()
         self._began = time.perf_counter()
         if self._is_cuda:
             self._origin = self._mark()  # type: ignore[assignment]
 
     def start(self, action: Action) -> None:
-        """An action starts to compute."""
+        """Notes that an action starts to compute."""
         self._open = self._mark()
 
     def end(self, action: Action) -> None:
-        """The action that started last has ended."""
+        """Notes that the action that started last has ended."""
         assert self._open is not None
         self._marks.append((action, self._open, self._mark()))
         self._open = None
 
     def spans(self) -> list[Span]:
-        """All actions since :meth:`reset`; waits for the device."""
+        """Returns all actions since :meth:`reset`; waits for the device."""
         if self._is_cuda:
             torch.cuda.synchronize()
         return [Span(action, self._seconds(a), self._seconds(b)) for action, a, b in self._marks]
 
     @property
     def began(self) -> float:
-        """``time.perf_counter()`` of the start of the step."""
+        """``time.perf_counter()`` at the start of the step."""
         return self._began
 
     def _mark(self) -> float | torch.cuda.Event:
@@ -87,11 +87,11 @@ class ActionRecorder:
 
 
 def recorded_report(schedule: Schedule, spans: Mapping[int, Sequence[Span]]) -> Report:
-    """The report of a step as it ran, to be laid beside that of the simulation; in seconds.
+    """Reports a step as it ran, in seconds, in the form in which a simulation is reported.
 
     Args:
-        schedule: what was run.
-        spans: of every rank, on a common clock.
+        schedule: What was run.
+        spans: The actions of every rank, on a common clock.
     """
     first = min(span.start for of_rank in spans.values() for span in of_rank)
     start = {s.action: s.start - first for of_rank in spans.values() for s in of_rank}
@@ -101,18 +101,18 @@ def recorded_report(schedule: Schedule, spans: Mapping[int, Sequence[Span]]) -> 
 
 
 class MeanPhaseTimes:
-    """Mean times of the phases of each stage, over micro-batches and steps."""
+    """Averages the times of the phases of each stage over micro-batches and steps."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[int, Phase], tuple[float, int]] = {}
 
     def add(self, spans: Sequence[Span]) -> None:
-        """Take in the actions of a step."""
+        """Takes in the actions of a step."""
         for span in spans:
             key = span.action.stage, span.action.phase
             total, num = self._sums.get(key, (0.0, 0))
             self._sums[key] = total + span.end - span.start, num + 1
 
     def means(self) -> dict[tuple[int, Phase], float]:
-        """Seconds by stage and phase."""
+        """Returns mean seconds by stage and phase."""
         return {key: total / num for key, (total, num) in self._sums.items()}

@@ -1,10 +1,10 @@
-"""Backward passes in two parts: what the next stage waits for at once, what only parameters wait for later.
+"""Backward passes in two parts: first what the next stage waits for, later what only parameters wait for.
 
 This is the weight-gradient split of zero-bubble schedules (arXiv 2401.10241) for graphs that are walked twice. Nodes
-of an autograd graph either lead to something on the critical path (a boundary value, a seed), or to parameters only.
-The first part walks the former: autograd skips every product whose result nothing asks for. At each join, a node of
-the critical path with an edge to parameters, it records the gradients that arrive. The second part calls the joins
-again for their other outputs, and goes on from there to the parameters. No product is computed twice.
+of an autograd graph lead to something on the critical path (a boundary value, a seed), or to parameters only. The
+first part walks along the critical path: autograd skips every product whose result nothing asks for. At each *join*, a
+node of the critical path with an edge to parameters, it records the gradients that arrive. The second part calls the
+joins again for their other outputs, and goes on from there to the parameters. No product is computed twice.
 """
 
 from __future__ import annotations
@@ -20,57 +20,60 @@ from torch.autograd.graph import GradientEdge
 from torch.autograd.graph import Node as GraphNode
 
 PATH, WEIGHTS = 1, 2
-"""What a node leads to: something on the critical path, parameters; a bit each."""
+"""Bits that say what a node leads to: something on the critical path, parameters."""
 
 _Prehook = Callable[[tuple[Tensor | None, ...]], tuple[None, ...] | None]
 
-Rooted = list[tuple[GradientEdge, Tensor]]
+Roots = list[tuple[GradientEdge, Tensor]]
 """Where to start a walk, with the gradients that arrive there."""
+
+Branch = tuple[int, GraphNode, int]
+"""An edge of a join that leads to parameters only: index of the join's output, next node, index of its input."""
 
 
 @dataclass(frozen=True)
-class Graph:
-    """The nodes of one autograd graph.
+class BackwardGraph:
+    """Describes the nodes of one autograd graph.
 
     Attributes:
-        leads_to: for each node a sum of ``PATH`` and ``WEIGHTS``; also for those of the graph that it enters.
-        joins: nodes on the critical path -> their edges that lead to parameters only, as (output, node, input).
-        entered: nodes of another graph that edges of this one lead to, without leaves.
+        leads_to: A sum of ``PATH`` and ``WEIGHTS`` for each node, also for the nodes of the graph that this one enters.
+        joins: The branches of nodes on the critical path.
+        entered: Nodes of another graph that edges of this one lead to, without leaves.
     """
 
     leads_to: dict[GraphNode, int]
-    joins: dict[GraphNode, list[tuple[int, GraphNode, int]]]
+    joins: dict[GraphNode, list[Branch]]
     entered: set[GraphNode]
 
 
 @dataclass
-class Deferred:
-    """What a walk left for later.
+class DeferredWeights:
+    """Holds what a walk has left for later.
 
     Attributes:
-        roots: where gradients arrived that parameters alone wait for.
-        joins: joins, their edges that lead to parameters only, and the gradients that arrived.
-        borders: where to stop and to keep the gradients, because another graph begins there.
+        roots: Where gradients arrived that only parameters wait for.
+        joins: Joins, their branches, and the gradients that arrived.
+        borders: Where to stop and keep the gradients, because another graph begins there.
     """
 
-    roots: Rooted = field(default_factory=list)
-    joins: list[tuple[GraphNode, list[tuple[int, GraphNode, int]], tuple[Tensor | None, ...]]] = field(
-        default_factory=list
-    )
+    roots: Roots = field(default_factory=list)
+    joins: list[tuple[GraphNode, list[Branch], tuple[Tensor | None, ...]]] = field(default_factory=list)
     borders: set[GraphNode] = field(default_factory=set)
 
 
-def explore(roots: Iterable[GraphNode], leaves: Mapping[Tensor, int], entered: Graph | None = None) -> Graph:
-    """Find out what the nodes of a graph lead to, in one pass.
+def explore(
+    roots: Iterable[GraphNode], leaves: Mapping[Tensor, int], entered: BackwardGraph | None = None
+) -> BackwardGraph:
+    """Finds out what the nodes of a graph lead to, in one pass.
 
     Args:
-        roots: where it begins.
+        roots: The nodes where the graph begins.
         leaves: ``PATH`` or ``WEIGHTS`` for the leaves that matter.
-        entered: a graph explored before, where this one ends.
+        entered: A graph explored before, where this one ends.
     """
     known = {} if entered is None else entered.leads_to
     leads_to = dict(known)
-    joins: dict[GraphNode, list[tuple[int, GraphNode, int]]] = {}
+    joins: dict[GraphNode, list[Branch]] = {}
     borders: set[GraphNode] = set()
     edges_of: dict[GraphNode, tuple[tuple[GraphNode | None, int], ...]] = {}
     stack = list(roots)
@@ -102,21 +105,21 @@ def explore(roots: Iterable[GraphNode], leaves: Mapping[Tensor, int], entered: G
             aside = [(i, n, j) for i, (n, j) in enumerate(edges) if n is not None and leads_to[n] == WEIGHTS]
             if aside:
                 joins[node] = aside
-    return Graph(leads_to, joins, {n for n in borders if n.next_functions})
+    return BackwardGraph(leads_to, joins, {n for n in borders if n.next_functions})
 
 
-def walk(
-    graph: Graph, roots: Rooted, inputs: Sequence[Tensor], *, defer: bool, retain_graph: bool
-) -> tuple[list[Tensor | None], Rooted, Deferred | None]:
-    """Go back through a graph, but not into the graph that it enters.
+def walk_graph(
+    graph: BackwardGraph, roots: Roots, inputs: Sequence[Tensor], *, defer: bool, retain_graph: bool
+) -> tuple[list[Tensor | None], Roots, DeferredWeights | None]:
+    """Goes back through a graph, but not into the graph that it enters.
 
     Args:
-        graph: the graph.
-        roots: where to start.
-        inputs: leaves whose gradients are wanted: those on the critical path, and the parameters if nothing is
+        graph: The graph.
+        roots: Where to start.
+        inputs: Leaves whose gradients are wanted: those on the critical path, and the parameters if nothing is
             deferred.
-        defer: leave what only parameters wait for to :func:`walk_to_parameters`.
-        retain_graph: keep saved tensors, because another walk follows.
+        defer: Leave what only parameters wait for to :func:`walk_to_parameters`.
+        retain_graph: Keep saved tensors, because another walk follows.
 
     Returns:
         Gradients of the inputs, gradients that arrived where another graph begins, and what was deferred.
@@ -124,14 +127,14 @@ def walk(
     asked = PATH if defer else PATH | WEIGHTS
     leads_to = graph.leads_to
     first = [r for r in roots if leads_to[r[0].node] & asked]
-    kept: Rooted = []
+    kept: Roots = []
     recorded: dict[GraphNode, tuple[Tensor | None, ...]] = {}
     borders = [n for n in graph.entered if leads_to[n] & asked]
     with _held_back(borders, kept), _recorded(graph.joins if defer else (), recorded):
         found = gradients_of(first, inputs, retain_graph=retain_graph or defer)
     if not defer:
         return found, kept, None
-    deferred = Deferred(
+    deferred = DeferredWeights(
         [r for r in roots if leads_to[r[0].node] == WEIGHTS],
         [(node, graph.joins[node], gradients) for node, gradients in recorded.items()],
         {n for n in graph.entered if leads_to[n] == WEIGHTS},
@@ -140,14 +143,14 @@ def walk(
 
 
 def walk_to_parameters(
-    deferred: Deferred, parameters: Sequence[Tensor], *, retain_graph: bool
-) -> tuple[list[Tensor | None], Rooted]:
-    """Do what :func:`walk` deferred.
+    deferred: DeferredWeights, parameters: Sequence[Tensor], *, retain_graph: bool
+) -> tuple[list[Tensor | None], Roots]:
+    """Does what :func:`walk_graph` has deferred.
 
     Args:
-        deferred: what was left; emptied.
-        parameters: the leaves whose gradients are wanted.
-        retain_graph: keep saved tensors, because another walk follows.
+        deferred: What was left; it is emptied.
+        parameters: The leaves whose gradients are wanted.
+        retain_graph: Keep saved tensors, because another walk follows.
 
     Returns:
         Gradients of the parameters, and gradients that arrived where another graph begins.
@@ -168,7 +171,7 @@ def gradients_of(
     create_graph: bool = False,
     retain_graph: bool = False,
 ) -> list[Tensor | None]:
-    """``torch.autograd.grad`` that gives None for what is not reached, also where nothing is differentiated."""
+    """Calls ``torch.autograd.grad``; returns None for inputs that are not reached, also if there are no roots."""
     if not roots or not inputs:
         return [None] * len(inputs)
     return list(
@@ -183,9 +186,9 @@ def gradients_of(
     )
 
 
-def _join_products(deferred: Deferred) -> Rooted:
-    """Gradients on the edges that lead from joins to parameters only."""
-    found: Rooted = []
+def _join_products(deferred: DeferredWeights) -> Roots:
+    """Returns the gradients on the branches of joins."""
+    found: Roots = []
     joins, deferred.joins = deferred.joins, []
     wanted = list(dict.fromkeys((n, j) for _, aside, _ in joins for _, n, j in aside))
     of_python = [join for join in joins if isinstance(join[0], BackwardCFunction)]
@@ -217,7 +220,7 @@ def _join_products(deferred: Deferred) -> Rooted:
 
 
 class _Inside(torch.autograd.Function):
-    """Calls a function in the midst of a backward pass."""
+    """Calls a function in the middle of a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[[], None], start: Tensor) -> Tensor:
@@ -231,15 +234,15 @@ class _Inside(torch.autograd.Function):
 
 
 def _fitted(gradient: Tensor, node: GraphNode, position: int) -> Tensor:
-    """As the engine does between two nodes: sum over broadcast dimensions, and convert."""
+    """Sums over broadcast dimensions and converts, as autograd does between two nodes."""
     expected = node._input_metadata[position]
     if gradient.shape != expected.shape:
         gradient = gradient.sum_to_size(expected.shape)
     return gradient if gradient.dtype == expected.dtype else gradient.to(expected.dtype)
 
 
-def _held_back(nodes: Iterable[GraphNode], kept: Rooted) -> _Hooks:
-    """Stop gradients at these nodes, and keep them."""
+def _held_back(nodes: Iterable[GraphNode], kept: Roots) -> _Hooks:
+    """Stops gradients at these nodes, and keeps them."""
 
     def keep(node: GraphNode) -> _Prehook:
         def hook(gradients: tuple[Tensor | None, ...]) -> tuple[None, ...]:
@@ -252,7 +255,7 @@ def _held_back(nodes: Iterable[GraphNode], kept: Rooted) -> _Hooks:
 
 
 def _recorded(nodes: Iterable[GraphNode], into: dict[GraphNode, tuple[Tensor | None, ...]]) -> _Hooks:
-    """Note the gradients that arrive at these nodes."""
+    """Notes the gradients that arrive at these nodes."""
 
     def note(node: GraphNode) -> _Prehook:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
@@ -264,7 +267,7 @@ def _recorded(nodes: Iterable[GraphNode], into: dict[GraphNode, tuple[Tensor | N
 
 
 class _Hooks:
-    """Hooks on nodes, for the time of a ``with`` block."""
+    """Puts hooks on nodes for the time of a ``with`` block."""
 
     def __init__(self, hooks: Iterable[tuple[GraphNode, _Prehook]]) -> None:
         self._hooks = hooks

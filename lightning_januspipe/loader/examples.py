@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
-import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_januspipe.loader.microbatch import MicroBatchCollate, example_groups
 from lightning_januspipe.loader.sample_fields import sample_cost
 from lightning_januspipe.loader.split import SplitLoader, collates_samples, empty, first_and_last, fresh_pass
+from lightning_januspipe.random_state import kept_random_state
 
 _NUM_SAMPLES = 12
 
@@ -45,7 +40,7 @@ def example_batches(loader: Any, num_microbatches: int, limited: bool = False) -
     """
     if isinstance(loader, SplitLoader) and loader.split_state.reads_ahead:
         return loader.split_state.examples_of(loader)
-    with _same_random_numbers([getattr(loader, name, None) for name in ("dataset", "collate_fn")]):
+    with kept_random_state(getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)):
         if not isinstance(loader, DataLoader):
             return first_and_last(list(islice(fresh_pass(loader, "loader"), 2)))
         if isinstance(loader.dataset, IterableDataset):
@@ -58,7 +53,7 @@ def measured_costs(loader: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     which: dict[str, Any] = {"num_workers": loader.num_workers}
     if loader.num_workers:
         which |= {"multiprocessing_context": loader.multiprocessing_context, "worker_init_fn": loader.worker_init_fn}
-    with _same_random_numbers([loader.dataset]):
+    with kept_random_state(loader.dataset):
         reader: Any = DataLoader(loader.dataset, batch_size=64, collate_fn=_costs_of, **which)
         return np.asarray(list(chain.from_iterable(reader)), dtype=np.float64)
 
@@ -143,49 +138,3 @@ def _keys(loader: Any, sampler: Any, num: int) -> list[Any]:
     with suppress(Exception):
         sampler = copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
     return list(islice(iter(sampler), num))
-
-
-@contextmanager
-def _same_random_numbers(dataset: Any = None) -> Iterator[None]:
-    """Puts random states back after the block: the global ones, and those of generators that a dataset holds."""
-    restore = [_restorer(g) for g in _generators(dataset)]
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for function in restore:
-                function()
-
-
-def _generators(value: Any) -> list[Any]:
-    """Returns the random number generators among the attributes of an object and of its parts, nearest first."""
-    found: list[Any] = []
-    seen: set[int] = set()
-    todo = deque([(value, 0)])
-    while todo and len(seen) < 1000:
-        item, depth = todo.popleft()
-        parts: Iterable[Any] = ()
-        if id(item) in seen or depth > 6:
-            continue
-        seen.add(id(item))
-        if isinstance(item, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            found.append(item)
-        elif isinstance(item, (list, tuple, Mapping)):
-            parts = islice(item.values() if isinstance(item, Mapping) else item, 50)
-        elif hasattr(item, "__dict__") and not isinstance(item, (type, types.ModuleType, Tensor, nn.Module)):
-            parts = vars(item).values()
-        todo.extend((part, depth + 1) for part in parts)
-    return found
-
-
-def _restorer(generator: Any) -> Callable[[], None]:
-    """Returns a function that sets a generator back to its present state."""
-    if isinstance(generator, np.random.Generator):
-        bits = generator.bit_generator
-        return partial(setattr, bits, "state", bits.state)
-    if isinstance(generator, random.Random):
-        return partial(generator.setstate, generator.getstate())
-    return partial(generator.set_state, generator.get_state())

@@ -6,52 +6,18 @@ loader is brought to the batch after the last one that was trained on, with the 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_januspipe.loader.copies import AnyLoader, copied_loader
-from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.random_state import random_state, set_random_state
 
 KEY = "januspipe"
 """The entry of a checkpoint that holds :meth:`LoaderProgress.state` of each replica."""
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Returns the states of the generators of Python, NumPy and torch, in types that ``weights_only=True`` loads."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Sets the generators to states of :func:`random_state`."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def same_random_state(mesh: Mesh) -> None:
-    """Gives all ranks of a replica the random states of its first rank, because they run the same steps."""
-    states = [(torch.get_rng_state(), random.getstate(), np.random.get_state())]
-    dist.broadcast_object_list(states, mesh.replica_ranks[0], group=mesh.replica_group)
-    torch.set_rng_state(states[0][0])
-    random.setstate(states[0][1])
-    np.random.set_state(states[0][2])
 
 
 class LoaderProgress:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
+from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_potential, verify_sharding
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 from lightning_januspipe.plan.compare import CutCosts
 from lightning_januspipe.plan.measure import Measured
+from lightning_januspipe.random_state import kept_random_state
 from lightning_januspipe.schedule import Action, MemoryCosts, PhaseCosts
 
 MOST_MICROBATCHES = 4

@@ -16,12 +16,13 @@ from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate
-from lightning_januspipe.capture.validate.side_effects import kept_random_state, silent_log
+from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.messages import MessageForm, Parts, message_specs
 from lightning_januspipe.engine.p2p import packed_size
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.errors import TooFewParts
 from lightning_januspipe.plan.compare import CutCosts
+from lightning_januspipe.random_state import kept_random_state
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
 

@@ -15,10 +15,11 @@ from lightning_januspipe.capture.find.in_step import step_with
 from lightning_januspipe.capture.patches import forward_replaced
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import shallow_copy
-from lightning_januspipe.capture.validate.side_effects import _seeded, kept_metrics, metrics_of, silent_log
+from lightning_januspipe.capture.validate.side_effects import kept_metrics, metrics_of, silent_log
 from lightning_januspipe.engine.loss import LossLeaves, gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.random_state import seeded
 
 Note = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int]], None]
 
@@ -82,7 +83,7 @@ class CapturedStep:
         # One number of the shared generator for each micro-batch: it goes on by as much on every rank, whatever the
         # step draws, and the step draws the same when it is run again.
         seed = int(torch.randint(2**31, ()).item())
-        with _seeded(seed), silent_log(self._module), kept_metrics(self._metrics), torch.enable_grad():
+        with seeded(seed), silent_log(self._module), kept_metrics(self._metrics), torch.enable_grad():
             in_step = self._captured.replaced is not None
             args, kwargs = call_arguments(self._module, self._captured.path, step, batch, in_step)
             tensors = self._inputs(args, kwargs)
@@ -146,7 +147,7 @@ class CapturedStep:
         def replaced(*args: Any, **kwargs: Any) -> object:
             return self._epilogue.for_step(args, kwargs, self._epilogue(tensors, y, x))
 
-        with _seeded(self._seeds.pop(index)):
+        with seeded(self._seeds.pop(index)):
             if self._captured.replaced is None:
                 with forward_replaced(self._potential, replaced):
                     return step(shallow_copy(batch))

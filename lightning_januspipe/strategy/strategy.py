@@ -18,7 +18,7 @@ from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.validate.side_effects import replaced_log
 from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.loader.microbatch import MicroBatches
-from lightning_januspipe.loader.resume import same_random_state
+from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
@@ -113,7 +113,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
-            same_random_state(self._mesh)
+            # The ranks of a replica run the same steps, so they have to draw the same numbers.
+            broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
             self._prune_optimizers()
             self._free_other_stages()
         self._progress.training_starts()

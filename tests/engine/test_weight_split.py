@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_januspipe.engine.weight_split import PATH, WEIGHTS, Graph, Rooted, explore, walk, walk_to_parameters
+from lightning_januspipe.engine.weight_split import (
+    PATH,
+    WEIGHTS,
+    BackwardGraph,
+    Roots,
+    explore,
+    walk_graph,
+    walk_to_parameters,
+)
 
 FLOAT = torch.float64
 
@@ -106,7 +114,7 @@ def leaves() -> list[Tensor]:
     return [torch.randn(s, generator=generator, dtype=FLOAT).requires_grad_() for s in shapes]
 
 
-def split(roots: list[Tensor], boundary: Tensor, parameters: list[Tensor]) -> tuple[Graph, Rooted]:
+def split(roots: list[Tensor], boundary: Tensor, parameters: list[Tensor]) -> tuple[BackwardGraph, Roots]:
     edges = [(get_gradient_edge(r), torch.ones_like(r)) for r in roots]
     flags = {boundary: PATH, **dict.fromkeys(parameters, WEIGHTS)}
     return explore((e.node for e, _ in edges), flags), edges
@@ -122,7 +130,7 @@ def test_gradients_of_both_parts_are_those_of_one(network: Any, defer: bool) -> 
     expected = torch.autograd.grad(outputs, [boundary, *parameters], ones, retain_graph=True, allow_unused=True)
 
     inputs = [boundary] if defer else [boundary, *parameters]
-    found, kept, deferred = walk(graph, roots, inputs, defer=defer, retain_graph=False)
+    found, kept, deferred = walk_graph(graph, roots, inputs, defer=defer, retain_graph=False)
     if deferred is not None:
         found += walk_to_parameters(deferred, parameters, retain_graph=False)[0]
 
@@ -154,9 +162,9 @@ def test_nothing_is_computed_twice(network: Any) -> None:
     outputs = network(boundary, *parameters)
     graph, roots = split(outputs, boundary, parameters)
     with Operations() as whole:
-        walk(graph, roots, [boundary, *parameters], defer=False, retain_graph=True)
+        walk_graph(graph, roots, [boundary, *parameters], defer=False, retain_graph=True)
     with Operations() as first:
-        _, _, deferred = walk(graph, roots, [boundary], defer=True, retain_graph=True)
+        _, _, deferred = walk_graph(graph, roots, [boundary], defer=True, retain_graph=True)
     with Operations() as alone:
         torch.autograd.grad([r for r, _ in roots], boundary, [g for _, g in roots], retain_graph=True)
     assert deferred is not None
@@ -171,7 +179,7 @@ def test_functions_written_in_python_run_again_for_their_parameters() -> None:
     boundary, *parameters = leaves()
     graph, roots = split(written_in_python(boundary, *parameters), boundary, parameters)
     Scaled.num_backward = 0
-    _, _, deferred = walk(graph, roots, [boundary], defer=True, retain_graph=True)
+    _, _, deferred = walk_graph(graph, roots, [boundary], defer=True, retain_graph=True)
     assert Scaled.num_backward == 3 and deferred is not None
     walk_to_parameters(deferred, parameters, retain_graph=False)
     assert Scaled.num_backward == 6, "each join runs once more"
@@ -216,7 +224,7 @@ def test_the_walk_stops_where_another_graph_begins() -> None:
     root = (get_gradient_edge(outer), torch.ones_like(outer))
     graph = explore([root[0].node], flags, entered)
 
-    (found,), kept, deferred = walk(graph, [root], [h], defer=True, retain_graph=True)
+    (found,), kept, deferred = walk_graph(graph, [root], [h], defer=True, retain_graph=True)
     assert found is None, "h is behind the border"
     assert [e.node for e, _ in kept] == [inner.grad_fn] and deferred is not None
     gradients, later = walk_to_parameters(deferred, [w, v, b], retain_graph=True)
@@ -251,7 +259,7 @@ def test_hooks_are_lifted_after_an_error() -> None:
         explore([root[0].node], flags, explore([inner.grad_fn], flags)),
     ):
         with pytest.raises(FloatingPointError, match="in the midst"):
-            walk(graph, [root], [h], defer=True, retain_graph=True)
+            walk_graph(graph, [root], [h], defer=True, retain_graph=True)
         (gradient,) = torch.autograd.grad(torch.tanh(inner).sum(), h, retain_graph=True)
         assert gradient.abs().max() > 0, "a hook still stops the gradient"
 
@@ -264,7 +272,7 @@ def test_roots_inside_the_other_graph_are_kept() -> None:
     entered = explore([inner.grad_fn, filters.grad_fn], flags)
     roots = [(get_gradient_edge(r), torch.full_like(r, i + 1.0)) for i, r in enumerate((inner, filters))]
     graph = explore((e.node for e, _ in roots), flags, entered)
-    (found,), kept, deferred = walk(graph, roots, [h], defer=True, retain_graph=True)
+    (found,), kept, deferred = walk_graph(graph, roots, [h], defer=True, retain_graph=True)
     assert found is None and deferred is not None
     gradients, later = walk_to_parameters(deferred, [w, b], retain_graph=True)
     assert gradients == [None, None]
@@ -274,7 +282,7 @@ def test_roots_inside_the_other_graph_are_kept() -> None:
 def test_what_was_deferred_is_let_go() -> None:
     boundary, *parameters = leaves()
     graph, roots = split([*layers(boundary, *parameters), parameters[0].exp()], boundary, parameters)
-    _, _, deferred = walk(graph, roots, [boundary], defer=True, retain_graph=True)
+    _, _, deferred = walk_graph(graph, roots, [boundary], defer=True, retain_graph=True)
     assert deferred is not None and deferred.joins and deferred.roots
     walk_to_parameters(deferred, parameters, retain_graph=False)
     assert not deferred.joins and not deferred.roots

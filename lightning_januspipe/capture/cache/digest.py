@@ -1,396 +1,218 @@
-"""A digest of any value and of all code behind it, which is the same in another process.
-
-It looks at what pickle would keep. Where it cannot be made sure that two values are alike, there is no digest.
-"""
+"""A digest of a module and of all that it holds, which is the same in another process."""
 
 from __future__ import annotations
 
-import contextvars
-import copyreg
 import functools
 import hashlib
-import types
-import weakref
-from collections import OrderedDict
-from collections.abc import Mapping
+import io
+import logging
+import pickle
+import random
+import threading
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from enum import Enum
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
+from torch import Tensor, fx, nn
 
-from lightning_januspipe.capture.cache.sources import (
-    Codes,
-    Origin,
-    functions_in,
-    is_importable,
-    loaded_modules,
-    origin_of,
-    root_of,
-    source_of,
-    version_of,
-)
+from lightning_januspipe.capture.cache.code import described, is_framework, root_of
 
 _MOST_VALUES = 500_000
-
-_SCALARS: frozenset[Any] = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)}
+_ATOMS: frozenset[Any] = frozenset({type(None), bool, int, float, complex, str, bytes})
+_NAMED = (torch.dtype, torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOK_FLAGS = ("_with_kwargs", "_always_called")
+_NO_STATE = frozenset(
+    {
+        *("_parameters", "_buffers", "_modules", *_HOOKS, *(hooks + flag for hooks in _HOOKS for flag in _HOOK_FLAGS)),
+        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+        *("_trainer", "_fabric", "_fabric_optimizers", "_metric_attributes", "_param_requires_grad_state"),
+        *("_current_fx_name", "_hparams_initial", "_compiler_ctx", "_device_mesh", "_jit_is_scripting"),
+        "_compiled_call_impl",
+    }
 )
-_TORCH_NAMES: tuple[type, ...] = (
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    *(torch._ops.OpOverload, torch._ops.OpOverloadPacket),
+"""Attributes of modules that are written in ways of their own, or without effect on a forward."""
+
+_NO_GRAPH_STATE = {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_tracer_extras", "meta"}
+_OF_TRAINING = (
+    *("torch.optim.", "torch.distributed.", "torch._C._distributed_c10d.", "torch.utils.", "tensorboardX.", "wandb."),
+    *("lightning.", "pytorch_lightning.", "lightning_fabric.", "mlflow."),
 )
-
-
-class NotDetermined(Exception):
-    """A value of which nothing says whether it is the same in another process."""
-
-
-def name_of(cls: Any) -> str:
-    """Module and name of a class or function."""
-    return f"{cls.__module__}.{cls.__qualname__}".replace("__mp_main__", "__main__")
+_STATEFUL = (
+    *(logging.Logger, type(threading.Lock()), type(threading.RLock()), torch.Generator, random.Random),
+    *(np.random.Generator, np.random.RandomState),
+)
 
 
 class Digester:
-    """Writes values into a hash; equal values give equal digests in every process.
+    """Makes digests of values: hashes of what pickle writes, with stand-ins for what it refuses or knows by name alone.
 
-    Tensors and arrays count by value; objects by class and by what pickle would keep; functions by name where torch or
-    Python has them, else by code, defaults and closures. Of the user's own classes and functions the globals that they
-    read count too (by type alone what pickle refuses), of installed packages the plain ones (numbers and text), and of
-    both all files of the package that are loaded. Dicts count in their order, which code may follow; sets without.
+    Parameters of the root module count by name, shape, dtype and whether they are trained, other tensors by value;
+    modules by class, attributes, buffers and hooks; TorchScript by its archive; functions by code, defaults and
+    closures. Dicts count in their order, which code may follow; sets without. Objects of training do not count.
 
-    Raises:
-        NotDetermined: (by all methods) a value cannot be told apart; :attr:`path` says where it was found.
+    Args:
+        root: the module whose parameters and submodules are known by name.
+
+    Attributes:
+        roots: top-level packages of all classes and functions that were found.
+        path: where the value stands that is digested, for messages.
     """
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._codes = Codes()
-        self._memo: dict[int, int] = {}
-        self._kept: list[Any] = []  # what the memo knows stays alive, so that its ids stay its own
-        self._path: list[str] = []
+    def __init__(self, root: nn.Module) -> None:
+        self._known = {id(m): f"module {name}" for name, m in root.named_modules()}
+        self._known |= {id(p): f"parameter {name}" for name, p in root.named_parameters()}
+        self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []  # what was seen stays alive, so that its id stays its own
         self._count = 0
-        self._origins: dict[str, Origin] = {}
-        self._tokens: dict[type, bytes] = {}
-        self._classes: dict[type, bool] = {}  # whether the body is written
-        self._globals: dict[tuple[str, str, int], Any] = {}
-        self._done: set[Any] = set()
+        self.roots: set[str] = set()
+        self.path = ""
 
-    @property
-    def path(self) -> str:
-        """Where the value was found at which the digest stopped."""
-        return "".join(self._path).lstrip(".")
+    def digest(self, value: Any) -> str:
+        """Returns the digest of a value and of all that it holds; an error where a value cannot be told apart."""
+        file = io.BytesIO()
+        _Pickler(self, file).dump(value)
+        return hashlib.sha256(file.getbuffer()).hexdigest()
 
-    def add(self, value: Any, at: str = "") -> None:
-        """One value, and all that it holds.
+    def of_modules(self, root: nn.Module) -> Iterator[str]:
+        """Yields the digests of a module's parameters, and of all its modules."""
+        for name, parameter in root.named_parameters(remove_duplicate=False):
+            yield self.digest((name, self._known[id(parameter)], _description(parameter), type(parameter)))
+        for name, module in root.named_modules():
+            yield self.digest((name, *self._parts(module, name)))
 
-        Args:
-            value: anything.
-            at: where it stands, for the message of an error.
-        """
+    def stand_in(self, value: Any) -> str | None:
+        """Returns what is written in the place of a value; None for what pickle writes."""
         kind = type(value)
+        if kind in _ATOMS or kind is tuple:
+            return None
         self._count += 1
         if self._count > _MOST_VALUES:
-            raise NotDetermined(f"more than {_MOST_VALUES} values were found in it and what it holds")
-        if kind in _SCALARS:
-            self._write(kind.__name__, repr(value))
-            return
-        self._path.append(at)
-        self._add(value, kind)
-        self._path.pop()
+            raise ValueError(f"more than {_MOST_VALUES} values were found in it and what it holds")
+        if id(value) in self._known:
+            return self._known[id(value)]
+        self.roots.add(root_of(value))
+        if isinstance(value, (ModuleType, *_NAMED)):
+            return f"{kind.__name__} {value.__name__ if isinstance(value, ModuleType) else value}"
+        if kind in (set, frozenset):
+            return f"{kind.__name__} {sorted(map(self._of_member, value))}"
+        if isinstance(value, type):
+            self.roots.update(map(root_of, value.__mro__))
+            plain = [(n, v) for c in value.__mro__ for n, v in sorted(vars(c).items()) if type(v) in _ATOMS]
+            return f"class {name_of(value)} {[(n, v) for n, v in plain if not n.startswith('__')]}"
+        if _is_of_training(value):
+            return f"left out {name_of(kind)}"
+        if id(value) in self._seen:
+            return f"again {self._seen[id(value)]}"
+        self._seen[id(value)] = len(self._seen)
+        self._kept.append(value)
+        parts = self._made_of(value)
+        return None if parts is None else f"{kind.__name__} {self.digest(parts)}"
 
-    def add_package(self, package: str, as_loaded: bool = True) -> None:
-        """All modules of a package that are loaded.
+    def _of_member(self, value: Any) -> str:
+        """Returns the digest of a member of a set, whose place among the members is not known yet."""
+        if type(value) not in _ATOMS and type(value) not in (tuple, frozenset):
+            raise ValueError(f"it is a set of objects ({name_of(type(value))})")
+        return self.digest(value)
 
-        Args:
-            package: its dotted name.
-            as_loaded: by their code too, for files that may have been edited since.
-        """
-        for name, module in loaded_modules(package):
-            self._write("loaded", name, source_of(module))
-            if as_loaded:
-                self._write(self._codes.module_digest(module))
+    def _made_of(self, value: Any) -> Any:
+        """Returns what a value is made of that pickle refuses, or knows by its name alone; None for other values."""
+        if isinstance(value, Tensor):
+            return type(value), _description(value), vars(value), None if value.is_meta else _content(value)
+        if isinstance(value, torch.jit.ScriptFunction):
+            return list(_archive(value, ()))
+        if isinstance(value, nn.Module):
+            return list(self._parts(value))
+        if isinstance(value, FunctionType):
+            if is_framework(root_of(value)) and "<locals>" not in value.__qualname__:
+                return name_of(value)
+            return name_of(value), described(value.__code__), list(_held_by(value)), vars(value)
+        if isinstance(value, MethodType):
+            return value.__func__, value.__self__
+        return value.__wrapped__ if isinstance(value, functools._lru_cache_wrapper) else None
 
-    def finish(self) -> str:
-        """All code behind what was added; then the digest in hexadecimal digits."""
-        while True:
-            classes = [c for c, written in self._classes.items() if not written]
-            if not classes and not self._globals:
-                break
-            for cls in sorted(classes, key=lambda c: (name_of(c), self._codes.class_digest(c))):
-                self._classes[cls] = True
-                self._class_body(cls)
-            values, self._globals = self._globals, {}
-            for module, name, scope in sorted(values, key=lambda key: key[:2]):
-                self._global(module, name, values[module, name, scope])
-        for root, origin in sorted(self._origins.items(), key=lambda item: item[0]):
-            self._write("package", root, version_of(root))
-            if origin is not Origin.FRAMEWORK:
-                self.add_package(root, as_loaded=origin is Origin.USER)
-        return self._hash.hexdigest()
-
-    # for subclasses
-
-    def label(self, value: Any) -> str | None:
-        """A name that stands for a value, which is then not looked into."""
-        return None
-
-    def _special(self, value: Any) -> bool:
-        """Write a value in a way of its own; whether it was."""
-        return False
-
-    # values
-
-    def _add(self, value: Any, kind: Any) -> None:
-        label = self.label(value)
-        if label is not None:
-            self._write("known", label)
-        elif kind in (tuple, torch.Size):
-            self._items(kind.__name__, value)
-        elif kind in (set, frozenset):
-            self._write(kind.__name__, str(len(value)), *sorted(self._digest_of(item) for item in value))
-        elif isinstance(value, _TORCH_NAMES):
-            self._write(kind.__name__, str(value))
-        elif isinstance(value, types.ModuleType):
-            self._write("module of Python", value.__name__)
-            self._origin(value.__name__)
-        elif id(value) in self._memo:
-            self._write("again", str(self._memo[id(value)]))
-        else:
-            self._memo[id(value)] = len(self._memo)
-            self._kept.append(value)
-            self._object(value, kind)
-
-    def _object(self, value: Any, kind: Any) -> None:
-        if self._special(value):
-            pass
-        elif kind is list:
-            self._items("list", value)
-        elif kind in (dict, OrderedDict, types.MappingProxyType):
-            self._mapping(kind.__name__, value)
-        elif isinstance(value, Tensor):
-            self._tensor(value)
-        elif isinstance(value, type):
-            self._class(value)
-        elif isinstance(value, types.FunctionType):
-            self._function(value)
-        elif isinstance(value, types.MethodType):
-            self._write("method")
-            self.add(value.__func__)
-            self.add(value.__self__)
-        elif isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
-            self._write("built in", value.__qualname__)
-            self.add(value.__self__)
-        elif isinstance(value, (types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType)):
-            self._write("descriptor", name_of(value.__objclass__), value.__name__)
-        elif isinstance(value, (staticmethod, classmethod, property, functools.cached_property)):
-            self._items(kind.__name__, functions_in(value))
-        elif isinstance(value, functools.partial):
-            self._write("partial")
-            self.add((value.func, value.args, value.keywords))
-        elif isinstance(value, CustomOpDef):
-            self._write(str(value))
-            self.add(value._init_fn)
-        elif isinstance(value, Enum):
-            self._class(kind)
-            self._write(str(value.name))
-            self.add(value.value)
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            self._write("array", name_of(kind), str(value.dtype.descr), str(value.shape), value.tobytes())
-        elif isinstance(value, contextvars.ContextVar):
-            self._write("variable", value.name)
-            with suppress(LookupError):  # neither set nor with a default
-                self.add(value.get())
-        elif isinstance(value, weakref.ref):
-            self._write("reference")
-            self.add(value())
-        else:
-            self._reduced(value, kind)
-
-    def _items(self, kind: str, values: Any) -> None:
-        self._write(kind, str(len(values)))
-        for index, value in enumerate(values):
-            self.add(value, f"[{index}]")
-
-    def _mapping(self, kind: str, values: Mapping[Any, Any]) -> None:
-        """Entries in their order, which a forward may follow."""
-        self._write(kind, str(len(values)))
-        for key, value in values.items():
-            self.add(key)
-            self.add(value, f"[{key!r}]" if type(key) in _SCALARS else "[...]")
-
-    def _tensor(self, value: Tensor) -> None:
-        self._class(type(value))
-        self._write("tensor", description(value))
-        self.add(vars(value))
-        if not value.is_meta:
-            self._write(content_of(value))
-
-    def _reduced(self, value: Any, kind: Any) -> None:
-        """What pickle would keep of an object."""
-        try:
-            reduce = copyreg.dispatch_table.get(kind)
-            parts = reduce(value) if reduce is not None else value.__reduce_ex__(4)
-        except Exception as error:
-            raise NotDetermined(f"it is a {name_of(kind)}, which cannot be pickled ({error})") from error
-        self._class(kind)
-        if isinstance(parts, str):  # the name of a global
-            self._write("global", parts)
-            self.add(getattr(value, "__wrapped__", None))
-            return
-        function, arguments, state, items, entries = (*parts, None, None, None)[:5]
-        self.add(function)
-        self.add(arguments)
-        if type(state) is dict:
-            self._attributes(state)
-        else:
-            self.add(state)
-        self.add(None if items is None else list(items))
-        self.add(None if entries is None else list(entries))
-
-    def _attributes(self, state: Mapping[str, Any]) -> None:
-        self._write("attributes", str(len(state)))
-        for name in sorted(state, key=str):
-            self._write(str(name))
-            self.add(state[name], f".{name}")
-
-    # code
-
-    def _origin(self, module: str | None) -> Origin:
-        root = root_of(module)
-        if root not in self._origins:
-            self._origins[root] = origin_of(root)
-        return self._origins[root]
-
-    def _function(self, function: Any) -> None:
-        self._write("function", name_of(function))
-        origin = self._origin(function.__module__)
-        if origin is not Origin.USER and is_importable(function):
-            if origin is Origin.INSTALLED:
-                self._plain_function(function)
-            return
-        self._write(self._codes.digest(function.__code__))
-        self.add(function.__defaults__)
-        self.add(function.__kwdefaults__)
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                content = cell.cell_contents
-            except ValueError:
-                self._write("empty")
-            else:
-                self.add(content, f" of which the variable {name}")
-        self.add(vars(function))
-        self._read_globals(function)
-
-    def _plain_function(self, function: types.FunctionType) -> None:
-        """A function of an installed package, whose sources say the most: its code and the plain globals it reads."""
-        self._write(name_of(function), self._codes.digest(function.__code__))
-        if function.__code__ not in self._done:
-            self._done.add(function.__code__)
-            self._read_globals(function)
-
-    def _read_globals(self, function: Any) -> None:
-        names, own = self._codes.names(function.__code__), str(function.__globals__.get("__name__"))
-        scopes = [] if self._origin(own) is Origin.FRAMEWORK else [(own, function.__globals__)]
-        seen = set()
-        while scopes:
-            module, scope = scopes.pop()
-            seen.add(id(scope))
-            for name in names.intersection(scope):
-                value, key = scope[name], (module, name, id(scope))
-                if isinstance(value, types.ModuleType):
-                    if self._origin(value.__name__) is not Origin.FRAMEWORK and id(vars(value)) not in seen:
-                        scopes.append((value.__name__, vars(value)))
-                elif key not in self._done:
-                    self._done.add(key)
-                    self._globals[key] = value
-
-    def _global(self, module: str, name: str, value: Any) -> None:
-        self._write("global", module.replace("__mp_main__", "__main__"), name)
-        depth = len(self._path)
-        self._path.append(f"the global {module}.{name}, which its code reads")
-        if self._origin(module) is Origin.USER or _is_plain(value):
-            try:
-                self.add(value)
-            except NotDetermined:  # connections, decoders and the like, which no trace depends on
-                if self._count > _MOST_VALUES:
-                    raise
-                self._write(name_of(type(value)))
-        elif isinstance(value, types.FunctionType) and self._origin(value.__module__) is Origin.INSTALLED:
-            self._plain_function(value)
-        del self._path[depth:]
-
-    def _class(self, cls: type) -> None:
-        if cls not in self._tokens:
-            hasher = hashlib.sha256()
-            for base in cls.__mro__:
-                hasher.update(f"{name_of(base)} ".encode())
-                if self._origin(base.__module__) is not Origin.FRAMEWORK:
-                    hasher.update(self._codes.class_digest(base))
-                    self._classes.setdefault(base, False)
-            self._tokens[cls] = hasher.digest()
-        self._write("class", self._tokens[cls])
-
-    def _class_body(self, cls: type) -> None:
-        """Attributes of a class, and what its functions hold and read."""
-        is_users = self._origin(cls.__module__) is Origin.USER
-        self._write("body", name_of(cls))
-        self._path.append(f"the class {name_of(cls)}")
-        for name, value in sorted(vars(cls).items()):
-            functions = functions_in(value)
-            if functions:
-                for function in functions:
-                    own = self._origin(function.__globals__.get("__name__"))
-                    if is_users or own is Origin.USER:
-                        self.add(function, f".{name}")
-                    elif own is Origin.INSTALLED:
-                        self._plain_function(function)
-            elif name.startswith("__") or name in ("_abc_impl", "_is_protocol"):
-                continue
-            elif is_users or _is_plain(value):
-                self._write(name)
-                self.add(value, f".{name}")
-        self._path.pop()
-
-    # the hash
-
-    def _digest_of(self, value: Any) -> bytes:
-        outer = self._hash, self._memo
-        self._hash, self._memo = hashlib.sha256(), {}
-        self.add(value)
-        digest = self._hash.digest()
-        self._hash, self._memo = outer
-        return digest
-
-    def _write(self, *parts: str | bytes) -> None:
-        """Each part with its length, so that no two sequences of parts give the same bytes."""
-        for part in parts:
-            content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-            self._hash.update(b"%d:" % len(content))
-            self._hash.update(content)
+    def _parts(self, module: nn.Module, path: str = "") -> Iterator[Any]:
+        """Yields what a module is made of."""
+        yield type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            yield from _archive(module._c, module.parameters())
+        elif not any(root_of(c) == "torchmetrics" for c in type(module).__mro__):
+            state, is_graph = vars(module), isinstance(module, fx.GraphModule)
+            yield state.get("_compiled_call_impl") is not None, is_graph and module.code
+            yield [n.target for n in module.graph.nodes] if isinstance(module, fx.GraphModule) else None
+            for name in sorted(state.keys() - _NO_STATE - (_NO_GRAPH_STATE if is_graph else set())):
+                self.path = f"{path}.{name}".lstrip(".")
+                yield name, self.digest(state[name])
+            self.path = f"buffers and hooks of {path or 'the module itself'}"
+            yield module._parameters, module._buffers, hooks_in(state), list(module._modules.items())
 
 
-def description(value: Tensor) -> str:
-    """What a tensor is, but for its values."""
+class _Pickler(pickle.Pickler):
+    """Writes a value with the stand-ins of a :class:`Digester`."""
+
+    def __init__(self, digester: Digester, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=4)
+        self.fast = True  # pickle's own memo would tell equal strings from one string
+        self._digester = digester
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Returns what is written in the place of a value."""
+        return self._digester.stand_in(value)
+
+
+def name_of(value: Any) -> str:
+    """Returns module and name of a class or function."""
+    return f"{value.__module__}.{value.__qualname__}".replace("__mp_main__", "__main__")
+
+
+def hooks_in(state: Mapping[str, Any]) -> list[Any]:
+    """Returns a module's hooks in their order with their flags, without the numbers that they were given."""
+    flags = [[state.get(name + flag) or () for flag in _HOOK_FLAGS] for name in _HOOKS]
+    hooks = [(state.get(name) or {}).items() for name in _HOOKS]
+    return [[(hook, [k in f for f in fs]) for k, hook in of] for of, fs in zip(hooks, flags, strict=True)]
+
+
+def _held_by(function: FunctionType) -> Iterator[Any]:
+    """Yields the default arguments of a function, and the contents of its closure."""
+    yield function.__defaults__, function.__kwdefaults__
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+
+
+def _description(value: Tensor) -> str:
+    """Returns what a tensor is, but for its values."""
     stride = value.stride() if value.layout is torch.strided else ()
     return f"{tuple(value.shape)} {stride} {value.dtype} {value.device} {value.layout} {value.requires_grad}"
 
 
-def content_of(value: Tensor) -> bytes:
-    """The bytes of a tensor's values, in order."""
+def _content(value: Tensor) -> bytes:
+    """Returns the bytes of a tensor's values, in order."""
     if value.layout is not torch.strided or value.is_quantized:
-        raise NotDetermined(f"it is a tensor of layout {value.layout}")
+        raise ValueError(f"it is a tensor of layout {value.layout}")
     dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _is_plain(value: Any, depth: int = 3) -> bool:
-    """Whether a value is made of numbers, text and torch's names only."""
-    if type(value) in _SCALARS or isinstance(value, _TORCH_NAMES):
+def _archive(script: Any, parameters: Iterable[Tensor]) -> Iterator[Any]:
+    """Yields code, attributes and constants of TorchScript, without parameters' values and names of files."""
+    values = {hashlib.sha256(_content(p)).digest() for p in parameters}
+    with zipfile.ZipFile(io.BytesIO(script.save_to_buffer())) as archive:
+        for name in sorted(archive.namelist()):
+            inner, content = name.partition("/")[2], archive.read(name)
+            if inner.endswith(".debug_pkl") or inner.startswith((".data/", "traced_inputs")):
+                continue
+            if not (inner.startswith("data/") and hashlib.sha256(content).digest() in values):
+                yield inner, content
+
+
+def _is_of_training(value: Any) -> bool:
+    """Tells whether no forward computes with a value: a Trainer, a logger, an optimizer, a random generator."""
+    if isinstance(value, _STATEFUL):
         return True
-    if depth == 0 or not isinstance(value, (tuple, list, set, frozenset, dict)) or len(value) > 1000:
-        return False
-    return all(_is_plain(v, depth - 1) for v in (value.items() if isinstance(value, dict) else value))
+    classes = () if isinstance(value, (nn.Module, dict)) else type(value).__mro__[:-1]
+    return any(f"{c.__module__}.".startswith(_OF_TRAINING) for c in classes)

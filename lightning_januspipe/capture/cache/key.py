@@ -1,10 +1,30 @@
-"""The key of a traced potential: the same for the same model, call and versions in another process."""
+"""The key of a captured program: the same for the same model, call and versions in another process.
+
+A program that is found by its key is validated like a new one: against the eager module, with the parameter gradient
+of a force loss, on a batch with other sizes than the traced one, and in evaluation. What differs there is traced again.
+The key has to tell apart what that validation may not: values that change results by less than its tolerance, and
+branches that its batch does not take. So these count:
+
+- the module tree: classes, attributes, buffers by value, parameters by name, shape and dtype, hooks (``digest.py``);
+- the code of all modules that the model's code leads to, as it is loaded, and the globals that it reads (``code.py``);
+- the call: places, dtypes and numbers of dimensions of its tensors, values of its constants; sizes only as 0, 1, more;
+- the files of this package's capture, the versions of Python, torch and other large packages, the default dtype and
+  device, and autocast.
+
+These do not count, and validation has to find them: what a forward reads from files, environment variables and the
+Trainer; objects in globals of installed packages; globals that cannot be pickled, but for their type; large packages
+that were edited without another version; and this package's code, where it was changed after it was loaded.
+
+Where a value cannot be told from another one, there is no key, and the potential is traced at every start.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +32,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from lightning_januspipe.capture.adapters import Adapter
-from lightning_januspipe.capture.cache.digest import NotDetermined
-from lightning_januspipe.capture.cache.module_digest import ModuleDigester
-from lightning_januspipe.capture.cache.sources import version_of
+from lightning_januspipe.capture.cache.code import code_of
+from lightning_januspipe.capture.cache.digest import Digester, hooks_in
 from lightning_januspipe.capture.find.call_format import CallFormat, call_leaves
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.trees import children
 
-_FORMAT = "1"
-_OWN = __name__.partition(".")[0]
+_FORMAT = "2"
+_OWN = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What tells one traced potential from another one.
+    """What tells one captured program from another one.
 
     Attributes:
         digest: 64 hexadecimal digits; None where the potential cannot be told from another one.
@@ -39,69 +58,61 @@ class ProgramKey:
 def program_key(
     potential: nn.Module,
     call: PotentialCall,
-    form: CallFormat | None = None,
+    call_format: CallFormat | None = None,
     adapters: Sequence[Adapter] = (),
     extra: Sequence[str] = (),
 ) -> ProgramKey:
-    """The key of what :func:`~lightning_januspipe.capture.trace.trace.trace_potential` would return.
-
-    It depends on everything that the trace depends on: all modules with their attributes, buffers, hooks and code (see
-    :class:`~.module_digest.ModuleDigester`); the places, dtypes and numbers of dimensions of
-    the call's tensors and the values of its constants; the default dtype and device, autocast; the versions of Python,
-    torch and this package. It does not depend on values of parameters, nor on sizes of batches.
-
-    What is not seen: files and environment variables that a forward reads, what it reads from the Trainer, and objects
-    other than numbers and text that are put into globals of installed packages while the program runs. So a program
-    that was found by its key is validated as a new one is.
+    """Returns the key of what :func:`~lightning_januspipe.capture.trace.trace.trace_potential` would return.
 
     Compute it right before tracing: attributes and lazy imports that a trace leaves behind would count.
 
     Args:
         potential: as given to :func:`~lightning_januspipe.capture.trace.trace.trace_potential`, like the next three.
         call: the potential's call.
-        form: the format of its calls.
+        call_format: the format of its calls.
         adapters: what is special to its package.
         extra: whatever else the program depends on.
 
     Returns:
         The key; without a digest, and with the reason, where something in the potential cannot be told apart.
     """
-    form = form or CallFormat.of(call.args, call.kwargs)
-    digester = ModuleDigester(potential)
+    call_format = call_format or CallFormat.of(call.args, call.kwargs)
+    digester = Digester(potential)
+    found = hashlib.sha256()
     try:
-        digester.add([*_environment(), *extra])
-        for package in ("capture", "engine.specs", "errors"):
-            digester.add_package(f"{_OWN}.{package}")
-        digester.add_hooks(
-            {f"_forward{n}_hooks": getattr(torch_module, f"_global_forward{n}_hooks") for n in ("", "_pre")}
-        )
-        digester.add([*adapters], " (an adapter)")
-        digester.add(
-            dict(sorted(_containers((call.args, call.kwargs)), key=lambda container: container[0])), " (an argument)"
-        )
+        for part in (*_environment(), *extra):
+            found.update(f"{len(part)}:{part}".encode())
+        digester.path = "hooks of all modules"
+        found.update(digester.digest(hooks_in(_global_hooks())).encode())
+        digester.path = "an adapter"
+        found.update(digester.digest(list(adapters)).encode())
+        containers = sorted(_containers((call.args, call.kwargs)), key=lambda container: container[0])
+        found.update(digester.digest(containers).encode())
         for place, leaf in call_leaves(call.args, call.kwargs).items():
-            digester.add((place, _described(leaf, place, form)), f" (the argument {place})")
-        digester.add_root()
-        return ProgramKey(digester.finish())
-    except NotDetermined as error:
-        return ProgramKey(None, f"{digester.path or type(potential).__name__}: {error}")
+            digester.path = f"the argument {place}"
+            found.update(digester.digest((place, _described(leaf, place, call_format))).encode())
+        for digest in digester.of_modules(potential):
+            found.update(digest.encode())
+        digester.path = "the code behind it"
+        for digest in code_of(digester.roots, digester.digest):
+            found.update(digest.encode())
     except Exception as error:  # any object may refuse to be looked at; then the potential is traced again
-        where = digester.path or type(potential).__name__
-        return ProgramKey(None, f"{where}: looking at it fails ({type(error).__name__}: {error})")
+        return ProgramKey(None, f"{digester.path or type(potential).__name__}: {type(error).__name__}: {error}")
+    return ProgramKey(found.hexdigest())
 
 
-def _described(leaf: Any, place: str, form: CallFormat) -> Any:
-    """What of an argument a trace depends on; of sizes only 0 and 1 may be taken for constants."""
+def _described(leaf: Any, place: str, call_format: CallFormat) -> Any:
+    """Returns what a trace depends on in an argument; of sizes only 0 and 1 may be taken for constants."""
     if isinstance(leaf, Tensor):
         sizes = tuple(min(size, 2) for size in leaf.shape)
         return sizes, str(leaf.dtype), str(leaf.device), leaf.is_contiguous(), type(leaf)
-    if place in form.sizes:
+    if place in call_format.sizes:
         return "size", min(leaf, 2)
-    return form.constants[place] if place in form.constants else type(leaf)
+    return call_format.constants[place] if place in call_format.constants else type(leaf)
 
 
 def _containers(value: Any, place: str = "") -> Iterator[tuple[str, type]]:
-    """Places and types of the containers in a call."""
+    """Yields places and types of the containers in a call."""
     parts = children(value)
     if parts is not None:
         yield place, type(value)
@@ -109,11 +120,17 @@ def _containers(value: Any, place: str = "") -> Iterator[tuple[str, type]]:
             yield from _containers(part, place + key)
 
 
+def _global_hooks() -> dict[str, Any]:
+    return {f"_forward{n}_hooks": getattr(torch_module, f"_global_forward{n}_hooks") for n in ("", "_pre")}
+
+
 def _environment() -> Iterator[str]:
-    """Versions and settings that a trace depends on."""
-    yield f"format {_FORMAT}, version {version_of(_OWN)}"
+    """Yields versions and settings that a trace depends on, and the sources of this package that make the program."""
+    yield f"format {_FORMAT}, version {sys.modules[_OWN.name].__version__}"
     yield f"python {sys.version_info[:2]}, torch {torch.__version__} {torch.version.git_version}"
     yield f"default {torch.get_default_dtype()} {torch.get_default_device()}"
     for device in ("cpu", "cuda", "xpu", "mps"):
         if torch.amp.is_autocast_available(device):
             yield f"autocast {device} {torch.is_autocast_enabled(device)} {torch.get_autocast_dtype(device)}"
+    for file in sorted(_OWN.rglob("*.py")):
+        yield f"{file.relative_to(_OWN)} {hashlib.sha256(file.read_bytes()).hexdigest()}"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
+
+from lightning_januspipe.random_state import kept_random_state
 
 
 @contextmanager
@@ -139,41 +138,3 @@ def _metric_state(metric: Any) -> dict[str, Any]:
     """A metric's states and counters; of lists the entries, which are not changed in place."""
     state = {n: getattr(metric, n) for n in (*metric._defaults, "_update_count", "_computed", "_forward_cache")}
     return {n: v.clone() if isinstance(v, Tensor) else list(v) if isinstance(v, list) else v for n, v in state.items()}
-
-
-class RandomState:
-    """States of the generators of torch, numpy and Python."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Set the generators to these states."""
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """What is drawn inside the block is as if it had not been drawn."""
-    state = RandomState()
-    try:
-        yield
-    finally:
-        state.restore()
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from generators with a seed of their own."""
-    with kept_random_state():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        yield
