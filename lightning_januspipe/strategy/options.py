@@ -1,4 +1,8 @@
-"""The arguments of the strategy, as one dataclass that validates itself and explains itself on command lines."""
+"""The arguments of the strategy, as one dataclass that validates itself and explains itself on command lines.
+
+A field is all that a new argument needs: values are validated by the field's type, and command lines print its
+docstring. If an error needs more words than the type has, ``metadata["expected"]`` has them.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,7 @@ _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """Holds the arguments of the strategy.
-
-    A field is all that a new argument needs: values are validated by the field's type, and command lines print its
-    docstring. Integers have to be at least 1, other numbers positive. Where more words are needed for an error than
-    the type has, ``metadata["expected"]`` has them.
+    """Holds the arguments of the strategy. Integers have to be at least 1, other numbers positive.
 
     Raises:
         ValueError: A value is of another type or out of its range.
