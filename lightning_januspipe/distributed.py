@@ -1,4 +1,4 @@
-"""What ranks do together beside messages and gradients."""
+"""What all ranks do together: get what one rank found or its error, and start with the same parameters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _Result = TypeVar("_Result")
 
 
 def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callable[[Any], Any]) -> _Result:
-    """What a function returns on rank 0, on every rank; its error is raised on every rank too.
+    """Calls a function on rank 0; returns its result, or raises its error, on every rank.
 
     Args:
-        function: called on rank 0.
-        rank: this rank.
-        broadcast: gives an object of rank 0 to all ranks.
+        function: Called on rank 0.
+        rank: This rank.
+        broadcast: Returns an object of rank 0 on all ranks.
+
+    Raises:
+        ValueError: The result cannot be pickled.
     """
     result: Any = None
     content = b""
@@ -42,7 +45,7 @@ def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callabl
 
 
 def _pickled(result: Any) -> bytes:
-    """A result as it is sent; if broadcasting failed instead, the other ranks would wait for this one."""
+    """Pickles a result; if it failed in broadcasting instead, the other ranks would wait for this one."""
     try:
         return pickle.dumps(result)
     except Exception as error:  # objects may refuse in any way
@@ -54,7 +57,7 @@ def _pickled(result: Any) -> bytes:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that survives pickling: of foreign types only the message does."""
+    """Returns an error that survives pickling: of an error of a foreign type only the message does."""
     known = type(error).__module__.split(".")[0] in ("builtins", "lightning_januspipe")
     return error if known and len(error.args) == 1 else RuntimeError(f"{type(error).__name__}: {error}")
 
@@ -64,11 +67,11 @@ _CHUNK = 2**26
 
 
 def broadcast_module(module: nn.Module, device: torch.device) -> None:
-    """Give every rank the parameters and buffers of global rank 0, as data-parallel training does at its start.
+    """Gives every rank the parameters and buffers of global rank 0, as data-parallel training does at its start.
 
     Args:
-        module: its tensors may be on the CPU.
-        device: this rank's, from which it sends.
+        module: The module; its tensors may be on the CPU.
+        device: This rank's device, for the messages.
     """
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
     for same in _chunks(tensors):

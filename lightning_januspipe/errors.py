@@ -1,18 +1,18 @@
-"""The errors that users meet, beside those of the libraries."""
+"""The errors that users meet, beside the errors of libraries."""
 
 from __future__ import annotations
 
 
 class CaptureError(ValueError):
-    """The potential cannot be captured; the message says what was found, what was expected and what to do."""
+    """Says that the potential cannot be captured: what was found, what was expected and what to do."""
 
 
 class TooFewParts(CaptureError):
-    """The potential has fewer cuttable parts than stages are asked for.
+    """Says that the potential has fewer cuttable parts than stages are asked for.
 
     Args:
-        message: what to tell the user.
-        most: for how many stages there are parts.
+        message: What to tell the user.
+        most: The most stages that the parts are enough for.
     """
 
     def __init__(self, message: str, most: int = 1) -> None:
@@ -21,9 +21,9 @@ class TooFewParts(CaptureError):
 
 
 def shown(path: str) -> str:
-    """The dotted name of a potential in a message; empty is that of the LightningModule itself."""
+    """Returns the dotted name of a potential for a message; the LightningModule itself has an empty one."""
     return repr(path) if path else "(the LightningModule itself)"
 
 
 class PipelineError(RuntimeError):
-    """A rank could not go on; the message names phase, stage and micro-batch."""
+    """Says that a rank could not go on, in which phase, stage and micro-batch."""

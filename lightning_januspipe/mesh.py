@@ -1,4 +1,4 @@
-"""Pipeline × data × graph: sizes from what the user asked, and the process groups of one rank."""
+"""Pipeline × data × graph: sizes of the mesh from the user's request, and the process groups of one rank."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Size = int | Literal["auto"]
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the three axes; graph innermost, so that its ranks are neighbours.
+    """Holds the sizes of the three axes. Graph is innermost, so that its ranks are neighbours.
 
     Attributes:
-        pipeline: stages of the pipeline, P.
-        data: replicas, D.
-        graph: ranks that share the atoms of a micro-batch, G.
+        pipeline: Ranks of a pipeline, P.
+        data: Replicas, D.
+        graph: Ranks that share the atoms of a micro-batch, G.
     """
 
     pipeline: int
@@ -33,13 +33,16 @@ class MeshShape:
 
     @classmethod
     def resolve(cls, pipeline: Size, data: Size, graph: int, world_size: int) -> MeshShape:
-        """Sizes for a number of processes.
+        """Finds the sizes for a number of processes.
 
-        ``"auto"`` for pipeline is the world size over data × graph; ``"auto"`` for data is 1 if pipeline is "auto"
-        too, else what is left.
+        Args:
+            pipeline: Size, or "auto" for the world size over data × graph.
+            data: Size, or "auto" for 1 if pipeline is "auto" too, else for what is left.
+            graph: Size.
+            world_size: The number of processes.
 
         Raises:
-            ValueError: the product is not the world size.
+            ValueError: The product of the sizes is not the world size.
         """
         for name, size in (("pipeline_size", pipeline), ("data_size", data), ("graph_size", graph)):
             is_number = isinstance(size, int) and not isinstance(size, bool) and size >= 1
@@ -63,26 +66,39 @@ class MeshShape:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that work on the same samples: those of a pipeline, with their graph ranks."""
+        """Number of ranks that work on the same samples: the ranks of a pipeline, with their graph ranks."""
         return self.pipeline * self.graph
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline, data, graph) position of a global rank."""
+        """Returns the indices (pipeline, data, graph) of a global rank."""
         return rank // (self.data * self.graph), rank // self.graph % self.data, rank % self.graph
 
     def rank(self, pipeline: int, data: int, graph: int) -> int:
-        """Global rank at a position."""
+        """Returns the global rank with these indices."""
         return (pipeline * self.data + data) * self.graph + graph
 
 
 class Mesh:
-    """The process groups of one rank. In one process there are none.
+    """Holds the process groups of one rank. In one process there are none.
 
     Args:
-        shape: sizes of the axes.
-        rank: global rank.
-        device: this rank's device.
-        timeout: how long a rank waits for a message of its pipeline.
+        shape: Sizes of the axes.
+        rank: Global rank.
+        device: This rank's device.
+        timeout: How long a rank waits for a message of its pipeline.
+
+    Attributes:
+        pipeline_rank: Index of this rank in its pipeline; data_rank and graph_rank are its other two indices.
+        device_mesh: The axes "pp", "dp" and "gp" as torch has them.
+        aborted: Whether an error has closed this rank's connections.
+        down_group: The ranks of the pipeline, for messages to higher ranks; up_group, for messages to lower ones.
+        control_group: The ranks of the pipeline, on the host.
+        pipeline_group: The ranks of the pipeline.
+        data_group: The ranks with the same stages in all replicas.
+        graph_group: The ranks that share the atoms of this rank's micro-batches.
+        replica_group: All ranks that work on this rank's samples, on the host.
+        host_group: All ranks, on the host.
+        alone_group: This rank alone.
     """
 
     def __init__(self, shape: MeshShape, rank: int, device: torch.device, timeout: timedelta | None = None) -> None:
@@ -102,28 +118,18 @@ class Mesh:
         self.data_group = self.device_mesh["dp"].get_group()
         # Every rank takes part in the creation of every group, in the same order.
         self.host_group = dist.new_group(backend="gloo", timeout=timeout)
-        for data in range(shape.data):
-            for graph in range(shape.graph):
-                ranks = [shape.rank(p, data, graph) for p in range(shape.pipeline)]
-                down, up = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout)
-                control = dist.new_group(ranks, backend="gloo", timeout=timeout)
-                whole = dist.new_group(ranks)  # that of the DeviceMesh may be the default group, which stays open
-                if (data, graph) == (self.data_rank, self.graph_rank):
-                    self.down_group, self.up_group = down, up
-                    self.control_group, self.pipeline_group = control, whole
-        for data in range(shape.data):
-            ranks = [shape.rank(p, data, g) for p in range(shape.pipeline) for g in range(shape.graph)]
-            replica = dist.new_group(ranks, backend="gloo", timeout=timeout)
-            if data == self.data_rank:
-                self.replica_group = replica
-            for pipeline in range(shape.pipeline) if shape.graph > 1 else ():
-                sharing = dist.new_group([shape.rank(pipeline, data, g) for g in range(shape.graph)], timeout=timeout)
-                if (pipeline, data) == (self.pipeline_rank, self.data_rank):
-                    self.graph_group = sharing
-        for other in range(shape.size):
-            group = dist.new_group([other])
-            if other == rank:
-                self.alone_group = group
+        num_pipeline, num_data, num_graph = range(shape.pipeline), range(shape.data), range(shape.graph)
+        pipelines = [[shape.rank(p, d, g) for p in num_pipeline] for d in num_data for g in num_graph]
+        self.down_group = _own_group(pipelines, timeout=timeout)
+        self.up_group = _own_group(pipelines, timeout=timeout)
+        self.control_group = _own_group(pipelines, timeout=timeout, backend="gloo")
+        self.pipeline_group = _own_group(pipelines)  # the DeviceMesh's may be the default group, which stays open
+        replicas = [[shape.rank(p, d, g) for p in num_pipeline for g in num_graph] for d in num_data]
+        self.replica_group = _own_group(replicas, timeout=timeout, backend="gloo")
+        if shape.graph > 1:
+            sharing = [[shape.rank(p, d, g) for g in num_graph] for p in num_pipeline for d in num_data]
+            self.graph_group = _own_group(sharing, timeout=timeout)
+        self.alone_group = _own_group([[r] for r in range(shape.size)])
 
     def gathered_over_pipeline(self, mine: _T) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks."""
@@ -132,7 +138,7 @@ class Mesh:
         return found
 
     def abort(self) -> None:
-        """Close this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
+        """Closes this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True
         groups: list[dist.ProcessGroup | None] = [self.down_group, self.up_group, self.control_group]
         groups += [self.host_group, self.pipeline_group, self.replica_group, self.graph_group]
@@ -144,24 +150,30 @@ class Mesh:
 
     @property
     def replica_ranks(self) -> list[int]:
-        """Global ranks that work on this rank's samples: those of its pipeline, and those that share their atoms."""
+        """Global ranks that work on this rank's samples: the ranks of its pipeline, and their graph ranks."""
         shape = self.shape
         return [shape.rank(p, self.data_rank, g) for p in range(shape.pipeline) for g in range(shape.graph)]
 
     @property
     def replica_rank(self) -> int:
-        """This rank's place among them."""
+        """Index of this rank among :attr:`replica_ranks`."""
         return self.replica_ranks.index(self.rank)
 
     @property
     def pipeline_ranks(self) -> list[int]:
-        """Global ranks of this rank's pipeline, first stage first."""
+        """Global ranks of this rank's pipeline, in order."""
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
+
+
+def _own_group(lists: list[list[int]], **options: Any) -> dist.ProcessGroup:
+    """Makes a group of every list of ranks; returns the group of this rank, which is in one of them."""
+    group, _ = dist.new_subgroups_by_enumeration(lists, **options)
+    return group
 
 
 @contextmanager
 def as_world(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Make a group the default one for the duration of the block.
+    """Makes a group the default group inside the block.
 
     Modules call collectives in their steps without naming a group (metrics that reduce on every step, losses that
     all-reduce). Ranks of one pipeline reach a step at different times, so over all ranks such a call would hang, and

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"errors", "schedule"},
     "loader": {"keys", "random_state"},
     "capture": {"engine", "errors", "random_state", "schedule"},
+    "compiled": {"capture", "engine", "errors", "schedule"},
     "graph": {"capture", "engine", "errors", "loader"},
     "data": {"keys", "loader"},
     "models": {"checkpoint", "keys"},

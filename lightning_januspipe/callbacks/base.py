@@ -10,16 +10,25 @@ from lightning_januspipe.schedule import draw
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelSummary
+    from lightning.pytorch.callbacks import ModelSummary, RichProgressBar
 else:
     try:
         from lightning.pytorch import Callback, LightningModule, Trainer
-        from lightning.pytorch.callbacks import ModelSummary
+        from lightning.pytorch.callbacks import ModelSummary, RichProgressBar
     except ModuleNotFoundError:
         from pytorch_lightning import Callback, LightningModule, Trainer
-        from pytorch_lightning.callbacks import ModelSummary
+        from pytorch_lightning.callbacks import ModelSummary, RichProgressBar
 
-__all__ = ["Callback", "LightningModule", "ModelSummary", "Trainer", "check_suffix", "output_folder", "runner_of"]
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "ModelSummary",
+    "RichProgressBar",
+    "Trainer",
+    "check_suffix",
+    "output_folder",
+    "runner_of",
+]
 
 
 def runner_of(trainer: Trainer) -> Runner | None:

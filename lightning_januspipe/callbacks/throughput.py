@@ -106,7 +106,7 @@ class Throughput(Metered):
         # Under JanusPipe the Trainer's world size is the number of replicas.
         for name, total in (("atoms_per_s", atoms), ("structures_per_s", structures)):
             rate = trainer.world_size * total / seconds
-            pl_module.log(name, rate, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+            pl_module.log(name, rate, prog_bar=name == "atoms_per_s", on_step=True, on_epoch=False, batch_size=1)
 
 
 def count_atoms(batch: Any) -> int:

@@ -1,23 +1,74 @@
-"""Parts of a module, replaced for a while."""
+"""Attributes of objects and levels of loggers, changed for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from lightning_januspipe.errors import CaptureError
+
+_ABSENT = object()
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another ``forward`` for one module; hooks and all else stay."""
-    own = module.__dict__.get("forward")
-    vars(module)["forward"] = forward
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an object another value for an attribute inside the block, and what it had of its own after it.
+
+    Args:
+        owner: a module of the model, such as one whose ``forward`` or ``log`` is replaced, or a Python module.
+        name: the attribute.
+        value: its value inside the block.
+    """
+    attributes = vars(owner)
+    own = attributes.get(name, _ABSENT)
+    attributes[name] = value
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
+        if own is _ABSENT:
+            attributes.pop(name, None)
         else:
-            vars(module)["forward"] = own
+            attributes[name] = own
+
+
+@contextmanager
+def patched_package(owner: Any, name: str, value: Any, release: str) -> Iterator[None]:
+    """Replaces what a package's Python module is known to define, as :func:`patched` does.
+
+    Args:
+        owner: the Python module.
+        name: the attribute.
+        value: its value inside the block.
+        release: the package and its release that define it, such as ``"matgl 4.1"``.
+
+    Raises:
+        CaptureError: the module does not define it.
+    """
+    if not hasattr(owner, name):
+        raise CaptureError(
+            f"{owner.__name__} has no {name!r}: the adapter is written for {release}. Install {release}, or train "
+            "with pipeline_size=1 and graph_size=1."
+        )
+    with patched(owner, name, value):
+        yield
+
+
+@contextmanager
+def quiet_loggers(names: Sequence[str], level: int) -> Iterator[None]:
+    """Lets loggers show only what is at least as important as a level.
+
+    Args:
+        names: of the loggers.
+        level: such as ``logging.ERROR``.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)

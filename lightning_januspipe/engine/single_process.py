@@ -21,6 +21,9 @@ from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 
 _Result = TypeVar("_Result")
 
+StageFactory = Callable[[StageFunction, GradientBuffers, ChainSpec], Stage]
+"""Makes what runs the phases of a stage."""
+
 SHORTEST = 1e-7
 """Seconds: phases too short to be measured get the least that counts."""
 
@@ -60,6 +63,7 @@ def run_single_process(
     split_stages: Collection[int] = frozenset(),
     measure_memory: bool = False,
     on_action: Callable[[Action], None] | None = None,
+    make_stage: StageFactory | None = None,
 ) -> SingleProcessResult:
     """Runs all phases of all stages for one micro-batch.
 
@@ -72,10 +76,13 @@ def run_single_process(
         split_stages: Indices of the stages whose FF and BF run as on another rank than FE and BE.
         measure_memory: Also measure what each stage holds between its phases (times then mean little).
         on_action: Called before each action.
+        make_stage: Makes what runs the phases of stages that are not split; None for stages that run eagerly.
     """
     gradients = GradientBuffers()
     stages = {
-        i: (SplitStage if i in split_stages else Stage)(function, gradients, chain.autocast)
+        i: SplitStage(function, gradients, chain.autocast)
+        if i in split_stages
+        else (make_stage or eager_stage)(function, gradients, chain)
         for i, function in enumerate(functions)
     }
     results: list[list[Tensor]] = []
@@ -101,6 +108,11 @@ def run_single_process(
     observables, derivatives = results
     memory = phases.memory(split_stages) if measure_memory else None
     return SingleProcessResult(observables, derivatives, gradients, phases.costs(), memory)
+
+
+def eager_stage(function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
+    """Returns a stage whose phases run operation by operation."""
+    return Stage(function, gradients, chain.autocast)
 
 
 def _one_microbatch(num_stages: int, defer: bool, split_stages: Collection[int]) -> list[Action]:

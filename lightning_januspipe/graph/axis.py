@@ -74,18 +74,18 @@ class GraphAxis:
         """The potential whose stages work on own rows."""
         return self._sharded.potential
 
-    def shard_inputs(self, index: int, given: MicrobatchInput) -> MicrobatchInput:
-        """A micro-batch with this rank's rows only.
+    def shard_inputs(self, index: int, tensors: Sequence[Tensor]) -> MicrobatchInput:
+        """Returns a micro-batch with this rank's rows only.
 
         Args:
             index: the micro-batch.
-            given: the whole, the same on all graph ranks.
+            tensors: the inputs of the whole micro-batch, the same on all graph ranks.
         """
-        return self._part(index, given, self._sharder.plan_balanced(given.tensors))
+        return self._own(index, tensors, self._sharder.plan_balanced(tensors))
 
-    def scatter_inputs(self, index: int, given: MicrobatchInput, over: int | None = None) -> MicrobatchInput:
+    def scatter_inputs(self, index: int, tensors: Sequence[Tensor], over: int | None = None) -> MicrobatchInput:
         """Shards a micro-batch as training never does; see :meth:`.MicrobatchSharder.plan_scattered`."""
-        return self._part(index, given, self._sharder.plan_scattered(given.tensors, over))
+        return self._own(index, tensors, self._sharder.plan_scattered(tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         """Add up a tensor over the graph ranks, in place.
@@ -135,13 +135,13 @@ class GraphAxis:
             ) from error.with_traceback(None)
         owners = told.to(torch.int64).split(sizes)
         plans = [self._sharder.plan(look, o) for look, o in zip(looks, owners, strict=True)]
-        return [self._part(i, given, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]
+        return [self._own(i, given.tensors, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]
 
-    def _part(self, index: int, given: MicrobatchInput, plan: ShardPlan) -> MicrobatchInput:
-        part = self._sharder.shard(given.tensors, plan, self.rank)
-        exchanges = {name: Exchange(shard, self._group) for name, shard in part.shards.items()}
+    def _own(self, index: int, tensors: Sequence[Tensor], plan: ShardPlan) -> MicrobatchInput:
+        own = self._sharder.shard(tensors, plan, self.rank)
+        exchanges = {name: Exchange(shard, self._group) for name, shard in own.shards.items()}
         self._exchanges[index] = exchanges
-        return MicrobatchInput([*part.tensors, *exchanges.values(), *part.extended], part.symbols)
+        return MicrobatchInput([*own.tensors, *exchanges.values(), *own.extended], own.symbols)
 
     def gather_results(
         self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]

@@ -1,13 +1,15 @@
-"""Proof that the exchanges of a sharded potential are right: all graph ranks in lock-step in one process.
+"""Verifies that the exchanges of a sharded potential are right: with all graph ranks in lock-step in one process.
 
 Every operation runs on the rows of each rank in turn, exchanges on those of all. Energies, derivatives and the
-parameter gradient of a force loss have to be those of the whole micro-batch. That the exchanges' own backward passes
-are their transposes is not a matter of the model.
+parameter gradient of a force loss have to be those of the whole micro-batch. That each exchange's backward pass is its
+transpose does not depend on the model, and is left to the package's tests.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning_januspipe.capture.trace.function import PlaceholderValues, new_le
 from lightning_januspipe.capture.trace.operators import target_function
 from lightning_januspipe.capture.trace.program import Node, replace_refs
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
+from lightning_januspipe.capture.validate.probe_loss import probe_loss
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.graph import exchange_ops
@@ -50,7 +53,7 @@ def compare_in_lock_step(
         CaptureError: they differ.
     """
     sharder = MicrobatchSharder(sharded, potential, num_ranks)
-    plan = sharder.plan_scattered(tensors)  # dealt whole, nothing would be exchanged
+    plan = sharder.plan_scattered(tensors)  # with whole structures on each rank nothing would be exchanged
     parts = [sharder.shard(tensors, plan, rank) for rank in range(num_ranks)]
     own, program = captured.program.inputs, with_exchanges.program
     names = [*own, *program.inputs[len(program.inputs) - len(parts[0].extended) :]]
@@ -58,9 +61,8 @@ def compare_in_lock_step(
     of_ranks = _LockStep(with_exchanges, potential, inputs, plan.shards, sharded.derivatives)
     same = [REPLICATE] * len(sharded.derivatives)
     whole = _LockStep(captured, potential, [dict(zip(own, tensors, strict=True))], {}, same)
-    weights: list[Tensor] = []
-    expected = whole.results([REPLICATE] * len(sharded.observables), weights)
-    found = of_ranks.results(sharded.observables, weights)
+    expected = whole.results([REPLICATE] * len(sharded.observables))
+    found = of_ranks.results(sharded.observables)
     require_same(expected, found, rounding_tolerance(captured, potential), captured.path, num_ranks)
 
 
@@ -72,14 +74,14 @@ def require_same(
     num_ranks: int,
     why: str = "It combines atoms or edges in a way that was not recognized.",
 ) -> None:
-    """Compare what a sharded micro-batch gives with what the whole one does.
+    """Compares what a sharded micro-batch gives with what the whole one gives.
 
     Args:
-        expected: energies, derivatives and parameter gradients of the whole one, each with words for it.
+        expected: energies, derivatives and parameter gradients of the whole one, each with its name.
         found: the same of the sharded one.
-        tolerance: largest error, relative to the largest entry; of parameter gradients that of all.
-        path: of the potential.
-        num_ranks: graph ranks.
+        tolerance: largest error, relative to the largest entry; of parameter gradients, to the largest entry of all.
+        path: dotted name of the potential.
+        num_ranks: G.
         why: usual causes.
 
     Raises:
@@ -101,49 +103,32 @@ GRADIENT = "the parameter gradient of a force loss for "
 """How parameter gradients are named, before the parameter's name."""
 
 
-def draw_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Weights of :func:`force_loss` for each number of each output."""
-    generator = torch.Generator().manual_seed(0)
-    weights = []
-    for x in outputs:
-        # Of order one, whatever the units: derivatives in half precision must not overflow.
-        scale = max(1.0, float(x.detach().abs().max())) if x.numel() else 1.0
-        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        weights.append((drawn / (scale * max(1, x.numel()) ** 0.5)).to(x))
-    return weights
-
-
-def force_loss(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Terms of a loss that depends on every number of every output that can be differentiated."""
-    return [
-        ((x * w).square() + x * w).sum()
-        for x, w in zip(outputs, weights, strict=True)
-        if x.is_floating_point() and x.requires_grad
-    ]
-
-
 class _LockStep:
-    """A program on the rows of several ranks, as one function."""
+    """Runs a program on the rows of several ranks, one operation of all ranks after the other.
+
+    Args:
+        captured: the potential.
+        potential: the live potential.
+        inputs: the inputs of each rank, by name.
+        shards: for each class of rows the shards of all ranks.
+        derivatives: placements of the differentiation inputs.
+    """
 
     def __init__(
         self,
         captured: CapturedPotential,
         potential: nn.Module,
-        parts: Sequence[dict[str, Tensor]],
+        inputs: Sequence[dict[str, Tensor]],
         shards: dict[str, list[Shard]],
         derivatives: Sequence[Placement],
     ) -> None:
         program = captured.program
-        self._captured, self._program, self._shards, self._kinds = captured, program, shards, derivatives
-        forward = {*captured.regions.geometry, *captured.regions.body}
-        own = [n for n in program.nodes if n.op == "placeholder" and n.name not in program.inputs]
-        placeholders = PlaceholderValues(program, potential, [n.name for n in own])
-        common = dict(zip([n.name for n in own], placeholders.values([]), strict=True))
-        values: list[dict[str, Any]] = [dict(common) for _ in parts]
-        for part, of_rank in zip(parts, values, strict=True):
-            of_rank.update(part)
-        self._values = values
+        self._captured, self._program, self._shards, self._derivatives = captured, program, shards, derivatives
+        names = [n.name for n in program.nodes if n.is_placeholder and n.name not in program.inputs]
+        common = dict(zip(names, PlaceholderValues(program, potential, names).values([]), strict=True))
+        self._values: list[dict[str, Any]] = [{**common, **of_rank} for of_rank in inputs]
         self._leaves: list[list[Tensor]] = [[] for _ in program.coordinates]
+        forward = {*captured.regions.geometry, *captured.regions.body}
         independent = set(independent_coordinates(program))
         with torch.enable_grad(), autocast_as(OFF):
             for node in program.nodes:
@@ -155,11 +140,14 @@ class _LockStep:
         self._parameters = {n: live[n] for n in program.parameters.values() if n in live and live[n].requires_grad}
 
     def _run(self, node: Node) -> None:
-        exchanged = _EXCHANGES.get(node.target)
-        if exchanged is not None:
-            given, exchange, dim = node.args
-            rows = self._shards[exchange.name.removeprefix("exchange_")]
-            results = exchanged([v[given.name] for v in self._values], rows, dim)
+        """Runs an operation on each rank's values, or an exchange on those of all ranks."""
+        exchange = _EXCHANGES.get(node.target)
+        if exchange is not None:
+            given, of_class, dim = node.args
+            shards = self._shards[of_class.name.removeprefix("exchange_")]
+            values = [v[given.name] for v in self._values]
+            results = exchange([x.movedim(dim, 0) if dim else x for x in values], shards)
+            results = [x.movedim(0, dim) if dim else x for x in results]
         else:
             function = target_function(node.target)
             results = [
@@ -170,21 +158,21 @@ class _LockStep:
             of_rank[node.name] = result
 
     def _differentiate(self, name: str, is_independent: bool) -> None:
+        """Makes leaves of a differentiation input that depends on no other one; a replicated one has one leaf."""
         place = self._program.coordinates.index(name)
         if is_independent:
             leaves = [new_leaf(v[name]) for v in self._values]
-            if not self._kinds[place].is_sharded:
+            if not self._derivatives[place].is_sharded:
                 leaves = leaves[:1] * len(leaves)
             for of_rank, leaf in zip(self._values, leaves, strict=True):
                 of_rank[name] = leaf
         self._leaves[place] = [v[name] for v in self._values]
 
-    def results(self, observables: Sequence[Placement], weights: list[Tensor]) -> list[tuple[str, Tensor]]:
-        """Observables, derivatives and parameter gradients, each with words for it.
+    def results(self, observables: Sequence[Placement]) -> list[tuple[str, Tensor]]:
+        """Returns observables, derivatives and parameter gradients of a force loss, each with its name.
 
         Args:
-            observables: what they are to the ranks.
-            weights: of the loss; drawn if there are none yet.
+            observables: placements of the observables.
         """
         energies = [self._values[0][n] for n in self._program.energies]
         inputs = [x for leaves in self._leaves for x in dict.fromkeys(leaves)]
@@ -194,88 +182,80 @@ class _LockStep:
                 torch.autograd.grad(roots, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
             )
         outputs = []
-        for name, value in zip(self._captured.regions.observables, observables, strict=True):
-            outputs.append((f"output {name}", self._joined([v[name] for v in self._values], value)))
-        for name, leaves, value in zip(self._program.coordinates, self._leaves, self._kinds, strict=True):
+        for name, placement in zip(self._captured.regions.observables, observables, strict=True):
+            outputs.append((f"output {name}", self._gathered([v[name] for v in self._values], placement)))
+        for name, leaves, placement in zip(self._program.coordinates, self._leaves, self._derivatives, strict=True):
             gradients = [next(found) for _ in dict.fromkeys(leaves)]
-            if not value.is_sharded:  # what each rank computes from a copy of its own
+            if not placement.is_sharded:  # each rank computes with a copy of its own
                 gradients = [torch.stack(gradients).sum(0)]
-            outputs.append((f"the derivative by {name}", self._joined(gradients, value)))
-        if not weights:
-            weights += draw_weights([x for _, x in outputs])
-        terms = force_loss([x for _, x in outputs], weights)
-        trained = torch.autograd.grad(terms, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
+            outputs.append((f"the derivative by {name}", self._gathered(gradients, placement)))
+        parameters = list(self._parameters.values())
+        loss = probe_loss([x for _, x in outputs])
+        trained = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         named = [(f"{GRADIENT}{n!r}", g) for n, g in zip(self._parameters, trained, strict=True)]
-        return [*((what, x.detach()) for what, x in outputs), *named]
+        return [*((name, x.detach()) for name, x in outputs), *named]
 
-    def _joined(self, of_ranks: Sequence[Tensor], value: Placement) -> Tensor:
-        if not value.is_sharded:
+    def _gathered(self, of_ranks: Sequence[Tensor], placement: Placement) -> Tensor:
+        if not placement.is_sharded:
             return of_ranks[0]
-        order = self._shards[value.rows][0].order.to(of_ranks[0].device)
-        return torch.cat(list(of_ranks), value.dim).index_select(value.dim, order)
+        rows = _all_rows([x.movedim(placement.dim, 0) for x in of_ranks], self._shards[placement.rows])
+        return rows.movedim(0, placement.dim)
 
 
-def _gather_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
-    everything = torch.cat(list(values), dim).index_select(dim, shards[0].order.to(values[0].device))
-    halos = [everything.index_select(dim, s.halo.to(everything.device)) for s in shards]
-    return [torch.cat(pair, dim) for pair in zip(values, halos, strict=True)]
+# The exchanges, of all ranks at once: from each rank's value, with its rows first, to each rank's result.
 
 
-def _sum_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
-    shape = list(values[0].shape)
-    shape[dim] = shards[0].num_rows
-    total = values[0].new_zeros(shape)
+def _all_rows(values: Sequence[Tensor], shards: Sequence[Shard]) -> Tensor:
+    return torch.cat(list(values))[shards[0].order.to(values[0].device)]
+
+
+def _held(shard: Shard, device: torch.device) -> Tensor:
+    """Returns the global indices of the rows that a rank holds, own rows and halo."""
+    return torch.cat([shard.own, shard.halo]).to(device)
+
+
+def _gather_halo(values: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
+    everything = _all_rows(values, shards)
+    return [torch.cat([x, everything[s.halo.to(x.device)]]) for x, s in zip(values, shards, strict=True)]
+
+
+def _sum_halo(values: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
+    total = values[0].new_zeros(shards[0].num_rows, *values[0].shape[1:])
     for value, shard in zip(values, shards, strict=True):
-        total = total.index_add(dim, torch.cat([shard.own, shard.halo]).to(value.device), value)
-    return [total.index_select(dim, s.own.to(total.device)) for s in shards]
+        total = total.index_add(0, _held(shard, value.device), value)
+    return [total[s.own.to(total.device)] for s in shards]
 
 
-def _max_halo(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
-    shape = list(values[0].shape)
-    shape[dim] = shards[0].num_rows
-    largest = values[0].new_full(shape, -math.inf)
+def _max_halo(values: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
+    largest = values[0].new_full((shards[0].num_rows, *values[0].shape[1:]), -math.inf)
     for value, shard in zip(values, shards, strict=True):
-        rows = torch.cat([shard.own, shard.halo]).to(value.device)
-        held = torch.maximum(largest.index_select(dim, rows), value.detach())
-        largest = largest.index_copy(dim, rows, held)
-    own = [largest.index_select(dim, s.own.to(largest.device)) for s in shards]
-    are_largest = [v.detach() == g for v, g in zip(values, _gather_halo(own, shards, dim), strict=True)]
-    counts = _sum_halo([a.to(v.dtype) for a, v in zip(are_largest, values, strict=True)], shards, dim)
+        rows = _held(shard, value.device)
+        largest[rows] = torch.maximum(largest[rows], value.detach())
+    of_rank = [largest[_held(s, largest.device)] for s in shards]
+    are_largest = [v.detach() == g for v, g in zip(values, of_rank, strict=True)]
+    counts = _sum_halo([a.to(v.dtype) for a, v in zip(are_largest, values, strict=True)], shards)
     kept = [torch.where(a, v, torch.zeros_like(v)) for a, v in zip(are_largest, values, strict=True)]
-    return [s / n for s, n in zip(_sum_halo(kept, shards, dim), counts, strict=True)]
+    return [s / n for s, n in zip(_sum_halo(kept, shards), counts, strict=True)]
 
 
-def _with_low_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
-    return [
-        torch.cat([x, x.new_full([s.num_halo if d == dim else n for d, n in enumerate(x.shape)], -math.inf)], dim)
-        for x, s in zip(values, shards, strict=True)
-    ]
+def _with_rows_of(fill: float, values: Sequence[Tensor], shards: Sequence[Shard]) -> list[Tensor]:
+    return [torch.cat([x, x.new_full((s.num_halo, *x.shape[1:]), fill)]) for x, s in zip(values, shards, strict=True)]
 
 
-def _with_room(values: Sequence[Tensor], shards: Sequence[Shard], dim: int) -> list[Tensor]:
-    return [
-        torch.cat([x, x.new_zeros([s.num_halo if d == dim else n for d, n in enumerate(x.shape)])], dim)
-        for x, s in zip(values, shards, strict=True)
-    ]
+def _sum(values: Sequence[Tensor], _: Sequence[Shard]) -> list[Tensor]:
+    return [functools.reduce(operator.add, values)] * len(values)
 
 
-def _sum(values: Sequence[Tensor], _: Sequence[Shard], __: int) -> list[Tensor]:
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return [total] * len(values)
-
-
-def _same(values: Sequence[Tensor], _: Sequence[Shard], __: int) -> list[Tensor]:
+def _same(values: Sequence[Tensor], _: Sequence[Shard]) -> list[Tensor]:
     return list(values)
 
 
-_EXCHANGES: dict[Any, Callable[[Sequence[Tensor], Sequence[Shard], int], list[Tensor]]] = {
+_EXCHANGES: dict[Any, Callable[[Sequence[Tensor], Sequence[Shard]], list[Tensor]]] = {
     exchange_ops.gather_halo: _gather_halo,
     exchange_ops.sum_halo: _sum_halo,
-    exchange_ops.with_room: _with_room,
+    exchange_ops.with_room: functools.partial(_with_rows_of, 0.0),
     exchange_ops.max_halo: _max_halo,
-    exchange_ops.with_low_room: _with_low_room,
+    exchange_ops.with_low_room: functools.partial(_with_rows_of, -math.inf),
     exchange_ops.sum_over_ranks: _sum,
     exchange_ops.replicate: _same,
     exchange_ops.count_once: _same,

@@ -1,4 +1,4 @@
-"""Proof that a potential with stages of its own is staged right: by all graph ranks together, as in training.
+"""Verifies that a potential with stages of its own is sharded right: by all graph ranks together, as in training.
 
 Its parts run as they are, exchanges included, so that no process can stand for several ranks.
 """
@@ -10,25 +10,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
+from lightning_januspipe.capture.validate.probe_loss import probe_loss
 from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import run_single_process
-from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
+from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.errors import CaptureError, PipelineError, shown
 from lightning_januspipe.graph.axis import GraphAxis
 from lightning_januspipe.graph.sharded_potential import RankPotential
-from lightning_januspipe.graph.verify_captured import GRADIENT, draw_weights, force_loss, require_same
+from lightning_januspipe.graph.verify_captured import GRADIENT, require_same
 
 
 def verify_explicit_sharding(
     axis: GraphAxis, staged: StagedPotential, potential: nn.Module, tensors: Sequence[Tensor]
 ) -> None:
-    """Compare a micro-batch staged over graph ranks with the whole one, which each rank computes for itself.
+    """Compares a micro-batch that is sharded over graph ranks with the whole one, which each rank computes for itself.
 
-    Once neighbouring atoms are on different ranks, so that all exchanges are needed, and sums over atoms are over ranks
-    too. Once the first rank has all atoms, and the others none.
+    It is sharded in two ways: with neighboring atoms on different ranks, so that all exchanges are needed and sums over
+    atoms are sums over ranks; and with all atoms on the first rank and none on the others.
 
     Args:
         axis: this rank's place; all graph ranks have to call this.
@@ -40,12 +40,12 @@ def verify_explicit_sharding(
         CaptureError: they differ, on every rank; or a part failed on this rank, where others may still wait.
         PipelineError: another rank did not answer.
     """
-    given = MicrobatchInput(list(tensors), staged.bind_sizes(tensors))
-    weights: list[Tensor] = []
-    expected = _results(staged, staged, potential, given, None, weights)
+    staged.bind_sizes(tensors)
+    expected = _results(staged, staged, potential, tensors, None)
     for over in (None, 1):
         try:
-            found = _results(axis.potential, staged, potential, axis.scatter_inputs(0, given, over), axis, weights)
+            own = axis.scatter_inputs(0, tensors, over).tensors
+            found = _results(axis.potential, staged, potential, own, axis)
         except (PipelineError, torch.OutOfMemoryError):
             raise
         except (IndexError, RuntimeError) as error:
@@ -68,40 +68,41 @@ _CAUSES = (
 
 
 def _results(
-    local: StagedPotential | RankPotential,
+    chain: StagedPotential | RankPotential,
     staged: StagedPotential,
     potential: nn.Module,
-    given: MicrobatchInput,
+    tensors: Sequence[Tensor],
     axis: GraphAxis | None,
-    weights: list[Tensor],
 ) -> list[tuple[str, Tensor]]:
-    """Observables, derivatives and parameter gradients, through all phases."""
+    """Returns observables, derivatives and parameter gradients of a force loss, each with its name.
+
+    Args:
+        chain: the stages that run, on all rows or on one rank's own.
+        staged: the potential in stages.
+        potential: the live potential.
+        tensors: the inputs of the stages.
+        axis: the graph axis of stages on one rank's own rows.
+    """
     outputs: list[tuple[str, Tensor]] = []
-    assert isinstance(staged, ExplicitPotential)
-    names = list(staged.features[-1])
+    names = [f"the result {name!r}" for name in staged.observable_names]
+    names += [f"the derivative by {name!r}" for name in staged.coordinate_names]
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         if axis is not None:
             observables, derivatives = axis.gather_results(0, observables, derivatives)
-        words = [f"the result {name!r}" for name in names]
-        words += [f"the derivative by {name!r}" for name in staged.coordinates]
-        leaves = LossLeaves(observables, derivatives)
-        values = [*leaves.observables, *leaves.derivatives]
-        outputs.extend((what, v.detach()) for what, v in zip(words, values, strict=True))
-        if not weights:
-            weights.extend(draw_weights(values))
+        from_loss = LossLeaves(observables, derivatives)
+        values = [*from_loss.observables, *from_loss.derivatives]
+        outputs.extend((name, v.detach()) for name, v in zip(names, values, strict=True))
         with torch.enable_grad():
-            terms = force_loss(values, weights)
-            gradients = leaves.seeds(torch.autograd.grad(terms, leaves.inputs))
-        return gradients if axis is None else axis.own_gradients(0, gradients)
+            seeds = from_loss.seeds(torch.autograd.grad(probe_loss(values), from_loss.inputs, allow_unused=True))
+        return seeds if axis is None else axis.own_gradients(0, seeds)
 
-    functions = [local.stage(i, potential) for i in range(local.num_stages)]
-    result = run_single_process(functions, staged.chain, given.tensors, loss)
-    named = [(n, p, result.gradients.get(p)) for n, p in potential.named_parameters() if p.requires_grad]
-    return outputs + [
-        (
-            f"{GRADIENT}{n!r}",
-            torch.zeros(p.shape).to(p) if g is None else g.clone(memory_format=torch.contiguous_format),
-        )
-        for n, p, g in named
-    ]
+    functions = [chain.stage(i, potential) for i in range(chain.num_stages)]
+    result = run_single_process(functions, staged.chain, tensors, loss)
+    for name, p in potential.named_parameters():
+        if p.requires_grad:
+            g = result.gradients.get(p)
+            # A gradient may be held by other stages, or strided as no collective takes it.
+            found = torch.zeros_like(p) if g is None else g
+            outputs.append((f"{GRADIENT}{name!r}", found.clone(memory_format=torch.contiguous_format)))
+    return outputs

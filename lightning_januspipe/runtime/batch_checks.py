@@ -1,8 +1,8 @@
 """Validation in the middle of training, for batches of a kind that no validation has seen.
 
 A forward may branch on whether there is just one structure, or no edge, or on an entry that only some batches hold.
-The trace does not tell: many operations treat sizes of 0 and 1 apart without another result, and entries that a forward
-does not read are of no effect. So the first batch of each such kind is compared with the module itself.
+The trace does not tell: many operations treat sizes of 0 and 1 specially without another result, and entries that a
+forward does not read have no effect. So the first batch of each such kind is compared with the module itself.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lightning_januspipe.errors import CaptureError
 class BatchChecks:
     """Compares a potential in stages with the module itself on the first batch of each kind.
 
-    Every rank of a pipeline holds the whole module and the same batch, and so comes to the same.
+    Every rank of a pipeline holds the whole module and the same batch, and so comes to the same result.
 
     Args:
-        staged: the potential in stages, validated on ordinary batches.
-        module: the LightningModule.
+        staged: The potential in stages, validated on ordinary batches.
+        module: The LightningModule.
 
     Attributes:
-        whole: a context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
+        whole: A context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
     """
 
     def __init__(self, staged: StagedPotential, module: nn.Module) -> None:
@@ -45,13 +45,13 @@ class BatchChecks:
     def note(
         self, step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> None:
-        """Note a call, if it is of a kind that was not validated yet.
+        """Notes a call, if it is of a kind that was not validated yet.
 
         Args:
-            step: the user's step that makes the call.
-            args: positional arguments of the call.
-            kwargs: its keyword arguments.
-            symbols: values of its size symbols.
+            step: The user's step that makes the call.
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+            symbols: Values of its size symbols.
         """
         staged = self._staged
         call = PotentialCall(staged.path, args, kwargs, tuple(staged.outputs), staged.replaced)
@@ -61,10 +61,10 @@ class BatchChecks:
             self._noted[kinds] = potential, call
 
     def run(self) -> None:
-        """Validate the potential on the calls that were noted.
+        """Validates the potential on the calls that were noted.
 
         Raises:
-            CaptureError: the stages differ from the module itself.
+            CaptureError: The stages differ from the module itself.
         """
         if not self._noted:
             return
@@ -83,6 +83,6 @@ class BatchChecks:
                     validate_evaluation(self._staged, potential, call)
         except CaptureError as error:
             raise CaptureError(
-                f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was validated when "
-                f"training started, and with it {error}"
+                f"this batch has {', '.join(sorted(kinds))}, unlike the batches that the potential was validated on "
+                f"when training started, and with it {error}"
             ) from error

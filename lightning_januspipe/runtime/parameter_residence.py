@@ -1,8 +1,9 @@
-"""Parameters of other stages leave a rank's memory, where the module is made in ``configure_model``.
+"""Parameters of other stages leave a rank's memory, if the module is made in ``configure_model``.
 
-Which stages a rank has is known only after capture, for which the first rank needs the whole module on its device. The
-others keep it in host memory until then. Afterwards a rank has on its device the parameters that it trains and those
-that all ranks read; the rest are on the meta device, with names, shapes and identity, but without values.
+A rank's stages are known only after capture, for which the first rank needs the whole module on its device. The other
+ranks keep it in host memory until then. Afterwards a rank has on its device the parameters that it trains and the
+parameters that several ranks train; the others are on the meta device, with names, shapes and identity, but without
+values.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from lightning_januspipe.runtime.parameters import PlacedParameters
 
 
 class ParameterResidence:
-    """Moves the parameters of one module on one rank.
+    """Moves the parameters of a module between a rank's device, its host memory and the meta device.
 
     Args:
-        module: the LightningModule, the same on all ranks.
-        mesh: this rank's process groups.
+        module: The LightningModule, the same on all ranks.
+        mesh: This rank's process groups.
     """
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
@@ -37,7 +38,7 @@ class ParameterResidence:
         return bool(self._gone)
 
     def wait_for_stages(self) -> None:
-        """Move the module to the device, but its parameters on the first rank only."""
+        """Moves the module to the device, but its parameters on the first rank only."""
         device = self._mesh.device
         if self._mesh.rank == 0:
             self._module.to(device)
@@ -45,7 +46,7 @@ class ParameterResidence:
             self._module._apply(lambda t: t if isinstance(t, nn.Parameter) else t.to(device))
 
     def place(self, parameters: PlacedParameters) -> None:
-        """Move the parameters that this rank's stages and the steps read to its device; the others stay."""
+        """Moves the parameters that this rank's stages and the steps read to its device; the others stay."""
         for parameter in self._module.parameters():
             if _is_needed(parameters, parameter):
                 parameter.data = parameter.data.to(self._mesh.device)
@@ -53,7 +54,7 @@ class ParameterResidence:
                 parameter.data = parameter.data.cpu()
 
     def release(self, parameters: PlacedParameters) -> None:
-        """Free the parameters of other stages."""
+        """Frees the parameters of other stages."""
         ranks = parameters.ranks_of
         # Gradients of a parameter with several holders are summed over all ranks.
         self._gone = {p: parameters.owner(p) for p in self._module.parameters() if len(ranks[p]) == 1}
@@ -65,13 +66,13 @@ class ParameterResidence:
                 _replace(parameter, torch.empty_like(parameter, device="meta"))
 
     def restore(self) -> None:
-        """Bring all parameters back, those of other stages into host memory; every rank of a pipeline takes part."""
+        """Brings all parameters back, those of other stages into host memory; every rank of a pipeline takes part."""
         self._fetch(keep=True)
         self._gone, self._stale = {}, {}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The values of all parameters on the device of every rank of a pipeline, all of which take part."""
+        """Fetches the values of all parameters to the device inside; every rank of a pipeline takes part."""
         fetched = self._fetch(keep=True, on_device=True)
         try:
             yield
@@ -80,7 +81,7 @@ class ParameterResidence:
 
     @contextmanager
     def whole_on_first_rank(self) -> Iterator[None]:
-        """The values of all parameters on global rank 0, in host memory; tensors taken from them stay valid."""
+        """Fetches all values to global rank 0 inside, into host memory; tensors taken from them stay valid."""
         fetched = self._fetch(keep=self._mesh.rank == 0) if self._mesh.data_rank == 0 else []
         try:
             yield
@@ -103,7 +104,7 @@ class ParameterResidence:
         return fetched
 
     def leave_device(self) -> None:
-        """Move what there is to host memory; what is on the meta device stays there."""
+        """Moves what there is to host memory; what is on the meta device stays there."""
         self._module._apply(lambda t: t if t.is_meta else t.cpu())
 
 
@@ -117,7 +118,7 @@ def _forget(parameters: list[nn.Parameter]) -> None:
 
 
 def _replace(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter other values on another kind of device; the object stays the same for all who hold it."""
+    """Gives a parameter other values on another kind of device; the object stays the same for all who hold it."""
     other = nn.Parameter(values, requires_grad=parameter.requires_grad)
     # torch.utils.swap_tensors refuses objects with weak references, which are to this very object, and stay right.
     torch._C._swap_tensor_impl(parameter, other)  # type: ignore[attr-defined]

@@ -107,17 +107,14 @@ class Pipeline(Runner):
         with self._abort_on_error():
             inputs = self._inputs(steps, batches, owners)
             schedule = self.schedules.schedule(len(batches))
-            outputs: list[Any] = [None] * len(batches)
+            outputs, weight = [None] * len(batches), loss_scale / len(batches)
 
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 if self._graph is not None:
                     observables, derivatives = self._graph.gather_results(index, observables, derivatives)
                 with as_world(self._mesh.data_group):
-                    result = self._step.loss(
-                        index, steps[index], batches[index], loss_scale / len(batches), observables, derivatives
-                    )
-                outputs[index] = result.output
-                return result.gradients if self._graph is None else self._graph.own_gradients(index, result.gradients)
+                    outputs[index], seeds = self._step.loss(index, weight, observables, derivatives)
+                return seeds if self._graph is None else self._graph.own_gradients(index, seeds)
 
             if self.step_recorder.wants_times:
                 self._recorded_with = self.schedules.costs
@@ -138,7 +135,7 @@ class Pipeline(Runner):
             if self._graph is not None:
                 observables, derivatives = self._graph.gather_results(0, observables, derivatives)
             with as_world(self._mesh.data_group):
-                return self._step.finish(0, step, batch, observables, derivatives)
+                return self._step.finish(0, observables, derivatives)
 
     def _inputs(
         self, steps: Sequence[StepFunction], batches: Sequence[Any], owners: Sequence[Tensor | None] = ()

@@ -1,4 +1,4 @@
-"""From measured costs to the schedule of a step. The schedules themselves, free of torch, are in ``schedule``."""
+"""From measured costs to the schedule of a step. The schedules themselves, free of torch, are in ``schedule/``."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ class Planner:
     """Builds the schedules of one pipeline.
 
     Attributes:
-        name: name of the schedule.
-        num_ranks: ranks of the pipeline.
-        costs: seconds of the phases of each stage for one micro-batch.
-        memory: bytes that one micro-batch holds in each stage.
-        wave_size: micro-batches in a wave, or "auto".
-        memory_limit: most bytes that the micro-batches of one rank may hold, or None.
-        latency: seconds that a message takes.
-        placement: the rank of each stage, once it is chosen.
+        name: Name of the schedule.
+        num_ranks: Ranks of the pipeline.
+        costs: Seconds of the phases of each stage for one micro-batch.
+        memory: Bytes that one micro-batch holds in each stage.
+        wave_size: Micro-batches in a wave, or "auto".
+        memory_limit: Most bytes that the micro-batches of one rank may hold, or None.
+        latency: Seconds that a message takes.
+        placement: The rank of each stage, once it is chosen.
     """
 
     name: str
     num_ranks: int
-    costs: tuple[PhaseCosts, ...]
-    memory: tuple[MemoryCosts, ...]
+    costs: tuple[PhaseCosts, ...] = ()
+    memory: tuple[MemoryCosts, ...] = ()
     wave_size: int | Literal["auto"] = "auto"
     memory_limit: float | None = None
     latency: float = 0.0
     placement: tuple[int, ...] | None = None
 
     def schedule(self, num_microbatches: int) -> Schedule:
-        """The schedule for a number of micro-batches.
+        """Builds the schedule for a number of micro-batches.
 
         Raises:
-            ValueError: it cannot keep within the memory limit.
+            ValueError: The schedule cannot keep within the memory limit.
         """
         limited = self.memory_limit is not None
         return build_schedule(
@@ -60,19 +60,19 @@ class Planner:
         )
 
     def step_time(self, num_microbatches: int) -> float:
-        """Predicted seconds of a training step."""
+        """Predicts the seconds of a training step."""
         return self._makespan(self.schedule(num_microbatches), self.costs)
 
     def report(self, schedule: Schedule) -> Report:
-        """A schedule in simulated time, in seconds and bytes."""
+        """Simulates a schedule, in seconds and bytes."""
         return simulate(schedule, self.costs, comm=self.latency, memory=self.memory)
 
     def improved(self, schedule: Schedule, costs: tuple[PhaseCosts, ...]) -> Schedule | None:
-        """A schedule for other costs, if it is better than the present one by more than costs are uncertain.
+        """Searches a schedule for other costs; returns it if it gains more than the costs are uncertain.
 
         Args:
-            schedule: what is in use; it stays where the search finds none within the memory limit.
-            costs: seconds of the phases of each stage, measured anew.
+            schedule: The schedule in use. It stays if the search finds none within the memory limit.
+            costs: Seconds of the phases of each stage, measured anew.
         """
         try:
             found = replace(self, costs=costs).schedule(schedule.num_microbatches)
@@ -86,11 +86,11 @@ class Planner:
 
 
 def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedule) -> tuple[PhaseCosts, ...]:
-    """Costs from the times of phases that ran.
+    """Returns the costs of each stage from the times of phases that ran.
 
     Args:
-        seconds: by stage and phase; WF and WE are 0 where they did not run by themselves.
-        schedule: what ran. FF and BF of a split stage have computed FE and BE once more.
+        seconds: By stage and phase; WF and WE may be missing if they did not run by themselves.
+        schedule: What ran. FF and BF of a split stage have computed FE and BE once more.
     """
     found = []
     for stage in range(schedule.num_stages):
@@ -103,9 +103,16 @@ def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedul
 
 
 def placements(name: str, num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    """The ranks of the stages that a potential may be cut in for a schedule, the simplest first.
+    """Returns for a schedule the placements that a potential may be cut for, the simplest first.
 
-    An unfolded schedule places its stages by their costs; what counts here is how many there are.
+    An unfolded schedule places its stages by their costs; here only the number of stages counts.
+
+    Args:
+        name: Name of the schedule.
+        num_ranks: Ranks of the pipeline.
+
+    Returns:
+        The rank of each stage, for each placement.
     """
     found = [tuple(range(num_ranks))]
     if num_ranks > 1 and name in SEVERAL_STAGES:
@@ -114,15 +121,15 @@ def placements(name: str, num_ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def is_deferred(name: str) -> bool:
-    """Whether a schedule has WF and WE."""
+    """Returns whether a schedule has WF and WE."""
     return name in DEFERRED
 
 
 def is_unfolded(name: str) -> bool:
-    """Whether FF and BF of a stage may be on another rank than its FE and BE."""
+    """Returns whether a schedule may split stages."""
     return name in UNFOLDED
 
 
 def is_searched(name: str) -> bool:
-    """Whether the order of a schedule depends on the costs."""
+    """Returns whether the order of a schedule depends on the costs."""
     return name in SEARCHED

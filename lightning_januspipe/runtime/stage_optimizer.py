@@ -1,7 +1,7 @@
-"""Optimizers of one stage, and their part in checkpoints with the user's own keys.
+"""Optimizers of one rank, and their part in checkpoints with the user's own keys.
 
-A consolidated checkpoint is what plain Lightning writes: it loads with ``strategy="auto"`` and the reverse. Optimizer
-state travels between ranks by parameter, never by index of a stage, since indices of different stages collide.
+A checkpoint in one file is what plain Lightning writes: it loads with ``strategy="auto"``, and the other way round.
+Optimizer state goes from rank to rank by parameter, never by the index in a rank's optimizer: these indices collide.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ class StageOptimizer:
     """Keeps in an optimizer only what this rank trains, and puts the whole together again for a checkpoint.
 
     Args:
-        optimizer: made by the user over the whole module.
-        parameters: the module's parameters, with the ranks that train them.
-        names: of all parameters of the module.
-        state: of a checkpoint, by the indices of the optimizer over the whole module; by default the optimizer's own.
+        optimizer: The user's optimizer over the whole module.
+        parameters: The module's parameters, with the ranks that train them.
+        names: Names of all parameters of the module.
+        state: State of a checkpoint, by the indices of the optimizer over the whole module; by default the optimizer
+            keeps its own.
+
+    Raises:
+        ValueError: The optimizer holds parameters that the module does not have.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class StageOptimizer:
             self._load_held(state)
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Load what this rank trains from the state of the optimizer over the whole module."""
+        """Loads what this rank trains from the state of the optimizer over the whole module."""
         self.make_whole()
         saved = indexed_state(saved, self.optimizer, self._names)
         self._prune()
@@ -59,7 +63,7 @@ class StageOptimizer:
         self._load_held(saved["state"])
 
     def make_whole(self) -> None:
-        """Give the optimizer its own parameter groups back, as the user made them."""
+        """Gives the optimizer its own parameter groups back, as the user made them."""
         for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
             group["params"] = parameters
 
@@ -78,7 +82,7 @@ class StageOptimizer:
         self.optimizer.load_state_dict(held)
 
     def own_state_dict(self) -> dict[str, Any]:
-        """What this rank writes into a folder: state of the parameters that it owns, and all groups, by names."""
+        """Returns what this rank writes into a folder: the state of parameters that it owns and all groups, by name."""
         self._require_same_groups()
         state = {
             self._names[p]: self.optimizer.state[p]
@@ -90,7 +94,7 @@ class StageOptimizer:
         return {"state": state, "param_groups": _groups(self.optimizer, names)}
 
     def full_state_dict(self, mesh: Mesh) -> dict[str, Any]:
-        """The state dict that the optimizer over the whole module would have; every rank of a pipeline takes part."""
+        """Returns the state dict of the optimizer over the whole module; every rank of a pipeline takes part."""
         if mesh.aborted:
             raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
         self._require_same_groups()
@@ -120,22 +124,22 @@ class StageOptimizer:
 
 
 def named_state_dict(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """State of an optimizer over whole parameters, by their names."""
+    """Returns the state of an optimizer over the whole module, by the parameters' names."""
     keys = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     state = {name: optimizer.state[p] for p, name in names.items() if p in optimizer.state}
     return {"state": state, "param_groups": _groups(optimizer, keys)}
 
 
 def indexed_state(saved: Mapping[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """A saved state by the indices of an optimizer, whether it was saved by names or by indices.
+    """Returns a saved state by the indices of an optimizer, whether it was saved by names or by indices.
 
     Args:
-        saved: what a checkpoint holds.
-        optimizer: over whole parameters.
-        names: of the module's parameters.
+        saved: What a checkpoint holds.
+        optimizer: The optimizer over the whole module.
+        names: Names of the module's parameters.
 
     Raises:
-        ValueError: the checkpoint is of other parameters.
+        ValueError: The checkpoint's optimizer has other parameters.
     """
     groups = saved["param_groups"]
     if not any(isinstance(key, str) for group in groups for key in group["params"]):

@@ -1,4 +1,4 @@
-"""Single training steps of one rank, recorded when that is asked for."""
+"""Records of single training steps, made when they are asked for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_januspipe.schedule import Report, Schedule
 
 @dataclass(frozen=True)
 class RankStep:
-    """A training step as one rank saw it.
+    """Holds a training step as one rank saw it.
 
     Attributes:
-        schedule: the actions of all ranks; None where the module is undivided. A micro-batch is one action then, FE.
-        spans: the actions of this rank. The time is zero when the ranks of the pipeline have compared their batches,
-            which waits for all of them: so their clocks agree to a fraction of a millisecond.
-        bytes_sent: in messages to other stages.
+        schedule: The actions of all ranks; None without stages. A micro-batch is one action then, FE.
+        spans: The actions of this rank. Time is zero when the ranks of the pipeline have compared their batches, which
+            waits for all of them, so that their clocks agree to a fraction of a millisecond.
+        bytes_sent: Bytes of messages to other stages.
     """
 
     schedule: Schedule | None
@@ -32,12 +32,12 @@ class RankStep:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A training step as it ran, and as it was predicted.
+    """Holds a training step as it ran, and as it was predicted.
 
     Attributes:
-        schedule: the actions of all ranks.
-        predicted: the simulation with the costs that were known when the step began, in seconds.
-        recorded: the real step, in seconds.
+        schedule: The actions of all ranks.
+        predicted: The simulation with the costs that were known when the step began, in seconds.
+        recorded: The real step, in seconds.
     """
 
     schedule: Schedule
@@ -46,15 +46,18 @@ class RecordedStep:
 
 
 class StepRecorder:
-    """Records the steps of one rank that it is asked to; nothing is sent to other ranks.
+    """Records the steps of one rank that it is asked to record; nothing is sent to other ranks.
 
     Args:
-        device: where the stages run.
-        gradients: of this rank's parameters.
+        device: The device that the stages run on.
+        gradients: Sums of this rank's parameter gradients.
 
     Attributes:
-        rank_step: the last step that was asked for.
-        held: the most bytes that the micro-batches of this rank held at once, in the last step in which this was asked.
+        rank_step: The last step whose times were asked for.
+        held: The most bytes that the micro-batches of this rank held at once, in the last step whose memory was asked
+            for.
+        wants_times: Whether the times of the next step are asked for.
+        wants_memory: Whether the memory of the next step is asked for.
     """
 
     def __init__(self, device: torch.device, gradients: GradientBuffers) -> None:
@@ -65,9 +68,9 @@ class StepRecorder:
         self.wants_times = self.wants_memory = False
 
     def ask(self, memory: bool = False) -> None:
-        """Record the next step: times, or memory on the CPU, which makes a step slower.
+        """Asks for a recording of the next step: of its times, or of its memory on the CPU, which makes it slower.
 
-        Memory is not measured in a step of which times are needed too.
+        Memory is not measured in a step whose times are needed too.
         """
         if memory:
             self.wants_memory = True
@@ -78,12 +81,12 @@ class StepRecorder:
     def step(
         self, schedule: Schedule | None = None, bytes_sent: Callable[[], int] = int, always: bool = False
     ) -> Iterator[ActionRecorder | None]:
-        """For the duration of one step: the recorder that takes in its actions, if it is to be recorded.
+        """Yields the recorder that takes in the actions of one step, if the step is to be recorded.
 
         Args:
-            schedule: of the step.
-            bytes_sent: of all messages so far.
-            always: whether the times of this step are needed for something else.
+            schedule: Schedule of the step.
+            bytes_sent: Returns the bytes of all messages so far.
+            always: Whether the times of this step are needed for something else.
         """
         times, memory = self.wants_times, self.wants_memory
         self.wants_times = self.wants_memory = False

@@ -1,9 +1,9 @@
-"""The user's step around a captured potential: up to its call of the potential, and from its result to the loss."""
+"""The user's step around a captured potential: up to its call of the potential, and from its results to the loss."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import step_with
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import shallow_copy
 from lightning_januspipe.capture.validate.side_effects import kept_metrics, metrics_of, silent_log
@@ -25,101 +25,96 @@ Note = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one micro-batch's step gave.
+class _Prepared:
+    """A micro-batch between the two runs of its step."""
 
-    Attributes:
-        output: what the user's step returned.
-        gradients: what the phases need.
-    """
-
-    output: Any
-    gradients: LossGradients
+    step: StepFunction
+    batch: Any
+    tensors: list[Tensor]
+    seed: int
 
 
 class CapturedStep:
-    """Runs the user's step with the potential replaced.
+    """Runs the user's step with the potential replaced: up to the potential, and later from its results to the loss.
 
     Args:
-        captured: the captured potential.
-        module: the LightningModule.
-        add_gradients: called with the parameters outside the stages and their gradients. Every rank computes the same
-            ones, so only one rank of a pipeline may pass them on.
-        note: called with each call of the potential: the step, its arguments, and the values of its size symbols.
+        staged: The potential in stages.
+        module: The LightningModule.
+        add_gradients: Called with the parameters outside the stages and their gradients. Every rank computes the same
+            gradients, so only one rank of a pipeline may pass them on.
+        note: Called with each call of the potential: the step, its arguments, and the values of its size symbols.
+
+    Attributes:
+        outside_parameters: Trainable parameters that the step reads outside the stages.
     """
 
     def __init__(
         self,
-        captured: StagedPotential,
+        staged: StagedPotential,
         module: nn.Module,
         add_gradients: Callable[[list[nn.Parameter], list[Tensor | None]], None],
         note: Note | None = None,
     ) -> None:
-        self._captured, self._module, self._add, self._note = captured, module, add_gradients, note
-        self._potential = module.get_submodule(captured.path)
-        self._epilogue = captured.return_value(self._potential)
-        self._inputs = captured.inputs(self._potential)
+        self._staged, self._module, self._add, self._note = staged, module, add_gradients, note
+        self._potential = module.get_submodule(staged.path)
+        self._epilogue = staged.return_value(self._potential)
+        self._inputs = staged.inputs(self._potential)
         named = dict(self._potential.named_parameters())
-        inside = {named[name] for name, stages in captured.parameter_stages().items() if stages}
+        inside = {named[name] for name, stages in staged.parameter_stages().items() if stages}
         others = [p for p in module.parameters() if p.requires_grad and p not in inside]
-        read = [named[name] for name in captured.step_parameters if named[name].requires_grad]
+        read = [named[name] for name in staged.step_parameters if named[name].requires_grad]
         self.outside_parameters: list[nn.Parameter] = list(dict.fromkeys([*others, *self._epilogue.parameters, *read]))
         self._metrics = metrics_of(module)
-        self._calls: dict[int, list[Tensor]] = {}
-        self._seeds: dict[int, int] = {}
+        self._prepared: dict[int, _Prepared] = {}
 
     def prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
-        """Run the step up to the potential, and return what the stages get.
+        """Runs the step up to the potential, and returns what the stages get.
 
         Args:
-            index: the micro-batch.
-            step: the user's step, from a batch to its output.
-            batch: the micro-batch's batch; the step gets a shallow copy.
+            index: Index of the micro-batch.
+            step: The user's step, from a batch to its output.
+            batch: The micro-batch; the step gets a shallow copy.
 
         Raises:
-            CaptureError: the step does not call the potential, or calls it with other constants or sizes than it was
-                traced for.
+            CaptureError: The step does not call the potential, or calls it with other constants or sizes than it was
+                captured for.
         """
         # One number of the shared generator for each micro-batch: it goes on by as much on every rank, whatever the
         # step draws, and the step draws the same when it is run again.
         seed = int(torch.randint(2**31, ()).item())
         with seeded(seed), silent_log(self._module), kept_metrics(self._metrics), torch.enable_grad():
-            in_step = self._captured.replaced is not None
-            args, kwargs = call_arguments(self._module, self._captured.path, step, batch, in_step)
+            in_step = self._staged.replaced is not None
+            args, kwargs = call_arguments(self._module, self._staged.path, step, batch, in_step)
             tensors = self._inputs(args, kwargs)
-        symbols = self._captured.bind_sizes(tensors)
+        symbols = self._staged.bind_sizes(tensors)
         if self._note is not None:
             self._note(step, args, kwargs, symbols)
-        self._calls[index], self._seeds[index] = tensors, seed
+        self._prepared[index] = _Prepared(step, batch, tensors, seed)
         return MicrobatchInput(tensors, symbols)
 
     def loss(
-        self,
-        index: int,
-        step: StepFunction,
-        batch: Any,
-        weight: float,
-        observables: list[Tensor],
-        derivatives: list[Tensor],
-    ) -> StepResult:
-        """Run the whole step on energies and forces, and differentiate its loss.
+        self, index: int, weight: float, observables: Sequence[Tensor], derivatives: Sequence[Tensor]
+    ) -> tuple[Any, LossGradients]:
+        """Runs the whole step on energies and forces, and differentiates its loss.
 
         Args:
-            index: the micro-batch, prepared before.
-            step: the user's step.
-            batch: its batch.
-            weight: factor of this micro-batch's loss, with that of a gradient scaler.
-            observables: values of the potential that the loss reads.
-            derivatives: complete ∂E/∂x.
+            index: Index of the micro-batch, which was prepared before.
+            weight: Factor of this micro-batch's loss, with the factor of a gradient scaler.
+            observables: Values of the potential that the loss reads.
+            derivatives: Complete ∂E/∂x.
+
+        Returns:
+            The step's output, and the seeds of the backward passes.
 
         Raises:
-            CaptureError: the loss does not depend on energy or forces.
-            FloatingPointError: the loss is not finite.
+            CaptureError: The loss does not depend on energy or forces.
+            FloatingPointError: The loss is not finite.
         """
         leaves = LossLeaves(observables, derivatives)
         with torch.enable_grad():
-            output = self._replay(index, step, batch, leaves.observables, leaves.derivatives)
-        loss = loss_in(output, type(self._module).__name__)
+            output = self.finish(index, leaves.observables, leaves.derivatives)
+        name = type(self._module).__name__
+        loss = loss_in(output, name)
         require_finite(loss, index)
         found: list[Tensor | None] = []
         num = len(leaves.inputs)
@@ -127,43 +122,35 @@ class CapturedStep:
             found = gradients_of_loss(loss, weight, [*leaves.inputs, *self.outside_parameters])
             self._add(self.outside_parameters, found[num:])
         if all(gradient is None for gradient in found[:num]):
-            raise CaptureError(_UNTRAINED.format(type(self._module).__name__))
-        return StepResult(output, leaves.seeds(found[:num]))
+            raise CaptureError(
+                f"the loss of {name} depends on no energy and no derivative of the potential, so nothing can be "
+                "trained. Look for a detach(), a no_grad(), or a loss that reads other values than the potential "
+                "returns."
+            )
+        return output, leaves.seeds(found[:num])
 
-    def finish(
-        self, index: int, step: StepFunction, batch: Any, observables: list[Tensor], derivatives: list[Tensor]
-    ) -> Any:
-        """Run a step of evaluation on energies and forces, and return its output."""
-        return self._replay(index, step, batch, observables, derivatives)
+    def finish(self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> Any:
+        """Runs the whole step on energies and forces, and returns its output."""
+        prepared = self._prepared.pop(index)
+
+        def value_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value = self._epilogue(prepared.tensors, observables, derivatives)
+            return self._epilogue.for_step(args, kwargs, value)
+
+        with seeded(prepared.seed):
+            if self._staged.replaced is None:
+                with patched(self._potential, "forward", lambda *args, **kwargs: value_for(args, kwargs)):
+                    return prepared.step(shallow_copy(prepared.batch))
+            with step_with(self._module, *value_for((prepared.batch,), {})):
+                return prepared.step(shallow_copy(prepared.batch))
 
     def clear(self) -> None:
-        """Forget prepared micro-batches."""
-        self._calls.clear()
-        self._seeds.clear()
-
-    def _replay(self, index: int, step: StepFunction, batch: Any, y: list[Tensor], x: list[Tensor]) -> Any:
-        tensors = self._calls.pop(index)
-
-        def replaced(*args: Any, **kwargs: Any) -> object:
-            return self._epilogue.for_step(args, kwargs, self._epilogue(tensors, y, x))
-
-        with seeded(self._seeds.pop(index)):
-            if self._captured.replaced is None:
-                with forward_replaced(self._potential, replaced):
-                    return step(shallow_copy(batch))
-            derivatives, outputs = self._epilogue.for_step((batch,), {}, self._epilogue(tensors, y, x))
-            with step_with(self._module, derivatives, outputs):
-                return step(shallow_copy(batch))
-
-
-_UNTRAINED = (
-    "the loss of {0} depends on no energy and no derivative of the potential, so nothing can be trained. Look for a "
-    "detach(), a no_grad(), or a loss that reads other values than the potential returns."
-)
+        """Forgets prepared micro-batches."""
+        self._prepared.clear()
 
 
 def with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A step of the user as a function of the batch alone; indices are given by position, as Lightning does."""
+    """Returns a step of the user as a function of the batch alone; indices are given by position, as in Lightning."""
     following = list(inspect.signature(step).parameters.values())[1:3]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     indices = [

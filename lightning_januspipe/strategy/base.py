@@ -50,6 +50,7 @@ class StrategyState(ParallelStrategy):
         self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
+        self._shares_samples = False
         self._train_loader: Any = None
         self._eval_loader: Any = None
 

@@ -93,6 +93,9 @@ class ProcessHooks(StrategyState):
         """Reduces a tensor over the replicas: the ranks of one pipeline hold the same values."""
         if not isinstance(tensor, Tensor) or self.mesh is None or (group is None and self.mesh.shape.data == 1):
             return tensor
+        if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
+            # Replicas may have counted unequal numbers of samples, of which Lightning would round the mean down.
+            tensor = tensor.double()
         return self.lib.distributed._sync_ddp_if_available(tensor, group or self.mesh.data_group, reduce_op=reduce_op)
 
     @override

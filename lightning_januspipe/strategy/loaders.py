@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
@@ -13,16 +13,52 @@ from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
 from lightning_januspipe.strategy.base import StrategyState
+from lightning_januspipe.strategy.replica_samplers import discard_results, is_repeated, share_samples
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class LoaderHooks(StrategyState):
     """Prepares loaders and moves their batches."""
 
+    def _take_over_samplers(self, trainer: Trainer) -> None:
+        """Has the strategy share samples among replicas instead of Lightning, except for prediction."""
+        connector: Any = trainer._accelerator_connector
+        self._shares_samples = self.is_distributed and connector.use_distributed_sampler
+        if self._shares_samples and not trainer.predicting:
+            connector.use_distributed_sampler = False
+
+    def _hand_back_samplers(self, trainer: Trainer) -> None:
+        """Lets Lightning share samples again."""
+        if self._shares_samples:
+            connector: Any = trainer._accelerator_connector
+            connector.use_distributed_sampler = True
+
+    def _discard_repeated(self) -> None:
+        """Discards this replica's results of the present evaluation batch, if another replica has the same samples."""
+        trainer = self._trainer
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        if isinstance(loaders, (list, tuple)):
+            loaders = loaders[trainer._results.dataloader_idx or 0]
+        if self._shares_samples and is_repeated(loaders, self.replica_index):
+            discard_results(trainer._results)
+
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Returns a loader that splits training batches into micro-batches, with workers seeded by replica."""
+        """Returns a loader of this replica's samples, with workers seeded by replica; training batches are split."""
+        trainer = self._trainer
+        if self._shares_samples and not trainer.predicting:
+            dataloader = share_samples(
+                dataloader,
+                self.lib,
+                self.mesh_shape.data,
+                self.replica_index,
+                trains=trainer.training,
+                may_shuffle=not trainer.overfit_batches,
+            )
         seed_workers(dataloader, self.lib.seed.pl_worker_init_function, self.replica_index)
-        if not self._trainer.training:
+        if not trainer.training:
             self._eval_loader = dataloader
             return dataloader
         require_samples(dataloader)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
-from lightning_januspipe.capture.validate.side_effects import replaced_log
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.distributed import broadcast_module
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
@@ -56,6 +56,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def setup(self, trainer: Trainer) -> None:
         """Checks that the module can be trained, then sets it up as every strategy does."""
+        self._take_over_samplers(trainer)
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
@@ -145,7 +146,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
             return step
 
-        with self.precision_plugin.train_step_context(), replaced_log(module, recorder):
+        with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
             owners = batch.ahead if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
@@ -197,13 +198,17 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs FE and FF on the stages, then the user's step on every rank."""
         with self.precision_plugin.val_step_context():
-            return self._evaluate(self._module.validation_step, *args, **kwargs)
+            output = self._evaluate(self._module.validation_step, *args, **kwargs)
+            self._discard_repeated()
+            return output
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`validation_step`."""
         with self.precision_plugin.test_step_context():
-            return self._evaluate(self._module.test_step, *args, **kwargs)
+            output = self._evaluate(self._module.test_step, *args, **kwargs)
+            self._discard_repeated()
+            return output
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,6 +241,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
+            self._hand_back_samplers(module.trainer)
         if self._shutdown is not None:
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None

@@ -10,6 +10,7 @@ from typing import Any
 
 import callback_workers as workers
 import pytest
+from pools import slow
 
 from lightning_januspipe.testing import RankPool
 
@@ -106,7 +107,7 @@ def flat(values: Any) -> list[float]:
     return [x for v in values for x in flat(v)] if isinstance(values, list) else [values]
 
 
-@pytest.mark.parametrize("name", ["simple", pytest.param("advanced", marks=pytest.mark.slow), "pytorch"])
+@pytest.mark.parametrize("name", [slow("simple"), slow("advanced"), "pytorch"])
 def test_phases_have_names_in_profilers(pool: RankPool, tmp_path: Path, name: str) -> None:
     seen = pool.run(workers.profiled, name, str(tmp_path), world_size=2)
     text = "\n".join(t for files in seen for t in files.values())

@@ -39,7 +39,7 @@ class Client:
     without_lightning: bool = False
 
     def installs(self) -> list[list[str]]:
-        """Arguments of ``pip install``, in order."""
+        """Returns arguments of ``pip install``, in order."""
         project = ["-e", str(ROOT)]
         return [
             [TORCH],
@@ -68,12 +68,12 @@ CLIENTS = {
 
 
 def python_of(environment: Path) -> Path:
-    """The interpreter of a virtual environment."""
+    """Returns the interpreter of a virtual environment."""
     return environment / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
 def make(name: str, environment: Path) -> str:
-    """Make the environment of a package, if it is not complete.
+    """Makes the environment of a package, if it is not complete.
 
     Args:
         name: of the package.
@@ -101,7 +101,7 @@ def make(name: str, environment: Path) -> str:
 
 
 def test(name: str, environment: Path) -> bool:
-    """Run the tests of a package in its environment; whether they passed."""
+    """Runs the tests of a package in its environment, and tells whether they passed."""
     file = f"tests/clients/test_{name}.py"
     command = [str(python_of(environment)), "-m", "pytest", "-m", "slow", file]
     print(f"{name}: python -m pytest -m slow {file}", flush=True)
@@ -110,7 +110,7 @@ def test(name: str, environment: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make environments, and run tests if asked to; the exit code."""
+    """Makes environments, runs tests if asked to, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", metavar="PACKAGE", help=f"one or more of {', '.join(CLIENTS)}")
     parser.add_argument("--folder", type=Path, required=True, help="the environments are FOLDER/PACKAGE")

@@ -119,13 +119,13 @@ def test_what_has_no_exchange_is_refused(kind: type[Potential], reason: str) -> 
 
 
 def test_a_missing_exchange_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof does not believe what the analysis says: halos that stay empty change energies."""
+    """The verification does not believe what the analysis says: halos that stay empty change energies."""
     from lightning_januspipe.graph import verify_captured as module
 
     source, found = with_exchanges(Potential)
     captured = source.cut(2)
     call = source.call_on(BATCH)
     tensors = captured.inputs(source.potential)(call.args, call.kwargs)
-    monkeypatch.setitem(module._EXCHANGES, exchange_ops.gather_halo, module._with_room)
+    monkeypatch.setitem(module._EXCHANGES, exchange_ops.gather_halo, module._EXCHANGES[exchange_ops.with_room])
     with pytest.raises(CaptureError, match="sharded over 2 ranks, .* differs by"):
         found.verify(source.potential, tensors, 2)

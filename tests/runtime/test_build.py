@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.runtime.build import manner_in_words
+from lightning_januspipe.runtime.build import describe_run
 
 
 @pytest.mark.parametrize(
@@ -18,4 +18,4 @@ from lightning_januspipe.runtime.build import manner_in_words
     ],
 )
 def test_how_the_ranks_work_is_told(num_microbatches: int, shape: MeshShape, words: str) -> None:
-    assert manner_in_words("wavek-zb", num_microbatches, shape) == words
+    assert describe_run("wavek-zb", num_microbatches, shape) == words

@@ -7,29 +7,24 @@ from functools import partial
 import graph_models
 import pytest
 import tiny
+from parity_check import check_parity
 from pools import pool_of, slow
 
-from lightning_januspipe.testing import RankPool, assert_matches_single_process
-
-
-def check(
-    pool: RankPool, devices: int, data: object = tiny.data, module: object = tiny.module, **strategy: object
-) -> None:
-    assert_matches_single_process(module, data, devices=devices, strategy=strategy, steps=3, pool=pool)  # type: ignore[arg-type]
+from lightning_januspipe.testing import RankPool
 
 
 @pytest.mark.parametrize("devices", [slow(2), 3, slow(4)])
 def test_graph_ranks_alone(pool: RankPool, devices: int) -> None:
-    check(pool, devices, pipeline_size=1, graph_size=devices, num_microbatches=2)
+    check_parity(pool, devices, pipeline_size=1, graph_size=devices, num_microbatches=2)
 
 
 @pytest.mark.parametrize("schedule", ["wavek-zb", slow("1f1b-fold"), "1f1b-2nd"])
 def test_graph_ranks_in_a_pipeline(pool: RankPool, schedule: str) -> None:
-    check(pool, 4, pipeline_size=2, graph_size=2, num_microbatches=4, schedule=schedule)
+    check_parity(pool, 4, pipeline_size=2, graph_size=2, num_microbatches=4, schedule=schedule)
 
 
 def test_graph_ranks_and_replicas(pool: RankPool) -> None:
-    check(pool, 4, pipeline_size=1, data_size=2, graph_size=2, num_microbatches=2)
+    check_parity(pool, 4, pipeline_size=1, data_size=2, graph_size=2, num_microbatches=2)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +40,7 @@ def test_graph_ranks_and_replicas(pool: RankPool) -> None:
     ],
 )
 def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[str, int]) -> None:
-    check(
+    check_parity(
         pool, 2 * more["pipeline_size"], graph_models.Data, module, **{"graph_size": 2, "num_microbatches": 2, **more}
     )
 
@@ -54,7 +49,7 @@ def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[s
 def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
     """Boxes that no rank can have as a whole: every layer reads rows of other ranks."""
     tiny.require("water.extxyz")
-    check(
+    check_parity(
         pool, 2 * strategy["pipeline_size"], tiny.water, tiny.water_module, graph_size=2, num_microbatches=2, **strategy
     )
 
@@ -66,7 +61,7 @@ def test_odd_structures(pool: RankPool, strategy: dict[str, int]) -> None:
     """Vacuum, wires, cells smaller than the cutoff, atoms without edges, and more ranks than atoms."""
     sizes = {"pipeline_size": 1, "num_microbatches": 4, **strategy}
     module = partial(tiny.module, stress_weight=0.0)
-    check(pool, sizes["pipeline_size"] * sizes["graph_size"], tiny.OddStructures, module, **sizes)
+    check_parity(pool, sizes["pipeline_size"] * sizes["graph_size"], tiny.OddStructures, module, **sizes)
 
 
 @pytest.mark.slow
@@ -74,4 +69,4 @@ def test_odd_structures(pool: RankPool, strategy: dict[str, int]) -> None:
 def test_three_dimensions() -> None:
     """Two stages, two replicas and two graph ranks."""
     with pool_of(8) as pool:
-        check(pool, 8, pipeline_size=2, data_size=2, graph_size=2, num_microbatches=2)
+        check_parity(pool, 8, pipeline_size=2, data_size=2, graph_size=2, num_microbatches=2)

@@ -10,10 +10,11 @@ from typing import Any
 import mutants
 import pytest
 import tiny
+from parity_check import check_parity
 
 from lightning_januspipe.capture import CaptureError, capture_module
 from lightning_januspipe.loader.examples import example_batches
-from lightning_januspipe.testing import RankError, RankPool, assert_matches_single_process
+from lightning_januspipe.testing import RankError, RankPool
 
 STAGES: dict[str, Any] = {"num_microbatches": 3, "schedule": "wavek"}
 DEFERRED: dict[str, Any] = {"num_microbatches": 3}
@@ -31,7 +32,7 @@ def _found(match: str) -> Iterator[pytest.ExceptionInfo[AssertionError]]:
 
 def _check(name: str, pool: RankPool, devices: int, strategy: dict[str, Any]) -> None:
     module = partial(mutants.mutated, name, "on_train_epoch_start")
-    assert_matches_single_process(module, mutants.data, devices=devices, strategy=strategy, steps=1, pool=pool)
+    check_parity(pool, devices, mutants.data, module, steps=1, reference=mutants.tied_module, **strategy)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_faults_between_the_copies_of_a_stage_are_found(pool: RankPool, name: st
     module = partial(mutants.mutated, name, "on_train_epoch_start", tiny.module)
     strategy = {"schedule": "1f1b-2nd", "num_microbatches": 2}
     with _found("differs by"):
-        assert_matches_single_process(module, mutants.data, devices=4, strategy=strategy, steps=1, pool=pool)
+        check_parity(pool, 4, mutants.data, module, steps=1, reference=tiny.module, **strategy)
 
 
 @pytest.mark.parametrize(("devices", "strategy"), [(2, STAGES), (2, DEFERRED), (2, GRAPH), (4, REPLICAS)])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pipeline_workers
 import pytest
 import tiny
+from pools import slow
 
 from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate
@@ -110,7 +111,7 @@ def test_timeline_in_the_default_folder(pool: RankPool, tmp_path: Path) -> None:
     assert pipeline_workers.exists(str(tmp_path)) == ["pipeline-step-0.json", "pipeline-step-0.png"]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b-2nd", pytest.param("hanayo-2nd", marks=pytest.mark.slow), "wavek-zb"])
+@pytest.mark.parametrize("schedule", ["1f1b-2nd", slow("hanayo-2nd"), slow("wavek-zb")])
 def test_stages_stay_where_they_are(pool: RankPool, schedule: str) -> None:
     """A smaller batch after costs were measured anew gets a schedule for the places that the stages have."""
     strategy = {"schedule": schedule, "num_microbatches": 4}

@@ -12,9 +12,10 @@ import torch
 from capture_models import DTYPE, Batch, Potential, Step, Traced, eager_gradients, make_batch, staged_gradients
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.captured import CapturedPotential, CapturedStage
 from lightning_januspipe.capture.trees import shallow_copy
-from lightning_januspipe.capture.validate.side_effects import replaced_log, silent_log
+from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import StageOutput
 from lightning_januspipe.errors import CaptureError
@@ -46,7 +47,7 @@ def run(traced: Traced, captured: CapturedPotential, module: Step, batch: Batch,
     step = CapturedStep(captured, module, outside.add)
     given = step.prepare(3, module.training_step, batch)
     y, x = results(traced, given.tensors)
-    return step.loss(3, module.training_step, batch, weight, y, x), outside
+    return step.loss(3, weight, y, x), outside
 
 
 class Noisy(Step):
@@ -89,7 +90,7 @@ def test_random_numbers_go_on_after_the_step(traced: Traced) -> None:
     seed()
     first = step.prepare(0, module.training_step, batch).tensors
     state = torch.get_rng_state(), random.getstate()
-    step.loss(0, module.training_step, batch, 1.0, *results(traced, first))
+    step.loss(0, 1.0, *results(traced, first))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
     second = step.prepare(1, module.training_step, batch).tensors
@@ -112,10 +113,10 @@ def test_batch_of_the_caller_is_not_changed(traced: Traced) -> None:
     captured, module = around(traced, Overwriting)
     batch = make_batch((3, 2))
     before = dict(batch)
-    result, _ = run(traced, captured, module, batch)
+    (output, _), _ = run(traced, captured, module, batch)
     assert list(batch) == list(before)
     assert all(batch[k] is before[k] for k in before)
-    torch.testing.assert_close(result.output, eager_gradients(module, batch)[0])
+    torch.testing.assert_close(output, eager_gradients(module, batch)[0])
 
 
 def test_shallow_copies() -> None:
@@ -152,13 +153,13 @@ def test_log_is_silent_in_prepare(traced: Traced) -> None:
     given = step.prepare(0, module.training_step, batch)
     assert module.logged == []
     assert "log" not in module.__dict__
-    step.loss(0, module.training_step, batch, 1.0, *results(traced, given.tensors))
+    step.loss(0, 1.0, *results(traced, given.tensors))
     assert module.logged == ["before", "after"]
 
 
 def test_log_is_put_back() -> None:
     module, seen = Logging(nn.Identity()), []
-    with replaced_log(module, lambda name, value: seen.append(name)):
+    with patched(module, "log", lambda name, value: seen.append(name)):
         module.log("outer", 1)
         with pytest.raises(RuntimeError), silent_log(module):
             module.log("silent", 1)
@@ -171,9 +172,9 @@ def test_log_is_put_back() -> None:
 def test_weight_scales_gradients_and_not_the_output(traced: Traced) -> None:
     captured, module = around(traced, Step)
     batch = make_batch((3, 2))
-    (whole, _), (quarter, _) = (run(traced, captured, module, batch, w) for w in (1.0, 0.25))
-    torch.testing.assert_close(whole.output, quarter.output)
-    for a, b in zip(whole.gradients.derivatives, quarter.gradients.derivatives, strict=True):
+    (whole, all_of), (quarter, part) = (run(traced, captured, module, batch, w)[0] for w in (1.0, 0.25))
+    torch.testing.assert_close(whole, quarter)
+    for a, b in zip(all_of.derivatives, part.derivatives, strict=True):
         assert float(a.abs().max()) > 0
         torch.testing.assert_close(0.25 * a, b)
 
@@ -203,10 +204,10 @@ class Learned(Step):
 def test_parameters_outside_the_potential(traced: Traced) -> None:
     captured, module = around(traced, Learned)
     batch = make_batch((3, 2))
-    result, outside = run(traced, captured, module, batch, 0.5)
+    (output, _), outside = run(traced, captured, module, batch, 0.5)
     expected, gradients = eager_gradients(module, batch)
-    torch.testing.assert_close(result.output["loss"], expected)
-    assert result.output["more"] == 1
+    torch.testing.assert_close(output["loss"], expected)
+    assert output["more"] == 1
     found = outside.get(module.weight)
     assert found is not None
     torch.testing.assert_close(found, 0.5 * gradients["weight"])
@@ -262,9 +263,9 @@ def test_energy_loss_alone(traced: Traced) -> None:
             return self.potential(batch)["energy"].square().mean()
 
     captured, module = around(traced, EnergyOnly)
-    result, _ = run(traced, captured, module, make_batch((3, 2)))
-    assert [float(d.abs().max()) for d in result.gradients.derivatives] == [0, 0]
-    assert sum(s is not None for s in result.gradients.observables) == 1
+    (_, seeds), _ = run(traced, captured, module, make_batch((3, 2)))
+    assert [float(d.abs().max()) for d in seeds.derivatives] == [0, 0]
+    assert sum(s is not None for s in seeds.observables) == 1
 
 
 def test_step_without_the_potential(traced: Traced) -> None:
@@ -290,10 +291,10 @@ def test_evaluation(traced: Traced) -> None:
     step = CapturedStep(captured, module, GradientBuffers().add)
     batch = make_batch((3, 2))
     given = step.prepare(0, module.potential, batch)
-    found = step.finish(0, module.potential, batch, *results(traced, given.tensors))
+    found = step.finish(0, *results(traced, given.tensors))
     for name, value in module.potential(batch).items():
         torch.testing.assert_close(found[name], value)
     step.prepare(1, module.potential, batch)
     step.clear()
     with pytest.raises(KeyError):
-        step.finish(1, module.potential, batch, *results(traced, given.tensors))
+        step.finish(1, *results(traced, given.tensors))

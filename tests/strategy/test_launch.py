@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +105,32 @@ SLURM = {
 }  # fmt: skip
 
 
-def started(folder: Path, sizes: dict[str, int], strategy: dict[str, Any], environments: list[dict[str, str]]) -> Any:
-    """What each rank has written, of one process started by hand for each environment."""
-    with reserved_port() as port:
-        return _started(folder, sizes, strategy, environments, str(port))
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1")
 
 
-def _started(
-    folder: Path, sizes: dict[str, int], strategy: dict[str, Any], environments: list[dict[str, str]], port: str
-) -> Any:
+def started(
+    folder: Path,
+    sizes: dict[str, int],
+    strategy: dict[str, Any],
+    environments: list[dict[str, str]],
+    launcher: Sequence[str],
+    port: int,
+) -> list[dict[str, Any]]:
+    """Starts a process for each environment, and returns what each rank has written.
+
+    Args:
+        folder: Where ranks write.
+        sizes: Arguments of the Trainer.
+        strategy: Arguments of the strategy.
+        environments: Variables of each process.
+        launcher: What Python runs, to run the script.
+        port: The port of the ranks' store.
+    """
     here = Path(__file__).parents[1]
     paths = os.pathsep.join([str(here / "support"), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", str(here / "support" / "launching_workers.py"), str(folder)]
+    command = [sys.executable, "-W", "ignore", *launcher, str(here / "support" / "launching_workers.py"), str(folder)]
     command += [json.dumps(sizes), json.dumps(strategy)]
-    common = {**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / f"log-{i}" for i in range(len(environments))]
     processes = [
         subprocess.Popen(command, env={**common, **own}, stdout=log.open("w"), stderr=subprocess.STDOUT)
@@ -133,25 +146,29 @@ def _started(
     return [json.loads(f.read_text()) for f in files]
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "nodes"])
-def test_several_machines(pool: RankPool, tmp_path: Path, launcher: str) -> None:
-    """Two machines, both this one: tasks of srun, or a script started on each, which starts a second process."""
-    strategy: dict[str, Any]
-    if launcher == "slurm":
-        sizes, strategy = {"devices": 1, "num_nodes": 2}, PIPELINE
-        environments = [{**SLURM, "SLURM_PROCID": i, "SLURM_NODEID": i} for i in "01"]
-    else:
-        sizes, strategy = (
-            {"devices": 2, "num_nodes": 2},
-            {**PIPELINE, "pipeline_size": 2, "data_size": 2},
-        )  # the replicas see the same
-        environments = [{"NODE_RANK": i} for i in "01"]
-    ranks = started(tmp_path, sizes, strategy, environments)
-    of_node = sizes["devices"]
-    assert [r["rank"] for r in ranks] == [[i, i % of_node, i // of_node, 2] for i in range(2 * of_node)]
+@pytest.mark.parametrize("launcher", ["slurm", "nodes", "torchrun"])
+def test_launchers(pool: RankPool, tmp_path: Path, launcher: str) -> None:
+    """Tasks of srun on two machines; a script on each of two, which starts a second process; torchrun on one.
+
+    Ranks have the script's precision of matrix products, also where the Trainer has started them.
+    """
+    strategy: dict[str, Any] = PIPELINE
+    sizes = {"devices": 1, "num_nodes": 2}
+    environments = [{**SLURM, "SLURM_PROCID": i, "SLURM_NODEID": i} for i in "01"]
+    if launcher == "nodes":
+        sizes["devices"], environments = 2, [{"NODE_RANK": i} for i in "01"]
+        strategy = {**PIPELINE, "pipeline_size": 2, "data_size": 2}  # the replicas see the same
+    elif launcher == "torchrun":
+        sizes, environments = {"devices": 2, "num_nodes": 1}, [{}]
+    with reserved_port() as port:
+        run = (*TORCHRUN, f"--master-port={port}") if launcher == "torchrun" else ()
+        ranks = started(tmp_path, sizes, strategy, environments, run, port)
+    of_node, num_nodes = sizes["devices"], sizes["num_nodes"]
+    assert [r["rank"] for r in ranks] == [[i, i % of_node, i // of_node, num_nodes] for i in range(num_nodes * of_node)]
     (expected,) = pool.run(workers.fit_in_order, world_size=1)
     for found in ranks:
-        check(expected, {k: v for k, v in found.items() if k != "rank"})
+        assert found["precision"] == ["medium", True]
+        check(expected, {k: v for k, v in found.items() if k not in ("rank", "precision")})
 
 
 def test_sizes_that_fit() -> None:
@@ -187,7 +204,7 @@ def test_sizes_that_do_not_fit(devices: Any, num_nodes: int, strategy: dict[str,
         )
 
 
-TORCHRUN = {
+TORCHELASTIC = {
     "TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0",
     "GROUP_RANK": "0",
 }  # fmt: skip
@@ -197,8 +214,8 @@ TORCHRUN = {
     ("environment", "message"),
     [
         ({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}, r"`devices=2`.*--ntasks-per-node=1"),
-        (TORCHRUN, ""),
-        ({**TORCHRUN, "WORLD_SIZE": "8"}, r"(?s)product.*does not match the world size \(8\)"),
+        (TORCHELASTIC, ""),
+        ({**TORCHELASTIC, "WORLD_SIZE": "8"}, r"(?s)product.*does not match the world size \(8\)"),
     ],
     ids=["slurm", "torchrun", "torchrun with more"],
 )
@@ -210,7 +227,7 @@ def test_processes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, environment:
     def make() -> Any:
         return lightning.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy="januspipe", logger=False)
 
-    if environment is TORCHRUN:
+    if environment is TORCHELASTIC:
         assert make().strategy.mesh_shape == MeshShape(4, 1)
     else:
         with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ import precision_workers as workers
 import pytest
 import torch
 from engine_workers import clip_in_pipeline, clip_parameters
+from pools import slow
 from torch import Tensor, nn
 
 from lightning_januspipe.mesh import Mesh, MeshShape
@@ -157,7 +158,7 @@ def error(found: Tensor, expected: Tensor) -> float:
         ("32-true", 3, 1e-6),
         pytest.param("bf16-true", 1, 4e-2, marks=pytest.mark.slow),
         ("bf16-true", 3, 4e-2),
-        ("16-true", 3, 5e-3),
+        pytest.param("16-true", 3, 5e-3, marks=pytest.mark.slow),
         pytest.param("bf16-mixed", 1, 2.5e-2, marks=pytest.mark.slow),
         ("bf16-mixed", 3, 2.5e-2),
         ("16-mixed", 1, 3e-3),
@@ -188,7 +189,7 @@ def test_one_process_is_plain_lightning(pool: RankPool, runs: Runs, precision: s
     assert torch.equal(flat([record]), flat([runs.plain(precision, 1)]))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow), "16-mixed"])
+@pytest.mark.parametrize("precision", [slow("bf16-true"), slow("bf16-mixed"), "16-mixed"])
 def test_plugins_of_the_other_lightning(runs: Runs, precision: str) -> None:
     pytest.importorskip("pytorch_lightning")
     arguments = (2, 1, "pytorch_lightning", 1.0)
@@ -199,7 +200,7 @@ def test_plugins_of_the_other_lightning(runs: Runs, precision: str) -> None:
     assert error(found, plain) < 0.4 * error(plain, exact)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [slow("bf16-true"), "bf16-mixed"])
 def test_evaluation(pool: RankPool, precision: str) -> None:
     (exact,) = pool.run(workers.evaluate, "32-true", None, world_size=1)
     (plain,) = pool.run(workers.evaluate, precision, None, world_size=1)
@@ -220,7 +221,7 @@ def test_published_gradients_are_scaled_and_seeds_too(runs: Runs) -> None:
 
 
 # Each is read by one operation, which one rank has.
-@pytest.mark.parametrize("name", ["layers.0.gate.weight", "readout.2.weight"])
+@pytest.mark.parametrize("name", [slow("layers.0.gate.weight"), "readout.2.weight"])
 def test_step_that_overflows_on_one_rank_is_skipped_on_all(runs: Runs, name: str) -> None:
     arguments = (1, 3, "lightning", 2.0**10, f"potential.energy_model.{name}")
     plain, ranks = runs.plain("16-mixed", *arguments), runs.pipelined("16-mixed", *arguments)
@@ -240,7 +241,7 @@ def test_scale_is_halved_until_nothing_overflows(runs: Runs) -> None:
     assert all(torch.equal(r["parameters"][0][n], v) for r in ranks for n, v in r["parameters"][-1].items())
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("algorithm", ["norm", slow("value")])
 def test_clipping_comes_after_unscaling(runs: Runs, algorithm: str) -> None:
     limit = 0.05 if algorithm == "norm" else 2e-3
     clip = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm}

@@ -33,7 +33,7 @@ OTHER = (3, 4)
 
 
 def make_batch(sizes: Sequence[int], seed: int = 0) -> Batch:
-    """Structures of the given numbers of atoms with an edge for each pair; one atom alone has no edges."""
+    """Returns structures of the given numbers of atoms with an edge for each pair; one atom alone has no edges."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     pairs = index[:, None] == index[None, :]
@@ -68,12 +68,12 @@ class Layer(nn.Module):
         return h + torch.tanh(self.mix(self.aggregate(h, edges[1], messages)))
 
     def aggregate(self, h: Tensor, target: Tensor, messages: Tensor) -> Tensor:
-        """Sum of the messages that reach each atom."""
+        """Sums the messages that reach each atom."""
         return torch.zeros_like(h).index_add(0, target, messages)
 
 
 def filter_of(width: int) -> nn.Module:
-    """A network from four radial functions to a weight for each channel."""
+    """Returns a network from four radial functions to a weight for each channel."""
     return nn.Sequential(nn.Linear(4, width, dtype=DTYPE), nn.SiLU(), nn.Linear(width, width, dtype=DTYPE))
 
 
@@ -100,11 +100,11 @@ class Potential(nn.Module):
         return {"energy": energy, "forces": -derivative, "stress": virial / volume[:, None, None], **extra}
 
     def differentiate(self, energy: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """The one call of ``torch.autograd.grad``."""
+        """Makes the one call of ``torch.autograd.grad``."""
         return grad([energy.sum()], inputs, create_graph=self.training)
 
     def energy(self, batch: Batch, positions: Tensor, strain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Energies (B,), and charges (N,)."""
+        """Returns energies (B,), and charges (N,)."""
         deformation = strain[batch["index"]]
         strained = positions + torch.einsum("ni,nij->nj", positions, 0.5 * (deformation + deformation.mT))
         vectors = strained[batch["edges"][1]] - strained[batch["edges"][0]]
@@ -112,7 +112,7 @@ class Potential(nn.Module):
         return self.pool(self.readout(h)[:, 0], batch), {"charges": self.charge(h)[:, 0]}
 
     def features(self, batch: Batch, vectors: Tensor) -> Tensor:
-        """Features (N, width) after all layers."""
+        """Returns features (N, width) after all layers."""
         distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
         radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE, device=distance.device)) ** 2))
         h = self.embedding(batch["species"])
@@ -121,7 +121,7 @@ class Potential(nn.Module):
         return h
 
     def pool(self, values: Tensor, batch: Batch) -> Tensor:
-        """Sum over the atoms of each structure."""
+        """Sums values over the atoms of each structure."""
         return values.new_zeros(batch["cell"].shape[0]).index_add(0, batch["index"], values)
 
 
@@ -173,19 +173,19 @@ class Traced:
         self.profile = replace(measured, seconds=dict.fromkeys(measured.seconds, 1e-6))
 
     def cut(self, num_stages: int) -> CapturedPotential:
-        """The potential in stages."""
+        """Returns the potential in stages."""
         cut = find_cut(self.program, self.regions, self.profile, num_stages)
         return replace(self._uncut, cut=cut)
 
     def call_on(self, batch: Batch) -> PotentialCall:
-        """The call of the potential that the step makes on a batch."""
+        """Returns the call of the potential that the step makes on a batch."""
         in_step = self.call.replaced is not None
         args, kwargs = call_arguments(self.module, self.call.path, self.module.training_step, batch, in_step)
         return replace(self.call, args=args, kwargs=kwargs)
 
 
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and parameter gradients of the undivided double backward."""
+    """Returns the loss and the parameter gradients of the undivided double backward."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     loss = loss_in(module.training_step(shallow_copy(batch)))
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -193,9 +193,21 @@ def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, 
 
 
 def staged_gradients(
-    captured: StagedPotential, module: nn.Module, batch: Batch, step: Callable[[Batch], Any] | None = None
+    captured: StagedPotential,
+    module: nn.Module,
+    batch: Batch,
+    step: Callable[[Batch], Any] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same through the four phases of all stages and the user's step around them."""
+    """Returns them through the four phases of all stages and the user's step around them.
+
+    Args:
+        captured: The potential in stages.
+        module: The module that it is a part of.
+        batch: One micro-batch.
+        step: The module's step, if not its training step.
+        options: Options of ``run_single_process``.
+    """
     outside = GradientBuffers()
     runner = CapturedStep(captured, module, outside.add)
     step = step or module.training_step
@@ -204,11 +216,11 @@ def staged_gradients(
     losses = []
 
     def loss(y: list[Tensor], x: list[Tensor]) -> Any:
-        result = runner.loss(0, step, batch, 1.0, y, x)
-        losses.append(loss_in(result.output).detach())
-        return result.gradients
+        output, seeds = runner.loss(0, 1.0, y, x)
+        losses.append(loss_in(output).detach())
+        return seeds
 
-    result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss)
+    result = run_single_process(stages, captured.chain, runner.prepare(0, step, batch).tensors, loss, **options)
     gradients: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         parts = [g for g in (result.gradients.get(parameter), outside.get(parameter)) if g is not None]
@@ -218,14 +230,16 @@ def staged_gradients(
 
 
 def loss_in(output: Any) -> Tensor:
-    """The loss in what a step returned."""
+    """Returns the loss in what a step returned."""
     return output["loss"] if isinstance(output, dict) else output
 
 
-def assert_parity(captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10) -> None:
+def assert_parity(
+    captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10, **options: Any
+) -> None:
     """Loss and every parameter gradient equal those of the undivided double backward; none where that has none."""
     expected_loss, expected = eager_gradients(module, batch)
-    loss, found = staged_gradients(captured, module, batch)
+    loss, found = staged_gradients(captured, module, batch, **options)
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
     assert set(found) == set(expected)
     scale = max(float(g.abs().max()) for g in expected.values())
@@ -236,7 +250,7 @@ def assert_parity(captured: StagedPotential, module: nn.Module, batch: Batch, to
 
 
 def structures_of(data: Any, count: int) -> Batch:
-    """The first structures of a data module, collated by it."""
+    """Returns the first structures of a data module, collated by it."""
     data.setup("fit")
     loader = data.train_dataloader()
     return loader.collate_fn([loader.dataset[i] for i in range(count)])

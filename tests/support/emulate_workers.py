@@ -30,7 +30,7 @@ def _kind(message: Message) -> tuple[Any, ...]:
 
 
 def _emulate(schedule: Schedule) -> str:
-    """The error of this rank, or nothing."""
+    """Returns the error of this rank, or nothing."""
     try:
         emulate_rank(schedule, PhaseCosts(1e-3, 1e-3, 1e-3, 1e-3), 1, 256, timedelta(seconds=20))
     except Exception as error:
@@ -39,7 +39,7 @@ def _emulate(schedule: Schedule) -> str:
 
 
 def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str:
-    """Run with one message replaced by the one before of the same kind, between two given phases."""
+    """Runs with one message replaced by the one before of the same kind, between two given phases."""
     order = schedule.messages()
     sent: Counter[int] = Counter()
     kept: dict[Any, list[Tensor]] = {}
@@ -64,7 +64,7 @@ def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str
 
 
 def with_a_silent_stage(schedule: Schedule, stage: int) -> str:
-    """Run with a stage that adds nothing to the derivative."""
+    """Runs with a stage that adds nothing to the derivative."""
     forward_force = EmulatedStage.forward_force
 
     def wrong(self: EmulatedStage, *args: Any, **more: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,7 +76,7 @@ def with_a_silent_stage(schedule: Schedule, stage: int) -> str:
 
 
 def with_two_actions_swapped(schedule: Schedule, rank: int, position: int) -> str:
-    """Run with an action of a rank before the one before it."""
+    """Runs with an action of a rank before the one before it."""
     init = Route.__init__
 
     def wrong(self: Route, schedule: Schedule, of: int) -> None:
@@ -91,7 +91,7 @@ def with_two_actions_swapped(schedule: Schedule, rank: int, position: int) -> st
 
 
 def _emulate_mesh(shape: MeshShape, schedule: Schedule, steps: list[MeshWork]) -> str:
-    """The error of this rank, or nothing."""
+    """Returns the error of this rank, or nothing."""
     try:
         emulate_mesh_rank(shape, schedule, PhaseCosts(1e-3, 1e-3, 1e-3, 1e-3), steps, 256, timedelta(seconds=60))
     except Exception as error:
@@ -100,14 +100,14 @@ def _emulate_mesh(shape: MeshShape, schedule: Schedule, steps: list[MeshWork]) -
 
 
 def with_other_work(schedule: Schedule) -> str:
-    """Run on two graph ranks of which each takes another micro-batch for the one that is divided."""
+    """Runs on two graph ranks that take different micro-batches for the one that is sharded."""
     whole, divided = MicrobatchWork((1.0, 1.0)), MicrobatchWork((1.0, 1.0), is_divided=True)
     order = [divided, whole] if int(os.environ["RANK"]) == 0 else [whole, divided]
     return _emulate_mesh(MeshShape(1, 1, 2), schedule, [[order]])
 
 
 def with_an_unreduced_gradient(schedule: Schedule) -> str:
-    """Run on two replicas that sum their gradients and do not average them."""
+    """Runs on two replicas that sum their gradients and do not average them."""
 
     def wrong(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:
         reduce_gradients(parameters, group)
@@ -117,7 +117,7 @@ def with_an_unreduced_gradient(schedule: Schedule) -> str:
 
 
 def with_the_end_of_a_rank(schedule: Schedule, rank: int) -> str:
-    """Run on two pipelines of two ranks, graph ranks of each other, of which one ends in its second BF."""
+    """Runs on two pipelines of two ranks, graph ranks of each other, and ends one rank in its second BF."""
     backward_force = EmulatedStage.backward_force
 
     def wrong(self: EmulatedStage, microbatch: int, *args: Any, **more: Any) -> list[Tensor]:

@@ -11,13 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, EmulationError, emulated_chain
+from lightning_januspipe.bench.emulate.emulated_stage import (
+    EmulatedSplitStage,
+    EmulatedStage,
+    EmulationError,
+    emulated_chain,
+)
 from lightning_januspipe.bench.emulate.rank import check_order, common_start, no_garbage_collection, step_data, urgently
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
-from lightning_januspipe.engine.p2p import Links
 from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.mesh import Mesh, MeshShape
+from lightning_januspipe.runtime.build import pipeline_links
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.costs import Costs, action_times
 
@@ -150,10 +155,9 @@ class _MeshRank:
         self._stages: dict[int, EmulatedStage] = {}
         for s in schedule.stages_of(mesh.pipeline_rank):
             seconds = {phase: times(phase, s) for phase in Phase}
-            self._stages[s] = EmulatedStage(functions[s], schedule.num_stages, seconds, self._ran)
-        links = None
-        if mesh.down_group is not None and mesh.up_group is not None:
-            links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, _CPU)
+            kind = EmulatedSplitStage if schedule.is_split(s) else EmulatedStage
+            self._stages[s] = kind(functions[s], schedule.num_stages, seconds, self._ran)
+        links = pipeline_links(mesh) if mesh.shape.size > 1 else None
         self._executor = Executor(mesh.pipeline_rank, self._stages, spec, links, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched, patched_package
 from lightning_januspipe.errors import CaptureError
+
+_RELEASE = "matgl 4.1"
 
 
 class MatGLAdapter(Adapter):
@@ -96,7 +98,7 @@ def _graph_of_model(potential: Any, call: Mapping[str, Any]) -> Any:
         raise _Reached(g)
 
     try:
-        with torch.no_grad(), forward_replaced(potential.model, stop):
+        with torch.no_grad(), patched(potential.model, "forward", stop):
             potential.forward(**call)
     except _Reached as reached:
         return reached.graph
@@ -126,12 +128,12 @@ def _tracing(model: Any) -> Iterator[None]:
             return original(g=g, state_attr=state_attr, l_g=l_g)
 
     if _is_m3gnet(model):
-        with _replaced(_m3gnet, "ensure_line_graph_compatibility", compatible):
+        with patched_package(_m3gnet, "ensure_line_graph_compatibility", compatible, _RELEASE):
             yield
     else:
         with (
-            _replaced(_chgnet, "create_directed_line_graph", directed),
-            forward_replaced(model, chgnet_forward),
+            patched_package(_chgnet, "create_directed_line_graph", directed, _RELEASE),
+            patched(model, "forward", chgnet_forward),
         ):
             yield
 
@@ -175,19 +177,3 @@ def _has_line_graph(model: Any) -> bool:
     from matgl.models import CHGNet
 
     return _is_m3gnet(model) or (isinstance(model, CHGNet) and model.use_bond_graph)
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value for a name in a module of MatGL."""
-    if not hasattr(module, name):
-        raise CaptureError(
-            f"{module.__name__} has no {name!r}: the adapter is written for MatGL 4.1. Install matgl 4.1, or train "
-            "with pipeline_size=1 and graph_size=1."
-        )
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

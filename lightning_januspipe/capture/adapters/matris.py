@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched, patched_package
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError
 
 _UNITS_OF_ANGLE = 5  # columns of a line graph: atom, undirected and directed edge of one arm, and of the other
+
+_RELEASE = "matris 0.1"
 
 
 class MatRISAdapter(Adapter):
@@ -162,19 +164,19 @@ def _tracing(potential: Any) -> Iterator[None]:
             return original(graphs, **settings)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(model, "process_graphs", _process))
-        stack.enter_context(_replaced(functions, "fused_silu", torch.nn.functional.silu))
-        stack.enter_context(_replaced(functions, "fused_sigmoid", torch.sigmoid))
-        stack.enter_context(_replaced(interaction_block, "Dimwise_softmax", _softmax))
-        stack.enter_context(_replaced(interaction_block, "THRESHOLD_VALUE", sys.maxsize))
-        stack.enter_context(forward_replaced(potential, forward))
+        stack.enter_context(patched_package(model, "process_graphs", _process, _RELEASE))
+        stack.enter_context(patched_package(functions, "fused_silu", torch.nn.functional.silu, _RELEASE))
+        stack.enter_context(patched_package(functions, "fused_sigmoid", torch.sigmoid, _RELEASE))
+        stack.enter_context(patched_package(interaction_block, "Dimwise_softmax", _softmax, _RELEASE))
+        stack.enter_context(patched_package(interaction_block, "THRESHOLD_VALUE", sys.maxsize, _RELEASE))
+        stack.enter_context(patched(potential, "forward", forward))
         reference = potential.reference_energy
         if reference is not None:
             energy: Callable[..., Tensor] = lambda graphs: reference.fc(graphs["composition"]).view(-1)  # noqa: E731
-            stack.enter_context(forward_replaced(reference, energy))
+            stack.enter_context(patched(reference, "forward", energy))
         for block in potential.interaction_block:
             for layer, replacement in _for_no_angles(block):
-                stack.enter_context(forward_replaced(layer, replacement))
+                stack.enter_context(patched(layer, "forward", replacement))
         yield
 
 
@@ -330,19 +332,3 @@ def _objects(tree: Any) -> Iterator[Any]:
     yield tree
     for _, part in children(tree) or ():
         yield from _objects(part)
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value for a name in a module of MatRIS."""
-    if not hasattr(module, name):
-        raise CaptureError(
-            f"{module.__name__} has no {name!r}: the adapter is written for MatRIS 0.1. Install matris 0.1, or train "
-            "with pipeline_size=1 and graph_size=1."
-        )
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

@@ -13,7 +13,7 @@ from functools import partial
 from torch import nn
 
 from lightning_januspipe.capture.adapters.adapter import Adapter
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched
 
 
 class NequIPAdapter(Adapter):
@@ -31,5 +31,5 @@ def _not_compiled(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for part in module.modules():
             if getattr(part, "is_compile_graph_model", False):
-                stack.enter_context(forward_replaced(part, partial(GraphModel.forward, part)))
+                stack.enter_context(patched(part, "forward", partial(GraphModel.forward, part)))
         yield

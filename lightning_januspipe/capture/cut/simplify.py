@@ -19,8 +19,8 @@ def simplify(program: Program) -> Program:
         program: the captured program; it is changed.
 
     Returns:
-        The program, in which ``squeeze`` names the dimensions that it drops, no operation returns its input unchanged,
-        and every operation is read.
+        The program, in which ``squeeze`` names the dimensions that it drops, views give every size that is the same
+        for every batch, no operation returns its input unchanged, and every operation is read.
     """
     same: dict[str, str] = {}
     kept = []
@@ -28,6 +28,8 @@ def simplify(program: Program) -> Program:
         node.rename(lambda name: same.get(name, name))
         if operator_of(node) == "aten.squeeze":
             _name_dimensions(program, node)
+        if operator_of(node) in _VIEWS:
+            _give_size(node)
         if _returns_its_input(program, node):
             same[node.name] = node.args[0].name
         else:
@@ -48,6 +50,19 @@ def _name_dimensions(program: Program, node: Node) -> None:
     given = argument(node, 1, range(len(shape)))
     dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if shape else []
     node.target, node.args = "aten.squeeze.dims", (node.args[0], [d for d in dims if shape[d] == 1])
+
+
+_VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape")
+
+
+def _give_size(node: Node) -> None:
+    """Gives the size that a view leaves to be inferred, which torch cannot do on a graph rank that has no rows."""
+    sizes = argument(node, 1, [])
+    if node.spec is not None and -1 in sizes:
+        sizes = [
+            s if isinstance(s, int) and isinstance(g, int) else g for g, s in zip(sizes, node.spec.shape, strict=True)
+        ]
+        node.args = (node.args[0], sizes, *node.args[2:])
 
 
 def _is_whole(node: Node) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction, as_sequence, grad_arguments
-from lightning_januspipe.capture.patches import forward_replaced
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.errors import CaptureError
 
 
@@ -124,9 +124,15 @@ def step_with(module: nn.Module, derivatives: Sequence[Tensor], outputs: Mapping
     """
     with ExitStack() as stack:
         for name, output in outputs.items():
-            stack.enter_context(forward_replaced(module.get_submodule(name), lambda *_, _output=output, **__: _output))
+            stack.enter_context(
+                patched(module.get_submodule(name), "forward", lambda *_, _output=output, **__: _output)
+            )
         stack.enter_context(_GiveGrad(derivatives))
         yield
+
+
+def _returning(output: Any, *_: Any, **__: Any) -> Any:
+    return output
 
 
 def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:

@@ -17,6 +17,7 @@ from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat, size_carrier
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.size_names import SizeWords, words_of_program
+from lightning_januspipe.capture.stages.stage_body import StageBody, stage_body
 from lightning_januspipe.capture.stages.staged_potential import Inputs, StageOperations
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors, in_order, readers
@@ -322,6 +323,7 @@ class CapturedStage:
     def __init__(self, captured: CapturedPotential, index: int, potential: nn.Module) -> None:
         program, own = captured.program, set(captured.cut.bodies[index])
         self.index = index
+        self._captured = captured
         self.function = ProgramFunction(
             program,
             potential,
@@ -330,8 +332,9 @@ class CapturedStage:
             captured.received(index),
             leaves=independent_coordinates(program),
         )
-        self._num_energies = sum(n in own for n in program.energies)
         self.observables: Sequence[int] = [i for i, n in enumerate(captured.regions.observables) if n in own]
+        num_energies = sum(n in own for n in program.energies)
+        self._counts = len(captured.sent(index)), num_energies, len(self.observables)
         self.boundary_in: Sequence[TensorSpec] = [program.spec(n) for n in captured.received(index)]
         self.boundary_out: Sequence[TensorSpec] = [program.spec(n) for n in captured.sent(index)]
         self.parameters = self.function.parameters
@@ -339,9 +342,30 @@ class CapturedStage:
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
         """Evaluates the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
         values = iter(self.function(tensors, boundary))
-        numbers = (len(self.boundary_out), self._num_energies, len(self.observables))
-        sent, energies, observables = ([next(values) for _ in range(number)] for number in numbers)
+        sent, energies, observables = ([next(values) for _ in range(count)] for count in self._counts)
         return StageOutput(sent, energies, observables, list(values))
+
+    @property
+    def body(self) -> StageBody:
+        """Its operations as data, without the live potential."""
+        captured, program = self._captured, self._captured.program
+        received, outputs = captured.received(self.index), captured.computed(self.index)
+        leaves = independent_coordinates(program)
+        return stage_body(program, self.function.names, received, outputs, self._counts, leaves)
+
+    @property
+    def symbols(self) -> dict[str, tuple[int, int]]:
+        """Size symbol -> (position, dimension) of the call's tensor that defines it."""
+        return self._captured.program.symbols
+
+    @property
+    def value_specs(self) -> list[TensorSpec]:
+        """Specs of :meth:`values`."""
+        return [self._captured.program.spec(n) for n in self.function.names]
+
+    def values(self, tensors: Sequence[Any]) -> list[Any]:
+        """Returns all that the stage reads beside its boundary: parameters, buffers, constants, the batch's tensors."""
+        return self.function.values(tensors)
 
 
 class Epilogue:

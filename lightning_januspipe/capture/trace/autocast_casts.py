@@ -7,8 +7,8 @@ are those of the trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_januspipe.capture.patches import quiet_loggers
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 
 _CAST = torch.ops.aten._to_copy.default
@@ -73,21 +74,12 @@ def _default(device_type: str) -> torch.dtype:
 
 def _take_in(module: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, operands: Sequence[Any]) -> dict[str, str]:
     """Replace a nested graph by its nodes."""
-    given = iter(operands)
-    values: dict[fx.Node, Any] = {}
-    results: Any = ()
-    with module.graph.inserting_before(node):
-        for source in inner.graph.nodes:
-            if source.op == "placeholder":
-                values[source] = next(given)
-            elif source.op == "output":
-                results = fx.node.map_arg(source.args[0], values.__getitem__)
-            else:
-                values[source] = module.graph.node_copy(source, values.__getitem__)
-                if source.op == "get_attr":  # a graph nested in this one
-                    name = f"{node.name}_{source.target}"
-                    setattr(module, name, getattr(inner, source.target))
-                    values[source].target = name
+    for source in inner.graph.nodes:
+        if source.op == "get_attr":  # a graph nested in this one
+            name = f"{node.name}_{source.target}"
+            setattr(module, name, getattr(inner, source.target))
+            source.target = name
+    results = _copied_before(node, inner.graph, operands)
     renamed = {}
     for reader in list(node.users):
         value = results[reader.args[1]]
@@ -160,21 +152,29 @@ def _expand(
 ) -> dict[str, str]:
     with autocast_as(autocast), torch.no_grad():
         parts = make_fx(call)(*operands)
-    given = iter(sources)
-    values: dict[fx.Node, Any] = {}
-    result: Any = None
-    with graph.inserting_before(node):
-        for source in parts.graph.nodes:
-            if source.op == "placeholder":
-                values[source] = next(given)
-            elif source.op == "output":
-                result = fx.node.map_arg(source.args[0], values.__getitem__)
-            else:
-                values[source] = graph.node_copy(source, values.__getitem__)
+    result = _copied_before(node, parts.graph, sources)
     assert isinstance(result, fx.Node), f"{node.target} returns one tensor"
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return {node.name: result.name}
+
+
+def _copied_before(node: fx.Node, inner: fx.Graph, operands: Sequence[Any]) -> Any:
+    """Copies the operations of a graph before a node of another one; returns what the graph returns.
+
+    Args:
+        node: the node.
+        inner: the graph.
+        operands: what stands for the inputs of the graph.
+    """
+    given, values = iter(operands), dict[fx.Node, Any]()
+    with node.graph.inserting_before(node):
+        for source in inner.nodes:
+            if source.op == "output":
+                return fx.node.map_arg(source.args[0], values.__getitem__)
+            is_input = source.op == "placeholder"
+            values[source] = next(given) if is_input else node.graph.node_copy(source, values.__getitem__)
+    raise AssertionError("a graph without an output")
 
 
 def _example(value: Any) -> Any:
@@ -219,7 +219,12 @@ class _Record(TorchDispatchMode):
 
 def _operations(call: Callable[..., Any], operands: Sequence[Any], autocast: Autocast) -> list[Operation] | None:
     """The operations of a call of examples; None where types do not fit."""
-    with autocast_as(autocast), torch.no_grad(), _quiet(), _Record() as record:
+    with (
+        autocast_as(autocast),
+        torch.no_grad(),
+        quiet_loggers(["torch._subclasses.fake_tensor"], logging.CRITICAL),
+        _Record() as record,
+    ):
         try:
             call(*operands)
         except Exception:
@@ -232,17 +237,3 @@ def _computing(operations: Sequence[Operation] | None) -> list[Operation] | None
     if operations is None:
         return None
     return [o for o in operations if o[0] is not _CAST and not o[0].is_view]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log of operations that do not fit, which is what is asked."""
-    import logging
-
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

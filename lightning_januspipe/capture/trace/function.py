@@ -28,6 +28,7 @@ class ProgramFunction:
         leaves: values after which a leaf of autograd is made, to differentiate with respect to it.
 
     Attributes:
+        names: placeholders that it reads, in the order of :meth:`values`.
         parameters: the trainable parameters that it reads.
         graph: the operations that it runs.
     """
@@ -41,7 +42,7 @@ class ProgramFunction:
         given: Sequence[str] = (),
         leaves: Collection[str] = (),
     ) -> None:
-        names = placeholders(program, ancestors(program, outputs, given))
+        self.names = names = placeholders(program, ancestors(program, outputs, given))
         self._placeholders = PlaceholderValues(program, potential, names)
         self._module = build_module(program, operations, [*names, *given], outputs, leaves)
         self.graph = self._module.graph
@@ -57,7 +58,11 @@ class ProgramFunction:
             given: the values given.
         """
         with autocast_as(OFF):
-            return list(self._module(*self._placeholders.values(tensors), *given))
+            return list(self._module(*self.values(tensors), *given))
+
+    def values(self, tensors: Sequence[Any]) -> list[Any]:
+        """Returns the values of all placeholders that it reads, by the call's tensors."""
+        return self._placeholders.values(tensors)
 
 
 def build_module(

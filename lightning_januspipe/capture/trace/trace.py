@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_januspipe.capture.adapters import Adapter, joined
 from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
+from lightning_januspipe.capture.patches import quiet_loggers
 from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
 from lightning_januspipe.capture.trace.data_sizes import DataSizes, symbolic_sizes
 from lightning_januspipe.capture.trace.from_export import program_from_export
@@ -232,19 +233,11 @@ def _place(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without export's logs of dimensions that it makes constant, and the whole graph that it prints on failure.
+    """Hides export's logs of dimensions that it makes constant, and the whole graph that it prints on failure.
 
     The sizes that a program accepts and the validation on other sizes judge the first; the error names the line.
     """
     names = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet_loggers(names, logging.ERROR), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield

@@ -1,11 +1,11 @@
-"""Prove a captured potential before it is used: against the eager module, on a batch of other sizes.
+"""Validates a staged potential before it is used: against the eager module, on a batch of other sizes.
 
-Energies and forces that agree prove nothing about training, so the parameter gradient of a force loss is compared too.
+Energies and forces that agree say nothing about training, so the parameter gradient of a force loss is compared too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
+from lightning_januspipe.capture.validate.probe_loss import probe_loss, probe_targets
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.loss import LossLeaves
@@ -27,12 +28,12 @@ from lightning_januspipe.schedule import PhaseCosts
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The eager module's derivatives, outputs and parameter gradients of :func:`_probe_loss`.
+    """What one call of a potential gives, eager or in stages.
 
     Attributes:
         derivatives: ∂E/∂x.
-        outputs: the outputs that the captured potential gives too.
-        gradients: by parameter; none in evaluation mode.
+        outputs: the outputs that a staged potential makes available.
+        gradients: of :func:`~.probe_loss.probe_loss` of the outputs, by parameter; none in evaluation mode.
     """
 
     derivatives: list[Tensor]
@@ -41,7 +42,7 @@ class ProbeResult:
 
 
 class _KeepGrad(TorchFunctionMode):
-    """Keeps what ``torch.autograd.grad`` was called with and what it returned."""
+    """Keeps the derivatives that ``torch.autograd.grad`` returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,31 +56,18 @@ class _KeepGrad(TorchFunctionMode):
         return result
 
 
-def _weights(tensor: Tensor) -> Tensor:
-    flat = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
-    return (0.3 + 0.8 * torch.frac(flat * 0.6180339887)).reshape(tensor.shape).to(tensor.dtype)
-
-
-def _probe_loss(outputs: Sequence[Tensor]) -> Tensor:
-    """A loss that reads every floating-point output that carries a gradient, quadratic so that no term is constant."""
-    trainable = [x for x in outputs if x.is_floating_point() and x.requires_grad]
-    # A structure without a cell has a stress of NaN or infinity, which its loss leaves out.
-    finite = [x for x in trainable if bool(x.detach().isfinite().all())]
-    total: Tensor | None = None
-    for value in finite or trainable:
-        scale = value.detach().abs().max().clamp_min(1e-3)
-        term = ((value / scale - _weights(value)) ** 2).mean()
-        total = term if total is None else total + term
-    if total is None:
-        raise CaptureError(
-            "no output of the potential depends on its parameters in a differentiable way. A detach() or "
-            "torch.no_grad() on the way from the energy to the forces cuts the gradient; remove it in training."
-        )
-    return total
-
-
 def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential) -> ProbeResult:
-    """The eager module on one call, with the parameter gradient of a loss of its outputs."""
+    """Runs the eager module on one call, and differentiates a loss of its outputs.
+
+    Args:
+        potential: the live potential.
+        call: the call.
+        staged: the staged potential, which says which outputs are available.
+
+    Raises:
+        CaptureError: the forward returns something else than in training, is not twice differentiable in training, or
+            detaches its forces.
+    """
     args, kwargs = with_leaves((call.args, call.kwargs), lambda _, leaf: leaf)  # a forward may write to its batch
     with torch.enable_grad(), _KeepGrad() as keep:
         returned = potential(*args, **kwargs)
@@ -99,7 +87,7 @@ def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential
         with torch.enable_grad():
             _refuse_first_order(potential, call.path, keep.derivatives)
             _refuse_detached(call, tensors, staged)
-            loss = _probe_loss(outputs)
+            loss = probe_loss(outputs)
             with autocast_as(OFF):  # as a Trainer's backward pass
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
@@ -111,14 +99,14 @@ def _tensors(returned: Any) -> list[Tensor]:
 
 
 def _refuse_other_form(call: PotentialCall, returned: Any, restored: Any) -> None:
-    """What adapters make of the return value for the trace has to become the same values again for the user's step."""
+    """Refuses adapters that give the user's step other values than the forward returned."""
     expected, found = dict(leaves(returned)), dict(leaves(restored))
     for place in (*expected, *found):
         a, b = expected.get(place), found.get(place)
         if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor)) and not _is_same(a, b):
             raise CaptureError(
                 f"an adapter of the potential {shown(call.path)} changes what the forward returns: {place} is another "
-                "value after its joined() and separated(), of which the second has to be the inverse of the first"
+                "value after joined() and separated(); separated() has to be the inverse of joined()"
             )
 
 
@@ -133,14 +121,14 @@ _VANISHING = 1e-9
 
 
 def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[Tensor]) -> None:
-    """A force loss has to have a parameter gradient, or forces would not be trained, without a word."""
+    """Refuses a potential whose force loss has no parameter gradient: its forces would silently not be trained."""
     parameters = [p for p in potential.parameters() if p.requires_grad]
     if not parameters:
         raise CaptureError(f"the potential {shown(path)} has no trainable parameters (requires_grad is False for all)")
     trainable = [d for d in derivatives if d.requires_grad]
     found: Sequence[Tensor | None] = []
     if trainable:
-        loss = sum(((d - _weights(d)) ** 2).sum() for d in trainable)
+        loss = sum(((d - probe_targets(d)) ** 2).sum() for d in trainable)
         assert isinstance(loss, Tensor)
         with autocast_as(OFF):
             found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
@@ -156,7 +144,7 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
 
 
 def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: StagedPotential) -> None:
-    """Forces that the step reads have to carry their gradient out of the potential."""
+    """Refuses a potential that returns detached forces to a training step that reads them."""
     read = [outputs[i] for i in staged.derived if i in call.read_outputs]
     if read and not any(x.requires_grad for x in read):
         raise CaptureError(
@@ -168,7 +156,7 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: Sta
 
 @dataclass(frozen=True)
 class PhaseMode:
-    """How the phases are run: the way that is validated is the way that trains.
+    """How the phases are run; potentials are validated in the mode in which they train.
 
     Attributes:
         defer: leave weight gradients to WF and WE.
@@ -180,7 +168,7 @@ class PhaseMode:
 
 
 DEFAULT_MODE = PhaseMode()
-"""The phases of each stage on one rank, nothing deferred."""
+"""All phases of a stage on one rank, and nothing deferred."""
 
 
 def run_staged(
@@ -191,28 +179,36 @@ def run_staged(
     measure_memory: bool = False,
     num_runs: int = 1,
 ) -> tuple[ProbeResult, SingleProcessResult]:
-    """The same through the phases of all stages, in this process; of several runs, what the last one took.
+    """Runs one call through the phases of all stages in this process, with the loss of :func:`run_eager`.
 
     In evaluation mode all phases run too, for their times, with cotangents of zero.
+
+    Args:
+        staged: the potential in stages.
+        potential: the live potential.
+        call: the call.
+        phase_mode: how the phases are run.
+        measure_memory: measure the memory of each stage.
+        num_runs: how often the phases run; times and memory are those of the last run.
     """
     stages = [staged.stage(i, potential) for i in range(staged.num_stages)]
     epilogue = staged.return_value(potential)
     tensors = staged.inputs(potential)(call.args, call.kwargs)
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
-        probe = LossLeaves(observables, derivatives)
-        num = len(probe.inputs)
+        from_loss = LossLeaves(observables, derivatives)
+        num = len(from_loss.inputs)
         with torch.enable_grad():
-            outputs.extend(epilogue.tensors(tensors, probe.observables, probe.derivatives))
+            outputs.extend(epilogue.tensors(tensors, from_loss.observables, from_loss.derivatives))
             if not potential.training:
-                return probe.seeds([None] * num)
-            total = _probe_loss(outputs)
+                return from_loss.seeds([None] * num)
+            total = probe_loss(outputs)
             with autocast_as(OFF):
-                found = torch.autograd.grad(total, [*probe.inputs, *epilogue.parameters], allow_unused=True)
+                found = torch.autograd.grad(total, [*from_loss.inputs, *epilogue.parameters], allow_unused=True)
         outside.add(epilogue.parameters, found[num:])
-        return probe.seeds(found[:num])
+        return from_loss.seeds(found[:num])
 
-    eager: ProbeResult | None = None
+    probe: ProbeResult | None = None
     for _ in range(num_runs):
         outputs: list[Tensor] = []
         outside = GradientBuffers()
@@ -225,20 +221,15 @@ def run_staged(
             split_stages=range(len(stages)) if phase_mode.split_stages else (),
             measure_memory=measure_memory,
         )
-        if eager is None:
-            gradients = _sum_of(potential.parameters() if potential.training else (), result.gradients, outside)
-            eager = ProbeResult(result.derivatives, [x.detach() for x in outputs], gradients)
-    assert eager is not None
-    return eager, result
-
-
-def _sum_of(parameters: Iterable[nn.Parameter], *buffers: GradientBuffers) -> dict[nn.Parameter, Tensor]:
-    gradients: dict[nn.Parameter, Tensor] = {}
-    for parameter in parameters:
-        for found in (b.get(parameter) for b in buffers):
-            if found is not None:
-                gradients[parameter] = gradients[parameter] + found if parameter in gradients else found
-    return gradients
+        if probe is None:
+            parts = [
+                (p, [g for g in (result.gradients.get(p), outside.get(p)) if g is not None])
+                for p in (potential.parameters() if potential.training else ())
+            ]
+            gradients = {p: torch.stack(found).sum(0) for p, found in parts if found}
+            probe = ProbeResult(result.derivatives, [x.detach() for x in outputs], gradients)
+    assert probe is not None
+    return probe, result
 
 
 def validate(
@@ -248,20 +239,20 @@ def validate(
     phase_mode: PhaseMode = DEFAULT_MODE,
     num_runs: int = 1,
 ) -> list[PhaseCosts]:
-    """Compare a captured potential with the eager module.
+    """Compares a potential in stages with the eager module.
 
     Args:
-        staged: the captured potential.
+        staged: the potential in stages.
         potential: the live potential.
-        call: a call with other numbers of atoms, edges and structures than the one that was traced.
+        call: a call with other numbers of atoms, edges and structures than the traced call.
         phase_mode: how the phases are run.
-        num_runs: how often; the first run takes longer.
+        num_runs: how often the phases run; the first run takes longer.
 
     Returns:
         Measured phase times of each stage in the last run.
 
     Raises:
-        CaptureError: a quantity differs; the message names the first one and the usual cause.
+        CaptureError: they differ; the message names the first value that does, and usual causes.
     """
     staged.bind_sizes(staged.inputs(potential)(call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
@@ -289,9 +280,9 @@ def validate(
 
 
 def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: PotentialCall) -> None:
-    """Compare what a potential that was captured in training mode returns with the eager module in evaluation mode.
+    """Compares what a potential in stages returns with what the eager module returns in evaluation mode.
 
-    The captured potential is used for evaluation too, so the two modes have to agree.
+    The stages were made in training mode, and are used for evaluation too, so the two modes have to agree.
 
     Raises:
         CaptureError: an output differs.
@@ -310,7 +301,7 @@ def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: Pot
 
 
 def rounding_tolerance(staged: StagedPotential, potential: nn.Module) -> float:
-    """The largest relative difference that rounding explains.
+    """Returns the largest relative difference that rounding explains.
 
     The coarsest type that a potential computes in decides: positions, forces and energies may be of a finer one.
     Double differentiation in float32 loses digits; a wrong graph is off by far more than this. In half precision, where
@@ -345,7 +336,7 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance
 
 
 def _scale(tensor: Tensor) -> float:
-    """Largest finite entry."""
+    """Returns the largest finite entry."""
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
     return float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).max())

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.random_state import kept_random_state
 
 
@@ -99,22 +100,8 @@ def silent_log(module: nn.Module) -> Iterator[None]:
 
     def log(*_: Any, **__: Any) -> None: ...
 
-    with replaced_log(module, log):
+    with patched(module, "log", log):
         yield
-
-
-@contextmanager
-def replaced_log(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
-    """Send the module's ``self.log`` (and so ``self.log_dict``) elsewhere."""
-    own = module.__dict__.get("log")
-    vars(module)["log"] = log
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.log
-        else:
-            module.log = own
 
 
 def metrics_of(module: nn.Module) -> list[Any]:

@@ -157,6 +157,21 @@ def test_simplify_keeps_dimensions_that_the_trace_kept(target: str, arguments: A
     assert [n.args[1] for n in program.nodes if n.target.startswith("aten.squeeze")] == [[2] for _ in left]
 
 
+def test_simplify_gives_the_sizes_of_views() -> None:
+    """A graph rank that has no rows could not infer them."""
+    program = simplify(
+        program_of(
+            operation("flat", "aten.view.default", Ref("x"), [Ref("x"), 1, -1], spec=TensorSpec(("n", 1, 2), DTYPE)),
+            operation("rows", "aten.view.default", Ref("flat"), [-1, 1], spec=TensorSpec(("2*n", 1), DTYPE)),
+            operation("e", "aten.sum.default", Ref("rows"), spec=TensorSpec((), DTYPE)),
+            operation("g", "januspipe.energy_gradient.default", [Ref("e")], [Ref("x")]),
+            outputs=["rows"],
+        )
+    )
+    assert program.by_name["flat"].args[1] == [Ref("x"), 1, 2]
+    assert program.by_name["rows"].args[1] == [-1, 1], "follows from the number of rows"
+
+
 def test_build_module_uses_what_it_needs() -> None:
     program = program_of(
         operation("a", "aten.mul.Tensor", Ref("x"), Ref("w")),

@@ -1,0 +1,63 @@
+"""What kind of work an operation of a traced stage does: the one table that decides what may be computed again."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, fx
+
+
+class Work(Enum):
+    """The kind of work that an operation does."""
+
+    SIZE = "arithmetic of sizes"
+    VIEW = "a view"
+    MAKE = "a constant tensor"
+    POINTWISE = "pointwise"
+    GATHER = "rows that are looked up"
+    SUM = "products, sums and scatters"
+    EXCHANGE = "an exchange between graph ranks"
+
+
+_VIEW = (
+    "getitem view reshape permute t transpose expand slice select squeeze unsqueeze split_with_sizes split unbind "
+    "as_strided alias diagonal view_as_real view_as_complex"
+)
+_POINTWISE = "where clone cat constant_pad_nd _to_copy stack"
+_GATHER = "index index_select embedding gather"
+_MAKE = (
+    "full zeros ones empty scalar_tensor new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
+    "empty_like empty_strided arange iota eye lift_fresh_copy"
+)
+_NAMED = {
+    name: work
+    for work, names in (
+        (Work.VIEW, _VIEW),
+        (Work.POINTWISE, _POINTWISE),
+        (Work.GATHER, _GATHER),
+        (Work.MAKE, _MAKE),
+    )
+    for name in names.split()
+}
+
+EXCHANGES = "januspipe"
+"""Namespace of the operators that exchange rows between graph ranks."""
+
+
+def work_of(node: fx.Node) -> Work:
+    """Returns the kind of work that a node does; a pointwise operation is known by torch's own tag."""
+    if node.op == "get_attr":
+        return Work.MAKE
+    if not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+        return Work.SIZE
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target.namespace == EXCHANGES:
+            return Work.EXCHANGE
+        name = target._schema.name.split("::")[1]
+        if name not in _NAMED and torch.Tag.pointwise in target.tags:
+            return Work.POINTWISE
+    else:
+        name = getattr(target, "__name__", str(target))
+    return _NAMED.get(name, Work.SUM)

@@ -1,0 +1,123 @@
+"""Which sizes of a micro-batch the graphs of a stage take as inputs, and for which sizes they are right."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Eq": operator.eq,
+    "Ne": operator.ne,
+    "And": lambda *terms: all(terms),
+    "Or": lambda *terms: any(terms),
+    "Not": operator.not_,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": max,
+    "Min": min,
+}
+
+
+@dataclass(frozen=True)
+class StageSizes:
+    """The sizes of a stage's graphs.
+
+    Export leaves sizes apart that are equal in every batch. Where two example calls agree about two symbols the graphs
+    have one size for both, or each use of them together would add a guard.
+
+    Attributes:
+        groups: name of a size of the graphs -> the program's size symbols that have to be equal to it.
+        constants: size symbols whose value the graphs hold as a number -> that value.
+        guards: relations between sizes of the graphs that hold in the calls that they are right for.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, int]
+    guards: tuple[str, ...] = ()
+
+    def values(self, bound: Mapping[str, int]) -> list[int]:
+        """Returns the sizes in the order in which the graphs take them.
+
+        Args:
+            bound: values of the program's size symbols for a micro-batch.
+        """
+        return [bound[symbols[0]] for symbols in self.groups.values()]
+
+    def misfit(self, bound: Mapping[str, int]) -> str | None:
+        """Returns in words why the graphs are not right for a micro-batch; None where they are.
+
+        Args:
+            bound: values of the program's size symbols for a micro-batch.
+        """
+        for symbol, value in self.constants.items():
+            if bound[symbol] != value:
+                return f"a size that was {value} in both example batches is {bound[symbol]}"
+        for symbols in self.groups.values():
+            found = sorted({bound[s] for s in symbols})
+            if len(found) > 1:
+                return f"sizes that were equal in both example batches are {found[0]} and {found[1]}"
+        sizes = dict(zip(self.groups, self.values(bound), strict=True))
+        for guard in self.guards:
+            names, function = compiled_expression(guard)
+            if not function(*(sizes[n] for n in names)):
+                given = ", ".join(f"{n} = {sizes[n]}" for n in names)
+                return f"the condition {guard} does not hold for {given}"
+        return None
+
+    def with_guards(self, guards: Sequence[Any]) -> StageSizes:
+        """Returns the same with the relations that compiling added.
+
+        Args:
+            guards: sympy expressions in the sizes of the graphs.
+        """
+        found = dict.fromkeys(str(g) for g in guards if getattr(g, "free_symbols", None))
+        return replace(self, guards=tuple(dict.fromkeys((*self.guards, *found))))
+
+
+def agree(
+    first: Mapping[str, int], second: Mapping[str, int], leading: Mapping[str, bool]
+) -> tuple[list[tuple[str, ...]], dict[str, int]]:
+    """Finds the symbols that have one size, from their values in two example calls.
+
+    A symbol with one value in both calls is a constant (3 for the coordinates of a position, say), unless it counts
+    the rows of an input: two batches may well have the same number of structures.
+
+    Args:
+        first: values of the size symbols in the call whose sizes are the examples of the graphs.
+        second: their values in a call with other sizes.
+        leading: whether a symbol is the first dimension of an input.
+
+    Returns:
+        Groups of symbols that have the same values, and the constants.
+    """
+    groups: dict[tuple[int, int], list[str]] = {}
+    alone: list[tuple[str, ...]] = []
+    constants: dict[str, int] = {}
+    for symbol in first:
+        pair = first[symbol], second[symbol]
+        if pair[0] != pair[1]:
+            groups.setdefault(pair, []).append(symbol)
+        elif leading.get(symbol, False):
+            alone.append((symbol,))
+        else:
+            constants[symbol] = pair[0]
+    return [*(tuple(g) for g in groups.values()), *alone], constants
+
+
+@lru_cache(maxsize=4096)
+def compiled_expression(text: str) -> tuple[tuple[str, ...], Callable[..., Any]]:
+    """Returns an expression or relation of sizes as a function, and the names of its arguments.
+
+    The function also takes symbolic sizes.
+
+    Args:
+        text: as torch's symbolic shapes print it, which is Python but for the functions in it.
+    """
+    names = tuple(sorted(set(compile(text, "<sizes>", "eval").co_names) - set(_FUNCTIONS)))
+    function = eval(f"lambda {', '.join(names)}: {text}", dict(_FUNCTIONS))
+    return names, function

@@ -1,0 +1,90 @@
+"""The private names of torch that compiled phases use, each behind a function that says what it is needed for.
+
+``tests/compiled/test_torch_internals.py`` pins every one of them, so that a torch without it fails there and not in a
+training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext, tracing
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode as FakeTensorMode
+from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """Returns a mode in which tensors have shapes and no values; sizes that are equal by chance stay apart."""
+    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+
+
+def new_size(mode: FakeTensorMode, name: str, hint: int) -> SymInt:
+    """Returns a symbolic size that may have any value, 0 and 1 included.
+
+    Args:
+        mode: the mode that its tensors belong to.
+        name: what torch calls it in messages.
+        hint: its value in the example call.
+    """
+    env = mode.shape_env
+    assert env is not None
+    symbol = env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True)
+    size = env.create_symintnode(symbol, hint=hint)
+    assert isinstance(size, SymInt)
+    return size
+
+
+def size_guards(mode: FakeTensorMode) -> list[Any]:
+    """Returns the relations between sizes that torch has taken for granted so far, as sympy expressions."""
+    env = mode.shape_env
+    assert env is not None
+    return [env.simplify(guard.expr) for guard in env.guards]
+
+
+def hint_of(size: int | SymInt) -> int:
+    """Returns the value of a size in the example call."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def expression_of(size: int | SymInt) -> str:
+    """Returns a size as text, in the names of the symbols."""
+    return str(size if isinstance(size, int) else size.node.expr)
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Inside, sizes of 0 and 1 are treated like all others, instead of adding guards against them."""
+    with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
+
+
+def traced_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Any]) -> fx.GraphModule:
+    """Traces a function of fake tensors and symbolic sizes, in the operations that inductor compiles."""
+    with any_size(), enable_python_dispatcher():
+        trace = make_fx(function, select_decomp_table(), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+        return trace(*inputs)
+
+
+def without_repetitions(graph: fx.Graph) -> fx.Graph:
+    """Returns a copy of a graph that computes equal operations once."""
+    return fx_graph_cse(graph)
+
+
+@contextmanager
+def compiling_for(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, inductor takes its symbolic sizes from a mode."""
+    with ExitStack() as stack:
+        stack.enter_context(any_size())
+        stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(torch.no_grad())
+        yield

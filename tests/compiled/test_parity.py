@@ -1,0 +1,42 @@
+"""Phase graphs give the parameter gradients of the undivided double backward, for many kinds of models."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from capture_models import Potential, Step, Traced, assert_parity, make_batch
+from compiled_models import factory, joint_graphs
+from parity_models import CASES
+
+from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
+from lightning_januspipe.compiled.phases import phase_graphs
+from lightning_januspipe.compiled.stage import CompiledStage
+
+SIZES = [(2, 5, 1, 3), (1,), (2,), (1, 1, 1)]
+"""Other sizes than traced; one atom; two atoms; no edges."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameter_gradients(name: str) -> None:
+    """Of two stages; what is deferred is tested with every second model."""
+    traced = Traced(CASES[name]())
+    captured = traced.cut(2)
+    defer = list(CASES).index(name) % 2 == 0
+    make = factory([phase_graphs(joint, defer=defer) for joint in joint_graphs(traced, captured)])
+    for sizes in SIZES[:2]:
+        assert_parity(captured, traced.module, make_batch(sizes, seed=1), make_stage=make, defer=defer)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_every_activation_and_size(num_stages: int) -> None:
+    """Each activation with and without deferral, each with two of the sizes in turn."""
+    plain = Traced(Step(Potential(num_stages)))
+    captured = plain.cut(num_stages)
+    joints = joint_graphs(plain, captured)
+    made: list[CompiledStage] = []
+    for i, (activation, defer) in enumerate(product(ACTIVATIONS, (False, True))):
+        make = factory([phase_graphs(joint, activation, defer) for joint in joints], made)
+        for sizes in (SIZES[i % 4], SIZES[(i + num_stages) % 4]):
+            assert_parity(captured, plain.module, make_batch(sizes, seed=1), make_stage=make, defer=defer)
+    assert not any(stage.num_misfits for stage in made)

@@ -1,0 +1,164 @@
+"""The phase graphs of a stage: what they return, keep and compute again; and that faults in them are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from capture_models import Traced, assert_parity, make_batch
+from compiled_models import factory, joint_graphs
+from parity_models import AtomicEnergies, ChargeStep
+
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.compiled import levels, phases
+from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
+from lightning_januspipe.compiled.operators import Work, work_of
+from lightning_januspipe.compiled.phases import PhaseGraphs, phase_graphs
+from lightning_januspipe.compiled.ports import Kind
+from lightning_januspipe.schedule import Phase
+
+BATCH = make_batch((2, 5, 3), seed=1)
+
+
+@pytest.fixture(scope="module")
+def traced() -> Traced:
+    return Traced(ChargeStep(AtomicEnergies(2)))  # its loss reads all observables
+
+
+@pytest.fixture(scope="module")
+def captured(traced: Traced) -> CapturedPotential:
+    return traced.cut(2)
+
+
+@pytest.fixture(scope="module")
+def joints(traced: Traced, captured: CapturedPotential) -> list[Joint]:
+    return joint_graphs(traced, captured)
+
+
+def products(graph: torch.fx.Graph) -> int:
+    """Matrix products in a graph."""
+    return sum(n.op == "call_function" and "mm" in str(n.target) for n in graph.nodes)
+
+
+def test_no_product_is_computed_twice(joints: list[Joint]) -> None:
+    """Six products for each linear layer, in the phases in which they belong (docs: the four phases)."""
+    for joint in joints:
+        whole = products(levels.simplify(joint).graph)
+        for defer in (False, True):
+            found = {p: products(m.graph) for p, m in phase_graphs(joint, "keep", defer).modules.items()}
+            assert sum(found.values()) == whole, (found, whole)
+        assert Phase.WF in found and Phase.WE in found
+
+
+def test_what_is_kept(joints: list[Joint]) -> None:
+    for joint in joints:
+        found = {a: phase_graphs(joint, a).phases for a in ACTIVATIONS}
+        for phase in (Phase.FE, Phase.FF, Phase.BF):
+            held = {a: p.held_bytes(phase) for a, p in found.items()}
+            assert held["recompute"] < 0.2 * held["pointwise"] < 0.2 * held["keep"]
+        assert not found["recompute"].signatures[Phase.FE].kept, "only the boundary is kept"
+        assert all(p.held_bytes(Phase.BE) == 0 for p in found.values())
+
+
+def test_parameter_gradients_are_returned_as_soon_as_they_are_complete(joints: list[Joint]) -> None:
+    """What BF finds of a parameter's gradient does not wait for what BE finds."""
+    for joint in joints:
+        graphs = phase_graphs(joint, "keep")
+        returned = {
+            phase: {r.position for r in signature.results if r.kind is Kind.PARAMETER_GRADIENT}
+            for phase, signature in graphs.phases.signatures.items()
+        }
+        assert returned[Phase.BF] & returned[Phase.BE], "no gradient is returned in two summands"
+        nodes = {n.name: n for n in graphs.modules[Phase.BE].graph.nodes}
+        kept = [tuple(nodes[name].meta["val"].shape) for name in graphs.phases.signatures[Phase.BF].kept]
+        assert kept and all(isinstance(shape[0], torch.SymInt) for shape in kept), "one has a parameter's shape"
+
+
+def test_graphs_are_the_same_in_every_trace(traced: Traced, captured: CapturedPotential, joints: list[Joint]) -> None:
+    """Caches are of use only if they are."""
+    again = joint_graphs(traced, captured)
+    for first, second in zip(joints, again, strict=True):
+        one, two = (phase_graphs(j, "pointwise", True) for j in (first, second))
+        assert one.phases == two.phases
+        assert [m.code for m in one.modules.values()] == [m.code for m in two.modules.values()]
+
+
+def test_a_gradient_exists_if_the_loss_reads_what_leads_to_it(joints: list[Joint]) -> None:
+    """The charges' weights have a gradient only where the loss reads charges."""
+    signatures = phase_graphs(joints[-1]).phases.signatures
+    seeds = [s for sig in signatures.values() for r, s in zip(sig.results, sig.seeds, strict=True)
+             if r.kind is Kind.PARAMETER_GRADIENT]  # fmt: skip
+    assert None in seeds, "forces lead to most parameters"
+    deciding = [s for s in seeds if s is not None]
+    assert deciding and {port.kind for ports in deciding for port in ports} == {Kind.OBSERVABLE_COTANGENT}
+
+
+def _parity(traced: Traced, captured: CapturedPotential, graphs: list[PhaseGraphs], defer: bool = False) -> None:
+    assert_parity(captured, traced.module, BATCH, make_stage=factory(graphs), defer=defer)
+
+
+def _with_zeros(graphs: PhaseGraphs, phase: Phase, name: str) -> PhaseGraphs:
+    """The same phases, one of which keeps zeros in the place of a value."""
+    signature, module = graphs.phases.signatures[phase], graphs.modules[phase]
+    place = len(signature.results) + signature.kept.index(name)
+
+    def run(*inputs: Any) -> list[torch.Tensor]:
+        out = list(module(*inputs))
+        out[place] = torch.zeros_like(out[place])
+        return out
+
+    modules: Mapping[Phase, Any] = {**graphs.modules, phase: run}
+    return replace(graphs, modules=modules)
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_every_kept_value_matters(
+    traced: Traced, captured: CapturedPotential, joints: list[Joint], defer: bool
+) -> None:
+    """Zeros in the place of any of them are found by the parity check."""
+    graphs = [phase_graphs(j, "pointwise", defer) for j in joints]
+    _parity(traced, captured, graphs, defer)
+    num = 0
+    for stage, own in enumerate(graphs):
+        for phase, signature in own.phases.signatures.items():
+            for name in signature.kept:
+                broken = list(graphs)
+                broken[stage] = _with_zeros(own, phase, name)
+                with pytest.raises((AssertionError, FloatingPointError)):
+                    _parity(traced, captured, broken, defer)
+                num += 1
+    assert num > 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "phase"),
+    [(Kind.BOUNDARY_COTANGENT, Phase.BF), (Kind.OBSERVABLE_COTANGENT, Phase.BF), (Kind.DERIVATIVE_COTANGENT, Phase.FF)],
+)
+def test_a_wrong_level_is_found(joints: list[Joint], monkeypatch: pytest.MonkeyPatch, kind: Kind, phase: Phase) -> None:
+    """An operation that runs before its inputs are there."""
+    monkeypatch.setattr(levels, "GIVEN", {**levels.GIVEN, kind: phase})
+    with pytest.raises(AssertionError, match="reads .* which no earlier phase keeps"):
+        for joint in joints:
+            phase_graphs(joint, "keep")
+
+
+def test_what_waits_for_energies_alone_is_not_in_BF(
+    traced: Traced, captured: CapturedPotential, joints: list[Joint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of BE that BF returned instead would not be in time, or not be there."""
+    monkeypatch.setattr(phases, "returned_in", lambda joint, levels: [
+        Phase.BF if p is Phase.BE else p for p in _returned_in(joint, levels)])  # fmt: skip
+    with pytest.raises((AssertionError, KeyError)):
+        _parity(traced, captured, [phase_graphs(j, "keep") for j in joints])
+
+
+_returned_in = levels.returned_in
+
+
+def test_kinds_of_work(joints: list[Joint]) -> None:
+    found = {work_of(n) for joint in joints for n in joint.graph.nodes if n.op == "call_function"}
+    assert found - {Work.SIZE} == {Work.VIEW, Work.MAKE, Work.POINTWISE, Work.GATHER, Work.SUM}

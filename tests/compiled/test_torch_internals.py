@@ -1,0 +1,52 @@
+"""The private names of torch that compiled phases use are there and do what they are used for."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_januspipe.compiled import torch_internals as internals
+
+
+def test_sizes_may_be_zero_and_one_and_are_inputs() -> None:
+    mode = internals.symbolic_mode()
+    rows = internals.new_size(mode, "rows", 5)
+    with mode:
+        values = torch.empty([rows, 3])
+        index = torch.empty([rows], dtype=torch.int64)
+
+    def function(size: torch.SymInt, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
+        return [x.new_zeros(size, 3).index_add(0, index, x.sin()).sum(1)]
+
+    graph = internals.traced_graph(function, [rows, values, index])
+    assert not internals.size_guards(mode)
+    for num in (4, 1, 0):
+        x, places = torch.randn(num, 3), torch.arange(num)
+        (found,) = graph(num, x, places)
+        torch.testing.assert_close(found, x.sin().sum(1))
+    assert internals.hint_of(rows) == 5 == internals.hint_of(5)
+    assert internals.expression_of(2 * rows) == f"2*{internals.expression_of(rows)}"
+
+
+def test_guards_are_recorded() -> None:
+    mode = internals.symbolic_mode()
+    rows = internals.new_size(mode, "rows", 6)
+    assert rows % 2 == 0
+    (guard,) = internals.size_guards(mode)
+    assert "Mod" in str(guard)
+
+
+def test_repetitions_are_removed() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    one, two = (graph.call_function(torch.ops.aten.sin.default, (x,)) for _ in range(2))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (one, two)),))
+    found = internals.without_repetitions(graph)
+    assert sum(n.target is torch.ops.aten.sin.default for n in found.nodes) == 1
+
+
+def test_tracing_decomposes_what_inductor_decomposes() -> None:
+    mode = internals.symbolic_mode()
+    with mode:
+        x = torch.empty(4)
+    graph = internals.traced_graph(lambda x: [torch.nn.functional.silu(x)], [x])
+    assert not any("silu" in str(n.target) for n in graph.graph.nodes)

@@ -1,0 +1,40 @@
+"""Compiled stages of small potentials for tests: their graphs, traced once, and what makes stages of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from capture_models import OTHER, TRACED, Batch, Traced, make_batch
+
+from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.compiled.blueprint import blueprint
+from lightning_januspipe.compiled.joint import Joint, trace_joint
+from lightning_januspipe.compiled.phases import PhaseGraphs
+from lightning_januspipe.compiled.stage import CompiledStage
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.specs import ChainSpec
+
+
+def joint_graphs(
+    traced: Traced, captured: CapturedPotential, batches: tuple[Batch, Batch] | None = None
+) -> list[Joint]:
+    """The joint graphs of all stages."""
+    calls = [traced.call_on(b) for b in batches or (make_batch(TRACED), make_batch(OTHER))]
+    inputs = captured.inputs(traced.potential)
+    first, second = (inputs(c.args, c.kwargs) for c in calls)
+    stages = [captured.stage(i, traced.potential) for i in range(captured.num_stages)]
+    return [trace_joint(blueprint(stage, captured.chain, first, second)) for stage in stages]
+
+
+def factory(graphs: Sequence[PhaseGraphs], made: list[CompiledStage] | None = None) -> Callable[..., CompiledStage]:
+    """Makes stages of phase graphs, as ``run_single_process`` wants them; ``made`` gets them too."""
+
+    def make(function: Any, gradients: GradientBuffers, chain: ChainSpec) -> CompiledStage:
+        own = graphs[function.index]
+        stage = CompiledStage(function, own.phases, own.modules, gradients, chain)
+        if made is not None:
+            made.append(stage)
+        return stage
+
+    return make
