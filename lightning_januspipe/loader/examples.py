@@ -96,8 +96,30 @@ def _read_map(loader: Any, num_microbatches: int, limited: bool) -> tuple[Any, A
             keys = list(chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)))[:_NUM_SAMPLES]
             (found,) = _reader(loader, collate, batch_sampler=[keys])
         except Exception:
-            raise error from None
+            found = _of_own_batches(loader, collate.collate, num_microbatches)
+            if found is None:
+                raise error from None
     return found or first_and_last(list(_reader(loader, collate.collate, batch_sampler=[keys[-2:], keys[:1]])))
+
+
+def _of_own_batches(loader: Any, collate: Callable[[Any], Any], num_microbatches: int) -> tuple[Any, Any] | None:
+    """Examples of samples that the loader's own sampler puts together: others may not fit into one batch.
+
+    Returns:
+        Two or three samples of the costliest of the first batches, and as many as a micro-batch has of the cheapest;
+        None where that fails too.
+    """
+    with suppress(Exception):
+        keys = [list(batch) for batch in _keys(loader, loader.batch_sampler, _NUM_SAMPLES) if batch]
+        num_other = max(1, round(sum(map(len, keys)) / len(keys) / num_microbatches))
+        num_traced = 3 if num_other == 2 else 2
+        few = [batch[: max(num_traced, num_other)] for batch in keys]
+        batches = sorted(_reader(loader, list, batch_sampler=few), key=lambda samples: sample_cost(samples[0]))
+        largest, smallest = batches[-1], batches[0]
+        traced = [largest[i % len(largest)] for i in range(num_traced)]
+        other = [smallest[i % len(smallest)] for i in range(num_other)]
+        return collate(traced), collate(other)
+    return None
 
 
 def _read_iterable(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
