@@ -225,7 +225,7 @@ class TestCommand:
         text = capsys.readouterr().out
         content = json.loads(Path("out/plan.json").read_text())
         assert content["graph_size"] == 2 and [share["graph_size"] for share in content["graph"]] == [1, 2]
-        assert "divided over 2 graph ranks: 2 ranks of the pipeline are 4" in text
+        assert "sharded over 2 graph ranks: 2 ranks of the pipeline are 4" in text
         (row,) = content["schedules"]
         # Each exchange takes a second, and nothing else takes long.
         assert row["step_time"] > 2 * content["graph"][1]["num_exchanges"] / 2

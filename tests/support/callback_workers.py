@@ -163,11 +163,11 @@ class Sent(lightning.Callback):
         self.held: tuple[float, ...] = ()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self._before = trainer.strategy.runner.executor.bytes_sent
+        self._before = trainer.strategy.runner.bytes_sent
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         runner = trainer.strategy.runner
-        self.sent.append(runner.executor.bytes_sent - self._before)
+        self.sent.append(runner.bytes_sent - self._before)
         self.held = runner.schedules.planner.report(runner.schedules.schedule(4)).peak_memory
 
 

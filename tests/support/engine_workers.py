@@ -291,7 +291,7 @@ def inspect_mesh(pipeline: int, data: int) -> dict[str, Any]:
 
     groups = {n: getattr(mesh, f"{n}_group") for n in ("pipeline", "data", "down", "up", "control", "alone")}
     found: dict[str, Any] = {n: members(g) for n, g in groups.items()}
-    found["position"] = (mesh.pipeline_rank, mesh.data_rank, mesh.graph_rank)
+    found["indices"] = (mesh.pipeline_rank, mesh.data_rank, mesh.graph_rank)
     found["pipeline_ranks"] = mesh.pipeline_ranks
     return found
 

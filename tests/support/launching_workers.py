@@ -159,7 +159,7 @@ def seeded_workers(strategy: dict[str, Any] | str | None, num_workers: int) -> d
     module = module_of("lightning")
     drawn: list[float] = []
     module.on_train_epoch_end = lambda: drawn.append(float(torch.rand(())))
-    data = DataLoader(Noisy(8), batch_size=2, num_workers=num_workers, collate_fn=collate)
+    data = DataLoader(Noisy(8), batch_size=2, num_workers=num_workers, collate_fn=collate, shuffle=True)
     trainer = trainer_of(strategy, max_epochs=1, use_distributed_sampler=True)
     trainer.fit(module, data)
     return {"seen": module.seen, "drawn": drawn}

@@ -42,10 +42,10 @@ def check(expected: Any, found: Any, where: str = "") -> None:
         assert expected == found, where
 
 
-def loader(num: int, batch_size: int, first: int = 0) -> Any:
-    """Returns structures of one to six atoms, in their order."""
+def loader(num: int, batch_size: int, first: int = 0, shuffle: bool = False) -> Any:
+    """Returns structures of one to six atoms."""
     samples: Any = [make_batch((SIZES[i % len(SIZES)],), first + i) for i in range(num)]
-    return DataLoader(samples, batch_size=batch_size, collate_fn=collate)
+    return DataLoader(samples, batch_size=batch_size, collate_fn=collate, shuffle=shuffle)
 
 
 def module_that_logs(namespace: str, learning_rate: float, sync: bool) -> Any:
@@ -166,9 +166,14 @@ def seen_callback(namespace: str) -> Any:
     return Seen()
 
 
+def has_replicas(strategy: dict[str, Any] | str | None) -> bool:
+    """Whether a strategy is DDP, or has replicas."""
+    return isinstance(strategy, str) or "data_size" in (strategy or {})
+
+
 def trainer_of(strategy: dict[str, Any] | str | None, namespace: str = "lightning", **arguments: Any) -> Any:
     """Returns a quiet Trainer, with Lightning's sampler for replicas."""
-    replicas = isinstance(strategy, str) or "data_size" in (strategy or {})
+    replicas = has_replicas(strategy)
     if arguments.get("barebones"):  # it wants these arguments to be left out
         flags = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         arguments = {**dict.fromkeys((*flags, "num_sanity_val_steps")), **arguments}
@@ -206,7 +211,9 @@ def fit_and_log(
         strategy, namespace, callbacks=[seen], max_epochs=2, log_every_n_steps=1,
         logger=loggers_of(loggers, namespace, where), **arguments,
     )  # fmt: skip
-    trainer.fit(module, loader(num_train, batch_size), [loader(4, 2, 100), loader(6, 3, 200)])
+    # DDP shuffles the samples of replicas whether or not the loader does.
+    train = loader(num_train, batch_size, shuffle=has_replicas(strategy))
+    trainer.fit(module, train, [loader(4, 2, 100), loader(6, 3, 200)])
     if loggers == "wandb":
         finish_wandb()
     return {"folder": where, "history": seen.history, "state": plain(dict(module.potential.state_dict()))}
