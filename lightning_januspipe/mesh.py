@@ -66,7 +66,7 @@ class MeshShape:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that work on the same samples: those of a pipeline, with their graph ranks."""
+        """Number of ranks that work on the same samples: the ranks of a pipeline, with their graph ranks."""
         return self.pipeline * self.graph
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -118,28 +118,18 @@ class Mesh:
         self.data_group = self.device_mesh["dp"].get_group()
         # Every rank takes part in the creation of every group, in the same order.
         self.host_group = dist.new_group(backend="gloo", timeout=timeout)
-        for data in range(shape.data):
-            for graph in range(shape.graph):
-                ranks = [shape.rank(p, data, graph) for p in range(shape.pipeline)]
-                down, up = dist.new_group(ranks, timeout=timeout), dist.new_group(ranks, timeout=timeout)
-                control = dist.new_group(ranks, backend="gloo", timeout=timeout)
-                whole = dist.new_group(ranks)  # that of the DeviceMesh may be the default group, which stays open
-                if (data, graph) == (self.data_rank, self.graph_rank):
-                    self.down_group, self.up_group = down, up
-                    self.control_group, self.pipeline_group = control, whole
-        for data in range(shape.data):
-            ranks = [shape.rank(p, data, g) for p in range(shape.pipeline) for g in range(shape.graph)]
-            replica = dist.new_group(ranks, backend="gloo", timeout=timeout)
-            if data == self.data_rank:
-                self.replica_group = replica
-            for pipeline in range(shape.pipeline) if shape.graph > 1 else ():
-                sharing = dist.new_group([shape.rank(pipeline, data, g) for g in range(shape.graph)], timeout=timeout)
-                if (pipeline, data) == (self.pipeline_rank, self.data_rank):
-                    self.graph_group = sharing
-        for other in range(shape.size):
-            group = dist.new_group([other])
-            if other == rank:
-                self.alone_group = group
+        num_pipeline, num_data, num_graph = range(shape.pipeline), range(shape.data), range(shape.graph)
+        pipelines = [[shape.rank(p, d, g) for p in num_pipeline] for d in num_data for g in num_graph]
+        self.down_group = _own_group(pipelines, timeout=timeout)
+        self.up_group = _own_group(pipelines, timeout=timeout)
+        self.control_group = _own_group(pipelines, timeout=timeout, backend="gloo")
+        self.pipeline_group = _own_group(pipelines)  # the DeviceMesh's may be the default group, which stays open
+        replicas = [[shape.rank(p, d, g) for p in num_pipeline for g in num_graph] for d in num_data]
+        self.replica_group = _own_group(replicas, timeout=timeout, backend="gloo")
+        if shape.graph > 1:
+            sharing = [[shape.rank(p, d, g) for g in num_graph] for p in num_pipeline for d in num_data]
+            self.graph_group = _own_group(sharing, timeout=timeout)
+        self.alone_group = _own_group([[r] for r in range(shape.size)])
 
     def gathered_over_pipeline(self, mine: _T) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks."""
@@ -173,6 +163,12 @@ class Mesh:
     def pipeline_ranks(self) -> list[int]:
         """Global ranks of this rank's pipeline, in order."""
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
+
+
+def _own_group(lists: list[list[int]], **options: Any) -> dist.ProcessGroup:
+    """Makes a group of every list of ranks; returns the group of this rank, which is in one of them."""
+    group, _ = dist.new_subgroups_by_enumeration(lists, **options)
+    return group
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Sizes of the mesh, positions of ranks, process groups, and a group as the world."""
+"""Sizes of the mesh, indices of ranks, process groups, and a group as the world."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_graph_size_has_no_auto() -> None:
 @given(SIZE, SIZE, SIZE)
 def test_coordinates_and_rank_are_inverse(pipeline: int, data: int, graph: int) -> None:
     shape = MeshShape(pipeline, data, graph)
-    positions = [shape.coordinates(r) for r in range(shape.size)]
-    assert [shape.rank(*p) for p in positions] == list(range(shape.size))
-    assert positions == [(p, d, g) for p in range(pipeline) for d in range(data) for g in range(graph)]
+    indices = [shape.coordinates(r) for r in range(shape.size)]
+    assert [shape.rank(*p) for p in indices] == list(range(shape.size))
+    assert indices == [(p, d, g) for p in range(pipeline) for d in range(data) for g in range(graph)]
 
 
 def test_groups(pool: RankPool) -> None:
     first, second, third, fourth = pool.run(inspect_mesh, 2, 2)
-    assert [r["position"] for r in (first, second, third, fourth)] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+    assert [r["indices"] for r in (first, second, third, fourth)] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
     for rank, (found, pipeline, replicas) in enumerate(
         ((first, [0, 2], [0, 1]), (second, [1, 3], [0, 1]), (third, [0, 2], [2, 3]), (fourth, [1, 3], [2, 3]))
     ):

@@ -1,15 +1,16 @@
-"""Callbacks: throughput, pictures and numbers of pipelined training, stages in the summary, errors in a table."""
+"""Callbacks: throughput, costs and timeline of pipelined training, stages in the summary, errors in a table."""
 
 from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,
     ErrorReport,
     Errors,
     checkpoint_path,
-    describe_drop,
+    describe_change,
     error_table,
 )
 from lightning_januspipe.callbacks.monitor import PipelineMonitor
 from lightning_januspipe.callbacks.pipeline_timeline import PipelineTimeline
+from lightning_januspipe.callbacks.progress_bar import NarrowProgressBar
 from lightning_januspipe.callbacks.summary import StageSummary
 from lightning_januspipe.callbacks.throughput import Throughput, count_atoms, count_structures
 
@@ -17,6 +18,7 @@ __all__ = [
     "QUANTITIES",
     "ErrorReport",
     "Errors",
+    "NarrowProgressBar",
     "PipelineMonitor",
     "PipelineTimeline",
     "StageSummary",
@@ -24,6 +26,6 @@ __all__ = [
     "checkpoint_path",
     "count_atoms",
     "count_structures",
-    "describe_drop",
+    "describe_change",
     "error_table",
 ]

@@ -1,9 +1,11 @@
-"""Prints the errors of a module before and after training as a table."""
+"""Prints the errors of a module, before and after training, as a table with units."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,18 +20,20 @@ class Quantity:
     """Describes a row of the table.
 
     Attributes:
+        name: Name of the quantity in batches and weights.
         metric: Name of the logged value without ``val_`` or ``test_``.
         label: Name in the table.
         unit: Unit in the table, a thousandth of the unit of the logged value.
     """
 
+    name: str
     metric: str
     label: str
     unit: str
 
 
 QUANTITIES = tuple(
-    Quantity(f"{name}_{kind}", f"{label} {kind.upper()}", unit)
+    Quantity(name, f"{name}_{kind}", f"{label} {kind.upper()}", unit)
     for name, label, unit in (
         (keys.ENERGY, "energy", "meV/atom"),
         (keys.FORCES, "force", "meV/Å"),
@@ -45,58 +49,70 @@ class Errors:
 
     Attributes:
         before: Values of the validation data before training, from Lightning's sanity check.
-        after: Values of the validation data at the last validation.
+        after: Values of the validation data at the last validation of a fit.
+        validation: Values of the validation data outside a fit.
         test: Values of the test data.
         before_is_partial: Whether ``before`` covers the first validation batches only.
     """
 
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     before_is_partial: bool = False
 
     def known(self) -> list[Quantity]:
         """Return the quantities that have a value."""
-        return [q for q in QUANTITIES if any(q.metric in values for values in (self.before, self.after, self.test))]
+        columns = (self.before, self.after, self.validation, self.test)
+        return [q for q in QUANTITIES if any(q.metric in values for values in columns)]
 
 
 class ErrorReport(Callback):
     """Collects the errors that a module logs as ``{val,test}_{energy,forces,stress}_{mae,rmse}``, and prints a table.
 
     The errors before training come from Lightning's sanity check, which covers all validation data with
-    ``Trainer(num_sanity_val_steps=-1)``, otherwise its first batches.
+    ``Trainer(num_sanity_val_steps=-1)``, otherwise its first batches. Quantities without labels, and those to which the
+    module's ``weights`` give none, are left out.
 
     Args:
-        print_after_fit: Print the table when ``fit`` ends. The command line prints the table itself, after the test.
+        prints: Print the table when a fit, a validation or a test ends. The command line prints it itself, after both
+            fit and test.
 
     Attributes:
         errors: The values that were collected so far.
     """
 
-    def __init__(self, print_after_fit: bool = True) -> None:
+    def __init__(self, prints: bool = True) -> None:
         super().__init__()
-        self.print_after_fit = print_after_fit
+        self.prints = prints
         self.errors = Errors()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the errors of the validation data."""
-        values = _logged(trainer, "val_")
+        values = _logged(trainer, pl_module, "val_")
         if trainer.sanity_checking:
             self.errors.before = values
             self.errors.before_is_partial = trainer.num_sanity_val_batches != trainer.num_val_batches
-        else:
+        elif trainer.state.fn == "fit":
             self.errors.after = values
+        else:
+            self.errors.validation = values
+            self._print_once(trainer)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the errors of the test data."""
-        self.errors.test = _logged(trainer, "test_")
+        self.errors.test = _logged(trainer, pl_module, "test_")
+        self._print_once(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, on the first process."""
-        if self.print_after_fit:
+        self._print_once(trainer)
+
+    def _print_once(self, trainer: Trainer) -> None:
+        if self.prints:
             self.print(trainer)
 
     def print(self, trainer: Trainer) -> None:
@@ -106,23 +122,25 @@ class ErrorReport(Callback):
         console = Console()
         if self.errors.known():
             console.print(error_table(self.errors))
-            if drop := describe_drop(self.errors):
-                console.print(drop)
+            if change := describe_change(self.errors):
+                console.print(change)
         if path := checkpoint_path(trainer):
             console.print(f"Checkpoint: {path}", soft_wrap=True, highlight=False)
 
 
 def error_table(errors: Errors) -> Table:
     """Return a table of the collected errors without empty columns and rows."""
-    columns: dict[str, dict[str, float]] = {}
-    if errors.before:
-        columns["before"] = errors.before
-    if errors.after:
-        columns["after"] = errors.after
-    if errors.before and errors.after:
-        columns["times lower"] = {q.metric: _ratio(errors, q.metric) / 1000 for q in QUANTITIES}
-    if errors.test:
-        columns["test"] = errors.test
+    columns: dict[str, dict[str, float]] = {
+        name: values
+        for name, values in (
+            ("before", errors.before),
+            ("after", errors.after),
+            ("validation", errors.validation),
+            ("test", errors.test),
+        )
+        if values
+    }
+    compares = "before" in columns and "after" in columns
     caption = None
     if errors.after:
         caption = "before, after: validation data" if errors.before else "after: validation data"
@@ -130,24 +148,30 @@ def error_table(errors: Errors) -> Table:
             caption += "\nbefore: its first batches"
         if errors.test:
             caption += "\ntest: test data"
-    table = Table(title="Errors before and after training", caption=caption)
+    table = Table(title="Errors before and after training" if compares else "Errors", caption=caption)
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+        if compares and name == "after":
+            table.add_column("change", justify="right", no_wrap=True)
     for quantity in errors.known():
-        values = (1000 * column.get(quantity.metric, math.nan) for column in columns.values())
-        table.add_row(f"{quantity.label} ({quantity.unit})", *(_format(value) for value in values))
+        cells = []
+        for name, values in columns.items():
+            cells.append(_format(1000 * values.get(quantity.metric, math.nan)))
+            if compares and name == "after":
+                cells.append(_describe_change(_ratio(errors, quantity.metric)))
+        table.add_row(f"{quantity.label} ({quantity.unit})", *cells)
     return table
 
 
-def describe_drop(errors: Errors) -> str:
+def describe_change(errors: Errors) -> str:
     """Return a sentence on the change of the force error by training; empty if it is not known."""
     metric = f"{keys.FORCES}_mae"
     ratio = _ratio(errors, metric)
     if math.isnan(ratio):
         return ""
     before, after = 1000 * errors.before[metric], 1000 * errors.after[metric]
-    change = f"{_format(ratio)} times lower" if ratio >= 1 else f"{_format(1 / ratio)} times HIGHER"
+    change = _describe_change(ratio)
     return f"Force error (MAE) on the validation data: {_format(before)} → {_format(after)} meV/Å, {change}."
 
 
@@ -157,12 +181,16 @@ def checkpoint_path(trainer: Trainer) -> str:
     return str(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
 
 
-def _logged(trainer: Trainer, prefix: str) -> dict[str, float]:
-    return {
+def _logged(trainer: Trainer, module: LightningModule, prefix: str) -> dict[str, float]:
+    """Return what was logged under a prefix, without values that are NaN and quantities without a weight."""
+    weights: Any = getattr(module, "weights", {})
+    values = {
         name.removeprefix(prefix): float(value)
         for name, value in trainer.callback_metrics.items()
         if name.startswith(prefix)
     }
+    is_used = {q.metric: not isinstance(weights, Mapping) or weights.get(q.name, 1.0) > 0 for q in QUANTITIES}
+    return {name: value for name, value in values.items() if is_used.get(name, True) and not math.isnan(value)}
 
 
 def _ratio(errors: Errors, metric: str) -> float:
@@ -178,3 +206,10 @@ def _format(value: float) -> str:
         return f"{value:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{digits}f}"
+
+
+def _describe_change(ratio: float) -> str:
+    """Describe the ratio of an error before to the error after, in the markup of rich."""
+    if math.isnan(ratio) or ratio >= 1:
+        return "–" if math.isnan(ratio) else f"{_format(ratio)}× better"
+    return f"[bold red]{_format(1 / ratio)}× worse[/]"

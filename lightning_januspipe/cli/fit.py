@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.callbacks import ErrorReport
+from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar
 from lightning_januspipe.cli.parsers import RecipeParser
+from lightning_januspipe.models import PotentialModule
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import RichProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
     try:
+        from lightning.pytorch.callbacks import RichProgressBar
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     except ModuleNotFoundError:
+        from pytorch_lightning.callbacks import RichProgressBar
         from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 
@@ -54,7 +59,7 @@ class PotentialCLI(LightningCLI):
     def __init__(self, args: Sequence[str], *, run: bool = True, prog: str = "januspipe") -> None:
         self._missing: list[str] = []
         self._data: Any = None
-        self.report = ErrorReport(print_after_fit=False)
+        self.report = ErrorReport(prints=False)
         super().__init__(
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -138,6 +143,32 @@ class PotentialCLI(LightningCLI):
                 ckpt_path="best" if weights == "best" and has_best else None,
                 verbose=not self.report.errors.known(),  # the table shows what Lightning would print, in better units
             )
+        self.report.print(self.trainer)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the Trainer, with a narrow progress bar in place of Lightning's own."""
+        trainer = super().instantiate_trainer(**kwargs)
+        bar = trainer.progress_bar_callback
+        if type(bar) is RichProgressBar:
+            callbacks: list[Any] = vars(trainer)["callbacks"]
+            callbacks[callbacks.index(bar)] = NarrowProgressBar()
+        return trainer
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Gives the arguments of a subcommand; the table of the errors replaces what Lightning would print."""
+        found: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if "verbose" in found and isinstance(self.model, PotentialModule):
+            found["verbose"] = False
+        return found
+
+    def after_validate(self) -> None:
+        """Prints the errors."""
+        self.report.print(self.trainer)
+
+    def after_test(self) -> None:
+        """Prints the errors."""
         self.report.print(self.trainer)
 
     def _has_test_data(self) -> bool:

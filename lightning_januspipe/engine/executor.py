@@ -33,7 +33,7 @@ class Executor:
 
     Args:
         rank: This rank's index in the pipeline.
-        stages: The stages of which this rank runs phases, by their index in the chain.
+        stages: The stages whose phases this rank runs, by their index in the chain.
         chain: What all stages share.
         links: The connections to other ranks; None if there is one rank.
         timeout: How long to wait for one message.
@@ -60,11 +60,6 @@ class Executor:
         self.annotate: Callable[[str], AbstractContextManager[Any]] | None = None
         self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._routes: dict[int, tuple[Schedule, Route]] = {}
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of all messages to other ranks so far."""
-        return 0 if self._links is None else self._links.bytes_sent
 
     def close(self) -> None:
         """Lets go of all connections: ranks that wait for this one learn at once that it will not answer."""

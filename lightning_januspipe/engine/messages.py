@@ -38,7 +38,7 @@ _Entry = TypeVar("_Entry", Tensor, TensorSpec)
 
 @dataclass(frozen=True)
 class Parts(Generic[_Entry]):
-    """The three parts of a message, each of which may be empty: tensors, or what is known of them beforehand.
+    """Holds the three parts of a message, or their specs; any part may be empty.
 
     Attributes:
         boundary: Values of a boundary, or gradients of them.

@@ -36,7 +36,7 @@ class StepPhases:
     """Runs the phases of one step on one rank.
 
     Args:
-        stages: The stages of which this rank runs phases, by their index.
+        stages: The stages whose phases this rank runs, by their index.
         chain: What all stages share.
         num_stages: Length of the chain.
         inputs: The micro-batches.
@@ -71,18 +71,13 @@ class StepPhases:
         Returns:
             What the actions after it take in.
         """
-        stage = self._stages[action.stage]
-        if action.phase is Phase.FE:
-            return self._forward_energy(action, stage, came)
-        if action.phase is Phase.FF:
-            return self._forward_force(action, stage, came)
-        if action.phase is Phase.BF:
-            return self._backward_force(action, stage, came)
-        if action.phase is Phase.BE:
-            return self._backward_energy(action, stage, came)
-        weight_phase = stage.weight_force if action.phase is Phase.WF else stage.weight_energy
-        self._call(action, partial(weight_phase, action.microbatch))
-        return Passed()
+        run = {
+            Phase.FE: self._forward_energy,
+            Phase.FF: self._forward_force,
+            Phase.BF: self._backward_force,
+            Phase.BE: self._backward_energy,
+        }.get(action.phase, self._weights)
+        return run(action, self._stages[action.stage], came)
 
     def result(self, microbatch: int) -> tuple[list[Tensor], list[Tensor]] | None:
         """Returns observables and ∂E/∂x after FE and FF, where they are complete; None on other ranks."""
@@ -150,6 +145,11 @@ class StepPhases:
         cotangents = self._call(action, run, read, [seeds.observables[i] for i in stage.function.observables])
         self._seeds_read(m)
         return Passed(Parts(cotangents))
+
+    def _weights(self, action: Action, stage: Stage, came: Passed) -> Passed:
+        run = stage.weight_force if action.phase is Phase.WF else stage.weight_energy
+        self._call(action, partial(run, action.microbatch))
+        return Passed()
 
     def _seeds_read(self, m: int) -> None:
         self._num_readers[m] -= 1

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_januspipe import keys
 from lightning_januspipe.models.data_checks import check_data, check_labels
 from lightning_januspipe.models.initial_weights import freeze, load_weights, read_checkpoint
-from lightning_januspipe.models.losses import MaskedError, masked_loss
+from lightning_januspipe.models.losses import MaskedError, MaskedLoss, masked_loss
 from lightning_januspipe.models.saved_arguments import compare_arguments, rebuild_potential, save_arguments
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ class PotentialModule(LightningModule):
         self._checked: set[int] = set()
         self.weights = weights
         self.huber_delta = huber_delta if loss == "huber" else None
+        used = {name: weight for name, weight in weights.items() if weight}
+        self.losses = nn.ModuleDict({stage: MaskedLoss(used, self.huber_delta) for stage in ("val", "test")})
         self.metrics = nn.ModuleDict(
             {
                 f"{stage}_{quantity}_{name}": MaskedError(squared=name == "rmse")
@@ -297,24 +299,30 @@ class PotentialModule(LightningModule):
         """Return the loss of a batch; log the loss and the errors under ``stage``."""
         prediction = self(batch)
         loss = self.loss(prediction, batch)
+        pairs = self._pairs(prediction, batch)
         num_structures = batch[keys.CELL].shape[0]
-        self.log(
-            f"{stage}_loss",
-            loss.detach(),
-            batch_size=num_structures,
-            prog_bar=True,
-            on_step=stage == "train",
-            on_epoch=stage != "train",
-            sync_dist=stage != "train",
-        )
-        for quantity, (value, label) in self._pairs(prediction, batch).items():
+        if stage != "train" and type(self).loss is PotentialModule.loss:
+            self._log_metric(f"{stage}_loss", self.losses[stage], num_structures, pairs, prog_bar=True)
+        else:
+            self.log(
+                f"{stage}_loss",
+                loss.detach(),
+                batch_size=num_structures,
+                prog_bar=True,
+                on_step=stage == "train",
+                on_epoch=stage != "train",
+                sync_dist=stage != "train",
+            )
+        for quantity, pair in pairs.items():
             for name in ("mae", "rmse"):
                 key = f"{stage}_{quantity}_{name}"
-                metric = self.metrics[key]
-                assert isinstance(metric, MaskedError)
-                metric.update(value.detach(), label)
-                self.log(key, metric, batch_size=num_structures, on_step=False, on_epoch=True)
+                self._log_metric(key, self.metrics[key], num_structures, *pair)
         return loss
+
+    def _log_metric(self, name: str, metric: Any, num_structures: int, *values: Any, prog_bar: bool = False) -> None:
+        with torch.no_grad():
+            metric.update(*values)
+        self.log(name, metric, batch_size=num_structures, prog_bar=prog_bar, on_step=False, on_epoch=True)
 
 
 @contextmanager

@@ -83,6 +83,6 @@ class BatchChecks:
                     validate_evaluation(self._staged, potential, call)
         except CaptureError as error:
             raise CaptureError(
-                f"this batch has {', '.join(sorted(kinds))}, unlike those on which the potential was validated when "
-                f"training started, and with it {error}"
+                f"this batch has {', '.join(sorted(kinds))}, unlike the batches that the potential was validated on "
+                f"when training started, and with it {error}"
             ) from error

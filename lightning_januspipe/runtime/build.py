@@ -117,8 +117,7 @@ class PipelineBuilder:
         Raises:
             CaptureError: On every rank, if rank 0 cannot capture.
         """
-        assert mesh.down_group is not None and mesh.up_group is not None
-        links = Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
+        links = pipeline_links(mesh)
         latency = broadcast(message_latency(links))  # one number for all replicas: it decides where stages are placed
         planner = Planner(self.schedule, mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
         news = ""
@@ -183,6 +182,12 @@ class PipelineBuilder:
                 except CaptureError as error:
                     raise CaptureError(f"{error}{found.alternative}") from error
                 return found, [t.detach().cpu() for t in inputs]
+
+
+def pipeline_links(mesh: Mesh) -> Links:
+    """Returns the connections of this rank to the other ranks of its pipeline."""
+    assert mesh.down_group is not None and mesh.up_group is not None, "in one process there are none"
+    return Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
 
 
 def describe_run(schedule: str, num_microbatches: int, shape: MeshShape) -> str:

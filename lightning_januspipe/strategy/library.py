@@ -23,6 +23,8 @@ class Library:
         self.profilers = load(f"{pytorch}.profilers")
         self.loggers = load(f"{pytorch}.loggers.logger")
         self.helpers = load(f"{pytorch}.utilities.model_helpers")
+        self.data = load(f"{pytorch}.utilities.data")
+        self.overrides = load(f"{pytorch}.overrides.distributed")
         self.rank_zero = load(f"{pytorch}.utilities.rank_zero")
         self.utils_rank_zero = load("lightning_utilities.core.rank_zero")
         self.distributed = load(f"{fabric}.utilities.distributed")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ from lightning_januspipe import callbacks, keys
 from lightning_januspipe.callbacks import (
     ErrorReport,
     Errors,
+    NarrowProgressBar,
     Throughput,
     count_atoms,
     count_structures,
-    describe_drop,
+    describe_change,
     error_table,
 )
 from lightning_januspipe.loader.microbatch import MicroBatches
@@ -170,8 +172,8 @@ class TestThroughput:
     def test_in_a_trainer(self) -> None:
         trainer = make_trainer(Throughput(), limit_val_batches=0)
         trainer.fit(Module([]), make_loader(3))
-        metrics = trainer.progress_bar_metrics
-        assert metrics["atoms_per_s"] > 0
+        metrics = trainer.callback_metrics
+        assert metrics["atoms_per_s"] > 0 and set(trainer.progress_bar_metrics) == {"atoms_per_s"}
         assert metrics["atoms_per_s"] / metrics["structures_per_s"] == pytest.approx(2.5)
 
     def test_rejects_an_empty_window(self) -> None:
@@ -181,7 +183,7 @@ class TestThroughput:
 
 class TestErrorReport:
     def test_collects_before_after_and_test(self) -> None:
-        report = ErrorReport(print_after_fit=False)
+        report = ErrorReport(prints=False)
         trainer = make_trainer(report, max_epochs=2, num_sanity_val_steps=-1)
         module = Module([0.6, 0.3, 0.1])
         trainer.fit(module, make_loader(1), make_loader(3))
@@ -192,7 +194,7 @@ class TestErrorReport:
         assert not report.errors.before_is_partial
 
     def test_knows_that_the_first_batches_are_not_all(self) -> None:
-        report = ErrorReport(print_after_fit=False)
+        report = ErrorReport(prints=False)
         trainer = make_trainer(report, num_sanity_val_steps=2)
         trainer.fit(Module([0.6, 0.3]), make_loader(1), make_loader(3))
         assert report.errors.before_is_partial
@@ -201,9 +203,50 @@ class TestErrorReport:
         report = ErrorReport()
         trainer = make_trainer(report, num_sanity_val_steps=-1)
         trainer.fit(Module([0.6, 0.15]), make_loader(1), make_loader(1))
-        assert "600 → 150 meV/Å, 4.00 times lower" in capsys.readouterr().out
+        assert "600 → 150 meV/Å, 4.00× better" in capsys.readouterr().out
         report.print(SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
         assert not capsys.readouterr().out
+
+    def test_validate_and_test_print_their_errors_with_units(self, capsys: pytest.CaptureFixture[str]) -> None:
+        trainer = make_trainer(ErrorReport())
+        trainer.validate(Module([0.6]), make_loader(1), verbose=False)
+        assert "force MAE (meV/Å)" in (text := capsys.readouterr().out) and "600" in text
+        trainer.test(Module([]), make_loader(1), verbose=False)
+        assert "50.0" in capsys.readouterr().out
+
+    def test_quantities_without_labels_or_weight_have_no_row(self) -> None:
+        report = ErrorReport(prints=False)
+        module = Module([math.nan])
+        make_trainer(report).validate(module, make_loader(1), verbose=False)
+        assert report.errors.validation == {"loss": 1.0}
+        module = Module([0.5, 0.5])
+        module.weights = {"forces": 0.0}
+        make_trainer(report).validate(module, make_loader(1), verbose=False)
+        assert not report.errors.known()
+        module.weights = {"forces": 1.0}
+        make_trainer(report).validate(module, make_loader(1), verbose=False)
+        assert report.errors.validation["forces_mae"] == 0.5
+
+
+class TestProgressBar:
+    @pytest.mark.filterwarnings("ignore")
+    def test_one_line_of_80_columns(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        class Logged(Module):
+            def training_step(self, batch, batch_idx):
+                for name in ("train_loss", "val_loss", "atoms_per_s", "structures_per_s", "other"):
+                    self.log(name, 123456.789 if name == "atoms_per_s" else 0.000123456, prog_bar=True)
+                return super().training_step(batch, batch_idx)
+
+        monkeypatch.setenv("COLUMNS", "80")
+        bar = NarrowProgressBar(console_kwargs={"width": 80, "force_terminal": True, "color_system": None})
+        trainer = make_trainer(bar, enable_progress_bar=True, max_epochs=1000, max_steps=3, limit_val_batches=0)
+        trainer.fit(Logged([]), make_loader(2))
+        lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().out) if "Epoch" in line]
+        (last,) = {line.rstrip() for line in lines if "1/2" in line and "atoms/s" in line and "Epoch 1" in line}
+        text = re.sub(r"\x1b\[[\d?;]*[a-zA-Z]", "", last)
+        assert len(text) <= 80
+        assert "loss: 0.000123 val: 0.000123 atoms/s: 123457" in text
+        assert "other" not in text and "v_num" not in text
 
 
 class TestTable:
@@ -217,13 +260,27 @@ class TestTable:
         lines = [line.strip("│").split("│") for line in rows]
         assert {label.strip(): [cell.strip() for cell in cells] for label, *cells in lines} == {
             "energy MAE (meV/atom)": ["12.3", "–", "–", "–"],
-            "force MAE (meV/Å)": ["500", "100", "5.00", "200"],
+            "force MAE (meV/Å)": ["500", "100", "5.00× better", "200"],
             "stress RMSE (meV/Å³)": ["–", "–", "–", "4.00"],
         }
 
+    def test_an_error_that_grew_is_red(self) -> None:
+        table = error_table(Errors({"forces_mae": 0.1, "energy_mae": 0.2}, {"forces_mae": 0.75, "energy_mae": 0.1}))
+        console = Console(width=100, force_terminal=True, color_system="standard")
+        with console.capture() as capture:
+            console.print(table)
+        (row,) = [line for line in capture.get().splitlines() if "force MAE" in line]
+        assert "\x1b[1;31m7.50× worse\x1b[0m" in row
+        (row,) = [line for line in capture.get().splitlines() if "energy MAE" in line]
+        assert "2.00× better" in row and "\x1b[1;31m" not in row
+
+    def test_validation_outside_a_fit_has_its_column(self) -> None:
+        text = render(error_table(Errors(validation={"forces_mae": 0.2})))
+        assert "validation" in text and "force MAE (meV/Å)" in text and "Errors before" not in text
+
     def test_columns_without_values_are_left_out(self) -> None:
         text = render(error_table(Errors(test={"forces_mae": 0.2})))
-        assert "test" in text and "before" not in text.splitlines()[2] and "times lower" not in text
+        assert "test" in text and "before" not in text.splitlines()[2] and "better" not in text
 
     def test_fits_a_narrow_terminal(self) -> None:
         full = {q.metric: 1234.5 for q in callbacks.QUANTITIES}
@@ -235,7 +292,7 @@ class TestTable:
         assert "first batches" not in render(error_table(Errors(values, values)))
 
     def test_drop(self) -> None:
-        assert "5.00 times lower" in describe_drop(Errors({"forces_mae": 0.5}, {"forces_mae": 0.1}))
-        assert "2.00 times HIGHER" in describe_drop(Errors({"forces_mae": 0.1}, {"forces_mae": 0.2}))
-        assert describe_drop(Errors(after={"forces_mae": 0.2})) == ""
-        assert describe_drop(Errors({"forces_mae": 0.1}, {"forces_mae": math.nan})) == ""
+        assert "5.00× better" in describe_change(Errors({"forces_mae": 0.5}, {"forces_mae": 0.1}))
+        assert "2.00× worse" in describe_change(Errors({"forces_mae": 0.1}, {"forces_mae": 0.2}))
+        assert describe_change(Errors(after={"forces_mae": 0.2})) == ""
+        assert describe_change(Errors({"forces_mae": 0.1}, {"forces_mae": math.nan})) == ""

@@ -309,6 +309,11 @@ class TestFit:
         config = "lightning_logs/version_0/config.yaml"
         again = PotentialCLI(["test", "--config", config, "--ckpt_path", str(checkpoint)])
         assert again.report.errors.test == pytest.approx(errors.test)
+        text = capsys.readouterr().out
+        assert "force MAE (meV/Å)" in text and "test_forces_mae" not in text
+        PotentialCLI(["validate", "--config", config, "--ckpt_path", str(checkpoint)])
+        text = capsys.readouterr().out
+        assert "validation" in text and "stress RMSE (meV/Å³)" in text and "val_forces_mae" not in text
         assert missing_arguments(["test", "--config", config]) == []
 
     def test_file_of_structures(self) -> None:
@@ -414,7 +419,7 @@ def test_two_processes(launch: str) -> None:
     args = ["fit", "--config", QUICKSTART, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=1"]
     done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("times lower") + done.stdout.count("times HIGHER") == 2  # the table and the sentence
+    assert done.stdout.count("× better") + done.stdout.count("× worse") >= 2  # the table and the sentence
     assert done.stdout.count("Checkpoint: ") == 1
     assert Path("lightning_logs/version_0/checkpoints/best.ckpt").is_file()
     assert "WORLD_SIZE: 2" in done.stderr or "2 processes" in done.stderr

@@ -25,7 +25,7 @@ TIMEOUT = 280.0
 
 
 def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
-    """Run a program and return the file with what it trained.
+    """Runs a program and returns the file with what it trained.
 
     Args:
         program: file name in ``tests/clients/programs``.
@@ -39,7 +39,7 @@ def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
 
 
 def execute(command: list[str], folder: Path, name: str, path: Path = ROOT, **variables: str) -> str:
-    """Run a command to its end and return what it wrote to the terminal.
+    """Runs a command to its end and returns what it wrote to the terminal.
 
     Args:
         command: the executable and its arguments.
@@ -109,7 +109,7 @@ class Runs:
         self._done: dict[tuple[str, ...], Path] = {}
 
     def __call__(self, *arguments: str) -> Path:
-        """The file that the program wrote with these arguments."""
+        """Returns the file that the program wrote with these arguments."""
         if arguments not in self._done:
             self._done[arguments] = train(self._program, self._folder, f"run{len(self._done)}", *arguments)
         return self._done[arguments]

@@ -35,7 +35,7 @@ Model = tuple[str, Any, Any]
 
 
 def nequip(folder: Path) -> Iterator[Model]:
-    """NequIP with two numbers of layers."""
+    """Yields NequIP with two numbers of layers."""
     import nequip_program
     from hydra.utils import instantiate
     from nequip.utils.global_state import set_global_state
@@ -72,7 +72,7 @@ def nequip(folder: Path) -> Iterator[Model]:
 
 
 def schnetpack(folder: Path) -> Iterator[Model]:
-    """PaiNN and SchNet as SchNetPack's examples have them."""
+    """Yields PaiNN and SchNet as SchNetPack's examples have them."""
     import compatible.sitecustomize  # noqa: F401 - a name that SchNetPack asks torch for
     import schnetpack as spk
     import schnetpack_program
@@ -104,7 +104,7 @@ def schnetpack(folder: Path) -> Iterator[Model]:
 
 
 def matgl(folder: Path) -> Iterator[Model]:
-    """TensorNet, M3GNet and CHGNet with MatGL's defaults."""
+    """Yields TensorNet, M3GNet and CHGNet with MatGL's defaults."""
     import matgl_program
     from matgl.models import CHGNet, M3GNet, TensorNet
 
@@ -131,7 +131,7 @@ def matgl(folder: Path) -> Iterator[Model]:
 
 
 def mace(folder: Path) -> Iterator[Model]:
-    """MACE with 128 channels."""
+    """Yields MACE with 128 channels."""
     import mace_program
     from e3nn import o3
 
@@ -142,7 +142,7 @@ def mace(folder: Path) -> Iterator[Model]:
 
 
 def matris(folder: Path) -> Iterator[Model]:
-    """MatRIS with its defaults."""
+    """Yields MatRIS with its defaults."""
     import matris_program
 
     module = matris_program.Training(2, "efs")
@@ -164,7 +164,7 @@ PACKAGES: dict[str, Callable[[Path], Iterator[Model]]] = {
 
 
 def row(name: str, module: Any, loader: Any, num_stages: int, folder: Path) -> str:
-    """A row of the table."""
+    """Returns a row of the table."""
     module.log = lambda *args, **kwargs: None
     traced_batch, other_batch = example_batches(loader, 1)
     cache = ProgramCache(folder / f"{abs(hash((name, num_stages)))}")

@@ -39,7 +39,7 @@ class Client:
     without_lightning: bool = False
 
     def installs(self) -> list[list[str]]:
-        """Arguments of ``pip install``, in order."""
+        """Returns arguments of ``pip install``, in order."""
         project = ["-e", str(ROOT)]
         return [
             [TORCH],
@@ -64,16 +64,25 @@ CLIENTS = {
     "matgl": Client(("matgl==4.1.2", "torch-geometric==2.8.1")),
     "mace": Client(("mace-torch==0.3.16",)),
     "matris": Client(("matris==0.1.0",)),
+    # It pins packages for GPUs of some gigabytes; these are its other dependencies.
+    "fairchem": Client(
+        (
+            *("ase-db-backends==0.11.0", "lmdb==3.0.0", "monty==2026.10.21", "huggingface-hub==2.4.0"),
+            *("hydra-core==1.3.8", "numba==0.68.1", "orjson==3.13.0", "submitit==1.5.4", "torchtnt==0.2.4"),
+            *("backoff==2.2.1", "clusterscope==0.0.18", "websockets==17.4", "setuptools<81", "e3nn>=0.5"),
+        ),
+        alone=("fairchem-core==2.24.0", "nvalchemi-toolkit-ops==0.5.0", "warp-lang==1.19.0"),
+    ),
 }
 
 
 def python_of(environment: Path) -> Path:
-    """The interpreter of a virtual environment."""
+    """Returns the interpreter of a virtual environment."""
     return environment / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
 def make(name: str, environment: Path) -> str:
-    """Make the environment of a package, if it is not complete.
+    """Makes the environment of a package, if it is not complete.
 
     Args:
         name: of the package.
@@ -101,7 +110,7 @@ def make(name: str, environment: Path) -> str:
 
 
 def test(name: str, environment: Path) -> bool:
-    """Run the tests of a package in its environment; whether they passed."""
+    """Runs the tests of a package in its environment, and tells whether they passed."""
     file = f"tests/clients/test_{name}.py"
     command = [str(python_of(environment)), "-m", "pytest", "-m", "slow", file]
     print(f"{name}: python -m pytest -m slow {file}", flush=True)
@@ -110,7 +119,7 @@ def test(name: str, environment: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make environments, and run tests if asked to; the exit code."""
+    """Makes environments, runs tests if asked to, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", metavar="PACKAGE", help=f"one or more of {', '.join(CLIENTS)}")
     parser.add_argument("--folder", type=Path, required=True, help="the environments are FOLDER/PACKAGE")

@@ -38,7 +38,7 @@ NUM_FRAMES = 24
 
 
 def frames() -> list[Any]:
-    """Rattled metal boxes of 4, 8 and 16 atoms; energy -i marks structure i."""
+    """Returns rattled metal boxes of 4, 8 and 16 atoms; energy -i marks structure i."""
     build = pytest.importorskip("ase.build")
     from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -223,12 +223,12 @@ def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def energies(client: Client, batch: Any) -> list[float]:
-    """Which structures a batch holds, in its order."""
+    """Returns which structures a batch holds, in its order."""
     return [round(float(e)) for e in client.energies(batch).reshape(-1)]
 
 
 def everything(client: Client, batches: Any) -> list[list[int]]:
-    """Which structures each batch holds, in any order."""
+    """Returns which structures each batch holds, in any order."""
     found = []
     for batch in batches:
         parts = batch.batches if isinstance(batch, MicroBatches) else [batch]

@@ -35,7 +35,7 @@ PROGRAM = "mace_program.py"
 
 
 def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Arguments for a pipeline of as many ranks as devices."""
+    """Returns arguments for a pipeline of as many ranks as devices."""
     janus = f'{{"num_microbatches": {num_microbatches}}}'
     return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
 

@@ -38,7 +38,7 @@ MODELS = ["tensornet", "m3gnet", "chgnet"]
 
 
 def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Arguments for a pipeline of as many ranks as devices."""
+    """Returns arguments for a pipeline of as many ranks as devices."""
     janus = f'{{"num_microbatches": {num_microbatches}}}'
     return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
 
@@ -120,7 +120,7 @@ class Client:
         return self.collate([self.dataset[i] for i in indices])
 
     def capture(self, **options: Any) -> Any:
-        """In two stages, traced on crystals and tried on one molecule."""
+        """Returns the potential in two stages, traced on crystals and tried on one molecule."""
         step = self.module.training_step
         return capture_module(self.module, step, self.batch(2, 4), self.batch(1), [[0, 1]], **options).potential
 

@@ -40,7 +40,7 @@ PROGRAM = "matris_program.py"
 
 
 def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Arguments for a pipeline of as many ranks as devices."""
+    """Returns arguments for a pipeline of as many ranks as devices."""
     janus = f'{{"num_microbatches": {num_microbatches}}}'
     return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
 
@@ -94,7 +94,7 @@ def _double() -> Iterator[None]:
 
 
 def small(**arguments: Any) -> Any:
-    """A MatRIS of one layer."""
+    """Returns a MatRIS of one layer."""
     from matris.model.model import MatRIS
 
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def captured(module: nn.Module, traced: Any, other: Any, num_stages: int = 2, po
 
 
 def changed_state(model: nn.Module) -> dict[str, Any]:
-    """What capture replaces for a while."""
+    """Returns what capture replaces for a while."""
     from matris.model import functions, interaction_block, reference_energy
     from matris.model import model as main
 

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Arguments for a pipeline of as many ranks as devices."""
+    """Returns arguments for a pipeline of as many ranks as devices."""
     return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
 
 

@@ -17,12 +17,12 @@ from lightning_januspipe.capture.adapters import Adapter
 
 
 def make_graphs(sizes: Sequence[int]) -> list[Batch]:
-    """A graph for each structure."""
+    """Returns a graph for each structure."""
     return [make_batch([size], seed) for seed, size in enumerate(sizes)]
 
 
 def batched(graphs: list[Batch]) -> tuple[Batch, list[int]]:
-    """Graphs as one, by loops and lists, and the numbers of atoms."""
+    """Returns graphs as one, by loops and lists, and the numbers of atoms."""
     sizes = [len(g["positions"].tolist()) for g in graphs]
     first = [sum(sizes[:i]) for i in range(len(sizes))]
     batch = {n: torch.cat([g[n] for g in graphs]) for n in ("positions", "species", "cell")}
@@ -32,7 +32,7 @@ def batched(graphs: list[Batch]) -> tuple[Batch, list[int]]:
 
 
 def of_each(values: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Values of atoms, structure by structure."""
+    """Returns values of atoms, structure by structure."""
     return list(values.split(sizes))
 
 

@@ -138,7 +138,7 @@ class Gradients(lightning.Callback):
 
 
 def other_holders() -> tuple[dict[str, Tensor], str]:
-    """The gradients that this rank has after training, and what it is warned of."""
+    """Returns the gradients that this rank has after training, and what it is warned of."""
     gradients = Gradients()
     trainer = quiet_trainer(
         {"num_microbatches": 1}, max_steps=2, limit_val_batches=0, callbacks=[OnFirstRank(), gradients]
@@ -150,7 +150,7 @@ def other_holders() -> tuple[dict[str, Tensor], str]:
 
 
 def averaged(how: str) -> tuple[Any, list[lightning.Callback]]:
-    """A module and its callbacks."""
+    """Returns a module and its callbacks."""
     module = tiny.module(num_layers=2)
     if how == "lists":
         return module, [InLists()]
@@ -164,7 +164,7 @@ def averaged(how: str) -> tuple[Any, list[lightning.Callback]]:
 
 
 def checkpoint(strategy: dict[str, Any] | None, how: str, folder: str) -> dict[str, Any]:
-    """What a run with an average leaves: the last checkpoint of training, the metrics, and the module."""
+    """Returns what a run with an average leaves: the last checkpoint of training, the metrics, and the module."""
     module, callbacks = averaged(how)
     saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "last-of-training", save_top_k=-1)
     trainer = quiet_trainer(

@@ -156,7 +156,7 @@ class WholeVector(Module):
 
 
 def different_batches() -> tuple[Any, Any]:
-    """Every rank shuffles with a seed of its own."""
+    """Returns a loader that every rank shuffles with a seed of its own."""
     data = tiny.data()
     loader = data.train_dataloader()
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
@@ -167,7 +167,7 @@ def different_batches() -> tuple[Any, Any]:
 
 
 def empty_dataset() -> tuple[Any, Any]:
-    """No samples at all."""
+    """Returns a loader without samples."""
     loader = tiny.data().train_dataloader()
     return tiny.module(), torch.utils.data.DataLoader([], batch_size=4, collate_fn=loader.collate_fn)
 

@@ -12,7 +12,7 @@ from lightning_januspipe.testing import quiet_trainer
 
 
 def seen(strategy: dict[str, Any], data: dict[str, Any], save: str = "", resume: str = "", **trainer: Any) -> Any:
-    """Energies and numbers of edges of the micro-batches of every batch that this rank trains on.
+    """Returns the energies and the numbers of edges of the micro-batches of every batch that this rank trains on.
 
     Args:
         strategy: arguments of the strategy.
@@ -43,7 +43,7 @@ def seen(strategy: dict[str, Any], data: dict[str, Any], save: str = "", resume:
 
 
 def of_steps(ranks: list[Any]) -> list[list[float]]:
-    """Energies of the samples of all replicas, for each step, in no order."""
+    """Returns the energies of the samples of all replicas, for each step, in no order."""
     return [
         sorted(itertools.chain(*(energies for batch in step for energies, _ in batch)))
         for step in zip(*ranks, strict=True)
@@ -51,7 +51,7 @@ def of_steps(ranks: list[Any]) -> list[list[float]]:
 
 
 def fit_iterable(balance: str) -> str:
-    """The error that training on a stream ends with; empty without one."""
+    """Returns the error that training on a stream ends with; empty without one."""
     import loaders
     from torch.utils.data import DataLoader
 

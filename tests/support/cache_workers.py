@@ -17,7 +17,7 @@ KEY = "0" * 64
 
 
 def small_program(value: float = 1.0, returned: Any = None) -> Program:
-    """A program of one input, one constant and one operation."""
+    """Returns a program of one input, one constant and one operation."""
     spec = TensorSpec(("n", 2), torch.float64)
     return Program(
         nodes=[
@@ -39,7 +39,7 @@ def small_program(value: float = 1.0, returned: Any = None) -> Program:
 
 
 def write_and_read(folder: str, repeats: int) -> tuple[str, set[float]]:
-    """Replace and read the same two entries again and again; returns the default folder and the values that were read.
+    """Replaces and reads two entries again and again; returns the default folder and the values that were read.
 
     Any warning, such as one of a damaged file, is an error.
     """

@@ -26,7 +26,7 @@ HOOKS = sorted(n for n in vars(lightning.Callback) if n.startswith(("on_", "setu
 
 
 def recorded_hooks() -> Any:
-    """A callback that notes the order in which its hooks are called."""
+    """Returns a callback that notes the order in which its hooks are called."""
     order: list[str] = []
 
     def hook(name: str) -> Any:
@@ -72,7 +72,7 @@ class Summary(callbacks.ModelSummary):
 
 
 def fit_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
-    """Train with most of Lightning's callbacks at once, until EarlyStopping ends it."""
+    """Trains with most of Lightning's callbacks at once, until EarlyStopping ends it."""
     where = Path(folder) / ("plain" if strategy is None else "pipeline")
     hooks, summary, bar = recorded_hooks(), Summary(), callbacks.RichProgressBar(refresh_rate=1)
     stopping = callbacks.EarlyStopping("val_loss", min_delta=1e9, patience=2)
@@ -96,7 +96,7 @@ def fit_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dict[str
 
 
 def timed(strategy: dict[str, Any] | None) -> int:
-    """The step in which a Timer stops training."""
+    """Returns the step in which a Timer stops training."""
     trainer = quiet_trainer(
         strategy,
         callbacks=[callbacks.Timer(duration={"days": 1}, interval="step"), StopTimer()],
@@ -108,7 +108,7 @@ def timed(strategy: dict[str, Any] | None) -> int:
 
 
 def evaluate_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
-    """Predict with writers, and validate and test; returns files by name, and hooks."""
+    """Predicts with writers, validates and tests; returns files by name, and hooks."""
     where = Path(folder) / ("plain" if strategy is None else f"rank{os.environ['RANK']}")
     hooks = recorded_hooks()
     writers = [PredictionWriter(where, interval) for interval in ("batch", "epoch")]
@@ -121,7 +121,7 @@ def evaluate_with_callbacks(strategy: dict[str, Any] | None, folder: str) -> dic
 
 
 def profiled(name: str, folder: str) -> dict[str, str]:
-    """Train two steps and validate under a profiler of Lightning; returns what it writes on this rank."""
+    """Trains two steps and validates under a profiler of Lightning; returns what it writes on this rank."""
     module = tiny.module()
     cases: dict[str, Any] = {
         "simple": lambda: lightning.pytorch.profilers.SimpleProfiler(folder, "times"),
@@ -163,16 +163,16 @@ class Sent(lightning.Callback):
         self.held: tuple[float, ...] = ()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self._before = trainer.strategy.runner.executor.bytes_sent
+        self._before = trainer.strategy.runner.bytes_sent
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         runner = trainer.strategy.runner
-        self.sent.append(runner.executor.bytes_sent - self._before)
+        self.sent.append(runner.bytes_sent - self._before)
         self.held = runner.schedules.planner.report(runner.schedules.schedule(4)).peak_memory
 
 
 def monitored(strategy: dict[str, Any], folder: str, every: int = 3, **arguments: Any) -> dict[str, Any]:
-    """Train with a monitor, a logger, validations and accumulation."""
+    """Trains with a monitor, a logger, validations and accumulation."""
     monitor, sent = PipelineMonitor(every_n_steps=every), Sent()
     trainer = quiet_trainer(
         strategy, callbacks=[monitor, sent], max_epochs=3, logger=CSVLogger(folder, name="", version=""),
@@ -184,7 +184,7 @@ def monitored(strategy: dict[str, Any], folder: str, every: int = 3, **arguments
 
 
 def stopped_by_a_metric(namespace: str) -> tuple[int, int]:
-    """EarlyStopping on a value that does not change: the number of messages' bytes of the whole training."""
+    """Stops early on a value that does not change, the bytes of messages; returns epochs and how many were noted."""
     stopping = library(namespace).callbacks.EarlyStopping(
         "januspipe/message_bytes", mode="max", patience=2, check_on_train_epoch_end=True
     )
@@ -218,7 +218,7 @@ def slow_replica(strategy: dict[str, Any], folder: str) -> tuple[list[dict[str, 
 
 
 def failing(folder: str) -> str:
-    """One rank fails in its own callback, outside a step."""
+    """Has one rank fail in its own callback, outside a step."""
 
     class Failing(lightning.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -237,7 +237,7 @@ def failing(folder: str) -> str:
 
 
 def stage_summary(strategy: dict[str, Any] | None) -> tuple[str, dict[str, list[int]]]:
-    """What StageSummary prints on this rank, and the stages in which each layer's parameters are held."""
+    """Returns what StageSummary prints on this rank, and the stages in which each layer's parameters are held."""
     import contextlib
 
     text = io.StringIO()

@@ -21,7 +21,7 @@ from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.trace import trace_potential
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.runtime.user_step import CapturedStep
@@ -33,7 +33,7 @@ OTHER = (3, 4)
 
 
 def make_batch(sizes: Sequence[int], seed: int = 0) -> Batch:
-    """Structures of the given numbers of atoms with an edge for each pair; one atom alone has no edges."""
+    """Returns structures of the given numbers of atoms with an edge for each pair; one atom alone has no edges."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     pairs = index[:, None] == index[None, :]
@@ -68,12 +68,12 @@ class Layer(nn.Module):
         return h + torch.tanh(self.mix(self.aggregate(h, edges[1], messages)))
 
     def aggregate(self, h: Tensor, target: Tensor, messages: Tensor) -> Tensor:
-        """Sum of the messages that reach each atom."""
+        """Sums the messages that reach each atom."""
         return torch.zeros_like(h).index_add(0, target, messages)
 
 
 def filter_of(width: int) -> nn.Module:
-    """A network from four radial functions to a weight for each channel."""
+    """Returns a network from four radial functions to a weight for each channel."""
     return nn.Sequential(nn.Linear(4, width, dtype=DTYPE), nn.SiLU(), nn.Linear(width, width, dtype=DTYPE))
 
 
@@ -100,11 +100,11 @@ class Potential(nn.Module):
         return {"energy": energy, "forces": -derivative, "stress": virial / volume[:, None, None], **extra}
 
     def differentiate(self, energy: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """The one call of ``torch.autograd.grad``."""
+        """Makes the one call of ``torch.autograd.grad``."""
         return grad([energy.sum()], inputs, create_graph=self.training)
 
     def energy(self, batch: Batch, positions: Tensor, strain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Energies (B,), and charges (N,)."""
+        """Returns energies (B,), and charges (N,)."""
         deformation = strain[batch["index"]]
         strained = positions + torch.einsum("ni,nij->nj", positions, 0.5 * (deformation + deformation.mT))
         vectors = strained[batch["edges"][1]] - strained[batch["edges"][0]]
@@ -112,7 +112,7 @@ class Potential(nn.Module):
         return self.pool(self.readout(h)[:, 0], batch), {"charges": self.charge(h)[:, 0]}
 
     def features(self, batch: Batch, vectors: Tensor) -> Tensor:
-        """Features (N, width) after all layers."""
+        """Returns features (N, width) after all layers."""
         distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
         radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE, device=distance.device)) ** 2))
         h = self.embedding(batch["species"])
@@ -121,7 +121,7 @@ class Potential(nn.Module):
         return h
 
     def pool(self, values: Tensor, batch: Batch) -> Tensor:
-        """Sum over the atoms of each structure."""
+        """Sums values over the atoms of each structure."""
         return values.new_zeros(batch["cell"].shape[0]).index_add(0, batch["index"], values)
 
 
@@ -147,14 +147,18 @@ class Traced:
     Every operation costs the same, so that cuts do not depend on the load of the machine.
     """
 
-    def __init__(self, module: nn.Module, batch: Batch | None = None) -> None:
-        batch = batch or make_batch(TRACED)
+    def __init__(self, module: nn.Module, batch: Any = None, other: Any = None) -> None:
+        batch = make_batch(TRACED) if batch is None else batch
         self.module = module
         self.call = find_potential(module, module.training_step, batch)
         self.potential = potential_of(module, module.training_step, self.call)
         adapters = adapters_of(self.potential)
         args, kwargs = adapted(adapters, self.potential, self.call.args, self.call.kwargs)
-        self.format = CallFormat.of(args, kwargs)
+        second = None
+        if other is not None:
+            of_other = self.call_on(other)
+            second = adapted(adapters, self.potential, of_other.args, of_other.kwargs)
+        self.format = CallFormat.of(args, kwargs, second)
         traced = replace(self.call, args=args, kwargs=kwargs)
         self.program = apply_passes(trace_potential(self.potential, traced, self.format, adapters))
         self.regions = find_regions(self.program, self.call.read_outputs)
@@ -173,21 +177,21 @@ class Traced:
         self.profile = replace(measured, seconds=dict.fromkeys(measured.seconds, 1e-6))
 
     def cut(self, num_stages: int) -> CapturedPotential:
-        """The potential in stages."""
+        """Returns the potential in stages."""
         cut = find_cut(self.program, self.regions, self.profile, num_stages)
         return replace(self._uncut, cut=cut)
 
     def call_on(self, batch: Batch) -> PotentialCall:
-        """The call of the potential that the step makes on a batch."""
+        """Returns the call of the potential that the step makes on a batch."""
         in_step = self.call.replaced is not None
         args, kwargs = call_arguments(self.module, self.call.path, self.module.training_step, batch, in_step)
         return replace(self.call, args=args, kwargs=kwargs)
 
 
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and parameter gradients of the undivided double backward."""
+    """Returns the loss and the parameter gradients of the undivided double backward."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    loss = loss_in(module.training_step(shallow_copy(batch)))
+    loss = loss_in(module.training_step(copied(batch)))
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return loss.detach(), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 
@@ -199,14 +203,14 @@ def staged_gradients(
     step: Callable[[Batch], Any] | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same through the four phases of all stages and the user's step around them.
+    """Returns them through the four phases of all stages and the user's step around them.
 
     Args:
-        captured: the potential in stages.
-        module: what it is a part of.
-        batch: one micro-batch.
-        step: the module's step, if not its training step.
-        options: of ``run_single_process``.
+        captured: The potential in stages.
+        module: The module that it is a part of.
+        batch: One micro-batch.
+        step: The module's step, if not its training step.
+        options: Options of ``run_single_process``.
     """
     outside = GradientBuffers()
     runner = CapturedStep(captured, module, outside.add)
@@ -230,7 +234,7 @@ def staged_gradients(
 
 
 def loss_in(output: Any) -> Tensor:
-    """The loss in what a step returned."""
+    """Returns the loss in what a step returned."""
     return output["loss"] if isinstance(output, dict) else output
 
 
@@ -250,7 +254,7 @@ def assert_parity(
 
 
 def structures_of(data: Any, count: int) -> Batch:
-    """The first structures of a data module, collated by it."""
+    """Returns the first structures of a data module, collated by it."""
     data.setup("fit")
     loader = data.train_dataloader()
     return loader.collate_fn([loader.dataset[i] for i in range(count)])

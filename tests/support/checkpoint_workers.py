@@ -26,7 +26,7 @@ NUM_BATCHES = 4
 
 
 def data(num_replicas: int = 1, shuffle: bool = False, num_train: int = GLOBAL_BATCH * NUM_BATCHES) -> Any:
-    """Structures of four atoms; a batch of all replicas together has four, the same ones on every mesh.
+    """Returns structures of four atoms; a batch of all replicas together has four, the same ones on every mesh.
 
     With ``shuffle`` their order comes from the random numbers of the process, else from the epoch.
     """
@@ -93,7 +93,7 @@ class Noise(Callback):
 
 
 def module_in_hook(num_features: int = 8, tied: bool = False) -> Any:
-    """A module whose potential is made in ``configure_model``; its optimizer has momentum and a schedule.
+    """Returns a module whose potential is made in ``configure_model``; its optimizer has momentum and a schedule.
 
     Args:
         num_features: channels.
@@ -126,7 +126,7 @@ def train(
     folder: str,
     more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train and save into a folder, with the arguments of :func:`_train` in a dict, which a pool can send."""
+    """Trains and saves into a folder, with the arguments of :func:`_train` in a dict, which a pool can send."""
     return _train(strategy, folder, **(more or {}))
 
 
@@ -144,7 +144,7 @@ def _train(
     num_train: int = GLOBAL_BATCH * NUM_BATCHES,
     arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train and save into a folder; returns how it ended, and the module as it is then.
+    """Trains and saves into a folder; returns how it ended, and the module as it is then.
 
     Args:
         strategy: arguments of the strategy, of which some have other defaults here; None is plain Lightning.
@@ -223,13 +223,13 @@ def killed_in_saving(strategy: dict[str, Any], folder: str, step: int) -> None:
 
 
 def evaluate(strategy: dict[str, Any] | None, checkpoint: str, weights_only: bool | None = None) -> Any:
-    """Validate with the weights of a checkpoint."""
+    """Validates with the weights of a checkpoint."""
     trainer = quiet_trainer(strategy, use_distributed_sampler=False)
     return trainer.validate(tiny.module(), data(), ckpt_path=checkpoint, weights_only=weights_only, verbose=False)
 
 
 def names(folder: str | Path) -> list[str]:
-    """What is in a folder, hidden names too; links with what they point to."""
+    """Returns what is in a folder, hidden names too; links with what they point to."""
     found = []
     for path in Path(folder).iterdir():
         found.append(f"{path.name} -> {os.readlink(path)}" if path.is_symlink() else path.name)

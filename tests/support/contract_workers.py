@@ -15,14 +15,14 @@ from lightning_januspipe.testing import quiet_trainer
 
 
 def changed_step(module: Any, around: Any) -> Any:
-    """Replace the training step by ``around(step, batch, batch_idx)``."""
+    """Replaces the training step by ``around(step, batch, batch_idx)``."""
     step = module.training_step
     module.training_step = lambda batch, batch_idx: around(step, batch, batch_idx)
     return module
 
 
 def random_numbers(strategy: dict[str, Any]) -> list[float]:
-    """Numbers that the step draws behind the potential."""
+    """Trains a step that draws random numbers behind the potential; returns them."""
     drawn: list[float] = []
 
     def around(step: Any, batch: Any, batch_idx: int) -> Any:
@@ -45,7 +45,7 @@ class Penalty(torch.nn.Module):
 
 
 def outside_parameters(how: str, validate_first: bool) -> str:
-    """A loss that reads the potential's parameters past the potential."""
+    """Returns a loss that reads the potential's parameters past the potential."""
     module = tiny.module()
     module.penalty = Penalty()
 
@@ -70,7 +70,7 @@ def outside_parameters(how: str, validate_first: bool) -> str:
 
 
 def unfrozen() -> str:
-    """A callback that freezes a layer after the first step."""
+    """Returns a callback that freezes a layer after the first step."""
 
     class Freeze(lightning.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
@@ -85,7 +85,7 @@ def unfrozen() -> str:
 
 
 def several_loaders() -> str:
-    """A dict of training loaders."""
+    """Returns a dict of training loaders."""
     loaders = {"a": tiny.data().train_dataloader(), "b": tiny.data().train_dataloader()}
     try:
         quiet_trainer({}, max_steps=1, limit_val_batches=0).fit(tiny.module(), loaders)
@@ -95,7 +95,7 @@ def several_loaders() -> str:
 
 
 def collected_outputs() -> dict[str, Any]:
-    """A module that collects the losses of its steps in a list, and counts them."""
+    """Returns a module that collects the losses of its steps in a list, and counts them."""
     module = tiny.module()
     module.losses, module.calls = [], 0
 
@@ -111,7 +111,7 @@ def collected_outputs() -> dict[str, Any]:
 
 
 def one_loader_for_both(num_workers: int) -> dict[str, Any]:
-    """The same loader object for training and validation, and a transfer hook that writes to the batch."""
+    """Returns the same loader object for training and validation, and a transfer hook that writes to the batch."""
     module = tiny.module()
     seen: set[str] = set()
 
@@ -138,7 +138,7 @@ def one_loader_for_both(num_workers: int) -> dict[str, Any]:
 
 
 def same_optimizer_twice() -> list[int]:
-    """configure_optimizers gives the same object for two fits; parameters with state in the last checkpoint."""
+    """Fits twice with one optimizer object; returns the parameters with a state in the last checkpoint."""
     module = tiny.module()
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     module.configure_optimizers = lambda: optimizer

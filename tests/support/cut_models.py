@@ -14,7 +14,7 @@ BATCH = (8, 7)
 
 
 def traced(potential: nn.Module) -> Traced:
-    """A traced potential, with sizes of :data:`BATCH`."""
+    """Returns a traced potential, with sizes of :data:`BATCH`."""
     return Traced(Step(potential), make_batch(BATCH))
 
 

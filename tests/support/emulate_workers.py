@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_januspipe.bench.emulate import MeshWork, MicrobatchWork, mesh_rank
 from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage
 from lightning_januspipe.bench.emulate.mesh_rank import emulate_mesh_rank
-from lightning_januspipe.bench.emulate.rank import emulate_rank
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.p2p import Channel
 from lightning_januspipe.engine.route import Route
@@ -30,16 +29,13 @@ def _kind(message: Message) -> tuple[Any, ...]:
 
 
 def _emulate(schedule: Schedule) -> str:
-    """The error of this rank, or nothing."""
-    try:
-        emulate_rank(schedule, PhaseCosts(1e-3, 1e-3, 1e-3, 1e-3), 1, 256, timedelta(seconds=20))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+    """Returns the error of this rank of one pipeline, or nothing."""
+    work = [[MicrobatchWork((1.0,))] * schedule.num_microbatches]
+    return _emulate_mesh(MeshShape(schedule.num_ranks, 1, 1), schedule, [work])
 
 
 def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str:
-    """Run with one message replaced by the one before of the same kind, between two given phases."""
+    """Runs with one message replaced by the one before of the same kind, between two given phases."""
     order = schedule.messages()
     sent: Counter[int] = Counter()
     kept: dict[Any, list[Tensor]] = {}
@@ -64,7 +60,7 @@ def with_a_repeated_message(schedule: Schedule, source: str, target: str) -> str
 
 
 def with_a_silent_stage(schedule: Schedule, stage: int) -> str:
-    """Run with a stage that adds nothing to the derivative."""
+    """Runs with a stage that adds nothing to the derivative."""
     forward_force = EmulatedStage.forward_force
 
     def wrong(self: EmulatedStage, *args: Any, **more: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,7 +72,7 @@ def with_a_silent_stage(schedule: Schedule, stage: int) -> str:
 
 
 def with_two_actions_swapped(schedule: Schedule, rank: int, position: int) -> str:
-    """Run with an action of a rank before the one before it."""
+    """Runs with an action of a rank before the one before it."""
     init = Route.__init__
 
     def wrong(self: Route, schedule: Schedule, of: int) -> None:
@@ -91,7 +87,7 @@ def with_two_actions_swapped(schedule: Schedule, rank: int, position: int) -> st
 
 
 def _emulate_mesh(shape: MeshShape, schedule: Schedule, steps: list[MeshWork]) -> str:
-    """The error of this rank, or nothing."""
+    """Returns the error of this rank, or nothing."""
     try:
         emulate_mesh_rank(shape, schedule, PhaseCosts(1e-3, 1e-3, 1e-3, 1e-3), steps, 256, timedelta(seconds=60))
     except Exception as error:
@@ -100,14 +96,14 @@ def _emulate_mesh(shape: MeshShape, schedule: Schedule, steps: list[MeshWork]) -
 
 
 def with_other_work(schedule: Schedule) -> str:
-    """Run on two graph ranks of which each takes another micro-batch for the one that is divided."""
-    whole, divided = MicrobatchWork((1.0, 1.0)), MicrobatchWork((1.0, 1.0), is_divided=True)
-    order = [divided, whole] if int(os.environ["RANK"]) == 0 else [whole, divided]
+    """Runs on two graph ranks that take different micro-batches for the one that is sharded."""
+    whole, sharded = MicrobatchWork((1.0, 1.0)), MicrobatchWork((1.0, 1.0), is_sharded=True)
+    order = [sharded, whole] if int(os.environ["RANK"]) == 0 else [whole, sharded]
     return _emulate_mesh(MeshShape(1, 1, 2), schedule, [[order]])
 
 
 def with_an_unreduced_gradient(schedule: Schedule) -> str:
-    """Run on two replicas that sum their gradients and do not average them."""
+    """Runs on two replicas that sum their gradients and do not average them."""
 
     def wrong(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:
         reduce_gradients(parameters, group)
@@ -117,7 +113,7 @@ def with_an_unreduced_gradient(schedule: Schedule) -> str:
 
 
 def with_the_end_of_a_rank(schedule: Schedule, rank: int) -> str:
-    """Run on two pipelines of two ranks, graph ranks of each other, of which one ends in its second BF."""
+    """Runs on two pipelines of two ranks, graph ranks of each other, and ends one rank in its second BF."""
     backward_force = EmulatedStage.backward_force
 
     def wrong(self: EmulatedStage, microbatch: int, *args: Any, **more: Any) -> list[Tensor]:
@@ -125,7 +121,7 @@ def with_the_end_of_a_rank(schedule: Schedule, rank: int) -> str:
             os._exit(1)
         return backward_force(self, microbatch, *args, **more)
 
-    work = [MicrobatchWork((1.0, 1.0), is_divided=True)] * schedule.num_microbatches
+    work = [MicrobatchWork((1.0, 1.0), is_sharded=True)] * schedule.num_microbatches
     with mock.patch.object(EmulatedStage, "backward_force", wrong):
         emulate_mesh_rank(MeshShape(2, 1, 2), schedule, PhaseCosts(1, 1, 1, 1), [[work]], 256, timedelta(seconds=60))
     return ""

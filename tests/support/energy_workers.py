@@ -12,7 +12,7 @@ ATOMS = {"Al": -6600.789, "Ni": -41400.456, "Cu": -45000.123}
 
 
 def potential(dtype: torch.dtype, **options: Any) -> Any:
-    """A seeded potential with the energies of the atoms as shifts."""
+    """Returns a seeded potential with the energies of the atoms as shifts."""
     from lightning_januspipe.models import EquivariantPotential
 
     before = torch.get_default_dtype()
@@ -25,7 +25,7 @@ def potential(dtype: torch.dtype, **options: Any) -> Any:
 
 
 def structures(num_structures: int, sizes: tuple[int, ...]) -> list[Any]:
-    """Structures labelled by the float64 potential itself, with energies of atoms summed beside it."""
+    """Returns structures labelled by the float64 potential itself, with energies of atoms summed beside it."""
     from ase.calculators.singlepoint import SinglePointCalculator
 
     from lightning_januspipe import keys
@@ -45,7 +45,7 @@ def structures(num_structures: int, sizes: tuple[int, ...]) -> list[Any]:
 
 
 def data(num_structures: int, sizes: tuple[int, ...], dtype: str) -> Any:
-    """A data module of such structures, all in every split."""
+    """Returns a data module of such structures, all in every split."""
     from torch.utils.data import Subset
 
     from lightning_januspipe.data import StructureDataModule, StructureDataset
@@ -61,7 +61,7 @@ def data(num_structures: int, sizes: tuple[int, ...], dtype: str) -> Any:
 
 
 def trained_module() -> Any:
-    """A float64 module, other than the one that made the labels, that trains its shifts too."""
+    """Returns a float64 module, other than the one that made the labels, that trains its shifts too."""
     from lightning_januspipe.models import PotentialModule
 
     torch.manual_seed(1)
@@ -72,12 +72,12 @@ def trained_module() -> Any:
 
 
 def trained_data() -> Any:
-    """Float64 data for it."""
+    """Returns float64 data for it."""
     return data(8, (4, 8), "float64")
 
 
 def errors(strategy: dict[str, Any] | None, size: int) -> dict[str, float]:
-    """Test errors of the potential in float32 against labels that it made in float64."""
+    """Returns the test errors of the potential in float32 against labels that it made in float64."""
     from lightning_januspipe.models import PotentialModule
     from lightning_januspipe.testing import quiet_trainer
 
@@ -87,7 +87,7 @@ def errors(strategy: dict[str, Any] | None, size: int) -> dict[str, float]:
 
 
 def gradients(strategy: dict[str, Any] | None) -> dict[str, Any]:
-    """Parameter gradients of one training batch in float32, in eV per parameter, of what this rank holds."""
+    """Returns parameter gradients of one training batch in float32, in eV per parameter, of what this rank holds."""
     from lightning.pytorch import Callback
 
     from lightning_januspipe.models import PotentialModule

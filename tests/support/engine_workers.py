@@ -50,7 +50,7 @@ def _start() -> int:
 
 
 def exchange(messages: list[list[Tensor]]) -> tuple[list[list[Tensor]], int]:
-    """Rank 0 sends all messages, rank 1 sends them back; receives are posted before anything is sent."""
+    """Has rank 0 send all messages and rank 1 send them back; receives are posted before anything is sent."""
     rank = _start()
     there, back = dist.new_group([0, 1]), dist.new_group([0, 1])
     out = Channel(there if rank == 0 else back, 1 - rank, CPU)
@@ -109,25 +109,25 @@ def make_executor(
 
 
 def num_inflight(executor: Executor) -> int:
-    """Micro-batches in flight in any stage of the rank."""
+    """Returns the micro-batches in flight in any stage of the rank."""
     return sum(stage.num_inflight for stage in executor.stages.values())
 
 
 def unequal_inputs(num: int) -> list[MicrobatchInput]:
-    """Micro-batches of different numbers of atoms, edges and structures."""
+    """Returns micro-batches of different numbers of atoms, edges and structures."""
     return [microbatch(20 + i, num_atoms=4 + 5 * i % 7, num_structures=1 + i % 3) for i in range(num)]
 
 
 def schedule_of(
     name: str, num_ranks: int, num_stages: int, num_microbatches: int, placement: tuple[int, ...] | None = None
 ) -> Schedule:
-    """A schedule whose stages, and so whose ranks, have unequal costs, as real ones do."""
+    """Returns a schedule whose stages, and so whose ranks, have unequal costs, as real ones do."""
     costs = [PhaseCosts(1.0 + 0.1 * s, 1.5, 1.3, 1.0 - 0.05 * s, 1.2, 0.9) for s in range(num_stages)]
     return build_schedule(name, num_ranks, num_microbatches, costs, chunks=num_stages // num_ranks, placement=placement)
 
 
 def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[list[float], int]:
-    """Run steps with these numbers of micro-batches.
+    """Runs steps with these numbers of micro-batches.
 
     Returns:
         The largest gradient of each step, and how many stages of this rank are split.
@@ -179,7 +179,7 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
 
 
 def evaluate_like_undivided(layout: str, name: str, num: int) -> int:
-    """Evaluate, train and evaluate again; returns how many micro-batches were compared on this rank."""
+    """Evaluates, trains and evaluates again; returns how many micro-batches were compared on this rank."""
     rank = _start()
     size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])
     training = schedule_of(name, size, num_stages, num)
@@ -242,7 +242,7 @@ def step_with_a_hanging_rank(hanging: int, timeout: float, hang: float) -> tuple
 
 
 def make_executor_alone() -> tuple[Executor, list[ToyStage], GradientBuffers]:
-    """An executor of one stage, in one process without process groups."""
+    """Returns an executor of one stage, in one process without process groups."""
     functions, spec = chain(LAYOUTS["one stage"])
     gradients = GradientBuffers()
     return Executor(0, {0: Stage(functions[0], gradients)}, spec), functions, gradients
@@ -252,7 +252,7 @@ def make_executor_alone() -> tuple[Executor, list[ToyStage], GradientBuffers]:
 
 
 def reduce_some(divide_by: int) -> dict[str, Tensor | None]:
-    """Gradients that only some ranks have, in two dtypes; rank r has r + 1 in every entry."""
+    """Reduces gradients that only some ranks have, in two dtypes; rank r has r + 1 in every entry."""
     rank = _start()
     parameters = {
         "everywhere": nn.Parameter(torch.zeros(2, 3, dtype=torch.float64)),
@@ -279,7 +279,7 @@ def reduce_some(divide_by: int) -> dict[str, Tensor | None]:
 
 
 def inspect_mesh(pipeline: int, data: int) -> dict[str, Any]:
-    """What a rank sees of its mesh: its place, and the members of its groups by all-reduce."""
+    """Returns what a rank sees of its mesh: its place, and the members of its groups by all-reduce."""
     rank = _start()
     mesh = Mesh(MeshShape(pipeline, data), rank, CPU, timedelta(seconds=30))
 
@@ -291,13 +291,13 @@ def inspect_mesh(pipeline: int, data: int) -> dict[str, Any]:
 
     groups = {n: getattr(mesh, f"{n}_group") for n in ("pipeline", "data", "down", "up", "control", "alone")}
     found: dict[str, Any] = {n: members(g) for n, g in groups.items()}
-    found["position"] = (mesh.pipeline_rank, mesh.data_rank, mesh.graph_rank)
+    found["indices"] = (mesh.pipeline_rank, mesh.data_rank, mesh.graph_rank)
     found["pipeline_ranks"] = mesh.pipeline_ranks
     return found
 
 
 def use_groups_as_world() -> dict[str, Any]:
-    """Collectives that name no group, inside and outside of ``as_world``, on 2 × 2 ranks."""
+    """Returns the results of collectives that name no group, inside and outside of ``as_world``, on 2 × 2 ranks."""
     rank = _start()
     mesh = Mesh(MeshShape(2, 2), rank, CPU)
 
@@ -332,7 +332,7 @@ class _Owns:
         self._owned = owned
 
     def owns(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank counts the parameter."""
+        """Returns whether this rank counts the parameter."""
         return parameter in self._owned
 
 
@@ -348,7 +348,7 @@ def clip_in_pipeline(max_norm: float) -> tuple[float, dict[str, Tensor | None]]:
 
 
 def clip_parameters() -> list[nn.Parameter]:
-    """The same parameters and gradients on every rank; the last has no gradient."""
+    """Returns the same parameters and gradients on every rank; the last has no gradient."""
     generator = torch.Generator().manual_seed(3)
     parameters = [nn.Parameter(torch.zeros(n, dtype=FLOAT)) for n in (4, 6, 3, 2)]
     for parameter in parameters[:3]:

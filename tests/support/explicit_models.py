@@ -15,7 +15,7 @@ Features = dict[str, Tensor]
 
 
 def radial_of(inputs: Features) -> Tensor:
-    """Radial functions (E, 4) of strained distances."""
+    """Returns radial functions (E, 4) of strained distances."""
     strain = inputs["strain"][inputs["index"]]
     strained = inputs["positions"] + torch.einsum("ni,nij->nj", inputs["positions"], 0.5 * (strain + strain.mT))
     strained = with_halo(strained, inputs)

@@ -29,7 +29,7 @@ TIMEOUT = 40
 
 
 def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
-    """Train with a fault on one rank; how this rank ended, and how many seconds after the fault.
+    """Trains with a fault on one rank; how this rank ended, and how many seconds after the fault.
 
     Args:
         how: "before" the potential, while "sharding", in the "loss", "not finite", in "evaluation", or "other batch".
@@ -75,7 +75,7 @@ def ended(how: str, strategy: dict[str, Any]) -> tuple[str, float]:
 
 
 def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """A sanity check before training: how often this rank ran a whole structure, and what validation found."""
+    """Returns how often this rank ran a whole structure in the sanity check, and what validation found."""
     calls = []
     whole = SingleStage.evaluate_step
 
@@ -96,7 +96,7 @@ def sane(strategy: dict[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 def sharded_steps(num_workers: int, other_way: bool = False) -> tuple[list[int], list[float]]:
-    """Train on two graph ranks in each stage, with four micro-batches in each step.
+    """Trains on two graph ranks in each stage, with four micro-batches in each step.
 
     Args:
         num_workers: of the loader.
@@ -126,7 +126,7 @@ def sharded_steps(num_workers: int, other_way: bool = False) -> tuple[list[int],
 
 
 def partly_frozen() -> Any:
-    """The first layer is frozen, and the loss has a trained factor of its own outside the potential."""
+    """Returns a module whose first layer is frozen, with a trained factor of the loss outside the potential."""
     module = tiny.module()
     module.factor = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
     module.potential.energy_model.layers[0].requires_grad_(False)
@@ -176,7 +176,7 @@ class Pairs(Potential):
 
 
 def table_of(batch: Batch) -> Batch:
-    """The same with three atoms for each, some of them itself."""
+    """Returns the same with three atoms for each, some of them itself."""
     index = batch["index"]
     first = torch.searchsorted(index, index)
     size = torch.bincount(index)[index]

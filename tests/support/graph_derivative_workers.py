@@ -27,13 +27,13 @@ class Errors:
 
     @classmethod
     def of(cls, found: Sequence[Any], expected: Sequence[Any]) -> Errors:
-        """Compare (energy, forces, gradients)."""
+        """Compares (energy, forces, gradients)."""
         gradients = [relative_error(a, b) for a, b in zip(found[2], expected[2], strict=True)]
         return cls(relative_error(found[0], expected[0]), relative_error(found[1], expected[1]), max(gradients))
 
 
 def force_loss(kind: str, replicated_positions: bool) -> Errors:
-    """Energy, forces, and the gradient of a loss of both with respect to the parameters, against one rank's."""
+    """Compares energy, forces, and the parameter gradients of a loss of both with those of one rank."""
     rank, num_ranks, group = start()
     return _force_loss(sharded_graph(kind, rank, num_ranks, group), group, replicated_positions)
 
@@ -121,7 +121,7 @@ def numerical_derivatives(kind: str) -> None:
 
 
 def _differing(sharded: ShardedGraph) -> list[str]:
-    """Operations whose first or second derivative differs from the numerical one on any rank.
+    """Returns the operations whose first or second derivative differs from the numerical one on any rank.
 
     Torch's checks end on one rank at the first difference, while the others go on: here all are evaluated.
     """
@@ -160,7 +160,7 @@ def _jacobian_error(function: Callable[[Tensor], Tensor], x: Tensor, step: float
 
 
 def third_derivative() -> tuple[Tensor, Tensor]:
-    """Of the energy along a line of positions: from all ranks, and undivided."""
+    """Returns derivatives of the energy along a line of positions: from all ranks, and undivided."""
     rank, num_ranks, group = start()
     sharded = sharded_graph("mixed", rank, num_ranks, group)
     exchange, shard = sharded.atoms, sharded.atoms.shard
@@ -220,7 +220,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor, Exchange], Tensor]]] = {
 
 
 def under_faults() -> dict[str, tuple[Errors, Errors, list[str]]]:
-    """Errors of the force loss for own and for replicated positions, and what numerical derivatives find."""
+    """Returns errors of the force loss for owned and for replicated positions, and what numerical derivatives find."""
     rank, num_ranks, group = start()
     sharded = sharded_graph("mixed", rank, num_ranks, group)
     found = {}

@@ -23,7 +23,7 @@ from lightning_januspipe.testing import quiet_trainer
 
 
 def captured(potential: nn.Module, num_stages: int = 2) -> tuple[Step, Capture]:
-    """A step with a potential in its own stages."""
+    """Returns a step with a potential in its own stages."""
     module = Step(potential)
     batches = make_batch(TRACED), make_batch(OTHER)
     return module, capture_module(module, module.training_step, *batches, [list(range(num_stages))], stages="explicit")
@@ -77,7 +77,7 @@ class _Module(plain_modules.Explicit):
 
 
 def validated(strategy: dict[str, Any] | None) -> tuple[float, float]:
-    """Validate where Lightning uses inference mode, as it does with NCCL.
+    """Validates where Lightning uses inference mode, as it does with NCCL.
 
     Returns:
         How often a part has counted a call in training, and the loss.
@@ -103,7 +103,7 @@ class _Failing(explicit_models.Read):
 
 
 def failed(strategy: dict[str, Any], folder: str) -> tuple[str, float]:
-    """How training ended on this rank, and when. The rank that failed lives on until the other has ended."""
+    """Returns how training ended on this rank, and when. The rank that failed lives on until the other has ended."""
     ended = Path(folder) / "ended"
     module = plain_modules.Explicit()
     module.potential.parts[-1] = _Failing(module.potential.parts[0].table, 6)

@@ -91,7 +91,7 @@ class Angles(Potential):
 
 
 def angles_of(batch: Batch) -> Batch:
-    """The same with pairs of edges of which the second ends where the first begins."""
+    """Returns the same with pairs of edges, the second of which ends where the first begins."""
     edges = batch["edges"]
     here, other = (edges[0][:, None] == edges[1][None, :]).nonzero().T
     return {**batch, "angles": torch.stack([here, other])}
@@ -105,7 +105,7 @@ class _Attention(Layer):
 
 
 def soft(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Softmax over the edges of each atom."""
+    """Returns the softmax over the edges of each atom."""
     index = index[:, None].expand_as(values)
     largest = like.new_full(like.shape, -math.inf).scatter_reduce(0, index, values, "amax")
     powers = torch.exp(values - largest.gather(0, index))

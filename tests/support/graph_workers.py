@@ -53,7 +53,7 @@ class ShardedGraph:
 
 
 def sharded_graph(kind: str, rank: int, num_ranks: int, group: dist.ProcessGroup) -> ShardedGraph:
-    """A graph of :data:`NUM_ATOMS` atoms, sharded in one of the ways in :data:`SHARDINGS`."""
+    """Returns a graph of :data:`NUM_ATOMS` atoms, sharded in one of the ways in :data:`SHARDINGS`."""
     generator = torch.Generator().manual_seed(3)
     num = NUM_ATOMS
     owner = (torch.arange(num) * 5) % num_ranks
@@ -81,7 +81,7 @@ def _sharded_graph(
 
 
 def message_passing_weights() -> dict[str, nn.Parameter]:
-    """Weights of :func:`energy`, the same on every rank."""
+    """Returns weights of :func:`energy`, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     shapes = {"embedding": (2, NUM_FEATURES), "readout": (NUM_FEATURES,), "whole": (NUM_FEATURES,)}
     shapes |= {f"{kind}{i}": (NUM_FEATURES, NUM_FEATURES) for kind in ("message", "update") for i in range(2)}
@@ -96,7 +96,7 @@ def energy(
     source: Tensor,
     atoms: Exchange | None,
 ) -> Tensor:
-    """Energy of two layers of message passing and of a readout of the whole, undivided or of all ranks.
+    """Returns the energy of two layers of message passing and of a readout of the whole, undivided or of all ranks.
 
     Args:
         weights: parameters.
@@ -130,7 +130,7 @@ def energy(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected entry."""
+    """Returns the largest difference over the largest expected entry."""
     assert expected.abs().max() > 1e-3, "a zero proves nothing"
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -139,7 +139,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def values(kind: str) -> list[str]:
-    """Operations on tensors of all dtypes and layouts against whole tensors; returns what differs."""
+    """Compares operations on tensors of all dtypes and layouts with whole tensors; returns what differs."""
     rank, num_ranks, group = start()
     sharded = sharded_graph(kind, rank, num_ranks, group)
     exchange, shard = sharded.atoms, sharded.atoms.shard
@@ -200,7 +200,7 @@ def values(kind: str) -> list[str]:
 
 
 def total_of(num_ranks: int) -> int:
-    """Sum of the numbers of all ranks."""
+    """Sums the numbers of all ranks."""
     return num_ranks * (num_ranks - 1) // 2
 
 
@@ -209,7 +209,7 @@ def _needed(sharded: ShardedGraph, num_ranks: int) -> list[Tensor]:
 
 
 def same_bits() -> tuple[Tensor, Tensor]:
-    """A float32 sum over the ranks, and rows summed from halos twice."""
+    """Returns a float32 sum over the ranks, and rows summed from halos twice."""
     rank, num_ranks, group = start()
     exchange = sharded_graph("mixed", rank, num_ranks, group).atoms
     generator = torch.Generator().manual_seed(rank)
@@ -221,7 +221,7 @@ def same_bits() -> tuple[Tensor, Tensor]:
 
 
 def refusals() -> list[str]:
-    """Messages of what is refused, on every rank before anything is sent."""
+    """Returns the messages of what is refused, on every rank before anything is sent."""
     rank, num_ranks, group = start()
     exchange = sharded_graph("mixed", rank, num_ranks, group).atoms
     shard = exchange.shard
@@ -265,7 +265,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def messages(kind: str) -> dict[str, int]:
-    """Collectives of the energy, its forces and the gradient of a force loss."""
+    """Returns the collectives of the energy, its forces and the gradient of a force loss."""
     rank, num_ranks, group = start()
     sharded = sharded_graph(kind, rank, num_ranks, group)
     shard = sharded.atoms.shard
@@ -281,7 +281,7 @@ def messages(kind: str) -> dict[str, int]:
 
 
 def with_a_part_that_needs_no_gradient() -> list[tuple[bool, bool]]:
-    """Inputs that require no gradient, and gradients that nothing defines: each time (no graph, finished)."""
+    """Runs with inputs that need no gradient, and with gradients that nothing defines; returns (no graph, finished)."""
     rank, num_ranks, group = start()
     exchange = sharded_graph("mixed", rank, num_ranks, group).atoms
     num = exchange.shard.num_own
@@ -312,7 +312,7 @@ class DividedStage(ToyStage):
     exchange: Exchange
 
     def forward(self, coordinates: list[Tensor], tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """As in the undivided stage, with exchanges."""
+        """Computes what the undivided stage does, with exchanges."""
         layout, weights, atoms = self.layout, self.weights, self.exchange
         assert not layout.vectors and not layout.species
         positions, strain = coordinates
@@ -339,7 +339,7 @@ class DividedStage(ToyStage):
 
 
 def phases(name: str, defer: bool) -> tuple[float, dict[str, int]]:
-    """A chain on own rows through FE, FF, BF, BE (WF, WE): largest error, and the number of collectives."""
+    """Runs a chain on owned rows through all phases; returns the largest error, and the number of collectives."""
     rank, num_ranks, group = start()
     functions, spec = chain(CHAINS[name])
     positions, species, edges, structure, strain = microbatch(1).tensors

@@ -20,7 +20,7 @@ OPTIONS = {"power": 2}
 
 
 def helper(x: Tensor) -> Tensor:
-    """Called by a forward, and itself a reader of a global."""
+    """Reads a global, and is called by a forward."""
     return x ** OPTIONS["power"]
 
 
@@ -63,7 +63,7 @@ class Scripted(nn.Module):
 
 
 def scripted(value: Any) -> Any:
-    """TorchScript, which newer versions of torch warn of."""
+    """Returns a TorchScript module, which newer versions of torch warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.script(value)
@@ -100,13 +100,13 @@ class Net(nn.Module):
 
 
 def call(**changes: Any) -> PotentialCall:
-    """A call with one batch, in which entries may be changed or added."""
+    """Returns a call with one batch, whose entries may be changed or added to."""
     batch = {"positions": torch.zeros(4, 3), "species": torch.zeros(4, dtype=torch.long), "periodic": True, **changes}
     return PotentialCall("potential", (batch,), {})
 
 
 def key(potential: nn.Module, *arguments: Any, **named: Any) -> str:
-    """The digest of the key; there has to be one."""
+    """Returns the digest of the key; there has to be one."""
     found = program_key(potential, *(arguments or (call(),)), **named)
     assert found.digest is not None, found.reason
     return found.digest

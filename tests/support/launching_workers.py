@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def module_of(namespace: str) -> Any:
-    """A potential with a loss on energies, forces and stress, which counts what is called."""
+    """Returns a potential with a loss on energies, forces and stress, which counts what is called."""
 
     class Module(library(namespace).LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -82,7 +82,7 @@ def module_of(namespace: str) -> Any:
 
 
 def time_is_up(namespace: str) -> Any:
-    """A callback that moves the clock of ``Trainer(max_time=...)``."""
+    """Returns a callback that moves the clock of ``Trainer(max_time=...)``."""
 
     class Clock(library(namespace).Callback):  # type: ignore[misc]
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -95,7 +95,7 @@ def time_is_up(namespace: str) -> Any:
 
 
 def data_of(namespace: str) -> Any:
-    """Four batches of other samples in each epoch in which they are asked for."""
+    """Returns four batches of other samples in each epoch."""
 
     class Structures(library(namespace).LightningDataModule):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -115,7 +115,7 @@ def data_of(namespace: str) -> Any:
 def fit_with_options(
     strategy: dict[str, Any] | None, names: list[str], folder: str, namespace: str = "lightning"
 ) -> dict[str, dict[str, Any]]:
-    """One training for each named set of the Trainer's arguments."""
+    """Trains once for each named set of the Trainer's arguments."""
     torch.set_default_dtype(torch.float64)
     found = {}
     for name in names:
@@ -159,7 +159,7 @@ def seeded_workers(strategy: dict[str, Any] | str | None, num_workers: int) -> d
     module = module_of("lightning")
     drawn: list[float] = []
     module.on_train_epoch_end = lambda: drawn.append(float(torch.rand(())))
-    data = DataLoader(Noisy(8), batch_size=2, num_workers=num_workers, collate_fn=collate)
+    data = DataLoader(Noisy(8), batch_size=2, num_workers=num_workers, collate_fn=collate, shuffle=True)
     trainer = trainer_of(strategy, max_epochs=1, use_distributed_sampler=True)
     trainer.fit(module, data)
     return {"seen": module.seen, "drawn": drawn}
@@ -174,7 +174,7 @@ class Pairs(torch.utils.data.BatchSampler):
 
 
 def sampled(strategy: dict[str, Any] | str | None, how: str, distributed: bool) -> list[list[float]]:
-    """The labels of the batches of two epochs, for a sampler and ``use_distributed_sampler``."""
+    """Returns the labels of the batches of two epochs, for a sampler and ``use_distributed_sampler``."""
     library("lightning").seed_everything(5, verbose=False)
     torch.set_default_dtype(torch.float64)
     source = loader(16, 4)
@@ -190,7 +190,7 @@ def sampled(strategy: dict[str, Any] | str | None, how: str, distributed: bool) 
 
 
 def fit_in_order(strategy: dict[str, Any] | None = None, **arguments: Any) -> dict[str, Any]:
-    """Two epochs with validation, samples in their order."""
+    """Trains two epochs with validation, on samples in their order."""
     torch.set_default_dtype(torch.float64)
     module = module_of("lightning")
     trainer = trainer_of(strategy, max_epochs=2, use_distributed_sampler=False, **arguments)

@@ -15,7 +15,7 @@ from lightning_januspipe.testing import quiet_trainer
 
 
 def collate(samples: list[Tensor]) -> list[list[float]]:
-    """A batch that shows what it was made of."""
+    """Returns a batch that shows what it was made of."""
     return [s.tolist() for s in samples]
 
 
@@ -179,7 +179,7 @@ class Swallows(DataLoader[Any]):
         super().__init__(dataset, batch_size, shuffle, collate_fn=self.make_collate(dataset), **arguments)
 
     def make_collate(self, dataset: Any) -> Any:
-        """What it collates with."""
+        """Returns what it collates with."""
         return Collater(dataset)
 
 
@@ -222,11 +222,11 @@ class Stateful(DataLoader[Any]):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How far it is."""
+        """Returns how far it is."""
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there in the next pass."""
+        """Goes on from there in the next pass."""
         self.start = state["given"]
 
 
@@ -260,7 +260,7 @@ def seen_by_ranks(strategy: dict[str, Any]) -> list[list[list[float]]]:
 
 
 def fit_stream(strategy: dict[str, Any], one_shot: bool) -> list[float]:
-    """Losses on a stream of structures that is read once."""
+    """Returns the losses on a stream of structures that is read once."""
     import strategy_workers
     import tiny
 

@@ -42,14 +42,14 @@ def check(expected: Any, found: Any, where: str = "") -> None:
         assert expected == found, where
 
 
-def loader(num: int, batch_size: int, first: int = 0) -> Any:
-    """Structures of one to six atoms, in their order."""
+def loader(num: int, batch_size: int, first: int = 0, shuffle: bool = False) -> Any:
+    """Returns structures of one to six atoms."""
     samples: Any = [make_batch((SIZES[i % len(SIZES)],), first + i) for i in range(num)]
-    return DataLoader(samples, batch_size=batch_size, collate_fn=collate)
+    return DataLoader(samples, batch_size=batch_size, collate_fn=collate, shuffle=shuffle)
 
 
 def module_that_logs(namespace: str, learning_rate: float, sync: bool) -> Any:
-    """A module with every form of ``self.log`` in its steps and hooks.
+    """Returns a module with every form of ``self.log`` in its steps and hooks.
 
     Args:
         namespace: which Lightning.
@@ -70,7 +70,7 @@ def module_that_logs(namespace: str, learning_rate: float, sync: bool) -> Any:
                 setattr(self, f"{stage}_errors", MetricCollection(metrics, prefix=f"{stage}_"))
 
         def differences(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-            """Loss, energies and their errors."""
+            """Returns loss, energies and their errors."""
             out = self.potential(batch)
             error = out["energy"] - batch["energy"]
             force = (out["forces"] - batch["forces"]).square().sum(-1)
@@ -138,7 +138,7 @@ def module_that_logs(namespace: str, learning_rate: float, sync: bool) -> Any:
 
 
 def seen_callback(namespace: str) -> Any:
-    """A callback that logs too, and keeps what the Trainer shows after each batch and each epoch."""
+    """Returns a callback that logs too, and keeps what the Trainer shows after each batch and each epoch."""
 
     class Seen(library(namespace).Callback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -166,9 +166,14 @@ def seen_callback(namespace: str) -> Any:
     return Seen()
 
 
+def has_replicas(strategy: dict[str, Any] | str | None) -> bool:
+    """Whether a strategy is DDP, or has replicas."""
+    return isinstance(strategy, str) or "data_size" in (strategy or {})
+
+
 def trainer_of(strategy: dict[str, Any] | str | None, namespace: str = "lightning", **arguments: Any) -> Any:
     """Returns a quiet Trainer, with Lightning's sampler for replicas."""
-    replicas = isinstance(strategy, str) or "data_size" in (strategy or {})
+    replicas = has_replicas(strategy)
     if arguments.get("barebones"):  # it wants these arguments to be left out
         flags = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         arguments = {**dict.fromkeys((*flags, "num_sanity_val_steps")), **arguments}
@@ -179,7 +184,7 @@ Loggers = Literal["csv", "several", "wandb"]
 
 
 def loggers_of(kind: Loggers, namespace: str, where: str) -> list[Any]:
-    """Loggers that write below a folder."""
+    """Returns loggers that write below a folder."""
     logs = library(namespace).loggers
     if kind == "wandb":
         Path(where).mkdir(parents=True, exist_ok=True)
@@ -198,7 +203,7 @@ def fit_and_log(
     loggers: Loggers = "csv",
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Two epochs with two validation loaders; returns what was to be seen, and the trained parameters."""
+    """Trains two epochs with two validation loaders; returns what was to be seen, and the trained parameters."""
     torch.set_default_dtype(torch.float64)
     where = str(Path(folder) / (strategy if isinstance(strategy, str) else "plain" if strategy is None else "pipeline"))
     module, seen = module_that_logs(namespace, learning_rate, sync=True), seen_callback(namespace)
@@ -206,27 +211,29 @@ def fit_and_log(
         strategy, namespace, callbacks=[seen], max_epochs=2, log_every_n_steps=1,
         logger=loggers_of(loggers, namespace, where), **arguments,
     )  # fmt: skip
-    trainer.fit(module, loader(num_train, batch_size), [loader(4, 2, 100), loader(6, 3, 200)])
+    # DDP shuffles the samples of replicas whether or not the loader does.
+    train = loader(num_train, batch_size, shuffle=has_replicas(strategy))
+    trainer.fit(module, train, [loader(4, 2, 100), loader(6, 3, 200)])
     if loggers == "wandb":
         finish_wandb()
     return {"folder": where, "history": seen.history, "state": plain(dict(module.potential.state_dict()))}
 
 
 def finish_wandb() -> None:
-    """Write the run to its file."""
+    """Writes the run to its file."""
     import wandb
 
     wandb.finish()
 
 
 def fit_for_wandb(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
-    """As :func:`fit_and_log`, in a run of W&B that needs no network."""
+    """Does what :func:`fit_and_log` does, in a run of W&B that needs no network."""
     os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
     return fit_and_log(strategy, folder, loggers="wandb")
 
 
 def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Values by name, and hyperparameters, in the one run below a folder.
+    """Returns values by name, and hyperparameters, in the one run below a folder.
 
     The file is a log of records in blocks of 32 KiB, each record in one or several parts with a head of 7 bytes.
     """
@@ -253,7 +260,7 @@ def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
 
 
 def shown_by_tqdm(strategy: dict[str, Any] | None) -> str:
-    """What the progress bar writes on this rank."""
+    """Returns what the progress bar writes on this rank."""
     from lightning.pytorch.callbacks import TQDMProgressBar
 
     torch.set_default_dtype(torch.float64)

@@ -22,7 +22,7 @@ from lightning_januspipe.schedule import Phase
 
 
 def tied_module() -> Any:
-    """Three layers, of which the first and the last share weights, so that two stages read them."""
+    """Returns a module of three layers; the first and the last share weights, so that two stages read them."""
     module = tiny.module(num_layers=3)
     first, _, last = module.potential.energy_model.layers
     last.self_connection = first.self_connection
@@ -31,7 +31,7 @@ def tied_module() -> Any:
 
 
 def mutated(name: str, at: str, make_module: Callable[[], Any] = tied_module) -> Any:
-    """A module, and a fault until its teardown.
+    """Returns a module that brings a fault with it until its teardown.
 
     Args:
         name: of the fault.
@@ -47,7 +47,7 @@ def mutated(name: str, at: str, make_module: Callable[[], Any] = tied_module) ->
 
 
 def data() -> Any:
-    """A few small structures; two batches."""
+    """Returns data of a few small structures, in two batches."""
     return tiny.data(num_train=12, batch_size=6)
 
 
@@ -113,7 +113,7 @@ def _last_derivative_unread() -> Mutation:
 
 
 def _gradients_lost(method: str, kind: type[Stage] = Stage) -> Mutation:
-    """What a phase adds to the parameter gradients is thrown away."""
+    """Throws away what a phase adds to the parameter gradients."""
     run = getattr(kind, method)
 
     def phase(self: Stage, *args: Any, **more: Any) -> Any:
@@ -136,7 +136,7 @@ def _part_of_the_other_rank_lost() -> Mutation:
 
 
 def _raw_backward(function: type, exchange: Callable[..., Tensor], factor: float = 1.0) -> Mutation:
-    """A backward pass that is not differentiated again, or is scaled."""
+    """Replaces a backward pass by one that is not differentiated again, or is scaled."""
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
         (given,) = gradients

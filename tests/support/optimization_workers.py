@@ -27,7 +27,7 @@ FIRST = "layers.0.radial_network.linears.1"
 
 
 def module(**arguments: Any) -> Any:
-    """A module with a parameter that its loss reads beside the potential, and one that nothing reads."""
+    """Returns a module with a parameter that its loss reads beside the potential, and one that nothing reads."""
     made = tiny.module(num_layers=2, **arguments)
     made.offset, made.unused = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(1.0))
     step = made.training_step
@@ -41,7 +41,7 @@ def module(**arguments: Any) -> Any:
 
 
 def with_optimizer(make: Callable[[Any], Any], **arguments: Any) -> Any:
-    """The module with ``configure_optimizers`` of a user."""
+    """Returns the module with ``configure_optimizers`` of a user."""
     made = module(**arguments)
     made.configure_optimizers = lambda: make(made)
     return made
@@ -97,7 +97,7 @@ def _one_cycle(made: Any) -> Any:
 
 
 def _matrices(made: Any) -> Any:
-    """An optimizer of whole matrices, for those of the potential."""
+    """Returns an optimizer of whole matrices, for those of the potential."""
     return torch.optim.Muon([p for p in made.potential.parameters() if p.ndim == 2], lr=1e-3)
 
 
@@ -160,7 +160,7 @@ def fit(
     resume: str | None = None,
     save: str | None = None,
 ) -> dict[str, Any]:
-    """Train one of MODULES.
+    """Trains one of MODULES.
 
     Args:
         strategy: arguments of the strategy; None is plain Lightning.
@@ -191,12 +191,12 @@ def fit(
 
 
 def fit_each(strategy: dict[str, Any] | None, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Train several modules, one after the other."""
+    """Trains several modules, one after the other."""
     return {name: fit(strategy, name, {"max_steps": 3}) for name in names}
 
 
 def fit_with_monitor(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
-    """Train with several groups, and have their rates logged."""
+    """Trains with several groups, and logs their rates."""
     logger = CSVLogger(folder, name="", version="" if strategy is None else "pipeline")
     monitor = callbacks.LearningRateMonitor("step", log_momentum=True, log_weight_decay=True)
     found = fit(strategy, "groups", {"logger": logger, "log_every_n_steps": 1}, (monitor,))
@@ -216,14 +216,14 @@ def fit_accumulating(strategy: dict[str, Any] | None) -> dict[str, Any]:
 def fit_and_resume(
     strategy: dict[str, Any] | None, name: str, folder: str, clipping: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Train an epoch, save, and train another one from the checkpoint."""
+    """Trains an epoch, saves, and trains another one from the checkpoint."""
     path = str(Path(folder) / f"{'plain' if strategy is None else 'pipeline'}.ckpt")
     first = fit(strategy, name, {"max_epochs": 1, **clipping}, save=path)
     return [first, fit(strategy, name, {"max_epochs": 2, **clipping}, resume=path)]
 
 
 def fit_twice(strategy: dict[str, Any] | None) -> dict[str, Any]:
-    """The last part alone, and then everything, with another Trainer."""
+    """Trains the last part alone, and then everything, with another Trainer."""
     made = frozen(tiny.module(num_layers=2), lambda n: LAST in n)
     for _ in range(2):
         quiet_trainer(strategy, max_steps=2, limit_val_batches=0).fit(made, tiny.data())
@@ -232,17 +232,17 @@ def fit_twice(strategy: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def last_trained() -> Any:
-    """One of MODULES, by a name that can be imported."""
+    """Returns one of MODULES, by a name that can be imported."""
     return MODULES["last trained"]()
 
 
 def fit_unfreezing(strategy: dict[str, Any] | None) -> dict[str, Any]:
-    """A callback of Lightning unfreezes layers after an epoch."""
+    """Trains while a callback of Lightning unfreezes layers after an epoch."""
     return fit(strategy, "some trained by a callback", more=(Unfreezing(),))
 
 
 def average_of_weights(strategy: dict[str, Any] | None, folder: str, resumes: bool = False) -> dict[str, Any]:
-    """Lightning's average of weights over the last epochs, which also changes the schedule.
+    """Trains with Lightning's average of weights over the last epochs, which also changes the schedule.
 
     Args:
         strategy: arguments of the strategy; None is plain Lightning.
@@ -260,7 +260,7 @@ def average_of_weights(strategy: dict[str, Any] | None, folder: str, resumes: bo
 
 
 def found_learning_rate(strategy: dict[str, Any] | None) -> dict[str, Any]:
-    """Lightning's learning rate finder, and a fit with what it suggests."""
+    """Runs Lightning's learning rate finder, and fits with what it suggests."""
     from lightning.pytorch.tuner import Tuner
 
     made = tiny.module(num_layers=2, learning_rate=1e-3)
@@ -332,7 +332,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]]]] = {
 
 
 def refused(name: str) -> tuple[str, int]:
-    """The error of a fit, and how many steps were made before it."""
+    """Returns the error of a fit, and how many steps were made before it."""
     make, more = REFUSED[name]
     trainer = quiet_trainer({}, max_epochs=3, limit_val_batches=0, callbacks=more())
     made = make()
@@ -347,7 +347,7 @@ def refused(name: str) -> tuple[str, int]:
 
 
 def scaled_batch_size() -> str:
-    """Lightning's search for the largest batch."""
+    """Runs Lightning's search for the largest batch, and returns its error."""
     from lightning.pytorch.tuner import Tuner
 
     try:

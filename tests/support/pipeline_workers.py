@@ -21,7 +21,7 @@ from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
 
 
 def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]:
-    """Train with a planner that takes up every new schedule; returns how many this rank has built."""
+    """Trains with a planner that takes up every new schedule; returns how many this rank has built."""
     built = 0
     threshold, improved = planning._WORTH_A_CHANGE, planning.Planner.improved
 
@@ -51,7 +51,7 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
 
 
 def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], steps: int) -> tuple[Record, list[int]]:
-    """Train with stages on given ranks; returns also the stages of this rank."""
+    """Trains with stages on given ranks; returns also the stages of this rank."""
     from lightning_januspipe.schedule import request
 
     stages: list[int] = []
@@ -71,7 +71,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
 
 
 def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | None = None) -> dict[str, Any]:
-    """Train a few batches; returns what was planned, and which parameters this rank holds."""
+    """Trains a few batches; returns what was planned, and which parameters this rank holds."""
     trainer = quiet_trainer(strategy, max_steps=num_batches)
     trainer.callbacks += callbacks or []
     module = tiny.module()
@@ -93,7 +93,7 @@ def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | N
 
 
 def fit_with_error(strategy: dict[str, Any]) -> str:
-    """The error that ends a training."""
+    """Returns the error that ends a training."""
     try:
         fit(strategy)
     except ValueError as error:
@@ -102,7 +102,7 @@ def fit_with_error(strategy: dict[str, Any]) -> str:
 
 
 def record_timeline(folder: str, strategy: dict[str, Any]) -> tuple[list[tuple[Action, float, float]], float, float]:
-    """Record the fifth step; returns its actions with their times, and its makespan, recorded and predicted."""
+    """Records the fifth step; returns its actions with their times, and its makespan, recorded and predicted."""
     found: dict[str, Any] = {}
 
     class Keep(PipelineTimeline):
@@ -117,7 +117,7 @@ def record_timeline(folder: str, strategy: dict[str, Any]) -> tuple[list[tuple[A
 
 
 def timeline_too_late(folder: str) -> list[str]:
-    """The warnings of a training that ends before the step that was to be drawn."""
+    """Returns the warnings of a training that ends before the step that was to be drawn."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit({"num_microbatches": 2}, 2, [PipelineTimeline(step=5, dirpath=folder)])
@@ -125,7 +125,7 @@ def timeline_too_late(folder: str) -> list[str]:
 
 
 def timeline_in_the_default_folder(folder: str) -> int:
-    """Record the first step into the Trainer's own folder; returns how many phases were timed for planning."""
+    """Records the first step into the Trainer's own folder; returns how many phases were timed for planning."""
     trainer = quiet_trainer({"num_microbatches": 2}, max_steps=1, default_root_dir=folder)
     trainer.callbacks.append(PipelineTimeline(step=0, suffix="png"))
     found: list[int] = []
@@ -159,7 +159,7 @@ def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
-    """The latency and the costs that a rank plans with, where each rank measures others."""
+    """Returns the latency and the costs that a rank plans with, where each rank measures others."""
     measured, latency, found = agreed_schedules.measured_costs, capturing.message_latency, []
     rank = int(os.environ["RANK"])
 
@@ -177,7 +177,7 @@ def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
 
 
 def validate_only(strategy: dict[str, Any]) -> float:
-    """The loss of a validation without training."""
+    """Returns the loss of a validation without training."""
     trainer = quiet_trainer(strategy, limit_val_batches=1)
     (metrics,) = trainer.validate(tiny.module(), datamodule=tiny.data(), verbose=False)
     return float(metrics["val_loss"])
@@ -194,13 +194,13 @@ class _AtTheEnd(Callback):
 
 
 def timeline_without_a_pipeline() -> str:
-    """The error of the callback in a run of one process."""
+    """Returns the error of the callback in a run of one process."""
     assert os.environ["WORLD_SIZE"] == "1"
     return fit_with_error_of(PipelineTimeline())
 
 
 def fit_with_error_of(callback: Any) -> str:
-    """The error that a callback raises in a run without a pipeline."""
+    """Returns the error that a callback raises in a run without a pipeline."""
     trainer = quiet_trainer({}, max_epochs=1, limit_train_batches=1)
     trainer.callbacks.append(callback)
     try:
@@ -211,5 +211,5 @@ def fit_with_error_of(callback: Any) -> str:
 
 
 def exists(folder: str) -> list[str]:
-    """Names of the files in a folder."""
+    """Returns the names of the files in a folder."""
     return sorted(p.name for p in Path(folder).iterdir())

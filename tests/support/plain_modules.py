@@ -15,7 +15,7 @@ _SIZES = (4, 3, 5, 2, 6, 1, 3, 4, 5, 2, 4, 3)
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Structures joined to a batch: indices are shifted by the atoms before."""
+    """Joins structures to a batch: indices are shifted by the atoms before."""
     joined = {k: torch.cat([s[k] for s in samples]) for k in samples[0] if k not in ("edges", "index")}
     first = torch.tensor([0, *(len(s["species"]) for s in samples)]).cumsum(0)
     joined["edges"] = torch.cat([s["edges"] + first[i] for i, s in enumerate(samples)], 1)
@@ -43,7 +43,7 @@ class Base(lightning.LightningModule):
 
 
 def losses(batch: Batch, energy: Tensor, forces: Tensor, virial: Tensor) -> Tensor:
-    """Sum of the mean squared errors; the virial is drawn to the labels of the stress."""
+    """Returns the sum of the mean squared errors; the virial is drawn to the labels of the stress."""
     energies = (energy - batch["energy"]).square().mean() + (forces - batch["forces"]).square().mean()
     return energies + 0.1 * (virial - batch["stress"]).square().mean()
 
@@ -158,7 +158,7 @@ class Reducing(Base):
 
 
 def with_validation(strategy: dict[str, Any] | None, kind: type[Base] = InStep) -> list[float]:
-    """Validation losses of three epochs."""
+    """Returns validation losses of three epochs."""
     from lightning_januspipe.testing import quiet_trainer
 
     module, found = kind(), []

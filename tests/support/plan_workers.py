@@ -13,7 +13,7 @@ from lightning_januspipe.testing import quiet_trainer
 
 
 def sent_in_a_step(module: Any, data: Any, num_microbatches: int) -> tuple[float, int]:
-    """Bytes that this graph rank sends in exchanges of the first training step, and their number."""
+    """Returns the bytes that this graph rank sends in exchanges of the first training step, and their number."""
     sent: list[float] = []
     num_ranks = dist.get_world_size() if dist.is_initialized() else 2
 

@@ -22,7 +22,7 @@ from lightning_januspipe.testing.trainer import library
 
 
 def loader(precision: str) -> Any:
-    """The tiny data as a user of this precision has it; half precision is made by Lightning."""
+    """Returns the tiny data as a user of this precision has it; half precision is made by Lightning."""
     from lightning_januspipe.data import EMTDataModule
 
     dtype = "float64" if precision == "64-true" else "float32"
@@ -36,7 +36,7 @@ def loader(precision: str) -> Any:
 
 
 def module_for(precision: str, namespace: str = "lightning") -> Any:
-    """The tiny module; its weights are exact in every precision."""
+    """Returns the tiny module; its weights are exact in every precision."""
     module = tiny.module() if namespace == "lightning" else namespaced_module(namespace, 1e-3)
     for value in (*module.parameters(), *module.buffers()):
         if value.is_floating_point():
@@ -152,7 +152,7 @@ def _overflow(module: Any, name: str) -> None:
 
 
 def evaluate(precision: str, strategy: dict[str, Any] | None) -> dict[str, float]:
-    """What validation of the untrained module logs."""
+    """Returns what validation of the untrained module logs."""
     trainer = quiet_trainer(strategy, precision=precision)
     (found,) = trainer.validate(module_for(precision), loader(precision).val_dataloader(), verbose=False)
     return {k: float(v) for k, v in found.items()}

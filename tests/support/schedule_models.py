@@ -95,7 +95,7 @@ def messages_from(schedule, action):
 
 
 def can_execute(schedule, max_pending_sends, seed):
-    """Run the ranks in random turns, over channels that match sends with receives in order; False if they get stuck.
+    """Runs the ranks in random turns, over channels that match sends with receives; returns False if they get stuck.
 
     A message passes once it is issued and its receive is posted. A rank posts the receives of the action that it is at,
     and of all that their senders send before; it goes on from a send while no more than ``max_pending_sends`` messages

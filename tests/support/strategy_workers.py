@@ -16,7 +16,7 @@ from lightning_januspipe.testing.trainer import library
 
 
 def plain(values: Any) -> Any:
-    """Results without tensors, to compare and to send."""
+    """Returns results without tensors, to compare and to send."""
     if isinstance(values, Tensor):
         return values.detach().cpu().tolist()
     if isinstance(values, dict):
@@ -48,7 +48,7 @@ def fit(
     validate: bool = False,
     num_microbatches: int = 1,
 ) -> dict[str, Any]:
-    """Train on the tiny data; returns losses, metrics and the trained module's state."""
+    """Trains on the tiny data; returns losses, metrics and the trained module's state."""
     module, data = tiny.module(), tiny.data()
     losses = Losses()
     trainer = quiet_trainer(strategy, callbacks=[losses], limit_val_batches=None if validate else 0, **arguments)
@@ -63,7 +63,7 @@ def fit(
 
 
 def evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Validate, test and predict with an untrained module."""
+    """Validates, tests and predicts with an untrained module."""
     module, data = tiny.module(), tiny.data()
     trainer = quiet_trainer(strategy, **arguments)
     validated = trainer.validate(module, data, verbose=False)
@@ -73,7 +73,7 @@ def evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict
 
 
 def fit_then_evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Train, with validation in every epoch, and test the trained module with the same Trainer."""
+    """Trains, with validation in every epoch, and tests the trained module with the same Trainer."""
     module, data = tiny.module(), tiny.data()
     trainer = quiet_trainer(strategy, **arguments)
     trainer.fit(module, data)
@@ -82,7 +82,7 @@ def fit_then_evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]
 
 
 def namespaced_module(namespace: str, learning_rate: float) -> Any:
-    """The potential in a LightningModule of either Lightning, written by hand."""
+    """Returns the potential in a LightningModule of either Lightning, written by hand."""
     base = library(namespace).LightningModule
     potential = tiny.module().potential
 
@@ -121,7 +121,7 @@ def fit_namespace(namespace: str, strategy: str | dict[str, Any] | None, learnin
 
 
 def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
-    """What a module sees of the mesh, and which samples a replica gets from Lightning's own sampler."""
+    """Returns what a module sees of the mesh, and which samples a replica gets from Lightning's own sampler."""
     seen: dict[str, Any] = {"energies": []}
     module = tiny.module()
     step = module.training_step
@@ -146,7 +146,7 @@ def inspect_mesh(strategy: dict[str, Any]) -> dict[str, Any]:
 
 
 def initial_parameters(strategy: dict[str, Any]) -> list[float]:
-    """Parameters after a step with learning rate 0, of modules that every rank initialized differently."""
+    """Returns parameters after a step with learning rate 0, of modules that every rank initialized differently."""
     module = tiny.module(learning_rate=0.0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
@@ -155,7 +155,7 @@ def initial_parameters(strategy: dict[str, Any]) -> list[float]:
 
 
 def error_of(case: str, strategy: dict[str, Any], arguments: dict[str, Any] | None = None) -> str:
-    """The type and message of the error that a bad case raises; empty if there is none."""
+    """Returns the type and message of the error that a bad case raises; empty if there is none."""
     import bad_modules
 
     module, data = bad_modules.CASES[case]()
@@ -168,7 +168,7 @@ def error_of(case: str, strategy: dict[str, Any], arguments: dict[str, Any] | No
 
 
 def unavailable_precision() -> str:
-    """The error for a precision plugin that the strategy does not know."""
+    """Returns the error for a precision plugin that the strategy does not know."""
     plugin = importlib.import_module("lightning.pytorch.plugins.precision").Precision()
     plugin.precision = "nvfp4"
     return error_of("tiny", {}, {"plugins": [plugin]})

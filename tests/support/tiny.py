@@ -10,7 +10,7 @@ import torch
 
 
 def module(num_layers: int = 4, stress_weight: float = 1.0, **arguments: Any) -> Any:
-    """A seeded PotentialModule with energy, force and stress losses."""
+    """Returns a seeded PotentialModule with energy, force and stress losses."""
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
     torch.set_default_dtype(torch.float64)
@@ -20,7 +20,7 @@ def module(num_layers: int = 4, stress_weight: float = 1.0, **arguments: Any) ->
 
 
 def data(num_train: int = 20, batch_size: int = 8) -> Any:
-    """EMT structures of unequal sizes; the last batch of an epoch is smaller."""
+    """Returns data of EMT structures of unequal sizes; the last batch of an epoch is smaller."""
     from lightning_januspipe.data import EMTDataModule
 
     return EMTDataModule(
@@ -35,7 +35,7 @@ def data(num_train: int = 20, batch_size: int = 8) -> Any:
 
 
 def shared_module() -> Any:
-    """A module with trainable radial basis, scale and shift."""
+    """Returns a module with trainable radial basis, scale and shift."""
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
     torch.set_default_dtype(torch.float64)
@@ -53,17 +53,17 @@ def shared_module() -> Any:
 
 
 def huber_module() -> Any:
-    """Huber instead of squared errors."""
+    """Returns a module with Huber instead of squared errors."""
     return module(loss="huber")
 
 
 def shared_data(name: str) -> Path:
-    """A file of real DFT data beside the repository."""
+    """Returns a file of real DFT data beside the repository."""
     return Path(__file__).resolve().parents[3] / "shared" / "data" / name
 
 
 def require(name: str) -> None:
-    """Skip a test whose data file is absent."""
+    """Skips a test whose data file is absent."""
     if not shared_data(name).exists():
         pytest.skip(f"{name} is not beside the repository")
 
@@ -84,12 +84,12 @@ def _extxyz(name: str, num_train: int, batch_size: int) -> Any:
 
 
 def water() -> Any:
-    """Periodic boxes of 64 molecules."""
+    """Returns data of periodic boxes of 64 molecules."""
     return _extxyz("water.extxyz", 6, 2)
 
 
 def ethanol() -> Any:
-    """Single molecules, not periodic."""
+    """Returns data of single molecules, not periodic."""
     return _extxyz("ethanol.extxyz", 20, 8)
 
 
@@ -103,12 +103,12 @@ def _molecular_module(species: list[str], num_layers: int) -> Any:
 
 
 def water_module() -> Any:
-    """For water."""
+    """Returns a module for water."""
     return _molecular_module(["H", "O"], 4)
 
 
 def ethanol_module() -> Any:
-    """For ethanol."""
+    """Returns a module for ethanol."""
     return _molecular_module(["H", "C", "O"], 3)
 
 

@@ -107,13 +107,13 @@ class ToyStage:
         self.observables = list(range(first_observable, first_observable + len(self.observable_specs)))
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """As the engine calls it: with coordinates of its own."""
+        """Runs as the engine calls it: with coordinates of its own."""
         return self.forward(
             [tensors[0].detach().requires_grad_(), tensors[4].detach().requires_grad_()], tensors, boundary
         )
 
     def forward(self, coordinates: list[Tensor], tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """The stage for given coordinates: positions (N, 3) and strain (B, 3, 3)."""
+        """Returns the stage for given coordinates: positions (N, 3) and strain (B, 3, 3)."""
         layout, weights = self.layout, self.weights
         positions, strain = coordinates
         _, species, (source, target), structure, _ = tensors
@@ -146,7 +146,7 @@ class ToyStage:
 
 
 def chain(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[ToyStage], ChainSpec]:
-    """The stages, with the same weights on every rank, and what they share."""
+    """Returns the stages, with the same weights on every rank, and what they share."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stages: list[ToyStage] = []
@@ -163,7 +163,7 @@ def chain(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[ToyStage], Cha
 
 
 def microbatch(seed: int, num_atoms: int = 7, num_structures: int = 2) -> MicrobatchInput:
-    """Structures on random positions, with the edges of a ring and a few more."""
+    """Returns structures on random positions, with the edges of a ring and a few more."""
     generator = torch.Generator().manual_seed(seed)
     positions = torch.rand(num_atoms, 3, generator=generator, dtype=FLOAT) * 2
     species = torch.randint(NUM_SPECIES, (num_atoms,), generator=generator)
@@ -176,7 +176,7 @@ def microbatch(seed: int, num_atoms: int = 7, num_structures: int = 2) -> Microb
 
 
 def loss_value(observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> Tensor:
-    """A loss without linear or constant terms in what it reads."""
+    """Returns a loss without linear or constant terms in what it reads."""
     terms = [(y - 0.3).square().sum() * (1 + i) for i, y in enumerate(observables)]
     return sum(
         [*terms, *((d - 0.1).square().sum() * (2 + i) for i, d in enumerate(derivatives))], torch.zeros((), dtype=FLOAT)
@@ -184,7 +184,7 @@ def loss_value(observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> 
 
 
 def loss_gradients(observables: Sequence[Tensor], derivatives: Sequence[Tensor]) -> LossGradients:
-    """What the phases need of :func:`loss_value`."""
+    """Returns the gradients of :func:`loss_value` that the phases need."""
     y = [v.detach().requires_grad_() for v in observables]
     x = [v.detach().requires_grad_() for v in derivatives]
     found = torch.autograd.grad(loss_value(y, x), [*y, *x])

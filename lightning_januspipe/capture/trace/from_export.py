@@ -1,7 +1,8 @@
-"""Turns an exported program into a captured program, which is plain data."""
+"""From an exported program to plain data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lightning_januspipe.capture.trace.derivatives import merge_derivatives
+from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.graph_walks import descendants
 from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.errors import CaptureError
@@ -20,15 +24,17 @@ def program_from_export(
     num_outputs: int,
     prefix: str,
     num_sizes: int = 0,
+    facts: Sequence[Fact] = (),
 ) -> Program:
-    """Returns the captured program of an exported program whose graph has one :func:`energy_gradient` node.
+    """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
 
     Args:
         exported: a functional program.
         returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
-        num_outputs: number of tensors in that tree; they are the program's first outputs.
-        prefix: what precedes the name of every parameter and buffer in the exported program.
-        num_sizes: number of integers that the forward reads from tensors.
+        num_outputs: how many tensors that are; they are the program's first outputs.
+        prefix: what stands before every parameter's and buffer's name in the exported program.
+        num_sizes: how many integers the forward reads from tensors; these are its next outputs.
+        facts: other values that it reads from tensors; these are its last outputs.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -55,8 +61,10 @@ def program_from_export(
     nodes = [_node(n) for n in exported.graph.nodes if n.op in ("placeholder", "call_function")]
     nodes = [n for n in nodes if not _is_assertion(n)]
     marks = [n for n in nodes if n.target == GRADIENT_OP]
-    if len(marks) != 1:
-        raise CaptureError(f"the traced potential differentiates {len(marks)} times; exactly one is expected")
+    if not marks:
+        raise CaptureError("the traced potential does not differentiate an energy; one torch.autograd.grad is expected")
+    if len(marks) > 1:
+        nodes = merge_derivatives(nodes, marks)
     user_outputs = [s.arg.name for s in signature.output_specs if s.kind.name == "USER_OUTPUT"]
     placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     symbols: dict[str, tuple[int, int]] = {}
@@ -77,18 +85,33 @@ def program_from_export(
         outputs=user_outputs[:num_outputs],
         returned=returned,
         sizes=user_outputs[num_outputs : num_outputs + num_sizes],
+        facts=list(zip(user_outputs[num_outputs + num_sizes :], facts, strict=True)),
         symbols=symbols,
     )
+    _refuse_trained_facts(program)
     program.limits = _limits(program, exported)
-    program.conditions = _conditions(program, placeholders[inputs[0]].meta["val"]) if inputs else []
+    if inputs:
+        shape_env = placeholders[inputs[0]].meta["val"].fake_mode.shape_env
+        program.conditions, program.equal_sizes = _conditions(program, shape_env), _equal_sizes(shape_env)
     return program
 
 
-def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
-    """Returns the sizes for which the trace is right: Python branches on sizes, and sizes made constants, limit them.
+def _refuse_trained_facts(program: Program) -> None:
+    changing = descendants(program, {*program.parameters, program.gradient})
+    for name, fact in program.facts:
+        if name in changing:
+            raise CaptureError(
+                f"the forward reads the value {fact.value!r} from a tensor that depends on parameters or on the "
+                f"derivative ({fact.place}), so that it changes in training. Use torch.where instead of a branch, or "
+                "check such values outside of the forward."
+            )
 
-    Ranges that exclude no more than 0 and 1 are left out: they come from operations with a case for empty tensors, and
-    from models that branch on a single structure only to squeeze a dimension.
+
+def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
+    """Sizes for which the trace holds: a Python branch on a size, and a size made a constant, limit it.
+
+    Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
+    from models that branch for a single structure only to squeeze a dimension.
     """
     limits: dict[tuple[int, int], tuple[int, int]] = {}
     for position, name in enumerate(program.inputs):
@@ -105,21 +128,27 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
     return limits
 
 
-def _conditions(program: Program, value: Any) -> list[str]:
-    """Returns the relations between sizes that the trace assumed, such as ``num_edges > 2 * num_atoms`` in an ``if``.
+def _conditions(program: Program, shape_env: Any) -> list[str]:
+    """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
 
     Args:
-        program: the captured program.
-        value: the value of one of its inputs in the trace.
+        program: the program.
+        shape_env: of the trace.
     """
-    shape_env = value.fake_mode.shape_env
     found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
     known = set(program.symbols)
     return list(dict.fromkeys(str(e) for e in found if e.free_symbols and {str(s) for s in e.free_symbols} <= known))
 
 
+def _equal_sizes(shape_env: Any) -> list[tuple[str, str]]:
+    """Pairs of size symbols that the trace took for equal, though one is a length that depends on values."""
+    found = [a for of_symbol in shape_env.deferred_runtime_asserts.values() for a in of_symbol]
+    asserted = [shape_env.replace(a.expr) for a in found]
+    return [(str(e.lhs), str(e.rhs)) for e in asserted if e.is_Equality and e.lhs.is_Symbol and e.rhs.is_Symbol]
+
+
 def _is_assertion(node: Node) -> bool:
-    """Tells whether an operation is a run-time check of export, which the validation on other sizes replaces."""
+    """Run-time checks and metadata of export: the validation on other sizes replaces them."""
     text = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return any(s in text for s in ("_assert", "sym_constrain_range", "_guards_fn"))
 
@@ -145,7 +174,7 @@ def _node(node: fx.Node) -> Node:
 
 
 def _plain(tree: Any) -> Any:
-    """Returns arguments as plain lists, tuples and dicts, with :class:`Ref` for nodes."""
+    """Arguments as plain lists, tuples and dicts with :class:`Ref` for nodes."""
     if isinstance(tree, fx.Node):
         return Ref(tree.name)
     if isinstance(tree, tuple):
@@ -156,7 +185,7 @@ def _plain(tree: Any) -> Any:
         return {k: _plain(v) for k, v in tree.items()}
     if isinstance(tree, slice):
         return slice(_plain(tree.start), _plain(tree.stop), _plain(tree.step))
-    if isinstance(tree, torch.device):  # each rank's current device, not that of the rank that traced
+    if isinstance(tree, torch.device):  # each rank's current one, not that of the rank that traced
         return torch.device(tree.type)
     return tree
 

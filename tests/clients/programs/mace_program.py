@@ -30,7 +30,7 @@ CUTOFF = 4.0
 
 
 def crystal(index: int, rng: np.random.Generator) -> Atoms:
-    """A rattled, strained fcc cell of 4, 8 or 16 atoms of three elements."""
+    """Returns a rattled, strained fcc cell of 4, 8 or 16 atoms of three elements."""
     atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * [(1, 1, 1), (2, 1, 1), (2, 2, 1)][index % 3]
     atoms.set_atomic_numbers(rng.choice(NUMBERS, len(atoms)))
     strain = 0.02 * rng.standard_normal((3, 3))
@@ -40,7 +40,7 @@ def crystal(index: int, rng: np.random.Generator) -> Atoms:
 
 
 def molecule(index: int, rng: np.random.Generator) -> Atoms:
-    """A rattled cluster of 3 to 7 atoms without a cell."""
+    """Returns a rattled cluster of 3 to 7 atoms without a cell."""
     atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * (2, 1, 1)
     atoms = atoms[: 3 + index % 5]
     atoms.set_atomic_numbers(rng.choice(NUMBERS, len(atoms)))
@@ -49,12 +49,12 @@ def molecule(index: int, rng: np.random.Generator) -> Atoms:
 
 
 def lone(index: int, rng: np.random.Generator) -> Atoms:
-    """One atom in every second structure, which has no edges; a molecule in the others."""
+    """Returns one atom, which has no edges, for every second index, and a molecule for the others."""
     return Atoms([NUMBERS[index % 3]], [[0.0, 0.0, 0.0]]) if index % 2 else molecule(index, rng)
 
 
 def mixed(index: int, rng: np.random.Generator) -> Atoms:
-    """Crystals and molecules by turns."""
+    """Returns a crystal or a molecule, by turns."""
     return molecule(index, rng) if index % 2 else crystal(index, rng)
 
 
@@ -62,7 +62,7 @@ STRUCTURES = {"periodic": crystal, "molecules": molecule, "mixed": mixed, "lone"
 
 
 def dataset(kind: str, num_structures: int) -> list[Any]:
-    """Structures labelled with ASE's EMT as MACE's data (energies in eV, forces in eV/Å, stress in eV/Å³)."""
+    """Returns structures labelled with ASE's EMT as MACE's data (energies in eV, forces in eV/Å, stress in eV/Å³)."""
     rng = np.random.default_rng(0)
     table = tools.AtomicNumberTable(list(NUMBERS))
     made = []
@@ -87,7 +87,7 @@ def dataset(kind: str, num_structures: int) -> list[Any]:
 
 
 def model(kind: str, num_layers: int, correlation: int, **arguments: Any) -> torch.nn.Module:
-    """A small model of MACE's, built as MACE builds it: with e3nn's compiled modules."""
+    """Returns a small model of MACE's, built as MACE builds it: with e3nn's compiled modules."""
     from e3nn import o3  # which this torch can import after mace only
 
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ THREEBODY_CUTOFF = 3.2
 
 
 def frames(kind: str, number: int, lone_atom: bool) -> list[Atoms]:
-    """Labelled structures.
+    """Returns labelled structures.
 
     Args:
         kind: ``periodic``, ``molecules`` or ``mixed``.
@@ -51,7 +51,7 @@ def frames(kind: str, number: int, lone_atom: bool) -> list[Atoms]:
 
 
 def labels(structures: list[Atoms]) -> dict[str, list[Any]]:
-    """Labels in MatGL's units: eV, eV/Å, GPa (zero without a cell); magnetic moments are made up."""
+    """Returns labels in MatGL's units: eV, eV/Å, GPa (zero without a cell); magnetic moments are made up."""
     rng = np.random.default_rng(1)
     stresses = [a.get_stress(voigt=False) * EV_PER_ANG3_TO_GPA if a.pbc.all() else np.zeros((3, 3)) for a in structures]
     return {
@@ -63,7 +63,7 @@ def labels(structures: list[Atoms]) -> dict[str, list[Any]]:
 
 
 def build_model(name: str, layers: int) -> torch.nn.Module:
-    """One of MatGL's potentials, with few features."""
+    """Returns one of MatGL's potentials, with few features."""
     torch.manual_seed(7)
     if name == "tensornet":
         return TensorNet(
@@ -109,7 +109,7 @@ def make_module(args: argparse.Namespace) -> PotentialLightningModule:
 
 
 def strategy(args: argparse.Namespace) -> Any:
-    """The registered name, or the strategy with the arguments of ``--janus``."""
+    """Returns the registered name, or the strategy with the arguments of ``--janus``."""
     januspipe = importlib.import_module("lightning_januspipe") if args.strategy == "januspipe" else None
     if januspipe is not None and args.janus:
         return januspipe.JanusPipeStrategy(**json.loads(args.janus))

@@ -35,12 +35,12 @@ Sample = tuple[Any, dict[str, torch.Tensor]]
 
 
 def crystal(index: int) -> Atoms:
-    """A rattled alloy."""
+    """Returns a rattled alloy."""
     return labelled("crystals", index + 1)[index]
 
 
 def molecule(index: int) -> Atoms:
-    """A cluster in a large cell."""
+    """Returns a cluster in a large cell."""
     atoms = labelled("molecules", index + 1)[index]
     atoms.set_cell(14.0 * np.eye(3))
     atoms.pbc = True
@@ -48,19 +48,19 @@ def molecule(index: int) -> Atoms:
 
 
 def sparse(index: int) -> Atoms:
-    """An alloy of so large a lattice constant that no two edges are short enough for an angle."""
+    """Returns an alloy of so large a lattice constant that no two edges are short enough for an angle."""
     atoms = crystal(index)
     atoms.set_cell(1.35 * atoms.cell, scale_atoms=True)
     return atoms
 
 
 def single(index: int) -> Atoms:
-    """A cell with one atom."""
+    """Returns a cell with one atom."""
     return bulk("Cu", a=3.7 + 0.02 * index)
 
 
 def mixed(index: int) -> Atoms:
-    """All of these by turns."""
+    """Returns one of the kinds above, by turns."""
     return [crystal, molecule, sparse, single][index % 4](index)
 
 
@@ -87,7 +87,7 @@ def sample(index: int, kind: str, converter: Callable[..., Any]) -> Sample:
 
 
 def collate(samples: list[Sample]) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Graphs in a list, as MatRIS takes them, and labels of all structures."""
+    """Returns graphs in a list, as MatRIS takes them, and labels of all structures."""
     graphs, labels = zip(*samples, strict=True)
     return list(graphs), {name: torch.cat([of[name] for of in labels]) for name in labels[0]}
 

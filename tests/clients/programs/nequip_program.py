@@ -35,7 +35,7 @@ class Losses(lightning.Callback):
 
 
 def ordered_loader(dataset: Any, num_replicas: int, **arguments: Any) -> DataLoader[Any]:
-    """A loader in the dataset's order, of which the replicas take turns; Lightning's own sampler shuffles."""
+    """Returns a loader in the dataset's order, whose samples replicas take in turns; Lightning's sampler shuffles."""
     arguments.pop("generator")
     replica = torch.distributed.get_rank() % num_replicas if num_replicas > 1 else 0
     sampler = DistributedSampler(dataset, num_replicas, replica, shuffle=False)

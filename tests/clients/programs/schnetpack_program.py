@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def averages(checkpoint: Any) -> dict[str, Any]:
-    """What SchNetPack's moving average saved."""
+    """Returns what SchNetPack's moving average saved."""
     lists = checkpoint["callbacks"].get("ExponentialMovingAverage", {}).get("ema", {})
     kept = {name: lists.get(name) or [] for name in ("shadow_params", "collected_params")}
     return {f"{name} {i}": value for name, values in kept.items() for i, value in enumerate(values)}

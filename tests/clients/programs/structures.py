@@ -13,7 +13,7 @@ CUTOFF = 4.0
 
 
 def crystal(index: int, rng: np.random.Generator) -> Atoms:
-    """A rattled, strained fcc cell of 4, 8 or 16 atoms."""
+    """Returns a rattled, strained fcc cell of 4, 8 or 16 atoms."""
     atoms = bulk("Cu", "fcc", a=3.75, cubic=True) * [(1, 1, 1), (2, 1, 1), (2, 2, 1)][index % 3]
     strain = 0.02 * rng.standard_normal((3, 3))
     atoms.set_cell(atoms.cell @ (np.eye(3) + strain + strain.T), scale_atoms=True)
@@ -21,13 +21,13 @@ def crystal(index: int, rng: np.random.Generator) -> Atoms:
 
 
 def molecule(index: int, rng: np.random.Generator) -> Atoms:
-    """A cluster of 3 to 7 atoms without a cell."""
+    """Returns a cluster of 3 to 7 atoms without a cell."""
     atoms = (bulk("Cu", "fcc", a=3.75, cubic=True) * (2, 1, 1))[: 3 + index % 5]
     return Atoms(atoms.numbers, atoms.positions)
 
 
 def lone(index: int, rng: np.random.Generator) -> Atoms:
-    """One atom, which has no edges, in every second structure; a molecule in the others."""
+    """Returns one atom, which has no edges, for every second index, and a molecule for the others."""
     return Atoms("Cu", [[0.0, 0.0, 0.0]]) if index % 2 else molecule(index, rng)
 
 
@@ -35,7 +35,7 @@ KINDS = {"crystals": crystal, "molecules": molecule, "lone": lone}
 
 
 def labelled(kind: str, number: int) -> list[Atoms]:
-    """Randomly occupied structures with energy (eV), forces (eV/Å) and, of crystals, stress (eV/Å³)."""
+    """Returns randomly occupied structures with energy (eV), forces (eV/Å) and, of crystals, stress (eV/Å³)."""
     rng = np.random.default_rng(0)
     made = []
     for index in range(number):
