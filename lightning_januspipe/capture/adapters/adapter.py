@@ -18,6 +18,7 @@ GROUP = "lightning_januspipe.adapters"
 """Entry points of this group name a package (``my_package``, or ``my_package.models``) and its adapter's class."""
 
 BUILT_IN = {
+    "fairchem": "lightning_januspipe.capture.adapters.fairchem:FairchemAdapter",
     "matgl": "lightning_januspipe.capture.adapters.matgl:MatGLAdapter",
     "matris": "lightning_januspipe.capture.adapters.matris:MatRISAdapter",
     "nequip": "lightning_januspipe.capture.adapters.nequip:NequIPAdapter",

@@ -23,7 +23,7 @@ from lightning_januspipe.capture.trace.graph_walks import (
     descendants,
     operations,
 )
-from lightning_januspipe.capture.trace.program import Node, Program
+from lightning_januspipe.capture.trace.program import Node, Program, symbols_in
 from lightning_januspipe.errors import CaptureError, TooFewParts
 
 # What takes more than this share of the whole work to compute is never repeated: an eighth of it on eight stages
@@ -226,14 +226,20 @@ def _boundaries(
 ) -> list[_End]:
     """What is sent if the cut is after each operation."""
     rows = {name: _num_rows(program.by_name[name], num_bytes.get(name, 0)) for name in order}
+    known = set(program.symbols)
     ends: list[_End] = []
     for name, alive in zip(order, alive_after_each(program, order), strict=True):
         # What is free belongs to the stage that uses it first, so it is not sent, and no cut comes right after it.
         sent = frozenset(n for n in alive if n not in free)
-        is_sendable = name not in free and all(program.by_name[n].spec is not None for n in sent)
+        is_sendable = name not in free and all(_has_known_shape(program.by_name[n], known) for n in sent)
         size = float(sum(num_bytes.get(n, 0) for n in sent)) if is_sendable else math.inf
         ends.append(_End(sent, size, max((rows[n] for n in sent), default=0)))
     return ends
+
+
+def _has_known_shape(node: Node, symbols: Collection[str]) -> bool:
+    """Tells whether a rank knows the shape of a value before it receives it."""
+    return node.spec is not None and all(symbols_in(size) <= set(symbols) for size in node.spec.shape)
 
 
 def _num_rows(node: Node, num_bytes: int) -> int:

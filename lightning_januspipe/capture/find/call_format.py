@@ -38,6 +38,7 @@ class CallFormat:
             part of the program.
         evaluation: values of constants in evaluation, where these are others (``training=False``).
         without_effect: places of leaves that the captured potential does not read.
+        ones: place and dimension of the tensors' sizes that were 1 in both calls.
     """
 
     tensors: list[str]
@@ -45,6 +46,7 @@ class CallFormat:
     sizes: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     without_effect: frozenset[str] = frozenset()
+    ones: frozenset[tuple[str, int]] = frozenset()
 
     @classmethod
     def of(
@@ -72,7 +74,14 @@ class CallFormat:
             p: x for p, x in found.items() if p not in known and p in second and (x is second[p] or _same(x, second[p]))
         }
         without_effect = (found.keys() | second.keys()) - known - constants.keys()
-        return cls(tensors, constants, sizes, without_effect=frozenset(without_effect))
+        ones = frozenset(
+            (p, dim)
+            for p in (tensors if other is not None else ())
+            if isinstance(second.get(p), Tensor) and second[p].dim() == found[p].dim()
+            for dim, (a, b) in enumerate(zip(found[p].shape, second[p].shape, strict=True))
+            if a == b == 1
+        )
+        return cls(tensors, constants, sizes, without_effect=frozenset(without_effect), ones=ones)
 
     def with_evaluation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFormat:
         """The format of this call and of that in evaluation, whose constants may have other values."""

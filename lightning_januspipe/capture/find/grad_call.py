@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.errors import CaptureError
 
 StepFunction = Callable[[Any], Any]
@@ -80,7 +80,7 @@ def call_arguments(
 
     handle = submodule.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        step(shallow_copy(batch))
+        step(copied(batch))
     except ReachedPotential as reached:
         return reached.args_of_call, reached.kwargs_of_call
     finally:
