@@ -62,15 +62,23 @@ def split_batches(
 
 
 def require_samples(loader: Any) -> None:
-    """Refuse a training loader without samples.
+    """Refuse a training loader without a batch.
 
     Raises:
-        ValueError: it has none.
+        ValueError: The dataset is empty, or fewer samples than a batch are left of it with ``drop_last``.
     """
     dataset: Any = getattr(loader, "dataset", None)
-    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and not len(dataset):
+    if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
+        return
+    name = type(dataset).__name__
+    if not len(dataset):
+        raise ValueError(f"the training dataset ({name}) is empty; check its file, its split sizes and its filters")
+    if isinstance(loader, DataLoader) and getattr(loader.batch_sampler, "drop_last", False) and not len(loader):
+        size, num = getattr(loader.batch_sampler, "batch_size", None), getattr(loader.sampler, "num_replicas", 1)
+        share = f" for {num} replicas" if num > 1 else ""
         raise ValueError(
-            f"the training dataset ({type(dataset).__name__}) is empty; check its file, its split sizes and its filters"
+            f"the training loader has no batch: its dataset ({name}) has {len(dataset)} samples{share}, a batch has "
+            f"{size}, and drop_last leaves incomplete ones out. Use a smaller batch_size or drop_last=False"
         )
 
 
