@@ -192,9 +192,7 @@ def test_state_is_that_of_the_loader_in_use() -> None:
 
 
 def test_no_full_batch() -> None:
-    with pytest.raises(
-        ValueError, match=r"no batch: its dataset \(Samples\) has 3 samples, a batch has 4, and drop_last"
-    ):
+    with pytest.raises(ValueError, match=r"its dataset \(Samples\) has 3 samples, a batch has 4, and drop_last"):
         require_samples(DataLoader(Samples(3), batch_size=4, drop_last=True))
     sampler = DistributedSampler(Samples(6), 2, 0)
     with pytest.raises(ValueError, match="has 6 samples for 2 replicas, a batch has 4"):
