@@ -1,4 +1,4 @@
-"""Sizes of the mesh, positions of ranks, process groups, and a group as the world."""
+"""Sizes of the mesh, indices of ranks, process groups, and a group as the world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What graph ranks share of one large structure: memory, time, and the rows that they send each other."""
+"""Measures memory and time of graph ranks that share one large structure, and counts the rows that they send."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "100000", "MALLOC_MMAP_THRESHOLD_": "100
 
 @dataclass(frozen=True)
 class Usage:
-    """One rank's step.
+    """Holds one rank's measurement of a step.
 
     Attributes:
-        peak: largest resident memory during the step above that before it, in bytes.
-        seconds: of the step.
-        loss: to see that the work was the same.
-        num_atoms: of the structure.
+        peak: Largest resident memory during the step, above the memory before it, in bytes.
+        seconds: Seconds of the step.
+        loss: Loss, which shows that the work was the same.
+        num_atoms: Atoms of the structure.
     """
 
     peak: int
@@ -47,11 +47,11 @@ class Usage:
 
 
 def step_on_one_structure(work: Work, graph_size: int) -> Usage:
-    """Train two steps on one structure of ``work.num_atoms`` atoms on this rank; measures the second.
+    """Trains two steps on one structure of ``work.num_atoms`` atoms on this rank, and measures the second.
 
     Args:
-        work: what to do.
-        graph_size: ranks that share it; 1 is plain Lightning.
+        work: The work.
+        graph_size: Ranks that share the structure; 1 is plain Lightning.
     """
     import lightning
 
@@ -83,14 +83,14 @@ def step_on_one_structure(work: Work, graph_size: int) -> Usage:
 
 
 def _resident(name: str) -> int:
-    """A line of Linux's account of this process's memory, in bytes."""
+    """Returns an entry of Linux's account of this process's memory, in bytes."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
 
 
-def memory(work: Work, runs: int) -> str:
-    """Peak memory of a step on one structure, and its time, with more and more ranks."""
+def memory_table(work: Work, runs: int) -> str:
+    """Returns a table of peak memory and time of a step on one structure, for each number of graph ranks."""
     lines = ["| graph ranks | atoms | peak of a rank (MB) | of one process | step (s) |", "|---|---|---|---|---|"]
     first = 0.0
     with _environment(_ALLOCATOR):
@@ -109,7 +109,7 @@ def memory(work: Work, runs: int) -> str:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables of the processes that are started inside."""
+    """Sets environment variables of the processes that are started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -122,12 +122,12 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def volume(data: str | None = None, num_ranks: int = 4) -> str:
-    """Rows that an all-gather of all atoms would send before each layer, over those that are sent.
+def volume_table(data: str | None = None, num_ranks: int = 4) -> str:
+    """Returns a table of the rows that an all-gather of all atoms would send before each layer, over the rows sent.
 
     Args:
-        data: a file of which the first structure is repeated; None for molecules of water on a lattice.
-        num_ranks: G.
+        data: A file, whose first structure is repeated; None for molecules of water on a lattice.
+        num_ranks: Number G of graph ranks.
     """
     from ase.io import read
 
@@ -149,4 +149,4 @@ def volume(data: str | None = None, num_ranks: int = 4) -> str:
 
 def graph(work: Work, runs: int = 1) -> str:
     """Measures memory and time of graph ranks that share the atoms of one structure, and counts what they exchange."""
-    return f"{memory(work, runs)}\n\nAll-gather over exchange, 4 graph ranks:\n\n{volume(work.data)}"
+    return f"{memory_table(work, runs)}\n\nAll-gather over exchange, 4 graph ranks:\n\n{volume_table(work.data)}"

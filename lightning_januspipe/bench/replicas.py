@@ -1,4 +1,4 @@
-"""What sharing samples among replicas gains on structures of very different sizes: simulated, emulated, and timed."""
+"""Measures the gain of sharing samples among replicas on structures of very different sizes: simulated and timed."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ Groups = list[list[int]]
 
 
 def mixture(num_structures: int, seed: int = 0) -> list[Atoms]:
-    """Molecules of 5 to 50 atoms, and one in eight a box of water or metal with 192 to 500 atoms, without labels.
+    """Returns molecules of 5 to 50 atoms, with one in eight a box of water or metal of 192 to 500 atoms.
+
+    They have no labels.
 
     Args:
-        num_structures: how many.
-        seed: of all random choices.
+        num_structures: Number of structures.
+        seed: Seed of all random choices.
     """
     rng = np.random.default_rng(seed)
     makers = (_water, _metal)
@@ -52,7 +54,7 @@ def mixture(num_structures: int, seed: int = 0) -> list[Atoms]:
 
 
 def _molecule(rng: np.random.Generator) -> Atoms:
-    """Atoms that each lie 1.1 to 1.5 Å from another and at least 1 Å from all."""
+    """Returns atoms that each lie 1.1 to 1.5 Å from another and at least 1 Å from all."""
     from ase import Atoms
 
     size = int(rng.integers(5, 51))
@@ -70,20 +72,20 @@ def _water(rng: np.random.Generator) -> Atoms:
 
 
 def water_box(shape: tuple[int, int, int], rng: np.random.Generator) -> Atoms:
-    """Molecules in all directions on a lattice with the density of the liquid.
+    """Returns water molecules in random directions on a lattice with the density of the liquid.
 
     Args:
-        shape: molecules along each axis.
-        rng: draws the directions.
+        shape: Molecules along each axis.
+        rng: Generator of the directions.
     """
     from ase import Atoms
     from ase.build import molecule
 
     box = Atoms(cell=np.array(shape) * 3.1, pbc=True)
-    for place in np.ndindex(*shape):
+    for site in np.ndindex(*shape):
         one = molecule("H2O")
         one.euler_rotate(*rng.uniform(0, 360, size=3))
-        one.translate(np.array(place) * 3.1)
+        one.translate(np.array(site) * 3.1)
         box += one
     return box
 
@@ -97,14 +99,14 @@ def _metal(rng: np.random.Generator) -> Atoms:
     return box
 
 
-def deal(costs: Sequence[float], num_replicas: int, num_groups: int, way: str) -> list[Groups]:
-    """The micro-batches of all replicas, of the samples of one step.
+def microbatches_of_replicas(costs: Sequence[float], num_replicas: int, num_groups: int, way: str) -> list[Groups]:
+    """Deals the samples of one step to the micro-batches of all replicas.
 
     Args:
-        costs: of the samples, replica after replica, the same number for each.
-        num_replicas: D.
-        num_groups: K.
-        way: one of :data:`WAYS`.
+        costs: Costs of the samples, replica after replica, the same number for each.
+        num_replicas: Number D of replicas.
+        num_groups: Micro-batches of each replica.
+        way: One of :data:`WAYS`.
     """
     if way == "replicas":
         return plan(costs, num_replicas, num_groups)
@@ -115,7 +117,7 @@ def deal(costs: Sequence[float], num_replicas: int, num_groups: int, way: str) -
 
 
 def _steps(work: Work, num_steps: int, num_ranks: int, num_replicas: int) -> tuple[Schedule, list[list[float]]]:
-    """The schedule of a mesh, and the costs of the samples of every step, replica after replica."""
+    """Returns the schedule of a mesh, and the costs of the samples of every step, replica after replica."""
     from lightning_januspipe.data import StructureDataset
     from lightning_januspipe.loader.sample_sizes import sample_costs
 
@@ -127,10 +129,10 @@ def _steps(work: Work, num_steps: int, num_ranks: int, num_replicas: int) -> tup
 
 
 def counted(work: Work) -> str:
-    """Imbalance of micro-batches and of replicas, and the simulated time of a step.
+    """Returns a table of the imbalance of micro-batches and replicas, and of the simulated time of a step.
 
     Args:
-        work: of which ``batch_size`` is the number of structures in a micro-batch.
+        work: The work; its ``batch_size`` is the number of structures in a micro-batch.
     """
     lines = ["| P, D, G | groups | micro-batches | worst | replicas | worst | step over ideal | throughput |"]
     lines.append("|---" * 8 + "|")
@@ -140,7 +142,7 @@ def counted(work: Work) -> str:
         for way in WAYS:
             micro, across, times, over = [], [], [], []
             for costs in steps:
-                dealt = deal(costs, num_replicas, schedule.num_microbatches, way)
+                dealt = microbatches_of_replicas(costs, num_replicas, schedule.num_microbatches, way)
                 micro.append(imbalance(costs, [g for mine in dealt for g in mine]))
                 across.append(imbalance(costs, [[i for g in mine for i in g] for mine in dealt]))
                 shared = [[shared_by_graph_ranks([costs[i] for i in g], num_graph) for g in mine] for mine in dealt]
@@ -156,30 +158,30 @@ def counted(work: Work) -> str:
 
 
 def shared_by_graph_ranks(costs: Sequence[float], num_ranks: int) -> MicrobatchWork:
-    """The work of a micro-batch, as graph ranks share it: structures whole where that balances, else atoms, evenly.
+    """Returns the work of graph ranks on a micro-batch: whole structures where that balances, else equal shares.
 
     Args:
-        costs: of its structures.
-        num_ranks: G.
+        costs: Costs of the structures.
+        num_ranks: Number G of graph ranks.
     """
     loads = tuple(sum(cost for cost, _ in dealt) for dealt in packing.deal(costs, num_ranks))
     if num_ranks == 1 or (len(costs) >= num_ranks and max(loads) * num_ranks <= MAX_IMBALANCE * sum(loads)):
         return MicrobatchWork(loads)
-    return MicrobatchWork((sum(costs) / num_ranks,) * num_ranks, is_divided=True)
+    return MicrobatchWork((sum(costs) / num_ranks,) * num_ranks, is_sharded=True)
 
 
 def emulated(work: Work, runs: int, report: Callable[[str], None] = print, pool: RankPool | None = None) -> str:
-    """The ways in turn on emulated meshes, a process for each rank: every step of samples in each way.
+    """Returns a table of all ways on emulated meshes, with a process for each rank.
 
     Args:
-        work: of which ``batch_size`` is the number of structures in a micro-batch, and ``steps`` that of the steps, the
-            first ones of those that :func:`counted` simulates.
-        runs: how often each step in each way.
-        report: gets a line before each mesh.
-        pool: where to run; None starts processes for this call.
+        work: The work. Its ``batch_size`` is the number of structures in a micro-batch; its ``steps`` first steps are
+            taken out of the steps that :func:`counted` simulates.
+        runs: Runs of each step in each way.
+        report: Gets a line before each mesh.
+        pool: The processes; None starts some for this call.
     """
     lines = [
-        "| P, D, G | groups | divided | simulated (s) | emulated (s) | over simulated | range "
+        "| P, D, G | groups | sharded | simulated (s) | emulated (s) | over simulated | range "
         "| throughput, simulated | throughput, emulated | range |",
         "|---" * 10 + "|",
     ]
@@ -202,24 +204,24 @@ def _name(shape: MeshShape) -> str:
 
 
 def _shared(costs: Sequence[float], shape: MeshShape, schedule: Schedule, way: str, mean: float) -> MeshWork:
-    """All micro-batches of a step; loads of graph ranks are in a mean one."""
+    """Returns all micro-batches of a step, with loads in units of a mean micro-batch's."""
     return [
         [shared_by_graph_ranks([costs[i] / mean for i in group], shape.graph) for group in mine]
-        for mine in deal(costs, shape.data, schedule.num_microbatches, way)
+        for mine in microbatches_of_replicas(costs, shape.data, schedule.num_microbatches, way)
     ]
 
 
 def _rows(shape: MeshShape, rounds: Sequence[MeshWork], mesh: EmulatedMesh) -> list[str]:
-    """One row for each way; steps are in turn in all ways, and gains are those of the same samples."""
+    """Returns one row for each way; gains compare steps on the same samples."""
     lines, num = [], len(WAYS)
-    for position, way in enumerate(WAYS):
-        works, steps = rounds[position::num], mesh.steps[position::num]
-        divided = [one.is_divided for work in works for mine in work for one in mine]
+    for index, way in enumerate(WAYS):
+        works, steps = rounds[index::num], mesh.steps[index::num]
+        sharded = [one.is_sharded for work in works for mine in work for one in mine]
         over = [100 * (step.makespan / step.simulated - 1) for step in steps]
         pairs = list(zip(mesh.steps[::num], steps, strict=True))
         gains = [first.makespan / step.makespan for first, step in pairs]
         lines.append(
-            f"| {_name(shape)} | {way} | {statistics.mean(divided):.0%} "
+            f"| {_name(shape)} | {way} | {statistics.mean(sharded):.0%} "
             f"| {statistics.median(step.simulated for step in steps):.3f} "
             f"| {statistics.median(step.makespan for step in steps):.3f} "
             f"| {statistics.median(over):+.1f} % | {min(over):+.1f} to {max(over):+.1f} % "
@@ -244,11 +246,11 @@ def _runtime(shape: MeshShape, unit: float, mesh: EmulatedMesh) -> str:
 
 
 def timed(work: Work, runs: int) -> str:
-    """Two replicas on this machine, one thread each.
+    """Returns a table of two replicas on this machine, with one thread each.
 
     Args:
-        work: as of :func:`counted`; potential and number of steps are its own.
-        runs: how often each of the two ways, in turn.
+        work: The work, as in :func:`counted`.
+        runs: Runs of each of the two ways, in turn.
     """
     found: dict[str, list[list[tuple[float, float]]]] = {way: [] for way in WAYS[1:]}
     with RankPool(2) as pool:
@@ -286,7 +288,7 @@ def _timed_structures(work: Work) -> list[Atoms]:
 
 
 def _busiest(work: Work, way: str) -> float:
-    """Work of the replica with the most to do, summed over the timed steps."""
+    """Returns the work of the replica with the most to do, summed over the timed steps."""
     from lightning_januspipe.data import StructureDataset
     from lightning_januspipe.loader.sample_sizes import sample_costs
 
@@ -295,13 +297,13 @@ def _busiest(work: Work, way: str) -> float:
     total = 0.0
     for step in costs.reshape(work.steps + 1, -1)[1:]:
         of_replicas = np.concatenate([step[0::2], step[1::2]]).tolist()  # as the sampler divides them
-        dealt = deal(of_replicas, 2, _NUM_GROUPS, way)
+        dealt = microbatches_of_replicas(of_replicas, 2, _NUM_GROUPS, way)
         total += max(sum(of_replicas[i] for group in mine for i in group) for mine in dealt)
     return total
 
 
 def _fit(work: Work, balance: str) -> list[tuple[float, float]]:
-    """Seconds of each step of an epoch, without the first: until all replicas are done, and of this process's work."""
+    """Returns the seconds of each step but the first: until all replicas have ended, and of this process's work."""
     import lightning
     from ase.calculators.singlepoint import SinglePointCalculator
     from torch.utils.data import DataLoader, DistributedSampler

@@ -1,4 +1,4 @@
-"""Callbacks: throughput, pictures and numbers of pipelined training, stages in the summary, errors in a table."""
+"""Callbacks: throughput, costs and timeline of pipelined training, stages in the summary, errors in a table."""
 
 from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,

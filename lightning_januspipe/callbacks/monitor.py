@@ -1,4 +1,4 @@
-"""What pipelined training costs: throughput, bubbles, phases, messages and memory, logged, and drawn at the end."""
+"""Logs the costs of pipelined training (throughput, bubbles, phases, messages, memory), and draws them at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import LightningModule, Trainer, runner_of
+from lightning_januspipe.callbacks.base import LightningModule, Trainer, check_suffix, output_folder, runner_of
 from lightning_januspipe.callbacks.picture import Curve, draw_run
 from lightning_januspipe.callbacks.rank_metrics import PREFIX, RankNumbers, exchanged, metrics
 from lightning_januspipe.callbacks.throughput import Metered
@@ -21,40 +21,42 @@ _MEMORY_EVERY = 10  # recorded steps
 
 
 class PipelineMonitor(Metered):
-    """Records a training step every so often, and logs what it cost; draws and writes all of it when training ends.
+    """Records a training step at regular intervals and logs its costs; draws and writes all of them at the end.
 
-    To all loggers and to ``trainer.callback_metrics``, where ``EarlyStopping`` finds them, go under ``januspipe/``
+    All loggers get these metrics under ``januspipe/``, and so does ``trainer.callback_metrics``, where
+    ``EarlyStopping`` finds them:
 
-    - ``atoms_per_s``, ``structures_per_s``: over all replicas, of the batches since the last recorded step, without
+    - ``atoms_per_s``, ``structures_per_s``: throughput over all replicas since the last recorded step, without
       validations and without the first batch of the run;
-    - ``step_ms``: from the first to the last action of the pipeline (of the slowest replica, as the next two);
-    - ``bubble_fraction``: share of that time in which the busiest rank waits, and ``bubble_fraction/rank0`` …: in which
-      each rank waits;
-    - ``FE_ms/stage0`` …: mean time of each phase of each stage for one micro-batch;
-    - ``message_bytes``: what all ranks send to other stages in a step, without gradients;
-    - ``peak_memory_bytes/rank0`` …: on CUDA ``torch.cuda.max_memory_allocated``, on the CPU the most bytes that
-      micro-batches held between actions: saved tensors and messages; of each rank of the pipeline, with all its stages;
-    - ``microbatch_imbalance``: time of the slowest micro-batch over their mean; ``replica_imbalance``: of replicas.
+    - ``step_ms``: time from the first to the last action of the pipeline, of the slowest replica;
+    - ``bubble_fraction``: the share of that time in which the busiest rank waits; ``bubble_fraction/rank0`` and so on:
+      the share in which each rank waits;
+    - ``FE_ms/stage0`` and so on: mean time of each phase of each stage for one micro-batch;
+    - ``message_bytes``: bytes that all ranks send to other stages in a step, without parameter gradients;
+    - ``peak_memory_bytes/rank0`` and so on: memory of each rank of the pipeline, with all its stages; on CUDA
+      ``torch.cuda.max_memory_allocated``, on the CPU the most bytes of saved tensors and messages between actions;
+    - ``microbatch_imbalance``: time of the slowest micro-batch over the mean; ``replica_imbalance``: the same for
+      replicas.
 
-    All ranks get the same values. Without a pipeline there is no more to know than throughput, time, imbalance, and
-    memory on CUDA; with other strategies than JanusPipe throughput only. At the end, rank 0 writes
-    ``pipeline-monitor.svg`` (or ``.png``), with the last recorded step and curves of these numbers, and
-    ``pipeline-monitor.json``; after an exception in training, with what is known by then and without the step.
+    All ranks get the same values. Without a pipeline only throughput, time, imbalance and memory on CUDA are known;
+    with other strategies than JanusPipe only the throughput. At the end, rank 0 writes ``pipeline-monitor.svg`` (or
+    ``.png``), with the last recorded step and curves of these metrics, and ``pipeline-monitor.json``. After an
+    exception in training both hold the metrics up to then, without the step.
 
-    Recording costs one small collective, in the recorded step only. On the CPU memory is measured in the batch before,
-    which takes about twice as long for it: once, and again before every tenth recorded step (never with
+    Recording costs one small collective, in the recorded step only. On the CPU memory is measured in the batch before
+    a recorded step, which then takes about twice as long: once, and again before every tenth recorded step (never with
     ``every_n_steps=1``, nor in the first batches, whose times decide on the schedule).
 
     Args:
-        every_n_steps: Every how many training batches one is recorded.
-        dirpath: Folder for the files; the logger's folder by default, or the Trainer's ``default_root_dir``.
+        every_n_steps: Interval of recorded steps, in training batches.
+        dirpath: Folder for the files; by default the logger's folder, or the Trainer's ``default_root_dir``.
         suffix: ``svg`` or ``png``.
 
     Attributes:
-        history: Metrics of every recorded step, with the number of its ``batch`` and the ``global_step`` after it.
+        history: Metrics of every recorded step, with the index of its ``batch`` and the ``global_step`` after it.
 
     Raises:
-        ValueError: ``every_n_steps`` is below 1 or ``suffix`` is another.
+        ValueError: ``every_n_steps`` is below 1, or ``suffix`` is neither of the two.
 
     .. code-block:: yaml
 
@@ -66,9 +68,8 @@ class PipelineMonitor(Metered):
 
     def __init__(self, every_n_steps: int = 50, dirpath: str | None = None, suffix: str = "svg") -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}; expected a number of batches of at least 1")
-        if f".{suffix}" not in draw.SUFFIXES:
-            raise ValueError(f"suffix={suffix!r}; expected one of {', '.join(e[1:] for e in draw.SUFFIXES)}")
+            raise ValueError(f"every_n_steps={every_n_steps}; expected a number of batches, at least 1")
+        check_suffix(suffix)
         super().__init__(window=every_n_steps)
         self.every_n_steps, self.dirpath, self.suffix = every_n_steps, dirpath, suffix
         self.history: list[dict[str, float]] = []
@@ -78,14 +79,14 @@ class PipelineMonitor(Metered):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Forgets an earlier run."""
         super().on_train_start(trainer, pl_module)
         self.history, self._num_batches, self._is_running = [], 0, True
-        self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
+        self._folder = output_folder(trainer, self.dirpath)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask for a recording of this batch, if it is time."""
+        """Asks for a recording of this batch, if it is due."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         runner = runner_of(trainer)
         left = -(self._num_batches + 1) % self.every_n_steps
@@ -102,7 +103,7 @@ class PipelineMonitor(Metered):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was recorded."""
+        """Logs the metrics of a recorded batch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._num_batches += 1
         if self._num_batches % self.every_n_steps:
@@ -116,13 +117,13 @@ class PipelineMonitor(Metered):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and write, on one rank."""
+        """Draws and writes, on one rank."""
         self._is_running = False
         if not self.history:
             if trainer.is_global_zero:
                 warnings.warn(
-                    f"PipelineMonitor: training ended after {self._num_batches} batches, before the first one that was "
-                    f"to be recorded; ask for a smaller every_n_steps than {self.every_n_steps}",
+                    f"PipelineMonitor: training ended after {self._num_batches} batches, so none was recorded; ask for "
+                    f"every_n_steps below {self.every_n_steps}",
                     stacklevel=2,
                 )
             return
@@ -132,7 +133,7 @@ class PipelineMonitor(Metered):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what this rank knows: others may have ended."""
+        """Writes what this rank knows: others may have ended."""
         if self._is_running and trainer.is_global_zero and self.history:
             self._write(trainer, [])
         self._is_running = False
@@ -152,7 +153,7 @@ class PipelineMonitor(Metered):
         return metrics(exchanged(mine, runner.num_stages, strategy.num_microbatches(), mesh.host_group), mesh.shape)
 
     def _rows(self, trainer: Trainer) -> list[draw.Panel]:
-        """The last recorded step of each pipeline, on global rank 0."""
+        """Returns the last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
         if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
             return []

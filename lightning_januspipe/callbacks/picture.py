@@ -1,4 +1,4 @@
-"""The picture that `PipelineMonitor` draws: the last recorded step, and the numbers of all recorded steps as curves."""
+"""Draws the picture of ``PipelineMonitor``: the last recorded step, and curves over all recorded steps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from lightning_januspipe.schedule import draw
 
-_WIDTH, _HEIGHT = 8.0, 1.5  # inches, without and of a panel
+_WIDTH, _HEIGHT = 8.0, 1.5  # inches: width of the picture, height of a panel
 _LEFT, _RIGHT, _BOTTOM, _GAP = 0.8, 0.8, 0.5, 0.25
 _COLOURS = ("#0868AC", "#C8500A")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity over the course of training.
+    """Holds one quantity over the course of training.
 
     Attributes:
-        label: with its unit.
-        batches: numbers of the training batches.
-        values: at these batches.
+        label: Name with its unit.
+        batches: Indices of training batches.
+        values: The values at these batches.
     """
 
     label: str
@@ -29,13 +29,13 @@ class Curve:
 
 
 def draw_run(rows: Sequence[draw.Panel], panels: Sequence[Sequence[Curve]], path: Path, title: str) -> None:
-    """Draw a recorded step above curves with a common axis of batches.
+    """Draws a recorded step above curves with a common axis of batches.
 
     Args:
-        rows: label, schedule and report of each pipeline; may be empty.
-        panels: one or two curves for each panel, the second one with an axis on the right.
-        path: ``.png`` or ``.svg``.
-        title: of the picture.
+        rows: Label, schedule and report of each pipeline; may be empty.
+        panels: One or two curves for each panel; the second curve has its axis on the right.
+        path: The file, ``.png`` or ``.svg``.
+        title: Title of the picture.
     """
     from matplotlib.figure import Figure
 

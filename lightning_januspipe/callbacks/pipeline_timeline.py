@@ -1,33 +1,39 @@
-"""The timeline of one step of a pipeline."""
+"""Draws the timeline of one training step."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer, runner_of
+from lightning_januspipe.callbacks.base import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_suffix,
+    output_folder,
+    runner_of,
+)
 from lightning_januspipe.schedule import draw
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 
 
 class PipelineTimeline(Callback):
-    """Draws one training step as it ran on all ranks of a pipeline, beside the prediction for it.
+    """Draws one training step as it ran on all ranks of a pipeline, above the prediction for it.
 
     Writes ``pipeline-step-N.svg`` (or ``.png``) and ``pipeline-step-N.json``, a trace for ``ui.perfetto.dev``. The
-    prediction is the simulation with the phase times that the schedule was made for; these are measured in the second
-    to fourth step of training, so a later step compares best. The clocks of the ranks are set when they have compared
-    their batches, at the start of the step: to a fraction of a millisecond.
+    prediction is the simulation with the phase times that the schedule was made for. These are measured in the second
+    to fourth step of training, so a later step compares best. The clocks of the ranks are set at the start of the step,
+    when the ranks have compared their batches: they agree to a fraction of a millisecond.
 
     Args:
-        step: Number of the training batch to record, from 0 on, counted from the start of ``fit``.
-        dirpath: Folder for the files; the logger's folder by default, or the Trainer's ``default_root_dir``.
+        step: Index of the training batch to record, counted from 0 at the start of ``fit``.
+        dirpath: Folder for the files; by default the logger's folder, or the Trainer's ``default_root_dir``.
         suffix: ``svg`` or ``png``.
 
     Raises:
-        ValueError: ``step`` is negative or ``suffix`` is another.
+        ValueError: ``step`` is negative, or ``suffix`` is neither of the two.
 
     .. code-block:: yaml
 
@@ -40,20 +46,19 @@ class PipelineTimeline(Callback):
     def __init__(self, step: int = 10, dirpath: str | None = None, suffix: str = "svg") -> None:
         super().__init__()
         if step < 0:
-            raise ValueError(f"step={step}; expected the number of a training batch, 0 or more")
-        if f".{suffix}" not in draw.SUFFIXES:
-            raise ValueError(f"suffix={suffix!r}; expected one of {', '.join(e[1:] for e in draw.SUFFIXES)}")
+            raise ValueError(f"step={step}; expected the index of a training batch, at least 0")
+        check_suffix(suffix)
         self.step, self.dirpath, self.suffix = step, dirpath, suffix
         self._num_batches = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Counts batches from here."""
         self._num_batches = 0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask for the recording."""
+        """Asks for the recording."""
         runner = runner_of(trainer)
         if runner is None or not runner.is_staged:
             raise ValueError(
@@ -67,11 +72,11 @@ class PipelineTimeline(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw what was recorded, on one rank."""
+        """Draws the recorded step, on one rank."""
         self._num_batches += 1
         if self._num_batches != self.step + 1:
             return
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir asks all ranks
+        folder = output_folder(trainer, self.dirpath)
         runner = runner_of(trainer)
         found = None if runner is None else runner.recorded_step()  # and so does this
         if not trainer.is_global_zero:
@@ -91,10 +96,10 @@ class PipelineTimeline(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the step did not come."""
+        """Warns if the step did not come."""
         if trainer.is_global_zero and self._num_batches <= self.step:
             warnings.warn(
-                f"PipelineTimeline: training ended after {self._num_batches} batches, before step {self.step} that was "
-                "to be drawn; ask for an earlier one",
+                f"PipelineTimeline: training ended after {self._num_batches} batches, so step {self.step} was not "
+                "drawn; ask for an earlier step",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""What a recorded step says in numbers: of one rank, as a vector that all ranks exchange, and of the whole mesh."""
+"""The numbers of a recorded step: one rank's numbers, which all ranks exchange, and the metrics of the whole mesh."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _NUM_SCALARS = 8
 
 @dataclass(frozen=True)
 class RankNumbers:
-    """What one rank has measured; nan where it has not.
+    """Holds the measurements of one rank; nan where there is none.
 
     Attributes:
-        seconds: of the batches since the numbers before.
-        atoms: in these batches.
-        structures: in these batches.
-        start: when its first action of the recorded step started, in seconds on the clock of its pipeline.
-        end: when the last one ended.
-        busy: seconds that its actions took.
-        bytes_sent: to other stages, in the recorded step.
-        peak_memory: the most bytes that it held.
-        phases: mean seconds of an action, by stage and phase.
-        microbatches: seconds of this rank's actions of each micro-batch.
+        seconds: Seconds that the batches since the previous numbers took.
+        atoms: Number of atoms in these batches.
+        structures: Number of structures in these batches.
+        start: Start of the rank's first action in the recorded step, in seconds on the clock of its pipeline.
+        end: End of the rank's last action.
+        busy: Seconds that the rank's actions took.
+        bytes_sent: Bytes that the rank sent to other stages in the recorded step.
+        peak_memory: The most bytes that the rank held.
+        phases: Mean seconds of an action, by stage and phase.
+        microbatches: Seconds of the rank's actions for each micro-batch.
     """
 
     seconds: float = math.nan
@@ -49,12 +49,12 @@ class RankNumbers:
 
     @classmethod
     def of_step(cls, own: RankStep | None, measured: tuple[float, int, int], peak_memory: float | None) -> RankNumbers:
-        """Numbers of a recorded step.
+        """Returns the numbers of a recorded step.
 
         Args:
-            own: the step, if one was recorded.
-            measured: seconds, atoms and structures of the batches since the numbers before.
-            peak_memory: in bytes, if known.
+            own: This rank's part of the step; None if no step was recorded.
+            measured: Seconds, atoms and structures of the batches since the previous numbers.
+            peak_memory: The most bytes that the rank held; None if that is not known.
         """
         seconds, atoms, structures = measured
         peak = math.nan if peak_memory is None else float(peak_memory)
@@ -81,7 +81,7 @@ class RankNumbers:
         )
 
     def vector(self, num_stages: int, num_microbatches: int) -> list[float]:
-        """All numbers in a list whose length depends on the arguments only."""
+        """Returns all numbers in a list whose length depends on the arguments only."""
         scalars = [self.seconds, self.atoms, self.structures, self.start, self.end, self.busy]
         phases = [self.phases.get((s, p), math.nan) for s in range(num_stages) for p in _PHASES]
         padding = [math.nan] * (num_microbatches - len(self.microbatches))
@@ -89,7 +89,7 @@ class RankNumbers:
 
     @classmethod
     def from_vector(cls, values: Sequence[float], num_stages: int) -> RankNumbers:
-        """The inverse of :meth:`vector`."""
+        """Returns the numbers that :meth:`vector` put in a list."""
         first = _NUM_SCALARS + num_stages * len(_PHASES)
         keys = [(s, p) for s in range(num_stages) for p in _PHASES]
         phases = {k: v for k, v in zip(keys, values[_NUM_SCALARS:first], strict=True) if not math.isnan(v)}
@@ -101,13 +101,13 @@ class RankNumbers:
 def exchanged(
     mine: RankNumbers, num_stages: int, num_microbatches: int, group: dist.ProcessGroup | None
 ) -> list[RankNumbers]:
-    """The numbers of all ranks, by global rank, on all ranks, in one collective.
+    """Returns the numbers of all ranks, by global rank; a single collective over all ranks.
 
     Args:
-        mine: of this rank.
-        num_stages: of the pipeline; 0 where the module is undivided.
-        num_microbatches: the most that a step has.
-        group: all ranks, on the host; None where there is one.
+        mine: The numbers of this rank.
+        num_stages: Number of stages of the pipeline.
+        num_microbatches: The largest number of micro-batches of a step.
+        group: All ranks, with a backend for the CPU; None if there is one.
     """
     vector = torch.tensor(mine.vector(num_stages, num_microbatches), dtype=torch.float64)
     found = [vector]
@@ -118,11 +118,11 @@ def exchanged(
 
 
 def metrics(numbers: Sequence[RankNumbers], shape: MeshShape) -> dict[str, float]:
-    """Metrics of the whole mesh by name; those that nothing is known of are left out.
+    """Returns the metrics of the whole mesh by name, without metrics that are not known.
 
     Args:
-        numbers: by global rank.
-        shape: sizes of the mesh.
+        numbers: The numbers of all ranks, by global rank.
+        shape: Sizes of the mesh.
     """
     replicas = [[numbers[shape.rank(p, d, 0)] for p in range(shape.pipeline)] for d in range(shape.data)]
     found: dict[str, float] = {}
@@ -157,10 +157,10 @@ def _known(values: Iterable[float]) -> list[float]:
 
 
 def _totals(replica: Sequence[RankNumbers]) -> list[float]:
-    """Seconds of each micro-batch over the ranks of a pipeline."""
+    """Returns the seconds of each micro-batch, summed over the ranks of a pipeline."""
     return [math.fsum(times) for times in zip(*(n.microbatches for n in replica), strict=True)]
 
 
 def _imbalance(times: Sequence[float]) -> float:
-    """The longest time over the mean."""
+    """Returns the longest time over the mean time."""
     return max(times) * len(times) / math.fsum(times)

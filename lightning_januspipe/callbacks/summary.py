@@ -1,4 +1,4 @@
-"""Lightning's summary of a model, with the stages that its parts went to."""
+"""Prints Lightning's summary of a model with the stages of its parts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_januspipe.runtime.runner import Runner
 
 
 class StageSummary(ModelSummary):
-    """Lightning's ModelSummary with a column for the stages whose phases read a part's parameters.
+    """Prints Lightning's ModelSummary with a column for the stages that read a part's parameters.
 
-    The counts are those of the whole model, on every rank. It is printed with the first training batch, when the stages
-    are known, and takes the place of the summary that the Trainer prints. Parameters outside the potential are held by
-    all ranks. Parts without parameters are left out. With other strategies, and in one stage, there is no such column.
+    The counts are those of the whole model, on every rank. The table is printed with the first training batch, when the
+    stages are known, in place of the summary that the Trainer prints. Parameters outside the potential count for all
+    stages. Parts without parameters are left out. With other strategies, and without stages, the column is left out.
 
     Args:
         max_depth: How deep nested parts are listed; -1 for all of them, 0 for no summary.
@@ -36,12 +36,12 @@ class StageSummary(ModelSummary):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing yet: the stages are not known."""
+        """Waits: the stages are not known yet."""
         self._is_printed = False
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Print the summary, once and on one process."""
+        """Prints the summary, once and on one process."""
         if self._is_printed:
             return
         self._is_printed = True
@@ -50,12 +50,12 @@ class StageSummary(ModelSummary):
 
 
 def print_summary(summary: Any, runner: Runner | None, module: nn.Module) -> None:
-    """Print a table of a Lightning summary's columns, with the stages of a pipeline, and the totals.
+    """Prints a table of a Lightning summary's columns with the stages of a pipeline, and the totals.
 
     Args:
-        summary: what ``lightning.pytorch.utilities.model_summary.summarize`` returns.
-        runner: this rank's part of the pipeline; anything else has no stages.
-        module: the LightningModule.
+        summary: The result of ``lightning.pytorch.utilities.model_summary.summarize``.
+        runner: The runner of this rank; None with other strategies.
+        module: The LightningModule.
     """
     from rich.console import Console
     from rich.table import Table
@@ -84,7 +84,7 @@ def print_summary(summary: Any, runner: Runner | None, module: nn.Module) -> Non
 
 
 def module_stages(runner: Runner | None, module: nn.Module) -> dict[str, frozenset[int]] | None:
-    """Name of every submodule → the stages that read its parameters; None without a pipeline.
+    """Returns by name of every submodule the stages that read its parameters; None without stages.
 
     Parameters that no stage reads, such as those outside the potential, count for all stages.
     """
@@ -97,7 +97,7 @@ def module_stages(runner: Runner | None, module: nn.Module) -> dict[str, frozens
 
 
 def describe(stages: Iterable[int]) -> str:
-    """Numbers of stages as ranges, such as "0-2, 5"; a dash for none."""
+    """Returns stages as ranges, such as "0-2, 5"; a dash for none."""
     runs: list[list[int]] = []
     for stage in sorted(stages):
         if runs and stage == runs[-1][1] + 1:

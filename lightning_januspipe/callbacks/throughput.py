@@ -1,4 +1,4 @@
-"""Atoms and structures per second."""
+"""Counts atoms and structures, and logs how many are trained on per second."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_januspipe.loader.sample_fields import POSITIONS, STRUCTURE_INDICE
 
 
 class Metered(Callback):
-    """Measures batches of training over a moving window.
+    """Measures the seconds, atoms and structures of training batches over a moving window.
 
-    The time of validations is left out, and so is the first batch of a run, which may include compilation or the
-    capture of a potential.
+    The time of validations does not count, and neither does the first batch of a run, which may include compilation or
+    the capture of a potential.
 
     Args:
         window: Number of batches in the window.
@@ -32,23 +32,23 @@ class Metered(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier run measured."""
+        """Forgets the measurements of an earlier run."""
         self._batches.clear()
         self._is_first = True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new interval."""
+        """Starts a new interval."""
         self._last_end = None
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the time of the validation out."""
+        """Leaves the time of the validation out."""
         self._last_end = None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start a new interval where there is none."""
+        """Starts a new interval if there is none."""
         if self._last_end is None and not self._is_first:
             self._last_end = time.perf_counter()
 
@@ -56,7 +56,7 @@ class Metered(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in this batch."""
+        """Counts this batch."""
         now = time.perf_counter()
         if self._last_end is not None:
             self._batches.append((now - self._last_end, count_atoms(batch), count_structures(batch)))
@@ -64,16 +64,16 @@ class Metered(Callback):
         self._is_first = False
 
     def measured(self) -> tuple[float, int, int]:
-        """Seconds, atoms and structures of this rank's batches in the window."""
+        """Returns the seconds, atoms and structures of this rank's batches in the window."""
         seconds = sum(interval for interval, _, _ in self._batches)
         return seconds, sum(atoms for _, atoms, _ in self._batches), sum(found for _, _, found in self._batches)
 
 
 class Throughput(Metered):
-    """Logs how many atoms and structures are trained on per second, over all replicas.
+    """Logs ``atoms_per_s`` and ``structures_per_s`` of training, over all replicas.
 
-    The values are means over a moving window of batches. The time of validations is left out, and so is the first
-    batch of a run, which may include compilation or the capture of a potential.
+    The values are means over a moving window of batches. The time of validations does not count, and neither does the
+    first batch of a run, which may include compilation or the capture of a potential.
 
     Args:
         window: Number of batches in the window.
@@ -91,19 +91,19 @@ class Throughput(Metered):
 
     def __init__(self, window: int = 20) -> None:
         if window < 1:
-            raise ValueError(f"window={window}; expected a number of batches of at least 1")
+            raise ValueError(f"window={window}; expected a number of batches, at least 1")
         super().__init__(window)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the throughput up to this batch."""
+        """Logs the throughput up to this batch."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         seconds, atoms, structures = self.measured()
         if seconds <= 0:
             return
-        # Under JanusPipe the world size that the Trainer reports is that of the replicas.
+        # Under JanusPipe the Trainer's world size is the number of replicas.
         for name, total in (("atoms_per_s", atoms), ("structures_per_s", structures)):
             rate = trainer.world_size * total / seconds
             pl_module.log(name, rate, prog_bar=name == "atoms_per_s", on_step=True, on_epoch=False, batch_size=1)

@@ -1,7 +1,8 @@
 """What is done to a captured program between its trace and its cut: an ordered list of passes.
 
 A pass is a function ``Program -> Program``: it changes the program that it is given, and returns it. After every pass
-the program gives the same results for every batch, within rounding; its placeholders, symbols and conditions stay.
+the program gives the same results for every batch, within rounding. Random numbers, in the order in which the forward
+draws all of them, and lists of indices become inputs; other placeholders, symbols and conditions stay.
 Tracing applies none, and the cache holds programs to which all have been applied.
 
 What follows reads the program and does not change it::
@@ -19,9 +20,20 @@ from collections.abc import Callable
 
 from lightning_januspipe.capture.cut.simplify import simplify
 from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
+from lightning_januspipe.capture.trace.means import split_means
+from lightning_januspipe.capture.trace.pair_lookups import split_pair_lookups
+from lightning_januspipe.capture.trace.preparation import prepare
 from lightning_januspipe.capture.trace.program import Program
+from lightning_januspipe.capture.trace.random_draws import draw_outside
 
-PASSES: tuple[Callable[[Program], Program], ...] = (simplify, split_shared_linear)
+PASSES: tuple[Callable[[Program], Program], ...] = (
+    draw_outside,
+    split_means,
+    simplify,
+    prepare,
+    split_pair_lookups,
+    split_shared_linear,
+)
 """The passes in their order: a range of columns is recognized only where no view stands between it and its reader."""
 
 

@@ -1,20 +1,28 @@
 """Batches of any project as trees: dicts, lists, tuples, dataclasses, PyTorch Geometric data, plain objects.
 
-Nothing is registered and nothing imported: what an object is, is seen from what it has.
+Nothing is registered and nothing imported: what an object is, is seen from what it has. Objects that can be called are
+containers too, if they hold tensors; only functions, classes and modules are leaves whatever they hold.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
+import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Children = list[tuple[str, Any]]
 
 _DEEPEST = 8
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
+_LEAVES = (Tensor, nn.Module, str, bytes, type(None), type, *_NUMBERS, *_FUNCTIONS)
+_MUTABLE_LEAVES = (set, bytearray)
 
 
 def children(value: Any) -> Children | None:
@@ -22,7 +30,7 @@ def children(value: Any) -> Children | None:
 
     An object without tensors inside is a leaf, whatever it is.
     """
-    if isinstance(value, (Tensor, nn.Module, str, bytes, int, float, complex, type(None), type)):
+    if isinstance(value, _LEAVES):
         return None
     if isinstance(value, Mapping):
         return [(f"[{k!r}]", v) for k, v in value.items()]
@@ -32,38 +40,55 @@ def children(value: Any) -> Children | None:
         return [(f"[{i}]", v) for i, v in enumerate(value)]
     if _is_graph_data(value):
         return _of_graph_data(value)
-    if hasattr(value, "__dict__") and not callable(value) and _holds_tensors(value, 0):
-        return [(f".{n}", vars(value)[n]) for n in _attributes(value)]
+    if _is_object(value) and _holds_tensors(value, 0):
+        held = _held(value)
+        return [(f".{n}", held[n]) for n in _attributes(held)]
     return None
 
 
-def leaves(value: Any, place: str = "") -> Children:
-    """Leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``."""
-    parts = children(value)
+def leaves(value: Any, place: str = "", within: tuple[int, ...] = ()) -> Children:
+    """Leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``.
+
+    Args:
+        value: the tree.
+        place: where the tree itself stands.
+        within: identities of the containers around it; one that holds itself is a leaf in there.
+    """
+    parts = children(value) if id(value) not in within else None
     if parts is None:
         return [(place, value)]
-    return [leaf for key, part in parts for leaf in leaves(part, place + key)]
+    around = (*within, id(value))
+    return [leaf for key, part in parts for leaf in leaves(part, place + key, around)]
 
 
-def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "") -> Any:
+def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "", within: tuple[int, ...] = ()) -> Any:
     """The same tree with other leaves; containers are copied, so that writing to them does not reach the original.
 
     Args:
         value: the tree.
         replace: from a leaf's place and value to its new value.
         place: where the tree itself stands.
+        within: identities of the containers around it; one that holds itself is a leaf in there.
     """
-    parts = children(value)
+    parts = children(value) if id(value) not in within else None
     if parts is None:
-        return replace(place, value)
-    return _rebuilt(value, [with_leaves(part, replace, place + key) for key, part in parts])
+        leaf = replace(place, value)
+        return copy.copy(leaf) if isinstance(leaf, _MUTABLE_LEAVES) else leaf
+    around = (*within, id(value))
+    return _rebuilt(value, [with_leaves(part, replace, place + key, around) for key, part in parts])
 
 
-def shallow_copy(batch: Any) -> Any:
-    """A batch that a step can write new entries to; tensors are shared."""
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(shallow_copy(b) for b in batch)
-    return batch if isinstance(batch, Tensor) else copy.copy(batch)
+def copied(batch: Any) -> Any:
+    """Returns a batch whose containers, at any depth, a step can write to; tensors and other leaves are shared.
+
+    Objects without tensors are copied where they are the batch, or entries of a list that is.
+    """
+    outer = re.compile(r"(\[\d+\])*")
+
+    def replace(place: str, leaf: Any) -> Any:
+        return copy.copy(leaf) if _is_object(leaf) and outer.fullmatch(place) else leaf
+
+    return with_leaves(batch, replace)
 
 
 def _rebuilt(value: Any, parts: list[Any]) -> Any:
@@ -85,15 +110,30 @@ def _rebuilt(value: Any, parts: list[Any]) -> Any:
         for owner, name in _numbers(changed):
             owner[name] = next(given)
         return changed
-    for name in _attributes(value):
-        object.__setattr__(changed, name, next(given))
+    held = _held(value)
+    names = set(_attributes(held))
+    for name, part in held.items():
+        object.__setattr__(changed, name, next(given) if name in names else copied(part))
     return changed
 
 
-def _attributes(value: Any) -> list[str]:
+def _is_object(value: Any) -> bool:
+    has_attributes = hasattr(value, "__dict__") or any("__slots__" in vars(c) for c in type(value).__mro__)
+    return has_attributes and not isinstance(value, _LEAVES)
+
+
+def _held(value: Any) -> dict[str, Any]:
+    """Attributes of an object by name: those in its ``__dict__``, and those in slots."""
+    slots = (c.__dict__.get("__slots__", ()) for c in reversed(type(value).__mro__))
+    names = [n for of_class in slots for n in ([of_class] if isinstance(of_class, str) else of_class)]
+    own = {n: getattr(value, n) for n in names if n not in ("__dict__", "__weakref__") and hasattr(value, n)}
+    return {**own, **getattr(value, "__dict__", {})}
+
+
+def _attributes(held: Mapping[str, Any]) -> list[str]:
     """All but what a class keeps for itself, such as the offsets by which a batch was put together."""
-    own = [n for n, v in vars(value).items() if n.startswith("__") and n.endswith("__") and not isinstance(v, int)]
-    return [n for n in vars(value) if n not in own]
+    own = [n for n, v in held.items() if n.startswith("__") and n.endswith("__") and not isinstance(v, int)]
+    return [n for n in held if n not in own]
 
 
 def _is_graph_data(value: Any) -> bool:
@@ -118,12 +158,10 @@ def _numbers(value: Any) -> list[tuple[dict[str, Any], str]]:
 def _holds_tensors(value: Any, depth: int) -> bool:
     if isinstance(value, Tensor):
         return True
-    if depth > _DEEPEST or isinstance(value, (str, bytes, nn.Module, type)):
+    if depth > _DEEPEST or isinstance(value, _LEAVES):
         return False
     if isinstance(value, Mapping):
         return any(_holds_tensors(v, depth + 1) for v in value.values())
     if isinstance(value, (list, tuple)):
         return any(_holds_tensors(v, depth + 1) for v in value)
-    if dataclasses.is_dataclass(value) or (hasattr(value, "__dict__") and not callable(value)):
-        return any(_holds_tensors(v, depth + 1) for v in vars(value).values())
-    return False
+    return _is_object(value) and any(_holds_tensors(v, depth + 1) for v in _held(value).values())

@@ -1,7 +1,7 @@
-"""Files and folders that are replaced at once: written under a hidden name beside, synced to disk, then renamed.
+"""Replaces files and folders at once: they are written under a hidden name, synced to disk, and then renamed.
 
-Whenever the process is killed, there is the old content under a name, or the new one, never a part of it. Hidden names
-hold nothing of the name they stand for: Lightning looks for checkpoints by parts of names.
+Whenever the process is killed, a name has its old content or its new content, never a part of it. A hidden name holds
+no part of the name it stands for, because Lightning looks for checkpoints by parts of names.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def hidden(path: Path, kind: str = "part") -> Path:
-    """The name beside a path under which it is written ("part"), kept for a moment ("old"), or deleted ("gone")."""
+    """Returns a hidden name beside a path for its new content ("part"), its old content ("old"), or trash ("gone")."""
     return path.with_name(f".januspipe-{hashlib.sha1(path.name.encode()).hexdigest()[:12]}.{kind}")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write a file or folder to; after the block it replaces what is at ``path``.
+    """Yields a hidden name to write a file or folder to, which replaces ``path`` after the block.
 
-    What an earlier process that was killed has left under that name is deleted.
+    If a process was killed before and left something under the hidden name, it is deleted.
     """
     part = prepare(path)
     yield part
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def prepare(path: Path) -> Path:
-    """A free name to write the new content of ``path`` to, in a folder that exists."""
+    """Returns a hidden name for the new content of ``path``, free to write to, and makes its folder."""
     part = hidden(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     delete(part)
@@ -42,7 +42,7 @@ def prepare(path: Path) -> Path:
 
 
 def commit(part: Path, path: Path) -> None:
-    """Sync a file or folder to disk and put it in the place of ``path``, whatever is there."""
+    """Syncs a file or folder to disk and puts it in the place of ``path``."""
     _sync(part)
     if not os.path.lexists(path) or not (part.is_dir() or (path.is_dir() and not path.is_symlink())):
         os.replace(part, path)
@@ -58,14 +58,14 @@ def commit(part: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back what was at ``path`` if the process was killed just when it was to be replaced."""
+    """Puts the old content of ``path`` back, if the process was killed just when it was being replaced."""
     old = hidden(path, "old")
     if not os.path.lexists(path) and old.exists():
         os.rename(old, path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link, or a folder; never leaves a part of a folder under its name."""
+    """Deletes a file, a link, or a folder; never leaves a part of a folder under its name."""
     if path.is_dir() and not path.is_symlink():
         gone = hidden(path, "gone")
         delete(gone)
@@ -75,7 +75,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link (not what it points to), a folder, or nothing."""
+    """Deletes a file, a folder, or a link but not its target; does nothing if there is nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -83,7 +83,7 @@ def delete(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step, where the operating and the file system can."""
+    """Swaps two names in one step; returns False where the operating system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):

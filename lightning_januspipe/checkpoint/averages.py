@@ -1,16 +1,17 @@
-"""Tensors that follow the parameters of a module one by one: exponential averages, and weights put aside meanwhile.
+"""Finds averages of parameters: tensors that follow the parameters of a module one by one, such as moving averages.
 
-A rank of a pipeline trains its own stages' parameters, so an average that it keeps is right for these alone. Before the
-averages are saved, each of their tensors comes from a rank that trains its parameter, as the parameter itself does.
+A rank of a pipeline trains the parameters of its own stages, so the averages that it keeps are right for these only.
+Before averages are saved, each tensor is taken from a rank that trains its parameter, as the parameter itself is.
 
-Nobody has to declare averages. A tensor that is no trained parameter is taken for one that follows it, if it is
+Nobody has to declare averages. A tensor on the LightningModule or on a callback is taken for the average of a parameter
+if it is
 
-- in a submodule that is a copy of the module or of a part with the whole potential (as ``AveragedModel`` makes it),
+- in a submodule that is a copy of the module, or of a part with the whole potential (as ``AveragedModel`` makes it),
 - in a list as long as all parameters of such a part (as NequIP's buffers and the lists of ``torch_ema`` are),
-- or in a dict under the parameter's name,
+- or in a dict under the parameter's name.
 
-on the LightningModule or on a callback. What is taken for one by mistake is not changed: it is the same on all ranks of
-a pipeline, because they compute the same steps.
+A tensor that is taken for an average by mistake keeps its values: all ranks of a pipeline have the same ones, because
+they compute the same steps.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from torch import Tensor, nn
 
 Pairs = list[tuple[nn.Parameter, Tensor]]
 Place = tuple[str, str]
-"""Where a tensor is held, and the name of the parameter that it follows: the same on every rank."""
+"""The place that holds a tensor, and the name of the parameter that it follows; both are the same on every rank."""
 
 
 def followers(
     module: nn.Module, holders: Sequence[object], trained: Collection[nn.Parameter]
 ) -> dict[Place, tuple[nn.Parameter, Tensor]]:
-    """Tensors that follow parameters, each with its parameter.
+    """Returns the tensors that follow parameters, each with its parameter.
 
     Args:
-        module: the LightningModule.
-        holders: objects beside it that may hold averages, such as callbacks.
-        trained: parameters that only some ranks train.
+        module: The LightningModule.
+        holders: Objects beside it that may hold averages, such as callbacks.
+        trained: The parameters that only some ranks train.
     """
     chosen = set(trained)
     if not chosen:
@@ -53,32 +54,30 @@ def followers(
 
 
 def held_by_all(of_ranks: Sequence[Collection[Place]], num_trained: int) -> set[Place]:
-    """The places that all ranks have.
-
-    What each rank holds of its own parameters alone, such as their gradients, is no average.
+    """Returns the places that all ranks have; tensors that a rank holds for its own parameters only are no averages.
 
     Args:
-        of_ranks: the places that each rank of a pipeline found.
-        num_trained: how many parameters only some ranks train; tensors for all of these at one place are an average,
-            and a warning says so where a rank has none there.
+        of_ranks: The places that each rank of a pipeline found.
+        num_trained: Number of parameters that only some ranks train. A place with tensors for all of them is an
+            average; if a rank lacks it, a warning says so.
     """
     held = [Counter(place for place, _ in places) for places in of_ranks]
     whole = {place for counts in held for place, num in counts.items() if num == num_trained}
     alone = sorted(place for place in whole if not all(place in counts for counts in held))
     if alone:
         warnings.warn(
-            f"only some ranks of the pipeline keep an average (or another copy) of the parameters: {', '.join(alone)}. "
-            "There it follows the parameters of these ranks' stages alone. Keep it on every rank: without "
-            "rank_zero_only, and without a condition on the rank.",
+            f"only some ranks of the pipeline keep an average or another copy of the parameters: {', '.join(alone)}. "
+            "It follows the parameters of these ranks' stages only. Keep it on every rank, without rank_zero_only and "
+            "without a condition on the rank.",
             stacklevel=2,
         )
     return set.intersection(*map(set, of_ranks))
 
 
 def _pairs(wholes: list[nn.Module], holders: list[Any], chosen: set[nn.Parameter]) -> Iterator[tuple[str, Pairs]]:
-    """Places, and pairs of parameters and tensors there."""
+    """Yields places, each with the pairs of a parameter and a tensor there."""
     named_holders: dict[str, Any] = {}
-    for holder in holders:  # by class and number, as some ranks may have a callback more
+    for holder in holders:  # named by class and index, because some ranks may have more callbacks
         kind = type(holder).__qualname__
         named_holders[f"{kind}{sum(type(h) is type(holder) for h in named_holders.values()) or ''}"] = holder
     modules = {f"{n}.{at}": m for n, h in named_holders.items() for at, m in _modules(h).items()}
@@ -99,7 +98,7 @@ def _pairs(wholes: list[nn.Module], holders: list[Any], chosen: set[nn.Parameter
 
 
 def _by_name(named: Mapping[str, nn.Parameter], copy: Mapping[str, Tensor]) -> Pairs:
-    """The parameters of a copy, if all names and shapes are the same."""
+    """Returns pairs with the parameters of a copy, if all names and shapes are the same."""
     if named.keys() != copy.keys() or not all(_fits(p, copy[n]) for n, p in named.items()):
         return []
     return [(p, copy[n]) for n, p in named.items()]
@@ -116,7 +115,7 @@ def _fits(parameter: nn.Parameter, value: Any) -> bool:
 
 
 def _modules(holder: Any) -> dict[str, nn.Module]:
-    """Submodules of a module, or modules that are attributes of another object or of what it holds, with theirs."""
+    """Returns the submodules of a module, or of modules among the attributes of another object and of its parts."""
     if isinstance(holder, nn.Module):
         return dict(holder.named_modules())
     own = dict(vars(holder))
@@ -127,7 +126,7 @@ def _modules(holder: Any) -> dict[str, nn.Module]:
 
 
 def _collections(holder: Any, at: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Lists and dicts among the attributes of an object, and of objects that it holds, and those inside these."""
+    """Yields lists and dicts among the attributes of an object and of its parts, and those inside them."""
     for name, value in list(getattr(holder, "__dict__", {}).items()):
         place = f"{at}.{name}"
         if isinstance(value, (list, tuple, Mapping)):

@@ -1,4 +1,4 @@
-"""Lightning's CheckpointIO that never leaves half a file."""
+"""Lightning's CheckpointIO, changed so that it never leaves half a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_januspipe.checkpoint import atomic
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 else:
-    TorchCheckpointIO = object  # that of one Lightning or the other is the second base
+    TorchCheckpointIO = object  # atomic_checkpoint_io adds that of one Lightning or the other
 
 
 class _AtomicCheckpointIO(TorchCheckpointIO):
-    """Comes before Lightning's own plugin: local files are synced and renamed in their own folder."""
+    """Writes local files under a hidden name in their folder, syncs them to disk and renames them."""
 
     cloud_io: Any
 
@@ -38,6 +38,6 @@ class _AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def atomic_checkpoint_io(lib: Any) -> Any:
-    """Lightning's plugin for files, which are whole or not there."""
+    """Returns Lightning's plugin for files, changed so that a file is written as a whole or not at all."""
     bases = (_AtomicCheckpointIO, lib.torch_io.TorchCheckpointIO)
     return type("AtomicCheckpointIO", bases, {"cloud_io": lib.cloud_io})()

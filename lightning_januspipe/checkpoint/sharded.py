@@ -1,11 +1,12 @@
-"""Checkpoints as folders of ``torch.distributed.checkpoint``: each rank writes what it owns, nothing is gathered.
+"""Checkpoints as folders of ``torch.distributed.checkpoint``: each rank writes its own tensors, nothing is gathered.
 
-A folder holds the shards and ``meta.pt``, as those of Lightning's FSDP strategy:
+A folder holds shards and ``meta.pt``, like the folders of Lightning's FSDP strategy. The shards hold
 
 - ``model``: the entry ``state_dict`` of a Lightning checkpoint, by the module's own keys;
-- ``optimizer_0``: the first entry of ``optimizer_states``, its state and parameter groups by parameter names;
-- averages of weights, which belong to single stages as the weights do;
-- ``meta.pt``: all other entries: loops, callbacks, schedulers, hyper-parameters, random states.
+- ``optimizer_0`` and so on: the entries of ``optimizer_states``, with parameter names for indices;
+- averages of weights, which belong to single stages as the weights do.
+
+``meta.pt`` holds all other entries: loops, callbacks, schedulers, hyper-parameters, random states.
 """
 
 from __future__ import annotations
@@ -28,43 +29,43 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from lightning_januspipe.checkpoint import atomic
 
 META = "meta.pt"
-_APART = "januspipe_averages"
+_AVERAGES = "januspipe_averages"
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a checkpoint as a folder."""
+    """Returns whether a path is a folder that holds a checkpoint."""
     return (path / META).is_file() and (path / ".metadata").is_file()
 
 
 def split_entries(
     checkpoint: dict[str, Any], is_sharded: Callable[[Tensor], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What of a Lightning checkpoint goes into shards, and what into ``meta.pt``.
+    """Returns the entries of a Lightning checkpoint that go into shards, and those that go into ``meta.pt``.
 
     Args:
-        checkpoint: as Lightning makes it.
-        is_sharded: whether a tensor beside module and optimizers belongs to single stages; the same on every rank.
+        checkpoint: The checkpoint as Lightning makes it.
+        is_sharded: Whether a tensor beside module and optimizers belongs to single stages; every rank has to agree.
     """
     rest = dict(checkpoint)
     shards = {"model": rest.pop("state_dict")}
     shards.update({f"optimizer_{i}": s for i, s in enumerate(rest.pop("optimizer_states", []))})
-    apart: list[tuple[tuple[Any, ...], Tensor]] = []
+    averages: list[tuple[tuple[Any, ...], Tensor]] = []
     for key in list(rest):
         if isinstance(rest[key], dict) and rest[key] and all(isinstance(v, Tensor) for v in rest[key].values()):
             if any(map(is_sharded, rest[key].values())):
                 shards[key] = rest.pop(key)
         else:
-            rest[key] = _take_apart(rest[key], (key,), is_sharded, apart)
-    if apart:
-        shards[_APART] = {str(i): tensor for i, (_, tensor) in enumerate(apart)}
-        rest[_APART] = [list(path) for path, _ in apart]
+            rest[key] = _without_sharded(rest[key], (key,), is_sharded, averages)
+    if averages:
+        shards[_AVERAGES] = {str(i): tensor for i, (_, tensor) in enumerate(averages)}
+        rest[_AVERAGES] = [list(path) for path, _ in averages]
     return shards, rest
 
 
 def join_entries(shards: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`split_entries`."""
-    tensors = shards.pop(_APART, {})
-    for i, path in enumerate(rest.pop(_APART, [])):
+    """Returns the checkpoint that :func:`split_entries` split."""
+    tensors = shards.pop(_AVERAGES, {})
+    for i, path in enumerate(rest.pop(_AVERAGES, [])):
         holder: Any = rest
         for key in path[:-1]:
             holder = holder[key]
@@ -77,28 +78,30 @@ def join_entries(shards: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]
     return checkpoint
 
 
-def _take_apart(value: Any, path: tuple[Any, ...], is_sharded: Callable[[Tensor], bool], apart: list[Any]) -> Any:
-    """A value with None in the place of sharded tensors, which go to ``apart`` with their paths."""
+def _without_sharded(
+    value: Any, path: tuple[Any, ...], is_sharded: Callable[[Tensor], bool], sharded: list[Any]
+) -> Any:
+    """Returns a value with None in the place of sharded tensors, which are added to ``sharded`` with their paths."""
     if isinstance(value, Tensor) and is_sharded(value):
-        apart.append((path, value))
+        sharded.append((path, value))
         return None
     if isinstance(value, dict) and type(value) in (dict, OrderedDict):
-        return type(value)((k, _take_apart(v, (*path, k), is_sharded, apart)) for k, v in value.items())
+        return type(value)((k, _without_sharded(v, (*path, k), is_sharded, sharded)) for k, v in value.items())
     if isinstance(value, (list, tuple)) and any(map(is_sharded, tensors_of(value))):
-        return [_take_apart(v, (*path, i), is_sharded, apart) for i, v in enumerate(value)]
+        return [_without_sharded(v, (*path, i), is_sharded, sharded) for i, v in enumerate(value)]
     return value
 
 
 def write_shards(
     folder: Path, entries: dict[str, Any], writes: Callable[[str, Any], bool], group: dist.ProcessGroup | None
 ) -> None:
-    """Write the entries of a checkpoint from all ranks of a pipeline; all of them take part.
+    """Writes the entries of a checkpoint from all ranks of a pipeline; all of them have to call it.
 
     Args:
-        folder: exists and is empty.
-        entries: nested dicts and lists, of the same structure on every rank.
-        writes: whether this rank writes a value with its dotted key; one rank has to.
-        group: of the ranks that write, with a backend for the CPU; None in one process.
+        folder: An empty folder.
+        entries: Nested dicts and lists, with the same structure on every rank.
+        writes: Whether this rank writes a value, given its dotted key and the value; one rank has to.
+        group: The ranks that write, with a backend for the CPU; None in one process.
     """
     planner = _OwnedPlanner(writes)
     writer = FileSystemWriter(folder, sync_files=True)
@@ -109,17 +112,17 @@ def write_shards(
 
 
 def read_folder(folder: Path, weights_only: bool | None = None) -> dict[str, Any]:
-    """The whole checkpoint in CPU memory, as one file would give it, but with optimizer states by parameter names.
+    """Returns the whole checkpoint in CPU memory, as a single file would, but with optimizer states by parameter names.
 
     Args:
-        folder: written by :func:`write_shards`, with ``meta.pt``.
-        weights_only: how ``meta.pt`` is read; see ``torch.load``. The index of the shards is a pickle in any case.
+        folder: A folder that :func:`write_shards` wrote, with ``meta.pt``.
+        weights_only: How ``meta.pt`` is read; see ``torch.load``. The index of the shards is a pickle in any case.
 
     Raises:
-        FileNotFoundError: it is no checkpoint.
+        FileNotFoundError: The folder holds no checkpoint.
     """
     if not is_folder(folder):
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {META} and no .metadata")
+        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {META} and no .metadata")
     shards: dict[str, Any] = {}
     reader = FileSystemReader(folder)
     with warnings.catch_warnings():
@@ -129,13 +132,16 @@ def read_folder(folder: Path, weights_only: bool | None = None) -> dict[str, Any
 
 
 def consolidate(folder: str | Path, file: str | Path, weights_only: bool = False) -> None:
-    """Make one file of a folder; plain Lightning loads it.
+    """Turns a checkpoint folder into a single file, which plain Lightning loads.
 
     Args:
-        folder: a checkpoint that was saved with ``save_distributed_checkpoint=True``. Read only what you trust: it
-            holds pickles.
-        file: is replaced if it exists.
-        weights_only: how ``meta.pt`` is read; see ``torch.load``.
+        folder: A checkpoint that was saved with ``save_distributed_checkpoint=True``. It holds pickles: read it only if
+            you trust its source.
+        file: The file to write; it is replaced if it exists.
+        weights_only: How ``meta.pt`` is read; see ``torch.load``.
+
+    Raises:
+        FileNotFoundError: The folder holds no checkpoint.
     """
     checkpoint = read_folder(Path(folder), weights_only)
     checkpoint["optimizer_states"] = [by_index(s) for s in checkpoint.get("optimizer_states", [])]
@@ -146,7 +152,7 @@ def consolidate(folder: str | Path, file: str | Path, weights_only: bool = False
 
 
 def by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state by the indices that torch saves, whether its keys are names or indices."""
+    """Returns an optimizer's state by parameter index, as torch saves it, whether its keys are names or indices."""
     order = [key for group in state["param_groups"] for key in group["params"]]
     index = {key: i for i, key in enumerate(order)}
     groups = [{**g, "params": [index[key] for key in g["params"]]} for g in state["param_groups"]]
@@ -155,7 +161,7 @@ def by_index(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class _OwnedPlanner(DefaultSavePlanner):
-    """Saves of a state that all ranks describe alike only what this rank writes."""
+    """Plans a save in which all ranks have the same entries, and each writes some of them."""
 
     def __init__(self, writes: Callable[[str, Any], bool]) -> None:
         super().__init__()
@@ -167,7 +173,7 @@ class _OwnedPlanner(DefaultSavePlanner):
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in nested dicts, lists and tuples."""
+    """Returns all tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

@@ -19,13 +19,10 @@ else:
     except ModuleNotFoundError:
         from pytorch_lightning.cli import LightningArgumentParser
 _DUMPS = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "- Expected a <class 'str'>",
-    "- Expected a <class 'None",
+    *("Does not validate", "Subtypes:", "Errors:", "Given value type", "- Expected a <class"),
+    *("Given value: Namespace", "Given value: NestedArg"),
 )
+"""How lines of jsonargparse's errors begin that list types and inner values."""
 
 
 class OneLineErrors(ArgumentParser):
@@ -59,13 +56,13 @@ class OneLineErrors(ArgumentParser):
 
 
 def _short(message: str) -> str:
-    """Returns an error of jsonargparse on one line, without the types and values that it dumps."""
-    if not message.startswith("Parser key"):
+    """Returns an error of jsonargparse on one line, without the types and inner values that it lists."""
+    found = re.match(r'Parser key "([^"]+)":', message)
+    if found is None:
         return message
-    lines = [line.strip() for line in message.splitlines()]
-    if any(line.startswith("- Problem with given class_path") for line in lines):
-        lines = [line for line in lines if not line.startswith(_DUMPS)]
-    return " ".join(" ".join(lines).split())
+    lines = [line.strip() for line in message[found.end() :].splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith(_DUMPS)] or lines
+    return f"--{found[1]}: " + "; ".join(cause.removeprefix("- ") for cause in causes).replace(":; ", ": ")
 
 
 class CommandParser(OneLineErrors):

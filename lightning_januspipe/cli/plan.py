@@ -1,10 +1,10 @@
-"""``januspipe plan``: what each schedule would give, and which one to take."""
+"""``januspipe plan``: predicts a step with each schedule, and chooses one."""
 
 from __future__ import annotations
 
 import math
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from lightning_januspipe.plan.meshes import compare_meshes
 from lightning_januspipe.runtime.planner import placements
 
 if TYPE_CHECKING:
-    from lightning_januspipe.cli.recipe import Asked, Recipe
+    from lightning_januspipe.cli.recipe import Recipe
 
 _LARGE_SPREAD = 0.25
 _GRAPH_SIZES = (1, 2, 4)
@@ -125,59 +125,32 @@ def _plan_costs(given: PlanArguments) -> None:
 
 def _plan_recipe(recipe: Recipe) -> None:
     """Prints the plan of a model for one pipeline."""
-    given = recipe.plan_arguments
-    asked = recipe.asked
+    given, asked, link = recipe.plan_arguments, recipe.asked, recipe.plan_arguments.link
     num_ranks = given.ranks or asked.num_ranks
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
-    structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
-    wanted = dict.fromkeys((tuple(range(num_ranks)), *(p for s in given.schedules for p in placements(s, num_ranks))))
-    measured: list[Measured] = []
-    for placement in wanted:
-        try:
-            or_fewer = given.extrapolate and not measured
-            measured.append(
-                recipe.measure(examples, placement, asked.potential, or_fewer=or_fewer, repeats=given.repeats)
-            )
-        except TooManyRanks as error:
-            if not measured:
-                fewer = f"give --ranks {error.most}" if error.most > 1 else "take a deeper model"
-                raise ValueError(
-                    f"{error}: {fewer}, or --extrapolate to divide its times evenly all the same"
-                ) from None
-        if measured[0].num_stages < num_ranks:
-            break
-    link = given.link
+    measured = _measured_cuts(recipe, examples, num_ranks)
     graph_sizes = given.graph_sizes or ((1, asked.graph_size) if asked.graph_size > 1 else ())
     batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES) if graph_sizes else []
     shares = _shares(recipe, measured[0], batches, graph_sizes) if graph_sizes else {}
     used = shares.get(asked.graph_size)
-    is_divided = used is not None and used.num_ranks > 1 and not used.refused
-    divisions = [one.stages(num_ranks) for one in measured]
-    if used is not None and is_divided:
+    if used is not None and (used.num_ranks == 1 or used.refused):
+        used = None
+    if used is None:
+        cuts = [one.stages(num_ranks) for one in measured]
+    else:
         own = [used, *(recipe.share(recipe.sharing(one, batches), used.num_ranks, used) for one in measured[1:])]
-        divisions = [costs_of_share(m, num_ranks, s, link) for m, s in zip(measured, own, strict=True)]
+        cuts = [costs_of_share(one, num_ranks, share, link) for one, share in zip(measured, own, strict=True)]
+    structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
     plan = plan_cuts(
-        divisions,
-        _options(given, asked, num_ranks, num_microbatches),
+        cuts,
+        _options(recipe, num_ranks, num_microbatches, given.latency or 0.0, given.bandwidth or math.inf),
         given.schedules,
         structures=structures,
         atoms=atoms or None,
     )
     _describe(recipe, measured, structures, atoms, num_microbatches)
-    extrapolated = measured[0].num_stages < num_ranks
-    about = {
-        "source": recipe.module_name,
-        "potential": measured[0].potential.path,
-        "device": str(recipe.device),
-        "precision": recipe.precision,
-        "num_threads": torch.get_num_threads(),
-        "repeats": min(one.repeats for one in measured),
-        "spread": max(one.spread for one in measured),
-        "extrapolated": extrapolated,
-        "graph_size": used.num_ranks if used is not None and is_divided else 1,
-        "graph": [share.to_dict() for share in shares.values()],
-    }
+    is_extrapolated = measured[0].num_stages < num_ranks
     console = make_console()
     for one in measured:
         console.print()
@@ -186,49 +159,66 @@ def _plan_recipe(recipe: Recipe) -> None:
             console.print(line, soft_wrap=True)
     console.print()
     console.print(STAGE_LEGEND)
-    if extrapolated:
+    if is_extrapolated:
         console.print(
             f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "
-            f"fewer than {num_ranks} ranks. What follows divides its times and memory evenly over {num_ranks} ranks, "
+            f"fewer than {num_ranks} ranks. What follows shares its times and memory evenly over {num_ranks} ranks, "
             "with boundaries as above: a deeper model of as much work. This model itself cannot run so.",
         )
-    _show_shares(list(shares.values()), measured[0])
-    if is_divided:
+    _show_shares(shares, measured[0])
+    if used is not None:
         console.print(
-            f"\nWhat follows is of micro-batches divided over {asked.graph_size} graph ranks: {num_ranks} ranks of the "
-            f"pipeline are {num_ranks * asked.graph_size}. {_assumed(link)}",
+            f"\nIn what follows, micro-batches are sharded over {used.num_ranks} graph ranks: {num_ranks} ranks of the "
+            f"pipeline are {num_ranks * used.num_ranks}. {_assumed(link)}",
             soft_wrap=True,
         )
-    _show(plan, given, about, measured)
+    about = _about(recipe, measured, shares, 1 if used is None else used.num_ranks)
+    _show(plan, given, about | {"extrapolated": is_extrapolated}, measured)
+
+
+def _measured_cuts(recipe: Recipe, examples: tuple[Any, Any], num_ranks: int) -> list[Measured]:
+    """Returns the potential in all numbers of stages that the schedules need, one stage on each rank first."""
+    given = recipe.plan_arguments
+    wanted = dict.fromkeys((tuple(range(num_ranks)), *(p for s in given.schedules for p in placements(s, num_ranks))))
+    measured: list[Measured] = []
+    for placement in wanted:
+        or_fewer = given.extrapolate and not measured
+        try:
+            measured.append(recipe.measure(examples, placement, or_fewer=or_fewer))
+        except TooManyRanks as error:
+            if not measured:
+                fewer = f"give --ranks {error.most}" if error.most > 1 else "take a deeper model"
+                raise ValueError(f"{error}: {fewer}, or --extrapolate to share its times evenly all the same") from None
+        if measured[0].num_stages < num_ranks:
+            break
+    return measured
 
 
 def _plan_meshes(recipe: Recipe) -> None:
     """Prints the plan of a model for every way to share the devices."""
-    given, asked = recipe.plan_arguments, recipe.asked
-    link = given.link
+    given, asked, link = recipe.plan_arguments, recipe.asked, recipe.plan_arguments.link
     num_ranks = given.ranks or asked.num_processes
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
-    structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
     batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES)
     measured: dict[int, Measured] = {}
 
     def measure(num_stages: int) -> Measured:
         if num_stages not in measured:
-            found = recipe.measure(examples, range(num_stages), asked.potential, or_fewer=False, repeats=given.repeats)
-            measured[num_stages] = found
+            measured[num_stages] = recipe.measure(examples, range(num_stages))
         return measured[num_stages]
 
     whole = measure(1)
-    wanted = given.graph_sizes or _GRAPH_SIZES
-    shares = _shares(recipe, whole, batches, [size for size in wanted if num_ranks % size == 0] or [1])
+    wanted = [size for size in given.graph_sizes or _GRAPH_SIZES if num_ranks % size == 0]
+    shares = _shares(recipe, whole, batches, wanted or [1])
+    structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
     meshes = compare_meshes(
         num_ranks,
         shares,
         measure,
         lambda one, share: recipe.share(recipe.sharing(one, batches), share.num_ranks, share),
         recipe.potential(whole),
-        _options(given, asked, num_ranks, num_microbatches, link),
+        _options(recipe, num_ranks, num_microbatches, link.latency, link.bandwidth),
         given.schedules,
         link,
         structures=structures,
@@ -236,7 +226,7 @@ def _plan_meshes(recipe: Recipe) -> None:
     )
     console = make_console()
     _describe(recipe, list(measured.values()), structures, atoms, num_microbatches)
-    _show_shares(list(shares.values()), whole)
+    _show_shares(shares, whole)
     console.print()
     for line in meshes.left_out:
         console.print(f"! {line}", soft_wrap=True)
@@ -251,36 +241,27 @@ def _plan_meshes(recipe: Recipe) -> None:
         console.print(f"\n→ No mesh fits: the least that a rank needs is {format_bytes(least)}.", soft_wrap=True)
         return
     console.print(f"\n→ {best.arguments()}", soft_wrap=True)
-    if given.output is not None:
-        about = {
-            "source": recipe.module_name,
-            "potential": whole.potential.path,
-            "device": str(recipe.device),
-            "precision": recipe.precision,
-            "num_threads": torch.get_num_threads(),
-            "graph_size": best.shape.graph,
-            "graph": [share.to_dict() for share in shares.values()],
-            "meshes": [row.to_dict() for row in meshes.rows],
-        }
-        _write(best.plan, given, about, [measured[best.shape.pipeline]])
+    about = _about(recipe, list(measured.values()), shares, best.shape.graph)
+    about["meshes"] = [row.to_dict() for row in meshes.rows]
+    _write(best.plan, given, about, [measured[best.shape.pipeline]])
 
 
 def _shares(
     recipe: Recipe, measured: Measured, batches: Sequence[Any], graph_sizes: Sequence[int]
 ) -> dict[int, GraphShare]:
-    """What graph ranks have, by their number; that of one first."""
+    """Returns the share of a graph rank by the number of graph ranks, one first."""
     sharing = recipe.sharing(measured, batches)
     return {size: recipe.share(sharing, size) for size in sorted({1, *graph_sizes})}
 
 
-def _show_shares(shares: Sequence[GraphShare], measured: Measured) -> None:
-    """The table of graph ranks."""
+def _show_shares(shares: Mapping[int, GraphShare], measured: Measured) -> None:
+    """Prints the table of graph ranks."""
     if not shares:
         return
-    console = make_console()
+    console, rows = make_console(), list(shares.values())
     console.print()
-    console.print(graph_table(shares, measured))
-    for line in refusals(shares):
+    console.print(graph_table(rows, measured))
+    for line in refusals(rows):
         console.print(line, soft_wrap=True)
     console.print(GRAPH_LEGEND)
 
@@ -290,23 +271,33 @@ def _assumed(link: GraphLink) -> str:
     return f"Exchanges: {1e6 * link.latency:g} µs each, {rate} (--latency, --bandwidth)."
 
 
-def _options(
-    given: PlanArguments, asked: Asked, num_ranks: int, num_microbatches: int, link: GraphLink | None = None
-) -> PlanOptions:
-    """What all schedules have in common; messages of a pipeline cost nothing by default."""
-    return PlanOptions(
-        num_ranks,
-        num_microbatches,
-        given.wave_size or asked.wave_size,
-        given.max_live,
-        given.memory_limit if given.memory_limit is not None else asked.memory_limit,
-        (given.latency or 0.0) if link is None else link.latency,
-        (given.bandwidth or math.inf) if link is None else link.bandwidth,
-    )
+def _options(recipe: Recipe, num_ranks: int, num_microbatches: int, latency: float, bandwidth: float) -> PlanOptions:
+    """Returns the options that all schedules share."""
+    given, asked = recipe.plan_arguments, recipe.asked
+    limit = given.memory_limit if given.memory_limit is not None else asked.memory_limit
+    wave_size = given.wave_size or asked.wave_size
+    return PlanOptions(num_ranks, num_microbatches, wave_size, given.max_live, limit, latency, bandwidth)
 
 
-def _describe(recipe: Any, measured: Sequence[Measured], structures: int, atoms: int, num_microbatches: int) -> None:
-    """What was measured, and how well."""
+def _about(
+    recipe: Recipe, measured: Sequence[Measured], shares: Mapping[int, GraphShare], graph_size: int
+) -> dict[str, Any]:
+    """Returns what ``plan.json`` says of the model and the measurement."""
+    return {
+        "source": recipe.module_name,
+        "potential": measured[0].potential.path,
+        "device": str(recipe.device),
+        "precision": recipe.precision,
+        "num_threads": torch.get_num_threads(),
+        "repeats": min(one.repeats for one in measured),
+        "spread": max(one.spread for one in measured),
+        "graph_size": graph_size,
+        "graph": [share.to_dict() for share in shares.values()],
+    }
+
+
+def _describe(recipe: Recipe, measured: Sequence[Measured], structures: int, atoms: int, num_microbatches: int) -> None:
+    """Prints which potential was measured, and how."""
     console, first = make_console(), measured[0]
     num_operations = sum(first.potential.num_operations)
     threads, on_cpu = torch.get_num_threads(), recipe.device.type == "cpu"
@@ -345,7 +336,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _show(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measured: Sequence[Measured]) -> None:
-    """The table of schedules, the choice, and the files."""
+    """Prints the table of schedules and the choice, and writes the files."""
     console = make_console()
     if plan.rows:
         console.print()
@@ -358,7 +349,7 @@ def _show(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measu
 
 
 def _write(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measured: Sequence[Measured]) -> None:
-    """The files, where they are asked for."""
+    """Writes the files, where an output folder is given."""
     console = make_console()
     if given.output is not None and plan.rows:
         console.print("\nWritten:")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt, register_type
 
-from lightning_januspipe.plan.export import FORMATS
 from lightning_januspipe.plan.graph_share import GraphLink
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 from lightning_januspipe.schedule.build import GENERATORS
@@ -22,71 +20,94 @@ _UNITS = {"": 1.0, "b": 1.0, **{f"{p}b": 1000.0**i for i, p in enumerate("kmgt",
 _UNITS |= {f"{p}ib": 1024.0**i for i, p in enumerate("kmgt", 1)}
 
 
+class ScheduleNames(tuple[str, ...]):
+    """Names of schedules, written with commas between them."""
+
+
+_ALL = ScheduleNames(GENERATORS)
+
+
+class GraphSizes(tuple[int, ...]):
+    """Numbers of graph ranks, written with commas between them."""
+
+
+class ByteSize(float):
+    """A number of bytes: ``40e9``, ``40GB`` (of 1000³ bytes) or ``40GiB`` (of 1024³)."""
+
+
 @dataclass(frozen=True)
 class PlanArguments:
-    """The options of ``januspipe plan`` as they were given; None stands for an option that was left out.
+    """Options of the plan.
 
-    Attributes: see :func:`add_plan_options`.
+    Attributes:
+        ranks: Ranks of the pipeline; of all devices with --meshes. Default: as in the recipe.
+        num_microbatches: Micro-batches of a training step. Default: as in the recipe, or twice the ranks.
+        schedules: Schedules to compare, with commas between them, or all.
+        wave_size: Micro-batches in a wave of wavek and wavek-zb, or auto.
+        max_live: Most micro-batches that a rank may hold at once.
+        memory_limit: Bytes that saved tensors of micro-batches may take on a rank: 40e9, 40GB or 40GiB.
+        latency: Seconds of a message. Default: 0; 20e-6 with --meshes and between graph ranks.
+        bandwidth: Bytes per second between two ranks, in each direction. Default: no limit; 10GB with --meshes and
+            between graph ranks.
+        graph_sizes: With a recipe: numbers of graph ranks to compare, such as 1,2,4, which share the atoms of its
+            micro-batches. Default: 1 and the recipe's graph_size; 1,2,4 with --meshes.
+        repeats: With a recipe: measurements of each phase, of which medians are taken. Default: 7 or more, for 5 s.
+        costs: Without a model: milliseconds of one rank's share of a micro-batch, as FE,FF,BF,BE[,WF,WE]. WF and WE
+            can be deferred, and are not counted in BF and BE.
+        memory: Without a model: bytes that a micro-batch holds on a rank from FE to BE, from FF to BF, and from BF to
+            BE, as ENERGY,FORCE,KEPT.
+        message_bytes: Without a model: bytes of a message, for --bandwidth.
+        output: Folder for pictures, a trace, plan.json and schedules.
+        format: Format of the pictures.
+        meshes: With a recipe: compare all ways to share the devices between pipeline, replicas and graph ranks.
+        extrapolate: With a recipe: share the times of a potential evenly over the ranks where it has fewer cuttable
+            parts.
+
+    Raises:
+        ValueError: Options contradict each other.
     """
 
-    ranks: int | None = None
-    num_microbatches: int | None = None
-    schedules: tuple[str, ...] = tuple(GENERATORS)
-    wave_size: int | Auto | None = None
-    max_live: int | None = None
-    graph_sizes: tuple[int, ...] | None = None
-    meshes: bool = False
-    memory_limit: float | None = None
-    latency: float | None = None
-    bandwidth: float | None = None
-    repeats: int | None = None
-    extrapolate: bool = False
+    ranks: PositiveInt | None = None
+    num_microbatches: PositiveInt | None = None
+    schedules: ScheduleNames = _ALL
+    wave_size: PositiveInt | Auto | None = None
+    max_live: PositiveInt | None = None
+    memory_limit: ByteSize | None = None
+    latency: NonNegativeFloat | None = None
+    bandwidth: ByteSize | None = None
+    graph_sizes: GraphSizes | None = None
+    repeats: PositiveInt | None = None
     costs: PhaseCosts | None = None
     memory: MemoryCosts | None = None
-    message_bytes: float | None = None
+    message_bytes: ByteSize | None = None
     output: Path | None = None
-    format: str = "svg"
+    format: Literal["svg", "png"] = "svg"
+    meshes: bool = False
+    extrapolate: bool = False
 
-    @classmethod
-    def read(cls, given: Any) -> PlanArguments:
-        """Returns the options that are in a parsed configuration.
-
-        Args:
-            given: A configuration with the arguments of :func:`add_plan_options`.
-
-        Raises:
-            ValueError: The text of an option has the wrong form, or options contradict each other.
-        """
-        values = {field.name: given[field.name] for field in fields(cls)}
-        for name, read in _READERS.items():
-            if values[name] is not None:
-                try:
-                    values[name] = read(values[name])
-                except ValueError as error:
-                    raise ValueError(f"--{name}: {error}") from None
-        found = cls(**values)
-        found._check_with_costs() if found.costs is not None else found._check_with_a_recipe()
-        return found
-
-    def _check_with_costs(self) -> None:
-        if self.ranks is None:
+    def __post_init__(self) -> None:
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ValueError("--bandwidth is 0; expected a number of bytes per second > 0")
+        with_costs = self.costs is not None
+        for name in ("extrapolate", "graph_sizes", "meshes", "repeats") if with_costs else ("memory", "message_bytes"):
+            if getattr(self, name):
+                is_for = "a recipe" if with_costs else "--costs: with a recipe it is measured"
+                raise ValueError(f"--{name} is for {is_for}")
+        if self.meshes and self.extrapolate:
+            raise ValueError("--extrapolate is for one pipeline, and --meshes compares several: leave out one of them")
+        if with_costs and self.ranks is None:
             raise ValueError("--costs needs --ranks too, the number of ranks")
-        if self.memory_limit is not None and self.memory is None:
+        if with_costs and self.memory_limit is not None and self.memory is None:
             raise ValueError(
                 "--memory_limit with --costs needs --memory ENERGY,FORCE,KEPT too, what a micro-batch holds"
             )
-        if self.bandwidth is not None and math.isfinite(self.bandwidth) and self.message_bytes is None:
+        if with_costs and self.bandwidth is not None and self.message_bytes is None:
             raise ValueError("--bandwidth with --costs needs --message_bytes BYTES too, the size of a message")
-        for name in ("extrapolate", "graph_sizes", "meshes"):
-            if getattr(self, name):
-                raise ValueError(f"--{name} is for a recipe, and --costs needs none: leave out one of them")
 
-    def _check_with_a_recipe(self) -> None:
-        for name in ("memory", "message_bytes"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"--{name} is for --costs: with a recipe it is measured")
-        if self.meshes and self.extrapolate:
-            raise ValueError("--extrapolate is for one pipeline, and --meshes compares several: leave out one of them")
+    @classmethod
+    def read(cls, given: Any) -> PlanArguments:
+        """Returns the options in a parsed configuration."""
+        return cls(**{field.name: given[field.name] for field in fields(cls)})
 
     @property
     def link(self) -> GraphLink:
@@ -100,89 +121,18 @@ class PlanArguments:
 
 def add_plan_options(parser: ArgumentParser) -> None:
     """Adds the options of ``januspipe plan`` to a parser."""
-    add = parser.add_argument_group("what to plan").add_argument
-    add("--ranks", type=PositiveInt, metavar="P", help="Ranks of the pipeline; of all devices with --meshes.")
-    add("--num_microbatches", type=PositiveInt, metavar="M", help="Micro-batches of a training step.")
-    add(
-        "--schedules",
-        type=str,
-        default="all",
-        metavar="A,B",
-        help=f"Schedules to compare: all, or some of {','.join(GENERATORS)}.",
-    )
-    add(
-        "--wave_size",
-        type=PositiveInt | Literal["auto"],
-        metavar="K",
-        help="Micro-batches in a wave of wavek and wavek-zb, or auto.",
-    )
-    add("--max_live", type=PositiveInt, metavar="L", help="Most micro-batches that a rank may hold at once.")
-    add(
-        "--graph_sizes",
-        type=str,
-        metavar="1,2,4",
-        help="Numbers of graph ranks to compare, which share the atoms of the recipe's micro-batches. Default: 1 and "
-        "the recipe's graph_size; 1,2,4 with --meshes.",
-    )
-    add(
-        "--meshes",
-        action="store_true",
-        help="Compare all ways to share the devices between pipeline, replicas and graph ranks.",
-    )
-    add = parser.add_argument_group("the machine").add_argument
-    add(
-        "--memory_limit",
-        type=str,
-        metavar="BYTES",
-        help="What saved tensors of micro-batches may take on a rank: 40e9, 40GB or 40GiB.",
-    )
-    add(
-        "--latency",
-        type=NonNegativeFloat,
-        metavar="SECONDS",
-        help="Time of a message. Default: 0; 20e-6 with --meshes and between graph ranks.",
-    )
-    add(
-        "--bandwidth",
-        type=str,
-        metavar="BYTES/S",
-        help="Rate of messages between two ranks, in each direction. Default: no limit; 10GB with --meshes and between "
-        "graph ranks.",
-    )
-    add = parser.add_argument_group("with a recipe").add_argument
-    add(
-        "--repeats",
-        type=PositiveInt,
-        metavar="R",
-        help="Measurements of each phase, of which medians are taken. Default: 7 or more, for 5 s.",
-    )
-    add(
-        "--extrapolate",
-        action="store_true",
-        help="Share the times of a potential evenly over the ranks where it has fewer cuttable parts.",
-    )
-    add = parser.add_argument_group("without a model").add_argument
-    add(
-        "--costs",
-        type=str,
-        metavar="FE,FF,BF,BE[,WF,WE]",
-        help="Milliseconds of one rank's share of a micro-batch. WF and WE can be deferred, and are not counted in BF "
-        "and BE.",
-    )
-    add(
-        "--memory",
-        type=str,
-        metavar="ENERGY,FORCE,KEPT",
-        help="Bytes that a micro-batch holds on a rank from FE to BE, from FF to BF, and from BF to BE.",
-    )
-    add("--message_bytes", type=str, metavar="BYTES", help="Bytes of a message, for --bandwidth.")
-    add = parser.add_argument_group("output").add_argument
-    add("--output", type=Path, metavar="DIR", help="Folder for pictures, a trace, plan.json and schedules.")
-    add("--format", type=Literal[FORMATS], default="svg", help="Format of the pictures.")
+    flags = {
+        "meshes": "With a recipe: compare all ways to share the devices between pipeline, replicas and graph ranks.",
+        "extrapolate": "With a recipe: share the times of a potential evenly over the ranks where it has fewer "
+        "cuttable parts.",
+    }
+    parser.add_class_arguments(PlanArguments, skip=set(flags))
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
 
 
-def parse_bytes(text: str) -> float:
-    """Returns a number of bytes: ``40e9``, ``40GB`` (of 1000³ bytes) or ``40GiB`` (of 1024³).
+def parse_bytes(text: str) -> ByteSize:
+    """Reads a number of bytes.
 
     Raises:
         ValueError: The text has another form.
@@ -195,33 +145,26 @@ def parse_bytes(text: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{text!r} is not a number of bytes; expected one like 40e9, 40GB or 40GiB")
-    return value
+    return ByteSize(value)
 
 
-def _bandwidth(text: str) -> float:
-    value = parse_bytes(text)
-    if value == 0:
-        raise ValueError(f"{text!r}; expected a number of bytes per second > 0")
-    return value
-
-
-def _schedules(text: str) -> tuple[str, ...]:
+def _schedules(text: str) -> ScheduleNames:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if names == ("all",):
-        return tuple(GENERATORS)
+        return _ALL
     for name in names or (text,):
         if name not in GENERATORS:
             close = difflib.get_close_matches(name, GENERATORS, n=1, cutoff=0.4)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"{name!r} is no schedule; expected all, or {', '.join(GENERATORS)}{hint}")
-    return names
+    return ScheduleNames(names)
 
 
-def _graph_sizes(text: str) -> tuple[int, ...]:
+def _graph_sizes(text: str) -> GraphSizes:
     parts = [part.strip() for part in str(text).split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{text!r}; expected whole numbers >= 1 with commas between them")
-    return tuple(dict.fromkeys(map(int, parts)))
+    return GraphSizes(dict.fromkeys(map(int, parts)))
 
 
 def _costs(text: str) -> PhaseCosts:
@@ -241,12 +184,11 @@ def _memory(text: str) -> MemoryCosts:
     return MemoryCosts(*map(parse_bytes, parts))
 
 
-_READERS: Mapping[str, Callable[[str], Any]] = {
-    "schedules": _schedules,
-    "graph_sizes": _graph_sizes,
-    "memory_limit": parse_bytes,
-    "bandwidth": _bandwidth,
-    "costs": _costs,
-    "memory": _memory,
-    "message_bytes": parse_bytes,
-}
+for _type, _read in {
+    ScheduleNames: _schedules,
+    GraphSizes: _graph_sizes,
+    ByteSize: parse_bytes,
+    PhaseCosts: _costs,
+    MemoryCosts: _memory,
+}.items():
+    register_type(_type, str, _read)

@@ -1,4 +1,4 @@
-"""The tables of ``januspipe plan``."""
+"""Makes the tables of ``januspipe plan``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _MOST_TENSORS, _MOST_PARAMETERS = 4, 3  # that are named in a line
 
 
 def make_console() -> Console:
-    """Standard output: no colours and 120 columns where it is not a terminal."""
+    """Returns standard output, without colours and with 120 columns where it is no terminal."""
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(file=sys.stdout, width=_WIDTH, color_system=None, highlight=False)
 
 
 def stage_table(measured: Measured, num_ranks: int) -> Table:
-    """Times, share of the work and memory of each stage."""
+    """Returns times, share of the work and memory of each stage."""
     per_rank = measured.num_stages // num_ranks
     title = f"{measured.num_stages} stages"
     if per_rank > 1:
@@ -63,8 +63,8 @@ def stage_table(measured: Measured, num_ranks: int) -> Table:
 
 
 def _repeated(measured: Measured, stage: int) -> list[str]:
-    """Shares of a stage's FE that go into geometry and into what is computed again."""
-    if not measured.report.repeated:  # the potential divides itself
+    """Returns the shares of a stage's FE that are geometry, and that are computed again instead of being sent."""
+    if not measured.report.repeated:  # explicit stages
         return ["", ""]
     repeated = measured.report.repeated[stage]
     shares = (repeated.geometry_share, repeated.again_share)
@@ -72,7 +72,7 @@ def _repeated(measured: Measured, stage: int) -> list[str]:
 
 
 def cut_lines(measured: Measured) -> list[str]:
-    """What every stage passes on to the next, and which parameters several stages hold."""
+    """Returns lines about the tensors that every stage passes on, and the parameters that several stages hold."""
     found = measured.report
     lines = []
     for stage, boundary in enumerate(found.boundaries):
@@ -85,8 +85,8 @@ def cut_lines(measured: Measured) -> list[str]:
     for parameter in found.shared:
         groups.setdefault((parameter.stages, parameter.reason), []).append(parameter.name)
     for (stages, reason), names in groups.items():
-        places = ", ".join(map(str, stages))
-        lines.append(f"on stages {places}, gradients summed ({reason}): {_listed(names, _MOST_PARAMETERS)}")
+        numbers = ", ".join(map(str, stages))
+        lines.append(f"on stages {numbers}, gradients summed ({reason}): {_listed(names, _MOST_PARAMETERS)}")
     return lines
 
 
@@ -96,7 +96,7 @@ def _listed(names: Sequence[str], most: int) -> str:
 
 
 def schedule_table(plan: SchedulePlan) -> Table:
-    """One row for every schedule; the choice is marked."""
+    """Returns one row for every schedule; the choice is marked."""
     has_data, has_memory = plan.structures is not None, any(row.report.memory for row in plan.rows)
     has_bytes = any(row.message_bytes for row in plan.rows)
     rate = ("struct/s", "atoms/s") if has_data and plan.atoms else ("struct/s",) if has_data else ("µbatch/s",)
@@ -140,7 +140,7 @@ def _cells(plan: SchedulePlan, row: ScheduleRow, has_memory: bool, has_bytes: bo
 
 
 def notes(plan: SchedulePlan) -> list[str]:
-    """What does not fit, and what could not be built."""
+    """Returns warnings about uneven stages, and about schedules that do not fit or cannot be built."""
     limit, ranks = plan.options.memory_limit, plan.options.num_ranks
     lines = []
     if plan.busiest * ranks > _UNEVEN:
@@ -158,28 +158,28 @@ def notes(plan: SchedulePlan) -> list[str]:
 
 
 STAGE_LEGEND = (
-    "Times in ms. BF', BE', WF, WE: with weight gradients deferred. energy, force, kept: bytes held per micro-batch "
-    "from FE to BE, from FF to BF, from BF to BE. geom., again: shares of FE that are geometry, which every stage "
-    "computes for itself, and what depends on parameters and is computed again instead of being sent."
+    "Times are in ms. BF', BE', WF and WE: with weight gradients deferred. energy, force, kept: bytes that a "
+    "micro-batch holds from FE to BE, from FF to BF, and from BF to BE. geom.: share of FE that is geometry, which "
+    "every stage computes for itself. again: share of FE that is computed again instead of being received."
 )
 
 
 def schedule_legend(plan: SchedulePlan) -> str:
-    """What the columns of :func:`schedule_table` mean."""
+    """Explains the columns of :func:`schedule_table`."""
     text = (
-        "live: most micro-batches that a rank holds. /ideal: step over the work of the busiest rank. bound: no folded "
-        "schedule of these stages is faster. gap: the rest above it. bubble: idle share of the busiest rank."
+        "live: most live micro-batches of a rank. /ideal: step over the work of the busiest rank. bound: no folded "
+        "schedule of these stages is faster. gap: excess over the bound. bubble: idle share of the busiest rank."
     )
     if any(row.report.memory for row in plan.rows):
         text += " peak/rank: saved tensors."
-    return text + " speed: against 1f1b-2nd. Loading of data and the optimizer are not counted."
+    return text + " speed: against 1f1b-2nd. Loading data and the optimizer are not counted."
 
 
 def graph_table(shares: Sequence[GraphShare], measured: Measured) -> Table:
-    """One row for every number of graph ranks among which micro-batches are divided."""
+    """Returns one row for every number of graph ranks."""
     classes = list(dict.fromkeys(name for share in shares for name in share.halo or {}))
     table = _table(
-        f"Micro-batches divided over graph ranks ({shares[0].num_microbatches} looked at)",
+        f"Micro-batches sharded over graph ranks ({shares[0].num_microbatches} measured)",
         ("graph", "atoms", "edges"),
         [f"{name} halo" for name in classes],
         ("whole", "exchanges", "sent", "time", "memory"),
@@ -205,7 +205,7 @@ def graph_table(shares: Sequence[GraphShare], measured: Measured) -> Table:
 
 
 def refusals(shares: Sequence[GraphShare]) -> list[str]:
-    """Why micro-batches cannot be divided, each reason once."""
+    """Returns the reasons why atoms cannot be sharded, each once."""
     found: dict[str, list[str]] = {}
     for share in shares:
         if share.refused:
@@ -214,15 +214,15 @@ def refusals(shares: Sequence[GraphShare]) -> list[str]:
 
 
 GRAPH_LEGEND = (
-    "atoms, edges: of the largest rank over the mean. halo: rows that other ranks get copies of, over all. whole: "
-    "micro-batches whose structures are dealt whole, so that no rows are exchanged. exchanges, sent: of one rank for a "
-    "micro-batch, in FE, FF, BF and BE of all stages. time: of the slowest rank, of that with all atoms, without "
-    "exchanges. memory: what a micro-batch holds on the busiest stage."
+    "atoms, edges: largest rank over the mean. halo: ghost rows over all rows. whole: micro-batches whose structures "
+    "are dealt whole, so that no rows are exchanged. exchanges, sent: those of one rank for a micro-batch, in FE, FF, "
+    "BF and BE of all stages. time: slowest rank over one rank with all atoms, without exchanges. memory: bytes that a "
+    "micro-batch holds on the busiest stage."
 )
 
 
 def mesh_table(meshes: Meshes) -> Table:
-    """One row for every way to share the devices; the choice is marked."""
+    """Returns one row for every mesh; the choice is marked."""
     table = _table(
         f"{meshes.rows[0].shape.size} ranks",
         ("", "schedule"),
@@ -248,15 +248,15 @@ def mesh_table(meshes: Meshes) -> Table:
 
 
 MESH_LEGEND = (
-    "schedule: the fastest that fits, with one stage on each rank. reduce: gradients summed over replicas and graph "
-    "ranks, in ms, which the step includes. structures: of a step, over all replicas. peak/rank: saved tensors. "
-    "weights: parameters of the largest stage; gradients and the optimizer come on top. Of meshes that are about as "
-    "fast, that which exchanges least is taken: replicas before stages, stages before graph ranks."
+    "schedule: the fastest that fits, with one stage on each rank. reduce: ms of summing gradients over replicas and "
+    "graph ranks, which the step includes. structures: in a step of all replicas. peak/rank: saved tensors. weights: "
+    "parameters of the largest stage, without gradients and optimizer. Among meshes that are about as fast, the one "
+    "that exchanges least is chosen: replicas before stages, stages before graph ranks."
 )
 
 
 def _table(title: str, *groups: Sequence[str]) -> Table:
-    """A narrow table of numbers."""
+    """Returns an empty table for narrow columns of numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     for group in groups:
         for name in group:

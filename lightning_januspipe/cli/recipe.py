@@ -1,4 +1,4 @@
-"""What a recipe trains, made as for ``januspipe fit``, in one process and without training."""
+"""Makes the model and the data of a recipe as ``januspipe fit`` does, in one process and without training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FEWEST_RANKS = 2
 
 
 class PlanCLI(PotentialCLI):
-    """The model and the data of ``januspipe fit``, with a Trainer of one device that runs nothing.
+    """Makes the model and the data of ``januspipe fit``, with a Trainer of one device that runs nothing.
 
     Args:
         args: The command line after ``plan``: the arguments of ``fit``, and those of the plan.
@@ -71,18 +71,18 @@ class PlanCLI(PotentialCLI):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a recipe asks of the strategy.
+class StrategyArguments:
+    """Holds the strategy's arguments in a recipe.
 
     Attributes:
-        num_ranks: ranks of the pipeline.
-        num_microbatches: into how many micro-batches a batch is split, or None for twice the ranks.
-        potential: dotted name of the potential, or None.
-        memory_limit: bytes, or None.
-        wave_size: micro-batches per wave, or "auto".
-        schedule: name of the schedule, or None where the strategy is another one.
-        graph_size: ranks that share the atoms of a micro-batch.
-        num_processes: of the Trainer.
+        num_ranks: Ranks of the pipeline.
+        num_microbatches: Micro-batches of a batch, or None for twice the ranks.
+        potential: Dotted name of the potential, or None.
+        memory_limit: Bytes, or None.
+        wave_size: Micro-batches per wave, or "auto".
+        schedule: Name of the schedule, or None where the strategy is another one.
+        graph_size: Ranks that share the atoms of a micro-batch.
+        num_processes: Processes of the Trainer.
     """
 
     num_ranks: int
@@ -95,14 +95,14 @@ class Asked:
     num_processes: int = 1
 
 
-def asked_of_strategy(trainer: Any) -> Asked:
-    """Sizes from the arguments of a Trainer: those of JanusPipeStrategy, else a pipeline over all of its devices.
+def strategy_arguments(trainer: Any) -> StrategyArguments:
+    """Returns the arguments of JanusPipeStrategy in a recipe; for another strategy, a pipeline over all devices.
 
     Args:
         trainer: ``devices``, ``num_nodes`` and ``strategy`` as a parsed configuration has them.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of processes.
+        ValueError: The product of the sizes is not the number of processes.
     """
     world = _num_devices(trainer.devices, trainer.accelerator) * int(trainer.num_nodes)
     strategy = trainer.strategy
@@ -113,7 +113,7 @@ def asked_of_strategy(trainer: Any) -> Asked:
         given.get("pipeline_size", "auto"), given.get("data_size", "auto"), given.get("graph_size", 1), world
     )
     num_microbatches = given.get("num_microbatches", "auto")
-    return Asked(
+    return StrategyArguments(
         max(shape.pipeline, _FEWEST_RANKS),
         None if num_microbatches == "auto" else int(num_microbatches),
         given.get("potential"),
@@ -136,7 +136,7 @@ def _num_devices(devices: Any, accelerator: str) -> int:
 
 
 class Recipe:
-    """Model and data of a recipe, ready to be captured.
+    """Holds the model and the data of a recipe, ready to be captured.
 
     Args:
         args: The command line after ``plan``.
@@ -153,7 +153,7 @@ class Recipe:
     def __init__(self, args: Sequence[str]) -> None:
         with _quiet():
             cli = PlanCLI(args)
-        self.plan_arguments, self.asked = cli.plan_arguments, asked_of_strategy(cli.asked)
+        self.plan_arguments, self.asked = cli.plan_arguments, strategy_arguments(cli.asked)
         self.precision = str(cli.trainer.precision)
         self._trainer, self._model, self._data = cli.trainer, cli.model, cli.datamodule
         plugin = self._trainer.strategy.precision_plugin
@@ -177,7 +177,7 @@ class Recipe:
 
     @property
     def device(self) -> torch.device:
-        """Where times are measured."""
+        """The device on which times are measured."""
         return self._trainer.strategy.root_device
 
     @property
@@ -187,49 +187,53 @@ class Recipe:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in a batch, where the loader tells."""
+        """Samples in a batch; None where the loader does not know."""
         sampler = getattr(self._loader, "batch_sampler", None)
         return getattr(self._loader, "batch_size", None) or getattr(sampler, "batch_size", None)
 
     def examples(self, num_microbatches: int) -> tuple[Any, Any]:
-        """Two batches as the strategy takes them for capture, the second about as large as a micro-batch."""
+        """Returns two batches as the strategy takes them for capture, the second about as large as a micro-batch."""
         traced, other = example_batches(self._loader, num_microbatches)
         return self._moved(traced), self._moved(other)
 
     def microbatches(self, num_microbatches: int, most: int) -> list[Any]:
-        """The first micro-batches of the first batch, as training would have them."""
+        """Returns the first micro-batches of the first batch, as training would have them."""
         batch = next(iter(split_batches(self._loader, num_microbatches, required=False)))
         return [self._moved(one) for one in (list(batch)[:most] if isinstance(batch, MicroBatches) else [batch])]
 
     def sharing(self, measured: Measured, batches: Sequence[Any]) -> Sharing:
-        """Divides micro-batches of a captured potential over graph ranks."""
+        """Returns what shards micro-batches of the potential over graph ranks."""
         with self._trainer.strategy.precision_plugin.train_step_context():
             return Sharing(self._model, with_batch(self._model.training_step), measured.potential, batches)
 
     def share(self, sharing: Sharing, num_ranks: int, known: GraphShare | None = None) -> GraphShare:
-        """What a graph rank has; see :meth:`~lightning_januspipe.plan.graph_share.Sharing.share`."""
+        """Returns the share of a graph rank; see :meth:`~lightning_januspipe.plan.graph_share.Sharing.share`."""
         with self._trainer.strategy.precision_plugin.train_step_context():
             return sharing.share(num_ranks, known)
 
     def potential(self, measured: Measured) -> nn.Module:
-        """The live potential."""
+        """Returns the live potential."""
         return self._model.get_submodule(measured.potential.path)
 
     def measure(
         self,
         examples: tuple[Any, Any],
         placement: Sequence[int],
-        potential: str | None,
         *,
-        or_fewer: bool,
-        repeats: int | None,
+        or_fewer: bool = False,
     ) -> Measured:
-        """Capture and measure; see :func:`~lightning_januspipe.plan.measure.measure_stages`."""
+        """Captures and measures; see :func:`~lightning_januspipe.plan.measure.measure_stages`."""
         step = with_batch(self._model.training_step)
         # Times of phases are those of training: in the precision's dtype, with the random numbers as they are.
         with self._trainer.strategy.precision_plugin.train_step_context():
             return measure_stages(
-                self._model, step, *examples, placement, potential, repeats=repeats, or_fewer=or_fewer
+                self._model,
+                step,
+                *examples,
+                placement,
+                self.asked.potential,
+                repeats=self.plan_arguments.repeats,
+                or_fewer=or_fewer,
             )
 
     def _moved(self, batch: Any) -> Any:
@@ -240,7 +244,7 @@ class Recipe:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing about devices and seeds: none of them is used to train."""
+    """Keeps Lightning from telling about devices and seeds, which are not used to train here."""
     loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if "lightning" in name]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,8 +18,8 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def results(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """Returns the outputs of a graph, in order."""
-    (found,) = graph.output_node().args
-    return tuple(found)  # type: ignore[arg-type]
+    found: Any = graph.output_node().args[0]
+    return tuple(found)
 
 
 def operations(graph: fx.Graph) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -102,10 +103,11 @@ class _Summands:
 
     def _applied(self, node: fx.Node, part: fx.Node) -> fx.Node:
         """The operation of a node, applied to a summand of its operand."""
+        target: Any = node.target
         with self._graph.inserting_before(self._graph.output_node()):
-            found = self._graph.call_function(node.target, (part, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
+            found = self._graph.call_function(target, (part, *node.args[1:]), node.kwargs)
         with self._mode:
-            found.meta["val"] = node.target(part.meta["val"], *node.args[1:], **node.kwargs)  # type: ignore[operator]
+            found.meta["val"] = target(part.meta["val"], *node.args[1:], **node.kwargs)
         self._levels[found] = self._levels[part]
         return found
 

@@ -8,7 +8,7 @@ there are several cuts in a row, one after each phase.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import fx
 
@@ -72,7 +72,7 @@ def kept_values(
     return [n for n in early if (n, "in") in reached and (n, "out") in rest and n not in free]
 
 
-def _add_node(flow: object, node: fx.Node, is_given: bool, is_free: bool) -> None:
+def _add_node(flow: Any, node: fx.Node, is_given: bool, is_free: bool) -> None:
     """The cost of keeping a value. Several tensors are kept one by one, and rather a tensor than a view of it."""
     cost: dict[str, int] = {}
     if is_free:
@@ -80,4 +80,4 @@ def _add_node(flow: object, node: fx.Node, is_given: bool, is_free: bool) -> Non
     elif not isinstance(node.meta.get("val"), (tuple, list)):
         is_new_view = not is_given and work_of(node) is Work.VIEW
         cost = {"capacity": graphs.num_bytes(node) + 1 + 8 * is_new_view}
-    flow.add_edge((node, "in"), (node, "out"), **cost)  # type: ignore[attr-defined]
+    flow.add_edge((node, "in"), (node, "out"), **cost)

@@ -29,7 +29,7 @@ class TensorSpec:
 
     def sizes(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """Returns the shape for given values of the symbols."""
-        return tuple(s if isinstance(s, int) else _evaluate(s, symbols) for s in self.shape)
+        return tuple(s if isinstance(s, int) else int(evaluate(s, symbols)) for s in self.shape)
 
 
 def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
@@ -48,11 +48,12 @@ def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]
     return sizes
 
 
-def _evaluate(expression: str, symbols: Mapping[str, int]) -> int:
+def evaluate(expression: str, symbols: Mapping[str, int]) -> Any:
+    """Returns the value of an expression of size symbols: an int where it is one symbol, else a number of sympy's."""
     if expression in symbols:
         return symbols[expression]
     names, function = _compiled(expression)
-    return int(function(*(symbols[n] for n in names)))
+    return function(*(symbols[n] for n in names))
 
 
 @lru_cache(maxsize=1024)

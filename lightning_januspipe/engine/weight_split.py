@@ -54,11 +54,13 @@ class DeferredWeights:
         roots: Where gradients arrived that only parameters wait for.
         joins: Joins, their branches, and the gradients that arrived.
         borders: Where to stop and keep the gradients, because another graph begins there.
+        alive: Where the walk began, if a join is written in Python: with torch 2.11 only the graph keeps it alive.
     """
 
     roots: Roots = field(default_factory=list)
     joins: list[tuple[GraphNode, list[Branch], tuple[Tensor | None, ...]]] = field(default_factory=list)
     borders: set[GraphNode] = field(default_factory=set)
+    alive: Roots = field(default_factory=list)
 
 
 def explore(
@@ -138,6 +140,7 @@ def walk_graph(
         [r for r in roots if leads_to[r[0].node] == WEIGHTS],
         [(node, graph.joins[node], gradients) for node, gradients in recorded.items()],
         {n for n in graph.entered if leads_to[n] == WEIGHTS},
+        first if any(isinstance(node, BackwardCFunction) for node in recorded) else [],
     )
     return found, kept, deferred
 
@@ -160,7 +163,7 @@ def walk_to_parameters(
     roots = [r for r in roots if r[0].node not in deferred.borders]
     with _held_back(deferred.borders, kept):
         found = gradients_of(roots, parameters, retain_graph=retain_graph)
-    deferred.roots, deferred.borders = [], set()
+    deferred.roots, deferred.borders, deferred.alive = [], set(), []
     return found, kept
 
 

@@ -1,4 +1,4 @@
-"""Copies of a user's loader that do more than it does; the loader itself is not changed."""
+"""Copies of a user's loader with more methods; the loader itself is not changed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ else:
 
 
 def copied_loader(mixin: type, kind: type, source: Any) -> Any:
-    """A copy of a loader with the methods of a mixin before its own.
+    """Returns a copy of a loader whose class has the methods of a mixin before those of the loader's class.
 
-    It is made without ``__init__``, which in subclasses of ``DataLoader`` may ignore or rename its arguments, and its
+    The copy is made without ``__init__``, which in subclasses of ``DataLoader`` may ignore or rename its arguments. Its
     class has the name of the loader's class.
 
     Args:
-        mixin: derived from :data:`AnyLoader`.
-        kind: the class of the loader.
-        source: the loader whose attributes the copy gets.
+        mixin: A class derived from :data:`AnyLoader`.
+        kind: The class of the loader.
+        source: The loader whose attributes the copy gets.
     """
     mixed = types.new_class(kind.__name__, (mixin, kind))
     mixed.__module__, mixed.__qualname__ = kind.__module__, kind.__qualname__

@@ -1,7 +1,7 @@
-"""Micro-batches: the samples of a batch in groups of equal cost, each collated by the project's own function.
+"""Micro-batches: the samples of a batch in groups of about equal cost, each collated by the loader's own function.
 
-No batch format has to be known. The gradient is that of gradient accumulation over the same groups: each weighs
-1 / (number of groups), whatever its size.
+The batch format does not matter. The gradient is that of gradient accumulation over the same groups: each has the
+weight 1 / (number of groups), whatever its size.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from lightning_januspipe.loader.sample_fields import sample_cost
 
 @dataclass
 class MicroBatches:
-    """A batch as a loader gives it to the strategy.
+    """Holds the micro-batches of one batch.
 
     Attributes:
-        batches: one collated batch for each micro-batch.
-        num_samples: how many samples each holds; 0 where that is not known.
-        examples: two collated batches for capture, of samples of this batch; the loader takes them away.
-        ahead: what the loader's process found out about each micro-batch beside collating it, None where nothing.
+        batches: One collated batch for each micro-batch.
+        num_samples: The number of samples in each micro-batch; 0 if it is not known.
+        examples: Two collated batches for capture, made of samples of this batch; the loader removes them.
+        ahead: For each micro-batch what the loader's process computed beside collating it, such as the owners of its
+            atoms; None if nothing.
     """
 
     batches: list[Any]
@@ -43,15 +44,18 @@ class MicroBatches:
         return iter(self.batches)
 
     def pin_memory(self) -> MicroBatches:
-        """Called by a loader's pinning thread."""
+        """Returns the same micro-batches in pinned memory; called by a loader's pinning thread."""
         return replace(self, batches=[pin(b) for b in self.batches])
 
 
 class GroupedIndices(list[int]):
-    """What a batch sampler gives that has formed the micro-batches itself: indices, one micro-batch after another.
+    """Holds the indices of a batch, micro-batch by micro-batch, from a batch sampler that forms the micro-batches.
 
     Args:
-        groups: the indices of each micro-batch.
+        groups: The indices of each micro-batch.
+
+    Attributes:
+        sizes: The number of samples in each micro-batch.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
@@ -59,17 +63,20 @@ class GroupedIndices(list[int]):
         self.sizes = [len(group) for group in groups]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As groups: workers get a copy."""
+        """Pickles as groups: workers get a copy."""
         ends = list(accumulate(self.sizes))
         return GroupedIndices, ([self[e - n : e] for e, n in zip(ends, self.sizes, strict=True)],)
 
 
 class GroupedSamples(list[Any]):
-    """The samples of :class:`GroupedIndices`.
+    """Holds the samples of :class:`GroupedIndices`.
 
     Args:
-        samples: one micro-batch after another.
-        sizes: samples of each micro-batch.
+        samples: The samples of the batch, micro-batch by micro-batch.
+        sizes: The number of samples in each micro-batch.
+
+    Attributes:
+        groups: The samples of each micro-batch.
     """
 
     def __init__(self, samples: Sequence[Any], sizes: Sequence[int]) -> None:
@@ -79,14 +86,15 @@ class GroupedSamples(list[Any]):
 
 
 class MicroBatchCollate:
-    """Wraps a loader's ``collate_fn``.
+    """Wraps a loader's ``collate_fn``, so that it returns micro-batches.
 
     Args:
-        collate: the loader's own function, from a list of samples to a batch.
-        num_microbatches: into how many groups the samples of a batch go; fewer where there are fewer samples.
-        required: whether a batch that cannot be split is an error, or one micro-batch.
-        num_typical: samples of a usual micro-batch, if the first batch in each process shall carry examples.
-        ahead: called with the place of each micro-batch and the collated micro-batch, in the process that collates.
+        collate: The loader's own function, from a list of samples to a batch.
+        num_microbatches: Number of micro-batches of a batch; a batch with fewer samples has fewer.
+        required: Whether a batch that cannot be split is an error; otherwise it is one micro-batch.
+        num_typical: Number of samples in a usual micro-batch. If it is given, the first batch in each process carries
+            examples for capture.
+        ahead: Called in the process that collates, with the index of each micro-batch and the collated micro-batch.
     """
 
     def __init__(
@@ -104,10 +112,10 @@ class MicroBatchCollate:
         self._num_typical = num_typical
 
     def __call__(self, samples: Any) -> MicroBatches:
-        """Split and collate.
+        """Splits the samples of a batch and collates each micro-batch.
 
         Raises:
-            ValueError: there are no samples, or they are a batch already.
+            ValueError: There are no samples, or they are a batch already.
         """
         if not isinstance(samples, Sequence):
             return self._whole(samples)
@@ -116,7 +124,7 @@ class MicroBatchCollate:
         else:
             groups = split_samples(samples, self.num_microbatches)
         examples: list[list[Any]] = []
-        if self._num_typical:  # of copies: collating may change what it collates
+        if self._num_typical:  # copies, because collating may change samples
             examples = [[_copied(s) for s in group] for group in example_groups(samples, self._num_typical)]
         found = MicroBatches([self.collate(g) for g in groups], [len(g) for g in groups])
         if examples:
@@ -128,10 +136,10 @@ class MicroBatchCollate:
 
     def _whole(self, batch: Any) -> MicroBatches:
         what = (
-            f"the dataset's __getitems__ gives a {type(batch).__name__}, not a list of samples, so that a batch cannot "
-            f"be split into {self.num_microbatches} micro-batches"
+            f"the dataset's __getitems__ returns a {type(batch).__name__}, not a list of samples, so a batch cannot be "
+            f"split into {self.num_microbatches} micro-batches"
         )
-        how = "Let __getitems__ return a list of samples, which collate_fn joins"
+        how = "Let __getitems__ return a list of samples, and join them in collate_fn"
         if self._required:
             raise ValueError(f"{what}. {how}, or use num_microbatches=1 with accumulate_grad_batches.")
         warnings.warn(f"{what}: each batch is one micro-batch. {how}.", stacklevel=2)
@@ -139,15 +147,17 @@ class MicroBatchCollate:
 
 
 def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
-    """Samples in ``min(num_groups, len(samples))`` groups of nearly equal cost.
+    """Returns ``min(num_groups, len(samples))`` groups of samples of nearly equal cost.
 
-    See :func:`~lightning_januspipe.loader.packing.pack`; inside a group the order of the batch is kept.
+    See :func:`~lightning_januspipe.loader.packing.pack`. Inside a group the samples keep the order of the batch.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: There are no samples.
     """
     if not samples:
-        raise ValueError("a batch without samples cannot be split; check the batch sampler, which gave an empty batch")
+        raise ValueError(
+            "a batch without samples cannot be split; check the batch sampler, which yields an empty batch"
+        )
     num_groups = min(num_groups, len(samples))
     if num_groups == 1:
         return [list(samples)]
@@ -157,20 +167,20 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
 
 
 MAX_EXAMPLE = 20_000.0
-"""Largest cost of a sample that is captured where training divides samples over several ranks."""
+"""The largest cost of a sample that one rank captures, where training shards samples over several ranks."""
 
 
 def example_groups(samples: Sequence[Any], num_typical: int, limited: bool = False) -> tuple[list[Any], list[Any]]:
-    """Samples of two batches for capture, of different numbers of samples: one to trace, one to validate and profile.
+    """Returns the samples of two batches for capture: one to trace, one of another size to validate and profile.
 
     Args:
-        samples: at least one; those of a group are repeated where there are too few.
-        num_typical: samples of a usual micro-batch.
-        limited: take samples for both that one process can hold, where training divides them over several.
+        samples: At least one sample; samples are repeated if there are too few.
+        num_typical: Number of samples in a usual micro-batch.
+        limited: Whether to choose among samples that fit into one process only: those that cost no more than
+            :data:`MAX_EXAMPLE`, or the smallest two if all cost more.
 
     Returns:
-        The largest two or three samples, and ``num_typical`` samples of middle sizes; where these are limited, of those
-        that cost no more than :data:`MAX_EXAMPLE`, or else of the smallest two.
+        The largest two or three samples, and ``num_typical`` samples of middle sizes.
     """
     ordered = sorted(samples, key=sample_cost)
     num_traced = 3 if num_typical == 2 else 2
@@ -183,5 +193,5 @@ def example_groups(samples: Sequence[Any], num_typical: int, limited: bool = Fal
 def _copied(sample: Any) -> Any:
     try:
         return copy.copy(sample)
-    except Exception:  # what cannot be copied is collated as it is
+    except Exception:  # a sample that cannot be copied is collated as it is
         return sample

@@ -1,8 +1,8 @@
-"""Samples in groups of equal work, for the micro-batches of one replica or of all of them.
+"""Packs samples into groups of equal work, for the micro-batches of one replica or of all replicas.
 
-Graph-aware re-scheduling (JanusPipe, arXiv 2605.18404): samples differ in size by orders of magnitude, and a pipeline
-waits for its largest micro-batch, replicas for the one with the most to do. Everything here is a function of numbers
-alone, so that all ranks find the same groups.
+Graph-aware re-scheduling (JanusPipe, arXiv 2605.18404): samples differ in size by orders of magnitude, a pipeline waits
+for its largest micro-batch, and replicas wait for the one with the most work. All functions depend on their arguments
+only, so all ranks find the same groups.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 ATOM_WEIGHT = 4.0
-"""Work for an atom beside that for its edges, in edges."""
+"""The work of an atom without its edges, in units of the work of an edge."""
 
 _MARGIN = 1e-4
-"""Share of the largest load by which an exchange has to lower it: less is rounding."""
+"""The least share of the largest load by which an exchange has to lower it: less would be rounding."""
 
 _Bin = list[tuple[float, int]]
-"""(cost, sample), the cheapest first."""
+"""Pairs (cost, sample), the cheapest first."""
 
 
 def work(atoms: float | None, edges: float | None) -> float | None:
-    """How much work a sample is, in edges.
+    """Returns the work of a sample, in units of the work of an edge.
 
     Args:
-        atoms: how many it has; None where that is not known.
-        edges: how many it has; None where that is not known: then atoms are counted.
+        atoms: Number of atoms; None if it is not known.
+        edges: Number of edges; None if it is not known.
 
     Returns:
-        edges + ``ATOM_WEIGHT`` * atoms, or what is known; None where nothing is.
+        edges + ``ATOM_WEIGHT`` × atoms; if only one number is known, that number; None if none is.
     """
     if edges is None or atoms is None:
         return atoms if edges is None else edges
@@ -37,22 +37,22 @@ def work(atoms: float | None, edges: float | None) -> float | None:
 
 
 def pack(costs: Sequence[float], num_bins: int, at_least: int = 1) -> list[list[int]]:
-    """Deal samples into bins with the largest sum as small as exchanges of single samples can make it.
+    """Deals samples into bins, so that the largest sum is as small as exchanges of single samples can make it.
 
-    The largest first, each into the bin with the least so far (LPT). Then samples of the fullest bin move to others or
-    change places with smaller ones there, as long as that lowers the larger sum of the two.
+    The largest samples are dealt first, each into the bin with the smallest sum so far (LPT). Then samples of the
+    fullest bin move to others, or change places with smaller ones there, as long as that lowers the larger sum.
 
     Args:
-        costs: of the samples, not negative.
-        num_bins: how many bins.
-        at_least: samples that each bin gets, where there are enough for that.
+        costs: Costs of the samples, not negative.
+        num_bins: Number of bins.
+        at_least: Number of samples that each bin gets, if there are enough.
 
     Returns:
-        The samples of each bin, in their order. Bins are in the order in which they got their first sample; they are
-        empty only where there are fewer samples than bins.
+        The indices of each bin's samples in ascending order. Bins are in the order in which they got their first
+        sample, and are empty only if there are fewer samples than bins.
 
     Raises:
-        ValueError: no bins, or a cost that is not a number >= 0.
+        ValueError: There are no bins, or a cost is not a number >= 0.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins={num_bins}; expected a positive number")
@@ -66,24 +66,24 @@ def pack(costs: Sequence[float], num_bins: int, at_least: int = 1) -> list[list[
 
 
 def plan(costs: Sequence[float], num_replicas: int, num_groups: int) -> list[list[list[int]]]:
-    """Deal the samples of one step into the micro-batches of all replicas.
+    """Deals the samples of one step into the micro-batches of all replicas.
 
-    Replicas wait for each other at the end of the step, and stages for the largest micro-batch of their pipeline. So
-    sums of replicas are evened out together with their largest micro-batches, by the better one of two ways: samples
-    into all micro-batches, and these to replicas; or samples to replicas, and there into micro-batches.
+    Replicas wait for each other at the end of the step, and stages wait for the largest micro-batch of their pipeline,
+    so a replica's sum counts together with its largest micro-batch. The better of two ways is taken: to deal samples
+    into all micro-batches and these to replicas, or to deal samples to replicas and there into micro-batches.
 
     Args:
-        costs: of the samples of all replicas.
-        num_replicas: D.
-        num_groups: K, micro-batches of each replica. Fewer where there are fewer than D·K samples, the same number for
-            all.
+        costs: Costs of the samples of all replicas.
+        num_replicas: Number of replicas, D.
+        num_groups: Number of micro-batches of each replica, K. With fewer than D × K samples all replicas have the same
+            smaller number.
 
     Returns:
-        For each replica the samples of its micro-batches. The k-th micro-batches of the replicas are about equal; the
-        smallest come first, with which a pipeline fills sooner.
+        For each replica the indices of its micro-batches' samples. The k-th micro-batches of the replicas are about
+        equal. The smallest come first, because a pipeline fills sooner with them.
 
     Raises:
-        ValueError: there are fewer samples than replicas.
+        ValueError: There are fewer samples than replicas.
     """
     if len(costs) < num_replicas:
         raise ValueError(f"{len(costs)} samples for {num_replicas} replicas; expected at least one for each")
@@ -106,24 +106,24 @@ def plan(costs: Sequence[float], num_replicas: int, num_groups: int) -> list[lis
 
 
 def imbalance(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:
-    """The largest sum of the groups' costs over their mean; 1 where there is nothing to do."""
+    """Returns the largest sum of the groups' costs over the mean sum; 1 if all costs are zero."""
     loads = [sum(costs[i] for i in group) for group in groups]
     total = sum(loads)
     return max(loads) * len(loads) / total if total else 1.0
 
 
 def deal(costs: Sequence[float], num_bins: int, at_least: int = 0) -> list[list[tuple[float, int]]]:
-    """The first step of :func:`pack`: the largest sample first, each into the bin with the least so far.
+    """Does the first step of :func:`pack`: each sample, the largest first, goes into the bin with the smallest sum.
 
     Returns:
-        The (cost, sample) of each bin, the cheapest first.
+        Pairs (cost, sample) of each bin, the cheapest first.
     """
     bins: list[_Bin] = [[] for _ in range(num_bins)]
     only_missing = False
-    loads = [(0.0, 0, b) for b in range(num_bins)]  # of equal ones, that with the fewest samples
+    loads = [(0.0, 0, b) for b in range(num_bins)]  # among equal sums the bin with the fewest samples comes first
     missing, left = num_bins * at_least, len(costs)
     for sample in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if left <= missing and not only_missing:  # what is left is just what bins still lack
+        if left <= missing and not only_missing:  # the samples that are left are just those that bins still lack
             only_missing = True
             loads = [entry for entry in loads if entry[1] < at_least]
             heapq.heapify(loads)
@@ -141,7 +141,7 @@ def deal(costs: Sequence[float], num_bins: int, at_least: int = 0) -> list[list[
 
 
 def _improve(bins: list[_Bin], at_least: int) -> None:
-    """Exchange samples of the fullest bin with others while that lowers it."""
+    """Exchanges samples of the fullest bin with others while that lowers its sum."""
     loads = [sum(cost for cost, _ in content) for content in bins]
     least = max(sum(loads) / len(loads), max((content[-1][0] for content in bins if content), default=0.0))
     for _ in range(8 * len(bins) + 64):
@@ -153,7 +153,7 @@ def _improve(bins: list[_Bin], at_least: int) -> None:
         best, found = limit, None
         for other in sorted(range(len(bins)), key=loads.__getitem__):
             gap = loads[fullest] - loads[other]
-            if loads[fullest] - gap / 2 >= best:  # and so for all that follow
+            if loads[fullest] - gap / 2 >= best:  # as for all bins that follow
                 break
             for mine in bins[fullest]:
                 for its in _near(bins[other], mine[0] - gap / 2, can_move):
@@ -174,7 +174,7 @@ def _improve(bins: list[_Bin], at_least: int) -> None:
 
 
 def _near(content: _Bin, cost: float, can_move: bool) -> list[tuple[float, int] | None]:
-    """Samples of a bin next to a cost; None for no sample."""
+    """Returns the samples of a bin next to a cost; None stands for no sample."""
     place = bisect_left(content, (cost, -1))
     found: list[tuple[float, int] | None] = list(content[max(place - 1, 0) : place + 1])
     return [None, *found] if can_move else found

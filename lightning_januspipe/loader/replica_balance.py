@@ -1,8 +1,8 @@
-"""Graph-aware re-scheduling: the samples of one step of all replicas in micro-batches of equal work.
+"""Graph-aware re-scheduling: the samples of one step of all replicas are dealt into micro-batches of equal work.
 
-Each replica reads, in step with the others, the indices of all replicas' batches, packs them, and takes its own
-micro-batches (JanusPipe, arXiv 2605.18404). Nothing is sent for that: samplers are deterministic, and only the costs of
-the samples are told once, by one process.
+Each replica reads the indices of all replicas' batches, packs them, and takes its own micro-batches (JanusPipe, arXiv
+2605.18404). No messages are needed in training, because samplers are deterministic: one process sends the costs of all
+samples to the others at the start.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Balance = Literal["auto", "microbatches", "replicas"]
 
 
 class BalancedBatches:
-    """A batch sampler: the batches of all replicas, dealt anew, of which this replica takes its part.
+    """Is a batch sampler that deals the batches of all replicas anew and yields this replica's part.
 
     Args:
-        batches: this replica's own batch sampler.
-        costs: (n,) of the dataset's samples, the same in all processes.
-        num_replicas: D.
-        replica: which one this is.
-        num_groups: K, micro-batches of a batch.
+        batches: This replica's own batch sampler.
+        costs: (n,) costs of the dataset's samples, the same in all processes.
+        num_replicas: Number of replicas, D.
+        replica: Index of this replica.
+        num_groups: Number of micro-batches in a batch, K.
 
     Attributes:
-        sampler: what ``set_epoch`` is called on.
+        sampler: The sampler, on which Lightning calls ``set_epoch``.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class BalancedBatches:
         self.drop_last = getattr(batches, "drop_last", False)
 
     def __len__(self) -> int:
-        """Batches of a pass."""
+        """Returns the number of batches in a pass."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[GroupedIndices]:
-        """One pass, of the epoch that the sampler is set to now."""
+        """Yields the batches of one pass, in the epoch that the sampler is set to."""
         replicas = [_of_replica(self._batches, r) for r in range(self._num_replicas)]
         for parts in zip(*replicas, strict=True):
             yield GroupedIndices(self.groups([i for part in parts for i in part]))
 
     def groups(self, indices: Sequence[int]) -> list[list[int]]:
-        """This replica's micro-batches.
+        """Returns this replica's micro-batches.
 
         Args:
-            indices: of all samples of one step.
+            indices: Indices of all samples of one step.
         """
         dealt = plan(self._costs[np.asarray(indices)].tolist(), self._num_replicas, self._num_groups)
         return [[indices[i] for i in group] for group in dealt[self._replica]]
@@ -71,7 +71,7 @@ class BalancedBatches:
 
 @dataclass(frozen=True)
 class _Known:
-    """What one process tells the others: costs, or why there are none, and what they have to have too."""
+    """Holds the costs of all samples, or the reason why they are not known, as one process sends it to the others."""
 
     costs: NDArray[np.float64] | None
     why: str
@@ -89,23 +89,23 @@ def balance_replicas(
     is_teller: bool,
     may_change: bool = True,
 ) -> str | None:
-    """Let a loader deal the samples of a step over all replicas. All processes have to call it.
+    """Makes a loader deal the samples of a step over all replicas; all processes have to call it.
 
     Args:
-        loader: a copy of the user's loader that splits its batches, which is changed.
-        num_microbatches: into how many.
-        num_replicas: D.
-        replica: that of this process.
-        required: whether the user asked for this: then a dataset that does not know its samples' costs is read once.
-        tell: gives all processes what one has.
-        is_teller: whether this process is that one.
-        may_change: whether ``loader`` is a copy.
+        loader: A copy of the user's loader that splits its batches; it is changed.
+        num_microbatches: Number of micro-batches of a batch, K.
+        num_replicas: Number of replicas, D.
+        replica: Index of this process's replica.
+        required: Whether the user asked for it. If so, a dataset that does not know its samples' costs is read once.
+        tell: Sends an object of the telling process to all processes, and returns it.
+        is_teller: Whether this process is the telling one.
+        may_change: Whether ``loader`` is a copy.
 
     Returns:
-        None if it does, else why not.
+        None if the loader now deals samples over all replicas, else the reason why it cannot.
 
     Raises:
-        ValueError: the replicas' loaders are not the same.
+        ValueError: The loaders of the replicas differ.
     """
     why = _obstacle(loader, num_microbatches, num_replicas) if may_change else "it keeps a state of its own"
     known = tell(_look(loader, why, required) if is_teller else None)
@@ -131,7 +131,7 @@ def _look(loader: Any, why: str, required: bool) -> _Known:
         if costs is None and required:
             costs = measured_costs(loader)
     except Exception as error:  # the other processes wait for an answer
-        found = f"the costs of its samples cannot be had ({type(error).__name__}: {error})"
+        found = f"reading the costs of its samples failed ({type(error).__name__}: {error})"
         if not required:
             warnings.warn(f"samples are not balanced across replicas: {found}", stacklevel=4)
         return _Known(None, found, None)
@@ -143,32 +143,32 @@ def _look(loader: Any, why: str, required: bool) -> _Known:
 
 
 def _obstacle(loader: Any, num_microbatches: int, num_replicas: int) -> str:
-    """Why a loader's batches cannot be dealt anew; empty if they can."""
+    """Returns the reason why a loader's batches cannot be dealt anew; empty if they can."""
     if not isinstance(loader, DataLoader):
-        return f"it is no DataLoader ({type(loader).__name__})"
+        return f"it is not a torch DataLoader ({type(loader).__name__})"
     if isinstance(loader.dataset, IterableDataset):
         return f"its dataset ({type(loader.dataset).__name__}) is iterable"
     if loader.batch_sampler is None:
         return "it has no batch sampler"
     if num_microbatches > 1 and not collates_microbatches(loader):
         return "its batches cannot be split"
-    divided = _divided(loader.batch_sampler)
-    if divided is None:
+    sharing = _sharing_part(loader.batch_sampler)
+    if sharing is None:
         return (
-            "how replicas share its samples is not known (a DistributedSampler, or a batch sampler with the attributes "
-            "num_replicas and rank, would tell)"
+            "its sampler does not say how replicas share the samples, as a DistributedSampler does, or a batch sampler "
+            "with the attributes num_replicas and rank"
         )
-    if divided.num_replicas != num_replicas:
-        return f"its sampler divides samples over {divided.num_replicas} replicas, but there are {num_replicas}"
+    if sharing.num_replicas != num_replicas:
+        return f"its sampler shares the samples among {sharing.num_replicas} replicas, but there are {num_replicas}"
     return ""
 
 
-def _divided(batches: Any) -> Any:
-    """The part of a batch sampler that knows of replicas and of which copies can be made; None if there is none."""
+def _sharing_part(batches: Any) -> Any:
+    """Returns the object that shares samples among replicas and can be copied: batch sampler, sampler, or None."""
     if isinstance(getattr(batches, "num_replicas", None), int) and isinstance(getattr(batches, "rank", None), int):
         return batches
     sampler = getattr(batches, "sampler", None)
-    # Lightning's wrapper around samplers draws the order from one that may be different in each process.
+    # Lightning's wrapper around a custom sampler draws an order that may differ between processes.
     is_wrapper = hasattr(getattr(sampler, "dataset", None), "reset")
     if type(batches) is BatchSampler and isinstance(sampler, DistributedSampler) and not is_wrapper:
         return sampler
@@ -176,9 +176,9 @@ def _divided(batches: Any) -> Any:
 
 
 def _of_replica(batches: Any, replica: int) -> Any:
-    """A copy of a batch sampler, for another replica."""
+    """Returns a copy of a batch sampler for another replica."""
     other = copy.copy(batches)
-    if _divided(batches) is batches:
+    if _sharing_part(batches) is batches:
         other.rank = replica
     else:
         other.sampler = copy.copy(batches.sampler)

@@ -1,12 +1,13 @@
-"""Where training stands beside parameters and loops: random states, and the pass over the training loader.
+"""Resumes in the middle of an epoch: random states, and the pass over the training loader.
 
-A checkpoint of plain Lightning counts the batches of an epoch, but training goes on with the first of them. Here the
+A checkpoint of plain Lightning counts the batches of an epoch, but training resumes with the first of them. Here the
 loader is brought to the batch after the last one that was trained on, with the random numbers that it had then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,42 +17,44 @@ from lightning_januspipe.loader.copies import AnyLoader, copied_loader
 from lightning_januspipe.random_state import random_state, set_random_state
 
 KEY = "januspipe"
-"""The entry of a checkpoint that holds what :meth:`LoaderProgress.state` gives for each replica."""
+"""The entry of a checkpoint that holds :meth:`LoaderProgress.state` of each replica."""
 
 
 class LoaderProgress:
-    """Random states of one rank at the start of the present pass over the training data, and how to get back there.
+    """Knows one rank's random states in the present pass over the training data, and brings a loader back to them.
 
     Args:
-        device: this rank's device.
+        device: This rank's device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began: dict[str, Any] | None = None
-        self._first: dict[str, Any] | None = None
-        self._resumed: Mapping[str, Any] | None = None
-        self._num_done = 0
-        self._after: dict[str, Any] | None = None
-        self._is_settled = False
+        self._resumed: Mapping[str, Any] | None = None  # state of the checkpoint, until the loader is there
+        self._num_done = 0  # batches of the interrupted pass that training has had
+        self._at_start: dict[str, Any] | None = None  # random states when the present pass began
+        self._at_first: dict[str, Any] | None = None  # random states when its first batch was asked for
+        self._after_next: dict[str, Any] | None = None  # random states after its next batch was read ahead
+        self._is_training = False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on from here."""
-        return {"now": random_state(self._device), "began": self._began, "first": self._first}
+        """Returns the entry of a checkpoint from which training resumes here."""
+        return {"now": random_state(self._device), "began": self._at_start, "first": self._at_first}
 
     def resume(self, checkpoint: Mapping[str, Any], replica: int) -> None:
-        """Go on from a checkpoint as soon as there is a loader.
+        """Resumes from a checkpoint as soon as there is a loader.
 
         Args:
-            checkpoint: a whole checkpoint; without the entry of :data:`KEY` only batches are counted.
-            replica: of this rank. If there were fewer when the checkpoint was saved, several go on with one's states.
+            checkpoint: A whole checkpoint. Without the entry :data:`KEY` batches are passed over, but random states
+                stay as they are.
+            replica: Index of this rank's replica. If the checkpoint has the states of fewer replicas, several resume
+                with the same states.
         """
         saved = checkpoint.get(KEY, {}).get("replicas", [])
         self._resumed = saved[replica % len(saved)] if saved else {}
         self._num_done = batches_done(checkpoint)
 
     def tracked(self, loader: Any) -> Any:
-        """A loader whose passes are known here. A loader that keeps a state of its own is left to Lightning."""
+        """Returns a copy of a loader that reports its passes here; the loader itself if it keeps a state of its own."""
         if not isinstance(loader, DataLoader) or callable(getattr(loader, "state_dict", None)):
             return loader
         kind = type(loader)
@@ -61,49 +64,52 @@ class LoaderProgress:
         tracked.januspipe_progress = self
         return tracked
 
-    def begin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """A pass over the loader: a new one, or the rest of the one that was interrupted."""
-        if self._resumed is None:
-            self._began, self._first = random_state(self._device), None
-            return _Pass(make(), self)
-        return _Rest(make, self)
+    def start_pass(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Returns a pass over the loader: a new one, or the rest of the interrupted one."""
+        if self._resumed is not None:
+            return self._rest_of_pass(make)
+        self._at_start, self._at_first = random_state(self._device), None
+        return self._whole_pass(make())
 
-    def rejoin(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """The rest of the interrupted pass, when its next batch is asked for: the sampler's epoch is known then."""
+    def _whole_pass(self, batches: Iterator[Any]) -> Iterator[Any]:
+        self._at_first = random_state(self._device)  # samplers draw their seeds when the first batch is asked for
+        yield from batches
+
+    def _rest_of_pass(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        batches = self._rejoined(make)  # with the first batch that is asked for: the sampler's epoch is known then
+        for batch in islice(batches, 1):
+            if not self._is_training and self._resumed:  # the batch was read ahead, setting up goes on
+                self._after_next = random_state(self._device)
+            yield batch
+        yield from batches
+
+    def _rejoined(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """Returns a new pass after as many batches as training has had of the interrupted one."""
         assert self._resumed is not None
         if self._num_done == 0:
-            if not self._is_settled:
+            if not self._is_training:
                 self._set(self._resumed.get("now"))
-            self._began = random_state(self._device)
+            self._at_start = random_state(self._device)
             batches = make()
-            self.noted()
+            self._at_first = random_state(self._device)
             return batches
-        self._began, self._first = self._resumed.get("began"), self._resumed.get("first")
-        self._set(self._began)
+        self._at_start, self._at_first = self._resumed.get("began"), self._resumed.get("first")
+        self._set(self._at_start)
         batches = make()
-        self._set(self._first)
+        self._set(self._at_first)
         for _ in range(self._num_done):
             next(batches, None)
         self._set(self._resumed.get("now"))
         return batches
 
-    def rejoined(self) -> None:
-        """The next batch is there; where it was read ahead, setting up goes on now."""
-        if not self._is_settled and self._resumed:
-            self._after = random_state(self._device)
+    def training_starts(self) -> None:
+        """Undoes the random numbers that setting up has drawn since the checkpoint was loaded."""
+        self._is_training = True
+        self._set(self._after_next or (self._resumed or {}).get("now"))
 
-    def settle(self) -> None:
-        """Forget the random numbers that setting up has drawn: training begins now."""
-        self._is_settled = True
-        self._set(self._after or (self._resumed or {}).get("now"))
-
-    def moved_on(self) -> None:
-        """A batch was taken: the next pass is a new one."""
-        self._resumed = self._after = None
-
-    def noted(self) -> None:
-        """The first batch of a pass is asked for: samplers draw their seed only now."""
-        self._first = random_state(self._device)
+    def batch_is_taken(self) -> None:
+        """Makes the next pass a new one: the interrupted one goes on."""
+        self._resumed = self._after_next = None
 
     def _set(self, state: Mapping[str, Any] | None) -> None:
         if state is not None:
@@ -111,49 +117,20 @@ class LoaderProgress:
 
 
 def batches_done(checkpoint: Mapping[str, Any]) -> int:
-    """How many batches of its epoch training had done when a checkpoint was saved; 0 at the end of an epoch."""
+    """Returns how many batches of its epoch a checkpoint has been trained on; 0 at the end of an epoch."""
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
     if not progress:
         return 0
     total, current = progress["total"], progress["current"]
-    is_counted = total["completed"] == total["processed"]  # else it was saved by a hook at the end of a batch
+    is_counted = total["completed"] == total["processed"]  # otherwise a hook at the end of a batch saved it
     done = int(current["completed"]) + (not is_counted)
     return 0 if progress.get("is_last_batch") and done >= current["ready"] else done
 
 
 class _Tracked(AnyLoader):
-    """Comes before the class of a loader in that of its copy."""
+    """Adds reports of its passes to the class of a loader; see :func:`copied_loader`."""
 
     januspipe_progress: LoaderProgress
 
     def __iter__(self) -> Any:
-        return self.januspipe_progress.begin(super().__iter__)
-
-
-class _Pass(Iterator[Any]):
-    """One pass over a tracked loader from its beginning."""
-
-    def __init__(self, batches: Iterator[Any], progress: LoaderProgress) -> None:
-        self._batches, self._progress, self._is_first = batches, progress, True
-
-    def __next__(self) -> Any:
-        if self._is_first:
-            self._is_first = False
-            self._progress.noted()
-        return next(self._batches)
-
-
-class _Rest(Iterator[Any]):
-    """What is left of a pass that a checkpoint has interrupted."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]], progress: LoaderProgress) -> None:
-        self._make, self._progress = make, progress
-        self._batches: Iterator[Any] | None = None
-
-    def __next__(self) -> Any:
-        if self._batches is not None:
-            return next(self._batches)
-        self._batches = self._progress.rejoin(self._make)
-        batch = next(self._batches)
-        self._progress.rejoined()
-        return batch
+        return self.januspipe_progress.start_pass(super().__iter__)

@@ -44,12 +44,12 @@ def find_field(fields: Iterable[tuple[str, Tensor]], names: Collection[str], dim
 
 
 def sample_cost(sample: Any) -> float:
-    """How much work a sample is, about: edges and atoms (see :func:`~lightning_januspipe.loader.packing.work`).
+    """Returns an estimate of the work of a sample (see :func:`~lightning_januspipe.loader.packing.work`).
 
-    Where only one of these is found, that; without both, the numbers that the sample holds.
+    If neither edges nor atoms are found by their names, it is the number of numbers that the sample holds.
 
     Args:
-        sample: a dict, a tuple, PyG data, an ``ase.Atoms``, or any object with attributes, also nested.
+        sample: A dict, a tuple, PyG data, an ``ase.Atoms``, or any object with attributes, also nested.
     """
     edges, atoms, numbers = _counts("", sample, 0)
     found = work(atoms, edges)
@@ -57,7 +57,7 @@ def sample_cost(sample: Any) -> float:
 
 
 def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, int]:
-    """Edges and atoms, where there are any by name, and all numbers."""
+    """Returns the numbers of edges and of atoms, None if no field is named so, and the number of all numbers."""
     if isinstance(value, Tensor) or hasattr(value, "__array_interface__"):
         shape = tuple(value.shape)
         numbers = value.numel() if isinstance(value, Tensor) else int(value.size)
@@ -75,12 +75,12 @@ def _counts(name: str, value: Any, depth: int) -> tuple[int | None, int | None, 
 
 
 def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a sample or batch of any form, with the names under which they are found.
+    """Yields the names and the tensors of all fields of a sample or batch of any format.
 
     Args:
-        value: a tensor, a dict, a list or tuple, PyG data, or any object with attributes, also nested.
-        name: the name of a value that is a tensor itself.
-        depth: how deep it lies.
+        value: A tensor, a dict, a list or tuple, PyG data, or any object with attributes, also nested.
+        name: The name of the value.
+        depth: How deep the value is nested.
     """
     if isinstance(value, Tensor):
         yield name, value
@@ -90,14 +90,14 @@ def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    """What an object holds, by name."""
+    """Returns the parts of an object with their names."""
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return [("", v) for v in value]
     named: Any = value
     if isinstance(value, tuple):
         named = named._asdict()
     if not isinstance(value, type) and hasattr(value, "to_dict"):  # PyG data
-        with suppress(Exception):  # another method of this name
+        with suppress(Exception):  # the method may be another one of this name
             named = value.to_dict()
     if not isinstance(named, Mapping):
         named = getattr(value, "__dict__", {})

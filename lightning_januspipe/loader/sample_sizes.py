@@ -1,4 +1,4 @@
-"""How large the samples of a dataset are, where it knows this without making them."""
+"""The sizes and costs of a dataset's samples, where the dataset knows them without making the samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """Sizes of all samples of a dataset.
+    """Holds the sizes of all samples of a dataset.
 
     Attributes:
-        atoms: (n,) numbers of atoms; None where they are not known.
-        edges: (n,) numbers of edges, which may be estimates; None where they are not known.
+        atoms: (n,) numbers of atoms; None if they are not known.
+        edges: (n,) numbers of edges, which may be estimates; None if they are not known.
+
+    Raises:
+        ValueError: The two have different lengths.
     """
 
     atoms: Floats | None
@@ -30,24 +33,26 @@ class SampleSizes:
 
     def __post_init__(self) -> None:
         if self.atoms is not None and self.edges is not None and len(self.atoms) != len(self.edges):
-            raise ValueError(f"{len(self.atoms)} numbers of atoms and {len(self.edges)} of edges; expected as many")
+            raise ValueError(
+                f"{len(self.atoms)} numbers of atoms, but {len(self.edges)} of edges; expected both for each sample"
+            )
 
     def costs(self) -> Floats | None:
-        """(n,) work for each sample (see :func:`~lightning_januspipe.loader.packing.work`)."""
+        """Returns the (n,) work of the samples (see :func:`~lightning_januspipe.loader.packing.work`)."""
         if self.atoms is None or self.edges is None:
             return self.atoms if self.edges is None else self.edges
         return self.edges + ATOM_WEIGHT * self.atoms
 
 
 def sample_sizes(dataset: Any) -> SampleSizes | None:
-    """Sizes of all samples; None where the dataset does not know them.
+    """Returns the sizes of all samples; None if the dataset does not know them.
 
     Args:
-        dataset: one with a method ``sample_sizes() -> (atoms, edges)``, two sequences of n numbers, either of which may
-            be None; PyG's ``InMemoryDataset``; or a ``Subset`` or ``ConcatDataset`` of such.
+        dataset: A dataset with a method ``sample_sizes() -> (atoms, edges)``, which returns two sequences of n numbers
+            or None for either; PyG's ``InMemoryDataset``; or a ``Subset`` or ``ConcatDataset`` of such.
 
     Raises:
-        ValueError: the dataset gives as many sizes as it does not have samples.
+        ValueError: The dataset returns another number of sizes than it has samples.
     """
     if callable(getattr(dataset, "sample_sizes", None)):
         found = SampleSizes(*(None if s is None else np.asarray(s, dtype=np.float64) for s in dataset.sample_sizes()))
@@ -66,14 +71,14 @@ def sample_sizes(dataset: Any) -> SampleSizes | None:
 
 
 def sample_costs(dataset: Any) -> Floats | None:
-    """(n,) work for each sample, in any unit; None where the dataset does not know it.
+    """Returns the (n,) work of the samples, in any unit; None if the dataset does not know it.
 
     Args:
-        dataset: one with a method ``sample_costs()`` that gives n numbers, or one of which :func:`sample_sizes` knows
-            the sizes; or a ``Subset`` or ``ConcatDataset`` of such.
+        dataset: A dataset with a method ``sample_costs()`` that returns n numbers, or with sizes that
+            :func:`sample_sizes` finds; or a ``Subset`` or ``ConcatDataset`` of such.
 
     Raises:
-        ValueError: the dataset gives as many costs as it does not have samples.
+        ValueError: The dataset returns another number of costs than it has samples.
     """
     costs: Floats | None
     if callable(getattr(dataset, "sample_costs", None)):
@@ -84,14 +89,14 @@ def sample_costs(dataset: Any) -> Floats | None:
     if isinstance(dataset, Subset):
         inner = sample_costs(dataset.dataset)
         return None if inner is None else inner[np.asarray(dataset.indices, dtype=np.int64)]
-    sizes = sample_sizes(dataset)  # of a ConcatDataset edges count only if all parts know theirs
+    sizes = sample_sizes(dataset)  # edges of a ConcatDataset count only if all parts know theirs
     if sizes is None and isinstance(dataset, ConcatDataset):
         return _joined([sample_costs(d) for d in dataset.datasets])
     return None if sizes is None else sizes.costs()
 
 
 def _from_slices(dataset: Any) -> SampleSizes:
-    """Of PyG's datasets in memory, which are one large graph and where in it each sample begins."""
+    """Returns the sizes of PyG's in-memory datasets: one large graph, and the rows where each sample begins."""
     slices = getattr(dataset, "slices", None)
     if not isinstance(slices, Mapping):
         return SampleSizes(None, None)
@@ -120,6 +125,6 @@ def _joined(parts: list[Floats | None]) -> Floats | None:
 def _check_length(dataset: Any, sizes: Floats | None, name: str) -> None:
     if sizes is not None and sizes.shape != (len(dataset),):
         raise ValueError(
-            f"{type(dataset).__name__}.{name}() gave numbers of shape {sizes.shape}; expected ({len(dataset)},), one "
-            "for each sample"
+            f"{type(dataset).__name__}.{name}() returned numbers of shape {sizes.shape}; expected ({len(dataset)},), "
+            "one for each sample"
         )

@@ -1,15 +1,14 @@
-"""Loaders: split their batches into micro-batches, seed their workers, and take samples from them for capture."""
+"""Splits the batches of a loader into micro-batches: a copy of the loader does it, with its collate_fn wrapped."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch.distributed as dist
@@ -28,25 +27,25 @@ from lightning_januspipe.loader.microbatch import (
 def split_batches(
     loader: Any, num_microbatches: int, required: bool, ahead: Callable[[int, Any], Tensor | None] | None = None
 ) -> Any:
-    """A loader that gives :class:`~lightning_januspipe.loader.microbatch.MicroBatches`.
+    """Returns a loader that yields :class:`~lightning_januspipe.loader.microbatch.MicroBatches`.
 
-    The user's loader is not changed: it may serve for validation too. Only its ``state_dict``, where it has one, tells
-    from now on how far the returned loader is.
+    The user's loader is not changed, because it may serve for validation too. Only its ``state_dict``, if it has one,
+    returns the state of the new loader from now on.
 
     Args:
-        loader: the user's loader.
-        num_microbatches: into how many.
-        required: whether the user asked for this number, so that a loader that cannot be split is an error.
-        ahead: what to find out about each micro-batch where it is collated; see
+        loader: The user's loader.
+        num_microbatches: Number of micro-batches of a batch.
+        required: Whether the user asked for this number, so that a loader that cannot be split is an error.
+        ahead: Called with each micro-batch where it is collated; see
             :class:`~lightning_januspipe.loader.microbatch.MicroBatchCollate`.
 
     Returns:
-        A copy that splits. The loader itself where one micro-batch is wanted or it cannot be split; but a copy that
-        gives the same batches if its dataset is iterable and there are several processes: its first batch is then read
-        ahead for :func:`example_batches`, by every process alike.
+        A copy that splits its batches. For one micro-batch, or if the batches cannot be split, it is the loader itself,
+        but a copy that yields the same batches if its dataset is iterable and there are several processes: every
+        process then reads its first batch ahead for :func:`~lightning_januspipe.loader.examples.example_batches`.
 
     Raises:
-        ValueError: the loader collates nothing, so that its batches cannot be split.
+        ValueError: The loader does not collate samples, so that its batches cannot be split, but ``required`` is set.
     """
     reads_ahead = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
     if num_microbatches > 1 and not collates_samples(loader):
@@ -62,7 +61,7 @@ def split_batches(
 
 
 def require_samples(loader: Any) -> None:
-    """Refuse a training loader without a batch.
+    """Raises an error if a training loader has no batch.
 
     Raises:
         ValueError: The dataset is empty, or fewer samples than a batch are left of it with ``drop_last``.
@@ -70,37 +69,44 @@ def require_samples(loader: Any) -> None:
     dataset: Any = getattr(loader, "dataset", None)
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
         return
-    name = type(dataset).__name__
     if not len(dataset):
-        raise ValueError(f"the training dataset ({name}) is empty; check its file, its split sizes and its filters")
+        raise empty(dataset)
     if isinstance(loader, DataLoader) and getattr(loader.batch_sampler, "drop_last", False) and not len(loader):
         size, num = getattr(loader.batch_sampler, "batch_size", None), getattr(loader.sampler, "num_replicas", 1)
         share = f" for {num} replicas" if num > 1 else ""
         raise ValueError(
-            f"the training loader has no batch: its dataset ({name}) has {len(dataset)} samples{share}, a batch has "
-            f"{size}, and drop_last leaves incomplete ones out. Use a smaller batch_size or drop_last=False"
+            f"the training loader has no batch: its dataset ({type(dataset).__name__}) has {len(dataset)} samples"
+            f"{share}, a batch has {size}, and drop_last leaves incomplete ones out. Use a smaller batch_size or "
+            "drop_last=False"
         )
 
 
+def empty(dataset: Any) -> ValueError:
+    """Returns the error for an empty dataset."""
+    return ValueError(
+        f"the dataset ({type(dataset).__name__}) is empty; check its file, its split sizes and its filters"
+    )
+
+
 def seed_workers(loader: Any, worker_init: Callable[..., None], data_rank: int) -> None:
-    """Seed workers by the data-parallel rank, so that the ranks of one pipeline see the same random transforms."""
+    """Seeds workers by the replica, so that the ranks of one replica see the same random transforms."""
     if isinstance(loader, DataLoader) and loader.worker_init_fn is None and os.environ.get("PL_SEED_WORKERS") == "1":
         loader.worker_init_fn = partial(worker_init, rank=data_rank)
 
 
 def collates_microbatches(loader: Any) -> bool:
-    """Whether a loader is one of :func:`split_batches` that splits what its collating function gets."""
+    """Returns whether a loader splits its batches, as :func:`split_batches` made it."""
     return isinstance(getattr(loader, "collate_fn", None), MicroBatchCollate)
 
 
 def take_groups(loader: Any, batch_sampler: Any) -> None:
-    """Let a loader of :func:`split_batches` take its batches from another sampler, and the micro-batches with them.
+    """Makes a loader of :func:`split_batches` take its batches, and the micro-batches in them, from a batch sampler.
 
     Args:
-        loader: the copy, which is changed. Its dataset stays what callbacks see.
-        batch_sampler: gives :class:`~lightning_januspipe.loader.microbatch.GroupedIndices`.
+        loader: The copy, which is changed; callbacks still find the user's dataset in it.
+        batch_sampler: Yields :class:`~lightning_januspipe.loader.microbatch.GroupedIndices`.
     """
-    loader.__dict__["batch_sampler"] = batch_sampler  # not to be set after __init__, where it is checked
+    vars(loader)["batch_sampler"] = batch_sampler  # DataLoader forbids to set it after __init__
     if collates_microbatches(loader):
         loader.split_state.has_groups = True
 
@@ -109,7 +115,7 @@ def take_groups(loader: Any, batch_sampler: Any) -> None:
 
 
 def collates_samples(loader: Any) -> bool:
-    """Whether a loader makes batches of samples, so that a batch can be split by collating fewer of them."""
+    """Returns whether a loader collates samples, so that a batch can be split by collating fewer of them."""
     return isinstance(loader, DataLoader) and (loader.batch_sampler is not None or loader.batch_size is not None)
 
 
@@ -128,22 +134,22 @@ def _cannot_split(loader: Any, num_microbatches: int, required: bool, why: str) 
     if not _is_distributed() or dist.get_rank() == 0:
         warnings.warn(
             f"{what}: each batch is one micro-batch, on which the ranks of a pipeline work one after another. {how}, "
-            "to have batches split; num_microbatches=1 says that this is meant.",
+            "so that batches are split, or set num_microbatches=1 to silence this warning.",
             stacklevel=3,
         )
 
 
 @dataclasses.dataclass
 class _SplitState:
-    """What a split loader knows beside what the user's loader does.
+    """Holds the state that a split loader has beside the user's loader.
 
     Attributes:
-        num_microbatches: into how many its batches are split; its batches are plain if 1.
-        collates: whether the collating function is wrapped.
-        reads_ahead: whether the first batch is read as soon as there is an iterator.
-        examples: two batches for capture.
-        parked: an iterator made for these; the next that is asked for.
-        has_groups: whether the batch sampler forms the micro-batches.
+        num_microbatches: Number of micro-batches of a batch; with 1 the loader yields plain batches.
+        collates: Whether the collating function is wrapped.
+        reads_ahead: Whether the first batch is read as soon as an iterator is made.
+        examples: Two batches for capture, once they are known.
+        parked: An iterator that was made to get the examples, and is the next one that training gets.
+        has_groups: Whether the batch sampler forms the micro-batches.
     """
 
     num_microbatches: int
@@ -154,25 +160,25 @@ class _SplitState:
     has_groups: bool = False
 
     def examples_of(self, loader: Any) -> tuple[Any, Any]:
-        """The examples of a loader that reads ahead."""
+        """Returns the two example batches of a loader that reads ahead."""
         if self.examples is None:
             self.parked = iter(loader)
         if self.examples is None:
-            raise ValueError("the dataset gives no samples")
+            raise empty(loader.dataset)
         return self.examples
 
     def checked(self, batch: Any, name: str) -> Any:
-        """A batch as training gets it.
+        """Returns a batch as training gets it, and keeps the examples that it carries.
 
         Raises:
-            ValueError: it was not made by the loader's collating function.
+            ValueError: The loader's collating function did not make the batch.
         """
         if not self.collates:
             return batch
         if not isinstance(batch, MicroBatches):
             raise ValueError(
-                f"the training loader ({name}) makes batches (here: {type(batch).__name__}) otherwise than by its "
-                "collate_fn, so they cannot be split. Use a torch DataLoader with a batch_size or batch_sampler, or "
+                f"the training loader ({name}) yields a {type(batch).__name__} that its collate_fn did not make, so "
+                "batches cannot be split. Use a torch DataLoader with a batch_size or batch_sampler, or "
                 "num_microbatches=1 with accumulate_grad_batches."
             )
         if batch.examples is not None:
@@ -181,9 +187,9 @@ class _SplitState:
 
 
 class GroupedDataset:
-    """A dataset as a loader's fetcher sees it: the samples of grouped indices come in the same groups.
+    """Wraps a dataset for a loader's fetcher: the samples of grouped indices come in the same groups.
 
-    Everything else is asked of the dataset, and set there: a ``worker_init_fn`` finds this object in its worker.
+    Attributes are those of the dataset, also when they are set: a ``worker_init_fn`` gets this object in its worker.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -214,43 +220,36 @@ class GroupedDataset:
 
 
 class SplitLoader(AnyLoader):
-    """Comes before the class of the user's loader in that of its copy."""
+    """Adds splitting to the class of the user's loader; see :func:`copied_loader`."""
 
     split_state: _SplitState
 
     def __iter__(self) -> Any:
         state = self.split_state
         parked, state.parked = state.parked, None
-        return parked or _SplitIterator(self._batches(), state, type(self).__name__)
+        return parked or _split_pass(self._batches(), state, type(self).__name__)
 
     def _batches(self) -> Iterator[Any]:
         if not self.split_state.has_groups:
             return super().__iter__()
-        # The dataset of the loader itself stays the user's, for callbacks; the one that is read groups its samples.
+        # Callbacks find the user's dataset in the loader; its iterators read another one, which groups the samples.
         reader = object.__new__(type(self))
         reader.__dict__.update(self.__dict__, dataset=GroupedDataset(self.dataset))
         batches = super(SplitLoader, reader).__iter__()
-        self._iterator = reader._iterator  # of workers that persist
+        self._iterator = reader._iterator  # persistent workers
         return batches
 
 
-class _SplitIterator(Iterator[Any]):
-    """One pass over a split loader."""
-
-    def __init__(self, batches: Iterator[Any], state: _SplitState, name: str) -> None:
-        self._batches, self._state, self._name = batches, state, name
-        self._ahead: deque[Any] = deque()
-        if state.reads_ahead and state.examples is None:
-            # Every process does so, at the same place in its random numbers, and before capture needs it on one.
-            self._ahead.extend(islice(self._checked(), 1 if state.collates else 2))
-            if self._ahead and not state.collates:
-                state.examples = first_and_last(list(self._ahead))
-
-    def __next__(self) -> Any:
-        return self._ahead.popleft() if self._ahead else self._state.checked(next(self._batches), self._name)
-
-    def _checked(self) -> Iterator[Any]:
-        return (self._state.checked(b, self._name) for b in self._batches)
+def _split_pass(batches: Iterator[Any], state: _SplitState, name: str) -> Iterator[Any]:
+    """Returns one pass over a split loader."""
+    checked = (state.checked(batch, name) for batch in batches)
+    if not state.reads_ahead or state.examples is not None:
+        return checked
+    # Every process reads ahead here, although one captures, so that their random numbers stay the same.
+    ahead = list(islice(checked, 1 if state.collates else 2))
+    if ahead and not state.collates:
+        state.examples = first_and_last(ahead)
+    return chain(ahead, checked)
 
 
 def _split_copy(
@@ -260,15 +259,15 @@ def _split_copy(
     reads_ahead: bool,
     ahead: Callable[[int, Any], Tensor | None] | None,
 ) -> Any:
-    """A copy made without ``__init__``, which in subclasses may ignore or rename its arguments; None if it cannot be.
+    """Returns a copy of a loader that splits its batches; None if its ``collate_fn`` cannot be replaced.
 
-    A loader with a state is represented by its copy: where it was copied before, it is the copy that went on.
+    If a loader has a state and was copied before, the state is that of the copy, which went on.
     """
     before = getattr(loader.__dict__.get("state_dict"), "__self__", None)
     source = before if isinstance(before, SplitLoader) else loader
     split = copied_loader(SplitLoader, type(loader), source)
     if source is loader:
-        split.__dict__["_iterator"] = None  # workers that persist belong to the user's loader
+        split.__dict__["_iterator"] = None  # persistent workers belong to the user's loader
     else:
         split.__dict__.pop("state_dict", None)
     collates = collates_samples(loader)
@@ -295,22 +294,22 @@ def _split_copy(
 
 
 def fresh_pass(iterable: Any, what: str) -> Iterator[Any]:
-    """A pass over an iterable of which training has a pass of its own.
+    """Returns a new iterator for reading examples, while training iterates by itself.
 
     Raises:
-        ValueError: there is only one, and this process would take what others still expect.
+        ValueError: The iterable can be read only once, and there are several processes.
     """
     once = hasattr(type(iterable), "__next__") or (what == "dataset" and iter(iterable) is iter(iterable))
     if once and _is_distributed():
         raise ValueError(
-            f"the {what} ({type(iterable).__name__}) can be read only once, so that capture would take samples away "
-            "from what follows. Let its __iter__ start a new pass: open its file, or make its generator, in there."
+            f"the {what} ({type(iterable).__name__}) can be read only once, so reading examples for capture would take "
+            "samples away. Let its __iter__ start a new pass: open its file, or make its generator, in there."
         )
     return iter(iterable)
 
 
 def first_and_last(batches: Sequence[Any]) -> tuple[Any, Any]:
-    """Returns the first and the last of some batches.
+    """Returns the first and the last of some batches as the two example batches.
 
     Raises:
         ValueError: There are none.

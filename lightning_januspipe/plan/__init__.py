@@ -1,4 +1,4 @@
-"""What each schedule would give, before anything is trained: ``januspipe plan``, and the same for notebooks.
+"""Predicts the time and memory of a step with each schedule, before training: for ``januspipe plan`` and notebooks.
 
 ::
 

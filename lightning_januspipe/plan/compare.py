@@ -1,4 +1,4 @@
-"""The schedules of a plan, built and simulated: times in seconds, sizes in bytes."""
+"""Builds and simulates the schedules of a plan: times in seconds, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lightning_januspipe.schedule.request import Auto
 BASELINE = "1f1b-2nd"
 """The schedule whose speed counts as 1."""
 
-# As when training starts: of several numbers of stages one with more has to gain what its messages may cost.
+# As when training starts: more stages on a rank have to gain what their messages may cost.
 _LEAST_GAIN = 0.02
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class CutCosts:
-    """The costs of one division of the chain of layers.
+    """Holds the costs of a potential that is cut into stages in one way.
 
     Attributes:
-        costs: seconds of the phases, nothing deferred: of one rank's share, or one entry per stage.
-        deferred: the same with WF and WE apart; None takes ``costs``.
-        memory: bytes that a micro-batch holds between its phases, given like ``costs``; None where unknown.
-        deferred_memory: the same with WF and WE apart; None takes ``memory``.
-        message_bytes: bytes of a message, or a function of the message.
-        typical_message: bytes of a message in the mean, for the search of an order.
-        chunks: stages per rank, or "auto" where ``costs`` are of one rank's share.
+        costs: Seconds of the phases, nothing deferred: of one rank's share, or one entry per stage.
+        deferred: Seconds of the phases with WF and WE deferred; None takes ``costs``.
+        memory: Bytes that a micro-batch holds between its phases, given like ``costs``; None where unknown.
+        deferred_memory: Bytes of a micro-batch with WF and WE deferred; None takes ``memory``.
+        message_bytes: Bytes of a message, or a function of the message.
+        typical_message: Mean bytes of a message, for the search of an order.
+        chunks: Stages per rank, or "auto" where ``costs`` are those of one rank's share.
     """
 
     costs: Costs
@@ -45,17 +45,17 @@ class CutCosts:
     chunks: int | Auto = "auto"
 
     def costs_of(self, name: str) -> Costs:
-        """Costs that a schedule of this name runs with."""
+        """Returns the costs that a schedule of this name runs with."""
         return self.deferred if self.deferred is not None and name in DEFERRED else self.costs
 
     def memory_of(self, name: str) -> Memory | None:
-        """Bytes that a micro-batch holds with a schedule of this name."""
+        """Returns the bytes that a micro-batch holds with a schedule of this name."""
         return self.deferred_memory if self.deferred_memory is not None and name in DEFERRED else self.memory
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What all schedules of a plan have in common; see :func:`plan_costs`."""
+    """Holds the options that all schedules of a plan share; :func:`plan_costs` explains them."""
 
     num_ranks: int
     num_microbatches: int
@@ -68,16 +68,16 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """What one schedule would give.
+    """Holds the prediction for one schedule.
 
     Attributes:
-        name: name of the schedule.
-        schedule: its actions; without the memory limit where it cannot keep within it.
-        report: its simulated step.
-        bound: what no folded schedule of these stages can be faster than, in seconds; None of an unfolded one.
-        message_bytes: bytes sent between ranks in a step.
-        fits: whether it keeps within the memory limit.
-        needed: bytes that a rank needs at least, where it does not fit.
+        name: Name of the schedule.
+        schedule: Its actions; made without the memory limit where it cannot keep within it.
+        report: Its simulated step.
+        bound: Seconds that no folded schedule of these stages can beat; None for an unfolded schedule.
+        message_bytes: Bytes sent between ranks in a step.
+        fits: Whether it keeps within the memory limit.
+        needed: Bytes that a rank needs at least, where it does not fit.
     """
 
     name: str
@@ -95,17 +95,17 @@ class ScheduleRow:
 
     @property
     def over_ideal(self) -> float:
-        """Step time over the time that the busiest rank works: 1 where nobody waits."""
+        """Step time over the time that the busiest rank works: 1 where it never waits."""
         return self.report.makespan / self.report.ideal
 
     @property
     def gap(self) -> float | None:
-        """How much the step is longer than the lower bound, as a share of that."""
+        """Excess of the step time over the lower bound, as a share of the bound."""
         return None if self.bound is None else max(0.0, self.report.makespan / self.bound - 1.0)
 
     @property
     def num_live(self) -> int:
-        """Most micro-batches of which a rank holds something at once."""
+        """Most live micro-batches of a rank."""
         return max(self.report.peak_live)
 
     @property
@@ -115,23 +115,23 @@ class ScheduleRow:
 
     @property
     def num_messages(self) -> int:
-        """Messages between ranks in a step."""
+        """Number of messages between ranks in a step."""
         return sum(map(len, self.schedule.messages().values()))
 
 
 @dataclass(frozen=True)
 class SchedulePlan:
-    """All schedules that were asked for, for the same work.
+    """Holds the predictions for all wanted schedules, for the same work.
 
     Attributes:
-        options: ranks, micro-batches and limits.
-        rows: one per schedule, in the order in which they were asked for.
-        one_rank: seconds of a step's whole work, one phase after the other.
-        busiest: the largest share of the work that a rank has, with one stage on each; 1/P where these are even.
-        failed: why others cannot be built, by name.
-        baseline: seconds of a step with ``1f1b-2nd``; None where it cannot be built.
-        structures: structures in a micro-batch; None where there is no data.
-        atoms: atoms in a micro-batch; None where there is no data.
+        options: Ranks, micro-batches and limits.
+        rows: One row per schedule, in the given order.
+        one_rank: Seconds of a step's whole work, one phase after the other.
+        busiest: The largest share of the work that a rank has, with one stage on each; 1/P where all are equal.
+        failed: By name, the reason why a schedule cannot be built.
+        baseline: Seconds of a step with ``1f1b-2nd``; None where it cannot be built.
+        structures: Structures in a micro-batch; None where there is no data.
+        atoms: Atoms in a micro-batch; None where there is no data.
     """
 
     options: PlanOptions
@@ -145,22 +145,22 @@ class SchedulePlan:
 
     @property
     def choice(self) -> ScheduleRow | None:
-        """The fastest schedule that fits in memory; of equally fast ones that which holds least."""
+        """The fastest schedule that fits in memory; among equally fast ones, the one that holds the fewest bytes."""
         fitting = [row for row in self.rows if row.fits]
         least = min((row.step_time for row in fitting), default=0.0)
         fastest = [row for row in fitting if row.step_time <= least * (1 + _ROUNDING)]
         return min(fastest, key=lambda row: row.peak_memory or 0.0, default=None)
 
     def speed(self, row: ScheduleRow) -> float | None:
-        """How many times faster a schedule is than ``1f1b-2nd``."""
+        """Returns how many times faster a schedule is than ``1f1b-2nd``."""
         return None if self.baseline is None else self.baseline / row.step_time
 
     def per_second(self, number: float, row: ScheduleRow) -> float:
-        """A number that every micro-batch has, such as its atoms, in a second of training."""
+        """Returns the rate per second of training of something that every micro-batch has, such as its atoms."""
         return number * self.options.num_microbatches / row.step_time
 
     def reason(self) -> str:
-        """One sentence: what is chosen, and why."""
+        """Says in one sentence which schedule is chosen, and why."""
         chosen, limit = self.choice, self.options.memory_limit
         if chosen is None:
             least = min((row.needed for row in self.rows if row.needed is not None), default=None)
@@ -185,7 +185,7 @@ class SchedulePlan:
         return f"{text}. {ranks} ranks are {self.one_rank / chosen.step_time:.1f} times as fast as one."
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON: seconds and bytes."""
+        """Returns all numbers, in seconds and bytes, for JSON."""
         chosen = self.choice
         return {
             "num_ranks": self.options.num_ranks,
@@ -246,7 +246,7 @@ def plan_costs(
     bandwidth: float = math.inf,
     message_bytes: float = 0.0,
 ) -> SchedulePlan:
-    """Compare schedules for given costs.
+    """Compares schedules for given costs.
 
     Args:
         costs: Seconds of the phases of one rank's share for one micro-batch, or one entry per rank.
@@ -256,13 +256,13 @@ def plan_costs(
         memory: Bytes that a micro-batch holds between its phases, given like ``costs``.
         memory_limit: Most bytes that the micro-batches of one rank may hold.
         wave_size: Micro-batches per wave of ``wavek`` and ``wavek-zb``, or "auto".
-        max_live: Most micro-batches of which a rank may hold something at once.
-        latency: Seconds that a message takes.
+        max_live: Most live micro-batches of a rank.
+        latency: Seconds of a message.
         bandwidth: Bytes per second of messages in each direction between two ranks.
         message_bytes: Bytes of a message.
 
     Raises:
-        ValueError: A name is unknown, or a number is not possible.
+        ValueError: A name is unknown, or a number is out of its range.
     """
     options = PlanOptions(num_ranks, num_microbatches, wave_size, max_live, memory_limit, latency, bandwidth)
     stages = CutCosts(costs, memory=memory, message_bytes=message_bytes, typical_message=message_bytes)
@@ -277,18 +277,18 @@ def plan_cuts(
     structures: float | None = None,
     atoms: float | None = None,
 ) -> SchedulePlan:
-    """Compare schedules for one or more divisions of the same chain.
+    """Compares schedules for a potential that is cut in one or more ways.
 
     Args:
-        choices: Divisions, that with one stage on each rank first; schedules that can have several stages on a rank
-            take the one with the shortest step.
+        choices: The cuts, the one with a single stage on each rank first. Schedules that can have several stages on a
+            rank take the cut with the shortest step.
         options: Ranks, micro-batches and limits.
         schedules: Names of schedules.
         structures: Structures in a micro-batch, for the throughput.
         atoms: Atoms in a micro-batch.
 
     Raises:
-        ValueError: A name is unknown, or a number is not possible.
+        ValueError: A name is unknown, or a number is out of its range.
     """
     limit = options.memory_limit
     if limit is not None and not (math.isfinite(limit) and limit > 0):
@@ -296,7 +296,7 @@ def plan_cuts(
     if limit is not None and any(stages.memory is None for stages in choices):
         raise ValueError("memory_limit needs memory: give the bytes that a micro-batch holds between its phases.")
     Link(options.latency, options.bandwidth)
-    # A number that no schedule accepts is the user's mistake; one that some cannot keep is a result.
+    # A number that no schedule accepts is the user's mistake; a limit that some cannot keep is a result.
     build_schedule(
         "wavek",
         options.num_ranks,
@@ -307,7 +307,7 @@ def plan_cuts(
     )
     for name in schedules:
         if name not in GENERATORS:
-            build_schedule(name, 1, 1, PhaseCosts(1, 1, 1, 1))  # names what is known, and what is near
+            build_schedule(name, 1, 1, PhaseCosts(1, 1, 1, 1))  # raises an error with the nearest name
     rows: list[ScheduleRow] = []
     failed: dict[str, str] = {}
     for name in dict.fromkeys(schedules):
@@ -327,7 +327,7 @@ def plan_cuts(
 
 
 def _row(name: str, choices: Sequence[CutCosts], options: PlanOptions) -> ScheduleRow:
-    """One schedule with the best division; ValueError where it cannot be built at all."""
+    """Returns the prediction for one schedule with the best cut; ValueError where it cannot be built at all."""
     best: ScheduleRow | None = None
     for stages in choices if name in SEVERAL_STAGES else choices[:1]:
         found = _row_of_stages(name, stages, options)
@@ -386,7 +386,7 @@ def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> Schedul
 
 
 def format_bytes(value: float) -> str:
-    """Bytes with the unit that suits them, in steps of 1000."""
+    """Returns bytes as text with the unit that suits them, in steps of 1000."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -20,17 +20,17 @@ FORMATS = ("svg", "png")
 def write_plan(
     plan: SchedulePlan, folder: Path, suffix: str, about: dict[str, Any], measured: Sequence[Measured]
 ) -> list[Path]:
-    """Write the files.
+    """Writes the files of a plan.
 
     Args:
-        plan: the schedules.
-        folder: where to; made if it is not there.
+        plan: The plan.
+        folder: The folder, which is made if it does not exist.
         suffix: ``svg`` or ``png``.
-        about: what else ``plan.json`` shall say.
-        measured: the cuts of the potential, for ``plan.json``; none where costs were given.
+        about: Further entries of ``plan.json``.
+        measured: The cuts of the potential, for ``plan.json``; none where costs were given.
 
     Returns:
-        The paths, in the order in which they are best looked at.
+        The paths, the most interesting first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(row.name, row.schedule, row.report) for row in plan.rows]
@@ -58,7 +58,7 @@ def write_plan(
 
 
 def stages_dict(measured: Measured) -> list[dict[str, Any]]:
-    """Every stage of a cut, in seconds and bytes."""
+    """Returns the costs and boundaries of every stage of a cut, in seconds and bytes."""
     found = []
     for stage, (costs, deferred, memory, later) in enumerate(
         zip(measured.costs, measured.deferred, measured.memory, measured.deferred_memory, strict=True)
@@ -88,7 +88,7 @@ def _milliseconds(row: Panel) -> Panel:
 
 
 def _scaled(report: Report, factor: float) -> Report:
-    """The same report in another unit of time."""
+    """Returns a report in another unit of time."""
     return Report(
         makespan=factor * report.makespan,
         ideal=factor * report.ideal,

@@ -1,8 +1,8 @@
-"""What graph ranks would share of a recipe's own micro-batches: atoms, time, memory, and the bytes that they send.
+"""Predicts how graph ranks would share a recipe's own micro-batches: atoms, time, memory, and bytes that they send.
 
-All ranks' parts of a micro-batch walk through the phases of all stages in this one process, one rank after another,
-with a process group that counts what would be sent, and sends nothing. Rows of other ranks are zeros meanwhile, which
-changes values, but neither shapes, nor times, nor what is sent.
+The shards of a micro-batch go through the phases of all stages in this one process, one rank after another, with a
+process group that counts what would be sent, and sends nothing. Ghost rows are zeros meanwhile, which changes values,
+but neither shapes, nor times, nor bytes.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from lightning_januspipe.random_state import kept_random_state
 from lightning_januspipe.schedule import Action, MemoryCosts, PhaseCosts
 
 MOST_MICROBATCHES = 4
-"""That are divided: those of the first batch."""
+"""Micro-batches of the first batch that are sharded for a prediction, at most."""
 
 _REPEATS = 5
 
 Traffic = Mapping[tuple[str, int], tuple[float, float]]
-"""(name of a phase, stage) -> bytes that a rank sends in it, and number of exchanges, for one micro-batch."""
+"""By phase and stage, the bytes that a rank sends and the number of its exchanges, for one micro-batch."""
 
 
 @dataclass(frozen=True)
 class GraphShare:
-    """What one of G graph ranks has of a micro-batch, over the micro-batches that were looked at.
+    """Holds the share that each of G graph ranks has of a micro-batch, over several micro-batches.
 
     Attributes:
-        num_ranks: G.
-        atoms: atoms of the largest rank over the mean.
-        edges: the same of edges.
-        halo: for each class of rows those that are copied to other ranks, over all of its rows.
-        num_whole: micro-batches whose structures are dealt whole, so that nothing is exchanged between atoms.
-        num_microbatches: that were looked at.
-        time: of the slowest rank, over that of one rank with all atoms; without exchanges.
-        memory: bytes that the largest rank holds between phases, over those of one rank with all atoms.
-        together: exchanges with nothing deferred.
-        deferred: exchanges with WF and WE apart.
-        refused: why the potential cannot be divided; empty where it can.
+        num_ranks: Number G of graph ranks.
+        atoms: Atoms of the largest rank over the mean.
+        edges: Edges of the largest rank over the mean.
+        halo: For each class of rows, its ghost rows over all its rows.
+        num_whole: Number of micro-batches whose structures are dealt whole, so that nothing is exchanged.
+        num_microbatches: Number of micro-batches.
+        time: Time of the slowest rank, without exchanges, over the time of one rank with all atoms.
+        memory: Bytes that the largest rank holds between phases, over the bytes of one rank with all atoms.
+        together: Exchanges with nothing deferred.
+        deferred: Exchanges with WF and WE deferred.
+        refused: The reason why atoms cannot be sharded; empty where they can.
     """
 
     num_ranks: int
@@ -79,7 +79,7 @@ class GraphShare:
         return sum(number for _, number in (self.together or {}).values())
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """Returns all numbers, for JSON."""
         if self.refused:
             return {"graph_size": self.num_ranks, "refused": self.refused}
         return {
@@ -98,29 +98,29 @@ class GraphShare:
 
 @dataclass(frozen=True)
 class GraphLink:
-    """What an exchange between ranks costs.
+    """Holds the cost of an exchange between graph ranks.
 
     Attributes:
-        latency: seconds that each takes.
-        bandwidth: bytes per second that a rank sends.
+        latency: Seconds of each exchange.
+        bandwidth: Bytes per second that a rank sends.
     """
 
     latency: float = 20e-6
     bandwidth: float = 10e9
 
     def seconds(self, num_bytes: float, number: float) -> float:
-        """Of a number of exchanges."""
+        """Returns the seconds of a number of exchanges."""
         return number * self.latency + num_bytes / self.bandwidth
 
 
 def costs_of_share(measured: Measured, num_ranks: int, share: GraphShare, link: GraphLink) -> CutCosts:
-    """The costs of stages whose micro-batches are divided over graph ranks, each with the slowest rank's.
+    """Returns the costs of stages whose micro-batches are sharded over graph ranks; the slowest rank counts.
 
     Args:
-        measured: the stages with all atoms on one rank.
-        num_ranks: ranks of the pipeline.
-        share: what a graph rank has.
-        link: between graph ranks.
+        measured: The stages with all atoms on one rank.
+        num_ranks: Ranks of the pipeline.
+        share: The share of a graph rank.
+        link: Cost of exchanges.
     """
     shared = replace(
         measured,
@@ -157,13 +157,13 @@ def _smaller(memory: Sequence[MemoryCosts], factor: float) -> tuple[MemoryCosts,
 
 
 class Sharing:
-    """Divides micro-batches of a captured potential over graph ranks, and measures the parts.
+    """Shards micro-batches of a captured potential over graph ranks, and measures the shards.
 
     Args:
-        module: the LightningModule.
-        step: its training step, from a batch to its output.
-        potential: in stages.
-        batches: micro-batches.
+        module: The LightningModule.
+        step: Its training step, from a batch to the step's output.
+        potential: The potential in stages.
+        batches: The micro-batches.
     """
 
     def __init__(
@@ -179,12 +179,12 @@ class Sharing:
             self._tensors.append(list(inputs(*arguments)))
 
     def share(self, num_ranks: int, measured: GraphShare | None = None) -> GraphShare:
-        """What one of ``num_ranks`` graph ranks has.
+        """Returns the share of each of ``num_ranks`` graph ranks.
 
         Args:
-            num_ranks: G.
-            measured: the same of other stages of this potential, for what does not depend on these: the proof that the
-                potential can be divided, times and memory are not measured again.
+            num_ranks: Number G of graph ranks.
+            measured: The share with this potential in other stages. Its times and memory are taken over, and the
+                sharding is not verified again.
         """
         if num_ranks == 1:
             num = len(self._batches)
@@ -205,7 +205,7 @@ class Sharing:
     def _share(self, captured: StagedPotential, num_ranks: int, measured: GraphShare | None) -> GraphShare:
         sharded = shard_potential(captured, self._potential)
         sharder = MicrobatchSharder(sharded, self._potential, num_ranks)
-        divisions = [sharder.plan_balanced(tensors).shards for tensors in self._tensors]
+        shards = [sharder.plan_balanced(tensors).shards for tensors in self._tensors]
         groups = [CountingGroup(rank, num_ranks) for rank in range(num_ranks)]
         axes = [GraphAxis(captured, self._potential, GraphGroup(num_ranks, g.rank(), g)) for g in groups]
         walks = [
@@ -213,16 +213,18 @@ class Sharing:
             for tensors in self._tensors
         ]
         share = replace(
-            _division(sharded, captured.size_words().word, divisions),
-            together=_mean_traffic([_largest_traffic([walk()[1] for walk in of_ranks]) for of_ranks in walks]),
-            deferred=_mean_traffic([_largest_traffic([walk(defer=True)[1] for walk in of]) for of in walks]),
+            _sizes(sharded, captured.size_words().word, shards),
+            together=_combined([_combined([walk()[1] for walk in of], max) for of in walks], statistics.fmean),
+            deferred=_combined(
+                [_combined([walk(defer=True)[1] for walk in of], max) for of in walks], statistics.fmean
+            ),
         )
         if measured is not None:
             return replace(share, time=measured.time, memory=measured.memory)
         alone = [self.walk_of(captured, tensors) for tensors in self._tensors]
         times, held = [], []
         for whole, of_ranks in zip(alone, walks, strict=True):
-            # In turn, so that what else the machine does meets all of them.
+            # In turn, so that other programs on the machine slow all of them alike.
             seconds = [[_seconds(walk()[0]) for walk in (whole, *of_ranks)] for _ in range(_REPEATS)]
             least = [min(of_walk) for of_walk in zip(*seconds, strict=True)]
             times.append((least[0], max(least[1:])))
@@ -241,13 +243,13 @@ class Sharing:
         axis: GraphAxis | None = None,
         group: CountingGroup | None = None,
     ) -> Callable[..., tuple[SingleProcessResult, Traffic]]:
-        """A function that takes one rank's part of a micro-batch through all phases.
+        """Returns a function that takes one rank's shard of a micro-batch through all phases.
 
         Args:
-            captured: the potential.
-            tensors: its inputs, of all atoms.
-            axis: of the rank; None for one rank with all atoms.
-            group: that of the axis.
+            captured: The potential.
+            tensors: Its inputs, of all atoms.
+            axis: The graph axis of the rank; None for one rank with all atoms.
+            group: The process group of the axis.
 
         Returns:
             A function with the options of
@@ -283,24 +285,24 @@ def _seconds(result: SingleProcessResult) -> float:
 
 
 def _held(result: SingleProcessResult) -> float:
-    """Bytes that a micro-batch holds at most on all stages together."""
+    """Returns the most bytes that a micro-batch holds on all stages together."""
     return sum(b.energy + max(b.force, b.kept) for b in result.memory or [])
 
 
-def _division(sharded: ShardedPotential, word: Any, divisions: Sequence[Mapping[str, Sequence[Shard]]]) -> GraphShare:
-    """Who owns and reads how much."""
+def _sizes(sharded: ShardedPotential, word: Any, microbatches: Sequence[Mapping[str, Sequence[Shard]]]) -> GraphShare:
+    """Returns the sizes of owned and ghost rows."""
     classes = sharded.classes
     halo = {}
     for name in classes.names:
-        copied = sum(shard.num_halo for shards in divisions for shard in shards[name])
-        halo[word(name) or name] = copied / max(sum(shards[name][0].num_rows for shards in divisions), 1)
+        ghosts = sum(shard.num_halo for shards in microbatches for shard in shards[name])
+        halo[word(name) or name] = ghosts / max(sum(shards[name][0].num_rows for shards in microbatches), 1)
     return GraphShare(
-        num_ranks=len(divisions[0][classes.root]),
-        atoms=statistics.fmean(_imbalance(shards[classes.root]) for shards in divisions),
-        edges=statistics.fmean(_imbalance(shards[classes.edges]) for shards in divisions),
+        num_ranks=len(microbatches[0][classes.root]),
+        atoms=statistics.fmean(_imbalance(shards[classes.root]) for shards in microbatches),
+        edges=statistics.fmean(_imbalance(shards[classes.edges]) for shards in microbatches),
         halo=halo,
-        num_whole=sum(all(shard.is_free for of in shards.values() for shard in of) for shards in divisions),
-        num_microbatches=len(divisions),
+        num_whole=sum(all(shard.is_free for of in shards.values() for shard in of) for shards in microbatches),
+        num_microbatches=len(microbatches),
     )
 
 
@@ -309,41 +311,29 @@ def _imbalance(shards: Sequence[Shard]) -> float:
     return max(counts) * len(counts) / max(sum(counts), 1)
 
 
-def _largest_traffic(of_ranks: Sequence[Traffic]) -> Traffic:
-    keys = dict.fromkeys(key for traffic in of_ranks for key in traffic)
-    return {
-        key: (max(t.get(key, (0.0, 0.0))[0] for t in of_ranks), max(t.get(key, (0.0, 0.0))[1] for t in of_ranks))
-        for key in keys
-    }
-
-
-def _mean_traffic(of_microbatches: Sequence[Traffic]) -> Traffic:
-    keys, num = dict.fromkeys(key for traffic in of_microbatches for key in traffic), len(of_microbatches)
-    return {
-        key: (
-            sum(t.get(key, (0.0, 0.0))[0] for t in of_microbatches) / num,
-            sum(t.get(key, (0.0, 0.0))[1] for t in of_microbatches) / num,
-        )
-        for key in keys
-    }
+def _combined(traffics: Sequence[Traffic], combine: Callable[[list[float]], float]) -> Traffic:
+    """Combines bytes and numbers of exchanges by phase and stage, such as to their largest values or their means."""
+    keys = dict.fromkeys(key for traffic in traffics for key in traffic)
+    pairs = {key: zip(*(traffic.get(key, (0.0, 0.0)) for traffic in traffics), strict=True) for key in keys}
+    return {key: (combine(list(sizes)), combine(list(numbers))) for key, (sizes, numbers) in pairs.items()}
 
 
 class _Done(dist.Work):
-    """Of what has nothing to wait for."""
+    """Is the work of an exchange that nobody has to wait for."""
 
     def wait(self, timeout: Any = None) -> bool:
         return True
 
 
 class CountingGroup(dist.ProcessGroup):
-    """A process group of which only one rank is there: it counts what that would send, and receives zeros.
+    """Counts what one rank of a process group would send; no other rank exists, and zeros are received.
 
     Attributes:
-        sent: what was sent since :meth:`begin`.
+        sent: Bytes and exchanges since :meth:`begin`, by phase and stage.
 
     Args:
-        rank: the rank.
-        size: G.
+        rank: The rank.
+        size: Number G of graph ranks.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -352,11 +342,11 @@ class CountingGroup(dist.ProcessGroup):
         self.sent: dict[tuple[str, int], tuple[float, float]] = {}
 
     def begin(self) -> None:
-        """Count from here."""
+        """Starts to count anew."""
         self.sent = {}
 
     def on_action(self, action: Action) -> None:
-        """What follows belongs to a phase of a stage."""
+        """Counts what follows for a phase of a stage."""
         self._phase = (action.phase.value.lower(), action.stage)
 
     def _count(self, num_bytes: float) -> dist.Work:
@@ -365,22 +355,22 @@ class CountingGroup(dist.ProcessGroup):
         return self._work
 
     def alltoall_base(self, *args: Any, **_: Any) -> dist.Work:
-        """Rows of halos."""
+        """Counts the exchange of ghost rows."""
         output, given = args[:2]
         output.zero_()
         return self._count(given.nbytes)
 
     def allreduce(self, *args: Any, **_: Any) -> dist.Work:
-        """A ring: each rank sends all but one G-th of the tensor twice."""
+        """Counts a ring, in which each rank sends all but one G-th of the tensor twice."""
         return self._count(2 * sum(t.nbytes for t in args[0]) * (self._num_ranks - 1) / self._num_ranks)
 
     def allgather(self, *args: Any, **_: Any) -> dist.Work:
-        """Forces of all atoms, for the loss."""
+        """Counts the gathering of the forces of all atoms, for the loss."""
         outputs, given = args[:2]
         for output in outputs[0]:
             output.zero_()
         return self._count((self._num_ranks - 1) * sum(t.nbytes for t in given))
 
     def getBackendName(self) -> str:
-        """For torch's messages."""
+        """Returns the name that torch prints."""
         return "counting"

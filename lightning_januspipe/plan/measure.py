@@ -1,4 +1,4 @@
-"""A captured potential and what its phases cost, in one process, for the numbers of stages that a plan needs."""
+"""Captures a potential in one process, in the numbers of stages that a plan needs, and measures its phases."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _SECONDS = 5.0
 
 
 class TooManyRanks(ValueError):
-    """The potential has fewer cuttable parts than ranks.
+    """Reports that a potential has fewer cuttable parts than ranks.
 
     Attributes:
-        most: how many it has.
+        most: The number of its parts.
     """
 
     def __init__(self, num_ranks: int, most: int) -> None:
@@ -44,19 +44,19 @@ class TooManyRanks(ValueError):
 
 @dataclass(frozen=True)
 class Measured:
-    """A cut potential with costs in seconds and bytes, medians over several walks of one micro-batch.
+    """Holds a potential in stages and its costs, medians over several walks of one micro-batch through all phases.
 
     Attributes:
-        potential: its stages.
-        report: what these send, and what they compute again.
-        costs: of each stage, nothing deferred.
-        deferred: of each stage, with WF and WE apart.
-        memory: of each stage, nothing deferred.
-        deferred_memory: of each stage, with WF and WE apart.
-        symbols: sizes of the micro-batch.
-        spread: how far the middle half of the times of a walk reaches, as a share of the median.
-        repeats: number of walks.
-        elapsed: seconds that the capture took.
+        potential: The potential in stages.
+        report: What the stages send, and what they compute again.
+        costs: Seconds of the phases of each stage, nothing deferred.
+        deferred: Seconds of the phases of each stage, with WF and WE deferred.
+        memory: Bytes of each stage, nothing deferred.
+        deferred_memory: Bytes of each stage, with WF and WE deferred.
+        symbols: Sizes of the micro-batch.
+        spread: Width of the middle half of the times of a walk, as a share of the median.
+        repeats: Number of walks.
+        elapsed: Seconds of the capture.
     """
 
     potential: StagedPotential
@@ -72,11 +72,11 @@ class Measured:
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Number of stages."""
         return len(self.costs)
 
     def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
-        """Names and specs of what a stage passes on to the next one."""
+        """Returns the names and specs of the tensors that a stage passes on to the next one."""
         return self.potential.boundary(stage)
 
     def message_bytes(self, message: Message) -> int:
@@ -87,17 +87,16 @@ class Measured:
         return self._packed(message_specs(message, self.potential.chain, self.num_stages, before, behind))
 
     def boundary_bytes(self, stage: int) -> int:
-        """Bytes of what a stage passes on to the next one, on this micro-batch."""
+        """Returns the bytes that a stage passes on to the next one, on this micro-batch."""
         return self._packed(Parts([spec for _, spec in self.boundary(stage)]))
 
     def _packed(self, specs: Parts[TensorSpec]) -> int:
         return packed_size(MessageForm(specs, self.symbols).shapes())
 
     def stages(self, num_ranks: int) -> CutCosts:
-        """The costs for schedules of a number of ranks.
+        """Returns the costs for schedules of a number of ranks.
 
-        A chain shorter than the ranks is divided evenly over them: all work, memory and messages as if every rank had
-        an equal share.
+        With fewer stages than ranks, every rank gets an equal share of all work, memory and messages.
         """
         sizes = [
             self.message_bytes(Message(Action(phase, a, 0), Action(phase, b, 0)))
@@ -131,7 +130,7 @@ class Measured:
 
 
 def _share(entries: Sequence[Any], num_ranks: int) -> Any:
-    """One rank's even share of the sum over all stages."""
+    """Returns one rank's equal share of the sum over all stages."""
     names = [f.name for f in fields(entries[0])]
     return type(entries[0])(*(sum(getattr(entry, name) for entry in entries) / num_ranks for name in names))
 
@@ -147,22 +146,21 @@ def measure_stages(
     repeats: int | None = None,
     or_fewer: bool = False,
 ) -> Measured:
-    """Capture a potential in a number of stages, and measure its phases with and without deferral.
+    """Captures a potential in a number of stages, and measures its phases with and without deferral.
 
     Args:
-        module: the LightningModule.
-        step: its training step, from a batch to what it returns.
-        traced_batch: at least two structures.
-        other_batch: a micro-batch with other sizes, on which times are measured.
-        placement: the rank of each stage to cut into.
-        potential: dotted name of the potential, where it is not to be searched.
-        repeats: how often one micro-batch walks through all phases; None for at least seven times, and as often as
-            time allows.
-        or_fewer: take as many stages as there are cuttable parts, where these are fewer.
+        module: The LightningModule.
+        step: Its training step, from a batch to the step's output.
+        traced_batch: A batch of at least two structures.
+        other_batch: A micro-batch with other sizes, on which times are measured.
+        placement: The rank of each stage to cut into.
+        potential: Dotted name of the potential; None to search it.
+        repeats: Number of walks of one micro-batch through all phases; None for at least seven, and for five seconds.
+        or_fewer: Whether to take as many stages as there are cuttable parts, where these are fewer.
 
     Raises:
-        TooManyRanks: the potential has fewer cuttable parts.
-        CaptureError: it cannot be captured.
+        TooManyRanks: The potential has fewer cuttable parts.
+        CaptureError: The potential cannot be captured.
     """
 
     def capture(ranks: Sequence[int]) -> Capture:
@@ -193,7 +191,7 @@ def _measured(
     walks: dict[bool, list[list[PhaseCosts]]] = {False: [], True: []}
     began = time.perf_counter()
     while True:
-        for defer, found in walks.items():  # in turn, so that what else the machine does meets both
+        for defer, found in walks.items():  # in turn, so that other programs on the machine slow both alike
             found.append(run_staged(captured, submodule, call, PhaseMode(defer=defer))[1].costs)
         num = len(walks[False])
         if num >= (repeats or _LEAST_REPEATS) and (repeats or time.perf_counter() - began > _SECONDS):
@@ -218,7 +216,7 @@ def _measured(
 
 
 def _spread(times: Sequence[float]) -> float:
-    """How far the middle half of the times reaches, as a share of the median."""
+    """Returns the width of the middle half of the times, as a share of the median."""
     if len(times) < 2:
         return 0.0
     first, median, third = statistics.quantiles(times, n=4, method="inclusive")
@@ -226,7 +224,7 @@ def _spread(times: Sequence[float]) -> float:
 
 
 def _medians(walks: Sequence[Sequence[PhaseCosts]]) -> list[PhaseCosts]:
-    """Of each phase of each stage, over the walks."""
+    """Returns the median over the walks for each phase of each stage."""
     names = [f.name for f in fields(PhaseCosts)]
     return [
         PhaseCosts(*(statistics.median(getattr(seconds, name) for seconds in of_stage) for name in names))

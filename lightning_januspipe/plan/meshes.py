@@ -1,4 +1,4 @@
-"""How a number of devices is best shared between pipeline, replicas and graph ranks: ``januspipe plan --meshes``."""
+"""Compares the ways to share devices between pipeline, replicas and graph ranks, for ``januspipe plan --meshes``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, plan_cut
 from lightning_januspipe.plan.graph_share import GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 
-# Predictions are good to some percent: a mesh with more exchanges, or more stages, has to gain more.
+# Predictions are off by some percent: a mesh with more exchanges, or more stages, has to gain more than that.
 _LEAST_GAIN = 0.03
 
 
 @dataclass(frozen=True)
 class MeshRow:
-    """One way to share the devices.
+    """Holds the prediction for one mesh.
 
     Attributes:
-        shape: pipeline × data × graph.
-        plan: schedules of one of its replicas.
-        reduce: seconds in which gradients are summed over replicas and graph ranks, once in a step.
-        weights: bytes of the parameters of the largest rank.
+        shape: Sizes of pipeline × data × graph.
+        plan: The plan of one of its replicas.
+        reduce: Seconds of summing gradients over replicas and graph ranks, once in a step.
+        weights: Bytes of the parameters of the largest rank.
     """
 
     shape: MeshShape
@@ -51,19 +51,19 @@ class MeshRow:
 
     @property
     def structures_per_second(self) -> float | None:
-        """Throughput; None where nothing fits."""
+        """Structures per second over all replicas; None where nothing fits."""
         return None if self.step_time is None else self.structures / self.step_time
 
     @property
     def memory(self) -> float | None:
-        """Bytes that the micro-batches of a rank hold at most, or at least would where nothing fits."""
+        """Most bytes that the micro-batches of a rank hold; where nothing fits, the least that a schedule needs."""
         chosen = self.plan.choice
         if chosen is not None:
             return chosen.peak_memory
         return min((row.needed for row in self.plan.rows if row.needed is not None), default=None)
 
     def arguments(self) -> str:
-        """The strategy that is this mesh."""
+        """Returns the call that makes the strategy for this mesh."""
         chosen, options, shape = self.plan.choice, self.plan.options, self.shape
         assert chosen is not None
         limit = "" if options.memory_limit is None else f", memory_limit={options.memory_limit:g}"
@@ -73,7 +73,7 @@ class MeshRow:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """Returns all numbers, for JSON."""
         chosen = self.plan.choice
         return {
             "pipeline_size": self.shape.pipeline,
@@ -92,11 +92,11 @@ class MeshRow:
 
 @dataclass(frozen=True)
 class Meshes:
-    """All ways to share the devices.
+    """Holds the predictions for all meshes.
 
     Attributes:
-        rows: the fastest first, those that do not fit last.
-        left_out: why others are not there.
+        rows: The meshes, the fastest first and those that do not fit last.
+        left_out: Reasons why other meshes are missing.
     """
 
     rows: tuple[MeshRow, ...]
@@ -104,7 +104,7 @@ class Meshes:
 
     @property
     def choice(self) -> MeshRow | None:
-        """Of the fastest that fit that which exchanges least: replicas before stages, stages before graph ranks."""
+        """The mesh that exchanges least among the fastest that fit: replicas before stages before graph ranks."""
         fitting = [row for row in self.rows if row.structures_per_second is not None]
         most = max((row.structures_per_second or 0.0 for row in fitting), default=0.0)
         fastest = [row for row in fitting if (row.structures_per_second or 0.0) >= most * (1 - _LEAST_GAIN)]
@@ -112,11 +112,11 @@ class Meshes:
 
 
 def shapes(num_devices: int, graph_sizes: Sequence[int]) -> list[MeshShape]:
-    """All meshes of a number of devices.
+    """Returns all meshes of a number of devices.
 
     Args:
-        num_devices: their product.
-        graph_sizes: graph ranks to take; those that do not divide the devices are left out.
+        num_devices: Number of devices, the product of the sizes of a mesh.
+        graph_sizes: Numbers of graph ranks to try; a number that does not divide the devices is left out.
     """
     return [
         MeshShape(pipeline, num_devices // (graph * pipeline), graph)
@@ -140,19 +140,19 @@ def compare_meshes(
     structures: float,
     atoms: float | None,
 ) -> Meshes:
-    """Predict the throughput of every mesh.
+    """Predicts the throughput of every mesh.
 
     Args:
-        num_devices: of all of them together.
-        shares: what a graph rank has, by graph size.
-        measure: the potential in a number of stages; raises :class:`TooManyRanks`.
-        shares_of: the share of a graph rank in these stages.
-        potential: the live potential.
-        options: micro-batches of each replica, and limits.
-        schedules: names of schedules.
-        link: between all ranks.
-        structures: in a micro-batch.
-        atoms: in a micro-batch.
+        num_devices: Number of devices.
+        shares: The share of a graph rank, by number of graph ranks.
+        measure: Function that captures the potential in a number of stages; it may raise :class:`TooManyRanks`.
+        shares_of: Function that gives the share of a graph rank in these stages.
+        potential: The live potential.
+        options: Micro-batches of each replica, and limits.
+        schedules: Names of schedules.
+        link: Cost of messages between any ranks.
+        structures: Structures in a micro-batch.
+        atoms: Atoms in a micro-batch.
     """
     stages: dict[int, Measured] = {}
     left_out, rows = [], []
@@ -190,7 +190,7 @@ def compare_meshes(
 
 
 def _largest_weights(measured: Measured, potential: nn.Module) -> int:
-    """Bytes of the parameters of the stage that has most."""
+    """Returns the bytes of the parameters of the stage that has most."""
     sizes = {name: p.nbytes for name, p in potential.named_parameters()}
     of_stage = [0] * measured.num_stages
     for name, stages in measured.potential.parameter_stages().items():

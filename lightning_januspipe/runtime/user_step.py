@@ -14,12 +14,12 @@ from lightning_januspipe.capture.find.grad_call import StepFunction, call_argume
 from lightning_januspipe.capture.find.in_step import step_with
 from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.capture.validate.side_effects import kept_metrics, metrics_of, silent_log
 from lightning_januspipe.engine.loss import LossLeaves, gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError
-from lightning_januspipe.random_state import seeded
+from lightning_januspipe.random_state import random_state, seeded, set_random_state
 
 Note = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int]], None]
 
@@ -32,6 +32,7 @@ class _Prepared:
     batch: Any
     tensors: list[Tensor]
     seed: int
+    after: Mapping[str, Any]
 
 
 class CapturedStep:
@@ -86,10 +87,11 @@ class CapturedStep:
             in_step = self._staged.replaced is not None
             args, kwargs = call_arguments(self._module, self._staged.path, step, batch, in_step)
             tensors = self._inputs(args, kwargs)
+            after = random_state(tensors[0].device)
         symbols = self._staged.bind_sizes(tensors)
         if self._note is not None:
             self._note(step, args, kwargs, symbols)
-        self._prepared[index] = _Prepared(step, batch, tensors, seed)
+        self._prepared[index] = _Prepared(step, batch, tensors, seed, after)
         return MicrobatchInput(tensors, symbols)
 
     def loss(
@@ -134,15 +136,18 @@ class CapturedStep:
         prepared = self._prepared.pop(index)
 
         def value_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # The forward has drawn its random numbers; a step that differentiates by itself draws them before.
+            if self._staged.replaced is None:
+                set_random_state(prepared.after, prepared.tensors[0].device)
             value = self._epilogue(prepared.tensors, observables, derivatives)
             return self._epilogue.for_step(args, kwargs, value)
 
         with seeded(prepared.seed):
             if self._staged.replaced is None:
                 with patched(self._potential, "forward", lambda *args, **kwargs: value_for(args, kwargs)):
-                    return prepared.step(shallow_copy(prepared.batch))
+                    return prepared.step(copied(prepared.batch))
             with step_with(self._module, *value_for((prepared.batch,), {})):
-                return prepared.step(shallow_copy(prepared.batch))
+                return prepared.step(copied(prepared.batch))
 
     def clear(self) -> None:
         """Forgets prepared micro-batches."""

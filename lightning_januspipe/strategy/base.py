@@ -1,4 +1,4 @@
-"""What the parts of the strategy share: its options, the mesh, and what lives for one run."""
+"""The state that the parts of the strategy share: its options, the mesh, and objects that live for one run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import ParallelStrategy
 else:
-    ParallelStrategy = object  # the strategy is bound to a Lightning's own class later; see registry.py
+    ParallelStrategy = object  # registry.py adds that of one Lightning or the other
 
 
 class StrategyState(ParallelStrategy):
-    """The state of the strategy, and the sizes that follow from it.
+    """Holds the state of the strategy, and tells the sizes that follow from it.
 
     Args:
-        options: The arguments of the user.
+        options: The arguments that the user gave.
 
     Attributes:
         lib: The modules of the Lightning that the strategy is bound to.
-        mesh: This rank's process groups, from ``setup_environment`` on.
-        runner: This rank's part of the module: the whole of it in one stage, else known after capture.
+        options: See above.
+        mesh: This rank's process groups; None before ``setup_environment``.
+        runner: Runs this rank's steps; None until the stages are known.
     """
 
     lib: ClassVar[Library]
@@ -44,7 +45,7 @@ class StrategyState(ParallelStrategy):
         self.runner: Runner | None = None
         self._num_nodes = 1
         self._num_runs = 0
-        self._progress: LoaderProgress | None = None
+        self._loader_progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
         self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
@@ -59,6 +60,16 @@ class StrategyState(ParallelStrategy):
         return self.lightning_module
 
     @property
+    def _mesh(self) -> Mesh:
+        assert self.mesh is not None
+        return self.mesh
+
+    @property
+    def _progress(self) -> LoaderProgress:
+        assert self._loader_progress is not None
+        return self._loader_progress
+
+    @property
     def _trainer(self) -> Any:  # most of its attributes are set where type checkers do not see it
         return self._module.trainer
 
@@ -68,7 +79,7 @@ class StrategyState(ParallelStrategy):
         return self.options.schedule
 
     def num_microbatches(self) -> int:
-        """Into how many micro-batches a training batch is split, where it has as many samples."""
+        """Returns the number of micro-batches of a training batch; a batch with fewer samples has fewer."""
         if self.options.num_microbatches != "auto":
             return self.options.num_microbatches
         return 1 if self.mesh_shape.pipeline == 1 else 2 * self.mesh_shape.pipeline
@@ -77,12 +88,12 @@ class StrategyState(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether the Trainer has to inject distributed samplers and honour ``sync_dist``."""
+        """Whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
         return self.num_processes * self._num_nodes > 1
 
     @property
     def num_nodes(self) -> int:
-        """Number of machines."""
+        """The number of machines."""
         return self._num_nodes
 
     @num_nodes.setter
@@ -91,15 +102,15 @@ class StrategyState(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
-        """Processes on this machine."""
+        """The number of processes on this machine."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 1
 
     @property
     def mesh_shape(self) -> MeshShape:
-        """Sizes of the three axes.
+        """The sizes of the three axes of the mesh.
 
         Raises:
-            ValueError: They do not multiply to the number of processes.
+            ValueError: Their product is not the number of processes.
         """
         world = self._num_nodes * self.num_processes
         options = self.options
@@ -107,7 +118,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Whether the potential is captured: several ranks work on the samples of a replica."""
+        """Whether several ranks work on the samples of a replica, so that the potential has to be captured."""
         return self.mesh_shape.ranks_per_replica > 1
 
     @property
@@ -118,9 +129,9 @@ class StrategyState(ParallelStrategy):
     @property
     @override
     def world_size(self) -> int:
-        """Number of data-parallel replicas.
+        """The number of replicas.
 
-        Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``: ranks of one pipeline see the
+        Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``. Ranks of one pipeline see the
         same samples, so only replicas count.
         """
         return self.mesh_shape.data

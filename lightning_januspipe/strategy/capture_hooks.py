@@ -16,7 +16,7 @@ from lightning_januspipe.strategy.options import StrategyOptions
 
 
 class CaptureHooks(StrategyState):
-    """The part of the strategy that has the potential captured, and gets this rank's part of the pipeline."""
+    """Captures the potential, and gets the runner of this rank's stages."""
 
     def __init__(self, options: StrategyOptions) -> None:
         super().__init__(options)
@@ -31,7 +31,7 @@ class CaptureHooks(StrategyState):
 
     @override
     def on_validation_start(self) -> None:
-        """Outside fit, capture the potential from the evaluation step."""
+        """Captures the potential from the evaluation step, unless training captures it."""
         self._capture_for_evaluation("validation_step")
 
     @override
@@ -45,20 +45,18 @@ class CaptureHooks(StrategyState):
         self._capture_for_evaluation("predict_step")
 
     def _capture_for_evaluation(self, name: str) -> None:
-        # In the sanity check before training every rank has the whole module, unless it was made to be cut, but
-        # structures that are sharded over ranks may be too large for each.
+        # The sanity check before training needs no stages where each rank holds the whole module and whole structures.
         is_whole = self._residence is None and self.mesh_shape.graph == 1
         if self.runner is None and not (is_whole and is_fitting(self._trainer)):
             self._capture(self._eval_loader, getattr(self._module, name), 1)
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
-        """One rank captures; all ranks get the same result or the same error."""
-        assert self.mesh is not None
+        """Has one rank capture; all ranks get the same result or the same error."""
         module, trainer = self._module, self._trainer
         trains = is_fitting(trainer) and not trainer.sanity_checking
 
         def examples() -> tuple[Any, Any]:
-            # A structure that is sharded over ranks may be too large for the one that captures.
+            # Structures that are sharded over graph ranks may be too large for the rank that captures.
             first, second = example_batches(loader, num_microbatches, limited=self.mesh_shape.graph > 1)
             return self._moved(first), self._moved(second)
 
@@ -72,7 +70,7 @@ class CaptureHooks(StrategyState):
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
         annotate = trainer.profiler.profile if is_profiled else None
         request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
-        self.runner, news = self._builder.pipeline(request, self.mesh, self.global_rank, self.broadcast)
+        self.runner, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
         if news:
             self.lib.rank_zero.rank_zero_info(news)
         if self._residence is not None:

@@ -1,4 +1,4 @@
-"""The Lightning hooks of checkpoints: what the Trainer calls to save, load and remove them."""
+"""The Lightning hooks of checkpoints, which the Trainer calls to save, load and remove them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lightning_januspipe.strategy.contexts import is_fitting
 
 
 class CheckpointHooks(StrategyState):
-    """The part of the strategy that saves and loads; every rank takes part in saving."""
+    """Saves and loads checkpoints; every rank takes part in saving."""
 
     @property
     @override
     def checkpoint_io(self) -> Any:
-        """How files are written: the user's plugin, or whole or not at all."""
+        """The user's plugin for files, by default one that writes a file as a whole or not at all."""
         if self._checkpoint_io is None:
             self._checkpoint_io = atomic_checkpoint_io(self.lib)
         elif isinstance(self._checkpoint_io, self.lib.wrapper._WrappingCheckpointIO):
@@ -43,12 +43,11 @@ class CheckpointHooks(StrategyState):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state: whole on global rank 0, or, for a folder, right where this rank owns it."""
+        """Returns the module's state: all of it on global rank 0, or for a folder the values that this rank owns."""
         module, runner = self._module, self.runner
         self._require_all_ranks()
         if runner is None:  # after training everything is whole
             return module.state_dict()
-        assert self.mesh is not None
         if self.options.save_distributed_checkpoint and _has_own_tensors(module):
             runner.parameters.synchronize(self._trainer.callbacks, averages_only=True)
             return module.state_dict()
@@ -60,14 +59,13 @@ class CheckpointHooks(StrategyState):
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """An optimizer's state: as plain Lightning would save it, or, for a folder, this rank's part by names."""
+        """Returns an optimizer's state as plain Lightning saves it, or for a folder this rank's part by names."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         stage, waiting = self._stage_optimizers.get(id(optimizer)), self._unloaded.get(id(optimizer))
         if stage is not None and self.options.save_distributed_checkpoint:
             return stage.own_state_dict()
         if stage is not None:
-            assert self.mesh is not None
-            return stage.full_state_dict(self.mesh)
+            return stage.full_state_dict(self._mesh)
         if waiting is not None:
             return waiting
         if self.options.save_distributed_checkpoint:
@@ -78,14 +76,14 @@ class CheckpointHooks(StrategyState):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a file or a folder; it appears under its name when it is complete, on every rank's word."""
+        """Writes a file or a folder, which appears under its name when all ranks have written their parts."""
         if is_fitting(self._trainer) and "optimizer_states" in checkpoint:
             checkpoint[KEY] = {"replicas": self._replica_progress()}
         if self.options.save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError(
                     f"storage_options={storage_options!r} with save_distributed_checkpoint=True: folders are written "
-                    "by torch.distributed.checkpoint, which knows no such options"
+                    "by torch.distributed.checkpoint, which takes no such options; leave them out"
                 )
             self._save_folder(checkpoint, self.broadcast(str(filepath)))
         else:
@@ -93,13 +91,12 @@ class CheckpointHooks(StrategyState):
             self._on_first_rank(lambda: io.save_checkpoint(checkpoint, filepath, **given))
 
     def _save_folder(self, checkpoint: dict[str, Any], filepath: str) -> None:
-        assert self.mesh is not None
         if not self.lib.cloud_io._is_local_file_protocol(filepath):
             raise ValueError(
-                f"{filepath}: with save_distributed_checkpoint=True every rank writes files of its own, to a folder "
-                "that all machines share under a local path. Save to such a folder, or to one file."
+                f"{filepath}: with save_distributed_checkpoint=True every rank writes files of its own, which needs a "
+                "local path to a folder that all machines share. Save to such a folder, or to a single file."
             )
-        path, mesh = Path(filepath).absolute(), self.mesh
+        path, mesh = Path(filepath).absolute(), self._mesh
         owners = self._owners()
 
         def make() -> None:
@@ -107,7 +104,7 @@ class CheckpointHooks(StrategyState):
 
         def writes(key: str, value: Any) -> bool:
             if key.startswith("optimizer_") and ".state." in key:
-                return True  # this rank lists what it owns
+                return True  # this rank lists only the states that it owns
             rank = owners.get(_storage(value), 0) if isinstance(value, Tensor) else 0
             return rank == mesh.pipeline_rank and not (isinstance(value, Tensor) and value.is_meta)
 
@@ -129,7 +126,7 @@ class CheckpointHooks(StrategyState):
         self._on_first_rank(finish)
 
     def _owners(self) -> dict[Any, int]:
-        """The pipeline rank that owns a tensor, for those that belong to single stages."""
+        """Returns the pipeline rank that owns each tensor that only some ranks train, by its storage."""
         runner, module = self.runner, self._module
         if runner is None or not _has_own_tensors(module):
             return {}
@@ -138,10 +135,8 @@ class CheckpointHooks(StrategyState):
         return owned | {_storage(t): parameters.owner(p) for p, t in parameters.averages(self._trainer.callbacks)}
 
     def _replica_progress(self) -> list[Any]:
-        """Random states and loader progress of the first ranks of all replicas, on global rank 0."""
-        mesh = self.mesh
-        assert mesh is not None
-        assert self._progress is not None
+        """Returns, on global rank 0, the random states and the loader progress of each replica's first rank."""
+        mesh = self._mesh
         mine = self._progress.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
         if mesh.host_group is None:
             return [mine]
@@ -150,24 +145,27 @@ class CheckpointHooks(StrategyState):
         return [state for state in found or () if state is not None]
 
     def _on_first_rank(self, write: Callable[[], None]) -> None:
-        """Write on global rank 0; its error is raised on every rank."""
+        """Writes on global rank 0; its error is raised on every rank."""
         on_first_rank(write, self.global_rank, self.broadcast)
 
     def _require_all_ranks(self) -> None:
-        """Refuse to gather what cannot be gathered.
+        """Raises an error if some ranks will not take part in gathering.
 
         Raises:
-            PipelineError: a rank is missing.
+            PipelineError: A rank is missing.
         """
         is_alone = self.mesh is not None and self.mesh.aborted
         if not is_alone and self._trainer.interrupted and self._shutdown is not None:
             is_alone = not self._shutdown.are_together()
         if is_alone:
-            raise PipelineError("no checkpoint can be gathered: not all ranks have come here, after an exception")
+            raise PipelineError(
+                "no checkpoint can be gathered after an exception on some ranks only: the others do not take part. "
+                "Resume from the last checkpoint that was saved in training."
+            )
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a file, a link or a folder."""
+        """Deletes a file, a link or a folder."""
         if not self.is_global_zero:
             return
         path = Path(filepath)
@@ -180,7 +178,7 @@ class CheckpointHooks(StrategyState):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file or a folder, whichever is there, into host memory of every rank."""
+        """Reads a file or a folder, whichever is there, into host memory of every rank."""
         torch.cuda.empty_cache()
         path = Path(checkpoint_path)
         self._on_first_rank(lambda: atomic.recover(path))
@@ -190,13 +188,12 @@ class CheckpointHooks(StrategyState):
             given = {} if weights_only is None else {"weights_only": weights_only}
             checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
         if is_fitting(self._trainer):
-            assert self._progress is not None
             self._progress.resume(checkpoint, self.replica_index)
         return checkpoint
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load whole optimizers' states, of which each rank takes its part when the stages are known."""
+        """Loads the states of whole optimizers; each rank takes its part once the stages are known."""
         names = _names(self._module)
         states = []
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -213,7 +210,7 @@ class CheckpointHooks(StrategyState):
             super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def _prune_optimizers(self) -> None:
-        """Leave to this rank its part of all optimizers, and of the states that a checkpoint gave."""
+        """Keeps only this rank's part of all optimizers, and of the states that were loaded for them."""
         assert self.runner is not None
         names = _names(self._module)
         for optimizer in self.optimizers:
@@ -221,14 +218,14 @@ class CheckpointHooks(StrategyState):
             self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner.parameters, names, state)
 
     def _free_other_stages(self) -> None:
-        """Where the module is made in ``configure_model``, keep this rank's parameters only."""
+        """Frees the parameters of other stages, if the module is made in ``configure_model``."""
         assert self.runner is not None
         module = self._module
         if self._residence is None:
             return
         if followers(module, self._trainer.callbacks, self.runner.parameters.partly_held()):
             self.lib.rank_zero.rank_zero_info(
-                "januspipe: averages of weights are kept, so every rank keeps all parameters"
+                "januspipe: every rank keeps all parameters, because averages of them are kept"
             )
             return
         self._residence.release(self.runner.parameters)
@@ -240,13 +237,13 @@ def _names(module: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def _storage(tensor: Tensor) -> Any:
-    """The same for two tensors that are views of the same values; tensors without values are told apart by shape."""
+    """Returns equal keys for two views of the same values; tensors without values have their shape as key."""
     if tensor.is_meta or not tensor.numel():
         return ("meta", tuple(tensor.shape))
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
 def _has_own_tensors(module: nn.Module) -> bool:
-    """Whether the module's state holds its parameters themselves: a ``state_dict`` of its own may make copies."""
+    """Returns whether the module's state holds its parameters themselves: a custom ``state_dict`` may hold copies."""
     state = module.state_dict()
     return all(n in state and _storage(state[n]) == _storage(p) for n, p in module.named_parameters())

@@ -1,4 +1,4 @@
-"""What the strategy cannot train, said before training starts."""
+"""Checks before training starts that the strategy can train the module with this Trainer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from lightning_januspipe.strategy.precision import SUPPORTED
 
 
 def check_module(module: Any, lib: Any, precision: str) -> None:
-    """Refuse a module whose backward pass a pipeline cannot own, and a precision that is not available.
+    """Raises an error if the module runs its own backward pass, or if the precision is not available.
 
     Args:
-        module: the LightningModule.
-        lib: the modules of its Lightning.
-        precision: the Trainer's.
+        module: The LightningModule.
+        lib: The modules of the Lightning that the module comes from.
+        precision: The precision of the Trainer, such as ``"bf16-mixed"``.
 
     Raises:
-        ValueError: it cannot be trained.
+        ValueError: The module cannot be trained; the message says why, and what to change.
     """
     name = type(module).__name__
     if not module.automatic_optimization:
         raise ValueError(
-            f"{name} uses manual optimization (automatic_optimization=False); a pipeline has to own the backward pass. "
-            "Use automatic optimization, or another strategy."
+            f"{name} uses manual optimization (automatic_optimization=False), but the strategy has to run the backward "
+            "pass itself. Use automatic optimization, or another strategy."
         )
     if lib.helpers.is_overridden("backward", module):
         raise ValueError(
-            f"{name} overrides backward(); a pipeline has to own the backward pass. Move what it does to "
+            f"{name} overrides backward(), but the strategy has to run the backward pass itself. Move the code to "
             "on_after_backward(), or use another strategy."
         )
     if precision not in SUPPORTED:
@@ -37,19 +37,19 @@ def check_module(module: Any, lib: Any, precision: str) -> None:
 
 
 def check_trainer(trainer: Any, is_pipeline: bool) -> None:
-    """Refuse what no rank could do right with micro-batches, or with its own stages' parameters alone.
+    """Raises an error if loaders, hooks or callbacks would give wrong results with micro-batches or on stages.
 
     Args:
-        trainer: the Trainer, with its loaders.
-        is_pipeline: whether there are several stages.
+        trainer: The Trainer, with its loaders.
+        is_pipeline: Whether the module is cut into stages, so that a rank has the gradients of its own stages only.
 
     Raises:
-        ValueError: it cannot be trained.
+        ValueError: Training would go wrong; the message says why, and what to change.
     """
     combined = trainer.fit_loop._combined_loader
     if len(combined.flattened) != 1 or combined.iterables is not combined.flattened[0]:
         raise ValueError(
-            "train_dataloader gives several loaders, or one in a list or dict; a single DataLoader is supported. "
+            "train_dataloader returns several loaders, or a loader in a list or dict; expected a single DataLoader. "
             "Concatenate datasets (torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
         )
     if is_pipeline:
@@ -64,7 +64,7 @@ def _check_callback(callback: Any, module: nn.Module) -> None:
     name, bases = type(callback).__name__, {c.__name__ for c in type(callback).__mro__}
     if "BaseFinetuning" in bases:
         raise ValueError(
-            f"{name} unfreezes parameters in the middle of training, when the stages of a pipeline have been made. "
+            f"{name} unfreezes parameters in the middle of training, but the stages are made when training starts. "
             "Freeze parameters before Trainer.fit, for example in the module's __init__, and unfreeze them before "
             "another Trainer.fit of the same module; or use pipeline_size=1."
         )
@@ -81,7 +81,7 @@ _NORMS = ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm")
 
 
 def _check_clipping(owner: Any) -> None:
-    """Refuse norms of the gradients at hand, which are those of one rank's stages: each rank would clip otherwise."""
+    """Raises an error if a hook calls one of torch's norms: each rank would clip by the norm of its own stages."""
     for hook in _AFTER_BACKWARD:
         function = inspect.unwrap(getattr(owner, hook, None) or _no_hook)
         used = getattr(getattr(function, "__code__", None), "co_names", ())

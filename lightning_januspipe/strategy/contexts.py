@@ -1,4 +1,4 @@
-"""Around the capture of a potential: one rank does it, in the right modes, and all get the result or the error."""
+"""Contexts in which the user's step runs: for capture, and out of the Trainer's inference mode."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 def is_fitting(trainer: Any) -> bool:
-    """Whether the Trainer runs ``fit``."""
+    """Returns whether the Trainer runs ``fit``."""
     return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
 
 
 @contextmanager
 def training_mode(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Put a module into training mode, if wanted: many potentials detach their forces otherwise."""
+    """Puts a module into training mode, if wanted: many potentials detach their forces in evaluation mode."""
     modes = {m: m.training for m in module.modules()}
     try:
         if wanted:
@@ -32,11 +32,11 @@ def training_mode(module: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def unlogged(trainer: Any, substitute: Callable[[], Any]) -> Iterator[None]:
-    """What a step gives to its loggers by hand goes nowhere: the step is run for capture only.
+    """Replaces the Trainer's loggers, so that nothing is logged by a step that runs for capture only.
 
     Args:
-        trainer: the Trainer.
-        substitute: makes a logger that takes everything.
+        trainer: The Trainer.
+        substitute: Makes a logger that ignores what it is given.
     """
     loggers = trainer.loggers
     trainer.loggers = [substitute() for _ in loggers]
@@ -48,13 +48,13 @@ def unlogged(trainer: Any, substitute: Callable[[], Any]) -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Leave the Trainer's inference mode, in which autograd fails also under enable_grad."""
+    """Leaves the Trainer's inference mode, in which autograd fails even under ``enable_grad``."""
     with torch.inference_mode(False):
         yield
 
 
 def without_inference(value: Any) -> Any:
-    """The same batch with tensors that autograd accepts."""
+    """Returns the same batch with tensors that autograd accepts, although it was made in inference mode."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -66,7 +66,7 @@ def without_inference(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value) if f.init]
         return dataclasses.replace(value, **{n: without_inference(getattr(value, n)) for n in fields})
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+    if isinstance(value, (list, tuple)):
         return type(value)(without_inference(v) for v in value)
     if hasattr(value, "apply") and not isinstance(value, nn.Module):  # PyG data
         return value.apply(without_inference)

@@ -1,4 +1,4 @@
-"""Norms of the gradients of the whole model, of which each rank of a pipeline has a part: to log, and to clip by."""
+"""Norms of the gradients of the whole model, to log and to clip by, although each rank has the gradients of a part."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_januspipe.runtime.runner import Runner
 
 
 def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
-    """Norms of the gradients of the whole model, on every rank.
+    """Returns the norms of the gradients of the whole model, on every rank.
 
-    A rank of a pipeline has the gradients of its own stages, so ``lightning.pytorch.utilities.grad_norm`` gives their
-    norms only. This gives the same entries, under the same names, for all stages; and the same as Lightning's under
-    any other strategy. Call it on every rank, as in ``on_before_optimizer_step``.
+    A rank of a pipeline has the gradients of its own stages only, so ``lightning.pytorch.utilities.grad_norm`` returns
+    the norms of these. This function returns the same entries for the parameters of all stages. Under other strategies
+    it returns what Lightning's function returns. Call it on every rank, for example in ``on_before_optimizer_step``.
 
     Args:
-        module: the LightningModule.
-        norm_type: p of the p-norm; ``"inf"`` for the largest entry.
-        group_separator: between the kind of norm and the parameter's name.
+        module: The LightningModule.
+        norm_type: The p of the p-norm; ``"inf"`` for the largest absolute entry.
+        group_separator: The text between the kind of norm and the parameter's name.
 
     Returns:
-        ``grad_{p}_norm/{name}`` of each parameter that has a gradient, and ``grad_{p}_norm_total`` of all together.
+        ``grad_{p}_norm/{name}`` for each parameter that has a gradient, and ``grad_{p}_norm_total`` for all together.
 
     Raises:
         ValueError: ``norm_type`` is not positive.
@@ -57,13 +57,13 @@ def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = 
 def clip_gradients_by_norm(
     parameters: list[nn.Parameter], max_norm: float, placed: PlacedParameters, mesh: Mesh
 ) -> Tensor:
-    """Scale gradients so that their norm over the whole model is at most ``max_norm``.
+    """Scales the gradients so that their norm over the whole model is at most ``max_norm``.
 
     Args:
-        parameters: those of this rank's optimizer.
-        max_norm: largest norm.
-        placed: know which rank counts a parameter that several stages hold.
-        mesh: this rank's process groups.
+        parameters: The parameters of this rank's optimizer.
+        max_norm: The largest norm.
+        placed: Knows which rank counts a parameter that several stages share.
+        mesh: This rank's process groups.
 
     Returns:
         The norm before clipping, the same on every rank.

@@ -1,4 +1,4 @@
-"""The Lightning hooks of processes: how they start, and the collectives that the Trainer calls."""
+"""The Lightning hooks of processes: they start, join the mesh, and run the collectives that the Trainer calls."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_januspipe.strategy.base import StrategyState
 
 
 class ProcessHooks(StrategyState):
-    """The part of the strategy that starts processes and lays the mesh over them."""
+    """Starts processes and puts them on the mesh."""
 
     @property
     def process_group_backend(self) -> str | None:
-        """Backend of torch.distributed."""
+        """The backend of torch.distributed; None in one process, unless the user gave one."""
         if self.options.process_group_backend is not None or not self.is_distributed:
             return self.options.process_group_backend
         return str(self.lib.distributed._get_default_process_group_backend_for_device(self.root_device))
@@ -27,11 +27,11 @@ class ProcessHooks(StrategyState):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks of one pipeline draw the same samples."""
+        """The arguments of samplers: each replica draws samples of its own, the ranks of one replica draw the same."""
         return {"num_replicas": self.mesh_shape.data, "rank": self.replica_index}
 
     def set_world_ranks(self) -> None:
-        """Tell the cluster environment and Lightning's rank-zero helpers who this process is."""
+        """Tells the cluster environment and Lightning's rank-zero helpers which rank this process is."""
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self._num_nodes * self.num_processes)
@@ -40,7 +40,7 @@ class ProcessHooks(StrategyState):
 
     @override
     def _configure_launcher(self) -> None:
-        _ = self.mesh_shape  # an error here comes before any process is started
+        _ = self.mesh_shape  # raises an error before any process is started
         assert self.cluster_environment is not None
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self._num_nodes)
         if self.is_distributed and not self.cluster_environment.creates_processes_externally:
@@ -50,38 +50,38 @@ class ProcessHooks(StrategyState):
 
     @override
     def setup_environment(self) -> None:
-        """Start torch.distributed and lay the mesh."""
+        """Starts torch.distributed and makes the mesh."""
         super().setup_environment()
         self.lib.seed.reset_seed()
         self.set_world_ranks()
         if self.is_distributed:
-            # Without device_id, which would let NCCL's sends and receives wait for one another whatever their peers.
+            # Without device_id: with it, NCCL's sends and receives would wait for one another whatever their peers.
             self.lib.distributed._init_dist_connection(self.cluster_environment, self.process_group_backend)
         if self.mesh is None or self.mesh.aborted:
             self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self.options.message_timeout)
         self._module._device_mesh = self.mesh.device_mesh
-        self._progress = LoaderProgress(self.root_device)
+        self._loader_progress = LoaderProgress(self.root_device)
         self._num_runs += 1
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------
 
     def _is_joined(self) -> bool:
-        """Whether there are other ranks, with none of which this one has broken off."""
+        """Returns whether there are other ranks, and this rank has not closed its connections to them."""
         return self.is_distributed and dist.is_initialized() and not (self.mesh is not None and self.mesh.aborted)
 
     def _host_group(self) -> dist.ProcessGroup | None:
-        # A rank that fails closes it, so that the others do not wait there.
+        # A rank that fails closes this group, so that no other waits in it.
         return None if self.mesh is None else self.mesh.host_group
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
+        """Waits for all ranks."""
         if self._is_joined():
             dist.barrier(group=self._host_group())
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """An object of one global rank, on all ranks."""
+        """Returns the object of one global rank on all ranks."""
         if not self._is_joined():
             return obj
         objects = [obj]
@@ -90,7 +90,7 @@ class ProcessHooks(StrategyState):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the data-parallel replicas: the ranks of one pipeline hold the same values."""
+        """Reduces a tensor over the replicas: the ranks of one pipeline hold the same values."""
         if not isinstance(tensor, Tensor) or self.mesh is None or (group is None and self.mesh.shape.data == 1):
             return tensor
         if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
@@ -100,7 +100,7 @@ class ProcessHooks(StrategyState):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over the data-parallel replicas, as ``(D, ...)``; in one replica the tensor itself."""
+        """Gathers a tensor over the D replicas as ``(D, ...)``; with one replica returns the tensor itself."""
         if self.mesh is None or (group is None and self.mesh.shape.data == 1):
             return tensor
         return self.lib.distributed._all_gather_ddp_if_available(
@@ -109,7 +109,7 @@ class ProcessHooks(StrategyState):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """A decision of all ranks of the mesh."""
+        """Returns whether all ranks of the mesh (or any of them) decided for something."""
         if not self._is_joined():
             return decision
         group = self._host_group()

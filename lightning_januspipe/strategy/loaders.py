@@ -1,4 +1,4 @@
-"""The Lightning hooks of data: the training loader gives micro-batches, and batches move to this rank's device."""
+"""The Lightning hooks of data: the training loader yields micro-batches, and batches move to this rank's device."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 class LoaderHooks(StrategyState):
-    """The part of the strategy that prepares loaders and moves their batches."""
+    """Prepares loaders and moves their batches."""
 
     def _take_over_samplers(self, trainer: Trainer) -> None:
-        """Share samples among replicas here instead of in Lightning, except for prediction."""
+        """Has the strategy share samples among replicas instead of Lightning, except for prediction."""
         connector: Any = trainer._accelerator_connector
         self._shares_samples = self.is_distributed and connector.use_distributed_sampler
         if self._shares_samples and not trainer.predicting:
             connector.use_distributed_sampler = False
 
     def _hand_back_samplers(self, trainer: Trainer) -> None:
-        """Let Lightning share samples again."""
+        """Lets Lightning share samples again."""
         if self._shares_samples:
             connector: Any = trainer._accelerator_connector
             connector.use_distributed_sampler = True
 
     def _discard_repeated(self) -> None:
-        """Let this replica's results of the present evaluation batch count for nothing, if another has them too."""
+        """Discards this replica's results of the present evaluation batch, if another replica has the same samples."""
         trainer = self._trainer
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         if isinstance(loaders, (list, tuple)):
@@ -46,7 +46,7 @@ class LoaderHooks(StrategyState):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Share samples among replicas, split training batches into micro-batches, and seed workers by replica."""
+        """Returns a loader of this replica's samples, with workers seeded by replica; training batches are split."""
         trainer = self._trainer
         if self._shares_samples and not trainer.predicting:
             dataloader = share_samples(
@@ -61,7 +61,6 @@ class LoaderHooks(StrategyState):
         if not trainer.training:
             self._eval_loader = dataloader
             return dataloader
-        assert self._progress is not None
         require_samples(dataloader)
         required = self.options.num_microbatches != "auto"
         split = split_batches(dataloader, self.num_microbatches(), required, self._owners_ahead())
@@ -71,10 +70,11 @@ class LoaderHooks(StrategyState):
         return self._train_loader
 
     def _owners_ahead(self) -> OwnersInLoader | None:
-        """Where atoms are sharded over graph ranks, the loader's workers choose which rank owns which atom."""
-        if self.mesh is None or self.mesh_shape.graph == 1:
+        """Returns what chooses the owners of atoms in the loader's workers, if atoms are sharded over graph ranks."""
+        mesh = self._mesh
+        if mesh.shape.graph == 1:
             return None
-        return OwnersInLoader(self.mesh_shape.graph, self.mesh.replica_rank, len(self.mesh.replica_ranks))
+        return OwnersInLoader(mesh.shape.graph, mesh.replica_rank, len(mesh.replica_ranks))
 
     def _balance_replicas(self, loader: Any, may_change: bool) -> None:
         required = self.options.balance == "replicas"
@@ -96,14 +96,14 @@ class LoaderHooks(StrategyState):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch, or each of its micro-batches, with the module's own hooks."""
+        """Moves a batch, or each of its micro-batches, with the module's own hooks."""
         move = super().batch_to_device
         if isinstance(batch, MicroBatches):
             return replace(batch, batches=[move(b, device, dataloader_idx) for b in batch])
         return move(batch, device, dataloader_idx)
 
     def _give_batches_to_transfer_hooks(self) -> None:
-        """A batch transfer hook of the user gets batches, not the micro-batches' container."""
+        """Lets the user's batch transfer hooks get batches, not the container of micro-batches."""
         transfer = self._module._on_before_batch_transfer
         self._module.__dict__["_on_before_batch_transfer"] = lambda batch, dataloader_idx=0: (
             replace(batch, batches=[transfer(b, dataloader_idx) for b in batch])

@@ -1,4 +1,4 @@
-"""torchmetrics in a pipeline: their states are gathered over the replicas only."""
+"""Metrics of torchmetrics gather their states over the replicas only: ranks of a pipeline see the same samples."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 
 class ReplicaGather:
-    """Gathers the states of torchmetrics over the data-parallel replicas: ranks of a pipeline see the same samples.
+    """Gathers the states of metrics over the replicas.
 
-    Where another group stands for the world meanwhile, as that of one rank while it captures, it gathers over that.
+    If another group is the default one (see :func:`~lightning_januspipe.mesh.as_world`), for example while one rank
+    captures, states are gathered over that group.
 
-    It is the ``dist_sync_fn`` of the module's metrics, and not their ``process_group``, because modules are pickled
-    with their metrics (as hyperparameters in a checkpoint, say), and process groups cannot be. In a pickle it is None,
-    as it was before.
+    The metrics of a module get it as their ``dist_sync_fn``. Setting their ``process_group`` would make the module
+    impossible to pickle, for example as a hyper-parameter in a checkpoint. In a pickle it becomes None, which is the
+    value it replaced.
     """
 
     def __init__(self) -> None:
@@ -23,21 +24,21 @@ class ReplicaGather:
         self._world: Any = None
 
     def attach(self, module: nn.Module, group: Any) -> None:
-        """Let the metrics in a module gather over a group, but for those that have a way of their own."""
+        """Lets the metrics in a module gather over a group, unless they have a function or a group of their own."""
         self._group, self._world = group, dist.group.WORLD
         for metric in _metrics(module):
             if metric.dist_sync_fn is None and metric.process_group is None:
                 metric.__dict__["dist_sync_fn"] = self
 
     def detach(self, module: nn.Module) -> None:
-        """Leave the metrics as they were; copies of them gather over all ranks then."""
+        """Leaves the metrics as they were. Copies that were made in between gather over all ranks from then on."""
         self._group = None
         for metric in _metrics(module):
             if metric.dist_sync_fn is self:
                 metric.__dict__["dist_sync_fn"] = None
 
     def __call__(self, state: Tensor, group: Any = None) -> list[Tensor]:
-        """The state of every replica."""
+        """Returns the state of every replica."""
         from torchmetrics.utilities.distributed import gather_all_tensors
 
         world = dist.group.WORLD

@@ -1,4 +1,4 @@
-"""What the user's step logs."""
+"""``self.log`` in a step that runs once for each micro-batch: each name is logged once, for the whole batch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ _LOG_ARGUMENTS = (
     *("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "sync_dist_group"),
     *("add_dataloader_idx", "batch_size", "metric_attribute", "rank_zero_only"),
 )
-"""What may follow name and value in ``LightningModule.log``, in its order."""
+"""The arguments of ``LightningModule.log`` after name and value, in its order."""
 
 
 class LogRecorder:
-    """Stands in for ``LightningModule.log`` while the micro-batches run."""
+    """Replaces ``LightningModule.log`` while the micro-batches run, and records the calls.
+
+    Attributes:
+        num_samples: The number of samples in the micro-batch that runs now; None if it is not known. Values are
+            weighted with it, unless a call has a ``batch_size``.
+    """
 
     def __init__(self) -> None:
         self._calls: dict[str, list[tuple[Any, float, dict[str, Any]]]] = {}
         self.num_samples: int | None = None
 
     def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Record one call of ``self.log``."""
+        """Records one call of ``self.log``."""
         given = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
         size = given.get("batch_size") or self.num_samples or 1
         kept = value.detach().clone() if isinstance(value, Tensor) else value
         self._calls.setdefault(name, []).append((kept, float(size), given))
 
     def replay(self, log: Callable[..., None]) -> None:
-        """Log every name once."""
+        """Logs every name once: the mean over the micro-batches, or the result of its ``reduce_fx``."""
         for name, calls in self._calls.items():
             _, _, kwargs = calls[-1]
             sizes = [s for _, s, _ in calls]
@@ -42,7 +47,7 @@ class LogRecorder:
 
 def _merge(values: list[Any], sizes: list[float], reduce_fx: Any) -> Any:
     if len(values) == 1 or not isinstance(values[-1], (Tensor, int, float)):
-        return values[-1]  # a torchmetrics metric holds its own sum
+        return values[-1]  # a metric of torchmetrics holds its own sum
     stacked = torch.stack([torch.as_tensor(v) for v in values])
     how = getattr(reduce_fx, "__name__", reduce_fx)
     if how in ("max", "min"):
@@ -56,6 +61,6 @@ def _merge(values: list[Any], sizes: list[float], reduce_fx: Any) -> Any:
 
 
 def merge_outputs(outputs: list[Any], name: str) -> Any:
-    """What Lightning gets as the step's output: the mean loss, and the rest of the last micro-batch."""
+    """Returns the output of the whole step: the mean loss, and the other entries of the last micro-batch."""
     loss = torch.stack([loss_in(o, name).detach().reshape(()) for o in outputs]).mean()
     return {**outputs[-1], "loss": loss} if isinstance(outputs[-1], Mapping) else loss

@@ -1,4 +1,8 @@
-"""The arguments of the strategy: one field for each, with its type, default and meaning."""
+"""The arguments of the strategy, as one dataclass that validates itself and explains itself on command lines.
+
+A field is all that a new argument needs: values are validated by the field's type, and command lines print its
+docstring. If an error needs more words than the type has, ``metadata["expected"]`` has them.
+"""
 
 from __future__ import annotations
 
@@ -26,52 +30,49 @@ _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """What a user asks of the strategy.
-
-    A new argument of the strategy is a new field here. Its type is checked, its docstring is its help text on command
-    lines. Integers are sizes and counts, at least 1; other numbers are positive.
+    """Holds the arguments of the strategy. Integers have to be at least 1, other numbers positive.
 
     Raises:
         ValueError: A value is of another type or out of its range.
     """
 
     pipeline_size: Size = "auto"
-    """Ranks of a pipeline, each with a share of the layers. "auto": the number of processes over
+    """Number of ranks in a pipeline, each with a share of the layers. "auto": the number of processes over
     data_size × graph_size."""
 
     data_size: Size = "auto"
-    """Replicas of the pipeline, each with batches of its own. "auto": 1 if pipeline_size is "auto" too, else as many as
-    the processes are enough for."""
+    """Number of replicas of the pipeline, each with batches of its own. "auto": 1 if pipeline_size is "auto" too, else
+    the number of processes over pipeline_size × graph_size."""
 
     graph_size: int = 1
-    """Ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's memory. More than
-    1 needs a potential that can be traced, or parts that call ``with_halo``."""
+    """Number of ranks that share the atoms of each micro-batch, for structures that do not fit into one rank's memory.
+    More than 1 needs a potential that can be traced, or parts that call ``with_halo``."""
 
     num_microbatches: Size = "auto"
-    """Into how many micro-batches each batch is split; fewer where a batch has fewer samples. The gradient is that of
-    gradient accumulation over the micro-batches. "auto": twice the ranks of a pipeline, and 1 in one process."""
+    """Number of micro-batches that each batch is split into; a batch with fewer samples has fewer. The gradient is that
+    of gradient accumulation over the micro-batches. "auto": twice pipeline_size, and 1 without a pipeline."""
 
     schedule: ScheduleName = "wavek-zb"
-    """Order of the phases. "wavek-zb" is the fastest and "wavek" the one of the paper; "1f1b-fold" and "gpipe" are
-    simpler; "1f1b-2nd" and "hanayo-2nd" are unfolded baselines to compare with."""
+    """Order of the phases. "wavek-zb" is the fastest, "wavek" is the paper's; "1f1b-fold" and "gpipe" are simpler;
+    "1f1b-2nd" and "hanayo-2nd" are unfolded baselines to compare with."""
 
     wave_size: Size = "auto"
-    """Micro-batches in a wave of "wavek" and "wavek-zb", which are also the most that a rank holds at once: fewer take
-    less memory and more time. "auto": up to twice the ranks of a pipeline."""
+    """Number of micro-batches in a wave of "wavek" and "wavek-zb", which is also the most that a rank holds at once:
+    fewer take less memory and more time. "auto": up to twice pipeline_size."""
 
     potential: str | None = None
-    """Dotted name of the submodule that differentiates the energy, such as "model.potential". None: it is found by
-    itself."""
+    """Dotted name of the submodule that differentiates the energy, such as "model.potential". None: the strategy finds
+    it."""
 
     activation: Literal["keep"] = "keep"
-    """What is kept of a micro-batch between its phases. Only "keep", everything, is available."""
+    """Which tensors of a micro-batch are kept between its phases. Only "keep" is available, which keeps all."""
 
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
-    instead of single files. Both kinds are loaded, whatever this is."""
+    instead of single files. Either kind is loaded, whatever the value."""
 
     process_group_backend: str | None = None
-    """Backend of torch.distributed, such as "nccl" or "gloo". None: the one of the device."""
+    """Backend of torch.distributed, such as "nccl" or "gloo". None: the default of the device."""
 
     timeout: timedelta | float = field(
         default=timedelta(minutes=30), metadata={"expected": "a time > 0, in seconds or as a timedelta"}
@@ -80,22 +81,22 @@ class StrategyOptions:
     timedelta)."""
 
     memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
-    """Most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
-    micro-batches for it. None: no limit."""
+    """The most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
+    micro-batches to keep within it. None: no limit."""
 
     stages: StageOrigin = "auto"
-    """Where the stages come from: "captured" by tracing the potential, or "explicit", declared by it as
-    lightning_januspipe.capture.stages.explicit.ExplicitStages. "auto": the first of these that works."""
+    """Where the stages come from: "captured" traces the potential, "explicit" takes the stages that the potential
+    declares as lightning_januspipe.ExplicitStages. "auto": the first of these that works."""
 
     message_dtype: MessageDtype | None = None
-    """"bf16" rounds the features that stages send each other, and all gradients of these, to bfloat16 on the way: half
-    the bytes of float32, and parameter gradients with a relative error of 1e-3 to 1e-2 (januspipe bench messages
-    measures it). Energies and forces are sent as they are. None: everything is."""
+    """"bf16" rounds the features that stages send each other, and the gradients of these features, to bfloat16 on the
+    way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to 1e-2 (januspipe bench
+    messages measures it). Energies and forces are never rounded. None: nothing is rounded."""
 
     balance: Balance = "auto"
-    """Which samples share a micro-batch: "microbatches" deals out each replica's batch to its own micro-batches,
-    "replicas" the samples of all replicas' batches to all of theirs, so that none waits for one with more to do.
-    "auto": the latter, where the dataset knows what its samples cost."""
+    """Which samples may share a micro-batch: "microbatches" balances the micro-batches of each replica; "replicas"
+    deals the samples of all replicas' batches anew, so that no replica waits for one with more work. "auto": "replicas"
+    if the dataset knows the costs of its samples, else "microbatches"."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -110,12 +111,12 @@ class StrategyOptions:
 
     @property
     def message_timeout(self) -> timedelta:
-        """The timeout as a timedelta."""
+        """The timeout of messages as a timedelta."""
         return self.timeout if isinstance(self.timeout, timedelta) else timedelta(seconds=self.timeout)
 
 
 def _is_valid(value: Any, hint: Any) -> bool:
-    """Whether a value has a type, and is in the range of all options of that type."""
+    """Returns whether a value has a type, and is in the range of that type."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_is_valid(value, choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
@@ -127,7 +128,7 @@ def _is_valid(value: Any, hint: Any) -> bool:
 
 
 def _expected(value: Any, option: Field[Any], hint: Any) -> str:
-    """The valid values of an option, in words, and the one that was probably meant."""
+    """Returns the valid values of an option in words, with the one that was probably meant."""
     if "expected" in option.metadata:
         return str(option.metadata["expected"])
     words: list[str] = []
@@ -152,7 +153,7 @@ def takes_options(constructor: _Constructor) -> _Constructor:
 
 
 def arguments_section() -> str:
-    """The section of the strategy's docstring that explains its arguments, made of the docstrings under the fields."""
+    """Returns the ``Args:`` section of the strategy's docstring, made of the docstrings under the fields."""
     try:
         source = textwrap.dedent(inspect.getsource(StrategyOptions))
     except OSError:  # a Python without source files has no help texts

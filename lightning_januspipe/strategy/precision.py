@@ -1,4 +1,4 @@
-"""Any precision plugin of Lightning over a whole mesh: clipping by norm, and skipping a step that overflowed."""
+"""Precision plugins of Lightning on a mesh: gradients are clipped by the norm over all stages, overflows are shared."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SUPPORTED = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mix
 
 
 class MeshClipping:
-    """Clips in the place of a precision plugin: norms count every parameter once; a rank may have no gradients.
+    """Clips gradients for a precision plugin: norms count every parameter once, and a rank may have no gradients.
 
     Args:
-        plugin: Its methods for clipping are replaced; it stays the object that users and Lightning know.
-        strategy: Has the mesh and the runner, once there are any.
+        plugin: The plugin whose methods for clipping are replaced. It stays the object that users and Lightning know.
+        strategy: The strategy, which has the mesh and the runner once these are known.
     """
 
     def __init__(self, plugin: Precision, strategy: Any) -> None:
@@ -33,7 +33,7 @@ class MeshClipping:
         vars(plugin).update(clip_grad_by_norm=self.clip_by_norm, clip_grad_by_value=self.clip_by_value)
 
     def clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        """Clip gradients by the norm over all stages."""
+        """Clips gradients by the norm over all stages."""
         if self.strategy.runner is None or self.strategy.mesh is None:
             self._clip_by_norm(optimizer, clip_val)
         else:
@@ -41,16 +41,16 @@ class MeshClipping:
             clip_gradients_by_norm(parameters, clip_val, self.strategy.runner.parameters, self.strategy.mesh)
 
     def clip_by_value(self, optimizer: Any, clip_val: float) -> None:
-        """Clip gradients by value, where there are any: torch's own function fails without."""
+        """Clips gradients by value, if this rank has any: torch's own function fails without."""
         if any(p.grad is not None for p in self._plugin.main_params(optimizer)):
             self._clip_by_value(optimizer, clip_val)
 
 
 class MeshScaling:
-    """Looks for overflows in the place of a gradient scaler: a step that overflowed on one rank is skipped on all.
+    """Shares the overflows that a gradient scaler finds: a step that overflows on one rank is skipped on all.
 
     Args:
-        scaler: Its methods that look for overflows are replaced; its scale stays the same on all ranks.
+        scaler: The scaler whose methods that look for overflows are replaced. Its scale is the same on all ranks.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
@@ -59,17 +59,17 @@ class MeshScaling:
         vars(scaler).update(unscale_=self.unscale, _check_inf_per_device=self.check)
 
     def unscale(self, optimizer: Any) -> None:
-        """Divide this rank's gradients by the scale."""
+        """Divides this rank's gradients by the scale."""
         self._unscale(optimizer)
         self._reduce(optimizer)
 
     def check(self, optimizer: Any) -> dict[Any, Tensor]:
-        """Look for overflows; called for optimizers that unscale by themselves (fused ones)."""
+        """Looks for overflows; called for optimizers that divide by the scale themselves (fused ones)."""
         self._check(optimizer)
         return self._reduce(optimizer)
 
     def _reduce(self, optimizer: Any) -> dict[Any, Tensor]:
-        """Whether any rank of the mesh overflowed; a rank without gradients has no entry of its own."""
+        """Returns whether any rank of the mesh overflowed; a rank without gradients has no entry of its own."""
         if not self._scaler.is_enabled() or not dist.is_initialized():
             return {}
         state = self._scaler._per_optimizer_states[id(optimizer)]
@@ -83,7 +83,7 @@ class MeshScaling:
 
 
 def mesh_aware(plugin: _Plugin, strategy: Any) -> _Plugin:
-    """The same plugin object, with the mesh of ``strategy`` in its clipping and in its gradient scaler."""
+    """Returns the same plugin, which from now on clips over the mesh of ``strategy`` and shares overflows."""
     clipping = getattr(plugin.clip_grad_by_norm, "__self__", None)
     if isinstance(clipping, MeshClipping):
         clipping.strategy = strategy
@@ -96,6 +96,6 @@ def mesh_aware(plugin: _Plugin, strategy: Any) -> _Plugin:
 
 
 def loss_scale(plugin: Precision) -> float:
-    """What a plugin's gradient scaler multiplies losses by; 1 without one."""
+    """Returns the factor by which a plugin's gradient scaler multiplies losses; 1 without a scaler."""
     scaler = getattr(plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())

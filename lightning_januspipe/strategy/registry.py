@@ -52,7 +52,7 @@ def _bound(namespace: str) -> type:
 
     library = Library(namespace)
     bases = (UnboundStrategy, library.strategies.ParallelStrategy)
-    module = f"lightning_januspipe.{namespace}"  # which names it, in pickles and where a Trainer refuses the other's
+    module = f"lightning_januspipe.{namespace}"  # a module that has it, for pickles and for a Trainer's errors
     explained = f"{inspect.getdoc(UnboundStrategy)}\n\n{arguments_section()}"
     return type("JanusPipeStrategy", bases, {"lib": library, "__doc__": explained, "__module__": module})
 

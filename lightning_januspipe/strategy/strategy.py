@@ -1,8 +1,7 @@
-"""The strategy: what the Trainer calls, in the order of a run. No autograd and no messages in here.
+"""The strategy: the hooks that the Trainer calls, in the order of a run. It holds no autograd and no messages.
 
-Hooks of one subject have files of their own, which come before, between and after the hooks of this file: processes in
-``launch``, loaders in ``loaders``, the capture in ``capture_hooks``, checkpoints in ``checkpoint_hooks``. Together they
-are all of the strategy but its base class of a Lightning, which :mod:`~lightning_januspipe.strategy.registry` gives it.
+Four subjects have files of their own: processes (``launch``), loaders (``loaders``), the capture (``capture_hooks``)
+and checkpoints (``checkpoint_hooks``). :mod:`~lightning_januspipe.strategy.registry` binds all of it to a Lightning.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
-    """Trains a potential that conserves energy on several devices: its layers in a pipeline, and replicas of that.
+    """Trains a conservative potential on several devices: its layers in a pipeline, replicas of it, and atom shards.
 
     Raises:
         ValueError: An argument is of another type or out of its range.
@@ -56,33 +55,33 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """Check what the strategy cannot train, then set up as every strategy does."""
-        assert self.mesh is not None
+        """Checks that the module can be trained, then sets it up as every strategy does."""
         self._take_over_samplers(trainer)
-        self.runner = None if self._captures else SingleStage(self._module, self.mesh)
+        self.runner = None if self._captures else SingleStage(self._module, self._mesh)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
-                self._shutdown = CoordinatedShutdown(trainer, self.mesh, self._num_runs)
+                self._shutdown = CoordinatedShutdown(trainer, self._mesh, self._num_runs)
         if self._captures and self.lib.helpers.is_overridden("configure_model", self._module):
-            self._residence = ParameterResidence(self._module, self.mesh)
+            self._residence = ParameterResidence(self._module, self._mesh)
         super().setup(trainer)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Make the user's optimizer over the whole module; it is pruned once the stages are known."""
+        """Makes the user's optimizer over the whole module; it is pruned once the stages are known."""
         self._reset_optimizers_and_schedulers()
         self._stage_optimizers, self._unloaded = {}, {}
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError(
-                    "LBFGS needs inner products over all parameters; use an element-wise optimizer, like Adam"
+                    "LBFGS takes inner products over all parameters, but a rank has the gradients of its stages only. "
+                    "Use an element-wise optimizer, such as Adam."
                 )
 
     @override
     def model_to_device(self) -> None:
-        """Move the module to this rank's device, or what of it does not wait for the stages to be known."""
+        """Moves the module to this rank's device; parameters that may leave this rank wait for the stages."""
         if self._residence is not None:
             self._residence.wait_for_stages()
         else:
@@ -90,16 +89,15 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        assert self.mesh is not None
         if self.is_distributed:
             broadcast_module(model, self.root_device)
-            self._metric_gather.attach(model, self.mesh.data_group)
+            self._metric_gather.attach(model, self._mesh.data_group)
         return model
 
     @property
     @override
     def precision_plugin(self) -> Precision:
-        """The precision plugin, clipping gradients over the mesh."""
+        """The precision plugin, which clips gradients over the mesh."""
         return self._precision_plugin if self._precision_plugin is not None else self.lib.precision.Precision()
 
     @precision_plugin.setter
@@ -110,33 +108,31 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def on_train_start(self) -> None:
-        """Capture the potential and keep only this rank's part of the optimizer."""
-        assert self._progress is not None and self.mesh is not None
+        """Captures the potential and keeps only this rank's part of the optimizer."""
         if self.num_microbatches() > 1 or self._captures:
             check_trainer(self._trainer, is_pipeline=self._captures)
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             # The ranks of a replica run the same steps, so they have to draw the same numbers.
-            broadcast_random_state(self.mesh.replica_ranks[0], self.mesh.replica_group)
+            broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
             self._prune_optimizers()
             self._free_other_stages()
-        self._progress.settle()
+        self._progress.training_starts()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Training has taken a batch; ask whether any rank was told to stop."""
-        assert self._progress is not None
+        """Counts the batch, and asks the other ranks whether any was told to stop."""
         results = self._trainer._results
         if isinstance(batch, MicroBatches) and results is not None:
-            results.batch_size = sum(batch.num_samples) or None  # for what hooks log without one
-        self._progress.moved_on()
+            results.batch_size = sum(batch.num_samples) or None  # for hooks that log without a batch_size
+        self._progress.batch_is_taken()
         if self._shutdown is not None:
             self._shutdown.ask()
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """All phases of all micro-batches; the gradients wait for :meth:`backward`."""
+        """Runs all phases of all micro-batches; the gradients wait for :meth:`backward`."""
         assert self.runner is not None
         module = self._module
         split = isinstance(batch, MicroBatches)
@@ -159,9 +155,9 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Accumulate the step's gradients into ``.grad``, with all hooks of a backward pass.
+        """Accumulates the step's gradients into ``.grad`` and reduces them, with all hooks of a backward pass.
 
-        Automatic optimization zeroes gradients between ``training_step`` and this, so they could not come earlier.
+        Automatic optimization zeroes ``.grad`` between ``training_step`` and this hook, so it has to happen here.
         """
         assert self.runner is not None
         module = self._module
@@ -179,7 +175,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """No reduction while batches are accumulated."""
+        """Skips the reduction of gradients while batches are accumulated."""
         self._reduce_gradients = False
         try:
             yield
@@ -188,7 +184,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def on_train_end(self) -> None:
-        """Leave the whole trained module on every rank."""
+        """Leaves the whole trained module on every rank."""
         if self._shutdown is not None:
             self._shutdown.hear()
         if self._residence is not None and self._residence.is_partial:
@@ -200,7 +196,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """FE and FF, then the user's step on every rank."""
+        """Runs FE and FF on the stages, then the user's step on every rank."""
         with self.precision_plugin.val_step_context():
             output = self._evaluate(self._module.validation_step, *args, **kwargs)
             self._discard_repeated()
@@ -221,11 +217,9 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             return self._evaluate(self._module.predict_step, *args, **kwargs)
 
     def _evaluate(self, function: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        assert self.mesh is not None
-        runner = self.runner or SingleStage(self._module, self.mesh)
-        # Before training, a model that compiles itself would do so on every rank, for what the stages do not run.
+        runner = self.runner or SingleStage(self._module, self._mesh)
+        # A model that compiles itself would do so on every rank before training, for code that the stages do not run.
         whole = capturing(self._module) if self.runner is None else nullcontext()
-        # The Trainer's inference mode would make autograd.grad fail, also under enable_grad.
         with differentiable(), whole:
             return runner.evaluate_step(lambda b: function(b, *args, **kwargs), without_inference(batch))
 
@@ -233,13 +227,13 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """A rank that ends with an exception says so to the others, unless they have all ended alike."""
+        """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
         if self._shutdown is not None:
             self._shutdown.give_up()
 
     @override
     def teardown(self) -> None:
-        """Leave nothing on the user's module and optimizers; a checkpoint can still be saved."""
+        """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
         for stage in self._stage_optimizers.values():
             stage.make_whole()
         module, residence = self.lightning_module, self._residence

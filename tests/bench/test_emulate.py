@@ -14,7 +14,7 @@ from emulate_workers import with_a_repeated_message, with_a_silent_stage, with_t
 
 from lightning_januspipe.bench.command import main
 from lightning_januspipe.bench.emulate import EmulationError, emulate
-from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, emulated_chain, observable, sleep_until
+from lightning_januspipe.bench.emulate.emulated_stage import EmulatedStage, emulated_stages, observable, sleep_until
 from lightning_januspipe.bench.emulate.rank import check_order
 from lightning_januspipe.bench.emulate.schedules import compare_emulated, emulation_table, parse_costs, suitable_unit
 from lightning_januspipe.schedule import Action, Phase, PhaseCosts, build_schedule
@@ -114,7 +114,7 @@ def test_check_order() -> None:
 
 
 def test_a_stage_checks_the_loss_and_forgets_micro_batches() -> None:
-    _, functions = emulated_chain(1, 8)
+    _, functions = emulated_stages(1, 8)
     stage = EmulatedStage(functions[0], 1, dict.fromkeys(Phase, 0.0), ran := [])
     for microbatch, serial in ((0, 7), (1, 8)):
         boundary, observables = stage.forward_energy(microbatch, [observable(serial, 0)[0]], [])
@@ -149,7 +149,7 @@ def test_refuses_what_is_not_positive(argument: str) -> None:
 
 
 def test_refuses_a_pool_that_is_too_small() -> None:
-    with pytest.raises(ValueError, match="has 3 ranks, but the pool has 2 processes"):
+    with pytest.raises(ValueError, match="the mesh has 3 ranks, but the pool has 2 processes"):
         emulate(build_schedule("gpipe", 3, 1, COSTS), COSTS, seconds_per_unit=1.0, pool=RankPool(2))
 
 

@@ -1,4 +1,4 @@
-"""Emulated meshes: graph ranks meet where micro-batches are divided, replicas at the end of every step."""
+"""Emulated meshes: graph ranks meet where micro-batches are sharded, replicas at the end of every step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emulate_workers import with_an_unreduced_gradient, with_other_work, with_th
 from lightning_januspipe.bench import replicas as replicas_module
 from lightning_januspipe.bench.command import main
 from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, MicrobatchWork, emulate_mesh
-from lightning_januspipe.bench.emulate.run import device_pool
+from lightning_januspipe.bench.emulate.emulated_mesh import device_pool
 from lightning_januspipe.bench.emulate.schedules import suitable_unit
 from lightning_januspipe.bench.replicas import WAYS, emulated, shared_by_graph_ranks
 from lightning_januspipe.bench.work import Work
@@ -39,9 +39,9 @@ def _check(mesh: EmulatedMesh, shape: MeshShape, schedule: Schedule, works: list
             for span in spans:
                 load = work[data][span.action.microbatch].loads[graph]
                 assert span.end - span.start >= unit * load * asked(span.action.phase, span.action.stage), span
-            divided = {m for m, one in enumerate(work[data]) if one.is_divided}
+            sharded = {m for m, one in enumerate(work[data]) if one.is_sharded}
             met = [span.action for span in step.exchanges[rank]]
-            assert met == [a for a in schedule.actions[pipeline] if a.microbatch in divided]
+            assert met == [a for a in schedule.actions[pipeline] if a.microbatch in sharded]
             others = [step.exchanges[shape.rank(pipeline, data, g)] for g in range(shape.graph)]
             for together in zip(*others, strict=True):
                 assert max(s.start for s in together) <= min(s.end for s in together), "they did not meet"
@@ -52,8 +52,8 @@ def _check(mesh: EmulatedMesh, shape: MeshShape, schedule: Schedule, works: list
 
 def test_graph_ranks_meet_in_divided_micro_batches_only(pool: RankPool) -> None:
     shape, schedule = MeshShape(2, 1, 2), build_schedule("wavek-zb", 2, 3, COSTS)
-    whole, divided = MicrobatchWork((1.0, 2.0)), MicrobatchWork((1.5, 1.5), is_divided=True)
-    works = [[[whole, divided, whole]], [[divided, whole, divided]], [[whole] * 3]]
+    whole, sharded = MicrobatchWork((1.0, 2.0)), MicrobatchWork((1.5, 1.5), is_sharded=True)
+    works = [[[whole, sharded, whole]], [[sharded, whole, sharded]], [[whole] * 3]]
     mesh = emulate_mesh(shape, schedule, COSTS, works, seconds_per_unit=UNIT, pool=pool)
     _check(mesh, shape, schedule, works, UNIT)
     of_microbatch = len(schedule.phases) * schedule.num_stages // 2  # each rank has half of the stages
@@ -105,7 +105,7 @@ def test_the_end_of_a_rank_ends_the_others() -> None:
         ([[MicrobatchWork((1.0,))] * 2] * 2, r"the replicas have \[2, 2\] micro-batches"),
         ([[MicrobatchWork((1.0, 1.0))]] * 2, r"loads of a micro-batch are \(1.0, 1.0\); expected 1 positive numbers"),
         ([[MicrobatchWork((0.0,))]] * 2, r"loads of a micro-batch are \(0.0,\); expected 1 positive numbers"),
-        ([[MicrobatchWork((1.0,), is_divided=True)]] * 2, "is divided, but there is one graph rank"),
+        ([[MicrobatchWork((1.0,), is_sharded=True)]] * 2, "is sharded, but there is one graph rank"),
     ],
 )
 def test_work_that_does_not_fit_is_refused(work: MeshWork, said: str) -> None:
@@ -131,8 +131,8 @@ def test_a_mesh_that_cannot_run_is_refused(shape: MeshShape, changed: dict[str, 
 class TestBenchmark:
     def test_graph_ranks_share_what_is_even_whole(self) -> None:
         assert shared_by_graph_ranks([3.0, 1.0, 2.0, 2.0], 2) == MicrobatchWork((4.0, 4.0))
-        assert shared_by_graph_ranks([3.0, 1.0], 2) == MicrobatchWork((2.0, 2.0), is_divided=True)
-        assert shared_by_graph_ranks([8.0], 4) == MicrobatchWork((2.0,) * 4, is_divided=True)
+        assert shared_by_graph_ranks([3.0, 1.0], 2) == MicrobatchWork((2.0, 2.0), is_sharded=True)
+        assert shared_by_graph_ranks([8.0], 4) == MicrobatchWork((2.0,) * 4, is_sharded=True)
         assert shared_by_graph_ranks([8.0, 1.0], 1) == MicrobatchWork((9.0,))
 
     def test_work_of_graph_ranks_is_that_of_the_partition(self) -> None:
@@ -147,7 +147,7 @@ class TestBenchmark:
             owner = partition_atoms(none, none, sum(sizes), 2, structure=structure)
             is_whole = all(len(owner[structure == s].unique()) == 1 for s in range(len(sizes)))
             found = shared_by_graph_ranks([float(n) for n in sizes], 2)
-            assert found.is_divided != is_whole, sizes
+            assert found.is_sharded != is_whole, sizes
             if is_whole:
                 assert sorted(Counter(owner.tolist()).values()) == sorted(map(int, found.loads))
 
@@ -197,7 +197,7 @@ def _simulated_gains(sizes: tuple[int, int, int], num_steps: int) -> list[float]
     for step in costs.reshape(num_steps, -1).tolist():
         of_ways = []
         for way in WAYS:
-            replicas = replicas_module.deal(step, num_replicas, 2 * num_ranks, way)
+            replicas = replicas_module.microbatches_of_replicas(step, num_replicas, 2 * num_ranks, way)
             weights = [
                 [max(shared_by_graph_ranks([step[i] for i in g], num_graph).loads) for g in mine] for mine in replicas
             ]

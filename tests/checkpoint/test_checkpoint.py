@@ -269,7 +269,7 @@ def test_parameters_come_back_after_an_exception_on_all_ranks(pool: RankPool, tm
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint: it has no meta\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint folder: it has no meta\.pt"):
         read_folder(tmp_path)
     with pytest.raises(SystemExit):
         main([str(tmp_path)])

@@ -16,7 +16,7 @@ import yaml
 from lightning_januspipe.cli.main import main
 from lightning_januspipe.cli.plan_options import parse_bytes
 from lightning_januspipe.cli.plan_tables import notes
-from lightning_januspipe.cli.recipe import asked_of_strategy
+from lightning_januspipe.cli.recipe import strategy_arguments
 from lightning_januspipe.engine.executor import Executor, _Step
 from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import MicrobatchInput
@@ -235,14 +235,14 @@ class TestMistakes:
             (["--costs", "1,2,0,4"], "the first four are > 0"),
             (["--costs", "1,2,3,4"], "--ranks"),
             ([*FORM_2[1:], "--schedules", "wavez"], "did you mean wavek"),
-            ([*FORM_2[1:], "--ranks", "0"], "0 does not conform to restriction v>0"),
+            ([*FORM_2[1:], "--ranks", "0"], "does not conform to restriction v>0"),
             ([*FORM_2[1:], "--config", "recipe.yaml"], "--config was given too"),
             ([*FORM_2[1:], "--rank", "3"], "did you mean --ranks"),
             ([*FORM_2[1:], "--memory_limit", "3GB"], "--memory"),
             ([*FORM_2[1:], "--memory", "3GB"], "ENERGY,FORCE,KEPT"),
             ([*FORM_2[1:], *MEASURED_BYTES, "--memory_limit", "3 apples"], "'3 apples' is not a number of bytes"),
             ([*FORM_2[1:], "--bandwidth", "1e9"], "--message_bytes"),
-            ([*FORM_2[1:], "--latency", "-1"], "-1 does not conform to restriction v>=0"),
+            ([*FORM_2[1:], "--latency", "-1"], "does not conform to restriction v>=0"),
             ([*FORM_2[1:], "--extrapolate"], "--extrapolate is for a recipe"),
             (["--config", "recipe.yaml", "--memory", "1,2,3"], "with a recipe it is measured"),
             (["--config", "recipe.yaml", "--meshes", "--extrapolate"], "leave out one of them"),
@@ -276,9 +276,9 @@ def test_parse_bytes_refuses(text: str) -> None:
         parse_bytes(text)
 
 
-class TestAskedOfStrategy:
+class TestStrategyArguments:
     def asked(self, devices: Any, strategy: Any, num_nodes: int = 1) -> Any:
-        return asked_of_strategy(
+        return strategy_arguments(
             SimpleNamespace(devices=devices, num_nodes=num_nodes, accelerator="cpu", strategy=strategy)
         )
 

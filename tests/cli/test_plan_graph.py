@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 from lightning_januspipe.testing import RankPool
 
 NUM_MICROBATCHES = 4
+SMALL = partial(tiny.module, num_layers=2)
 COSTS, MEMORY = PhaseCosts(0.01, 0.01, 0.01, 0.01), MemoryCosts(1e6, 1e6, 0)
 
 
@@ -38,7 +40,7 @@ COSTS, MEMORY = PhaseCosts(0.01, 0.01, 0.01, 0.01), MemoryCosts(1e6, 1e6, 0)
 def found() -> Iterator[SimpleNamespace]:
     """A tiny potential in one and in two stages, and micro-batches of its data."""
     before = torch.get_default_dtype()
-    one, two = (captured(tiny.module, tiny.data, num) for num in (1, 2))
+    one, two = (captured(SMALL, tiny.data, num) for num in (1, 2))
     yield SimpleNamespace(whole=one, **vars(two))
     torch.set_default_dtype(before)
 
@@ -67,7 +69,7 @@ def test_bytes_are_those_of_training(found: SimpleNamespace, pool: RankPool) -> 
         walks = [one_stage.walk_of(one_stage._staged, t, axis, group)()[1] for t in one_stage._tensors]
         sent = [pair for walk in walks for pair in walk.values()]
         predicted.append((sum(size for size, _ in sent), sum(number for _, number in sent)))
-    real = pool.run(sent_in_a_step, tiny.module, tiny.data, NUM_MICROBATCHES, world_size=2)
+    real = pool.run(sent_in_a_step, SMALL, tiny.data, NUM_MICROBATCHES, world_size=2)
     assert predicted == real and real[0][1] > 4 * NUM_MICROBATCHES
     share = one_stage.share(2)
     most = max(size for size, _ in real) / NUM_MICROBATCHES
@@ -139,7 +141,7 @@ class TestMeshes:
             shares,
             measure,
             lambda _, share: share,
-            tiny.module().potential,
+            SMALL().potential,
             PlanOptions(1, 4, memory_limit=limit, latency=20e-6),
             ["gpipe", "wavek"],
             GraphLink(20e-6, 1e9),
@@ -158,7 +160,7 @@ class TestMeshes:
         # Four micro-batches of two structures on each of four replicas, none of which waits.
         assert best.step_time == pytest.approx(4 * 0.08 + best.reduce) and best.structures == 32
         assert best.structures_per_second == pytest.approx(32 / (0.32 + best.reduce))
-        weights = sum(p.nbytes for p in tiny.module().potential.parameters())
+        weights = sum(p.nbytes for p in SMALL().potential.parameters())
         assert best.reduce == pytest.approx(20e-6 + 2 * weights * 3 / 4 / 1e9)
         divided = next(row for row in meshes.rows if row.shape == MeshShape(1, 2, 2))
         exchanged = 20e-6 + 1e6 / 1e9
@@ -223,7 +225,7 @@ class TestCommand:
         text = capsys.readouterr().out
         content = json.loads(Path("out/plan.json").read_text())
         assert content["graph_size"] == 2 and [share["graph_size"] for share in content["graph"]] == [1, 2]
-        assert "divided over 2 graph ranks: 2 ranks of the pipeline are 4" in text
+        assert "sharded over 2 graph ranks: 2 ranks of the pipeline are 4" in text
         (row,) = content["schedules"]
         # Each exchange takes a second, and nothing else takes long.
         assert row["step_time"] > 2 * content["graph"][1]["num_exchanges"] / 2

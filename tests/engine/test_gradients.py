@@ -1,4 +1,4 @@
-"""Sums of gradients, their publication, and their reduction over ranks."""
+"""Sums of gradients, their accumulation into ``.grad``, and their reduction over ranks."""
 
 from __future__ import annotations
 

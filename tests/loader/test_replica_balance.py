@@ -141,15 +141,15 @@ def test_what_cannot_be_balanced() -> None:
             self.dataset.reset = None  # type: ignore[attr-defined]
 
     for loader, why in (
-        ([1], "no DataLoader"),
+        ([1], "not a torch DataLoader"),
         (_user_loader(loaders.Stream(8), batch_size=4), "is iterable"),
-        (_user_loader(Costly(8), batch_size=4), "how replicas share its samples is not known"),
-        (_user_loader(Costly(8), batch_size=4, sampler=Ordered(None)), "how replicas share its samples is not known"),
-        (_user_loader(Costly(8), batch_size=4, sampler=DistributedSampler(Costly(8), 4, 0)), "over 4 replicas"),
+        (_user_loader(Costly(8), batch_size=4), "does not say how replicas share the samples"),
+        (_user_loader(Costly(8), batch_size=4, sampler=Ordered(None)), "does not say how replicas share the samples"),
+        (_user_loader(Costly(8), batch_size=4, sampler=DistributedSampler(Costly(8), 4, 0)), "among 4 replicas"),
         (DataLoader(Costly(8), 4, sampler=DistributedSampler(Costly(8), 2, 0)), "cannot be split"),
     ):
         assert why in str(_balance(loader, 2, 0, 2)), why
-    with pytest.warns(UserWarning, match=r"Broken.sample_costs\(\) gave numbers of shape \(2,\); expected \(8,\)"):
+    with pytest.warns(UserWarning, match=r"Broken.sample_costs\(\) returned numbers of shape \(2,\); expected \(8,\)"):
         assert _balance(_user_loader(Broken(8)), 2, 0, 2)
     known: list[Any] = []
     balance_replicas(_user_loader(Costly(8)), 2, 2, 0, required=False, tell=lambda k: known.append(k) or k, is_teller=1)

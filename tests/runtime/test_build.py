@@ -1,4 +1,4 @@
-"""What a start tells of itself."""
+"""The line that a start prints about the ranks."""
 
 from __future__ import annotations
 

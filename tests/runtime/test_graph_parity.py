@@ -1,4 +1,4 @@
-"""Training with micro-batches divided over graph ranks equals training in one process."""
+"""Training with micro-batches sharded over graph ranks equals training in one process."""
 
 from __future__ import annotations
 

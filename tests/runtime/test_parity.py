@@ -26,7 +26,7 @@ def test_one_process(pool: RankPool, num_microbatches: int) -> None:
 
 
 def all_but(default: Sequence[tuple[object, ...]], cases: Iterable[tuple[object, ...]]) -> list[object]:
-    """All cases, of which those that take no other path than the default ones are slow."""
+    """Returns all cases; a case is slow if it takes no other path than the default cases."""
     return [case if case in default else slow(*case) for case in cases]
 
 

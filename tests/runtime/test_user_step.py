@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.stages.captured import CapturedPotential, CapturedStage
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import StageOutput
@@ -123,12 +123,12 @@ def test_shallow_copies() -> None:
     tensor = torch.zeros(1)
     batch = {"a": tensor}
     for made in (batch, [batch], (batch, [batch])):
-        copied = shallow_copy(made)
-        assert type(copied) is type(made) and copied is not made
-    inner = shallow_copy((batch, tensor))
+        other = copied(made)
+        assert type(other) is type(made) and other is not made
+    inner = copied((batch, tensor))
     assert inner[0] is not batch and inner[0]["a"] is tensor and inner[1] is tensor
     pair = namedtuple("pair", "x y")(tensor, 2)
-    assert shallow_copy(pair) == pair
+    assert copied(pair) == pair
 
 
 class Logging(Step):

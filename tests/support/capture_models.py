@@ -21,7 +21,7 @@ from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trace.trace import trace_potential
-from lightning_januspipe.capture.trees import shallow_copy
+from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.runtime.user_step import CapturedStep
@@ -147,14 +147,18 @@ class Traced:
     Every operation costs the same, so that cuts do not depend on the load of the machine.
     """
 
-    def __init__(self, module: nn.Module, batch: Batch | None = None) -> None:
-        batch = batch or make_batch(TRACED)
+    def __init__(self, module: nn.Module, batch: Any = None, other: Any = None) -> None:
+        batch = make_batch(TRACED) if batch is None else batch
         self.module = module
         self.call = find_potential(module, module.training_step, batch)
         self.potential = potential_of(module, module.training_step, self.call)
         adapters = adapters_of(self.potential)
         args, kwargs = adapted(adapters, self.potential, self.call.args, self.call.kwargs)
-        self.format = CallFormat.of(args, kwargs)
+        second = None
+        if other is not None:
+            of_other = self.call_on(other)
+            second = adapted(adapters, self.potential, of_other.args, of_other.kwargs)
+        self.format = CallFormat.of(args, kwargs, second)
         traced = replace(self.call, args=args, kwargs=kwargs)
         self.program = apply_passes(trace_potential(self.potential, traced, self.format, adapters))
         self.regions = find_regions(self.program, self.call.read_outputs)
@@ -187,7 +191,7 @@ class Traced:
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the loss and the parameter gradients of the undivided double backward."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    loss = loss_in(module.training_step(shallow_copy(batch)))
+    loss = loss_in(module.training_step(copied(batch)))
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return loss.detach(), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 

@@ -1,32 +1,31 @@
-"""Steps of whole meshes on emulated devices: pipelines side by side, replicas that meet, micro-batches of any size."""
+"""Runs steps of whole meshes on emulated devices: pipelines side by side, and micro-batches of any size."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 from lightning_januspipe.bench.emulate.mesh_rank import MeshRecord, MeshWork, emulate_mesh_rank
-from lightning_januspipe.bench.emulate.run import device_pool, in_seconds, pauses
 from lightning_januspipe.engine.timeline import Span, recorded_report
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.schedule import Schedule, simulate
+from lightning_januspipe.schedule import PhaseCosts, Report, Schedule, simulate
 from lightning_januspipe.schedule.costs import Costs, action_times
 from lightning_januspipe.testing import RankPool
 
 
 @dataclass(frozen=True)
 class EmulatedStep:
-    """One step of a mesh. Times are in seconds after the common start of all ranks.
+    """Holds one step of a mesh. Times are in seconds after the common start of all ranks.
 
     Attributes:
-        simulated: time of the slowest replica, whose micro-batches take as long as their largest load, without any
+        simulated: Time of the slowest replica, whose micro-batches take as long as their largest load, without any
             cost of messages, exchanges and reductions.
-        actions: by global rank, its actions as they ran.
-        exchanges: by global rank, the actions in which it met the other graph ranks, with the time that this took.
-        reductions: by global rank, start and end of the reduction of gradients.
+        actions: For each global rank, its actions as they ran.
+        exchanges: For each global rank, the times of its exchanges with the other graph ranks, by action.
+        reductions: For each global rank, start and end of the reduction of gradients.
     """
 
     simulated: float
@@ -36,28 +35,30 @@ class EmulatedStep:
 
     @property
     def makespan(self) -> float:
-        """Until the last rank has its gradients."""
+        """Time until the last rank has its gradients."""
         return max(end for _, end in self.reductions)
 
 
 @dataclass(frozen=True)
 class EmulatedMesh:
-    """Steps of a mesh, and what the runtime itself took: medians over all ranks and steps, in seconds.
+    """Holds steps of a mesh, and times of the runtime itself: medians over all ranks and steps, in seconds.
 
     Attributes:
-        steps: the steps, in their order.
-        oversleep: time that a phase took longer than asked for, without its exchange.
-        handover: time from the end of an action to the start of one on another rank that waited for it.
-        turnaround: time from the end of an action to the start of the next one on its rank, where that waited for
-            nothing.
-        exchange: time from when the last of the graph ranks had come to an exchange, until all had what they need; 0
-            if there was none.
-        reduction: the same, of the reduction of gradients over all ranks that hold a stage.
-        cpu: share of one core that the busiest rank's process used.
-        urgent: whether all ranks ran before other programs on the machine.
+        steps: The steps, in their order.
+        latency: Time from the sending of a message to its arrival.
+        oversleep: Excess of a phase over its asked time, without its exchange.
+        handover: Time from the end of an action to the start of an action on another rank that waited for it.
+        turnaround: Time from the end of an action to the start of the next one on its rank, where that one waited for
+            no message.
+        exchange: Time from the arrival of the last graph rank at an exchange to the end of the exchange on all ranks;
+            0 without exchanges.
+        reduction: Time of a reduction of gradients, counted in the same way over all ranks that hold a stage.
+        cpu: Share of one core that the busiest rank's process used.
+        urgent: Whether all ranks ran with priority over other programs on the machine.
     """
 
     steps: tuple[EmulatedStep, ...]
+    latency: float
     oversleep: float
     handover: float
     turnaround: float
@@ -77,27 +78,27 @@ def emulate_mesh(
     message_bytes: int = 1024,
     pool: RankPool | None = None,
 ) -> EmulatedMesh:
-    """Run steps on an emulated mesh, one process for each rank.
+    """Runs steps on an emulated mesh, one process for each rank.
 
     Every replica has micro-batches of its own. Graph ranks meet in an all-to-all of a few bytes at the start of every
-    phase of a micro-batch that is divided (of a model, they do so before every layer that needs neighbours). When all
-    actions are done, gradients are summed over the graph ranks and averaged over the replicas as in training; they have
-    64 entries, so this is the waiting for one another and not the time of large messages. Left out is what graph ranks
-    exchange for the loss.
+    phase of a sharded micro-batch (with a model, they meet before every layer that needs neighbours). When all actions
+    have ended, gradients are summed over the graph ranks and averaged over the replicas as in training; they have 64
+    entries, so that the wait for other ranks is measured and not the time of large messages. Exchanges for the loss are
+    left out.
 
     Args:
-        shape: sizes of the mesh.
-        schedule: what every pipeline runs.
-        costs: times of one rank's share for a micro-batch with load 1.
-        steps: of every step, the micro-batches of all replicas.
-        seconds_per_unit: seconds in one unit of the costs.
-        message_bytes: bytes of the boundary between two stages.
-        pool: where to run; None starts processes for this call.
+        shape: Sizes of the mesh.
+        schedule: The schedule that every pipeline runs.
+        costs: Times of one rank's share for a micro-batch with load 1.
+        steps: For every step, the micro-batches of all replicas.
+        seconds_per_unit: Seconds in one unit of the costs.
+        message_bytes: Bytes of the boundary between two stages.
+        pool: The processes; None starts some for this call.
 
     Raises:
-        ValueError: an argument is not positive, the work does not fit the mesh and the schedule, or the pool has too
+        ValueError: An argument is not positive, the work does not fit the mesh and the schedule, or the pool has too
             few processes.
-        RankError: a rank failed; an :class:`EmulationError` in its message is a message in the wrong place.
+        RankError: A rank failed; with an :class:`EmulationError`, a message reached the wrong action.
     """
     for name, value in (("seconds_per_unit", seconds_per_unit), ("message_bytes", message_bytes)):
         if not value > 0:
@@ -138,8 +139,8 @@ def _check(work: MeshWork, shape: MeshShape, schedule: Schedule) -> None:
     for entry in (entry for mine in work for entry in mine):
         if len(entry.loads) != shape.graph or not all(load > 0 for load in entry.loads):
             raise ValueError(f"the loads of a micro-batch are {entry.loads}; expected {shape.graph} positive numbers")
-        if entry.is_divided and shape.graph == 1:
-            raise ValueError("a micro-batch is divided, but there is one graph rank")
+        if entry.is_sharded and shape.graph == 1:
+            raise ValueError("a micro-batch is sharded, but there is one graph rank")
 
 
 def _simulated(schedule: Schedule, costs: Costs, work: MeshWork) -> float:
@@ -186,6 +187,7 @@ def _evaluated(
             reductions.append(_together(step.reductions[rank] for rank in holders))
     return EmulatedMesh(
         steps,
+        statistics.median([latency for record in records for latency in record.latencies] or [0.0]),
         statistics.median(oversleeps),
         statistics.median(handovers or [0.0]),
         statistics.median(turnarounds or [0.0]),
@@ -197,7 +199,7 @@ def _evaluated(
 
 
 def _together(times: Iterable[tuple[float, float]]) -> float:
-    """Time from the last start to the last end."""
+    """Returns the time from the last start to the last end."""
     starts, ends = zip(*times, strict=True)
     return max(ends) - max(starts)
 
@@ -208,3 +210,32 @@ def _pipelines(shape: MeshShape) -> list[list[int]]:
 
 def _graph_groups(shape: MeshShape) -> list[list[int]]:
     return [[shape.rank(p, d, g) for g in range(shape.graph)] for p in range(shape.pipeline) for d in range(shape.data)]
+
+
+def device_pool(size: int) -> RankPool:
+    """Returns processes that are forked from one with all imports done, so that many fit on one machine."""
+    return RankPool(size, preload=("lightning_januspipe.bench.emulate",))
+
+
+def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[PhaseCosts]:
+    """Returns costs in seconds."""
+
+    def scaled(entry: PhaseCosts) -> PhaseCosts:
+        return PhaseCosts(**{f.name: seconds_per_unit * getattr(entry, f.name) for f in fields(entry)})
+
+    return scaled(costs) if isinstance(costs, PhaseCosts) else [scaled(entry) for entry in costs]
+
+
+def pauses(schedule: Schedule, report: Report) -> tuple[list[float], list[float]]:
+    """Returns the times from the end of an action to the next start: on another rank that waited, and on the same."""
+    handovers, turnarounds = [], []
+    for order in schedule.actions:
+        free: float | None = None
+        for action in order:
+            came = max((report.end[m.source] for m in schedule.received(action)), default=None)
+            if came is not None and (free is None or came > free):
+                handovers.append(report.start[action] - came)
+            elif free is not None:
+                turnarounds.append(report.start[action] - free)
+            free = report.end[action]
+    return handovers, turnarounds

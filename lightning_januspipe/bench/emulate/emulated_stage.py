@@ -1,4 +1,4 @@
-"""The stage of an emulated device: it sleeps, labels what it sends, and checks what it gets."""
+"""Holds the stage of an emulated device, which sleeps, labels the tensors that it sends, and checks its inputs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.schedule import Action, Phase
 
 _LABEL = 4  # entries of a label
-_CHAIN, _OWN = -1.0, -2.0  # kinds of messages: along the chain, and from BF to BE of the same stage
+_CHAIN, _OWN = -1.0, -2.0  # kinds of messages: to the next stage, and from BF to BE of the same stage
 _EARLY = 1.5e-4  # seconds
 
 
 class EmulationError(AssertionError):
-    """A phase got a message that was not for it, or actions ran in another order than that of the schedule."""
+    """Reports that a phase got the message of another, or that actions ran in another order than the schedule's."""
 
 
 @dataclass
 class EmulatedFunction:
-    """The shapes of an emulated stage; there is nothing to evaluate.
+    """Holds the shapes of an emulated stage, which evaluates nothing.
 
     Attributes: see :class:`~lightning_januspipe.engine.specs.StageFunction`.
     """
@@ -42,12 +42,12 @@ class EmulatedFunction:
         raise NotImplementedError
 
 
-def emulated_chain(num_stages: int, message_bytes: int) -> tuple[ChainSpec, list[EmulatedFunction]]:
-    """A chain with one observable in its first and one in its last stage, and a derivative with an entry per stage.
+def emulated_stages(num_stages: int, message_bytes: int) -> tuple[ChainSpec, list[EmulatedFunction]]:
+    """Makes stages with an observable in the first and one in the last, and a derivative with an entry per stage.
 
     Args:
-        num_stages: length of the chain.
-        message_bytes: bytes of the boundary between two stages.
+        num_stages: Number of stages.
+        message_bytes: Bytes of the boundary between two stages.
     """
     boundary = [TensorSpec((max(message_bytes // torch.float64.itemsize, 2 * _LABEL),), torch.float64)]
     last = num_stages - 1
@@ -69,21 +69,21 @@ def emulated_chain(num_stages: int, message_bytes: int) -> tuple[ChainSpec, list
 
 
 class EmulatedStage(Stage):
-    """A stage whose phases check what they get, sleep, and return labelled tensors of the right shapes.
+    """Runs phases that check their inputs, sleep, and return labelled tensors of the right shapes.
 
     Labels hold the serial number of the micro-batch, which no other one has in this step or another, the phase, and the
     stage.
 
     Args:
-        function: the shapes.
-        num_stages: length of the chain.
-        seconds: how long each phase takes.
-        ran: gets every action that runs.
+        function: The shapes.
+        num_stages: Number of stages.
+        seconds: Time of each phase.
+        ran: Gets every action that runs.
 
     Attributes:
-        weights: how long each micro-batch takes, in ``seconds``; 1 for all where there are none.
-        meet: called at the start of every phase with the action and the serial number of its micro-batch, if set; the
-            time that it takes is added to that of the phase.
+        weights: Factor of ``seconds`` for each micro-batch; empty for 1.
+        meet: Function that is called at the start of every phase with the action and the serial number of its
+            micro-batch, or None; its time is added to the phase's.
     """
 
     def __init__(
@@ -98,17 +98,17 @@ class EmulatedStage(Stage):
 
     @property
     def num_inflight(self) -> int:
-        """Micro-batches between their first and their last phase here."""
+        """Number of micro-batches between their first and their last phase here."""
         return len(self._serials)
 
     def clear(self) -> None:
-        """Forget all micro-batches."""
+        """Forgets all micro-batches."""
         self._serials.clear()
 
     def forward_energy(
         self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """FE: a boundary, and the observables of this stage."""
+        """Runs FE: returns a boundary, and the observables of this stage."""
         self._serials[microbatch] = serial = int(tensors[0])
         with self._phase(Phase.FE, microbatch):
             self._check(Phase.FE, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
@@ -118,7 +118,7 @@ class EmulatedStage(Stage):
     def forward_force(
         self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """FF: a gradient of the boundary, and a derivative with this stage's entry only."""
+        """Runs FF: returns a gradient of the boundary, and a derivative with this stage's entry only."""
         assert create_graph, "evaluation is not emulated"
         with self._phase(Phase.FF, microbatch):
             self._check(Phase.FF, microbatch, boundary_gradients, self.function.boundary_out, Phase.FF, 1)
@@ -134,7 +134,7 @@ class EmulatedStage(Stage):
         *,
         defer: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """BF: a cotangent of the boundary's gradient."""
+        """Runs BF: returns a cotangent of the boundary's gradient."""
         with self._phase(Phase.BF, microbatch):
             self._check(Phase.BF, microbatch, boundary_cotangents, self.function.boundary_in, Phase.BF, -1)
             self._check_loss(Phase.BF, microbatch, derivative_cotangents)
@@ -149,7 +149,7 @@ class EmulatedStage(Stage):
         defer: bool = False,
         force_part: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """BE: a cotangent of the boundary."""
+        """Runs BE: returns a cotangent of the boundary."""
         with self._phase(Phase.BE, microbatch):
             self._check(Phase.BE, microbatch, boundary_cotangents, self.function.boundary_out, Phase.BE, 1)
             self._check_force_part(microbatch, force_part)
@@ -160,23 +160,23 @@ class EmulatedStage(Stage):
         return found
 
     def _check_force_part(self, microbatch: int, force_part: Sequence[Tensor]) -> None:
-        """Nothing comes from another rank, on which no phase of this stage is."""
+        """Checks that nothing comes from another rank, which has no phase of this stage."""
         self._check(Phase.BE, microbatch, force_part, [], Phase.BF, 0, _OWN)
 
     def weight_force(self, microbatch: int) -> None:
-        """WF: nothing but its time."""
+        """Runs WF, which only takes its time."""
         with self._phase(Phase.WF, microbatch):
             pass
 
     def weight_energy(self, microbatch: int) -> None:
-        """WE: the micro-batch ends."""
+        """Runs WE, which ends the micro-batch."""
         with self._phase(Phase.WE, microbatch):
             pass
         del self._serials[microbatch]
 
     @contextmanager
     def _phase(self, phase: Phase, microbatch: int) -> Iterator[None]:
-        """Takes the time of the phase, in which the block's is contained."""
+        """Makes the block take as long as the phase, or longer."""
         action = Action(phase, self.function.index, microbatch)
         self._ran.append(action)
         if self.meet is not None:
@@ -187,7 +187,7 @@ class EmulatedStage(Stage):
         sleep_until(deadline)
 
     def _made(self, phase: Phase, microbatch: int, specs: Sequence[TensorSpec], kind: float = _CHAIN) -> list[Tensor]:
-        """A labelled tensor for each spec; the label is at both ends."""
+        """Returns a labelled tensor for each spec; the label is at both ends."""
         label = torch.tensor(self._label(phase, self.function.index, microbatch, kind), dtype=torch.float64)
         made = []
         for spec in specs:
@@ -209,7 +209,7 @@ class EmulatedStage(Stage):
         step: int,
         kind: float = _CHAIN,
     ) -> None:
-        """What came has to be what ``source`` of the stage ``step`` further made of this micro-batch."""
+        """Checks that tensors were made by ``source`` of the stage ``step`` further, for this micro-batch."""
         action = Action(phase, self.function.index, microbatch)
         if len(came) != len(specs):
             raise EmulationError(f"{action} got {len(came)} tensors, expected {len(specs)}")
@@ -234,10 +234,10 @@ class EmulatedStage(Stage):
 
 
 class EmulatedSplitStage(EmulatedStage):
-    """The same for a stage whose FF and BF are on another rank than its FE and BE."""
+    """Emulates a split stage, whose FF and BF run on another rank than its FE and BE."""
 
     def begin_force(self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> None:
-        """FE on the rank of FF; its time is a part of FF's."""
+        """Runs FE on the rank of FF; its time is a part of FF's."""
         self._serials[microbatch] = int(tensors[0])
         self._check(Phase.FF, microbatch, boundary, self.function.boundary_in, Phase.FE, -1)
 
@@ -249,7 +249,7 @@ class EmulatedSplitStage(EmulatedStage):
         *,
         defer: bool = False,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """BF, and what it sends to the rank that runs BE."""
+        """Runs BF: returns also the tensors for the rank that runs BE."""
         found, _ = super().backward_force(microbatch, boundary_cotangents, derivative_cotangents)
         force_part = self._made(Phase.BF, microbatch, self.function.boundary_in, _OWN)
         del self._serials[microbatch]
@@ -260,16 +260,15 @@ class EmulatedSplitStage(EmulatedStage):
 
 
 def observable(serial: int, position: int) -> Tensor:
-    """The observable at a position that belongs to a micro-batch."""
+    """Returns the observable at an index that belongs to a micro-batch."""
     return torch.tensor([serial, position], dtype=torch.float64)
 
 
 def sleep_until(deadline: float) -> None:
-    """Sleep until ``time.perf_counter()`` has reached a time, and little longer.
+    """Sleeps until ``time.perf_counter()`` has reached a time, and little longer.
 
-    Sleeping takes 0.05 to 0.2 ms more than asked for, so this wakes up a little early and sleeps the rest in short
-    pieces.
-    Nothing waits busily: ranks are more than cores.
+    A sleep takes 0.05 to 0.2 ms more than asked for, so this one wakes up a little early and sleeps the rest in short
+    pieces. Nothing waits busily, because there are more ranks than cores.
     """
     while (left := deadline - time.perf_counter()) > 0:
         time.sleep(left - _EARLY if left > 2 * _EARLY else min(left, 1e-5))

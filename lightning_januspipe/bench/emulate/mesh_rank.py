@@ -1,4 +1,4 @@
-"""What each rank of an emulated mesh does: a pipeline's actions, exchanges of graph ranks, the replicas' all-reduce."""
+"""Runs one rank of an emulated mesh: its actions, its exchanges with graph ranks, the reduction over replicas."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from lightning_januspipe.bench.emulate.emulated_stage import (
     EmulatedSplitStage,
     EmulatedStage,
     EmulationError,
-    emulated_chain,
+    emulated_stages,
 )
-from lightning_januspipe.bench.emulate.rank import check_order, common_start, no_garbage_collection, step_data, urgently
+from lightning_januspipe.bench.emulate.rank import (
+    check_order,
+    common_start,
+    message_latencies,
+    no_garbage_collection,
+    step_data,
+    urgently,
+)
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.timeline import ActionRecorder, Span
@@ -32,16 +39,16 @@ _GRADIENT = 64  # entries
 
 @dataclass(frozen=True)
 class MicrobatchWork:
-    """How the work of one micro-batch is shared by the G graph ranks of every stage.
+    """Holds the share of each of the G graph ranks of every stage in one micro-batch.
 
     Attributes:
-        loads: (G,) how long each rank's part takes, in those of the costs.
-        is_divided: whether structures are divided, so that the ranks exchange something in every phase; else they are
-            dealt whole, and nothing is exchanged.
+        loads: (G,) Factors of the phase times on each rank.
+        is_sharded: Whether atoms of one structure are on several ranks, so that the ranks exchange rows in every phase.
+            Otherwise structures are dealt whole, and nothing is exchanged.
     """
 
     loads: tuple[float, ...]
-    is_divided: bool = False
+    is_sharded: bool = False
 
 
 MeshWork = Sequence[Sequence[MicrobatchWork]]
@@ -50,32 +57,34 @@ MeshWork = Sequence[Sequence[MicrobatchWork]]
 
 @dataclass(frozen=True)
 class MeshRecord:
-    """What one rank measured, for every step. Times are in seconds after the common start of all ranks.
+    """Holds one rank's measurements of every step. Times are in seconds after the common start of all ranks.
 
     Attributes:
-        actions: the rank's actions as they ran.
-        exchanges: the actions in which graph ranks met, with the time that this took.
-        reductions: start and end of the reduction of gradients.
-        cpu: seconds that the rank's process computed, all threads together.
-        urgent: whether the rank ran before other programs; one entry for all steps.
+        actions: The rank's actions as they ran.
+        exchanges: The times of exchanges with graph ranks, by action.
+        reductions: Start and end of the reduction of gradients.
+        latencies: Seconds from the sending to the arrival of each of some messages, before the first step.
+        cpu: Seconds that the rank's process computed, all threads together.
+        urgent: Whether the rank ran with priority over other programs; one entry for all steps.
     """
 
     actions: list[list[Span]] = field(default_factory=list)
     exchanges: list[list[Span]] = field(default_factory=list)
     reductions: list[tuple[float, float]] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     urgent: list[bool] = field(default_factory=list)
 
 
 class GraphExchange:
-    """The exchanges of a rank with the other graph ranks of its stage: who they are is checked, and what they do.
+    """Makes the exchanges of a rank with the other graph ranks of its stage, and checks that all run the same action.
 
     Args:
-        group: the graph ranks of this rank's stage and replica.
+        group: The graph ranks of this rank's stage and replica.
 
     Attributes:
-        work: the micro-batches of this rank's replica.
-        spans: actions that exchanged, with ``time.perf_counter()`` before and after.
+        work: The micro-batches of this rank's replica.
+        spans: Actions that exchanged, with ``time.perf_counter()`` before and after.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -84,16 +93,16 @@ class GraphExchange:
         self._group: dist.ProcessGroup | None = group
 
     def __call__(self, action: Action, serial: int) -> None:
-        """One small message to and from every graph rank, if the micro-batch is divided.
+        """Sends a small message to every graph rank and receives one, if the micro-batch is sharded.
 
         Args:
-            action: what this rank is about to do.
-            serial: the micro-batch's number, which no other one has.
+            action: The action that this rank is about to run.
+            serial: The micro-batch's serial number, which no other micro-batch has.
 
         Raises:
-            EmulationError: another graph rank does something else.
+            EmulationError: Another graph rank runs another action.
         """
-        if not self.work[action.microbatch].is_divided:
+        if not self.work[action.microbatch].is_sharded:
             return
         assert self._group is not None
         rank, size = self._group.rank(), self._group.size()
@@ -109,7 +118,7 @@ class GraphExchange:
             )
 
     def close(self) -> None:
-        """Let go of the group."""
+        """Drops the group."""
         self._group = None
 
 
@@ -121,15 +130,15 @@ def emulate_mesh_rank(
     message_bytes: int,
     timeout: timedelta,
 ) -> MeshRecord:
-    """What every rank does: connect, run the first step without sleeping, then all steps with it.
+    """Connects a rank, runs the first step without sleeping, then all steps with it.
 
     Args:
-        shape: of the mesh.
-        schedule: what every pipeline runs.
-        costs: times of the phases in seconds, of a micro-batch with load 1.
-        steps: what there is to do.
-        message_bytes: bytes of the boundary between two stages.
-        timeout: how long to wait for another rank.
+        shape: Sizes of the mesh.
+        schedule: The schedule that every pipeline runs.
+        costs: Times of the phases in seconds, for a micro-batch with load 1.
+        steps: For every step, the micro-batches of all replicas.
+        message_bytes: Bytes of the boundary between two stages.
+        timeout: Longest wait for another rank.
     """
     dist.init_process_group("gloo", timeout=timeout)
     mesh = Mesh(shape, dist.get_rank(), _CPU, timeout)
@@ -143,13 +152,11 @@ def emulate_mesh_rank(
 
 
 class _MeshRank:
-    """The executor of one rank, with its stages and what they share."""
+    """Holds the executor of one rank, with its stages and its groups."""
 
-    def __init__(
-        self, mesh: Mesh, schedule: Schedule, costs: Costs, message_bytes: int, timeout: timedelta | None
-    ) -> None:
+    def __init__(self, mesh: Mesh, schedule: Schedule, costs: Costs, message_bytes: int, timeout: timedelta) -> None:
         self._mesh, self._schedule = mesh, schedule
-        spec, functions = emulated_chain(schedule.num_stages, message_bytes)
+        spec, functions = emulated_stages(schedule.num_stages, message_bytes)
         times = action_times(schedule, costs)
         self._ran: list[Action] = []
         self._stages: dict[int, EmulatedStage] = {}
@@ -157,8 +164,9 @@ class _MeshRank:
             seconds = {phase: times(phase, s) for phase in Phase}
             kind = EmulatedSplitStage if schedule.is_split(s) else EmulatedStage
             self._stages[s] = kind(functions[s], schedule.num_stages, seconds, self._ran)
-        links = pipeline_links(mesh) if mesh.shape.size > 1 else None
-        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, links, timeout)
+        self._message_bytes, self._timeout = message_bytes, timeout
+        self._links = pipeline_links(mesh) if mesh.shape.size > 1 else None
+        self._executor = Executor(mesh.pipeline_rank, self._stages, spec, self._links, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
         self._gradient = nn.Parameter(torch.zeros(_GRADIENT, dtype=torch.float64))
@@ -166,16 +174,20 @@ class _MeshRank:
             stage.meet = self._exchange
 
     def close(self) -> None:
-        """Let go of all connections: ranks that wait for this one are told at once that it will not answer."""
+        """Closes all connections, so that ranks that wait for this one learn at once that it will not answer."""
         self._executor.close()
         if self._exchange is not None:
             self._exchange.close()
 
     def run(self, steps: Sequence[MeshWork]) -> MeshRecord:
-        """All steps, after the first one without sleeping."""
+        """Runs all steps, after the first one without sleeping."""
         record = MeshRecord()
         with no_garbage_collection(), urgently() as urgent:
             record.urgent.append(urgent)
+            if self._links is not None:
+                rank, size = self._mesh.pipeline_rank, self._mesh.shape.pipeline
+                found = message_latencies(self._links, rank, size, self._message_bytes, self._timeout)
+                record.latencies.extend(found)
             for number, work in enumerate([steps[0], *steps]):
                 mine = work[self._mesh.data_rank]
                 loads = [entry.loads[self._mesh.graph_rank] for entry in mine]
@@ -184,7 +196,7 @@ class _MeshRank:
         return record
 
     def _step(self, number: int, mine: Sequence[MicrobatchWork], loads: Sequence[float], record: MeshRecord) -> None:
-        """One step; the first, number 0, is not recorded."""
+        """Runs one step; the first, number 0, is not recorded."""
         mesh = self._mesh
         spans: list[Span] = []
         for stage in self._stages.values():
@@ -213,7 +225,7 @@ class _MeshRank:
             record.cpu.append(used)
 
     def _reduce(self) -> None:
-        """As a pipeline does: the sum over graph ranks, the mean over replicas."""
+        """Reduces the gradient as in training: the sum over graph ranks, the mean over replicas."""
         if self._mesh.graph_group is not None:
             reduce_gradients([self._gradient], self._mesh.graph_group)
         if self._mesh.shape.data > 1:
@@ -222,7 +234,7 @@ class _MeshRank:
 
     @staticmethod
     def _own_gradient(number: int, rank: int) -> Tensor:
-        """What one rank contributes in a step."""
+        """Returns the gradient that one rank contributes in a step."""
         return torch.full((_GRADIENT,), float(1000 * number + (rank + 1) ** 2), dtype=torch.float64)
 
     def _check_gradient(self, number: int) -> None:

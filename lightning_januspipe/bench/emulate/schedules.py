@@ -1,4 +1,4 @@
-"""``januspipe bench emulate``: all schedules on emulated devices, as a table and as pictures."""
+"""``januspipe bench emulate``: runs all schedules on emulated devices, for a table and pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-from lightning_januspipe.bench.emulate.run import EmulatedRun, device_pool, emulate
+from lightning_januspipe.bench.emulate.emulated_mesh import device_pool
+from lightning_januspipe.bench.emulate.run import EmulatedRun, emulate
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan.compare import BASELINE
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
@@ -48,18 +49,18 @@ def compare_emulated(
     pool: RankPool | None = None,
     report: Callable[[str], None] = print,
 ) -> list[EmulatedRun]:
-    """Run schedules one after another on the same emulated devices.
+    """Runs schedules one after another on the same emulated devices.
 
     Args:
-        names: names of schedules.
-        num_ranks: number of ranks, each a process.
-        num_microbatches: micro-batches of a step.
-        costs: times of one rank's share for one micro-batch.
-        seconds_per_unit: seconds in one unit of the costs; None chooses it by :func:`suitable_unit`.
-        repeats: steps of each schedule.
-        message_bytes: bytes of the boundary between two stages.
-        pool: where to run; None starts processes for this call.
-        report: gets a line after each schedule.
+        names: Names of schedules.
+        num_ranks: Number of ranks, each a process.
+        num_microbatches: Micro-batches of a step.
+        costs: Times of one rank's share for one micro-batch.
+        seconds_per_unit: Seconds in one unit of the costs; None chooses it by :func:`suitable_unit`.
+        repeats: Steps of each schedule.
+        message_bytes: Bytes of the boundary between two stages.
+        pool: The processes; None starts some for this call.
+        report: Gets a line after each schedule.
     """
     schedules = [build_schedule(name, num_ranks, num_microbatches, costs) for name in names]
     unit = suitable_unit(schedules, costs) if seconds_per_unit is None else seconds_per_unit
@@ -75,16 +76,16 @@ def compare_emulated(
 
 
 def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts, mesh: MeshShape | None = None) -> float:
-    """Seconds in one unit of the costs with which the shortest of all actions is long against the runtime's own time.
+    """Returns seconds per unit of the costs that make the shortest action long against the runtime's own time.
 
-    That is 8 ms on up to 8 ranks; more ranks share the same cores, so it grows to 12 ms on 32. Pipelines side by side
-    do the same things at the same times, and those of graph ranks exchange more: there it is 0.5 ms for each rank and
-    each graph rank that it meets, but at least 8 ms.
+    The shortest action takes 8 ms on up to 8 ranks; more ranks share the same cores, so it grows to 12 ms on 32.
+    Pipelines side by side run the same actions at the same times, and graph ranks exchange more: there it takes 0.5 ms
+    for each rank and each graph rank that it meets, but at least 8 ms.
 
     Args:
-        schedules: what will run.
-        costs: of one rank's share for one micro-batch.
-        mesh: in which the pipelines run; None for one at a time.
+        schedules: The schedules that will run.
+        costs: Times of one rank's share for one micro-batch.
+        mesh: The mesh that the pipelines run in; None for one pipeline at a time.
     """
     num_ranks = max(schedule.num_ranks for schedule in schedules)
     shortest = min(
@@ -100,7 +101,7 @@ def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts, mesh: MeshSh
 
 
 def emulation_table(runs: Sequence[EmulatedRun]) -> str:
-    """A Markdown table of runs on the same devices, and what the runtime itself took."""
+    """Returns a Markdown table of runs on the same devices, and the times of the runtime itself."""
     baseline = next((run for run in runs if run.schedule.name == BASELINE), None)
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     for run in runs:
@@ -135,11 +136,11 @@ def _runtime(runs: Sequence[EmulatedRun]) -> str:
 
 
 def pictures(runs: Sequence[EmulatedRun], folder: Path) -> None:
-    """Write for every run a Gantt chart of its simulation and of the real step, and a trace of both.
+    """Writes for every run a Gantt chart of its simulation and of the real step, and a trace of both.
 
     Args:
-        runs: what to draw.
-        folder: where the files ``<schedule>.png`` and ``<schedule>.json`` go.
+        runs: The runs to draw.
+        folder: The folder for the files ``<schedule>.png`` and ``<schedule>.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:

@@ -111,13 +111,13 @@ def _described(leaf: Any, place: str, call_format: CallFormat) -> Any:
     return call_format.constants[place] if place in call_format.constants else type(leaf)
 
 
-def _containers(value: Any, place: str = "") -> Iterator[tuple[str, type]]:
+def _containers(value: Any, place: str = "", within: tuple[int, ...] = ()) -> Iterator[tuple[str, type]]:
     """Yields places and types of the containers in a call."""
-    parts = children(value)
+    parts = children(value) if id(value) not in within else None
     if parts is not None:
         yield place, type(value)
         for key, part in parts:
-            yield from _containers(part, place + key)
+            yield from _containers(part, place + key, (*within, id(value)))
 
 
 def _global_hooks() -> dict[str, Any]:

@@ -37,6 +37,7 @@ def simplify(program: Program) -> Program:
     program.replace_nodes(kept)
     for names in (program.outputs, program.sizes, program.energies, program.coordinates):
         names[:] = renamed(names, same)
+    program.facts = [(same.get(name, name), fact) for name, fact in program.facts]
     drop_unread(program)
     return program
 

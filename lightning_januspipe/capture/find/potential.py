@@ -26,7 +26,7 @@ from lightning_januspipe.capture.find.grad_call import (
     call_arguments,
     grad_arguments,
 )
-from lightning_januspipe.capture.trees import leaves, shallow_copy
+from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.errors import CaptureError
 
 _NO_WAY = ("appears to not have been used in the graph", "does not require grad")
@@ -138,16 +138,18 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
         )
     observer = _StepObserver(module, potential)
     with _global_hooks(observer.enter, observer.leave), observer:
-        step(shallow_copy(batch))
+        step(copied(batch))
     _judge(module, observer, potential)
-    if not observer.grads[0].stack or not any(r.num_grads == (0, 1) for r in observer.returned):
+    whole = (0, len(observer.grads))
+    if not observer.grads[0].stack or not any(r.num_grads == whole for r in observer.returned):
         return _in_step(module, observer, batch)
-    of_submodule = [r for r in observer.returned if r.num_grads == (0, 1) and r.name] if potential is None else []
-    returned = (of_submodule or [r for r in observer.returned if r.num_grads == (0, 1)])[0]
+    of_submodule = [r for r in observer.returned if r.num_grads == whole and r.name] if potential is None else []
+    returned = (of_submodule or [r for r in observer.returned if r.num_grads == whole])[0]
     path, position = returned.name, observer.returned.index(returned)
     prefix = f"{path}." if path else ""
-    inside = {f"{prefix}{n}" for n, _ in module.get_submodule(path).named_parameters()}
-    outside = {name for name, running in observer.parameters_read if name in inside and path not in running}
+    inside = {f"{prefix}{n}": p.requires_grad for n, p in module.get_submodule(path).named_parameters()}
+    read_outside = {name for name, running in observer.parameters_read if name in inside and path not in running}
+    outside = {name for name in read_outside if inside[name] or not path}
     if path and outside:
         raise CaptureError(
             f"the step of {type(module).__name__} uses parameters of its potential {path!r} outside the potential's "
@@ -159,7 +161,9 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
         module.get_submodule(path), returned.output, {leaf for i, leaf, _ in observer.read if i == position}
     )
     args, kwargs = call_arguments(module, path, step, batch)
-    return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=tuple(sorted(outside)))
+    # Frozen ones are held by every rank; those that are trained only where the step itself is the potential.
+    step_parameters = tuple(sorted(name.removeprefix(prefix) for name in read_outside))
+    return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=step_parameters)
 
 
 def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> PotentialCall:
@@ -250,13 +254,14 @@ def _judge(module: nn.Module, observer: _StepObserver, potential: str | None) ->
             + (f"Pass potential={places[0]!r}, or leave it out" if any(grads[0].stack) else "Leave it out")
             + " to have it found."
         )
-    if len(grads) > 1:
+    # Several in one forward may be of one energy, which the trace shows.
+    if len(grads) > 1 and not any(r.num_grads == (0, len(grads)) and any(grads[0].stack) for r in observer.returned):
         raise CaptureError(
             f"{step} differentiates {len(grads)} times (in {', '.join(map(repr, places))}); exactly one "
             "torch.autograd.grad call in one call of the potential can be pipelined. Ask for all derivatives in one "
             "call, e.g. torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)."
         )
-    if not grads[0].create_graph and module.training:
+    if not all(g.create_graph for g in grads) and module.training:
         raise CaptureError(
             f"the potential {places[0]!r} is not twice differentiable in training: torch.autograd.grad was "
             "called without create_graph=True, so a force loss gives no parameter gradients. Pass "

@@ -14,14 +14,16 @@ from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, 
 from lightning_januspipe.capture.cut.cut import Cut, Profile, Regions
 from lightning_januspipe.capture.cut.dependence import dependence_of
 from lightning_januspipe.capture.cut.profile import measure
-from lightning_januspipe.capture.find.call_format import CallFormat, size_carrier
+from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.size_names import SizeWords, words_of_program
+from lightning_januspipe.capture.stages.call_inputs import CallInputs
 from lightning_januspipe.capture.stages.stage_body import StageBody, stage_body
 from lightning_januspipe.capture.stages.staged_potential import Inputs, StageOperations
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors, in_order, readers
-from lightning_januspipe.capture.trace.program import Program
+from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
+from lightning_januspipe.capture.trace.program import Program, ReturnedSize
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
 from lightning_januspipe.errors import CaptureError, shown
@@ -113,8 +115,10 @@ class CapturedPotential:
     @property
     def _places(self) -> list[str]:
         """Where each input stands in a call; integers read from data come last."""
-        known = [*self.call.tensors, *self.call.sizes]
-        return known + ["an integer read from data"] * (len(self.program.inputs) - len(known))
+        program = self.program
+        known = [*self.call.tensors, *self.call.sizes, *["an integer read from data"] * len(program.sizes)]
+        known += ["random numbers that the forward draws"] * len(program.draws)
+        return known + ["a list of indices that the forward makes"] * len(program.prepared)
 
     def inputs(self, potential: nn.Module) -> Inputs:
         """Returns the function from a call of the live potential to the program's inputs."""
@@ -282,35 +286,6 @@ _OTHER_SIZES = (
 )
 
 
-class CallInputs:
-    """Makes the program's inputs of a call of the potential.
-
-    Args:
-        captured: the captured potential.
-        potential: the live potential.
-    """
-
-    def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
-        program = captured.program
-        self._captured, self._potential = captured, potential
-        self._adapters = adapters_of(potential)
-        every = {n.name for n in program.operations}
-        self._readers = [ProgramFunction(program, potential, every, [name]) for name in program.sizes]
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Returns the tensors of the call, and carriers of its integers and of integers that the forward reads.
-
-        Raises:
-            CaptureError: the call lacks a tensor, or has other constants than the one that was captured.
-        """
-        args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
-        tensors = self._captured.call.bind(self._captured.path, args, kwargs)
-        for reader in self._readers:
-            (value,) = reader(tensors)
-            tensors.append(size_carrier(int(value), tensors[0].device))
-        return tensors
-
-
 class CapturedStage:
     """One stage of a captured potential (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
 
@@ -403,7 +378,14 @@ class Epilogue:
             inputs[name] if name in inputs else computed.get(position, _Unavailable(position))
             for position, name in enumerate(program.outputs)
         )
-        return with_leaves(program.returned, lambda _, leaf: next(values) if isinstance(leaf, Tensor) else leaf)
+        symbols = program.bind(call_tensors)
+
+        def filled(_: str, leaf: Any) -> Any:
+            if isinstance(leaf, ReturnedSize):
+                return leaf.value(symbols)
+            return next(values) if isinstance(leaf, Tensor) else leaf
+
+        return with_leaves(program.returned, filled)
 
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
@@ -444,7 +426,13 @@ class _Unavailable:
 def independent_coordinates(program: Program) -> list[str]:
     """Returns the differentiation inputs that depend on no other one: these become leaves of autograd.
 
-    Strained positions that depend on the strain stay what they are.
+    Strained positions that depend on the strain stay what they are. Zeros of the shape of another one depend on none.
     """
     names = set(program.coordinates)
-    return [n for n in in_order(program, names) if ancestors(program, [n]) & names == {n}]
+    by_shape = {n.name for n in program.operations if operator_of(n) in SHAPE_ONLY}
+    found = []
+    for name in in_order(program, names):
+        others = set() if name in by_shape else ancestors(program, [name], given=by_shape)
+        if (others | {name}) & names == {name}:
+            found.append(name)
+    return found

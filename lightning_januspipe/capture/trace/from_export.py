@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lightning_januspipe.capture.trace.derivatives import merge_derivatives
+from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.graph_walks import descendants
 from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.errors import CaptureError
@@ -20,6 +24,7 @@ def program_from_export(
     num_outputs: int,
     prefix: str,
     num_sizes: int = 0,
+    facts: Sequence[Fact] = (),
 ) -> Program:
     """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
 
@@ -28,7 +33,8 @@ def program_from_export(
         returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
         num_outputs: how many tensors that are; they are the program's first outputs.
         prefix: what stands before every parameter's and buffer's name in the exported program.
-        num_sizes: how many integers the forward reads from tensors.
+        num_sizes: how many integers the forward reads from tensors; these are its next outputs.
+        facts: other values that it reads from tensors; these are its last outputs.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -55,8 +61,10 @@ def program_from_export(
     nodes = [_node(n) for n in exported.graph.nodes if n.op in ("placeholder", "call_function")]
     nodes = [n for n in nodes if not _is_assertion(n)]
     marks = [n for n in nodes if n.target == GRADIENT_OP]
-    if len(marks) != 1:
-        raise CaptureError(f"the traced potential differentiates {len(marks)} times; exactly one is expected")
+    if not marks:
+        raise CaptureError("the traced potential does not differentiate an energy; one torch.autograd.grad is expected")
+    if len(marks) > 1:
+        nodes = merge_derivatives(nodes, marks)
     user_outputs = [s.arg.name for s in signature.output_specs if s.kind.name == "USER_OUTPUT"]
     placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     symbols: dict[str, tuple[int, int]] = {}
@@ -77,11 +85,26 @@ def program_from_export(
         outputs=user_outputs[:num_outputs],
         returned=returned,
         sizes=user_outputs[num_outputs : num_outputs + num_sizes],
+        facts=list(zip(user_outputs[num_outputs + num_sizes :], facts, strict=True)),
         symbols=symbols,
     )
+    _refuse_trained_facts(program)
     program.limits = _limits(program, exported)
-    program.conditions = _conditions(program, placeholders[inputs[0]].meta["val"]) if inputs else []
+    if inputs:
+        shape_env = placeholders[inputs[0]].meta["val"].fake_mode.shape_env
+        program.conditions, program.equal_sizes = _conditions(program, shape_env), _equal_sizes(shape_env)
     return program
+
+
+def _refuse_trained_facts(program: Program) -> None:
+    changing = descendants(program, {*program.parameters, program.gradient})
+    for name, fact in program.facts:
+        if name in changing:
+            raise CaptureError(
+                f"the forward reads the value {fact.value!r} from a tensor that depends on parameters or on the "
+                f"derivative ({fact.place}), so that it changes in training. Use torch.where instead of a branch, or "
+                "check such values outside of the forward."
+            )
 
 
 def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
@@ -105,17 +128,23 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
     return limits
 
 
-def _conditions(program: Program, value: Any) -> list[str]:
+def _conditions(program: Program, shape_env: Any) -> list[str]:
     """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
 
     Args:
         program: the program.
-        value: what stood for one of its inputs in the trace.
+        shape_env: of the trace.
     """
-    shape_env = value.fake_mode.shape_env
     found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
     known = set(program.symbols)
     return list(dict.fromkeys(str(e) for e in found if e.free_symbols and {str(s) for s in e.free_symbols} <= known))
+
+
+def _equal_sizes(shape_env: Any) -> list[tuple[str, str]]:
+    """Pairs of size symbols that the trace took for equal, though one is a length that depends on values."""
+    found = [a for of_symbol in shape_env.deferred_runtime_asserts.values() for a in of_symbol]
+    asserted = [shape_env.replace(a.expr) for a in found]
+    return [(str(e.lhs), str(e.rhs)) for e in asserted if e.is_Equality and e.lhs.is_Symbol and e.rhs.is_Symbol]
 
 
 def _is_assertion(node: Node) -> bool:

@@ -91,7 +91,7 @@ def operations(program: Program, names: Collection[str]) -> list[str]:
 
 def drop_unread(program: Program) -> None:
     """Removes operations that neither the derivative nor an output needs, and size limits of inputs nothing reads."""
-    needed = ancestors(program, [program.gradient, *program.outputs, *program.sizes])
+    needed = ancestors(program, [program.gradient, *program.outputs, *program.of_batch])
     program.replace_nodes([n for n in program.nodes if n.is_placeholder or n.name in needed])
     read = {i for node in program.operations for i in node.inputs()}
     program.limits = {

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_januspipe.capture import segment_linear
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
+
+_OWN_OPERATIONS = (segment_linear.segment_linear,)
+"""Programs name operations; those of this package have to be registered on every rank that runs one."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,13 @@ def is_view(node: Node) -> bool:
 def is_pointwise(node: Node) -> bool:
     """Tells whether an operation computes each entry from the same entry of its operands, broadcast if need be."""
     return torch.Tag.pointwise in getattr(target_function(node.target), "tags", ())
+
+
+def is_random(node: Node) -> bool:
+    """Tells whether an operation draws random numbers."""
+    if node.is_placeholder:
+        return False
+    return torch.Tag.nondeterministic_seeded in getattr(target_function(node.target), "tags", ())
 
 
 def is_size(node: Node) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_januspipe.capture.trace.facts import Draw, Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
-from lightning_januspipe.engine.specs import TensorSpec
+from lightning_januspipe.engine.specs import TensorSpec, evaluate
 
 GRADIENT_OP = "januspipe.energy_gradient.default"
 LARGEST_SIZE = 2**62
@@ -18,6 +20,31 @@ LARGEST_SIZE = 2**62
 
 SLOT = torch.empty(0, device="meta")
 """Stands for a tensor in a tree; being a tensor, it shows that the containers around it hold tensors."""
+
+
+@dataclass(frozen=True)
+class ReturnedSize:
+    """Stands for a number in what the forward returns that follows from the sizes of the batch.
+
+    Attributes:
+        expression: in size symbols.
+        kind: int, float or bool.
+    """
+
+    expression: str
+    kind: type
+
+    def value(self, symbols: Mapping[str, int]) -> Any:
+        """The number, from values of the size symbols."""
+        return self.kind(evaluate(self.expression, symbols))
+
+
+def returned_leaf(leaf: Any) -> Any:
+    """A leaf of what the traced forward returned as plain data."""
+    for kind, symbolic in ((int, torch.SymInt), (float, torch.SymFloat), (bool, torch.SymBool)):
+        if isinstance(leaf, symbolic):
+            return ReturnedSize(str(leaf.node.expr), kind)
+    return leaf
 
 
 @dataclass(frozen=True)
@@ -78,9 +105,13 @@ class Program:
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
         returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
+        facts: names of other values that the forward reads from tensors, and what every batch has to give for them.
+        draws: random numbers that the forward draws; inputs after those of the sizes.
+        prepared: names of operations whose results are inputs too, after the random numbers.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
         conditions: relations between sizes, in size symbols, that the program is right for.
+        equal_sizes: pairs of size symbols that the trace took for equal; one is a length that depends on values.
         autocast: what the forward differentiates its energy under. Casts of the energy itself are operations.
     """
 
@@ -95,9 +126,13 @@ class Program:
     outputs: list[str]
     returned: Any
     sizes: list[str] = field(default_factory=list)
+    facts: list[tuple[str, Fact]] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
+    equal_sizes: list[tuple[str, str]] = field(default_factory=list)
     autocast: Autocast = OFF
 
     def __post_init__(self) -> None:
@@ -110,8 +145,18 @@ class Program:
 
     @property
     def results(self) -> set[str]:
-        """Names of all values that are wanted of the program: outputs, energies, coordinates and sizes."""
-        return {*self.outputs, *self.sizes, *self.energies, *self.coordinates}
+        """Names of all values that are wanted of the program: outputs, energies, coordinates, values of each batch."""
+        return {*self.outputs, *self.of_batch, *self.energies, *self.coordinates}
+
+    @property
+    def of_batch(self) -> list[str]:
+        """Names of the values that are computed for each batch before the stages run: sizes, index lists, facts."""
+        return [*self.sizes, *self.prepared, *(name for name, _ in self.facts)]
+
+    @property
+    def first_draw(self) -> int:
+        """Position of the first input that the forward draws or makes by itself."""
+        return len(self.inputs) - len(self.draws) - len(self.prepared)
 
     def spec(self, name: str) -> TensorSpec:
         """Returns the shape and dtype of a value that has to be a tensor."""
@@ -127,6 +172,17 @@ class Program:
         """Takes other nodes."""
         self.nodes = nodes
         self.by_name = {n.name: n for n in nodes}
+
+
+def with_placeholders(nodes: Sequence[Node], added: Sequence[Node]) -> list[Node]:
+    """Returns nodes with more placeholders after those that they begin with."""
+    first = next((i for i, n in enumerate(nodes) if not n.is_placeholder), len(nodes))
+    return [*nodes[:first], *added, *nodes[first:]]
+
+
+def symbols_in(size: int | str) -> set[str]:
+    """Returns the size symbols in an expression; functions of sympy begin with capitals."""
+    return set(re.findall(r"\b[a-z]\w*", size)) if isinstance(size, str) else set()
 
 
 def refs(tree: Any) -> list[Ref]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
@@ -27,9 +27,10 @@ from lightning_januspipe.capture.find.call_format import CallFormat
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.patches import quiet_loggers
 from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
-from lightning_januspipe.capture.trace.data_sizes import DataSizes, symbolic_sizes
 from lightning_januspipe.capture.trace.from_export import program_from_export
-from lightning_januspipe.capture.trace.program import SLOT, Program
+from lightning_januspipe.capture.trace.program import SLOT, Program, returned_leaf
+from lightning_januspipe.capture.trace.random_draws import ShownDropout
+from lightning_januspipe.capture.trace.read_values import ReadValues, eager_branches, symbolic_sizes
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
@@ -71,6 +72,15 @@ class _MarkGrad(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _GiveZeros(TorchFunctionMode):
+    """Answers ``torch.autograd.grad`` with zeros: nothing of autograd reads values then."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.autograd.grad:
+            return tuple(torch.zeros_like(x) for x in as_sequence(grad_arguments(args, kwargs or {})["inputs"]))
+        return func(*args, **(kwargs or {}))
+
+
 class _TracedCall(nn.Module):
     """The potential as a function of the tensors of its call only, so that nothing else is an input.
 
@@ -79,7 +89,7 @@ class _TracedCall(nn.Module):
         call: its call, with the arguments that its adapters made.
         form: the format of these.
         adapters: what is special to its package.
-        sizes: integers that the forward reads from tensors; their carriers are the last inputs.
+        values: what the forward reads from tensors; carriers of its integers are the last inputs.
         record: gets the returned tree, with empty tensors for its tensors, the number of tensors in it, and the
             autocast that the energy was differentiated under.
     """
@@ -90,24 +100,24 @@ class _TracedCall(nn.Module):
         call: PotentialCall,
         form: CallFormat,
         adapters: Sequence[Adapter],
-        sizes: DataSizes,
+        values: ReadValues,
         record: Callable[..., None],
     ) -> None:
         super().__init__()
         self.potential = potential
         # Export puts attributes back as they were, so the record is an object of its own.
-        self._given = (call, form, adapters, sizes, record)
+        self._given = (call, form, adapters, values, record)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        call, form, adapters, sizes, record = self._given
-        num_own = len(tensors) - len(sizes.values)
+        call, form, adapters, values, record = self._given
+        num_own = len(tensors) - len(values.sizes)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
-        sizes.begin(tensors[num_own:])
-        with _MarkGrad() as mark:
+        values.begin(tensors[num_own:])
+        with ShownDropout(), _MarkGrad() as mark:
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
-        return [*found, *sizes.sources]
+        return [*found, *values.size_sources, *values.fact_sources]
 
 
 def trace_potential(
@@ -125,28 +135,35 @@ def trace_potential(
         The functional program of energy and epilogue.
 
     Raises:
-        CaptureError: the forward cannot be traced with symbolic sizes, draws random numbers, or updates buffers.
+        CaptureError: the forward cannot be traced with symbolic sizes, or updates buffers.
     """
     form = form or CallFormat.of(call.args, call.kwargs)
+    if not form.tensors:
+        found = {place: type(leaf).__name__ for place, leaf in leaves((call.args, call.kwargs))}
+        raise CaptureError(
+            f"the potential {shown(call.path)} ({type(potential).__name__}) is called without tensors: its arguments "
+            f"hold {found}. Tensors are looked for in dicts, lists, tuples and attributes of objects; let the dataset "
+            "or collate_fn make tensors of what the forward converts, or write an adapter whose arguments() does."
+        )
     returned: list[tuple[Any, int, Autocast]] = []
-    sizes = DataSizes()
-    wrapper = _TracedCall(potential, call, form, adapters, sizes, lambda *record: returned.append(record))
+    values = ReadValues(potential)
+    wrapper = _TracedCall(potential, call, form, adapters, values, lambda *record: returned.append(record))
     wrapper.training = potential.training  # train() would also change submodules that the user froze
     try:
         with ExitStack() as stack:
             for adapter in adapters:
                 stack.enter_context(adapter.tracing(potential))
             stack.enter_context(inlined_torchscript(potential))
-            stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), sizes))
+            stack.enter_context(eager_branches(potential, (call.args, call.kwargs)))
+            stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), values))
             stack.enter_context(torch.enable_grad())
             # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
             tensors = [t.detach() for t in form.bind(call.path, call.args, call.kwargs)]
-            _run_once(potential, call, form, tensors, sizes)
-            tensors += sizes.carriers(tensors[0].device)
-            shapes = (tuple(dict.fromkeys(range(t.dim()), Dim.AUTO) for t in tensors),)
+            _run_once(potential, call, form, tensors, values)
+            tensors += values.carriers(tensors[0].device)
             stack.enter_context(_quiet())
             stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
-            exported = export(wrapper, tuple(tensors), dynamic_shapes=shapes, strict=False)
+            exported = _exported(wrapper, tensors, form)
             ambient = Autocast.current()
             if ambient != OFF or has_casts(exported):
                 make_casts_explicit(exported, ambient)
@@ -164,7 +181,15 @@ def trace_potential(
         ) from error
     _refuse_state(exported, call.path)
     tree, num_outputs, autocast = returned[-1]
-    program = program_from_export(exported, tree, num_outputs, prefix="potential.", num_sizes=len(sizes.values))
+    tree = with_leaves(tree, lambda _, leaf: returned_leaf(leaf))
+    program = program_from_export(
+        exported,
+        tree,
+        num_outputs,
+        prefix="potential.",
+        num_sizes=len(values.sizes),
+        facts=values.facts,
+    )
     program.autocast = autocast
     # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
     first = {p: name for name, p in potential.named_parameters()}
@@ -173,13 +198,36 @@ def trace_potential(
     return program
 
 
+def _exported(wrapper: _TracedCall, tensors: list[Tensor], form: CallFormat) -> ExportedProgram:
+    """Export with all sizes symbolic but those of 1 that broadcast.
+
+    Sizes of 1 in both example batches are constants in all but the first dimension. Where there is no program with the
+    others symbolic, they are constants too: a batch of one structure, say, may broadcast against atoms.
+    """
+    ways = dict.fromkeys((frozenset(p for p in form.ones if p[1] > 0), form.ones))
+    for ones in ways:
+        fixed = {(form.tensors.index(place), dim) for place, dim in ones}
+        shapes = tuple(
+            {d: Dim.STATIC if (i, d) in fixed else Dim.AUTO for d in range(t.dim())} for i, t in enumerate(tensors)
+        )
+        try:
+            return export(wrapper, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+        except CaptureError:
+            raise
+        except Exception:
+            if ones == form.ones:
+                raise
+    raise AssertionError("the last way returns or raises")
+
+
 def _run_once(
-    potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], sizes: DataSizes
+    potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], values: ReadValues
 ) -> None:
-    """Run the forward as it is, to know the integers that it reads from tensors."""
-    sizes.begin(None)
+    """Run the forward as it is, but for its derivative, to know what it reads from tensors."""
+    values.begin(None)
     args, kwargs = form.unbind(call.args, call.kwargs, tensors)
-    potential(*args, **kwargs)
+    with _GiveZeros():
+        potential(*args, **kwargs)
 
 
 def _needs_functionalization(exported: ExportedProgram) -> bool:
@@ -199,24 +247,6 @@ def _refuse_state(exported: ExportedProgram, path: str) -> None:
             f"the potential {shown(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
             "meaning while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
         )
-    for node in _all_nodes(exported.graph_module):
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-            if _is_disabled_dropout(node):
-                continue
-            raise CaptureError(
-                f"the potential {shown(path)} draws random numbers in its forward ({node.target}); the phases of a "
-                "stage would not see the same numbers. Set dropout to 0, or draw the numbers in the dataset."
-            )
-
-
-def _is_disabled_dropout(node: fx.Node) -> bool:
-    return "dropout" in str(node.target) and len(node.args) >= 2 and node.args[1] in (0, 0.0)
-
-
-def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
-    for child in module.modules():
-        if isinstance(child, fx.GraphModule):
-            yield from child.graph.nodes
 
 
 def _first_line(error: BaseException) -> str:

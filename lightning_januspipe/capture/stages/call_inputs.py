@@ -1,0 +1,123 @@
+"""From a call of a captured potential to what its stages get: tensors, sizes, random numbers, lists of indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.adapters import adapted, adapters_of
+from lightning_januspipe.capture.find.call_format import size_carrier
+from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.function import ProgramFunction
+from lightning_januspipe.capture.trace.graph_walks import ancestors
+from lightning_januspipe.capture.trace.program import symbols_in
+from lightning_januspipe.errors import CaptureError, shown
+
+if TYPE_CHECKING:
+    from lightning_januspipe.capture.stages.captured import CapturedPotential
+
+
+class CallInputs:
+    """From a call of the potential to the program's inputs.
+
+    Args:
+        captured: the captured potential.
+        potential: the live potential.
+    """
+
+    def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
+        self._captured, self._potential = captured, potential
+        self._adapters = adapters_of(potential)
+        self._steps = _evaluation_steps(captured, potential)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Tensors of the call, carriers of its integers and of those that the forward reads, and what it makes of them.
+
+        Random numbers are drawn from the global generator; dropout is on where the potential is in training mode.
+
+        Raises:
+            CaptureError: the call lacks a tensor, or has other constants than the one that was captured, or the forward
+                reads another value from it.
+        """
+        program = self._captured.program
+        args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
+        tensors: list[Any] = self._captured.call.bind(self._captured.path, args, kwargs)
+        device = tensors[0].device
+        tensors += [None] * (len(program.inputs) - len(tensors))
+        for step in self._steps:
+            if isinstance(step, int):
+                symbols = {s: tensors[i].shape[d] for s, (i, d) in program.symbols.items() if tensors[i] is not None}
+                draw = program.draws[step - program.first_draw]
+                tensors[step] = draw(symbols, device, self._potential.training)
+                continue
+            with torch.no_grad():
+                values = step.function(tensors)
+            for value, use in zip(values, step.uses, strict=True):
+                if isinstance(use, Fact):
+                    self._require(use, value.tolist())
+                else:
+                    tensors[use] = size_carrier(int(value), device) if use < program.first_draw else value
+        return tensors
+
+    def _require(self, fact: Fact, found: Any) -> None:
+        """Compare what the forward reads from this batch with what it read when it was traced."""
+        if found != fact.value:
+            raise CaptureError(
+                f"the potential {shown(self._captured.path)} was captured with the value {fact.value!r} at "
+                f"{fact.place}, but this batch gives it the value {found!r} there. A trace holds one branch only: use "
+                "torch.where instead, see to it in the dataset that every batch takes this branch, or train with "
+                "pipeline_size=1 and graph_size=1."
+            )
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Values that are computed together for each batch.
+
+    Attributes:
+        function: computes them.
+        uses: of each the position of the input that it is, or the fact that it has to agree with.
+    """
+
+    function: ProgramFunction
+    uses: list[int | Fact]
+
+
+def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list[_Evaluation | int]:
+    """What is done for each batch before the stages, in order: values to compute, and positions of draws."""
+    program = captured.program
+    every = {n.name for n in program.operations}
+    num_call = len(captured.call.tensors) + len(captured.call.sizes)
+    first_prepared = program.first_draw + len(program.draws)
+    wanted: list[tuple[str, int | Fact]] = [
+        *((name, num_call + i) for i, name in enumerate(program.sizes)),
+        *((name, first_prepared + i) for i, name in enumerate(program.prepared)),
+        *program.facts,
+    ]
+    needs = [ancestors(program, [name]) & set(program.inputs) for name, _ in wanted]
+    draws = list(range(program.first_draw, first_prepared))
+    known = set(range(num_call))
+    steps: list[_Evaluation | int] = []
+    while wanted or draws:
+        symbols = {s for s, (i, _) in program.symbols.items() if i in known}
+        if draws and all(symbols_in(s) <= symbols for s in program.draws[draws[0] - program.first_draw].spec.shape):
+            steps.append(draws[0])
+            known.add(draws.pop(0))
+            continue
+        names = {program.inputs[i] for i in known}
+        ready = [k for k, of_value in enumerate(needs) if of_value <= names]
+        if not ready:
+            raise CaptureError(
+                f"the potential {shown(captured.path)} draws random numbers for a list of indices that it makes of "
+                "other random numbers; draw one of them in the dataset"
+            )
+        outputs = [wanted[k][0] for k in ready]
+        uses = [wanted[k][1] for k in ready]
+        steps.append(_Evaluation(ProgramFunction(program, potential, every, outputs), uses))
+        known |= {use for use in uses if isinstance(use, int)}
+        wanted = [x for k, x in enumerate(wanted) if k not in ready]
+        needs = [x for k, x in enumerate(needs) if k not in ready]
+    return steps

@@ -1,0 +1,178 @@
+"""Lists of indices whose length depends on values are made once for each batch, before the stages run.
+
+``nonzero``, masks as indices, and ``repeat_interleave`` give as many rows as the values of a batch say. Where they
+depend on no parameter, such as neighbour lists that a forward makes of positions, their results become inputs of the
+program, and the operations that lead to them run outside of the stages. So every rank knows all sizes before it
+receives a message, and rows of these inputs can be sharded like those of any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from lightning_januspipe.capture.trace.graph_walks import descendants
+from lightning_januspipe.capture.trace.program import Node, Program, Ref, with_placeholders
+from lightning_januspipe.engine.specs import TensorSpec
+
+_ALWAYS = {"aten.nonzero.default", "aten.repeat_interleave.Tensor"}
+"""Operations whose results are inputs even if an input has their length."""
+
+_NAMES = re.compile(r"[A-Za-z_]\w*")
+
+
+def prepare(program: Program) -> Program:
+    """``Program -> Program`` in which lists of indices whose length depends on values are inputs.
+
+    Args:
+        program: the captured program; it is changed.
+
+    Returns:
+        The program. Where a length of this kind is the size of an input, it goes by the symbol of that input, and
+        every batch is checked for it.
+    """
+    aliases = _Masks(program).run()
+    _rename(program, aliases)
+    _make_inputs(program)
+    known = set(program.symbols)
+    for a, b in ((aliases.get(a, a), aliases.get(b, b)) for a, b in program.equal_sizes):
+        if a != b and {a, b} <= known:
+            program.conditions.append(f"Eq({a}, {b})")
+            made, given = (a, b) if program.symbols[a] > program.symbols[b] else (b, a)
+            _rename(program, {made: given})
+    return program
+
+
+class _Masks:
+    """Replaces masks as indices by lists of indices, and repeated rows by rows that are looked up."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._nodes: list[Node] = []
+        self._lists: dict[tuple[str, str], tuple[list[str], int | str]] = {}
+        self._aliases: dict[str, str] = {}
+
+    def run(self) -> dict[str, str]:
+        """Changes the program; returns symbols of lengths that are the same as others."""
+        program = self._program
+        changing = descendants(program, {*program.parameters, program.gradient})
+        for node in program.nodes:
+            if node.target in ("aten.index.Tensor", "aten.masked_select.default") and node.spec is not None:
+                self._index(node, changing)
+            elif node.target == "aten.repeat_interleave.self_Tensor" and node.spec is not None:
+                self._repeat(node, changing)
+            self._nodes.append(node)
+        program.replace_nodes(self._nodes)
+        return self._aliases
+
+    def _index(self, node: Node, changing: set[str]) -> None:
+        if node.target == "aten.masked_select.default":
+            given = [node.args[1]]
+            if self._spec(node.args[0]).shape != self._spec(node.args[1]).shape:
+                return
+        else:
+            given = list(node.args[1])
+        places = [i for i, x in enumerate(given) if x is not None]
+        if len(places) != 1 or self._spec(given[places[0]]).dtype != torch.bool or given[places[0]].name in changing:
+            return
+        (place,) = places
+        mask = given[place]
+        assert node.spec is not None
+        columns = self._columns(mask, node.spec.shape[place])
+        node.target, node.args = "aten.index.Tensor", (node.args[0], [*[None] * place, *map(Ref, columns)])
+
+    def _columns(self, mask: Ref, length: int | str) -> list[str]:
+        key = ("nonzero", mask.name)
+        if key in self._lists:
+            self._same_length(key, length)
+            return self._lists[key][0]
+        num = len(self._spec(mask).shape)
+        made = f"{mask.name}__nonzero"
+        self._add(made, "aten.nonzero.default", (mask,), TensorSpec((length, num), torch.int64))
+        columns = [f"{made}_{dim}" for dim in range(num)]
+        for dim, name in enumerate(columns):
+            self._add(name, "aten.select.int", (Ref(made), 1, dim), TensorSpec((length,), torch.int64))
+        self._lists[key] = columns, length
+        return columns
+
+    def _repeat(self, node: Node, changing: set[str]) -> None:
+        source, repeats = node.args[:2]
+        shape = self._spec(source).shape
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        if repeats.name in changing or (dim is None and len(shape) != 1):
+            return
+        dim = (dim or 0) % len(shape)
+        assert node.spec is not None
+        length, key = node.spec.shape[dim], ("repeat", repeats.name)
+        if key not in self._lists:
+            made = f"{repeats.name}__repeated"
+            spec = TensorSpec((length,), self._spec(repeats).dtype)
+            self._add(made, "aten.repeat_interleave.Tensor", (repeats,), spec)
+            self._lists[key] = [made], length
+        self._same_length(key, length)
+        (made,) = self._lists[key][0]
+        node.target, node.args, node.kwargs = "aten.index_select.default", (source, dim, Ref(made)), {}
+
+    def _same_length(self, key: tuple[str, str], length: int | str) -> None:
+        first = self._lists[key][1]
+        is_new = isinstance(length, str) and length.isidentifier() and length not in self._program.symbols
+        if first != length and is_new and isinstance(first, str):
+            self._aliases[str(length)] = self._aliases.get(first, first)
+
+    def _add(self, name: str, target: str, args: tuple[object, ...], spec: TensorSpec) -> None:
+        node = Node(name, "call_function", target, args, {}, spec)
+        self._nodes.append(node)
+        self._program.by_name[name] = node
+
+    def _spec(self, ref: Ref) -> TensorSpec:
+        spec = self._program.by_name[ref.name].spec
+        assert spec is not None, f"{ref.name} is no tensor"
+        return spec
+
+
+def _make_inputs(program: Program) -> None:
+    changing = descendants(program, {*program.parameters, program.gradient})
+    differentiable = descendants(program, program.coordinates)
+    known = set(program.symbols)
+    nodes: list[Node] = []
+    made: list[Node] = []
+    for node in program.nodes:
+        new = _new_symbols(node, known)
+        is_float = node.spec is not None and node.spec.dtype.is_floating_point
+        has_derivative = node.name in changing or (is_float and node.name in differentiable)
+        if node.is_placeholder or node.spec is None or has_derivative or not (new or node.target in _ALWAYS):
+            nodes.append(node)
+        else:
+            nodes.append(replace(node, name=f"{node.name}__made"))
+            made.append(Node(node.name, "placeholder", node.name, (), {}, node.spec))
+            program.prepared.append(nodes[-1].name)
+            for dim, size in enumerate(node.spec.shape):
+                if size in new:
+                    program.symbols[str(size)] = (len(program.inputs), dim)
+                    known.add(str(size))
+            program.inputs.append(node.name)
+    program.replace_nodes(with_placeholders(nodes, made))
+
+
+def _new_symbols(node: Node, known: set[str]) -> set[int | str]:
+    """Sizes of a node that are symbols which no input has."""
+    shape: Iterable[int | str] = node.spec.shape if node.spec is not None else ()
+    return {s for s in shape if isinstance(s, str) and s.isidentifier() and s not in known}
+
+
+def _rename(program: Program, names: dict[str, str]) -> None:
+    if not names:
+        return
+
+    def renamed(size: int | str) -> int | str:
+        return _NAMES.sub(lambda m: names.get(m[0], m[0]), size) if isinstance(size, str) else size
+
+    def changed(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(tuple(map(renamed, spec.shape)), spec.dtype)
+
+    for node in program.nodes:
+        node.spec = None if node.spec is None else changed(node.spec)
+    program.draws = [replace(draw, spec=changed(draw.spec)) for draw in program.draws]

@@ -1,0 +1,293 @@
+"""Numbers and truth values that a forward reads from tensors, and sizes from ``len``, while it is traced.
+
+``int(index.max()) + 1`` is a number that a trace would make a constant, and ``len(features)`` too. While a potential is
+traced, ``int`` and ``len`` mean functions of this module in the source files of its package, and a mode sees what is
+read from tensors. An integer read from a tensor becomes an input of the traced program, as the length of an empty
+tensor, and the tensor that it is read from an output: the value is computed again for every batch.
+
+Truth values (``if mask.all()``), floating-point numbers, and what is read from buffers are constants of the trace, and
+are recorded as :class:`Fact`: every batch has to give the same values.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from lightning_januspipe.capture.find.call_format import size_carrier
+from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trees import children
+from lightning_januspipe.errors import CaptureError
+
+_UNTOUCHED = {
+    *("lightning_januspipe", "torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric"),
+    *("numpy", *sys.stdlib_module_names),
+}
+# Libraries whose functions models call: they take sizes from data where none is given.
+_LIBRARIES = {"torch_geometric", "torch_scatter"}
+
+
+class ReadValues:
+    """Values that a forward reads from tensors, in its order.
+
+    The forward is run twice: the first run records the values, the second one, the trace, is given them again.
+
+    Args:
+        potential: the module whose forward it is.
+
+    Attributes:
+        sizes: integers, on the batch of the first run.
+        size_sources: the tensors that they were read from, in the last run.
+        facts: the other values.
+        fact_sources: the tensors that these were read from, in the last run.
+    """
+
+    def __init__(self, potential: nn.Module) -> None:
+        self.sizes: list[int] = []
+        self.size_sources: list[Tensor] = []
+        self.facts: list[Fact] = []
+        self.fact_sources: list[Tensor] = []
+        self._carriers: Sequence[Tensor] | None = None
+        self._are_sizes: list[bool] = []  # of all values read, in order
+        self._num_read = 0
+        self._buffers = {b.untyped_storage().data_ptr() for b in potential.buffers() if b.device.type != "meta"} - {0}
+
+    def carriers(self, device: torch.device) -> list[Tensor]:
+        """Inputs that carry the sizes."""
+        return [size_carrier(v, device) for v in self.sizes]
+
+    def begin(self, carriers: Sequence[Tensor] | None) -> None:
+        """Before a run: values are recorded, or where carriers are given, replaced by what was recorded."""
+        self.size_sources, self.fact_sources, self._carriers, self._num_read = [], [], carriers, 0
+        if carriers is None:
+            self.sizes, self.facts, self._are_sizes = [], [], []
+
+    def take(self, source: Tensor) -> Any:
+        """The integer in a tensor with one element: a size, or a constant where a buffer holds it."""
+        if self._carriers is None and source.untyped_storage().data_ptr() in self._buffers:
+            return self.observe(source)
+        if self._carriers is not None and not self._next_is_size():
+            return self.observe(source)
+        self._num_read += 1
+        self.size_sources.append(source)
+        if self._carriers is None:
+            self._are_sizes.append(True)
+            self.sizes.append(_read(source))
+            return self.sizes[-1]
+        return self._carriers[len(self.size_sources) - 1].shape[0]
+
+    def observe(self, source: Tensor) -> Any:
+        """The value of a tensor, or its values as nested lists, as a fact.
+
+        Raises:
+            CaptureError: there is a value for each structure, atom or edge.
+        """
+        place = _place()
+        if any(isinstance(s, torch.SymInt) and not s.node.expr.is_number for s in source.shape):
+            raise CaptureError(
+                "the forward reads a list of values from a tensor with a size that changes from batch to batch: a loop "
+                f"over structures, or over atoms or edges, in Python ({place}). A trace would repeat it as often as "
+                "this batch has them. Compute for all of them together (index_add, repeat_interleave, torch.bmm), or "
+                "write an adapter that does."
+            )
+        self._num_read += 1
+        self.fact_sources.append(source)
+        if self._carriers is None:
+            self._are_sizes.append(False)
+            self.facts.append(Fact(_read(source), place))
+        self._next_is_size(-1)
+        return self.facts[len(self.fact_sources) - 1].value
+
+    def _next_is_size(self, offset: int = 0) -> bool:
+        if self._num_read + offset >= len(self._are_sizes):
+            raise CaptureError(
+                f"the forward reads a value from a tensor only when it is traced, and not when it runs ({_place()})"
+            )
+        return self._are_sizes[self._num_read + offset]
+
+
+def _read(source: Tensor) -> Any:
+    with torch._C.DisableTorchFunction():  # else SeenReads would see this reading too
+        return torch._C.TensorBase.tolist(source)
+
+
+def _place() -> str:
+    """The innermost line of code that is neither torch's nor this package's."""
+    ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]), "<")
+    frame = next((f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(ours)), None)
+    return f"{frame.filename}:{frame.lineno}, {frame.line!r}" if frame else "an unknown line"
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool) and tensor.numel() == 1
+
+
+_SINGLE = {Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.is_nonzero, torch.is_nonzero}
+_COMPARISONS: dict[Any, Callable[..., Tensor]] = {
+    torch.equal: torch.eq,
+    Tensor.equal: torch.eq,
+    torch.allclose: torch.isclose,
+    Tensor.allclose: torch.isclose,
+}
+
+
+class SeenReads(TorchFunctionMode):
+    """Sees what is read from tensors: ``item``, ``bool``, ``float``, ``torch.equal`` and its like."""
+
+    def __init__(self, values: ReadValues) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.item and _is_integer(args[0]):
+            return self._values.take(args[0])
+        if func in _SINGLE and args[0].numel() == 1:
+            found = self._values.observe(args[0].reshape(()))
+            return found if func is Tensor.item else float(found) if func is Tensor.__float__ else bool(found)
+        if func in _COMPARISONS and args[0].dim() == args[1].dim():
+            return bool(self._values.observe(_COMPARISONS[func](*args, **kwargs).all()))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _seen_lists(values: ReadValues) -> Iterator[None]:
+    """Inside, ``tolist`` is seen, which calls no mode."""
+
+    def tolist(tensor: Tensor) -> Any:
+        if not any(isinstance(mode, SeenReads) for mode in _get_current_function_mode_stack()):
+            return torch._C.TensorBase.tolist(tensor)  # inside of an operation
+        return values.take(tensor) if tensor.dim() == 0 and _is_integer(tensor) else values.observe(tensor)
+
+    classes: list[Any] = [c for c in (Tensor, FakeTensor, FunctionalTensor) if c is Tensor or "tolist" in vars(c)]
+    own = {c: vars(c).get("tolist") for c in classes}
+    for c in classes:
+        c.tolist = tolist
+    try:
+        yield
+    finally:
+        for c, function in own.items():
+            if function is None:
+                del c.tolist
+            else:
+                c.tolist = function
+
+
+@contextmanager
+def symbolic_sizes(potential: nn.Module, arguments: Any, values: ReadValues) -> Iterator[None]:
+    """Inside, sizes stay symbolic through ``int``, ``len`` and ``Tensor.item``, and other values are recorded.
+
+    For ``int`` and ``len`` that holds in the packages that define the potential, its parts and its arguments, and in
+    PyTorch Geometric.
+
+    Args:
+        potential: the module that is run inside.
+        arguments: those of its call.
+        values: gets what is read from tensors.
+    """
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, (builtins.int, torch.SymInt))
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, builtins.int)
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs:
+                (value,) = args
+                if isinstance(value, torch.SymInt):
+                    return value
+                if isinstance(value, torch.SymFloat):
+                    return torch.sym_int(value)
+                if isinstance(value, Tensor) and _is_integer(value):
+                    return values.take(value)
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    return builtins.int(values.observe(value.reshape(())))
+            return builtins.int(*args, **kwargs)
+
+    class SymbolicInt(builtins.int, metaclass=Meta):
+        pass
+
+    def symbolic_len(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, Tensor) else builtins.len(value)
+
+    shims = {"int": SymbolicInt, "len": symbolic_len}
+    changed: list[tuple[dict[str, Any], str]] = []
+    try:
+        for module in _modules_of(potential, arguments):
+            for name, shim in shims.items():
+                if name not in vars(module):
+                    vars(module)[name] = shim
+                    changed.append((vars(module), name))
+        with SeenReads(values), _seen_lists(values):
+            yield
+    finally:
+        for names, name in changed:
+            del names[name]
+
+
+def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
+    """Source files of the packages that define the potential, its parts and the objects in its arguments."""
+    classes = {c for m in potential.modules() for c in type(m).__mro__}
+    classes |= {c for x in _objects(arguments) for c in type(x).__mro__}
+    packages = {c.__module__.split(".")[0] for c in classes} - _UNTOUCHED | _LIBRARIES
+    return [m for n, m in list(sys.modules.items()) if n.split(".")[0] in packages and hasattr(m, "__dict__")]
+
+
+def _objects(tree: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """Containers in a tree."""
+    parts = children(tree) if id(tree) not in within else None
+    if parts is not None:
+        yield tree
+        for _, part in parts:
+            yield from _objects(part, (*within, id(tree)))
+
+
+@contextmanager
+def eager_branches(potential: nn.Module, arguments: Any) -> Iterator[None]:
+    """Inside, ``torch.compiler.is_compiling()`` and its like are false for callers outside torch.
+
+    What is traced is the forward as it runs without a compiler, which the stages are compared with.
+
+    Args:
+        potential: the module that is traced inside.
+        arguments: those of its call.
+    """
+    asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}
+    names_of = {function: name for name, function in asked.items()}
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+
+    def answer(function: Callable[[], bool]) -> Callable[[], bool]:
+        def asked_by() -> bool:
+            caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+            return function() if caller.partition(".")[0] == "torch" else False
+
+        return asked_by
+
+    answers = {name: answer(function) for name, function in asked.items()}
+    modules = [torch.compiler, torch._dynamo, *_modules_of(potential, arguments)]
+    places: list[dict[str, Any]] = [module.__dict__ for module in modules]
+    try:
+        for names in places:
+            for name, value in list(names.items()):
+                if isinstance(value, types.FunctionType) and value in names_of:
+                    changed.append((names, name, value))
+                    names[name] = answers[names_of[value]]
+        yield
+    finally:
+        for names, name, value in changed:
+            names[name] = value

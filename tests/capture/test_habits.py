@@ -1,0 +1,306 @@
+"""What widely used packages do in their forwards is captured, and trains as it does without stages."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
+from habits import (
+    AsksForCompiler,
+    Asserts,
+    BranchesOnEnergy,
+    BroadcastsOne,
+    CallableBatch,
+    ChecksMask,
+    DrawsAngles,
+    Experts,
+    Graphs,
+    HasDropout,
+    HasReference,
+    Hessian,
+    LooksUpPairs,
+    LoopsOverStructures,
+    MakesEdges,
+    MasksEdges,
+    Potential,
+    ReadsBuffer,
+    ReducesByScatter,
+    ReferenceStep,
+    RegistryBatch,
+    Repeats,
+    ReturnsSizes,
+    RotatesAll,
+    SamplesByValue,
+    SlottedBatch,
+    Step,
+    TwoDerivatives,
+    TwoEnergies,
+    WritesOnce,
+    WritesVectors,
+    collate,
+    sample,
+    with_ones,
+)
+from torch import nn
+
+from lightning_januspipe.capture.adapters.adapter import BUILT_IN
+from lightning_januspipe.capture.trees import copied, leaves
+from lightning_januspipe.capture.validate.against_eager import run_staged, validate, validate_evaluation
+from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.graph.insert_exchanges import shard_captured
+from lightning_januspipe.random_state import seeded
+
+OTHER = (5, 3, 4, 7)
+
+
+def traced(step: nn.Module, make: Callable[[Any], Any] = lambda b: b) -> Traced:
+    """The traced potential of a step."""
+    return Traced(step, make(batch(0, 1, 2)), make(batch(*OTHER)))
+
+
+def batch(*seeds: int) -> Any:
+    return collate([sample(seed) for seed in seeds])
+
+
+def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Sequence[int] = (2, 3)) -> Traced:
+    """Asserts that stages train like the module on a batch of other sizes."""
+    found = traced(step, make)
+    for num_stages in stages:
+        potential = found.cut(num_stages)
+        validate(potential, found.potential, found.call_on(make(batch(*OTHER))))
+        assert_parity(potential, step, make(batch(*OTHER)), 1e-9)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("potential", "make", "labels"),
+    [
+        (Potential, CallableBatch, lambda b: b),
+        (WritesOnce, RegistryBatch, lambda b: b),
+        (Potential, SlottedBatch, lambda b: b),
+        (WritesVectors, lambda b: Graphs(b, {}), lambda g: g.nodes),
+    ],
+)
+def test_containers_are_copied_whole(potential: Any, make: Any, labels: Any) -> None:
+    trains(Step(potential(), labels), make)
+
+
+class Cell:
+    """Holds itself, tensors, and a counter without tensors."""
+
+    def __init__(self) -> None:
+        self.me, self.tensor, self.names = self, torch.ones(2), {"a"}
+
+
+@pytest.mark.parametrize("potential", [ReturnsSizes, ChecksMask, Asserts, ReadsBuffer, AsksForCompiler])
+def test_values_that_are_read(potential: type[Potential]) -> None:
+    trains(Step(potential()))
+
+
+def test_returned_sizes_are_those_of_the_batch() -> None:
+    found = traced(Step(ReturnsSizes()))
+    out = found.call_on(b := batch(*OTHER))
+    tensors = found.cut(2).inputs(found.potential)(out.args, out.kwargs)
+    given = found.potential(copied(b))
+    value = found.cut(2).return_value(found.potential)
+    observables = [given["energy"]]
+    returned = value(tensors, observables, [-given["forces"]])
+    num_atoms = len(b["pos"])
+    assert [returned[k] for k in ("num_atoms", "mean", "many")] == [num_atoms, num_atoms / 4, True]
+    assert [type(returned[k]) for k in ("num_atoms", "mean", "many")] == [int, float, bool]
+    pickle.loads(pickle.dumps(found.program))
+
+
+def test_batch_that_takes_the_other_branch() -> None:
+    found = traced(Step(ChecksMask()))
+    other = batch(*OTHER)
+    other["edge_index"][0, 5] = other["edge_index"][1, 5]
+    call = found.call_on(other)
+    with pytest.raises(
+        CaptureError, match=r"captured with the value True at .*habits.py:\d+, 'if not mask.all\(\):', but.*False"
+    ):
+        found.cut(2).inputs(found.potential)(call.args, call.kwargs)
+
+
+def test_buffer_that_changes() -> None:
+    found = traced(Step(ReadsBuffer()))
+    call = found.call_on(batch(*OTHER))
+    found.cut(2).inputs(found.potential)(call.args, call.kwargs)
+    found.potential.p += 1
+    with pytest.raises(CaptureError, match="captured with the value 6 at .*gives it the value 7 there"):
+        found.cut(2).inputs(found.potential)(call.args, call.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("potential", "error"),
+    [
+        (BranchesOnEnergy, r"reads the value True from a tensor that depends on parameters.*energy.sum\(\) > -1e9"),
+        (LoopsOverStructures, r"a loop over structures.*ends = torch.cumsum"),
+        (TwoEnergies, "differentiates 2 times, and not the same energy"),
+        (Hessian, r"differentiates a derivative again in its forward \(a Hessian"),
+    ],
+)
+def test_refused(potential: type[Potential], error: str) -> None:
+    with pytest.raises(CaptureError, match=error):
+        traced(Step(potential()))
+
+
+def test_sizes_of_one_broadcast() -> None:
+    found = trains(Step(BroadcastsOne()), with_ones)
+    wide = with_ones(batch(*OTHER))
+    call = found.call_on(wide | {"bias": wide["bias"].expand(-1, 2)})
+    with pytest.raises(CaptureError, match=r"size 1 of dimension 1 of its input \[0\]\[0\]\['bias'\]"):
+        potential = found.cut(2)
+        potential.bind_sizes(potential.inputs(found.potential)(call.args, call.kwargs))
+
+
+def test_frozen_parameters_that_the_step_reads() -> None:
+    step = ReferenceStep(HasReference())
+    potential = trains(step).cut(2)
+    assert potential.step_parameters == ("reference.weight",)
+    assert potential.parameter_stages()["reference.weight"] == {0, 1}
+    step.potential.reference.requires_grad_()
+    with pytest.raises(CaptureError, match=r"uses parameters .*outside the potential.*potential.reference.weight"):
+        traced(step)
+
+
+def test_forces_and_stress_one_after_the_other() -> None:
+    program = trains(Step(TwoDerivatives())).program
+    assert len(program.coordinates) == 2
+
+
+@pytest.mark.parametrize("positions", ["crystal", "lone"])
+def test_derivatives_that_vanish_by_symmetry(positions: str) -> None:
+    """Forces that are sums of terms that cancel are compared at the scale of the terms."""
+    step = Step(TwoDerivatives())
+    found = traced(step)
+    other = batch(4, 4, 8)
+    if positions == "crystal":  # a ring of equal atoms, each with the same neighbours
+        angle = 2 * torch.pi * torch.arange(3, dtype=torch.float64) / 3
+        ring = torch.stack([angle.cos(), angle.sin(), 0 * angle], 1)
+        other["pos"], other["z"] = ring.repeat(3, 1) + 1e3, torch.zeros(9, dtype=torch.int64)
+        with torch.no_grad():
+            for layer in step.potential.layers:
+                layer.a.weight[:, -1] = 0  # messages that do not depend on distances
+    else:
+        other["pos"] *= 0
+    validate(found.cut(2), found.potential, found.call_on(other))
+
+
+@pytest.mark.parametrize("potential", [DrawsAngles, HasDropout])
+def test_random_numbers_are_drawn_once_for_each_micro_batch(potential: type[Potential]) -> None:
+    """A step that seeds the generator gets the gradients of the numbers that it then draws itself."""
+    step = Step(potential())
+    found = traced(step)
+    other = batch(*OTHER)
+    captured = found.cut(3)
+    validate(captured, found.potential, found.call_on(copied(other)))
+    validate_evaluation(captured, found.potential, found.call_on(copied(other)))
+    gradients = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        gradients.append(staged_gradients(captured, step, copied(other))[1])
+    first, again, others = ([g[n] for n, _ in step.named_parameters()] for g in gradients)
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, others))
+    torch.manual_seed(3)
+    with seeded(int(torch.randint(2**31, ()).item())):
+        _, expected = eager_gradients(step, copied(other))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_step_draws_after_the_forward_is_not_what_the_forward_drew() -> None:
+    class Noisy(Step):
+        def training_step(self, batch: Any) -> Any:
+            self.seen = super().training_step(batch) * torch.rand(())
+            return self.seen
+
+    step = Noisy(HasDropout())
+    found = traced(step)
+    torch.manual_seed(5)
+    loss, _ = staged_gradients(found.cut(2), step, batch(*OTHER))
+    torch.manual_seed(5)
+    with seeded(int(torch.randint(2**31, ()).item())):
+        expected, _ = eager_gradients(step, batch(*OTHER))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+
+
+def test_random_numbers_that_depend_on_values_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"draws random numbers in its forward \(aten.bernoulli.default\)"):
+        traced(Step(SamplesByValue()))
+
+
+@pytest.mark.parametrize("potential", [MakesEdges, MasksEdges, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs])
+def test_lengths_that_depend_on_values(potential: type[Potential]) -> None:
+    trains(Step(potential()))
+
+
+def test_messages_have_lengths_that_every_rank_knows() -> None:
+    """Features of edges that the forward makes cross a boundary; a wrong length is told before training."""
+    found = traced(Step(MakesEdges()))
+    captured = found.cut(3)
+    symbols = {s for spec in captured.stage(0, found.potential).boundary_out for s in spec.shape if isinstance(s, str)}
+    position, _ = found.program.symbols[min(symbols, key=lambda s: s[0] != "u")]
+    assert found.program.prepared and position == len(found.program.inputs) - 1
+    call = found.call_on(batch(*OTHER))
+    wrong = replace(captured, program=replace(found.program, symbols=found.program.symbols | {"u0": (0, 0)}))
+    with pytest.raises(CaptureError, match="stage 0 of the potential 'potential' sends a tensor of shape"):
+        run_staged(wrong, found.potential, call)
+
+
+@pytest.mark.parametrize(
+    "potential", [Potential, DrawsAngles, HasDropout, MakesEdges, Repeats, ReducesByScatter, LooksUpPairs]
+)
+def test_atoms_are_sharded(potential: type[Potential]) -> None:
+    found = traced(Step(potential()))
+    call = found.call_on(batch(*OTHER))
+    captured = found.cut(2)
+    tensors = captured.inputs(found.potential)(call.args, call.kwargs)
+    shard_captured(captured).verify(found.potential, tensors, 2)
+
+
+def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CaptureError, match="a loop over structures"):
+        traced(Step(Experts()))
+    monkeypatch.setitem(BUILT_IN, "habits", "habits:ExpertsAdapter")
+    found = trains(Step(Experts()), stages=(2,))
+    call = found.call_on(batch(*OTHER))
+    captured = found.cut(2)
+    tensors = captured.inputs(found.potential)(call.args, call.kwargs)
+    shard_captured(captured).verify(found.potential, tensors, 2)
+
+
+def test_copies_share_tensors_and_nothing_else() -> None:
+    cell = Cell()
+    batch = {"cell": cell, "keys": {"x"}, "pair": Graphs({"a": cell.tensor}, {}), "function": sample}
+    other = copied(batch)
+    other["cell"].names.add("b")
+    other["keys"].add("y")
+    other["pair"].edges["new"] = cell.tensor
+    assert cell.names == {"a"} and batch["keys"] == {"x"} and batch["pair"].edges == {}
+    assert other["cell"] is not cell and other["cell"].tensor is cell.tensor and other["function"] is sample
+    assert [p for p, x in leaves(batch) if isinstance(x, torch.Tensor)] == ["['cell'].tensor", "['pair'].nodes['a']"]
+
+
+def test_call_without_tensors() -> None:
+    class Convert(Potential):
+        def forward(self, b: Any) -> Any:
+            return super().forward(collate([sample(n) for n in b.numbers]))
+
+    with pytest.raises(
+        CaptureError, match=r"is called without tensors: its arguments hold \{'\[0\]\[0\]': '.*Names'\}"
+    ):
+        Traced(Step(Convert(), lambda b: collate([sample(n) for n in b.numbers])), Names([1, 2]))
+
+
+class Names:
+    """Holds no tensors."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers

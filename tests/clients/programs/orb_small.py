@@ -1,0 +1,46 @@
+"""Orb's conservative potential, with its own loss."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from ase import Atoms
+from client_parts import CUTOFF, Structures, Training, in_float64, labels_of, seeded_model
+from orb_models.forcefield import atomic_system
+from orb_models.forcefield.base import batch_graphs
+from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
+from torch import Tensor
+
+in_float64()
+CONFIG = atomic_system.SystemConfig(radius=CUTOFF, max_num_neighbors=64)
+
+
+def sample(atoms: Atoms) -> Any:
+    """Returns a graph with labels."""
+    labels = labels_of(atoms)
+    stress = torch.tensor(atoms.get_stress())[None]
+    graph = atomic_system.ase_atoms_to_atom_graphs(
+        atoms, system_config=CONFIG, output_dtype=torch.float64, graph_construction_dtype=torch.float64
+    )
+    node, system = {"forces": labels["forces"]}, {"energy": labels["energy"], "stress": stress}
+    return graph._replace(node_targets=node, system_targets=system)
+
+
+class OwnLoss(Training):
+    """Trains with the loss of the package."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model.loss(batch).loss  # type: ignore[operator, no-any-return]
+
+
+def make_module() -> Training:
+    """A small Orb."""
+    small = {"latent_dim": 8, "base_mlp_hidden_dim": 8, "head_mlp_hidden_dim": 8, "num_message_passing_steps": 2}
+    model = seeded_model(lambda: orb_v3_conservative_architecture(**small, device="cpu", system_config=CONFIG))
+    return OwnLoss(model, lambda *_: [], lambda b: b)
+
+
+crystals = partial(Structures, "crystals", sample, batch_graphs)
+molecules = partial(Structures, "molecules", sample, batch_graphs, boxed=True)
