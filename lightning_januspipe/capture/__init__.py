@@ -1,4 +1,4 @@
-"""From any conservative LightningModule to stages: find the potential, trace it, cut it, prove it."""
+"""Turns the potential of any conservative LightningModule into stages: finds, traces, cuts and validates it."""
 
 from lightning_januspipe.capture.adapters import Adapter
 from lightning_januspipe.capture.cache.store import ProgramCache

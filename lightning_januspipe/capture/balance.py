@@ -1,4 +1,4 @@
-"""Move cuts to where the measured phases are balanced, and choose between placements by the time of a step."""
+"""Moves cuts to where the measured phases are balanced, and chooses between placements by the time of a step."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lightning_januspipe.schedule import PhaseCosts
 
 _REFINEMENTS = 3
 _LEAST_GAIN = 0.02
-# So many ways to divide parts are tried; of more, those with as many parts on every stage.
+# Up to this many ways to join parts into stages are tried; beyond it, every stage gets as many parts.
 _TRIED_BOUNDS = 20_000
 
-_Divided = TypeVar("_Divided", bound=StagedPotential)
+_Staged = TypeVar("_Staged", bound=StagedPotential)
 StepTime = Callable[[list[PhaseCosts]], float]
 
 
 def fastest(
-    measured: list[tuple[_Divided, list[PhaseCosts]]], step_time: StepTime | None
-) -> tuple[_Divided, list[PhaseCosts]]:
-    """The cut with the shortest step; one with more stages, and so more messages, has to gain what it may cost."""
+    measured: list[tuple[_Staged, list[PhaseCosts]]], step_time: StepTime | None
+) -> tuple[_Staged, list[PhaseCosts]]:
+    """Returns the potential with the shortest step. More stages send more messages, so they have to gain a little."""
     best = measured[0]
     for other in measured[1:]:
         assert step_time is not None, "only the time of a step can choose between placements"
@@ -49,15 +49,23 @@ def balance(
     phase_mode: PhaseMode,
     placement: Sequence[int],
 ) -> tuple[CapturedPotential, list[PhaseCosts]]:
-    """Validate, measure all phases, and move the cut to where these are balanced.
+    """Validates the stages, measures all their phases, and moves the cut to where these are balanced.
 
     A stage's forward time says little about its double backward, so the costs of its operations are scaled to the
-    measured sum of its phases and the cut is sought again.
+    measured sum of its phases, and the cut is searched again.
+
+    Args:
+        captured: the potential in stages.
+        profile: measured costs of its operations.
+        potential: the live potential.
+        call: the call on which it is validated and measured.
+        phase_mode: how the phases will be run.
+        placement: the rank of each stage.
     """
-    folded = replace(phase_mode, split_stages=False)  # costs are those of a stage whose phases are together
+    folded = replace(phase_mode, split_stages=False)  # costs are those of a stage with all phases on one rank
 
     def measured(candidate: CapturedPotential) -> list[PhaseCosts]:
-        return validate(candidate, potential, call, folded, num_runs=2)  # the second run is warm
+        return validate(candidate, potential, call, folded, num_runs=2)  # the first run is a warm-up
 
     several = placement if len(placement) > len(set(placement)) else None
     best, best_seconds = captured, measured(captured)
@@ -66,7 +74,7 @@ def balance(
         profile = _scaled(profile, current.cut, seconds)
         try:
             cut = find_cut(current.program, current.regions, profile, current.cut.num_stages, several)
-        except CaptureError:  # by the new costs a part is too small for a stage
+        except CaptureError:  # with the new costs a part is too small for a stage
             break
         if _key(cut) in seen:
             break
@@ -91,7 +99,7 @@ def _scaled(profile: Profile, cut: Cut, seconds: list[PhaseCosts]) -> Profile:
 
 
 def _slowest(seconds: Sequence[PhaseCosts], placement: Sequence[int]) -> float:
-    """Time of the busiest rank."""
+    """Returns the time of the busiest rank."""
     work = dict.fromkeys(placement, 0.0)
     for rank, stage in zip(placement, seconds, strict=True):
         work[rank] += stage.total
@@ -105,18 +113,19 @@ def balance_parts(
     phase_mode: PhaseMode,
     placements: Sequence[Sequence[int]],
 ) -> list[tuple[ExplicitPotential, list[PhaseCosts]]]:
-    """Validate a potential's own parts, measure them, and join them to balanced stages for each placement.
+    """Validates a potential's own parts, measures them, and joins them to balanced stages for each placement.
 
     Args:
         parts: the potential with each part as a stage.
         potential: the live potential.
-        call: a call of it.
+        call: the call on which it is validated and measured.
         phase_mode: how the phases will be run.
-        placements: the rank of each stage; those after the first are left out where there are fewer parts.
+        placements: for each possible number of stages the rank of each stage; placements with more stages than there
+            are parts are left out.
 
     Raises:
         CaptureError: the parts compute something else than the potential's forward.
-        TooFewParts: they are fewer than stages.
+        TooFewParts: every placement has more stages than there are parts.
     """
     folded = replace(phase_mode, split_stages=False)
     of_parts = validate(parts, potential, call, folded, num_runs=2)
@@ -137,7 +146,7 @@ def balance_parts(
 
 
 def _bounds(costs: Sequence[float], placement: Sequence[int]) -> tuple[int, ...]:
-    """First part of each stage, and the number of parts, so that the busiest rank has the least to do."""
+    """Returns the first part of each stage, and the number of parts, so that the busiest rank has the least to do."""
     num_parts, num_stages = len(costs), len(placement)
 
     def slowest(bounds: Sequence[int]) -> float:

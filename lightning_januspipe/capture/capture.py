@@ -1,4 +1,4 @@
-"""From a LightningModule and a few samples to a potential in stages, proved against the module itself."""
+"""Turns a LightningModule and a few samples into a potential in stages, validated against the module itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
 from lightning_januspipe.capture.balance import StepTime, balance, balance_parts, fastest
-from lightning_januspipe.capture.cache.key import program_key
+from lightning_januspipe.capture.cache.key import ProgramKey, program_key
 from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
@@ -39,7 +39,7 @@ from lightning_januspipe.errors import CaptureError, shown
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 StageOrigin = Literal["auto", "captured", "explicit"]
-"""Where stages come from: tracing, the potential's own, or the first of these two that works."""
+"""Where stages come from: tracing, the potential itself, or the first of the two that works."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Capture:
         potential: its stages.
         seconds: measured phase times of each stage.
         bytes: measured memory of one micro-batch in each stage.
-        elapsed: seconds that all of it took.
+        elapsed: seconds that finding, tracing, cutting and validating took.
         origin: in words, where the stages come from, and what was refused before.
         alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
     """
@@ -63,7 +63,7 @@ class Capture:
     alternative: str = ""
 
     def describe(self) -> str:
-        """One line for a user: what was found, and how it is divided."""
+        """Returns one line for a user: which potential was found, and how it is cut."""
         total = sum(s.total for s in self.costs)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.costs)
         num, num_stages = sum(self.potential.num_operations), len(self.costs)
@@ -88,26 +88,26 @@ def capture_module(
     stages: StageOrigin = "auto",
     cache: ProgramCache | None = None,
 ) -> Capture:
-    """Find the potential of a module, divide it into stages, and prove them.
+    """Finds the potential of a module, cuts it into stages, and validates them.
 
     Args:
         module: the LightningModule, left as it was.
         step: its training (or evaluation) step, from a batch to what it returns.
-        traced_batch: at least two structures.
-        other_batch: other numbers of atoms, edges and structures, about a micro-batch's size: the potential is
-            validated and profiled on it.
-        placements: the rank of each stage to cut into; of several placements that with the shortest step. Those after
-            the first are left out where the potential has fewer cuttable parts.
+        traced_batch: a batch of at least two structures, on which the potential is traced.
+        other_batch: a batch about as large as a micro-batch, with other numbers of atoms, edges and structures: the
+            potential is validated and measured on it.
+        placements: for each possible number of stages the rank of each stage. The placement with the shortest step is
+            taken; placements after the first are left out where the potential has too few cuttable parts.
         potential: dotted name of the potential, where the user gave one.
         phase_mode: how the phases will be run.
-        step_time: the time of a training step from the measured phases of each stage; needed for several placements.
-        evaluation_step: the step that validation during training will run; where the steps differentiate by
-            themselves, it has to compute the same energy.
-        stages: where the stages come from; "auto" tries tracing first, then the potential's own.
-        cache: of traced potentials; None to trace always.
+        step_time: from the measured phases of each stage to the time of a training step; needed for several placements.
+        evaluation_step: the step that Lightning runs for validation during training. A step that differentiates the
+            energy itself has to differentiate the same energy as the training step.
+        stages: where the stages come from; "auto" tries to trace the potential, and then takes the potential's own.
+        cache: a cache of traced potentials; None to trace always.
 
     Raises:
-        CaptureError: see its message.
+        CaptureError: the potential cannot be found, traced, cut or validated; the message says what to change.
     """
     began = time.perf_counter()
     with unchanged(module), capturing(module):
@@ -138,12 +138,12 @@ def capture_module(
 
 @dataclass(frozen=True)
 class _CaptureJob:
-    """What is to be divided.
+    """One potential to bring into stages.
 
     Attributes:
-        potential: the potential.
+        potential: the live potential.
         call: the call that is traced.
-        other: the call that it is validated and measured on.
+        other: the call on which the stages are validated and measured.
         placements, phase_mode, step_time, cache: see :func:`capture_module`.
     """
 
@@ -185,7 +185,7 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
 
 
 def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseCosts], str]:
-    """A potential that is traced, or was traced before; what the cache gives is proved like a new trace."""
+    """Returns the potential in stages from a trace, new or cached; a cached trace is validated like a new one."""
     adapters = adapters_of(job.potential)
     call, other = (
         replace(c, args=args, kwargs=kwargs)
@@ -193,30 +193,30 @@ def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseCosts], 
         for args, kwargs in [adapted(adapters, job.potential, c.args, c.kwargs)]
     )
     form = CallFormat.of(call.args, call.kwargs, (other.args, other.kwargs))
+    cache = job.cache or ProgramCache(None)
     began = time.perf_counter()
-    key = program_key(job.potential, call, form, adapters) if job.cache is not None else None
-    if job.cache is not None and key is not None and key.digest is not None:
-        known = job.cache.load(key.digest)
-        if known is not None:
-            origin = f"captured (its trace read from the cache in {time.perf_counter() - began:.1f} s)"
-            try:
-                return *_cut(job, call, form, known), origin
-            except CaptureError:  # a new trace decides
-                job.cache.discard(key.digest)
+    key = ProgramKey(None) if job.cache is None else program_key(job.potential, call, form, adapters)
+    known = cache.load(key.digest) if key.digest else None
+    if key.digest and known is not None:
+        origin = f"captured (its trace read from the cache in {time.perf_counter() - began:.1f} s)"
+        try:
+            return *_cut(job, call, form, known), origin
+        except CaptureError:  # only a new trace tells whether the potential can be captured
+            cache.discard(key.digest)
     began = time.perf_counter()
     program = apply_passes(trace_potential(job.potential, call, form, adapters))
-    note = f", not cached: {key.reason}" if key is not None and key.digest is None else ""
+    note = f", not cached: {key.reason}" if key.reason else ""
     origin = f"captured (traced in {time.perf_counter() - began:.1f} s{note})"
     found = _cut(job, call, form, program)
-    if job.cache is not None and key is not None and key.digest is not None:
-        job.cache.save(key.digest, program)
+    if key.digest:
+        cache.save(key.digest, program)
     return *found, origin
 
 
 def _cut(
     job: _CaptureJob, call: PotentialCall, form: CallFormat, program: Program
 ) -> tuple[CapturedPotential, list[PhaseCosts]]:
-    """A traced potential in balanced, validated stages."""
+    """Returns a traced potential in balanced, validated stages, and the stages' times."""
     regions = find_regions(program, call.read_outputs)
     captured = CapturedPotential(
         call.path, program, regions, Cut([], [], []), form, call.replaced, call.step_parameters
@@ -237,4 +237,4 @@ def _cut(
 def _from_explicit_parts(job: _CaptureJob) -> tuple[StagedPotential, list[PhaseCosts], str]:
     parts = explicit_potential(job.potential, job.call, job.other)
     measured = balance_parts(parts, job.potential, job.other, job.phase_mode, job.placements)
-    return *fastest(measured, job.step_time), "divided by itself (explicit stages)"
+    return *fastest(measured, job.step_time), "cut at its own parts (explicit stages)"

@@ -1,4 +1,4 @@
-"""What a cut sends and what it computes again, in the field's words: atoms, edges, angles, structures."""
+"""Describes what a cut sends and repeats in the field's words: atoms, edges, angles, structures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 @dataclass(frozen=True)
 class Sent:
-    """One tensor of a boundary.
+    """One tensor of a boundary, or one repeated value.
 
     Attributes:
-        name: of the operation that computes it, or of the feature.
-        shape: with words for sizes, such as ``("atoms", 3, 64)``.
-        dtype: such as ``"float32"``.
+        name: name of the operation that computes it, or of the feature.
+        shape: its shape with words for sizes, such as ``("atoms", 3, 64)``.
+        dtype: its type, such as ``"float32"``.
         per: what it has an entry for: ``"atom"``, ``"edge"``, ``"structure"``, ..., or ``"batch"``.
-        num_bytes: of one such entry.
+        num_bytes: bytes of one such entry.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Sent:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a stage passes on to the next one, once in each phase.
+    """The tensors that a stage sends to the next one, once in each phase.
 
     Attributes:
-        tensors: in the order in which they are sent.
+        tensors: the tensors, in the order in which they are sent.
     """
 
     tensors: tuple[Sent, ...]
 
     @property
     def bytes_per(self) -> dict[str, int]:
-        """Bytes for each atom, edge, ..."""
+        """Bytes for each atom, each edge, ..."""
         found: dict[str, int] = {}
         for tensor in sorted(self.tensors, key=lambda t: _rank(t.per)):
             found[tensor.per] = found.get(tensor.per, 0) + tensor.num_bytes
@@ -61,14 +61,14 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Repeated:
-    """What a stage computes that others compute too.
+    """The operations of a stage that other stages run too.
 
     Attributes:
-        geometry: operations that depend on no parameter: vectors, distances, basis functions, cutoffs.
-        again: operations that depend on parameters and that an earlier stage owns.
-        values: of these the ones that the stage's own operations read.
-        geometry_share: of the stage's forward time; None where it was not measured.
-        again_share: likewise.
+        geometry: number of operations that depend on no parameter: vectors, distances, basis functions, cutoffs.
+        again: number of operations that depend on parameters and that an earlier stage owns.
+        values: the repeated values that the stage's own operations read.
+        geometry_share: share of geometry in the stage's forward time; None where it was not measured.
+        again_share: share of the repeated operations in the stage's forward time; None where it was not measured.
     """
 
     geometry: int
@@ -83,9 +83,9 @@ class SharedParameter:
     """A parameter that several stages hold; their gradients are summed.
 
     Attributes:
-        name: inside the potential.
-        stages: that read it.
-        reason: why they do.
+        name: its name inside the potential.
+        stages: the stages that read it.
+        reason: why they do, in words.
     """
 
     name: str
@@ -98,10 +98,10 @@ class CutReport:
     """A cut in words.
 
     Attributes:
-        boundaries: one fewer than stages.
-        repeated: of each stage; empty where a potential divides itself.
+        boundaries: the boundary after each stage but the last.
+        repeated: the repeated operations of each stage; empty for a potential with stages of its own.
         shared: parameters on several stages.
-        defined: which input defines what edges, angles and the like are.
+        defined: word for a size, such as ``"edge"`` -> the input that has this size.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -110,7 +110,7 @@ class CutReport:
     defined: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Returns the report as plain dicts and lists, for JSON."""
         return {
             "boundaries": [
                 {"bytes_per": b.bytes_per, "tensors": [asdict(t) for t in b.tensors]} for b in self.boundaries

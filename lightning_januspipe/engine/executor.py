@@ -167,9 +167,8 @@ class _Step:
     @contextmanager
     def _observed(self, action: Action) -> Iterator[None]:
         """Names the action to a profiler that is on, and marks its start and end if there is a recorder."""
-        recorder = self._executor.recorder
-        name = f"[JanusPipe]{action.phase.value} stage {action.stage}"
-        with nullcontext() if self._annotate is None else self._annotate(name):
+        recorder, annotate = self._executor.recorder, self._annotate
+        with annotate(f"[JanusPipe]{action.phase.value} stage {action.stage}") if annotate else nullcontext():
             if recorder is not None:
                 recorder.start(action)
             try:
@@ -179,7 +178,8 @@ class _Step:
                     recorder.end(action)
 
     def _messages_in(self, action: Action) -> Passed:
-        chain, own = Parts[Tensor](), Parts[Tensor]()
+        chain: Parts[Tensor] = Parts()
+        own: Parts[Tensor] = Parts()
         for message in self.route.inputs(action):
             parts = self._arrived.pop(message, None) or self._receive(message)
             if message.source.phase is action.phase:

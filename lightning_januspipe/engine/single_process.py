@@ -93,7 +93,8 @@ def run_single_process(
 
     actions = _one_microbatch(len(functions), defer, split_stages)
     phases = _MeasuredPhases(stages, chain, tensors, actions, kept_loss, gradients, measure_memory)
-    chain_parts, own_parts = Parts[Tensor](), dict[tuple[Phase, int], Parts[Tensor]]()
+    chain_parts: Parts[Tensor] = Parts()
+    own_parts: dict[tuple[Phase, int], Parts[Tensor]] = {}
     before: Phase | None = None
     for action in actions:
         if on_action is not None:

@@ -1,4 +1,4 @@
-"""Atoms of one micro-batch on several ranks: who owns which rows, and exchanges that can be differentiated twice."""
+"""Shards the atoms of one micro-batch over several ranks, with exchanges that can be differentiated twice."""
 
 from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica
 from lightning_januspipe.graph.collectives import (

@@ -1,4 +1,4 @@
-"""The graph axis of a pipeline: micro-batches are sharded before their first phase, and whole again for the loss."""
+"""The graph axis of a pipeline: shards micro-batches before their first phase, and gathers results for the loss."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class GraphGroup:
     """The ranks that share the atoms of each micro-batch.
 
     Attributes:
-        size: how many, G.
-        rank: this one's place among them.
+        size: G, the number of graph ranks.
+        rank: index of this rank among them.
         group: their process group.
     """
 
@@ -36,11 +36,11 @@ class GraphGroup:
 
 @dataclass(frozen=True)
 class Replica:
-    """The ranks that hold the same micro-batches: those of all stages, and their graph ranks.
+    """The ranks that hold the same micro-batches: the graph ranks of all stages.
 
     Attributes:
-        size: how many.
-        rank: this one's place among them.
+        size: number of these ranks.
+        rank: index of this rank among them.
         group: their process group, for tensors on the CPU.
     """
 
@@ -50,16 +50,19 @@ class Replica:
 
 
 class GraphAxis:
-    """What one rank does to the micro-batches of its pipeline, beside the phases.
+    """Shards the micro-batches of one rank's pipeline, and gathers their results.
 
     Args:
-        captured: the potential.
+        captured: the potential in stages.
         potential: the live potential.
-        ranks: this rank's place.
+        ranks: the graph ranks.
 
     Attributes:
-        size: graph ranks, G.
-        rank: this one's place among them.
+        size: G, the number of graph ranks.
+        rank: index of this rank among them.
+
+    Raises:
+        CaptureError: the potential cannot be sharded.
     """
 
     def __init__(self, captured: StagedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
@@ -71,7 +74,7 @@ class GraphAxis:
 
     @property
     def potential(self) -> RankPotential:
-        """The potential whose stages work on own rows."""
+        """The potential whose stages work on this rank's own rows."""
         return self._sharded.potential
 
     def shard_inputs(self, index: int, tensors: Sequence[Tensor]) -> MicrobatchInput:
@@ -88,7 +91,7 @@ class GraphAxis:
         return self._own(index, tensors, self._sharder.plan_scattered(tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
-        """Add up a tensor over the graph ranks, in place.
+        """Sums a tensor over the graph ranks, in place.
 
         Raises:
             PipelineError: a rank did not answer.
@@ -104,15 +107,15 @@ class GraphAxis:
     def shard_step_inputs(
         self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_ahead: Sequence[Tensor | None] = ()
     ) -> list[MicrobatchInput]:
-        """The micro-batches of a step, by owners that one rank chose for each and told all.
+        """Returns all micro-batches of a step with this rank's rows only.
 
-        The ranks of a replica take turns in choosing, so that each has to for a few only, and none disagree about a
-        position that differs in its last digit.
+        The ranks of a replica take turns: each chooses the owners of atoms for a few micro-batches, and sends them to
+        the others. So no two ranks can disagree, even where their positions differ in the last digit.
 
         Args:
             inputs: the whole micro-batches, the same on all ranks of the replica.
-            replica: these ranks; all of them have to call this.
-            owners_ahead: owners that were chosen before, where they were.
+            replica: the ranks of the replica; all of them have to call this.
+            owners_ahead: for each micro-batch the owners that the loader chose; None, or nothing, where it chose none.
 
         Raises:
             PipelineError: a rank did not answer.
@@ -146,7 +149,7 @@ class GraphAxis:
     def gather_results(
         self, index: int, observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Observables and derivatives of all rows, for the user's loss; all graph ranks have to ask for them."""
+        """Returns observables and derivatives of all rows, for the user's loss; all graph ranks have to call this."""
         kinds = self._sharded
         return (
             [self._all_rows(index, y, v) for y, v in zip(observables, kinds.observables, strict=True)],
@@ -154,7 +157,7 @@ class GraphAxis:
         )
 
     def own_gradients(self, index: int, gradients: LossGradients) -> LossGradients:
-        """Of the loss's gradients those of this rank's rows: every graph rank has evaluated the same loss."""
+        """Returns the loss's gradients for this rank's rows; every graph rank has evaluated the same loss."""
         kinds = self._sharded
         return LossGradients(
             [self._own_rows(index, y, v) for y, v in zip(gradients.observables, kinds.observables, strict=True)],
@@ -162,11 +165,11 @@ class GraphAxis:
         )
 
     def clear(self) -> None:
-        """Forget all micro-batches."""
+        """Forgets all micro-batches."""
         self._exchanges.clear()
 
     def close(self) -> None:
-        """Let go of the group, in all exchanges too, so that its connections can be closed."""
+        """Drops all references to the process group, in exchanges too, so that its connections can be closed."""
         for of_microbatch in self._exchanges.values():
             for exchange in of_microbatch.values():
                 exchange.close()

@@ -1,16 +1,18 @@
 """Exchanges between graph ranks that can be differentiated any number of times.
 
 Each operation is a linear map over all ranks, and its derivative is the transposed map, which is again one of these
-operations. A derivative that called a raw collective instead would leave energies and forces exact, and the gradient
-of a force loss wrong without a word.
+operations. With a raw collective as its derivative, energies and forces would be exact, and the gradient of a force
+loss silently wrong.
 
-A tensor is here in one of three ways. *Rows*: each rank holds its own. *Partial*: each rank holds a summand.
-*Replicated*: each rank holds the same, and computes the same with it. The cotangent of rows are rows; that of a
-partial tensor is replicated, and that of a replicated one that own rows are computed from is partial.
+A tensor has one of three placements. *Shard*: each rank holds its own rows. *Partial*: each rank holds a summand.
+*Replicate*: each rank holds the same values, and computes the same with them. The cotangent of sharded rows is sharded.
+The cotangent of a partial tensor is replicated. The cotangent of a replicated tensor that own rows are computed from is
+partial.
 
-All ranks of a group have to call the same operations in the same order, those with empty shards too: run one program
-on all. Undefined gradients are passed on, as autograd's own operations do: which ones are undefined is a matter of the
-program. Made zeros, they would cost messages, and a walk that is held back somewhere would run through to the end.
+All ranks of a group have to call the same operations in the same order, ranks with empty shards too. Undefined
+gradients are passed on as autograd's own operations pass them on: the program decides which gradients are undefined, so
+they are the same on all ranks. If they were made zeros, they would cost messages, and a backward pass that stops at
+some nodes would run on behind them.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from lightning_januspipe.graph.shards import Shard
 
 @dataclass(eq=False)
 class Exchange:
-    """What an operation needs to know.
+    """The shard and the process group of an exchange.
 
     Attributes:
-        shard: the class whose rows are exchanged, on the device of the tensors.
-        group: the ranks that share the rows, in the order of their numbers; None if there is only one.
+        shard: this rank's shard of the class whose rows are exchanged, on the device of the tensors.
+        group: the ranks that share the rows, in order; None for a single rank.
 
     Raises:
         ValueError: the shard is not this rank's.
@@ -52,52 +54,52 @@ class Exchange:
             )
 
     def close(self) -> None:
-        """Let go of the group: its connections are closed when nothing refers to it, as graphs do to exchanges."""
+        """Drops the reference to the group: its connections close when no exchange in a graph refers to it any more."""
         self.group = None
 
 
 def gather_halo(x: Tensor, exchange: Exchange) -> Tensor:
-    """Extend own rows by the halo: one message to and from each neighbour.
+    """Appends the halo to the own rows, with one message to and from each neighboring rank.
 
     Args:
         x: (n_own, ...) own rows.
         exchange: shard and group.
 
     Returns:
-        (n_own + n_halo, ...); ``x`` itself where no rank has a halo. The derivative is :func:`sum_halo`.
+        (n_own + n_halo, ...); ``x`` itself if no rank has a halo. The derivative is :func:`sum_halo`.
     """
     _check_rows(x, exchange.shard.num_own)
     return x if exchange.shard.is_free else _GatherHalo.apply(x, exchange)
 
 
 def sum_halo(y: Tensor, exchange: Exchange) -> Tensor:
-    """Add what the halos of all ranks hold to their owners' rows, the transpose of :func:`gather_halo`.
+    """Adds the rows in the halos of all ranks to their owners' rows: the transpose of :func:`gather_halo`.
 
     The order of summation is fixed, so that the result is the same in every run, on GPUs too.
 
     Args:
-        y: (n_own + n_halo, ...) own rows and summands for those of other ranks.
+        y: (n_own + n_halo, ...) own rows, and summands for rows of other ranks.
         exchange: shard and group.
 
     Returns:
-        (n_own, ...); ``y`` itself where no rank has a halo.
+        (n_own, ...); ``y`` itself if no rank has a halo.
     """
     _check_rows(y, exchange.shard.num_own + exchange.shard.num_halo)
     return y if exchange.shard.is_free else _SumHalo.apply(y, exchange)
 
 
 def max_halo(y: Tensor, exchange: Exchange) -> Tensor:
-    """The largest of what the halos of all ranks and the owner hold for each row.
+    """Returns for each own row the largest entries that the owner and the halos of all ranks hold for it.
 
-    The derivative goes to those that are as large, in equal shares, as that of torch's ``scatter_reduce`` does. It is
-    made of sums over halos, and so can be differentiated again.
+    All equally large entries share the gradient, as with torch's ``scatter_reduce``. It is computed with sums over
+    halos, and so can be differentiated again.
 
     Args:
-        y: (n_own + n_halo, ...) own rows and candidates for those of other ranks.
+        y: (n_own + n_halo, ...) own rows, and candidates for rows of other ranks.
         exchange: shard and group.
 
     Returns:
-        (n_own, ...); ``y`` itself where no rank has a halo.
+        (n_own, ...); ``y`` itself if no rank has a halo.
     """
     _check_rows(y, exchange.shard.num_own + exchange.shard.num_halo)
     if exchange.shard.is_free:
@@ -109,48 +111,48 @@ def max_halo(y: Tensor, exchange: Exchange) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor, exchange: Exchange) -> Tensor:
-    """Sum a partial tensor over the ranks; halves are summed in float32.
+    """Sums a partial tensor over the ranks; half precision is summed in float32.
 
     Args:
-        x: of the same shape on all ranks.
-        exchange: only its group is used.
+        x: the summand of this rank, of the same shape on all ranks.
+        exchange: shard and group; only the group is used.
 
     Returns:
-        The sum, replicated. The derivative is :func:`replicate`: the cotangent is the full one on every rank already,
-        and summing it once more would count it G times (Megatron-LM's g, arXiv 1909.08053, section 3).
+        The sum, replicated. The derivative is :func:`replicate`: every rank already has the whole cotangent, and
+        summing it once more would count it G times (g in Megatron-LM, arXiv 1909.08053, section 3).
     """
     return x if exchange.group is None else _SumOverRanks.apply(x, exchange)
 
 
 def replicate(x: Tensor, exchange: Exchange) -> Tensor:
-    """Mark where a replicated tensor begins to be used for own rows: positions, per-structure features.
+    """Marks where a replicated tensor, such as a feature of structures, is first used to compute own rows.
 
     Args:
-        x: the same on all ranks.
-        exchange: only its group is used.
+        x: a tensor that is the same on all ranks.
+        exchange: shard and group; only the group is used.
 
     Returns:
-        ``x``. The derivative is :func:`sum_over_ranks`, the transpose (Megatron-LM's f).
+        ``x``. The derivative is :func:`sum_over_ranks`, the transpose (f in Megatron-LM).
     """
     return x if exchange.group is None else _Replicate.apply(x, exchange)
 
 
 def count_once(x: Tensor, exchange: Exchange) -> Tensor:
-    """Mark a parameter that a replicated computation reads, as parameter gradients are summed over the ranks later.
+    """Marks a parameter that a replicated computation reads: the ranks' parameter gradients are summed later.
 
     Args:
-        x: the same on all ranks.
-        exchange: only its group is used.
+        x: a tensor that is the same on all ranks.
+        exchange: shard and group; only rank and group are used.
 
     Returns:
-        ``x``. Its gradient reaches the first rank only; the others get zeros.
+        ``x``. Its gradient reaches the first rank only; the other ranks get zeros.
     """
     return x if exchange.group is None else _CountOnce.apply(x, exchange)
 
 
 @torch.no_grad()
 def collect_rows(x: Tensor, exchange: Exchange) -> Tensor:
-    """All rows in global order on every rank; not differentiable.
+    """Returns all rows in global order on every rank; it cannot be differentiated.
 
     Args:
         x: (n_own, ...) own rows.
@@ -173,7 +175,7 @@ def collect_rows(x: Tensor, exchange: Exchange) -> Tensor:
 
 
 class _Exchanging(torch.autograd.Function):
-    """What keeps the exchange for the derivative, and passes undefined gradients on."""
+    """Keeps the exchange for the derivative, and passes undefined gradients on."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
@@ -184,7 +186,7 @@ class _Exchanging(torch.autograd.Function):
 def _transposed(
     function: Callable[[Tensor, Exchange], Tensor], ctx: Any, gradients: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, None]:
-    """The gradients of an exchange, by its transpose."""
+    """Returns the gradients of an exchange, computed with its transpose."""
     (given,) = gradients
     return None if given is None else function(given, ctx.exchange), None
 
@@ -208,7 +210,7 @@ class _SumHalo(_Exchanging):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
         summed = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
-        # One rank's rows after another's: within one call no row occurs twice, so that atomic additions cannot race.
+        # Rank after rank: within one call no row occurs twice, so that atomic additions cannot race.
         for rows, values in _returned(y, exchange):
             summed.index_add_(0, rows, values)
         return summed
@@ -243,7 +245,7 @@ class _Replicate(_Exchanging):
 
 
 class _CountOnce(_Exchanging):
-    """From a parameter, whose cotangents are summed over the ranks, to a replicated tensor."""
+    """Maps a parameter, whose cotangents are summed over the ranks, to a replicated tensor."""
 
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
@@ -255,7 +257,7 @@ class _CountOnce(_Exchanging):
 
 
 class _OnFirstRank(_Exchanging):
-    """From a replicated tensor to summands of it: itself and zeros. One node on every rank, to keep them in step."""
+    """Maps a replicated tensor to summands: itself on the first rank, zeros on the others. All ranks have this node."""
 
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
@@ -267,7 +269,7 @@ class _OnFirstRank(_Exchanging):
 
 
 def _largest(y: Tensor, exchange: Exchange) -> Tensor:
-    """Values of :func:`max_halo`."""
+    """Returns the values of :func:`max_halo`."""
     largest = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
     for rows, values in _returned(y, exchange):
         largest[rows] = torch.maximum(largest[rows], values)
@@ -275,7 +277,7 @@ def _largest(y: Tensor, exchange: Exchange) -> Tensor:
 
 
 def _returned(y: Tensor, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
-    """Of each rank that has a halo of own rows: their local numbers, and what it holds for them."""
+    """Returns for each rank with own rows of this rank in its halo their local indices, and the values it holds."""
     shard = exchange.shard
     received = y.new_empty(sum(shard.send_counts), *y.shape[1:])
     _all_to_all(received, y[shard.num_own :], shard.send_counts, shard.receive_counts, exchange)
@@ -286,14 +288,14 @@ def _returned(y: Tensor, exchange: Exchange) -> list[tuple[Tensor, Tensor]]:
 def _all_to_all(
     into: Tensor, rows: Tensor, receive_counts: tuple[int, ...], send_counts: tuple[int, ...], exchange: Exchange
 ) -> None:
-    """Send rows to each rank; as bytes, which every backend can send, whatever the dtype."""
+    """Sends rows to each rank, as bytes, which every backend can send."""
     if math.prod(rows.shape[1:]):  # the same on all ranks, unlike the number of rows
         sizes = list(receive_counts), list(send_counts)
         _call(dist.all_to_all_single, exchange, _as_bytes(into), _as_bytes(rows), *sizes)
 
 
 def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> None:
-    """Call a collective over the group of an exchange.
+    """Calls a collective over the group of an exchange.
 
     Raises:
         PipelineError: a rank did not answer.
@@ -301,7 +303,7 @@ def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> Non
     try:
         collective(*args, group=exchange.group)
     except RuntimeError as error:
-        # Without the frames of torch, which refer to the group: this rank's connections have to close in turn.
+        # Frames of torch refer to the group, whose connections have to close on this rank too.
         raise PipelineError(
             f"graph rank {exchange.shard.rank} waited in an exchange of rows for another of {exchange.shard.num_ranks} "
             f"graph ranks, which did not come: {error}. That rank has ended or hangs; its own output has the cause."
@@ -309,7 +311,7 @@ def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> Non
 
 
 def _as_bytes(rows: Tensor) -> Tensor:
-    """(n, ...) as (n, bytes of one row); a view if the rows are contiguous."""
+    """Returns (n, ...) as (n, bytes of one row); a view if the rows are contiguous."""
     rows = rows.detach().resolve_conj().resolve_neg().contiguous()
     width = math.prod(rows.shape[1:]) * rows.element_size()
     return rows.view(-1).view(torch.uint8).view(rows.shape[0], width)

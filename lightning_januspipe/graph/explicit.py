@@ -1,7 +1,8 @@
-"""Graph ranks for potentials that divide themselves: the parts are written for own rows, and ask for those of others.
+"""Shards potentials with stages of their own: their parts work on own rows, and ask for rows of other ranks.
 
-A part gets the rows of its rank: own atoms, and the edges into them. What it knows of other atoms it gets with
-:func:`with_halo`. Results for structures are sums over the own atoms; they are summed over the ranks for the part.
+A part gets the rows of its rank: own atoms, and the edges into them. It gets features of other atoms with
+:func:`with_halo`. Its results for structures are sums over own atoms; after the last part they are summed over the
+ranks.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class RankInputs(dict[str, Tensor]):
     """The inputs of a part on one of several graph ranks.
 
     Args:
-        tensors: own rows by name.
-        exchange: of the atoms.
+        tensors: tensors with own rows, by name.
+        exchange: the exchange of atoms.
     """
 
     def __init__(self, tensors: Tensors, exchange: Exchange) -> None:
@@ -41,17 +42,17 @@ class RankInputs(dict[str, Tensor]):
 
 
 def with_halo(features: Tensor, inputs: Tensors) -> Tensor:
-    """Features of all atoms that a part's edges join: own ones, and copies of those of other graph ranks.
+    """Returns the features of all atoms that a part's edges join: of own atoms, and of atoms of other graph ranks.
 
-    A part of :class:`~lightning_januspipe.ExplicitStages` calls it before it looks features up by the
-    atoms that edges come from. All graph ranks have to call it alike. On one rank nothing is added.
+    A part of :class:`~lightning_januspipe.ExplicitStages` calls it before it looks features up by the source atoms of
+    edges. All graph ranks have to call it in the same places. With one graph rank it returns the features unchanged.
 
     Args:
-        features: (N, ...) of the own atoms, which are the first.
-        inputs: what the part was called with.
+        features: (N, ...) features of the own atoms.
+        inputs: the inputs that the part was called with.
 
     Returns:
-        (N + H, ...), with H atoms of other ranks. Gradients of these go back to their own ranks.
+        (N + H, ...): the own atoms first, then H atoms of other ranks. Gradients go back to the atoms' own ranks.
 
     Example:
         >>> def forward(self, inputs, features):
@@ -64,7 +65,7 @@ def with_halo(features: Tensor, inputs: Tensors) -> Tensor:
 
 @dataclass(frozen=True)
 class ExplicitRankPotential:
-    """A potential in its own stages, on the rows of one graph rank.
+    """A potential with stages of its own, on the rows of one graph rank.
 
     Attributes:
         staged: the potential.
@@ -85,16 +86,16 @@ class ExplicitRankPotential:
         return self.staged.chain
 
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:
-        """Values of the size symbols on this rank."""
+        """Returns the values of the size symbols on this rank."""
         return {s: tensors[i].shape[d] for s, (i, d) in self.staged.symbols.items()}
 
     def stage(self, index: int, potential: nn.Module) -> ExplicitRankStage:
-        """One stage; its tensors end with one exchange for each class of rows, the first for the atoms."""
+        """Returns one stage; its tensors end with one exchange for each class of rows, the first for the atoms."""
         return ExplicitRankStage(self.staged, index, potential, self.classes)
 
 
 class ExplicitRankStage(ExplicitStage):
-    """Some of the parts, on the rows of one graph rank.
+    """Runs consecutive parts as one stage, on the rows of one graph rank.
 
     Args:
         staged: the whole chain.
@@ -114,7 +115,7 @@ class ExplicitRankStage(ExplicitStage):
         local = RankInputs(named, exchange)
         for name in staged.coordinates:
             if _class_of(staged.inputs_by_name[name], self._classes) is None:
-                local[name] = replicate(named[name], exchange)  # each rank uses it for its own rows
+                local[name] = replicate(named[name], exchange)  # each rank computes its own rows with it
         return local, leaves
 
     def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
@@ -128,14 +129,15 @@ class ExplicitRankStage(ExplicitStage):
 
 
 def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPotential:
-    """How a potential that declares its stages is sharded over graph ranks.
+    """Shards a potential with stages of its own over graph ranks.
 
     Args:
         staged: the potential in stages.
-        potential: the live potential, which says by ``stage_edges`` what its edges join.
+        potential: the live potential, whose ``stage_edges`` name the source and the target of its edges.
 
     Raises:
-        CaptureError: it does not say that, or a part hands on what is neither of atoms nor of edges.
+        CaptureError: ``stage_edges`` is missing or wrong, or a part before the last returns a feature without a row for
+            each atom or edge.
     """
     position = {name: i for i, name in enumerate(staged.inputs_by_name)}
     ends = [_end(staged, position, given) for given in _declared(staged, potential)]
@@ -151,7 +153,7 @@ def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPo
         for name, spec in features.items():
             if _class_of(spec, (atoms, edges)) is None:
                 raise CaptureError(
-                    f"graph_size > 1 is not possible: part {index} of the potential {shown(staged.path)} hands on "
+                    f"graph_size > 1 is not possible: part {index} of the potential {shown(staged.path)} returns "
                     f"{name!r} of shape {spec.shape}, which has no row for each atom ({atoms}) or edge ({edges}). Sum "
                     "over atoms in the last part only, or use graph_size=1."
                 )
@@ -169,14 +171,14 @@ def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPo
         classes=RowClasses(atoms, {edges: target}, {atoms: [source], edges: []}),
         rows={key: str(name) for key, name in rows.items()},
         localized={source.source: atoms, target.source: atoms},
-        observables=tuple(_value(spec, (atoms, edges)) for spec in staged.features[-1].values()),
-        derivatives=tuple(_value(staged.inputs_by_name[n], (atoms, edges)) for n in staged.coordinates),
+        observables=tuple(_placement(spec, (atoms, edges)) for spec in staged.features[-1].values()),
+        derivatives=tuple(_placement(staged.inputs_by_name[n], (atoms, edges)) for n in staged.coordinates),
         positions=place,
     )
 
 
 def _declared(staged: ExplicitPotential, potential: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Source and target of the edges: names of inputs, and rows of them."""
+    """Returns source and target of the edges, each as the name of an input and the row of it."""
     given = getattr(potential, "stage_edges", None)
     pairs = [(e,) if isinstance(e, str) else e for e in given] if isinstance(given, (list, tuple)) else []
     ends = [(str(e[0]), tuple(e[1:])) for e in pairs if isinstance(e, (list, tuple)) and e]
@@ -192,7 +194,7 @@ def _declared(staged: ExplicitPotential, potential: nn.Module) -> list[tuple[str
 def _end(
     staged: ExplicitPotential, position: Mapping[str, int], given: tuple[str, tuple[int, ...]]
 ) -> tuple[IndexSource, str]:
-    """One end of the edges, and the symbol of their number."""
+    """Returns one end of the edges, and the size symbol that counts the edges."""
     name, selected = given
     whole = staged.inputs_by_name[name].shape
     shape = whole[len(selected) :]
@@ -202,7 +204,7 @@ def _end(
     if len(shape) != 1 or not isinstance(shape[0], str) or not is_row:
         raise CaptureError(
             f"stage_edges of the potential {shown(staged.path)} names {name!r} {list(selected)} of shape {shape}; "
-            f"expected one number for each edge. {_HOW}"
+            f"expected one index for each edge. {_HOW}"
         )
     return IndexSource(position[name], tuple((0, place) for place in selected)), shape[0]
 
@@ -219,10 +221,10 @@ def _atoms(staged: ExplicitPotential) -> str:
 
 
 def _class_of(spec: TensorSpec, classes: Sequence[str]) -> tuple[str, int] | None:
-    """The class of a tensor's rows, and their dimension."""
+    """Returns the class of a tensor's rows and their dimension; None for a tensor without rows."""
     return next(((str(size), dim) for dim, size in enumerate(spec.shape) if size in classes), None)
 
 
-def _value(spec: TensorSpec, classes: Sequence[str]) -> Placement:
+def _placement(spec: TensorSpec, classes: Sequence[str]) -> Placement:
     found = _class_of(spec, classes)
     return REPLICATE if found is None else Placement(PlacementKind.SHARD, *found)

@@ -116,6 +116,7 @@ class IndexAnalysis:
         self.uses = [use for name in nodes for use in self._uses(program.by_name[name])]
         for name in nodes:
             self._join_broadcast(program.by_name[name])
+            self._join_written(program.by_name[name])
         targets: dict[IndexSource, str] = {}
         for use in self.uses:
             if use.source is not None:
@@ -246,6 +247,20 @@ class IndexAnalysis:
             for back in range(1, 1 + min(len(shape), len(spec.shape) if spec is not None else 0)):
                 if spec is not None and (back == len(shape) or not is_batched):
                     self._join_sizes(shape[-back], spec.shape[-back])
+
+    def _join_written(self, node: Node) -> None:
+        """Joins the sizes of indices and of the rows that they write: there is one index for each row."""
+        operator = operator_of(node)
+        if operator not in SCATTERS or operator == "aten.index_put" or not isinstance(argument(node, 3), Ref):
+            return
+        index, rows = (self._program.by_name[node.args[position].name].spec for position in (2, 3))
+        if index is None or rows is None:
+            return
+        if operator in ("aten.index_add", "aten.index_reduce"):
+            self._join_sizes(index.shape[0], rows.shape[node.args[1]])
+        else:
+            for a, b in zip(index.shape, rows.shape, strict=True):
+                self._join_sizes(a, b)
 
     def _join_sizes(self, a: int | str, b: int | str) -> None:
         if isinstance(a, str) and isinstance(b, str) and a != b and self._example.get(a, 0) == self._example.get(b, 1):

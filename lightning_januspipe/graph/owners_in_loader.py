@@ -1,8 +1,8 @@
-"""Owners of atoms chosen in the loader's worker processes, while training goes on.
+"""Chooses the owners of atoms in the loader's worker processes, while training goes on.
 
-What the potential will be called with is not known there, so edges and positions are found by their names. Any choice
-of owners is right: one that was made from other edges than the potential's exchanges more rows than it had to, and one
-for another number of atoms is not used.
+The arguments of the potential are not known there, so edges and positions are found by their names. Every choice of
+owners gives right results. A choice from other edges than the potential's costs more exchanged rows than necessary, and
+a choice for another number of atoms is not used.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class OwnersInLoader:
     """Chooses owners for every ``size``-th micro-batch of a batch, starting at ``rank``.
 
     Attributes:
-        num_ranks: graph ranks, G.
-        rank: this rank's place among those that hold the same micro-batches.
-        size: how many these are.
+        num_ranks: G, the number of graph ranks.
+        rank: index of this rank among the ranks that hold the same micro-batches.
+        size: number of the ranks that hold the same micro-batches.
     """
 
     num_ranks: int
@@ -33,14 +33,14 @@ class OwnersInLoader:
     size: int
 
     def __call__(self, index: int, batch: Any) -> Tensor | None:
-        """Owners of the atoms of one micro-batch.
+        """Returns the owners of the atoms of one micro-batch.
 
         Args:
-            index: its place in the batch.
-            batch: as collated.
+            index: position of the micro-batch in the batch.
+            batch: the collated micro-batch.
 
         Returns:
-            (N,); None outside of worker processes, where it is another rank's turn, and where no edges were found.
+            (N,) ranks; None outside of worker processes, if it is another rank's turn, and if no edges were found.
         """
         if get_worker_info() is None or index % self.size != self.rank:
             return None
@@ -48,11 +48,11 @@ class OwnersInLoader:
 
 
 def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
-    """Owners of the atoms of a collated batch whose edges and positions have usual names; None where they have not.
+    """Returns the owners of the atoms of a collated batch; None if its edges or positions do not have usual names.
 
     Args:
         batch: a dict, a tuple, PyG data, or any object with attributes, also nested.
-        num_ranks: graph ranks, G.
+        num_ranks: G, the number of graph ranks.
     """
     named = [(name.strip("_").lower(), t) for name, t in named_tensors(batch) if t.layout == torch.strided]
     named = [(name, t) for name, t in named if t.device.type == "cpu" and not t.is_nested]
@@ -66,12 +66,12 @@ def owners_by_name(batch: Any, num_ranks: int) -> Tensor | None:
         len(target)
         and not 0 <= int(min(target.min(), source.min())) <= int(max(target.max(), source.max())) < num_atoms
     ):
-        return None  # numbers of something else
+        return None  # indices of something else
     return partition_atoms(target, source, num_atoms, num_ranks, positions)
 
 
 def _edges(named: list[tuple[str, Tensor]]) -> tuple[Tensor, Tensor] | None:
-    """Targets and sources. Which row of two is which does not matter: lists of edges hold both directions."""
+    """Returns targets and sources. Which row of two is which does not matter: lists of edges hold both directions."""
     integers = [(n, t.to(torch.int64)) for n, t in named if t.dtype in (torch.int64, torch.int32)]
     for _, tensor in ((n, t) for n, t in integers if any(e in n for e in EDGE_LISTS) and t.dim() == 2):
         if 2 in tensor.shape:

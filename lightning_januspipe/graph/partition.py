@@ -1,11 +1,12 @@
-"""Which graph rank owns each atom of a micro-batch: equal work for all, and few rows to exchange.
+"""Chooses the graph rank that owns each atom of a micro-batch: equal work for all ranks, and few rows to exchange.
 
-An edge belongs to the owner of its target, so a rank's work goes with the edges into its atoms, and the rows that it
-reads from others, its halo, are the sources of these edges. Structures are dealt whole where that balances, as then
-nothing is exchanged at all. Else several cheap divisions are tried, each cut where the work is equal, and the one with
-the smallest halo is taken, counted from the edges, which know of periodic images without the cell.
+An edge belongs to the owner of its target. So a rank's work grows with the edges into its atoms, and its halo, the rows
+that it reads from other ranks, holds the sources of these edges. Whole structures are dealt to the ranks if the work is
+then balanced, because nothing is exchanged between them. Otherwise several cheap partitions with equal work are tried,
+and the one with the smallest halo is taken. The halo is counted from the edges, which cross periodic boundaries without
+the cell.
 
-All ranks compute the same plan from the same numbers; nothing here is random.
+All ranks compute the same owners from the same numbers; nothing is random.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Floats = NDArray[np.float64]
 Order = Literal["spatial", "index"]
 
 MAX_IMBALANCE = 1.05
-"""Up to which largest work over mean work structures are dealt whole."""
+"""Largest ratio of the largest to the mean work with which whole structures are dealt."""
 
 
 def partition_atoms(
@@ -43,10 +44,10 @@ def partition_atoms(
     cell: Tensor | None = None,
     order: Order = "spatial",
 ) -> Tensor:
-    """Give each atom to a rank.
+    """Gives each atom to a rank.
 
-    The work of a rank is within that of one atom of the mean, or structures are dealt whole and it is at most
-    ``MAX_IMBALANCE`` of it.
+    The work of every rank differs from the mean by at most the work of one atom; if whole structures are dealt, it is
+    at most ``MAX_IMBALANCE`` times the mean.
 
     Args:
         edge_target: (E,) the atom that each edge is summed into.
@@ -54,11 +55,11 @@ def partition_atoms(
         num_atoms: N.
         num_ranks: G; ranks may stay empty.
         positions: (N, 3), in any unit.
-        structure: (N,) index of each atom's structure; by default found from the edges.
-        cell: (3, 3) or (B, 3, 3) with ``structure``, rows are cell vectors; folds positions back that have drifted
-            into other periodic images, which makes the halo smaller. Structures with a singular cell are left as
-            they are.
-        order: "spatial" for the smallest halo, or "index" for consecutive atoms (structures are not looked at).
+        structure: (N,) index of each atom's structure; found from the edges if not given.
+        cell: (3, 3), or (B, 3, 3) together with ``structure``; rows are cell vectors. With it, positions that have
+            drifted into other periodic images are folded back, which makes the halo smaller. Structures with a singular
+            cell are not folded.
+        order: "spatial" for the smallest halo, or "index" for consecutive atoms, whatever their structures.
 
     Returns:
         (N,) the owner of each atom, on the CPU.
@@ -97,12 +98,12 @@ def partition_atoms(
 
 
 def halo_size(owner: Tensor, edge_target: Tensor, edge_source: Tensor, num_ranks: int) -> int:
-    """Rows that one exchange of atom features sends, summed over the ranks.
+    """Returns the number of rows that one exchange of atom features sends, summed over the ranks.
 
     Args:
-        owner: (N,) the owner of each atom.
-        edge_target: (E,) targets of the edges.
-        edge_source: (E,) sources of the edges.
+        owner: (N,) the rank that owns each atom.
+        edge_target: (E,) the target of each edge.
+        edge_source: (E,) the source of each edge.
         num_ranks: G.
     """
     ranks, target, source = (t.detach().to("cpu", torch.int64).numpy() for t in (owner, edge_target, edge_source))
@@ -112,7 +113,7 @@ def halo_size(owner: Tensor, edge_target: Tensor, edge_source: Tensor, num_ranks
 def _candidates(
     target: Ints, source: Ints, weight: Floats, structure: Ints, points: Floats | None, num_ranks: int
 ) -> Iterator[Ints]:
-    """Owners of the atoms, in different ways; each divides structure after structure, so that few are cut."""
+    """Yields different partitions; each goes through the structures one by one, so that few of them are cut."""
     num_atoms = len(weight)
     yield _cut(np.lexsort((np.arange(num_atoms), structure)), weight, num_ranks)
     yield _cut(np.arange(num_atoms), weight, num_ranks)
@@ -121,7 +122,7 @@ def _candidates(
         for axis in range(3):
             slabs = np.lexsort((points[:, axis], structure))
             for quarter in range(4 if is_one else 1):
-                # A first slab that begins within the cell: atoms that lie just outside of it do not meet a face.
+                # A first slab that begins inside the cell, so that atoms just outside of the cell lie in one slab.
                 yield _cut(np.roll(slabs, quarter * num_atoms // (4 * num_ranks)), weight, num_ranks)
         if is_one:
             for numbers in _factors(num_ranks):
@@ -136,7 +137,7 @@ def _candidates(
 
 
 def _cut(order: Ints, weight: Floats, num_ranks: int) -> Ints:
-    """Divide atoms in an order, by the middle of each atom's work: each part is within one atom of the mean."""
+    """Cuts an order of atoms into parts of equal work, each within the work of one atom of the mean."""
     ordered = weight[order]
     middles = np.cumsum(ordered) - ordered / 2
     owner = np.empty(len(order), dtype=np.int64)
@@ -145,7 +146,7 @@ def _cut(order: Ints, weight: Floats, num_ranks: int) -> Ints:
 
 
 def _nested(points: Floats, weight: Floats, numbers: tuple[int, ...], axes: tuple[int, ...]) -> Ints:
-    """Slabs along one axis, each cut into bars along the next, and so on."""
+    """Returns slabs along one axis, each cut into bars along the next axis, and so on."""
     owner = np.zeros(len(weight), dtype=np.int64)
     for number, axis in zip(numbers, axes, strict=True):
         parts = owner * number
@@ -158,7 +159,7 @@ def _nested(points: Floats, weight: Floats, numbers: tuple[int, ...], axes: tupl
 
 
 def _bisected(points: Floats, weight: Floats, num_ranks: int) -> Ints:
-    """Recursive coordinate bisection, always across the longest extent."""
+    """Returns a recursive coordinate bisection, always across the longest extent."""
     owner = np.zeros(len(weight), dtype=np.int64)
     stack = [(np.arange(len(weight)), 0, num_ranks)]
     while stack:
@@ -167,7 +168,7 @@ def _bisected(points: Floats, weight: Floats, num_ranks: int) -> Ints:
             owner[inside] = first
             continue
         axis = int(np.ptp(points[inside], axis=0).argmax())
-        # In as many equal parts as there are ranks, so that halves of odd numbers get their share.
+        # Cut into as many parts as there are ranks, so that the halves of an odd number get their shares.
         upper = _cut(np.argsort(points[inside, axis], kind="stable"), weight[inside], number) >= number // 2
         stack.append((inside[~upper], first, number // 2))
         stack.append((inside[upper], first + number // 2, number - number // 2))
@@ -175,7 +176,7 @@ def _bisected(points: Floats, weight: Floats, num_ranks: int) -> Ints:
 
 
 def _folded(points: Floats, cell: Floats, structure: Tensor | None) -> Floats:
-    """Positions along the cell vectors, within the cell."""
+    """Returns positions along the cell vectors, folded into the cell."""
     if cell.ndim == 3 and len(cell) == 1:
         cell = cell[0]
     if cell.shape[-2:] != (3, 3) or cell.ndim not in (2, 3) or (cell.ndim == 3 and structure is None):
@@ -192,7 +193,7 @@ def _folded(points: Floats, cell: Floats, structure: Tensor | None) -> Floats:
 
 
 def _factors(number: int) -> list[tuple[int, ...]]:
-    """The most even products of two and of three factors greater than one, where there are any."""
+    """Returns the most even product of two factors greater than one, and of three, if there are any."""
     found: list[tuple[int, ...]] = []
     for length in (2, 3):
         all_of = [f for f in combinations_with_replacement(range(2, number), length) if math.prod(f) == number]
@@ -201,7 +202,7 @@ def _factors(number: int) -> list[tuple[int, ...]]:
 
 
 def _cuthill_mckee(target: Ints, source: Ints, num_atoms: int) -> Ints | None:
-    """An order in which neighbours are near each other, from the edges alone; None without scipy."""
+    """Returns an order in which neighboring atoms are near each other, from the edges alone; None without scipy."""
     if importlib.util.find_spec("scipy") is None or not len(target):
         return None
     from scipy.sparse.csgraph import reverse_cuthill_mckee
@@ -210,7 +211,7 @@ def _cuthill_mckee(target: Ints, source: Ints, num_atoms: int) -> Ints | None:
 
 
 def _structures(target: Ints, source: Ints, num_atoms: int, structure: Tensor | None) -> Ints:
-    """(N,) number of the structure of each atom, 0, 1, ... in order of appearance; those given, or connected ones."""
+    """Returns (N,) the structure of each atom, 0, 1, ... in order of appearance: as given, or as connected."""
     if structure is not None:
         given = structure.detach().cpu().numpy()
         if given.shape != (num_atoms,):
@@ -227,7 +228,7 @@ def _structures(target: Ints, source: Ints, num_atoms: int, structure: Tensor | 
 
 
 def _connected(target: Ints, source: Ints, num_atoms: int) -> Ints:
-    """Smallest atom that each atom is connected with: labels spread along edges, and jump to their labels' labels."""
+    """Returns the smallest atom connected with each atom: labels spread along edges, and jump to labels of labels."""
     label = np.arange(num_atoms)
     while True:
         spread = label.copy()
@@ -248,14 +249,14 @@ def _adjacency(target: Ints, source: Ints, num_atoms: int) -> Any:
 
 
 def _deal(work: Floats, num_ranks: int) -> tuple[Ints, Ints]:
-    """Structures whole: the largest first, each to the rank that has least to do.
+    """Deals whole structures, the largest first, each to the rank with the least work so far.
 
     Args:
-        work: (B,) of the structures.
+        work: (B,) the work of each structure.
         num_ranks: G.
 
     Returns:
-        (B,) rank of each structure, and (B,) its position when structures are sorted by rank.
+        (B,) the rank of each structure, and (B,) its place when structures are sorted by rank.
     """
     rank_of = np.empty(len(work), dtype=np.int64)
     for rank, structures in enumerate(deal(work.tolist(), num_ranks)):
@@ -277,7 +278,7 @@ def _checked_atoms(index: Tensor, num_atoms: int) -> Ints:
     atoms = index.detach().to("cpu", torch.int64).numpy()
     if atoms.ndim != 1 or (len(atoms) and not 0 <= atoms.min() <= atoms.max() < num_atoms):
         found = f"of shape {atoms.shape}" if atoms.ndim != 1 else f"from {atoms.min()} to {atoms.max()}"
-        raise ValueError(f"atoms of edges are {found}; expected one number below {num_atoms} for each edge")
+        raise ValueError(f"atoms of edges are {found}; expected an index below {num_atoms} for each edge")
     return atoms
 
 

@@ -1,8 +1,8 @@
-"""Which rows of a class (atoms, edges, angles) each graph rank owns, and which rows of others it reads.
+"""Records which rows of a class (atoms, edges, angles) each graph rank owns, and which rows of other ranks it reads.
 
-Every rank knows the whole micro-batch and makes the plan of all ranks by itself, so that the size of every message is
-known everywhere without communication. On a rank, tensors of a class hold its own rows, (n_own, ...). Before a gather
-that may read rows of other ranks these are extended by copies of them, the halo: (n_own + n_halo, ...).
+Every rank knows the whole micro-batch and plans for all ranks, so that it knows the size of every message without
+communication. On a rank, tensors of a class hold its own rows, (n_own, ...). Before a look-up that may read rows of
+other ranks, copies of these rows are appended, the halo: (n_own + n_halo, ...).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One class as one rank holds it.
+    """One class of rows as one rank holds it.
 
     Attributes:
         rank: the rank that holds it.
-        num_rows: rows of all ranks.
-        own: (n_own,) global numbers of the own rows in local order, which is ascending.
-        halo: (n_halo,) global numbers of the other ranks' rows that this rank reads, grouped by owner, ascending.
-        send: (n_send,) local numbers of the own rows that others read, grouped by receiver; within one group each
-            row occurs once.
-        send_counts: (G,) rows to send to each rank.
-        receive_counts: (G,) halo rows from each rank.
-        counts: (G,) own rows of each rank.
-        order: (num_rows,) positions such that ``cat(own rows of all ranks)[order]`` is in global order.
+        num_rows: number of rows on all ranks.
+        own: (n_own,) global indices of the own rows in local order, ascending.
+        halo: (n_halo,) global indices of the other ranks' rows that this rank reads, grouped by owner, ascending.
+        send: (n_send,) local indices of the own rows that other ranks read, grouped by receiver; in one group each row
+            occurs once.
+        send_counts: (G,) number of rows to send to each rank.
+        receive_counts: (G,) number of halo rows from each rank.
+        counts: (G,) number of own rows of each rank.
+        order: (num_rows,) indices such that ``cat(own rows of all ranks)[order]`` is in global order.
         is_free: whether no rank has a halo, so that nothing has to be exchanged.
     """
 
@@ -46,32 +46,32 @@ class Shard:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the rows, G."""
+        """G, the number of ranks that share the rows."""
         return len(self.counts)
 
     @property
     def num_own(self) -> int:
-        """Own rows."""
+        """Number of own rows."""
         return self.counts[self.rank]
 
     @property
     def num_halo(self) -> int:
-        """Rows of other ranks that this rank reads."""
+        """Number of rows of other ranks that this rank reads."""
         return sum(self.receive_counts)
 
     @cached_property
     def local_indices(self) -> Tensor:
-        """(num_rows,) local number of each row: own rows first, then the halo; -1 for rows that are neither."""
+        """(num_rows,) local index of each row: own rows first, then the halo; -1 for rows that are neither."""
         rows = self.own.new_full((self.num_rows,), -1)
         rows[self.own] = torch.arange(self.num_own, device=self.own.device)
         rows[self.halo] = torch.arange(self.num_own, self.num_own + self.num_halo, device=self.own.device)
         return rows
 
     def local(self, index: Tensor) -> Tensor:
-        """Local numbers of rows.
+        """Returns the local indices of rows.
 
         Args:
-            index: global numbers, of any shape.
+            index: global indices, of any shape.
 
         Raises:
             ValueError: a row is neither this rank's own nor in its halo.
@@ -81,29 +81,29 @@ class Shard:
             missing = index[found < 0]
             raise ValueError(
                 f"row {int(missing[0])} ({missing.numel()} rows in all) is neither rank {self.rank}'s own nor in its "
-                "halo; expected rows that were given to make_shards as needed"
+                "halo; expected rows that were passed to make_shards as needed"
             )
         return found
 
     def to(self, device: torch.device | str) -> Shard:
-        """The same with its tensors on a device."""
+        """Returns the same shard with its tensors on a device."""
         tensors = {name: getattr(self, name).to(device) for name in ("own", "halo", "send", "order")}
         return replace(self, **tensors)
 
 
 def whole(num_rows: int) -> Shard:
-    """The shard of one rank that holds all rows."""
+    """Returns the shard of a single rank, which holds all rows."""
     rows, none = torch.arange(num_rows), torch.empty(0, dtype=torch.int64)
     return Shard(0, num_rows, rows, none, none, (0,), (0,), (num_rows,), rows, True)
 
 
 def make_shards(owner: Tensor, needed: Sequence[Tensor], num_ranks: int) -> list[Shard]:
-    """Divide the rows of a class over the ranks.
+    """Makes the shards of all ranks from the owners of the rows.
 
     Args:
-        owner: (num_rows,) rank that owns each row.
-        needed: for each rank the global numbers of the rows that it reads, in any order, own ones and repetitions
-            included; see :func:`rows_read`.
+        owner: (num_rows,) the rank that owns each row.
+        needed: for each rank the global indices of the rows that it reads, in any order; own rows and repetitions are
+            allowed. See :func:`rows_read`.
         num_ranks: G.
 
     Returns:
@@ -155,12 +155,12 @@ def make_shards(owner: Tensor, needed: Sequence[Tensor], num_ranks: int) -> list
 
 
 def rows_read(index: Tensor, reader: Tensor, num_rows: int, num_ranks: int) -> list[Tensor]:
-    """Which rows each rank reads by an index.
+    """Returns the rows that each rank reads by an index.
 
     Args:
-        index: (R,) global number of the row that each of R readers reads, for instance the sources of edges.
-        reader: (R,) rank that owns each reader, for instance the owners of the edges.
-        num_rows: rows of the class that is read.
+        index: (R,) global index of the row that each of R readers reads: the sources of edges, say.
+        reader: (R,) the rank that owns each reader: the owners of the edges, say.
+        num_rows: number of rows of the class that is read.
         num_ranks: G.
 
     Returns:

@@ -64,6 +64,15 @@ CLIENTS = {
     "matgl": Client(("matgl==4.1.2", "torch-geometric==2.8.1")),
     "mace": Client(("mace-torch==0.3.16",)),
     "matris": Client(("matris==0.1.0",)),
+    # It pins packages for GPUs of some gigabytes; these are its other dependencies.
+    "fairchem": Client(
+        (
+            *("ase-db-backends==0.11.0", "lmdb==3.0.0", "monty==2026.10.21", "huggingface-hub==2.4.0"),
+            *("hydra-core==1.3.8", "numba==0.68.1", "orjson==3.13.0", "submitit==1.5.4", "torchtnt==0.2.4"),
+            *("backoff==2.2.1", "clusterscope==0.0.18", "websockets==17.4", "setuptools<81", "e3nn>=0.5"),
+        ),
+        alone=("fairchem-core==2.24.0", "nvalchemi-toolkit-ops==0.5.0", "warp-lang==1.19.0"),
+    ),
 }
 
 

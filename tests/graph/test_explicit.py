@@ -66,7 +66,7 @@ class _State(nn.Module):
     [
         ({"stage_edges": None}, r"has stage_edges = None; expected the source and the target of edges, among"),
         ({"stage_edges": ("from", "to")}, r"has stage_edges = \('from', 'to'\); expected"),
-        ({"stage_edges": ("positions", ("edges", 0))}, r"names 'positions' \[\] of shape .* one number for each edge"),
+        ({"stage_edges": ("positions", ("edges", 0))}, r"names 'positions' \[\] of shape .* one index for each edge"),
         ({"stage_edges": (("edges", 0), "species")}, "expected two of the same size, that of the edges"),
         ({"stage_edges": ("species", "index")}, "expected two of the same size, that of the edges"),
         ({"stage_edges": (("edges", 0), ("edges", 0))}, "expected the source and the target of edges"),
@@ -91,7 +91,7 @@ def test_features_of_structures_are_not_handed_on() -> None:
     potential = SelfDividing()
     potential.parts[1] = _State(potential.parts[1])
     module, found = workers.captured(potential)
-    with pytest.raises(CaptureError, match=r"part 1 .* hands on 'state' of shape .* no row for each atom"):
+    with pytest.raises(CaptureError, match=r"part 1 .* returns 'state' of shape .* no row for each atom"):
         shard_potential(found.potential, module.potential)
 
 

@@ -173,7 +173,7 @@ def test_a_large_cell_is_sharded_fast() -> None:
     [
         ({"order": "random"}, "order='random'"),
         ({"num_ranks": 0}, "num_ranks=0"),
-        ({"edge_target": torch.tensor([0, 3])}, "atoms of edges are from 0 to 3; expected one number below 3"),
+        ({"edge_target": torch.tensor([0, 3])}, "atoms of edges are from 0 to 3; expected an index below 3"),
         ({"edge_source": torch.tensor([0])}, "2 targets and 1 sources"),
         ({"edge_source": torch.tensor([[0, 1]])}, r"of shape \(1, 2\)"),
         ({"positions": torch.zeros(2, 3)}, r"positions have shape \(2, 3\); expected \(3, 3\)"),

@@ -468,15 +468,17 @@ class ReducesByScatter(Potential):
 
 
 class RotatesAll(Potential):
-    """Differentiates with respect to a rotation that it makes as zeros with a gradient."""
+    """Differentiates with respect to a strain, and a rotation that it makes as zeros of the shape of strained cells."""
 
     def forward(self, b: Any) -> Any:
         pos = b["pos"].requires_grad_()
-        generator = torch.zeros_like(b["n"].double()[:, None, None].expand(-1, 3, 3), requires_grad=True)
+        strain = torch.zeros_like(b["n"].double()[:, None, None].expand(-1, 3, 3), requires_grad=True)
+        generator = torch.zeros_like(torch.eye(3, dtype=DTYPE) + strain, requires_grad=True)
         rotation = torch.linalg.matrix_exp(generator - generator.transpose(1, 2))
-        energy = self.energy(b, torch.bmm(pos[:, None], rotation[b["batch"]])[:, 0])
-        f, g = torch.autograd.grad([energy], [pos, generator], [torch.ones_like(energy)], create_graph=True)
-        return {"energy": energy, "forces": -f, "stress": g}
+        strained = pos + torch.bmm(pos[:, None], strain[b["batch"]])[:, 0]
+        energy = self.energy(b, torch.bmm(strained[:, None], rotation[b["batch"]])[:, 0])
+        f, v, g = torch.autograd.grad([energy], [pos, strain, generator], [torch.ones_like(energy)], create_graph=True)
+        return {"energy": energy, "forces": -f, "stress": v + g}
 
 
 class Experts(Potential):

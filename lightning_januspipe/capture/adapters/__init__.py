@@ -1,4 +1,4 @@
-"""What is special to the models of one package, in one file each; nothing is imported that is not installed."""
+"""Helps the models of some packages through capture: one file for each package, imported only where it is installed."""
 
 from lightning_januspipe.capture.adapters.adapter import (
     GROUP,

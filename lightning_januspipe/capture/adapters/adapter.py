@@ -1,4 +1,4 @@
-"""How a package's models are helped through capture, and how an adapter is found for a potential."""
+"""Defines how an adapter helps a package's models through capture, and finds the adapters of a potential."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from lightning_januspipe.errors import CaptureError
 
 GROUP = "lightning_januspipe.adapters"
-"""Entry points of this group name a package (``my_package``, or ``my_package.models``) and its adapter's class."""
+"""The group of entry points that name a package (``my_package``, ``my_package.models``) and its adapter's class."""
 
 BUILT_IN = {
     "fairchem": "lightning_januspipe.capture.adapters.fairchem:FairchemAdapter",
@@ -26,7 +26,7 @@ BUILT_IN = {
 
 
 class Adapter:
-    """What is special to the models of one package; a subclass overrides what it needs.
+    """Helps the models of one package through capture; a subclass overrides what it needs.
 
     A package registers its own in its ``pyproject.toml``::
 
@@ -35,13 +35,13 @@ class Adapter:
     """
 
     version = "1"
-    """Changed with the adapter: what was traced with another version is traced again."""
+    """Changes with the adapter: a potential that was traced with another version is traced again."""
 
     def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Active during the whole of a capture, and in Lightning's validation before training, on a whole module.
+        """Returns a context for the whole capture, and for the validation that Lightning runs before training.
 
-        The user's step runs inside it too. Here belongs what a module does beside computing its forward, such as
-        compiling itself when it is first called.
+        It switches off what a module does beside computing its forward, such as compiling itself when it is first
+        called. The user's step runs inside it.
 
         Args:
             module: the LightningModule.
@@ -51,9 +51,9 @@ class Adapter:
     def arguments(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the traced call, made from those of the user's call for every batch, outside the trace.
+        """Makes the arguments of the traced call from those of the user's call, for every batch and outside the trace.
 
-        Here belongs what cannot be traced and has no derivative: indices, padding, batching of graphs.
+        It computes what cannot be traced and has no derivative: indices, padding, batches of graphs.
 
         Args:
             potential: the module whose forward differentiates the energy.
@@ -61,45 +61,45 @@ class Adapter:
             kwargs: its keyword arguments.
 
         Returns:
-            Arguments in which all that changes with the batch is a tensor or an integer.
+            Arguments in which everything that changes with the batch is a tensor or an integer.
         """
         return args, kwargs
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """Active while ``potential`` is traced with what :meth:`arguments` returns."""
+        """Returns a context in which ``potential`` is traced with what :meth:`arguments` returns."""
         return nullcontext()
 
     def joined(self, potential: nn.Module, returned: Any) -> Any:
-        """What the traced call returns, made from what the forward returned: one tensor for each list of tensors.
+        """Joins lists of tensors in what the forward returned, each to one tensor: what the traced call returns.
 
-        A list with an entry for each structure has no fixed length. Entries keep their keys.
+        A list with an entry for each structure has no fixed length, which a trace needs. Entries keep their keys.
 
         Args:
             potential: the module whose forward differentiates the energy.
-            returned: by its forward, for the user's call or, inside :meth:`tracing`, for the traced one.
+            returned: what its forward returned, for the user's call or, inside :meth:`tracing`, for the traced call.
         """
         return returned
 
     def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        """The inverse of :meth:`joined`: what the user's call returns, made from what the traced call returned.
+        """Separates joined tensors into lists again: makes what the user's call returns. Inverse of :meth:`joined`.
 
         Args:
             potential: the module whose forward differentiates the energy.
             args: positional arguments of the user's call.
             kwargs: its keyword arguments.
-            returned: what the traced call returned; what the user's step did not read is no tensor.
+            returned: what the traced call returned; a value that the user's step did not read is no tensor.
         """
         return returned
 
 
 @lru_cache(maxsize=1)
 def _registered(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Adapters of the packages on ``sys.path``, which is slow to search."""
+    """Returns the registered adapters of the packages on ``sys.path``; searching it is slow, so this is cached."""
     return tuple(entry_points(group=GROUP))
 
 
 def adapters_of(potential: nn.Module) -> list[Adapter]:
-    """Adapters for the packages that define a potential or one of its parts; those of other projects first.
+    """Returns the adapters for the packages that define a potential or one of its parts, registered ones first.
 
     Raises:
         CaptureError: a registered adapter cannot be loaded.
@@ -120,7 +120,7 @@ def adapters_of(potential: nn.Module) -> list[Adapter]:
 
 @contextmanager
 def capturing(module: nn.Module) -> Iterator[None]:
-    """The contexts of all adapters for the packages that define a LightningModule or one of its parts."""
+    """Enters the :meth:`Adapter.capturing` contexts of all adapters for a LightningModule and its parts."""
     with ExitStack() as stack:
         for adapter in adapters_of(module):
             stack.enter_context(adapter.capturing(module))
@@ -130,14 +130,14 @@ def capturing(module: nn.Module) -> Iterator[None]:
 def adapted(
     adapters: Sequence[Adapter], potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a call as all adapters want them."""
+    """Returns the arguments of the traced call, made by all adapters in turn."""
     for adapter in adapters:
         args, kwargs = adapter.arguments(potential, args, kwargs)
     return args, kwargs
 
 
 def joined(adapters: Sequence[Adapter], potential: nn.Module, returned: Any) -> Any:
-    """What a forward returned, as all adapters want it."""
+    """Returns what the traced call returns, made by all adapters in turn from what the forward returned."""
     for adapter in adapters:
         returned = adapter.joined(potential, returned)
     return returned
@@ -146,7 +146,7 @@ def joined(adapters: Sequence[Adapter], potential: nn.Module, returned: Any) -> 
 def separated(
     adapters: Sequence[Adapter], potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any
 ) -> Any:
-    """What the user's call returns, made by all adapters from what the traced call returned."""
+    """Returns what the user's call returns, made by all adapters in turn from what the traced call returned."""
     for adapter in reversed(adapters):
         returned = adapter.separated(potential, args, kwargs, returned)
     return returned
@@ -158,7 +158,7 @@ def _loaded(entry: EntryPoint) -> Adapter:
     except Exception as error:
         raise CaptureError(
             f"the adapter {entry.value!r} that is registered for {entry.name!r} cannot be loaded: "
-            f"{type(error).__name__}: {error}. Mend or uninstall the package that registers it."
+            f"{type(error).__name__}: {error}. Repair or uninstall the package that registers it."
         ) from error
     if not isinstance(found, Adapter):
         raise CaptureError(

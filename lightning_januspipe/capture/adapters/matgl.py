@@ -1,7 +1,8 @@
-"""MatGL 4.1: line graphs are built outside the trace, and one structure is a batch like any other.
+"""Helps MatGL 4.1 through capture: builds line graphs outside the trace, and treats one structure as a batch.
 
-M3GNet and CHGNet find pairs of bonds within a second cutoff in their forward, by indices that depend on distances and,
-in M3GNet, by numpy. The same functions of MatGL do that here, for the bonds that MatGL itself computes of a batch.
+M3GNet and CHGNet find pairs of bonds within a second cutoff in their forward, with indices that depend on distances
+and, in M3GNet, with numpy. The adapter calls the same functions of MatGL before the traced call, on the bonds that
+MatGL itself computes for the batch.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _RELEASE = "matgl 4.1"
 
 
 class MatGLAdapter(Adapter):
-    """For ``matgl.apps.pes.Potential`` over M3GNet, CHGNet and models without a line graph, such as TensorNet."""
+    """Adapts ``matgl.apps.pes.Potential`` over M3GNet, CHGNet and models without a line graph, such as TensorNet."""
 
     def arguments(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """With lattices ``(B, 3, 3)``, also of one structure, and the line graph as ``l_g``.
+        """Returns the arguments with lattices ``(B, 3, 3)``, for one structure too, and with the line graph as ``l_g``.
 
         Raises:
-            CaptureError: M3GNet or CHGNet is used by another module than MatGL's Potential.
+            CaptureError: another module than MatGL's Potential differentiates the energy of M3GNet or CHGNet.
         """
         if not _is_potential(potential):
             _refuse_line_graphs(potential)
@@ -44,22 +45,22 @@ class MatGLAdapter(Adapter):
         return (), given
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """The model takes the line graph that it is given."""
+        """Returns a context in which the model takes the line graph that it is given."""
         if _is_potential(potential) and _has_line_graph(potential.model):
             return _tracing(potential.model)
         return super().tracing(potential)
 
 
 def line_graph(potential: Any, call: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Pairs of bonds within the model's second cutoff, as the model itself finds them.
+    """Returns the pairs of bonds within the model's second cutoff, as the model itself finds them.
 
     Args:
         potential: MatGL's Potential over M3GNet or CHGNet.
         call: arguments of its forward by name, for B structures with N atoms and E bonds.
 
     Returns:
-        ``line_edge_index``, ``(2, A)``: bonds of each of A angles, and ``kept_edge_ids``, ``(V,)``: bonds within the
-        cutoff. M3GNet counts all bonds in the first, CHGNet those within the cutoff.
+        ``line_edge_index`` (2, A), the two bonds of each of A angles, and ``kept_edge_ids`` (V,), the bonds within the
+        cutoff. The first holds indices of all bonds for M3GNet, of the bonds within the cutoff for CHGNet.
     """
     from matgl.graph._compute import (
         compute_pair_vector_and_distance,
@@ -92,7 +93,7 @@ class _Reached(Exception):
 
 
 def _graph_of_model(potential: Any, call: Mapping[str, Any]) -> Any:
-    """The graph as the Potential hands it to its model, with positions and offsets."""
+    """Returns the graph as the Potential hands it to its model, with positions and offsets."""
 
     def stop(g: Any, **_: Any) -> None:
         raise _Reached(g)
@@ -139,7 +140,7 @@ def _tracing(model: Any) -> Iterator[None]:
 
 
 class _KeptBonds(TorchFunctionMode):
-    """Answers which bonds are within the cutoff."""
+    """Answers ``nonzero`` with the bonds within the cutoff."""
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""MatRIS 0.1: graphs are batched outside the trace, as ``matris.model.processgraph.process_graphs`` does.
+"""Helps MatRIS 0.1 through capture: batches graphs outside the trace, as its ``process_graphs`` does.
 
-What a trace would make constants of stays symbolic: numbers of atoms, edges and angles, and the lists with an entry for
-each structure that MatRIS returns. Its fused kernels for GPUs are traced as the functions that they are, and its
-checkpointing of large batches as the operations inside, since a stage decides itself what it keeps.
+Numbers of atoms, edges and angles stay symbolic, which a trace would make constants of, and so do the lists with an
+entry for each structure that MatRIS returns. Its fused GPU kernels are traced as the functions that they compute. Its
+activation checkpointing is traced as the operations inside, since a stage decides itself what it keeps.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _RELEASE = "matris 0.1"
 
 
 class MatRISAdapter(Adapter):
-    """For ``matris.model.model.MatRIS``."""
+    """Adapts ``matris.model.model.MatRIS``."""
 
     def arguments(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The graphs as one dict of tensors; see :func:`batched`.
+        """Returns the graphs as one dict of tensors; see :func:`batched`.
 
         Raises:
-            CaptureError: another module than the MatRIS itself gets the graphs.
+            CaptureError: another module than the MatRIS differentiates the energy.
         """
         if not _is_matris(potential):
             if any(_is_graph(x) for x in _objects((args, kwargs))):
@@ -48,15 +48,15 @@ class MatRISAdapter(Adapter):
             return args, kwargs
         given = _call(*args, **kwargs)
         reference = getattr(potential, "reference_energy", None)
-        # Whether a second derivative follows is no matter of the program: evaluation runs it too.
+        # The program is the same whether a second derivative follows or not.
         return (batched(given["graphs"], reference),), {"task": given["task"], "is_training": True}
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """MatRIS takes what :meth:`arguments` makes of its graphs."""
+        """Returns a context in which MatRIS takes what :meth:`arguments` makes of its graphs."""
         return _tracing(potential) if _is_matris(potential) else super().tracing(potential)
 
     def joined(self, potential: nn.Module, returned: Any) -> Any:
-        """Forces ``f`` and magnetic moments ``m`` of all atoms, and stresses ``s`` of all structures, as tensors."""
+        """Returns forces ``f`` and magnetic moments ``m`` of all atoms, and stresses ``s``, each as one tensor."""
         if not _is_matris(potential):
             return returned
         shapes = {"f": (-1, 3), "m": (-1,), "s": (-1, 3, 3)}
@@ -65,7 +65,7 @@ class MatRISAdapter(Adapter):
         }
 
     def separated(self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        """Forces, magnetic moments and stresses of each structure, as MatRIS returns them."""
+        """Returns forces, magnetic moments and stresses of each structure, as MatRIS returns them."""
         if not _is_matris(potential):
             return returned
         sizes = [g.atomic_number.shape[0] for g in _call(*args, **kwargs)["graphs"]]
@@ -75,14 +75,15 @@ class MatRISAdapter(Adapter):
 
 
 def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[str, Tensor]:
-    """Several ``RadiusGraph`` as one: all that MatRIS computes of them without a derivative.
+    """Joins several ``RadiusGraph`` to one: computes all that MatRIS computes of them without a derivative.
 
     Args:
-        graphs: of B structures with N atoms, E directed and U = E / 2 undirected edges and A angles in all.
+        graphs: graphs of B structures, in all with N atoms, E directed and U = E / 2 undirected edges, and A angles.
         reference: the ``AtomRef`` of the potential, if it has one.
 
     Returns:
-        Positions (N, 3) in Å, numbers, cells, images; indices with offsets; how often each index occurs, at least 1.
+        Positions (N, 3) in Å, atomic numbers, cells and images; indices into the joined graph; and how often each index
+        occurs, at least 1.
     """
     device = graphs[0].lattice.device
     graph_index = torch.arange(len(graphs), device=device)
@@ -92,7 +93,7 @@ def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[s
     num_angles, angles = _counts(graphs, "line_graph")
 
     def spread(offset: Tensor, counts: Tensor, total: int) -> Tensor:
-        """An entry of each structure, for each of its rows."""
+        """Repeats the entry of each structure for each of its rows."""
         return torch.repeat_interleave(offset, counts, dim=0, output_size=total)
 
     def column(name: str, offset: Tensor, counts: Tensor, total: int) -> Tensor:
@@ -135,7 +136,7 @@ def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[s
 
 
 def _counts(graphs: Sequence[Any], name: str) -> tuple[int, Tensor]:
-    """How many rows a tensor of each graph has: in all, and of each."""
+    """Returns how many rows a tensor of each graph has: the sum, and the number for each graph."""
     counts = [getattr(g, name).shape[0] for g in graphs]
     return sum(counts), torch.tensor(counts, device=graphs[0].lattice.device)
 
@@ -145,7 +146,7 @@ def _occurrences(index: Tensor, num: int) -> Tensor:
 
 
 def _compositions(graphs: Sequence[Any], reference: Any) -> Tensor:
-    """Shares (or numbers) of the elements in each structure, as ``AtomRef`` computes them."""
+    """Returns the shares (or numbers) of the elements in each structure, as ``AtomRef`` computes them."""
     found = []
     for graph in graphs:
         numbers = torch.bincount(graph.atomic_number - 1, minlength=reference.max_num_elements)
@@ -181,9 +182,9 @@ def _tracing(potential: Any) -> Iterator[None]:
 
 
 def _for_no_angles(block: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """The layers of the line graph, which MatRIS leaves out where there are no angles, and their replacements.
+    """Yields the layers of the line graph with forwards that do nothing where there are no angles, as MatRIS does.
 
-    After that, the features of edges are those that entered the block.
+    The features of edges are then those that entered the block.
     """
     attention, refinement = block.attn_block_line_graph, block.refine_block_line_graph
     attend, refine = attention.forward, refinement.forward
@@ -205,14 +206,14 @@ def _for_no_angles(block: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]
 
 
 class _AtomsPerGraph:
-    """Stands for MatRIS's list of numbers of atoms."""
+    """Stands for MatRIS's list with the number of atoms of each structure."""
 
     def __init__(self, counts: Tensor) -> None:
         self.counts = counts
 
 
 class _Sizes(TorchFunctionMode):
-    """Answers what MatRIS asks about indices (how many, how often) by what is known of them.
+    """Answers how many indices there are, and how often each occurs, with what :func:`batched` counted.
 
     Args:
         graphs: what :func:`batched` returns.
@@ -245,16 +246,16 @@ class _Sizes(TorchFunctionMode):
 
 
 _FUNCTIONAL: dict[Any, Any] = {Tensor.index_add_: Tensor.index_add, Tensor.add_: Tensor.add}
-"""MatRIS uses only what these return; a graph without mutations is traced in half the time."""
+"""Functions that MatRIS calls for what they return alone; a graph without mutations is traced in half the time."""
 
 
 def _softmax(features: Tensor, segment: Tensor, num_segment: int | None = None) -> Tensor:
-    """``Dimwise_softmax`` with a number of segments that is not read from data, and without mutations.
+    """Computes ``Dimwise_softmax`` without mutations, and without reading the number of segments from data.
 
     Args:
         features: (rows, width).
-        segment: of each row.
-        num_segment: left out by MatRIS.
+        segment: (rows,) the segment of each row.
+        num_segment: not given by MatRIS.
     """
     shape = (torch.bincount(segment).shape[0], features.shape[1])
     index = segment[:, None].expand(-1, features.shape[1])
@@ -265,7 +266,7 @@ def _softmax(features: Tensor, segment: Tensor, num_segment: int | None = None) 
 
 
 def _process(graphs: Mapping[str, Tensor], compute_stress: bool = True) -> dict[str, Any]:
-    """What ``process_graphs`` returns, as far as MatRIS reads it."""
+    """Returns what ``process_graphs`` returns, as far as MatRIS reads it."""
     positions = graphs["positions"].detach().requires_grad_()
     strained, lattice, strain = positions, graphs["lattice"], None
     volumes = torch.einsum("ni,ni->n", lattice[:, 0], torch.linalg.cross(lattice[:, 1], lattice[:, 2]))
@@ -312,7 +313,7 @@ def _process(graphs: Mapping[str, Tensor], compute_stress: bool = True) -> dict[
 
 
 def _call(graphs: Sequence[Any], task: str = "ef", is_training: bool = False) -> dict[str, Any]:
-    """Arguments of MatRIS by name."""
+    """Returns the arguments of MatRIS by name."""
     return {"graphs": graphs, "task": task, "is_training": is_training}
 
 

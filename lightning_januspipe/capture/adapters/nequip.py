@@ -1,7 +1,7 @@
-"""NequIP 0.19 (and what is built on it): models that compile themselves are captured as they are without that.
+"""Helps NequIP 0.19, and packages built on it, through capture: keeps models from compiling themselves.
 
-With ``compile_mode: compile`` a model traces and compiles itself when it is first called, for minutes, and calls
-``torch.autograd.grad`` in that. The stages of a pipeline do not run what it compiles.
+With ``compile_mode: compile`` a model traces and compiles itself for minutes when it is first called, and calls
+``torch.autograd.grad`` while it does. The stages of a pipeline do not run what it compiles.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lightning_januspipe.capture.patches import patched
 
 
 class NequIPAdapter(Adapter):
-    """For ``nequip.nn.CompileGraphModel``, which is a ``GraphModel`` with the same parameters."""
+    """Adapts ``nequip.nn.CompileGraphModel``, which is a ``GraphModel`` with the same parameters."""
 
     def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Every model runs the forward of ``GraphModel``."""
+        """Returns a context in which every model runs the forward of ``GraphModel``."""
         return _not_compiled(module)
 
 

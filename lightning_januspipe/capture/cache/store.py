@@ -1,4 +1,4 @@
-"""Traced potentials on disk, so that a second start of a job traces nothing."""
+"""Keeps captured programs on disk, so that a second start of a job traces nothing."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pathlib import Path
 from lightning_januspipe.capture.trace.program import Program
 
 VARIABLE = "JANUSPIPE_CACHE"
-"""Environment variable: a folder for the cache, or ``0``, ``off`` or nothing for none."""
+"""Environment variable with the folder of the cache; ``0``, ``off`` or nothing for no cache."""
 
 _SUFFIX = ".program"
 _MAGIC = b"januspipe program 1\n"
 _MOST_ENTRIES = 64
-_LONGEST_WRITE = 24 * 3600.0  # seconds after which what a killed process left half written is removed
+_LONGEST_WRITE = 24 * 3600.0  # seconds after which a file that a killed process left half written is removed
 
 
 class ProgramCache:
-    """A folder of traced potentials, one file for each key.
+    """A folder of captured programs, one file for each key.
 
-    Files are written whole or not at all, so that processes may share the folder, and the oldest are removed beyond 64.
-    A program is stored with pickle, and unpickling a file runs what its writer put into it. So a folder or file that
-    belongs to another user, or that others may write to, is never read. Whatever goes wrong with the cache, a full
-    disk or a damaged file, is a warning and costs one more trace.
+    A file is written whole or not at all, so that processes may share the folder. Of more than 64 files the oldest are
+    removed. A program is stored with pickle, and unpickling a file runs code that its writer put into it. So a folder
+    or file that belongs to another user, or that others may write to, is never read. A full disk or a damaged file
+    causes a warning, and one more trace.
 
     Args:
-        folder: where the files are; made, for this user alone, with the first of them. None for no cache.
+        folder: the folder, which is made with the first file, for this user alone. None for no cache.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -42,7 +42,7 @@ class ProgramCache:
 
     @classmethod
     def default(cls) -> ProgramCache:
-        """The cache that the environment variable ``JANUSPIPE_CACHE`` names.
+        """Returns the cache that the environment variable ``JANUSPIPE_CACHE`` names.
 
         It is a folder, or ``0``, ``off`` or nothing to switch the cache off. Without the variable the folder is
         ``lightning_januspipe/programs`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
@@ -56,7 +56,7 @@ class ProgramCache:
         return cls(folder / "lightning_januspipe" / "programs" if folder.is_absolute() else None)
 
     def load(self, key: str) -> Program | None:
-        """The program of a key, its constants on the CPU; None where there is none.
+        """Returns the program of a key, with its constants on the CPU; None where there is none.
 
         Args:
             key: the digest of a :class:`~lightning_januspipe.capture.cache.key.ProgramKey`.
@@ -83,15 +83,15 @@ class ProgramCache:
             self.discard(key)
             return None
         with suppress(OSError):
-            os.utime(path)  # used last, removed last
+            os.utime(path)  # the file that was used last is removed last
         return program
 
     def save(self, key: str, program: Program) -> None:
-        """Store a program.
+        """Stores a program.
 
         Args:
             key: the digest of a :class:`~lightning_januspipe.capture.cache.key.ProgramKey`.
-            program: what was traced for it.
+            program: the program that was traced for this key.
         """
         if self.folder is None:
             return
@@ -110,7 +110,7 @@ class ProgramCache:
             _warn(f"a traced potential cannot be stored in {self.folder} ({error}); every start traces it again")
 
     def discard(self, key: str) -> None:
-        """Forget the program of a key, if there is one."""
+        """Removes the program of a key, if there is one."""
         if self.folder is not None:
             with suppress(OSError):
                 self._path(key).unlink()
@@ -134,7 +134,7 @@ class ProgramCache:
         return not problem
 
     def _prune(self) -> None:
-        """Keep the newest files, and none that a killed process left."""
+        """Removes all but the newest files, and files that killed processes left."""
         assert self.folder is not None
         ages: list[tuple[float, Path]] = []
         for path in self.folder.iterdir():
@@ -174,7 +174,7 @@ def _checksum(key: str, payload: bytes) -> bytes:
 
 @contextmanager
 def _written_whole(path: Path) -> Iterator[int]:
-    """A file to write to, which takes its place and name only after the block."""
+    """Yields a temporary file to write to, which takes the place of ``path`` after the block."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         yield descriptor
@@ -186,7 +186,7 @@ def _written_whole(path: Path) -> Iterator[int]:
 
 
 def _others(found: os.stat_result) -> str:
-    """Who else could have written a file or folder, or nothing."""
+    """Returns, in words, who else could have written a file or folder; nothing if nobody could."""
     if not hasattr(os, "getuid"):  # systems without such owners
         return ""
     if found.st_uid != os.getuid():

@@ -1,10 +1,11 @@
-"""Cut a traced potential into a chain of stages: small boundaries, balanced costs.
+"""Cuts a captured program into a chain of stages with small boundaries and balanced costs.
 
-Values that depend on no parameter are geometry: cheap, recomputed by every stage that needs them, never sent. The rest,
-the body, is cut in execution order. Layer borders are found without being named: they are where little is alive.
+Values that depend on no parameter are geometry: cheap, computed by every stage that needs them, and never sent. All
+other operations, the body, are cut in execution order. Layer borders are found without any names: they are the places
+where few bytes are alive.
 
-What is sent, what is computed again and how many parts there are follows from sizes alone; measured times decide only
-which of the possible cuts is taken.
+Which values a cut sends, which a stage computes again, and how many stages there can be follows from sizes alone.
+Measured times only decide which of the possible cuts is taken.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from lightning_januspipe.capture.trace.graph_walks import (
 from lightning_januspipe.capture.trace.program import Node, Program, symbols_in
 from lightning_januspipe.errors import CaptureError, TooFewParts
 
-# What takes more than this share of the whole work to compute is never repeated: an eighth of it on eight stages
-# doubles their work.
+# A value that takes more than this share of the whole work is never repeated: an eighth of the work, repeated on eight
+# stages, doubles their work.
 _MOST_REPEATED = 0.125
 
 
 @dataclass(frozen=True)
 class Regions:
-    """What of a program is what.
+    """The operations of a program, by the part that they play in a pipeline.
 
     Attributes:
         body: operations that depend on a parameter and lead to the energy or an observable, in execution order.
@@ -41,8 +42,8 @@ class Regions:
         observables: values of the body that the epilogue reads (per-structure energies, charges, ...).
         epilogue: operations from derivative and observables to the forward's outputs.
         epilogue_parameters: placeholders of the parameters that the epilogue reads itself.
-        outputs: positions of the outputs that the epilogue computes; the others are not available after capture.
-        derived: those of them that depend on the derivative (forces, stress).
+        outputs: positions of the outputs that the epilogue computes; other outputs are not available after capture.
+        derived: positions of the computed outputs that depend on the derivative (forces, stress).
     """
 
     body: list[str]
@@ -56,11 +57,11 @@ class Regions:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured on one example batch.
+    """Measurements of a program on one example batch.
 
     Attributes:
-        seconds: to compute each value of the forward pass.
-        num_bytes: of each of these values.
+        seconds: time to compute each value of the forward pass.
+        num_bytes: size of each value of the forward pass.
         sizes: values of the size expressions in shapes.
     """
 
@@ -74,8 +75,8 @@ class Cut:
     """A chain of stages.
 
     Attributes:
-        bodies: operations of the body owned by each stage.
-        replicated: operations of the body that a stage computes again for itself.
+        bodies: operations of the body that each stage owns.
+        replicated: operations of the body that an earlier stage owns, and that each stage computes again for itself.
         boundaries: values sent from each stage to the next (one fewer than stages).
         costs: estimated seconds of the forward pass of each stage, geometry not counted.
         boundary_bytes: bytes of each boundary on the example batch.
@@ -96,12 +97,12 @@ class Cut:
 
 
 def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
-    """Classify the operations of a program.
+    """``Program -> Regions``: classifies the operations of a program.
 
     Args:
-        program: the traced potential.
-        read_outputs: positions of the outputs that the user's step reads; small ones (at most nine numbers per atom
-            or structure) are always kept, for validation steps and callbacks.
+        program: the captured program.
+        read_outputs: positions of the outputs that the user's step reads. Outputs with at most nine numbers per atom or
+            structure are always kept, for validation steps and callbacks.
 
     Raises:
         CaptureError: a differentiation input depends on a parameter.
@@ -135,14 +136,15 @@ def find_regions(program: Program, read_outputs: Sequence[int]) -> Regions:
 def find_cut(
     program: Program, regions: Regions, profile: Profile, num_stages: int, placement: Sequence[int] | None = None
 ) -> Cut:
-    """The best chain of ``num_stages`` stages.
+    """``Program, Regions, Profile -> Cut``: finds the best chain of ``num_stages`` stages.
 
     Args:
-        program: the traced potential.
+        program: the captured program.
         regions: its classification.
         profile: measured costs; they have to be the same on every rank, so one rank measures.
-        num_stages: how many stages.
-        placement: the rank of each stage, if a rank has several: the ranks' work is balanced, not that of the stages.
+        num_stages: length of the chain.
+        placement: the rank of each stage, if a rank has several stages; then the work of the ranks is balanced. None
+            for one stage on each rank.
 
     Raises:
         TooFewParts: the potential has fewer cuttable parts than stages.
@@ -181,9 +183,9 @@ def _repeatable(
     work: Mapping[str, float],
     num_bytes: Mapping[str, int],
 ) -> set[str]:
-    """Operations that every stage that needs them computes for itself.
+    """Returns the operations that every stage may compute for itself instead of receiving their values.
 
-    These are values of parameters alone, and local ones that cost little compared with sending them.
+    These are operations on parameters alone, and local ones that cost little compared with sending their values.
     """
     whole = sum(work.values()) or 1.0
     closure = ancestors_of_each(program, [name for name, sums in num_sums(program, body).items() if sums == 0])
@@ -208,12 +210,12 @@ def _repeatable(
 
 @dataclass(frozen=True)
 class _End:
-    """A place for a cut.
+    """A place between two operations, as a place for a cut.
 
     Attributes:
-        sent: values alive there.
-        num_bytes: of these; infinite where there can be no cut.
-        num_rows: most rows of one of them: atoms or edges, say.
+        sent: the values that are alive there, and would be sent.
+        num_bytes: their size; infinite where there can be no cut.
+        num_rows: the largest number of rows of one of these values: of atoms or edges, say.
     """
 
     sent: frozenset[str]
@@ -224,12 +226,12 @@ class _End:
 def _boundaries(
     program: Program, order: Sequence[str], free: Collection[str], num_bytes: Mapping[str, int]
 ) -> list[_End]:
-    """What is sent if the cut is after each operation."""
+    """Returns for each operation what is sent if the cut comes right after it."""
     rows = {name: _num_rows(program.by_name[name], num_bytes.get(name, 0)) for name in order}
     known = set(program.symbols)
     ends: list[_End] = []
     for name, alive in zip(order, alive_after_each(program, order), strict=True):
-        # What is free belongs to the stage that uses it first, so it is not sent, and no cut comes right after it.
+        # A free operation belongs to the stage that uses it first: it is not sent, and no cut comes right after it.
         sent = frozenset(n for n in alive if n not in free)
         is_sendable = name not in free and all(_has_known_shape(program.by_name[n], known) for n in sent)
         size = float(sum(num_bytes.get(n, 0) for n in sent)) if is_sendable else math.inf
@@ -243,7 +245,7 @@ def _has_known_shape(node: Node, symbols: Collection[str]) -> bool:
 
 
 def _num_rows(node: Node, num_bytes: int) -> int:
-    """The product of a value's symbolic sizes."""
+    """Returns the number of rows of a value: the product of its symbolic sizes."""
     if node.spec is None:
         return 0
     constant = math.prod(s for s in node.spec.shape if isinstance(s, int))
@@ -251,14 +253,14 @@ def _num_rows(node: Node, num_bytes: int) -> int:
 
 
 class _StageCosts:
-    """What a stage costs that owns a range of operations: theirs, and those that it computes again.
+    """Costs of stages that own a range of operations: of these, and of the operations that they compute again.
 
     Args:
-        program: the traced potential.
-        order: operations.
-        free: those that a stage computes again where it needs them and does not own them.
-        cost: of each operation.
-        points: operations after which the chain may be cut.
+        program: the captured program.
+        order: all operations of the body.
+        free: operations that a stage computes again where it needs them and does not own them.
+        cost: cost of each operation.
+        points: positions after which the chain may be cut.
     """
 
     def __init__(
@@ -288,7 +290,7 @@ class _StageCosts:
             self._again[start] = [0.0, *accumulate(spent)]
 
     def __call__(self, start: int, end: int) -> float:
-        """The cost of the operations from ``start`` to before ``end``."""
+        """Returns the cost of a stage that owns the operations from ``start`` to before ``end``."""
         again = self._again[start][end] if start else 0.0
         return self._sums[end] - self._sums[start] + again
 
@@ -301,9 +303,9 @@ def _assemble(
     profile: Profile,
     positions: Sequence[int],
 ) -> Cut:
-    """The stages for given cut positions: who owns, who computes again, what is sent on.
+    """Returns the chain with given cuts: which stage owns, repeats and sends which operations' values.
 
-    A value needed two stages later is sent through the stage between.
+    A value that is needed two stages later is sent through the stage between.
     """
     bodies = [list(order[a:b]) for a, b in pairwise([0, *(p + 1 for p in positions), len(order)])]
     owner = {n: s for s, names in enumerate(bodies) for n in names}

@@ -1,4 +1,4 @@
-"""Where to cut a chain of operations: even work, small boundaries, and how many parts there are."""
+"""Decides where a chain of operations is cut: even work, small boundaries, and how many stages there can be."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 
-# Sending as much as one layer border carries, in all four phases, counts as much as this share of a stage's work. That
-# is a slow network: of a border of 128 numbers for each of 2,000 atoms and 20 ms of work, 4 MB in 1 ms.
+# Sending a layer border in all four phases counts as much as this share of a stage's work. That is a slow network: with
+# 128 numbers for each of 2,000 atoms and 20 ms of work, 4 MB take 1 ms.
 BORDER_COST = 0.05
-# The part of the work in which layer borders are sought, and how many of the boundaries there are smaller.
+# Layer borders are searched in this part of the work; this share of its boundaries is smaller than a layer border.
 _MIDDLE, _SMALLER = (0.1, 0.9), 0.1
 # A cut may carry at most this many times the bytes of a layer border.
 _BYTES_SLACK = 4.0
-# There may be as many stages as layers, and more where all of them do at least this share of the mean work.
+# There may be as many stages as layers, and more if every stage does at least this share of the mean work.
 _FAIR_SHARE = 0.5
-# What has less than this share of the mean work of a layer is none.
+# A part with less than this share of the mean work of a layer does not count as a layer.
 _LEAST_LAYER = 0.1
-# Of several positions in this share of the work the one with the smallest boundary stands for all.
+# Of all cut points within this share of the work, only the one with the smallest boundary is considered.
 _GRAIN = 0.005
 _EVENNESS = 0.1
-# Where a rank has several stages all cuts are tried, up to this many; of more a local search is made.
+# Where a rank has several stages, all cuts are tried if there are at most this many; else a local search is made.
 _TRIED_CUTS = 20_000
 
 StageCost = Callable[[int, int], float]
-"""The work of a stage that owns the operations from the first number to before the second one."""
+"""From a first position and the position after the last one to the work of the stage that owns these operations."""
 
 
 @dataclass(frozen=True)
 class CutPoints:
-    """Where a chain can be cut.
+    """The places where a chain can be cut.
 
     Attributes:
-        points: operations after which a cut carries about as much as at a layer border, in order.
-        border: bytes that a layer border carries.
-        num_layers: how many parts there are that cannot be cut, because values of edges are alive all through them.
+        points: positions of the operations after which a cut sends about as much as at a layer border, in order.
+        border: bytes that are sent at a layer border.
+        num_layers: number of parts that cannot be cut, because values of edges are alive all through them.
     """
 
     points: list[int]
@@ -44,15 +44,15 @@ class CutPoints:
 
 
 def find_cut_points(work: Sequence[float], ends: Sequence[tuple[float, int]]) -> CutPoints:
-    """Find the layer borders of a chain, and what is as good.
+    """Finds the layer borders of a chain, and places that are as good.
 
-    The values that are sent have as few rows as possible: those of atoms rather than of edges, unless what belongs to
-    edges goes from layer to layer. Of the boundaries with these, one of the smallest tells what a border carries; the
-    very smallest is that of a readout that ends in one number for each atom, far less than a layer's.
+    The values that are sent have as few rows as possible: values of atoms rather than of edges, unless features of
+    edges go from layer to layer. One of the smallest boundaries with so few rows tells how many bytes a layer border
+    sends. The very smallest boundary does not: it is inside a readout, which sends one number for each atom.
 
     Args:
-        work: of each operation.
-        ends: bytes that a cut after each operation carries, and rows of the longest value among these.
+        work: work of each operation.
+        ends: for a cut after each operation, the bytes that it sends, and the rows of the longest value that it sends.
     """
     sums = list(accumulate(work))
     whole = sums[-1] or 1.0
@@ -70,7 +70,7 @@ def find_cut_points(work: Sequence[float], ends: Sequence[tuple[float, int]]) ->
         if bucket not in best or ends[i][0] < ends[best[bucket]][0]:
             best[bucket] = i
     points = sorted(best.values())
-    layers = [sums[points[0]]]  # before the first point stages can compute all for themselves
+    layers = [sums[points[0]]]  # every stage can compute for itself what comes before the first point
     for a, b in pairwise(points):
         if any(ends[i][1] > rows for i in range(a + 1, b)):
             layers.append(sums[b] - sums[a])
@@ -79,11 +79,11 @@ def find_cut_points(work: Sequence[float], ends: Sequence[tuple[float, int]]) ->
 
 
 def most_parts(cost: StageCost, points: Sequence[int], length: int) -> int:
-    """The largest number of stages that can all have a fair share of the work.
+    """Returns the largest number of stages that can all have a fair share of the work.
 
     Args:
-        cost: of a stage.
-        points: operations after which the chain can be cut.
+        cost: the work of a stage.
+        points: positions of the operations after which the chain can be cut.
         length: number of operations.
     """
     ends = [*(p + 1 for p in points), length]
@@ -105,16 +105,17 @@ def best_cuts(
     num_stages: int,
     placement: Sequence[int] | None = None,
 ) -> list[int]:
-    """The last operation of every stage but the last, so that the busiest rank has the least work.
+    """Returns the position of the last operation of every stage but the last, so that the busiest rank has least work.
 
-    Evenness of the other stages and the bytes sent decide between cuts whose busiest ranks are nearly equal.
+    Between cuts whose busiest ranks have nearly the same work, the evenness of the other stages and the bytes sent
+    decide.
 
     Args:
-        cost: of a stage.
-        points: operations after which the chain can be cut, at least as many as cuts.
-        sent: what a cut after each operation carries, in layer borders.
-        num_stages: how many stages.
-        placement: the rank of each stage; None for a rank for each stage.
+        cost: the work of a stage.
+        points: positions of the operations after which the chain can be cut, at least as many as cuts.
+        sent: what a cut after each operation sends, in units of a layer border.
+        num_stages: length of the chain.
+        placement: the rank of each stage; None for one stage on each rank.
     """
     assert len(points) >= num_stages - 1, "there are fewer parts than stages"
     if num_stages == 1:
@@ -140,7 +141,7 @@ def best_cuts(
         options = {c: [[*cuts, c] for b, cuts in best.items() if b < c] for c in points}
         best = {c: min(o, key=lambda cuts: score(cuts, False)) for c, o in options.items() if o}
     found = min(best.values(), key=score)
-    while placement is not None:  # from even stages to even ranks, one cut at a time
+    while placement is not None:  # move one cut at a time while the ranks' work gets more even
         moved = [[*found[:i], p, *found[i + 1 :]] for i in range(len(found)) for p in points]
         better = min((m for m in moved if all(a < b for a, b in pairwise(m))), key=score)
         if score(better) >= score(found):

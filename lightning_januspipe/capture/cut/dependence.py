@@ -1,4 +1,4 @@
-"""Where the values of a program lead: to an energy, to its derivative, to what else the loss may read."""
+"""Finds what depends on each value of a program: the energy, its derivative, or what else the loss may read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_januspipe.engine.specs import Dependence
 
 
 def dependence_of(program: Program, regions: Regions) -> dict[str, Dependence]:
-    """For each value of the body where it leads.
+    """``Program, Regions -> {name: Dependence}``: finds what depends on each value of the body.
 
-    What autograd saves of an operation decides whether derivatives of the energy depend on an operand; an operation
-    that is not known to save none of it counts as one that does. What such an operation stands between then has a
-    gradient of zeros where one process has none.
+    The derivative of an energy depends on an operand if autograd saves the operand. An operation counts as saving its
+    operands unless it is known not to. A wrong guess costs little: a parameter then gets a gradient of zeros in a
+    pipeline where it gets none in a single process.
     """
     on_coordinate = descendants(program, program.coordinates)
     energy = set(program.energies)
@@ -38,7 +38,7 @@ def dependence_of(program: Program, regions: Regions) -> dict[str, Dependence]:
 
 
 def _is_linear(node: Node, operand: str, on_coordinate: Collection[str]) -> bool:
-    """Whether no derivative of the operation with respect to what depends on coordinates depends on the operand."""
+    """Tells whether no derivative with respect to an operand that depends on coordinates depends on this operand."""
     operator = operator_of(node)
     if operator in LINEAR or is_view(node):
         return True

@@ -1,4 +1,4 @@
-"""Measure what every operation of a traced potential costs, and how large its value is, on one example batch."""
+"""Measures the time of every operation of a captured program, and the size of its value, on one example batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_januspipe.capture.trace.operators import target_function
 from lightning_januspipe.capture.trace.program import Program, replace_refs
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 
-# At least so many runs, and while there is time more of them: on a busy machine the least of a few is no measure.
+# At least so many runs, and more while there is time: on a busy machine the least time of a few runs says little.
 _LEAST_REPEATS, _MOST_REPEATS = 3, 20
 _SECONDS = 1.0
 
@@ -22,14 +22,15 @@ _SECONDS = 1.0
 def measure(
     program: Program, regions: Regions, potential: nn.Module, tensors: Sequence[Tensor], repeats: int | None = None
 ) -> Profile:
-    """Seconds (the least of several runs) and bytes of every operation of body and geometry, and sizes.
+    """``Program, Regions, tensors -> Profile``: measures every operation of body and geometry.
 
     Args:
-        program: the traced potential.
+        program: the captured program.
         regions: its classification.
         potential: the live potential, for parameters and buffers.
         tensors: the call's tensors.
-        repeats: how often the forward pass is run; None for as often as time allows. The first run warms up.
+        repeats: how many runs of the forward pass count, after a first run that warms up; None for as many as time
+            allows. The least time of an operation counts.
     """
     wanted = {*regions.body, *regions.geometry}
     nodes = [n for n in program.nodes if n.name in wanted]
@@ -63,14 +64,14 @@ def measure(
                 if isinstance(value, Tensor):
                     num_bytes[node.name] = value.numel() * value.element_size()
         sizes = _sizes(program, values)
-        # With the last value goes the graph of autograd: not in the time of the next run's first operation.
+        # The graph of autograd is freed with the last value, and not in the time of the next run's first operation.
         values.clear()
         value = None
     return Profile(seconds, num_bytes, sizes)
 
 
 def _sizes(program: Program, values: Mapping[str, object]) -> dict[str, int]:
-    """Values of the size expressions in the shapes of some values."""
+    """Returns the values of the size expressions in the shapes of some values."""
     found: dict[str, int] = {}
     for name, value in values.items():
         spec = program.by_name[name].spec

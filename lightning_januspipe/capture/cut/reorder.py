@@ -1,6 +1,6 @@
-"""What of a potential's body any stage can compute for itself, and the order in which its operations are best cut.
+"""Finds the operations that every stage can recompute, and the order in which a body is best cut.
 
-All of it follows from sizes alone, so that it is the same in every run and on every machine.
+Both follow from sizes alone, so that they are the same in every run and on every machine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
 def num_sums(program: Program, body: Sequence[str]) -> dict[str, int]:
-    """How many sums over atoms or edges of something trainable each value of the body depends on, one after the other.
+    """Returns for each value of the body the number of successive sums over atoms or edges that it depends on.
 
-    That is how many layers of messages have passed. A value with none is local: filter networks, trainable radial
-    bases, embeddings of species and what is made of them for each edge. A sum is seen from a size symbol that one of
-    its operands has and its result has not.
+    Only sums of trainable values count, so that is the number of layers of messages before it. A value after no sum is
+    local: a filter network, a trainable radial basis, an embedding of species, or what is computed from them for each
+    edge. An operation is a sum if one of its operands has a size symbol that its result lacks.
+
+    Args:
+        program: the captured program.
+        body: operations, in execution order.
     """
     found: dict[str, int] = {}
     for name in body:
@@ -38,13 +42,13 @@ def _sums(node: Node, operand: Node) -> bool:
 
 
 def _symbols(node: Node) -> Counter[str]:
-    """The size symbols of a value's shape; one that is the size of two dimensions counts twice."""
+    """Returns the size symbols of a value's shape; a symbol of two dimensions counts twice."""
     assert node.spec is not None
     return Counter(s for size in node.spec.shape if isinstance(size, str) for s in set(_SYMBOL.findall(size)))
 
 
 def traffic(program: Program, names: Sequence[str], num_bytes: Mapping[str, int]) -> dict[str, float]:
-    """Bytes that each operation reads and writes, views none: an estimate of its work that depends on sizes alone."""
+    """Returns the bytes that each operation reads and writes, 0 for views: an estimate of work from sizes alone."""
     found = {}
     for name in names:
         node = program.by_name[name]
@@ -56,18 +60,17 @@ def traffic(program: Program, names: Sequence[str], num_bytes: Mapping[str, int]
 def arranged(
     program: Program, body: Sequence[str], free: Collection[str], fixed: Collection[str], num_bytes: Mapping[str, int]
 ) -> list[str]:
-    """The body in an order in which little is alive between its operations; each still comes after its operands.
+    """Returns the body in an order in which few bytes are alive between operations; operands still come first.
+
+    An operation that turns a large value, which no later operation reads, into a small one moves up to right after that
+    value: a readout of each layer that the model evaluates after all layers, for example.
 
     Args:
-        program: the traced potential.
+        program: the captured program.
         body: operations in execution order.
-        free: operations that any stage can repeat: they come right before their first use.
+        free: operations that every stage can repeat; they move down to right before their first use.
         fixed: operations that stay where they are.
         num_bytes: sizes of the values.
-
-    Returns:
-        The same operations. Those that turn a large value, which nothing after them reads, into a small one come right
-        after it: a readout of each layer that the model evaluates after all layers, say.
     """
     place = {name: float(i) for i, name in enumerate(body)}
     users = readers(program, body)

@@ -1,4 +1,4 @@
-"""Arguments of the potential's call, by their place: batches may hold the same entries in another order."""
+"""Identifies the arguments of the potential's call by their place: batches may hold the same entries in any order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_januspipe.errors import CaptureError, shown
 
 
 def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Leaves of a call by their place in it, in a fixed order."""
+    """Returns the leaves of a call by their place in it, in a fixed order."""
     return dict(sorted(leaves((args, kwargs))))
 
 
 def size_carrier(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """An integer as the length of an empty tensor, ``(size, 0)``: lengths stay symbols, numbers become constants."""
+    """Returns an integer as the length of an empty tensor, ``(size, 0)``: in a trace, lengths stay symbols."""
     return torch.empty((size, 0), device=device)
 
 
@@ -29,14 +29,14 @@ _ABSENT = "(no value)"
 
 @dataclass(frozen=True)
 class CallFormat:
-    """What a call of the potential looked like when it was captured.
+    """The format of the calls that a captured potential takes.
 
     Attributes:
-        tensors: places of its tensors, in the order of the program's inputs.
-        sizes: places of its integers (a number of graphs, say); inputs too, after the tensors, as lengths.
-        constants: places and values of its other leaves, as far as they did not change from batch to batch; they are
-            part of the program.
-        evaluation: values of constants in evaluation, where these are others (``training=False``).
+        tensors: places of tensors, in the order of the program's inputs.
+        constants: places and values of leaves that were the same for both example batches; they are part of the
+            program.
+        sizes: places of integers, such as a number of graphs. They are inputs too, as lengths, after the tensors.
+        evaluation: values of constants in evaluation, where they differ (``training=False``).
         without_effect: places of leaves that the captured potential does not read.
         ones: place and dimension of the tensors' sizes that were 1 in both calls.
     """
@@ -55,19 +55,20 @@ class CallFormat:
         kwargs: dict[str, Any],
         other: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     ) -> CallFormat:
-        """The format of one call.
+        """Returns the format of a call.
 
         Args:
             args: positional arguments.
             kwargs: keyword arguments.
-            other: arguments of a second call; leaves that are another there, such as file names, are taken for ones
-                without effect (the validation on that second call judges it), and integers for sizes.
+            other: arguments of the call for the second example batch. Non-tensor arguments whose values differ between
+                the two, such as file names, are assumed not to affect the result, which the validation on the second
+                batch verifies; integers are taken for sizes.
         """
         found = call_leaves(args, kwargs)
         second = found if other is None else call_leaves(*other)
         tensors = [p for p, x in found.items() if isinstance(x, Tensor)]
         sizes = [p for p, x in found.items() if p in second and _is_size(x) and _is_size(second[p])]
-        # Numbers that are always 0 or 1 are flags rather than sizes.
+        # An integer that is 0 or 1 for both batches is a flag rather than a size.
         sizes = [p for p in sizes if found[p] > 1 or second[p] != found[p]]
         known = {*tensors, *sizes}
         constants = {
@@ -84,7 +85,7 @@ class CallFormat:
         return cls(tensors, constants, sizes, without_effect=frozenset(without_effect), ones=ones)
 
     def with_evaluation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallFormat:
-        """The format of this call and of that in evaluation, whose constants may have other values."""
+        """Returns the format that also takes the constants of a call in evaluation."""
         found = call_leaves(args, kwargs)
         values = {p: found.get(p, _ABSENT) for p in self.constants}
         return replace(
@@ -94,7 +95,7 @@ class CallFormat:
         )
 
     def new_entries(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-        """Places of a call's leaves that there were none of; but for tensors, entries of one list count as one."""
+        """Returns the places of leaves that no known call had. All entries of a list but tensors count as one place."""
         known = {*self.tensors, *self.sizes, *self.constants, *self.without_effect}
         lists = {_list_of(p) for p in known}
         return {
@@ -104,15 +105,15 @@ class CallFormat:
         }
 
     def bind(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Tensors of another call and carriers of its sizes, in the order of the program's inputs.
+        """Returns the tensors of another call and carriers of its sizes, in the order of the program's inputs.
 
         Args:
-            path: the potential's name, for the message.
+            path: dotted name of the potential, for the message.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
 
         Raises:
-            CaptureError: the call lacks a tensor, or has other constants.
+            CaptureError: the call lacks a tensor or a size, or has other constants.
         """
         found = call_leaves(args, kwargs)
         missing = [p for p in self.tensors if not isinstance(found.get(p), Tensor)]
@@ -134,7 +135,7 @@ class CallFormat:
         return [*tensors, *(size_carrier(found[p], device) for p in self.sizes)]
 
     def unbind(self, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other tensors and sizes in the places of their own.
+        """Returns a call's arguments with other tensors and sizes in their places: the inverse of :meth:`bind`.
 
         Args:
             args: positional arguments of a call of this format.

@@ -1,4 +1,4 @@
-"""The call that differentiates the energy."""
+"""Describes the call of the potential, and finds its arguments in a step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class PotentialCall:
         path: dotted name of the potential inside the LightningModule; empty for the LightningModule itself.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        read_outputs: which of the tensors in the returned tree the step read afterwards.
-        replaced: where the step itself differentiates: the submodules whose outputs it differentiates, and the call's
-            one argument is the batch (see :class:`~lightning_januspipe.capture.find.in_step.StepPotential`). Else None.
-        step_parameters: names of parameters inside the potential that such a step reads by itself.
+        read_outputs: which of the tensors in the returned tree the step reads after the call.
+        replaced: for a step that differentiates the energy itself, the names of the submodules that return the energy;
+            the call's one argument is then the batch (see
+            :class:`~lightning_januspipe.capture.find.in_step.StepPotential`). None for other steps.
+        step_parameters: names of parameters inside the potential that such a step reads itself.
     """
 
     path: str
@@ -46,12 +47,12 @@ class ReachedPotential(Exception):
 
 
 def as_sequence(value: Any) -> list[Tensor]:
-    """A tensor or a sequence of tensors, as ``torch.autograd.grad`` takes them, as a list."""
+    """Returns a tensor or a sequence of tensors, as ``torch.autograd.grad`` takes them, as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def grad_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call of ``torch.autograd.grad`` by name."""
+    """Returns the arguments of a call of ``torch.autograd.grad`` by name."""
     names = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph", "only_inputs", "allow_unused")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -59,14 +60,14 @@ def grad_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any
 def call_arguments(
     module: nn.Module, path: str, step: StepFunction, batch: Any, in_step: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run the user's step up to its call of the potential and return that call's arguments; nothing after it runs.
+    """Runs the user's step up to its call of the potential, and returns the arguments of that call.
 
     Args:
         module: the LightningModule.
-        path: the potential.
+        path: dotted name of the potential.
         step: the user's step.
         batch: the batch; the step gets a shallow copy.
-        in_step: the step itself stands for the potential, and the batch is its argument.
+        in_step: whether the step itself stands for the potential, with the batch as its argument.
 
     Raises:
         CaptureError: the potential is not called.

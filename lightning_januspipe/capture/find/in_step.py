@@ -1,7 +1,7 @@
-"""Steps that differentiate by themselves: ``energy = self.model(batch)``, then ``torch.autograd.grad`` in the step.
+"""Handles steps that differentiate the energy themselves: ``self.model(batch)``, then ``torch.autograd.grad``.
 
-What comes before that call stands for the potential. When the step is run for its loss, the submodules return energies
-that the stages computed, and ``torch.autograd.grad`` returns their derivative.
+The part of the step before that call stands for the potential. When the step runs for its loss, its submodules return
+the energies that the stages computed, and ``torch.autograd.grad`` returns the derivative that the stages computed.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from lightning_januspipe.errors import CaptureError
 
 
 class StepPotential(nn.Module):
-    """The part of a step up to its ``torch.autograd.grad`` as the forward of a module with the same parameters.
+    """Runs a step up to its ``torch.autograd.grad`` as its forward, with the parameters of the LightningModule.
 
     Args:
         module: the LightningModule.
         step: its step, from a batch to what it returns.
-        replaced: names of the submodules whose outputs the step differentiates.
+        replaced: names of the submodules that return the energy.
     """
 
     def __init__(self, module: nn.Module, step: StepFunction, replaced: Sequence[str]) -> None:
         super().__init__()
         self._run = step
         self._replaced = {name: module.get_submodule(name) for name in replaced}
-        self._owner = [module]  # in a list: it is no submodule of this one
+        self._owner = [module]  # in a list, so that it is no submodule of this one
         # The same dicts, so that parameters have the names that they have in the LightningModule.
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
 
     @property
     def training(self) -> bool:  # type: ignore[override]
-        """The LightningModule's mode."""
+        """Whether the LightningModule is in training mode."""
         owner = self.__dict__.get("_owner")
         return owner[0].training if owner else True
 
@@ -48,7 +48,7 @@ class StepPotential(nn.Module):
             self._owner[0].training = mode
 
     def forward(self, batch: Any) -> tuple[list[Tensor], dict[str, Any]]:
-        """Derivatives, and the outputs of the submodules by name."""
+        """Returns the derivatives, and the outputs of the submodules by name."""
         outputs: dict[str, Any] = {}
         with ExitStack() as stack:
             for name, submodule in self._replaced.items():
@@ -62,7 +62,7 @@ class StepPotential(nn.Module):
             else:
                 raise CaptureError(
                     f"the step of {type(self._owner[0]).__name__} calls torch.autograd.grad for some batches only; it "
-                    "has to for every one"
+                    "has to call it for every batch"
                 )
         found = torch.autograd.grad(**call)
         missing = [name for name in self._replaced if name not in outputs]
@@ -94,7 +94,7 @@ class _StopAtGrad(TorchFunctionMode):
 
 
 class _GiveGrad(TorchFunctionMode):
-    """Answers ``torch.autograd.grad`` with a derivative that is known."""
+    """Answers ``torch.autograd.grad`` with known derivatives."""
 
     def __init__(self, derivatives: Sequence[Tensor]) -> None:
         super().__init__()
@@ -115,12 +115,12 @@ class _GiveGrad(TorchFunctionMode):
 
 @contextmanager
 def step_with(module: nn.Module, derivatives: Sequence[Tensor], outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, submodules return what the stages computed, and ``torch.autograd.grad`` their derivative.
+    """Lets submodules return what the stages computed, and ``torch.autograd.grad`` the derivative, inside the block.
 
     Args:
         module: the LightningModule.
         derivatives: ∂E/∂x.
-        outputs: by the submodule's name.
+        outputs: what each submodule returns, by the submodule's name.
     """
     with ExitStack() as stack:
         for name, output in outputs.items():
@@ -136,7 +136,7 @@ def _returning(output: Any, *_: Any, **__: Any) -> Any:
 
 
 def potential_of(module: nn.Module, step: StepFunction, call: PotentialCall) -> nn.Module:
-    """The module whose forward is captured: a submodule, or the step's part before it differentiates."""
+    """Returns the module whose forward is captured: a submodule, or the step up to its derivative."""
     if call.replaced is None:
         return module.get_submodule(call.path)
     return StepPotential(module, step, call.replaced)

@@ -22,6 +22,7 @@ from lightning_januspipe.capture.stages.stage_body import StageBody, stage_body
 from lightning_januspipe.capture.stages.staged_potential import Inputs, StageOperations
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors, in_order, readers
+from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
 from lightning_januspipe.capture.trace.program import Program, ReturnedSize
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
@@ -425,7 +426,13 @@ class _Unavailable:
 def independent_coordinates(program: Program) -> list[str]:
     """Returns the differentiation inputs that depend on no other one: these become leaves of autograd.
 
-    Strained positions that depend on the strain stay what they are.
+    Strained positions that depend on the strain stay what they are. Zeros of the shape of another one depend on none.
     """
     names = set(program.coordinates)
-    return [n for n in in_order(program, names) if ancestors(program, [n]) & names == {n}]
+    by_shape = {n.name for n in program.operations if operator_of(n) in SHAPE_ONLY}
+    found = []
+    for name in in_order(program, names):
+        others = set() if name in by_shape else ancestors(program, [name], given=by_shape)
+        if (others | {name}) & names == {name}:
+            found.append(name)
+    return found

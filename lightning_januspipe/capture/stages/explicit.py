@@ -1,7 +1,7 @@
-"""Potentials that divide themselves: for what cannot be traced, and for a start without tracing.
+"""Builds stages from the parts that a potential declares: for models that cannot be traced, or need no tracing.
 
-Both ways end in the same: for each stage a pure function of (parameters, boundary in, batch) to (boundary out,
-outputs).
+The result is the same as of a capture: each stage is a pure function from (parameters, boundary in, batch) to (boundary
+out, outputs).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensors = Mapping[str, Tensor]
 
 @runtime_checkable
 class ExplicitStages(Protocol):
-    """What an ``nn.Module`` has that divides itself; its own ``forward`` stays what it is.
+    """The attributes and methods of an ``nn.Module`` that declares its own stages; its ``forward`` stays as it is.
 
     The parts run one after the other, and the pipeline may be cut between any two of them::
 
@@ -39,10 +39,10 @@ class ExplicitStages(Protocol):
         gradients = torch.autograd.grad(energy.sum(), coordinates, create_graph=True)
         return self.stage_outputs(inputs, features, gradients)
 
-    :func:`run_stages` does just that, and may serve as ``forward``.
+    :func:`run_stages` does the same, and may serve as ``forward``.
 
-    For graph ranks it also has ``stage_edges``: source and target of the edges, each the name of an input (E,), or the
-    name of one (2, E) and the row of it. Its parts then call :func:`~lightning_januspipe.with_halo`.
+    For graph ranks the module also has ``stage_edges``: source and target of the edges, each the name of an input (E,),
+    or the name of an input (2, E) and its row. The parts then call :func:`~lightning_januspipe.with_halo`.
 
     Attributes:
         stage_coordinates: names of the inputs that the energy is differentiated by, such as positions and strain.
@@ -51,31 +51,31 @@ class ExplicitStages(Protocol):
     stage_coordinates: Sequence[str]
 
     def stage_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Named tensors from the arguments of ``forward``: all that the parts need of a batch; no parameter is read.
+        """Returns named tensors from the arguments of ``forward``: all that the parts need of a batch.
 
-        A coordinate that the batch lacks is made here, a strain of zeros (B, 3, 3), say.
+        It reads no parameter. It makes coordinates that the batch lacks, such as a strain of zeros (B, 3, 3).
         """
 
     def stage_parts(self) -> Sequence[nn.Module]:
-        """The chain: modules called as ``part(inputs, features) -> features``.
+        """Returns the chain of parts: modules that are called as ``part(inputs, features) -> features``.
 
-        Only what a part returns reaches the next one. A part reads no other parameters than its own; two parts may
-        share submodules. Geometry (distances, radial basis) is computed from ``inputs`` by each part that needs it.
-        The last part returns ``"energy"`` (B,) in eV, and what else ``stage_outputs`` needs.
+        The next part gets only what a part returns. A part reads no parameters but its own; two parts may share
+        submodules. Each part computes the geometry that it needs (distances, radial basis) from ``inputs``. The last
+        part returns ``"energy"`` (B,) in eV, and everything else that ``stage_outputs`` needs.
         """
 
     def stage_outputs(self, inputs: Tensors, results: Tensors, gradients: Tensors) -> Any:
-        """What ``forward`` returns.
+        """Returns what ``forward`` returns.
 
         Args:
-            inputs: from :meth:`stage_inputs`.
-            results: from the last part.
+            inputs: the tensors that :meth:`stage_inputs` returned.
+            results: the features that the last part returned.
             gradients: ∂E/∂x by the coordinate's name, in the shape of the coordinate.
         """
 
 
 def run_stages(potential: ExplicitStages, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a potential that divides itself, undivided.
+    """Runs all parts of a potential with stages of its own, and returns what its forward returns.
 
     Args:
         potential: an ``nn.Module`` with :class:`ExplicitStages`.
@@ -98,20 +98,22 @@ def run_stages(potential: ExplicitStages, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExplicitPotential:
-    """A potential in its own stages (a :class:`~lightning_januspipe.capture.stages.staged_potential.StagedPotential`).
+    """A potential with stages of its own (a :class:`.StagedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
-        bounds: first part of each stage, and the number of parts.
+        bounds: index of the first part of each stage, and the number of parts.
         inputs_by_name: names and specs of the inputs, in order.
-        features: names and specs of what each part returns; the last entry is what the outputs are made of.
+        features: names and specs of the features that each part returns.
         symbols: size symbol -> (input position, dimension) that defines it.
         coordinates: names of the differentiation inputs.
         parameters: names of the parameters that each part reads.
-        part_bytes: bytes of what each part returned on the batch that was measured.
-        outputs: all tensors that the forward returns.
-        derived: those that depend on the derivative.
-        autocast: what its parts run under, and its energy is differentiated under.
+        part_bytes: size of the features that each part returned for the measured batch.
+        outputs: positions of all tensors that the forward returns.
+        derived: positions of the tensors that depend on the derivative.
+        autocast: the autocast under which its parts run and its energy is differentiated.
+        replaced: None; see :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`.
+        step_parameters: empty; see there.
     """
 
     path: str
@@ -130,7 +132,7 @@ class ExplicitPotential:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Floating-point types of what its parts return."""
+        """Floating-point types of the features that its parts return."""
         return {s.dtype for features in self.features for s in features.values() if s.dtype.is_floating_point}
 
     @property
@@ -165,7 +167,7 @@ class ExplicitPotential:
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables: all that the last part returns."""
+        """Specs of derivative and observables; the observables are all features that the last part returns."""
         results = self.features[-1]
         return ChainSpec(
             coordinates=tuple(self.inputs_by_name[n] for n in self.coordinates),
@@ -175,10 +177,10 @@ class ExplicitPotential:
         )
 
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
-        """Values of the size symbols for one call's tensors.
+        """Returns the values of the size symbols for one call's tensors.
 
         Raises:
-            CaptureError: an input has another size where it was found to have one size only.
+            CaptureError: an input has another size in a dimension that was found to be constant.
         """
         sizes = {s: tensors[i].shape[d] for s, (i, d) in self.symbols.items()}
         for (name, spec), tensor in zip(self.inputs_by_name.items(), tensors, strict=True):
@@ -218,7 +220,7 @@ class ExplicitPotential:
         return "read by parts of these stages"
 
     def parameter_stages(self) -> dict[str, set[int]]:
-        """Name of each parameter inside the potential -> the stages that read it."""
+        """Returns for each parameter, by its name inside the potential, the stages that read it."""
         stages: dict[str, set[int]] = {}
         for stage, (first, last) in enumerate(pairwise(self.bounds)):
             for names in self.parameters[first:last]:
@@ -227,7 +229,7 @@ class ExplicitPotential:
         return stages
 
     def inputs(self, potential: nn.Module) -> Inputs:
-        """From a call of the potential to its named tensors, in order."""
+        """Returns the function from a call of the potential to its named tensors, in order."""
         declared = declared_stages(potential)
 
         def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -242,16 +244,16 @@ class ExplicitPotential:
         return bound
 
     def stage(self, index: int, potential: nn.Module) -> ExplicitStage:
-        """One stage."""
+        """Returns one stage."""
         return ExplicitStage(self, index, potential)
 
     def return_value(self, potential: nn.Module) -> ExplicitReturnValue:
-        """What the forward returns."""
+        """Returns what computes the forward's return value."""
         return ExplicitReturnValue(self, potential)
 
 
 class ExplicitStage:
-    """Some of the parts (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
+    """Runs consecutive parts as one stage (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
 
     Args:
         staged: the whole chain.
@@ -274,7 +276,7 @@ class ExplicitStage:
         self.parameters: Sequence[nn.Parameter] = list(dict.fromkeys(used))
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """Evaluate the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
+        """Evaluates the stage; see :class:`~lightning_januspipe.engine.specs.StageFunction`."""
         staged = self._staged
         inputs, coordinates = self._inputs(tensors)
         features: Tensors = dict(zip(self._received, boundary, strict=True))
@@ -295,7 +297,7 @@ class ExplicitStage:
         )
 
     def _inputs(self, tensors: Sequence[Any]) -> tuple[Tensors, list[Tensor]]:
-        """What the parts are called with, and the leaves of the differentiation inputs."""
+        """Returns the inputs of the parts, and the leaves of the differentiation inputs."""
         staged = self._staged
         inputs: dict[str, Tensor] = dict(zip(staged.inputs_by_name, tensors, strict=True))
         for name in staged.coordinates:
@@ -303,12 +305,12 @@ class ExplicitStage:
         return inputs, [inputs[name] for name in staged.coordinates]
 
     def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
-        """What the last part returned, of all atoms."""
+        """Returns the results for all atoms, from what the last part returned."""
         return results
 
 
 class ExplicitReturnValue:
-    """Calls ``stage_outputs`` (a :class:`~lightning_januspipe.capture.stages.staged_potential.ReturnValue`)."""
+    """Computes the return value with ``stage_outputs`` (a :class:`.ReturnValue`)."""
 
     parameters: Sequence[nn.Parameter] = ()
 
@@ -318,7 +320,7 @@ class ExplicitReturnValue:
     def __call__(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> Any:
-        """The potential's return value."""
+        """Returns the potential's return value."""
         staged = self._staged
         inputs = dict(zip(staged.inputs_by_name, call_tensors, strict=True))
         results = dict(zip(staged.features[-1], observables, strict=True))
@@ -328,15 +330,15 @@ class ExplicitReturnValue:
     def tensors(
         self, call_tensors: Sequence[Tensor], observables: Sequence[Tensor], derivatives: Sequence[Tensor]
     ) -> list[Tensor]:
-        """All tensors in it."""
+        """Returns all tensors in the return value."""
         return returned_tensors(self(call_tensors, observables, derivatives))
 
     def of_forward(self, returned: Any) -> Any:
-        """What the forward itself returned, which has the form of this return value."""
+        """Returns what the forward itself returned: it has the form of this return value."""
         return returned
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-        """The return value, which has the form of the forward's own."""
+        """Returns the return value: it has the form of the forward's own."""
         return value
 
 
@@ -347,17 +349,17 @@ def declared_stages(potential: nn.Module) -> ExplicitStages:
 
 
 def returned_tensors(value: Any) -> list[Tensor]:
-    """Tensors in what a forward returned, in order."""
+    """Returns the tensors in what a forward returned, in order."""
     return [x for _, x in leaves(value) if isinstance(x, Tensor)]
 
 
 def named_inputs(
     potential: ExplicitStages, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """What ``stage_inputs`` returns for a call.
+    """Returns what ``stage_inputs`` returns for a call.
 
     Raises:
-        CaptureError: something else than a dict of tensors, or one that lacks a coordinate.
+        CaptureError: it is no dict of tensors, or lacks a coordinate.
     """
     found = potential.stage_inputs(*args, **kwargs)
     wrong = [n for n, x in found.items() if not isinstance(x, Tensor)] if isinstance(found, Mapping) else ["(no dict)"]

@@ -1,4 +1,4 @@
-"""From a potential's own parts to its stages: shapes as functions of the inputs' sizes, costs, balanced cuts."""
+"""Finds the shapes of what a potential's own parts return, as functions of the sizes of its inputs."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from lightning_januspipe.errors import CaptureError, shown
 
 
 def explicit_potential(potential: nn.Module, first: PotentialCall, second: PotentialCall) -> ExplicitPotential:
-    """A potential with each of its parts as a stage.
+    """Returns a potential with each of its parts as a stage.
 
     Args:
         potential: an ``nn.Module`` with :class:`~lightning_januspipe.capture.stages.explicit.ExplicitStages`.
-        first: a call of it.
-        second: a call with other numbers of structures, atoms and edges: what differs is a size, the rest constant.
+        first: a call of the potential.
+        second: a call with other numbers of structures, atoms and edges: dimensions that differ are sizes, others are
+            constant.
 
     Raises:
-        CaptureError: a part or the outputs are not what :class:`ExplicitStages` asks for.
+        CaptureError: a part, or the outputs, do not do what :class:`ExplicitStages` asks for.
     """
     declared = declared_stages(potential)
     parts = _parts(declared, first.path)
     names = {p: n for n, p in potential.named_parameters()}
     foreign = [i for i, part in enumerate(parts) if any(p not in names for p in part.parameters())]
     if foreign:
-        raise CaptureError(f"part {foreign[0]} of {shown(first.path)} has parameters that are none of the potential's")
+        raise CaptureError(f"part {foreign[0]} of {shown(first.path)} has parameters that the potential does not have")
     trainable = {n: p for n, p in potential.named_parameters() if p.requires_grad}
     runs = [_run(declared, parts, call, trainable) for call in (first, second)]
     (inputs, features, outputs, derived), (other_inputs, other_features, _, _) = runs
     if list(inputs) != list(other_inputs):
         raise CaptureError(
-            f"stage_inputs of {shown(first.path)} has other entries for another batch: {list(other_inputs)}"
+            f"stage_inputs of {shown(first.path)} returned the entries {list(inputs)} for one batch and "
+            f"{list(other_inputs)} for another; expected the same"
         )
     symbols: dict[str, tuple[int, int]] = {}
     known: dict[tuple[int, int], str] = {}
@@ -82,7 +84,7 @@ def _parts(potential: ExplicitStages, path: str) -> list[nn.Module]:
     if wrong or not parts:
         raise CaptureError(
             f"stage_parts of the potential {shown(path)} returned {wrong or 'nothing'}; expected nn.Modules, called as "
-            "part(inputs, features) -> features: what parameters a stage reads is seen from its modules"
+            "part(inputs, features) -> features. The modules tell which parameters a stage reads."
         )
     return parts
 
@@ -90,7 +92,7 @@ def _parts(potential: ExplicitStages, path: str) -> list[nn.Module]:
 def _run(
     potential: ExplicitStages, parts: Sequence[nn.Module], call: PotentialCall, trainable: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], int, tuple[int, ...]]:
-    """Inputs, features after each part, number of returned tensors, and which of these depend on the derivative."""
+    """Runs all parts; returns inputs, features after each part, and number and derived ones of the returned tensors."""
     given = named_inputs(potential, call.path, call.args, call.kwargs)
     inputs = {n: x.detach() for n, x in given.items()}
     found: list[dict[str, Tensor]] = []
@@ -131,7 +133,7 @@ def _refuse_parameters(trainable: Mapping[str, nn.Parameter], returned: Sequence
 
 
 def _size(what: str, path: str, pair: tuple[int, int], known: Mapping[tuple[int, int], str]) -> int | str:
-    """One dimension, from its two values, as a constant, a size symbol or a multiple of one."""
+    """Returns a dimension, from its two values, as a constant, a size symbol, or a multiple of a size symbol."""
     if pair[0] == pair[1]:
         return pair[0]
     if pair in known:

@@ -1,8 +1,7 @@
-"""Make the casts of autocast operations of the traced graph.
+"""Turns the casts that autocast makes into operations of the traced graph.
 
-``torch.export`` records the operations that a forward calls, and not what autocast makes of them. Here the casts become
-nodes, so that a stage is a pure function whatever autocast does around it, and the types of what crosses its borders
-are those of the trace.
+``torch.export`` records the operations that a forward calls, and not the casts that autocast adds. With the casts as
+nodes, a stage is a pure function under any autocast, and the types of the tensors that it sends are those of the trace.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ _WRAP = torch.ops.higher_order.wrap_with_autocast
 
 
 def has_casts(exported: ExportedProgram) -> bool:
-    """Whether the traced forward switches autocast on or off."""
+    """Tells whether the traced forward switches autocast on or off."""
     graphs = (m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule))
     return any(node.target is _WRAP for graph in graphs for node in graph.nodes)
 
 
 def make_casts_explicit(exported: ExportedProgram, autocast: Autocast) -> None:
-    """Insert the casts that autocast makes, and take in the parts that the forward runs under an autocast of its own.
+    """Inserts the casts that autocast makes, and inlines the parts that the forward runs under an autocast of its own.
 
     Args:
-        exported: a traced forward; its graph is changed. Run outside autocast it then gives what it gave under it.
-        autocast: what held when it was traced.
+        exported: a traced forward; its graph is changed. Outside autocast it then gives the results of before.
+        autocast: the autocast under which it was traced.
     """
     renamed = _rewrite(exported.graph_module, autocast)
     for old, new in renamed.items():
@@ -45,7 +44,7 @@ def make_casts_explicit(exported: ExportedProgram, autocast: Autocast) -> None:
 
 
 def _rewrite(module: fx.GraphModule, autocast: Autocast) -> dict[str, str]:
-    """Rewrite a graph, and those nested in it; returns the new names of nodes that were replaced."""
+    """Rewrites a graph, and graphs nested in it; returns the new names of nodes that were replaced."""
     renamed: dict[str, str] = {}
     known: set[Any] = set()
     for node in list(module.graph.nodes):
@@ -64,7 +63,7 @@ def _rewrite(module: fx.GraphModule, autocast: Autocast) -> dict[str, str]:
             renamed.update(_cast(module.graph, node, autocast, known))
     module.graph.eliminate_dead_code()
     module.recompile()
-    # What replaced a node may have been replaced itself.
+    # A node that replaced another one may have been replaced itself.
     return {old: renamed.get(new, new) for old, new in renamed.items()}
 
 
@@ -73,7 +72,7 @@ def _default(device_type: str) -> torch.dtype:
 
 
 def _take_in(module: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, operands: Sequence[Any]) -> dict[str, str]:
-    """Replace a nested graph by its nodes."""
+    """Replaces the node of a nested graph by the nested graph's own nodes; returns the new names of its results."""
     for source in inner.graph.nodes:
         if source.op == "get_attr":  # a graph nested in this one
             name = f"{node.name}_{source.target}"
@@ -91,13 +90,13 @@ def _take_in(module: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, opera
 
 
 def _cast(graph: fx.Graph, node: fx.Node, autocast: Autocast, known: set[Any]) -> dict[str, str]:
-    """Insert an operation's casts before it; where these are inside of it, replace it by what it is made of.
+    """Inserts an operation's casts before it; a composite operation with casts inside is replaced by its parts.
 
     Args:
         graph: the graph.
-        node: an operation of it.
-        autocast: what holds.
-        known: descriptions of operations without casts.
+        node: an operation of the graph.
+        autocast: the autocast under which it runs.
+        known: descriptions of operations without casts; gets new ones.
     """
     leaves, spec = pytree.tree_flatten((list(node.args), dict(node.kwargs)))
     places = [i for i, x in enumerate(leaves) if isinstance(x, fx.Node)]
@@ -160,12 +159,12 @@ def _expand(
 
 
 def _copied_before(node: fx.Node, inner: fx.Graph, operands: Sequence[Any]) -> Any:
-    """Copies the operations of a graph before a node of another one; returns what the graph returns.
+    """Copies the operations of a graph before a node of another graph; returns what the copied graph returns.
 
     Args:
         node: the node.
-        inner: the graph.
-        operands: what stands for the inputs of the graph.
+        inner: the graph that is copied.
+        operands: the values for the inputs of the copied graph.
     """
     given, values = iter(operands), dict[fx.Node, Any]()
     with node.graph.inserting_before(node):
@@ -178,7 +177,7 @@ def _copied_before(node: fx.Node, inner: fx.Graph, operands: Sequence[Any]) -> A
 
 
 def _example(value: Any) -> Any:
-    """The same with the sizes of the traced call: of symbolic ones, operations outside of a trace make constants."""
+    """Returns a value with the sizes of the traced call in place of symbols, which have no meaning outside a trace."""
     if isinstance(value, Tensor):
         sizes, strides = ([_example(s) for s in numbers] for numbers in (value.shape, value.stride()))
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
@@ -188,12 +187,12 @@ def _example(value: Any) -> Any:
 
 
 def _is_cast(value: Any) -> bool:
-    """Whether autocast may cast a value: it leaves double precision as it is."""
+    """Tells whether autocast may cast a value; it leaves double precision as it is."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
 
 def _described(value: Any) -> Any:
-    """What of an argument decides how an operation is done."""
+    """Returns what decides on an operation's casts in an argument."""
     if isinstance(value, Tensor):
         return value.dtype, value.dim(), value.device.type, tuple(s if isinstance(s, int) else "" for s in value.shape)
     return "" if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else repr(value)
@@ -203,7 +202,7 @@ Operation = tuple[Any, tuple[Any, ...]]
 
 
 class _Record(TorchDispatchMode):
-    """Keeps the operations that reach the device, with the types of their arguments."""
+    """Records the operations that reach the device, with the types of their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +217,7 @@ class _Record(TorchDispatchMode):
 
 
 def _operations(call: Callable[..., Any], operands: Sequence[Any], autocast: Autocast) -> list[Operation] | None:
-    """The operations of a call of examples; None where types do not fit."""
+    """Returns the operations of a call on example operands; None where types do not fit."""
     with (
         autocast_as(autocast),
         torch.no_grad(),
@@ -233,7 +232,7 @@ def _operations(call: Callable[..., Any], operands: Sequence[Any], autocast: Aut
 
 
 def _computing(operations: Sequence[Operation] | None) -> list[Operation] | None:
-    """Those that compute something: neither views nor casts."""
+    """Returns the operations that compute something: neither views nor casts."""
     if operations is None:
         return None
     return [o for o in operations if o[0] is not _CAST and not o[0].is_view]

@@ -1,8 +1,8 @@
-"""TorchScript as Python, while a potential is traced.
+"""Runs TorchScript as Python while a potential is traced.
 
-TorchScript computes sizes in plain integers. In a trace a symbolic size then becomes a constant with no error, so that
-the program is wrong for every other size, or the trace fails. Inside :func:`inlined_torchscript` scripted functions run
-as the Python they were made from, and the graphs of scripted modules are interpreted with symbolic sizes.
+TorchScript computes sizes in plain integers. A trace would make constants of them without an error, so that the program
+would be wrong for every other size. Inside :func:`inlined_torchscript`, scripted functions run as the Python functions
+that they were made from, and the graphs of scripted modules are interpreted with symbolic sizes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from lightning_januspipe.errors import CaptureError
 
 @contextmanager
 def inlined_torchscript(module: nn.Module) -> Iterator[None]:
-    """Run TorchScript as Python within the block, in this thread.
+    """Runs TorchScript as Python inside the block, in this thread.
 
-    Scripted functions run the Python function they were compiled from, wherever they are held; those without one
-    (loaded from a file) are interpreted. Every ScriptModule below ``module`` is replaced by a plain module that holds
-    the same parameters, buffers and submodule names and interprets the same graph. After the block all is as it was,
-    and what was compiled has not run meanwhile.
+    A scripted function runs the Python function that it was compiled from; a function that was loaded from a file is
+    interpreted. Every ScriptModule below ``module`` is replaced by a plain module with the same parameters, buffers and
+    submodule names, which interprets the same graph. After the block everything is as before.
 
     Args:
-        module: a Python module, such as the potential or a wrapper that holds it; its submodules may be ScriptModules.
+        module: a Python module, such as the potential or a wrapper around it; its submodules may be ScriptModules.
 
     Raises:
-        CaptureError: ``module`` itself is a ScriptModule; or, in a call within the block, a ScriptModule that is not
-            among the submodules of ``module``, or a node of a graph that cannot be interpreted with symbolic sizes.
+        CaptureError: ``module`` itself is a ScriptModule; or, inside the block, a ScriptModule is called that is not
+            among the submodules of ``module``, or a graph has a node that cannot be interpreted with symbolic sizes.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise CaptureError(
@@ -58,7 +57,7 @@ def inlined_torchscript(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _calls_replaced(kind: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Calls of all instances of ``kind`` in this thread become calls of ``function``."""
+    """Turns calls of all instances of ``kind`` in this thread into calls of ``function``."""
     original, thread = kind.__dict__["__call__"], threading.get_ident()
 
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -88,14 +87,14 @@ def _refuse_method(method: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Interpreted(nn.Module):
-    """Stands for a ScriptModule: the same tensors under the same names, methods interpreted in Python."""
+    """Stands for a ScriptModule: holds the same tensors under the same names, and interprets its methods."""
 
     def __init__(self, scripted: Any, path: str) -> None:
         super().__init__()
         self.__dict__["_scripted"], self._path = scripted, path
         self.training = scripted.training
         for name, p in scripted._parameters.items():
-            # Those of a loaded module are plain tensors, which are no parameters to export.
+            # A loaded module has plain tensors as parameters, which export does not take for parameters.
             self._parameters[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p, p.requires_grad)
         self._buffers.update(scripted._buffers.items())
         self._non_persistent_buffers_set.update(scripted._non_persistent_buffers_set)
@@ -114,7 +113,7 @@ class _Interpreted(nn.Module):
 
 
 def _interpreted(scripted: Any, path: str, made: dict[Any, _Interpreted]) -> _Interpreted:
-    """The module that stands for ``scripted``; one that is shared stays shared."""
+    """Returns the module that stands for ``scripted``; a shared module stays shared."""
     if scripted._c not in made:
         if scripted._c._get_forward_hooks() or scripted._c._get_forward_pre_hooks():
             raise CaptureError(f"the TorchScript module {path!r} has forward hooks, which are not inlined; remove them")

@@ -1,7 +1,8 @@
-"""The graphs of TorchScript run in Python, node by node, so that a trace sees their operators and symbolic sizes.
+"""Interprets the graphs of TorchScript node by node, so that a trace sees their operators and symbolic sizes.
 
-Nodes of the language, what computes with plain numbers, and what makes numbers of tensors are the tables below; every
-other node is an operator that is called as it is. What would turn a symbolic size into a constant is refused.
+The tables below hold the nodes of the language, arithmetic with plain numbers, and operators that turn tensors into
+numbers. Every other node calls an operator of the dispatcher. A node that would make a constant of a symbolic size is
+refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _DTYPES = {
     **dict(enumerate((torch.complex32, torch.complex64, torch.complex128, torch.bool), 8)),
     15: torch.bfloat16,
 }
-"""TorchScript's integers for dtypes; operators take these as they are."""
+"""TorchScript's integer for each dtype; operators of the dispatcher take these integers."""
 
 _FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 _NUMBERS: dict[Any, int] = {torch.strided: 0}
@@ -37,11 +38,11 @@ _NUMBERS |= {dtype: number for number, dtype in _DTYPES.items()} | {x: number fo
 
 
 def interpret(callee: Any, where: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a ScriptFunction or a ScriptMethod by interpreting its graph.
+    """Calls a ScriptFunction or a ScriptMethod by interpreting its graph.
 
     Args:
-        callee: what is called; ``args`` begin with the module (or what stands for it) for a method.
-        where: what it belongs to, for errors.
+        callee: the function or method; the first argument of a method is the module, or what stands for it.
+        where: the function or module that the graph belongs to, for errors.
         args: positional arguments.
         kwargs: arguments by name.
     """
@@ -62,7 +63,7 @@ def interpret(callee: Any, where: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _from_python(value: Any, kind: Any) -> Any:
-    """An argument as TorchScript sees it: lists and dicts copied, integers widened to floats, dtypes as integers."""
+    """Returns an argument as TorchScript sees it: lists copied, integers widened to floats, dtypes as integers."""
     name = kind.kind()
     if name == "OptionalType":
         return None if value is None else _from_python(value, kind.getElementType())
@@ -81,9 +82,9 @@ def _from_python(value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class _NumberTensor:
-    """A tensor of no dimensions that holds a number known while tracing.
+    """A tensor without dimensions that holds a number known while tracing.
 
-    ``torch.jit.trace`` computes with sizes as with tensors; so they stay symbols.
+    Graphs of ``torch.jit.trace`` compute with sizes in tensors; as numbers, the sizes stay symbols.
     """
 
     value: Any
@@ -105,10 +106,10 @@ def _number(value: Any) -> Any:
 
 
 class _GraphRun:
-    """One call of a graph.
+    """Runs one call of a graph.
 
     Attributes:
-        where: what the graph belongs to.
+        where: the function or module that the graph belongs to.
         values: the values computed so far, by their names in the graph.
     """
 
@@ -117,7 +118,7 @@ class _GraphRun:
         self.values: dict[str, Any] = {}
 
     def block(self, block: Any) -> list[Any]:
-        """Run all nodes of a graph or block; returns its outputs."""
+        """Runs all nodes of a graph or block, and returns its outputs."""
         for node in block.nodes():
             try:
                 result = self._evaluate(node, [self.values[v.debugName()] for v in node.inputs()])
@@ -125,7 +126,8 @@ class _GraphRun:
                 raise
             except Exception as error:
                 raise CaptureError(f"{self._place(node)}: {type(error).__name__}: {error}") from error
-            results = [result] if node.outputsSize() == 1 else result  # of nodes without output it is not looked at
+            # The result of a node without outputs is not used.
+            results = [result] if node.outputsSize() == 1 else result
             self.values.update((v.debugName(), r) for v, r in zip(node.outputs(), results or (), strict=False))
         return [self.values[v.debugName()] for v in block.outputs()]
 
@@ -146,7 +148,7 @@ class _GraphRun:
         return self.operator(node, inputs)
 
     def operator(self, node: Any, inputs: list[Any]) -> Any:
-        """Call an operator of the dispatcher; those of TorchScript's own take plain numbers and get constants only."""
+        """Calls an operator of the dispatcher, or one of TorchScript's own, which takes constant numbers only."""
         if node.schema() == "(no schema)":
             raise self.refusal(node)
         schema = torch._C.parse_schema(node.schema())
@@ -184,7 +186,7 @@ class _GraphRun:
 
 
 def _element(kind: Any) -> Any:
-    """The type inside optionals and lists."""
+    """Returns the type inside optionals and lists."""
     while kind.kind() in ("OptionalType", "ListType"):
         kind = kind.getElementType()
     return kind
@@ -195,12 +197,12 @@ def _is_symbolic(tree: Any) -> bool:
 
 
 def _outputs(node: Any, results: Sequence[Any]) -> Any:
-    """A node with one output has it as its result, one with several a sequence."""
+    """Returns the result of a node: its one output, or the sequence of its outputs."""
     return results[0] if node.outputsSize() == 1 else results
 
 
 def _constant(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
-    """Integers that ``torch.jit.trace`` saw in computations with sizes are tensors in a graph that was loaded."""
+    """Returns a constant. A loaded graph of ``torch.jit.trace`` has tensors where it computes with sizes."""
     value = node.output().toIValue()
     if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64:
         with torch._C.DisableTorchFunction(), _disable_current_modes():
@@ -231,7 +233,7 @@ def _call_method(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
 
 
 def _python_call(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
-    """A function that the user exempted by ``torch.jit.ignore``; a method gets the module that stands for its own."""
+    """Calls a function that the user exempted with ``torch.jit.ignore``; a method gets the interpreted module."""
     if list(node.scalar_args()):
         raise run.refusal(node)
     return getattr(node.pyobj(), "original_fn", node.pyobj())(*inputs)
@@ -253,7 +255,7 @@ def _raise(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
 
 
 def _to(run: _GraphRun, node: Any, inputs: list[Any]) -> Any:
-    """``to`` has overloads of TorchScript's own, with optional device and dtype."""
+    """Calls ``to``, of which TorchScript has overloads of its own, with optional device and dtype."""
     value, *rest = _materialized(inputs)
     if "to.prim_Device" in node.schema():
         device, dtype, non_blocking, copy = rest
@@ -299,7 +301,7 @@ _NODES: dict[str, Callable[[_GraphRun, Any, list[Any]], Any]] = {
     "aten::__isnot__": lambda run, node, x: x[0] is not x[1],
     "aten::__not__": lambda run, node, x: torch.sym_not(x[0]),
 }
-"""Nodes of the language, and conversions."""
+"""The nodes of the language, and conversions."""
 
 
 def _add(a: Any, b: Any, alpha: Any = 1) -> Any:
@@ -334,7 +336,7 @@ _ON_CONTAINERS: dict[str, Callable[..., Any]] = {
     "prim::min": functools.partial(_extremum, torch.sym_min),
     "prim::max": functools.partial(_extremum, torch.sym_max),
 }
-"""Operators of lists, dicts and strings."""
+"""The operators on lists, dicts and strings."""
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "aten::add": _add,
@@ -364,7 +366,7 @@ _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "prim::max": functools.partial(_extremum, torch.sym_max),
     "prim::abs": abs,
 }
-"""Arithmetic; operators of the same names take over where an input is a tensor."""
+"""Arithmetic with plain numbers; where an input is a tensor, the operator of the dispatcher is called instead."""
 
 
 def _make_tensor(data: Any, dtype: int | None, device: Any, requires_grad: bool = False) -> Tensor:
@@ -391,4 +393,4 @@ _ON_TENSORS: dict[str, Callable[..., Any]] = {
     "prim::requires_grad": lambda x: x.requires_grad,
     "prim::data": lambda x: x.detach(),
 }
-"""What TorchScript computes of tensors in plain numbers, and what makes a tensor of them."""
+"""Operators from tensors to plain numbers, and from plain numbers to a tensor."""

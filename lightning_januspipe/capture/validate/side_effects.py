@@ -1,4 +1,4 @@
-"""Capture runs the user's step a few times, and leaves nothing of it behind."""
+"""Undoes what the user's step changes when capture runs it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_januspipe.random_state import kept_random_state
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Inside, the user's step may be run; all that a step may change is put back.
+    """Restores after the block what the user's step may change inside it.
 
-    That is buffers, metrics, attributes of modules (lists that collect outputs, counters, tensors), gradients, random
-    numbers. What objects of other classes hold is left.
+    That is buffers, metrics, attributes of modules (lists that collect outputs, counters, tensors), gradients, and the
+    states of random generators. Attributes of other objects are not restored.
     """
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
     metrics = metrics_of(module)
     gradients = {p: p.grad for p in module.parameters()}
-    known = {id(m) for m in metrics}  # metrics are not compared by ==, of which they make a metric
+    known = {id(m) for m in metrics}  # by id: == of two metrics makes a metric
     attributes = {m: _attributes(m) for m in module.modules() if id(m) not in known}
     with kept_random_state(), silent_log(module), kept_metrics(metrics):
         try:
@@ -43,11 +43,11 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 _CONTAINERS = (list, dict, set, deque)
 _DEEPEST = 4
 _NOT_RESTORED = frozenset({*vars(nn.Module()), "log", "forward"})
-"""What is put back in another way, or is changed by what surrounds the capture."""
+"""Attributes that are restored in another way, or changed by code around the capture."""
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Callable[[], None] | None]]:
-    """Attributes that a step may change, each with a function that puts back what it holds."""
+    """Returns the attributes that a step may change, each with a function that restores what it holds."""
     return {n: (v, _restorer(v)) for n, v in vars(module).items() if n not in _NOT_RESTORED}
 
 
@@ -62,7 +62,7 @@ def _restore_attributes(module: nn.Module, kept: dict[str, tuple[Any, Callable[[
 
 
 def _restorer(value: Any, depth: int = 0) -> Callable[[], None] | None:
-    """A function that gives a container the entries, or a tensor the values, that it has now; None for what is left."""
+    """Returns a function that restores a container's entries or a tensor's values; None for values left as they are."""
     if isinstance(value, Tensor):
         if value.requires_grad or value.is_inference():
             return None
@@ -88,7 +88,7 @@ def _restore_container(container: Any, held: Any, inner: list[Callable[[], None]
 
 
 def _entries(container: Any) -> Any:
-    """What tells the entries of one container from those of another, which may not be comparable."""
+    """Returns the identities of a container's entries; the entries themselves may not be comparable."""
     if isinstance(container, dict):
         return [(id(k), id(v)) for k, v in container.items()]
     return {id(x) for x in container} if isinstance(container, set) else [id(x) for x in container]
@@ -96,7 +96,7 @@ def _entries(container: Any) -> Any:
 
 @contextmanager
 def silent_log(module: nn.Module) -> Iterator[None]:
-    """Nothing is logged inside the block: its step is run again later."""
+    """Logs nothing inside the block, because its step runs again later."""
 
     def log(*_: Any, **__: Any) -> None: ...
 
@@ -105,13 +105,13 @@ def silent_log(module: nn.Module) -> Iterator[None]:
 
 
 def metrics_of(module: nn.Module) -> list[Any]:
-    """The metrics of torchmetrics in a module."""
+    """Returns the metrics of torchmetrics in a module."""
     return [m for m in module.modules() if hasattr(m, "_copy_state_dict") and hasattr(m, "_update_count")]
 
 
 @contextmanager
 def kept_metrics(metrics: Sequence[Any]) -> Iterator[None]:
-    """Metrics that are updated or reset inside the block are as before after it."""
+    """Restores metrics after the block that are updated or reset inside it."""
     kept = [_metric_state(m) for m in metrics]
     try:
         yield
@@ -122,6 +122,6 @@ def kept_metrics(metrics: Sequence[Any]) -> Iterator[None]:
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:
-    """A metric's states and counters; of lists the entries, which are not changed in place."""
+    """Returns a metric's states and counters; of a list only the list is copied, as its entries are never changed."""
     state = {n: getattr(metric, n) for n in (*metric._defaults, "_update_count", "_computed", "_forward_cache")}
     return {n: v.clone() if isinstance(v, Tensor) else list(v) if isinstance(v, list) else v for n, v in state.items()}

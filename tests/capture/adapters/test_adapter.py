@@ -66,7 +66,7 @@ def test_without_an_adapter_a_list_is_refused() -> None:
 def test_an_adapter_whose_outputs_do_not_come_back_is_refused(register: Register) -> None:
     module = GraphsStep(GraphsPotential(1))
     register(adapter_models="adapter_models:Reversing")
-    with pytest.raises(CaptureError, match=r"'forces'\]\[0\] is another value after its joined\(\) and separated\(\)"):
+    with pytest.raises(CaptureError, match=r"'forces'\]\[0\] is another value after joined\(\) and separated\(\)"):
         capture_module(module, module.training_step, make_graphs(TRACED), make_graphs((3, 3, 4)), [(0,)])
 
 
@@ -77,7 +77,7 @@ def test_an_adapter_whose_outputs_do_not_come_back_is_refused(register: Register
             "adapter_models:Missing",
             r"'adapter_models:Missing' .* for 'adapter_models' cannot be loaded: AttributeError",
         ),
-        ("no_such_module:Some", "cannot be loaded: ModuleNotFoundError.*Mend or uninstall"),
+        ("no_such_module:Some", "cannot be loaded: ModuleNotFoundError.*Repair or uninstall"),
         ("adapter_models:Unfinished", "cannot be loaded: RuntimeError: needs a licence"),
         (
             "adapter_models:NoAdapter",

@@ -48,7 +48,7 @@ def test_shared_parameters_are_on_all_stages_that_read_them() -> None:
 def test_order_of_the_ways() -> None:
     assert isinstance(SelfDividing(), ExplicitStages) and not isinstance(Potential(), ExplicitStages)
     told = capture(SelfDividing()).describe()
-    assert "divided by itself" in told and "tracing was refused (the potential 'potential' (SelfDividing)" in told
+    assert "cut at its own parts" in told and "tracing was refused (the potential 'potential' (SelfDividing)" in told
     assert "refused" not in capture(SelfDividing(), stages="explicit").describe()
     assert "captured (traced in" in capture(Potential()).describe()
     with pytest.raises(CaptureError, match="cannot be traced"):
@@ -104,7 +104,7 @@ def with_part(position: int, part: Any) -> nn.Module:
         (lambda: with_part(1, JustFeatures()), r"part 1 \(JustFeatures\).*returned Tensor; expected a dict of tensors"),
         (lambda: with_part(4, lambda m: Renamed(m.parts[4])), "expected 'energy' among them"),
         (lambda: with_part(2, Growing()), "feature 'seen' of part 2.*no size of an input"),
-        (lambda: with_part(1, SelfDividing().parts[1]), "part 1 .* parameters that are none of the potential's"),
+        (lambda: with_part(1, SelfDividing().parts[1]), "part 1 .* parameters that the potential does not have"),
     ],
 )
 def test_mistakes(potential: Any, words: str) -> None:
