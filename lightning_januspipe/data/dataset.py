@@ -16,6 +16,7 @@ from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.neighbors import estimate_num_edges
 from lightning_januspipe.data.structures import (
     atoms_to_sample,
+    check_database_units,
     find_species,
     read_structures,
     resolve_dtype,
@@ -66,9 +67,12 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             ValueError: The file is missing, empty or unreadable, there are no structures, or ``species`` or ``dtype``
                 is not valid. Errors of single structures (see :func:`atoms_to_sample`) are raised with their sample.
         """
+        self.labels = LabelKeys(**labels)
         if isinstance(structures, (str, Path)):
             self._source = str(structures)
             self._structures = read_structures(structures)
+            if Path(structures).suffix == ".db":
+                check_database_units(structures, self.labels)
         else:
             self._source = ""
             self._structures = list(structures)
@@ -79,7 +83,6 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         self.species = find_species(self._structures) if species == "auto" else validate_species(species)
         self.cutoff = float(cutoff)
         self.dtype = resolve_dtype(dtype)
-        self.labels = LabelKeys(**labels)
         self._require_labels = require_labels
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._facts: dict[int, Facts] = {}

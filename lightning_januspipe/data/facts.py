@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,6 +24,10 @@ _FEWEST_TO_JUDGE = 10
 
 _SAME_ENERGY = 1e-3
 """Energies of one geometry that differ by less than this, in eV per atom, are the same."""
+
+
+_ELECTRONS = ("charge", "total_charge", "spin", "total_spin", "multiplicity", "spin_multiplicity")
+"""Names in ``Atoms.info`` of charge and spin, which potentials here do not see."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class Facts:
             without a volume are neither present nor missing.
         energy: Energy in eV, or NaN.
         free_energy_gap: Free energy minus energy in eV where a calculator gives both, otherwise 0.
+        net_force: Length of the sum of the forces in eV/Å where it is large beside them, otherwise 0.
+        has_zeroed_forces: Whether the forces of atoms with a constraint, and of these only, are exactly zero.
+        electrons: Charge and spin in ``Atoms.info``, as text.
         digest: Hash of the geometry.
         available: Names of everything that the structure holds beside its geometry.
     """
@@ -55,6 +63,9 @@ class Facts:
     missing: frozenset[str]
     energy: float
     free_energy_gap: float
+    net_force: float
+    has_zeroed_forces: bool
+    electrons: str
     digest: bytes
     available: tuple[str, ...]
 
@@ -78,6 +89,9 @@ class Facts:
             missing=frozenset(possible) - present,
             energy=energy,
             free_energy_gap=0.0 if free is None else float(free) * labels.factor("energy") - energy,
+            net_force=_net_force(sample[keys.FORCES]),
+            has_zeroed_forces=_has_zeroed_forces(atoms, sample[keys.FORCES]),
+            electrons=", ".join(f"{name}={atoms.info[name]}" for name in _ELECTRONS if name in atoms.info),
             digest=_digest(atoms),
             available=tuple(available_keys(atoms)),
         )
@@ -117,12 +131,32 @@ class LabelCounts:
 
 def suspicions(train: Sequence[Facts]) -> Iterator[str]:
     """Yield warnings about the labels of training structures."""
+    total = len(train)
     gaps = np.array([abs(one.free_energy_gap) for one in train])
     if np.nanmax(gaps, initial=0.0) > 1e-4:
         yield (
-            f"{int((gaps > 1e-4).sum())} of {len(train)} structures have a free energy that differs from their energy, "
+            f"{int((gaps > 1e-4).sum())} of {total} structures have a free energy that differs from their energy, "
             f"by up to {np.nanmax(gaps):.4g} eV. Forces are derivatives of the free energy: set energy_key to "
             "free_energy"
+        )
+    if zeroed := [one.name for one in train if one.has_zeroed_forces]:
+        yield (
+            f"{len(zeroed)} of {total} structures, such as {zeroed[0]}, have forces of exactly zero on all atoms with "
+            "a constraint, which are no derivatives of the energy; expected forces without constraints, as of "
+            "get_forces(apply_constraint=False)"
+        )
+    if pulled := [one for one in train if one.net_force and not one.has_zeroed_forces]:
+        worst = max(pulled, key=lambda one: one.net_force)
+        yield (
+            f"the forces of {len(pulled)} of {total} structures do not sum to zero, by up to {worst.net_force:.3g} "
+            f"eV/Å in {worst.name}, as derivatives of an energy do. Look for forces of other frames, removed atoms, "
+            "constraints or external fields"
+        )
+    electrons = {one.electrons for one in train if one.num_atoms > 1}
+    if len(electrons) > 1:
+        yield (
+            f"structures differ in charge or spin ({'; '.join(sorted(one or 'none given' for one in electrons))}), "
+            "which is not an input of the potential: equal geometries would need different energies"
         )
     known = [one for one in train if np.isfinite(one.energy) and one.num_atoms > 1]
     if len(known) >= _FEWEST_TO_JUDGE:
@@ -168,6 +202,19 @@ def _kinds(facts: Sequence[Facts]) -> tuple[set[int], set[bool], set[str]]:
     chosen = [one for one in facts if one.num_atoms > 1]
     elements = {number for one in chosen for number in one.elements}
     return elements, {one.is_periodic for one in chosen}, {one.config_type for one in chosen} - {""}
+
+
+def _net_force(forces: Tensor) -> float:
+    """Return the length of the sum of (N, 3) forces where it is large; 0 for a lone atom."""
+    net = float(forces.double().sum(0).norm())
+    return net if len(forces) > 1 and net > max(0.1, 0.1 * float(forces.norm(dim=1).max())) else 0.0
+
+
+def _has_zeroed_forces(atoms: Atoms, forces: Tensor) -> bool:
+    """Return whether constraints were applied to the forces of a structure."""
+    fixed = {int(i) for one in atoms.constraints if isinstance(one, FixAtoms) for i in one.index}
+    zero = {int(i) for i in (forces == 0).all(dim=1).nonzero()}
+    return bool(fixed) and fixed == zero and len(fixed) < len(atoms)
 
 
 def _spread(values: NDArray[np.float64]) -> float:

@@ -39,7 +39,7 @@ class LabelKeys:
         stress_unit: Unit of stresses.
 
     Raises:
-        ValueError: A unit is unknown, or ``stress_key`` names a virial.
+        ValueError: A unit is unknown, ``stress_key`` names a virial, or ``forces_key`` a gradient.
     """
 
     energy_key: str | None = "energy"
@@ -57,6 +57,11 @@ class LabelKeys:
             raise ValueError(
                 f"stress_key={self.stress_key!r} names a virial, which is -stress × volume; use virial_key for it, and "
                 "stress_key=None"
+            )
+        if self.forces_key is not None and "grad" in self.forces_key.lower():
+            raise ValueError(
+                f"forces_key={self.forces_key!r} names a gradient, and forces are minus the gradient of the energy; "
+                "store the forces under another name"
             )
 
     def factor(self, kind: Any) -> float:

@@ -10,12 +10,17 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
+from ase.geometry import wrap_positions
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_januspipe import keys
-from lightning_januspipe.data.labels import LabelKeys, read_labels
+from lightning_januspipe.data.labels import Floats, LabelKeys, read_labels
 from lightning_januspipe.data.neighbors import neighbor_list
+from lightning_januspipe.data.units import unit_factor
+
+_FAR = 100.0
+"""Positions with components above this, in Å, are moved, because differences of float32 would lose digits."""
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -86,6 +91,33 @@ def _read_database(path: Path) -> list[Atoms]:
     return frames
 
 
+def check_database_units(path: str | Path, labels: LabelKeys) -> None:
+    """Compare the units that an ASE database names, as SchNetPack writes them, with those that are expected.
+
+    Raises:
+        ValueError: Lengths are not in Å, or a label has another unit than ``labels`` says.
+    """
+    from ase.db import connect
+
+    with connect(path) as database:
+        metadata = database.metadata
+    length = metadata.get("_distance_unit", "Ang")
+    if length not in ("Ang", "Angstrom", "Å", "A"):
+        raise ValueError(f"{path} has lengths in {length}; expected Å, as everything that ASE reads")
+    found = metadata.get("_property_unit_dict", {})
+    for kind in ("energy", "forces", "stress"):
+        name, unit = getattr(labels, f"{kind}_key"), getattr(labels, f"{kind}_unit")
+        given = found.get(name)
+        if given and not np.isclose(unit_factor(kind, _spelled_out(given)), labels.factor(kind), rtol=1e-6):
+            raise ValueError(f"{path} has {name!r} in {given}, and {kind}_unit={unit!r}; set {kind}_unit={given!r}")
+
+
+def _spelled_out(unit: str) -> str:
+    """Return a unit of SchNetPack, such as ``eV/Ang/Ang/Ang``, as it is written here."""
+    energy, *lengths = unit.split("/")
+    return f"{energy}/{lengths[0]}^3" if len(lengths) == 3 and len(set(lengths)) == 1 else unit
+
+
 def validate_species(species: Sequence[str]) -> list[str]:
     """Return the chemical symbols as a list, after checks.
 
@@ -104,8 +136,8 @@ def validate_species(species: Sequence[str]) -> list[str]:
 
 
 def find_species(structures: Sequence[Atoms]) -> list[str]:
-    """Return the chemical symbols that occur in the structures, sorted by atomic number."""
-    numbers = sorted({int(number) for atoms in structures for number in atoms.numbers})
+    """Return the chemical symbols in the structures, sorted by atomic number, without placeholders (``X``)."""
+    numbers = sorted({int(number) for atoms in structures for number in atoms.numbers if number})
     return [chemical_symbols[number] for number in numbers]
 
 
@@ -143,15 +175,17 @@ def atoms_to_sample(
         raise ValueError(f"{source} has no atoms; remove it")
     pbc = np.array(atoms.pbc, dtype=bool)
     cell = np.array(atoms.cell, dtype=np.float64) if pbc.any() else np.zeros((3, 3))
+    index = _species_index(atoms, species, source)
     try:
-        edge_index, cell_shifts = neighbor_list(atoms.positions, cell, pbc, cutoff)
+        positions = _near_origin(atoms.positions, cell, pbc)
+        edge_index, cell_shifts = neighbor_list(positions, cell, pbc, cutoff)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
     values = read_labels(atoms, labels or LabelKeys(), required=require_labels, source=source)
     return {
-        keys.POSITIONS: torch.tensor(atoms.positions, dtype=real),
-        keys.SPECIES: torch.from_numpy(_species_index(atoms, species, source)),
+        keys.POSITIONS: torch.tensor(positions, dtype=real),
+        keys.SPECIES: torch.from_numpy(index),
         keys.ATOMIC_NUMBERS: torch.tensor(atoms.numbers, dtype=torch.int64),
         keys.EDGE_INDEX: torch.from_numpy(edge_index),
         keys.CELL_SHIFTS: torch.tensor(cell_shifts, dtype=real),
@@ -164,9 +198,19 @@ def atoms_to_sample(
     }
 
 
+def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Floats:
+    """Return positions that float32 resolves: atoms that have moved far, as in long trajectories, are brought back."""
+    if len(positions) == 0 or not np.isfinite(positions).all() or np.abs(positions).max() < _FAR:
+        return positions
+    if pbc.any() and np.linalg.matrix_rank(cell[pbc]) == pbc.sum():
+        positions = np.asarray(wrap_positions(positions, cell, pbc))
+    return np.asarray(positions - positions.mean(axis=0))
+
+
 def _species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
     index = {symbol: number for number, symbol in enumerate(species)}
-    unknown = [symbol for symbol in find_species([atoms]) if symbol not in index]
+    symbols = [chemical_symbols[number] for number in np.unique(atoms.numbers)]
+    unknown = [symbol for symbol in symbols if symbol not in index]
     if unknown:
         raise ValueError(
             f"{source} holds the unknown species {', '.join(unknown)}; known: {list(species)}. Add it to `species`, or "

@@ -61,14 +61,24 @@ def split_batches(
 
 
 def require_samples(loader: Any) -> None:
-    """Raises an error if the dataset of a training loader is empty.
+    """Raises an error if a training loader has no batch.
 
     Raises:
-        ValueError: It is empty.
+        ValueError: The dataset is empty, or fewer samples than a batch are left of it with ``drop_last``.
     """
     dataset: Any = getattr(loader, "dataset", None)
-    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and not len(dataset):
+    if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
+        return
+    if not len(dataset):
         raise empty(dataset)
+    if isinstance(loader, DataLoader) and getattr(loader.batch_sampler, "drop_last", False) and not len(loader):
+        size, num = getattr(loader.batch_sampler, "batch_size", None), getattr(loader.sampler, "num_replicas", 1)
+        share = f" for {num} replicas" if num > 1 else ""
+        raise ValueError(
+            f"the training loader has no batch: its dataset ({type(dataset).__name__}) has {len(dataset)} samples"
+            f"{share}, a batch has {size}, and drop_last leaves incomplete ones out. Use a smaller batch_size or "
+            "drop_last=False"
+        )
 
 
 def empty(dataset: Any) -> ValueError:

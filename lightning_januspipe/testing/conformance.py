@@ -39,6 +39,7 @@ class PotentialConformance:
         trainer: Further arguments of the Trainers, such as ``{"gradient_clip_val": 1.0}``.
         preload: Modules to import once for all ranks, which then start within a fraction of a second (see
             :class:`~lightning_januspipe.testing.RankPool`).
+        timeout: Seconds that one run may take.
         pool: The processes to use; by default the class starts its own, and ends them.
 
     Example:
@@ -62,6 +63,7 @@ class PotentialConformance:
     rtol: ClassVar[float] = 1e-9
     trainer: ClassVar[Mapping[str, Any]] = {}
     preload: ClassVar[Sequence[str] | None] = None
+    timeout: ClassVar[float] = 300.0
     pool: ClassVar[RankPool | None] = None
 
     _own_pool: ClassVar[RankPool | None] = None
@@ -102,7 +104,7 @@ class PotentialConformance:
 
     def test_structures_differ_in_size(self, structures: str) -> None:
         """Checks the data: faults with micro-batches of unequal sizes show only where sizes are unequal."""
-        (costs,) = self._ranks().run(_costs, type(self).datamodules[structures], world_size=1)
+        (costs,) = self._run(1, _costs, type(self).datamodules[structures])
         assert len(set(costs)) > 1, (
             f"all {len(costs)} structures of {type(self).__name__}.datamodules[{structures!r}] are equally large: take "
             "structures with unequal numbers of atoms or edges"
@@ -114,7 +116,7 @@ class PotentialConformance:
         arguments = _complete(cls.strategies[strategy])
         devices = _devices(arguments)
         try:
-            found = self._ranks().run(train_in_pipeline, *self._run_of(structures, arguments), world_size=devices)
+            found = self._run(devices, train_in_pipeline, *self._run_of(structures, arguments))
             compare_records(self._reference(structures, arguments), found, cls.rtol)
         except AssertionError as error:
             raise AssertionError(
@@ -129,8 +131,11 @@ class PotentialConformance:
         if key not in self._references:
             run = self._run_of(structures, needed)
             replicas = _devices(needed)
-            self._references[key] = self._ranks().run(train_undivided, *run, replicas, world_size=replicas)[0]
+            self._references[key] = self._run(replicas, train_undivided, *run, replicas)[0]
         return self._references[key]
+
+    def _run(self, num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        return self._ranks().run(function, *arguments, world_size=num_ranks, timeout=type(self).timeout)
 
     def _run_of(self, structures: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         cls = type(self)

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -76,7 +75,7 @@ class RankPool:
         if not 1 <= num <= self.size:
             raise ValueError(f"world_size={num}, but the pool has {self.size} processes")
         try:
-            jobs = [bytes(ForkingPickler.dumps((function, args))) for _ in range(num)]  # tensors are handed over once
+            job = pickle.dumps((function, args))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"the ranks run in processes of their own, to which this cannot be sent: {error}. Define functions and "
@@ -84,7 +83,7 @@ class RankPool:
             ) from error
         self._start(num)
         with reserved_port() as port:
-            for rank, (pipe, job) in enumerate(zip(self._pipes, jobs, strict=False)):
+            for rank, pipe in enumerate(self._pipes[:num]):
                 pipe.send((job, rank, num, port))
             return self._results(num, timeout)
 
@@ -99,7 +98,8 @@ class RankPool:
             for pipe in [p for p in pending if p in ready]:
                 rank = pending.pop(pipe)
                 try:
-                    results[rank] = pipe.recv()
+                    # By value: in shared memory, tensors need a server or a file handle each.
+                    results[rank] = pickle.loads(pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     results[rank] = (False, f"rank {rank} died")
         failed = {r: text for r, (ok, text) in sorted(results.items()) if not ok}
@@ -159,23 +159,24 @@ def _serve(pipe: Connection, environment: dict[str, str], start_method: str | No
             MASTER_PORT=str(port),
             TORCHELASTIC_RUN_ID="januspipe-testing",
         )
-        pipe.send(_answer(job))
+        pipe.send_bytes(_answer(job))
 
 
-def _answer(job: bytes) -> tuple[bool, Any]:
-    """Returns whether a job's function succeeded, and its result or the traceback."""
+def _answer(job: bytes) -> bytes:
+    """Returns in pickled form whether a job's function succeeded, and its result or the traceback."""
     try:
-        function, args = ForkingPickler.loads(job)
+        function, args = pickle.loads(job)
     except Exception as error:
-        return False, _told(error) + (
+        hint = (
             "The ranks run in processes of their own, which import functions and classes by name: define them in a "
             "file that can be imported from a folder on sys.path"
         )
+        return pickle.dumps((False, _told(error) + hint))
     dtype = torch.get_default_dtype()
     try:
-        return True, function(*args)
+        return pickle.dumps((True, function(*args)))
     except BaseException as error:
-        return False, _told(error)
+        return pickle.dumps((False, _told(error)))
     finally:
         torch.set_default_dtype(dtype)
         if torch.distributed.is_initialized():

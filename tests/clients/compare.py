@@ -85,7 +85,7 @@ def summary(checkpoint: Path) -> Path:
 class ClientConformance(PotentialConformance):
     """The tests that the models of every package pass, with five steps each; ``preload`` names a package's program."""
 
-    steps = 5
+    steps, timeout = 5, 600.0
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -7,6 +7,7 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.io import write
 
 from lightning_januspipe import keys
@@ -154,3 +155,31 @@ def test_no_full_batch(setup):
         setup(alloys, batch_size=8, drop_last=True)
     setup(alloys, batch_size=4, drop_last=True)
     setup(alloys, batch_size=8)
+
+
+def test_forces_under_constraints(setup):
+    alloys = emt_structures(4, sizes=(4,))
+    for atoms in alloys[:2]:
+        atoms.set_constraint(FixAtoms([0, 1]))
+    assert "constraint" not in setup(alloys)[1]  # raw forces
+    for atoms in alloys[:2]:
+        atoms.calc.results["forces"][:2] = 0.0
+    said = setup(alloys)[1]
+    assert "2 of 4 structures, such as" in said and "have forces of exactly zero on all atoms with a constraint" in said
+
+
+def test_forces_that_do_not_sum_to_zero(setup):
+    alloys = emt_structures(4, sizes=(8,))
+    assert "sum to zero" not in setup(alloys)[1]
+    alloys[1].calc.results["forces"][0] += [0.0, 0.0, 2.0]
+    said = setup(alloys)[1]
+    assert "the forces of 1 of 4 structures do not sum to zero, by up to 2 eV/Å in" in said and "frame 1" in said
+
+
+def test_charges_that_the_potential_does_not_see(setup):
+    alloys = emt_structures(4, sizes=(4,))
+    for atoms in alloys:
+        atoms.info["charge"] = 1
+    assert "charge" not in setup(alloys)[1]
+    alloys[2].info["charge"] = -1
+    assert "structures differ in charge or spin (charge=-1; charge=1), which is not an input" in setup(alloys)[1]

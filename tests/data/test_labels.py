@@ -189,3 +189,23 @@ def test_labels_in_the_data_of_a_database(tmp_path):
     (sample,) = StructureDataset(tmp_path / "data.db", cutoff=3.0, dtype="float64")
     assert sample[keys.ENERGY].tolist() == [-1.0]
     np.testing.assert_array_equal(sample[keys.STRESS][0], FULL)
+
+
+def test_units_of_a_database(tmp_path):
+    units_of = {"energy": "Hartree", "forces": "eV/Ang", "stress": "eV/Ang/Ang/Ang"}
+    with connect(tmp_path / "units.db") as database:
+        for atoms in emt_structures(2, sizes=(4,)):
+            database.write(atoms)
+        database.metadata = {"_property_unit_dict": units_of, "_distance_unit": "Ang"}
+    with pytest.raises(ValueError, match="units.db has 'energy' in Hartree, and energy_unit='eV'; set energy_unit="):
+        StructureDataset(tmp_path / "units.db", cutoff=3.0)
+    StructureDataset(tmp_path / "units.db", cutoff=3.0, energy_unit="Hartree")
+    with connect(tmp_path / "units.db") as database:
+        database.metadata = {"_distance_unit": "Bohr"}
+    with pytest.raises(ValueError, match="units.db has lengths in Bohr; expected Å"):
+        StructureDataset(tmp_path / "units.db", cutoff=3.0)
+
+
+def test_gradients_are_no_forces():
+    with pytest.raises(ValueError, match="forces_key='dft_gradient' names a gradient, and forces are minus the"):
+        LabelKeys(forces_key="dft_gradient")

@@ -11,7 +11,7 @@ from ase.io import write
 from lightning_januspipe import keys
 from lightning_januspipe.data import atoms_to_sample, read_structures
 from lightning_januspipe.data.labels import LabelKeys
-from lightning_januspipe.data.structures import resolve_dtype, validate_species
+from lightning_januspipe.data.structures import find_species, resolve_dtype, validate_species
 
 VOIGT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 FULL = np.array([[1.0, 6.0, 5.0], [6.0, 2.0, 4.0], [5.0, 4.0, 3.0]])
@@ -132,6 +132,33 @@ def test_missing_labels_name_what_was_found(labelled):
         assert found in message
     with pytest.raises(ValueError, match=r"structure has no energy label 'E'.*`energy_key`"):
         to_sample(water, energy_key="E")
+
+
+@pytest.mark.parametrize("pbc", [True, [True, True, False], False])
+def test_atoms_far_away_keep_their_digits(labelled, pbc):
+    crystal = bulk("Cu", cubic=True).repeat(2)
+    crystal.rattle(0.1, seed=0)
+    crystal.pbc = pbc
+    rng = np.random.default_rng(0)
+    far = crystal.copy()
+    far.positions += (rng.integers(-3000, 3000, size=(32, 3)) * crystal.pbc) @ crystal.cell.array + [5e4, 0, 0]
+    vectors = []
+    for atoms in (crystal, far):
+        atoms = labelled(atoms, energy=0.0, forces=np.zeros((32, 3)))
+        sample = to_sample(atoms, dtype="float32")
+        j, i = sample[keys.EDGE_INDEX]
+        shift = sample[keys.CELL_SHIFTS] @ sample[keys.CELL][0]
+        found = sample[keys.POSITIONS][j] + shift - sample[keys.POSITIONS][i]
+        vectors.append(found[np.lexsort(found.round(decimals=3).T.numpy())])
+    torch.testing.assert_close(*vectors, rtol=0, atol=2e-5)
+
+
+def test_placeholders_are_no_species():
+    dummy = molecule("H2O")
+    dummy.numbers[2] = 0
+    assert find_species([dummy]) == ["H", "O"]
+    with pytest.raises(ValueError, match=r"frame 2 holds the unknown species X"):
+        to_sample(dummy, require_labels=False, source="frame 2")
 
 
 def test_unknown_species():

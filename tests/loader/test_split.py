@@ -15,7 +15,7 @@ import pytest
 import torch
 from loaders import Samples, Stream, collate, global_noise
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_januspipe.loader import split as loading
 from lightning_januspipe.loader.examples import example_batches
@@ -189,6 +189,16 @@ def test_state_is_that_of_the_loader_in_use() -> None:
 
 
 # -- examples for capture --------------------------------------------------------------------------------------------
+
+
+def test_no_full_batch() -> None:
+    with pytest.raises(ValueError, match=r"its dataset \(Samples\) has 3 samples, a batch has 4, and drop_last"):
+        require_samples(DataLoader(Samples(3), batch_size=4, drop_last=True))
+    sampler = DistributedSampler(Samples(6), 2, 0)
+    with pytest.raises(ValueError, match="has 6 samples for 2 replicas, a batch has 4"):
+        require_samples(DataLoader(sampler.dataset, sampler=sampler, batch_size=4, drop_last=True))
+    require_samples(DataLoader(Samples(3), batch_size=4))
+    require_samples(DataLoader(Samples(4), batch_size=4, drop_last=True))
 
 
 def test_empty_dataset() -> None:
