@@ -1,8 +1,7 @@
 """Finds the potential of a LightningModule: the submodule that differentiates an energy in its ``forward``.
 
-One ordinary step of the user's module is run on a real batch under a ``TorchFunctionMode``, which sees the call of
-``torch.autograd.grad`` however it was imported. Where the step itself makes that call, all of the step before it stands
-for the potential.
+One ordinary step of the user's module runs on a real batch under a ``TorchFunctionMode``, which sees every call of
+``torch.autograd.grad``. Where the step itself makes that call, the part of the step before it stands for the potential.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.errors import CaptureError
 
 _NO_WAY = ("appears to not have been used in the graph", "does not require grad")
-"""Words of torch for a derivative that does not exist."""
+"""Words in torch's errors for a derivative that does not exist."""
 
 
 @dataclass
@@ -42,19 +41,19 @@ class _GradCall:
 
 @dataclass
 class _Returned:
-    """A module that returned to the step itself: not from within another module."""
+    """A module that was called by the step itself, not by another module."""
 
     name: str
     output: Any
-    num_grads: tuple[int, int]  # calls of torch.autograd.grad before it began, and before it returned
+    num_grads: tuple[int, int]  # calls of torch.autograd.grad before it was called, and before it returned
 
 
 class _StepObserver(TorchFunctionMode):
-    """Records calls of ``torch.autograd.grad`` and which outputs of modules are read after these returned.
+    """Records calls of ``torch.autograd.grad``, and which outputs of modules are read after the modules returned.
 
     Args:
         module: the LightningModule.
-        potential: dotted name of the potential, where the user gave one; else it is the outermost submodule.
+        potential: dotted name of the potential, where the user gave one; None for the outermost submodule.
     """
 
     def __init__(self, module: nn.Module, potential: str | None) -> None:
@@ -63,22 +62,22 @@ class _StepObserver(TorchFunctionMode):
         self._parameter_ids = {id(p): n for n, p in module.named_parameters()}
         self._potential = potential
         self._stack: list[str] = []
-        self._grads_before: list[int] = []  # for each entry of the stack, how many grad calls preceded it
+        self._grads_before: list[int] = []  # for each entry of the stack, the calls of grad before it
         self._output_ids: dict[int, tuple[int, int]] = {}
         self.grads: list[_GradCall] = []
-        self.returned: list[_Returned] = []  # outputs are kept alive, so that their ids stay their own
-        self.read: set[tuple[int, int, str]] = set()  # which module that returned, which leaf, the module that reads it
-        self.parameters_read: set[tuple[str, tuple[str, ...]]] = set()  # with the modules that were running
+        self.returned: list[_Returned] = []  # keeps outputs alive, so that their ids stay their own
+        self.read: set[tuple[int, int, str]] = set()  # position in returned, position of the leaf, module that reads it
+        self.parameters_read: set[tuple[str, tuple[str, ...]]] = set()  # name, and the modules that were running
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of every module."""
+        """Runs before the forward of every module."""
         name = self._names.get(id(module))
         if name is not None:
             self._stack.append(name)
             self._grads_before.append(len(self.grads))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of every module."""
+        """Runs after the forward of every module."""
         name = self._names.get(id(module))
         if name is None or not self._stack or self._stack[-1] != name:
             return
@@ -101,12 +100,12 @@ class _StepObserver(TorchFunctionMode):
         except RuntimeError as error:
             if func is torch.autograd.grad and any(w in str(error) for w in _NO_WAY):
                 raise CaptureError(
-                    "the energy does not depend on what it is differentiated by, or not in a differentiable way: "
-                    "torch.autograd.grad found no way from one to the other. Look for a detach(), torch.no_grad(), "
-                    ".data, or a conversion to numpy between positions (or strain) and energy."
+                    "the energy does not depend in a differentiable way on what it is differentiated by: "
+                    "torch.autograd.grad found no graph between them. Look for a detach(), torch.no_grad(), .data, or "
+                    "a conversion to numpy between positions (or strain) and energy."
                 ) from error
             raise
-        # A parameter's device, dtype or shape may be asked for anywhere; only its values may not.
+        # Any code may ask for a parameter's device, dtype or shape; only reading its values counts.
         has_values = any(isinstance(x, (Tensor, float)) for x in pytree.tree_leaves(result))
         reader = next((name for name in self._stack if name), "")
         for leaf in map(id, pytree.tree_leaves((args, kwargs))):
@@ -118,7 +117,7 @@ class _StepObserver(TorchFunctionMode):
 
 
 def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential: str | None = None) -> PotentialCall:
-    """Run one step and return the call of the potential made in it.
+    """Runs one step, and returns the call of the potential in it.
 
     Args:
         module: the LightningModule.
@@ -161,13 +160,13 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
         module.get_submodule(path), returned.output, {leaf for i, leaf, _ in observer.read if i == position}
     )
     args, kwargs = call_arguments(module, path, step, batch)
-    # Frozen ones are held by every rank; those that are trained only where the step itself is the potential.
+    # Every rank holds frozen parameters. It holds trained ones only if the step itself is the potential.
     step_parameters = tuple(sorted(name.removeprefix(prefix) for name in read_outside))
     return PotentialCall(path, args, kwargs, tuple(sorted(read)), step_parameters=step_parameters)
 
 
 def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> PotentialCall:
-    """The step as the potential: what comes before its call of ``torch.autograd.grad``."""
+    """Returns the call of a step that stands for the potential, up to its call of ``torch.autograd.grad``."""
     name = type(module).__name__
     before = [r for r in observer.returned if r.num_grads == (0, 0) and _is_differentiable(r.output)]
     whole = [r for r in before if not r.name]  # the LightningModule's own forward
@@ -191,7 +190,7 @@ def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> Potentia
         position += len(_tensors(returned.output))
     inside = {f"{n}." for n in names} if "" not in names else {""}
     parameters = {p for p, running in observer.parameters_read if not any(n in running for n in names)}
-    # What submodules that are called for the loss alone hold is read there only.
+    # Parameters of submodules that are called for the loss alone are read there only.
     own = {p for p in parameters if any(p.startswith(n) for n in inside)} | {
         p for p, running in observer.parameters_read if not any(running)
     }
@@ -199,7 +198,7 @@ def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> Potentia
 
 
 def _read_of_joined(potential: nn.Module, returned: Any, read: set[int]) -> set[int]:
-    """Which tensors the step reads, counted in what the traced call returns: adapters may join those of a list."""
+    """Returns which tensors of the traced call's return value the step reads; adapters may join tensors of a list."""
     adapters = adapters_of(potential)
     if not adapters:
         return read
@@ -218,13 +217,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, batch: Any) -> PotentialCall:
-    """The call that a step makes of the potential in evaluation mode, where arguments such as ``training`` differ.
+    """Returns a step's call of the potential in evaluation mode, where arguments such as ``training`` differ.
 
     Args:
         module: the LightningModule.
         step: its evaluation step.
         call: the call in training.
-        batch: the batch of that call. A step that is made for other batches only is taken to call as in training.
+        batch: the batch of the call in training. A step that fails on it is assumed to call as in training.
     """
     modes = {m: m.training for m in module.modules()}
     module.eval()
@@ -239,7 +238,7 @@ def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, 
 
 
 def _refuse_other_calls(module: nn.Module, observer: _StepObserver, potential: str | None) -> None:
-    """Raise the error that says what is wrong with the calls that were seen."""
+    """Raises the error that says what is wrong with the calls of ``torch.autograd.grad`` that were seen."""
     step, grads = f"the step of {type(module).__name__}", observer.grads
     if not grads:
         raise CaptureError(
@@ -271,7 +270,7 @@ def _refuse_other_calls(module: nn.Module, observer: _StepObserver, potential: s
 
 @contextmanager
 def _global_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Module hooks on every module for the duration of the block."""
+    """Registers hooks on every module inside the block."""
     before = register_module_forward_pre_hook(enter)
     after = register_module_forward_hook(leave, always_call=True)
     try:

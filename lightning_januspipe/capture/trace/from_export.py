@@ -1,4 +1,4 @@
-"""From an exported program to plain data."""
+"""Turns an exported program into a captured program, which is plain data."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def _refuse_trained_facts(program: Program) -> None:
 
 
 def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:
-    """Sizes for which the trace holds: a Python branch on a size, and a size made a constant, limit it.
+    """Returns the sizes for which the trace is right: Python branches on sizes, and sizes made constants, limit them.
 
-    Ranges that exclude no more than 0 and 1 are left out: they come from operations that treat empty tensors apart, and
-    from models that branch for a single structure only to squeeze a dimension.
+    Ranges that exclude no more than 0 and 1 are left out: they come from operations with a case for empty tensors, and
+    from models that branch on a single structure only to squeeze a dimension.
     """
     limits: dict[tuple[int, int], tuple[int, int]] = {}
     for position, name in enumerate(program.inputs):
@@ -148,7 +148,7 @@ def _equal_sizes(shape_env: Any) -> list[tuple[str, str]]:
 
 
 def _is_assertion(node: Node) -> bool:
-    """Run-time checks and metadata of export: the validation on other sizes replaces them."""
+    """Tells whether an operation is a run-time check of export, which the validation on other sizes replaces."""
     text = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return any(s in text for s in ("_assert", "sym_constrain_range", "_guards_fn"))
 

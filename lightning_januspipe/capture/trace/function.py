@@ -17,7 +17,7 @@ from lightning_januspipe.engine.autocast import OFF, autocast_as
 class ProgramFunction:
     """Computes some values of a program from a call's tensors, in the caller's grad mode and outside autocast.
 
-    Casts are operations of the program. Parameters and buffers are those that the potential has at each call.
+    Casts are operations of the program. The potential's parameters and buffers at the time of each call count.
 
     Args:
         program: the captured program.
@@ -98,11 +98,11 @@ def new_leaf(value: Tensor) -> Tensor:
 
 
 class PlaceholderValues:
-    """Values of placeholders: parameters and buffers of the live potential, constants, the call's tensors.
+    """Reads values of placeholders: parameters and buffers of the live potential, constants, the call's tensors.
 
     Args:
         program: the traced potential.
-        potential: the live potential; what it holds at the time of each call counts.
+        potential: the live potential; its parameters and buffers at the time of each call count.
         names: the placeholders wanted, in order.
     """
 
@@ -122,6 +122,6 @@ class PlaceholderValues:
                 self._sources.append((module._parameters if name in program.parameters else module._buffers, attribute))
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
-        """The values, in the order of the names; of the call's tensors the values only."""
+        """Returns the values in the order of the names, the call's tensors without their graphs."""
         given = [x.detach() if isinstance(x, Tensor) else x for x in tensors]
         return [given[key] if where is None else where[key] for where, key in self._sources]

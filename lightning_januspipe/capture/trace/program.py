@@ -35,12 +35,12 @@ class ReturnedSize:
     kind: type
 
     def value(self, symbols: Mapping[str, int]) -> Any:
-        """The number, from values of the size symbols."""
+        """Returns the number for given values of the size symbols."""
         return self.kind(evaluate(self.expression, symbols))
 
 
 def returned_leaf(leaf: Any) -> Any:
-    """A leaf of what the traced forward returned as plain data."""
+    """Returns a leaf of what the traced forward returned, as plain data."""
     for kind, symbolic in ((int, torch.SymInt), (float, torch.SymFloat), (bool, torch.SymBool)):
         if isinstance(leaf, symbolic):
             return ReturnedSize(str(leaf.node.expr), kind)

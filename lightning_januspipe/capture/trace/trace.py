@@ -1,7 +1,7 @@
 """Traces a potential, its call of ``torch.autograd.grad`` included, to one functional graph with symbolic sizes.
 
-The call is replaced by one opaque operator while tracing, so the graph shows what is differentiated with respect to
-what; everything before it is the energy, everything after it the epilogue (signs, volumes, packing of outputs).
+While tracing, one opaque operator replaces that call, so the graph shows the differentiated energy and coordinates.
+Everything before the operator computes the energy; everything after it is the epilogue (signs, volumes, outputs).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LIBRARY = "januspipe"
 
 @torch.library.custom_op(f"{_LIBRARY}::energy_gradient", mutates_args=())
 def energy_gradient(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Stands for ``torch.autograd.grad(outputs, inputs)`` in a traced graph; it is cut out and never run."""
+    """Stands for ``torch.autograd.grad(outputs, inputs)`` in a traced graph; it is never run."""
     raise NotImplementedError("energy_gradient marks a place in a traced graph and is never run")
 
 
@@ -51,7 +51,7 @@ def _(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
 
 
 class _MarkGrad(TorchFunctionMode):
-    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`, and keeps the autocast that it was called under."""
+    """Replaces ``torch.autograd.grad`` by :func:`energy_gradient`, and keeps the autocast of that call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _GiveZeros(TorchFunctionMode):
 
 
 class _TracedCall(nn.Module):
-    """The potential as a function of the tensors of its call only, so that nothing else is an input.
+    """Runs the potential as a function of the tensors of its call, so that nothing else is an input.
 
     Args:
         potential: the potential.
@@ -123,13 +123,13 @@ class _TracedCall(nn.Module):
 def trace_potential(
     potential: nn.Module, call: PotentialCall, form: CallFormat | None = None, adapters: Sequence[Adapter] = ()
 ) -> Program:
-    """Trace one call of ``potential``.
+    """Traces one call of a potential; applies no pass of :mod:`~lightning_januspipe.capture.passes`.
 
     Args:
         potential: the submodule found by :func:`find_potential`, left as it is.
         call: arguments with at least two structures of different sizes, so that no size looks like a constant.
         form: the format of its calls.
-        adapters: what is special to its package; ``call`` has the arguments that they made.
+        adapters: the adapters of its package; ``call`` has the arguments that they made.
 
     Returns:
         The functional program of energy and epilogue.
@@ -157,7 +157,7 @@ def trace_potential(
             stack.enter_context(eager_branches(potential, (call.args, call.kwargs)))
             stack.enter_context(symbolic_sizes(potential, (call.args, call.kwargs), values))
             stack.enter_context(torch.enable_grad())
-            # Positions may already require a gradient; a traced input is a constant, its leaf is made inside the stage.
+            # Positions may already require a gradient; stages make the leaves, so the traced inputs are constants.
             tensors = [t.detach() for t in form.bind(call.path, call.args, call.kwargs)]
             _run_once(potential, call, form, tensors, values)
             tensors += values.carriers(tensors[0].device)
@@ -191,7 +191,7 @@ def trace_potential(
         facts=values.facts,
     )
     program.autocast = autocast
-    # A shared parameter goes by its first name, as in named_parameters(), whichever of its names export chose.
+    # Export may choose any name of a shared parameter; named_parameters() has the first one.
     first = {p: name for name, p in potential.named_parameters()}
     named = dict(potential.named_parameters(remove_duplicate=False))
     program.parameters = {placeholder: first[named[name]] for placeholder, name in program.parameters.items()}
@@ -231,7 +231,7 @@ def _run_once(
 
 
 def _needs_functionalization(exported: ExportedProgram) -> bool:
-    """Whether the graph mutates a tensor or nests graphs; a cut that follows data flow would drop such nodes."""
+    """Tells whether the graph mutates a tensor or nests graphs, which a cut that follows data flow would drop."""
     for node in exported.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return True
@@ -255,7 +255,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of code that is neither torch's nor this package's."""
+    """Returns the innermost line of code that is neither torch's nor this package's."""
     ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f" (at {frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line!r})" if frames else ""

@@ -343,7 +343,7 @@ def rounding_tolerance(staged: StagedPotential, potential: nn.Module) -> float:
 
 
 def smallest_scale(derivatives: Sequence[Tensor], tolerance: float) -> float:
-    """The least scale at which derivatives are compared.
+    """Returns the least scale at which derivatives are compared.
 
     Derivatives that vanish by symmetry, in a perfect crystal say, are sums of terms that cancel but for rounding. These
     terms are about as large as the other derivatives.
