@@ -1,11 +1,11 @@
-"""What is done to a captured program between its trace and its cut: an ordered list of passes.
+"""Lists the passes over a captured program, which run between its trace and its cut.
 
 A pass is a function ``Program -> Program``: it changes the program that it is given, and returns it. After every pass
-the program gives the same results for every batch, within rounding. Random numbers, in the order in which the forward
-draws all of them, and lists of indices become inputs; other placeholders, symbols and conditions stay.
-Tracing applies none, and the cache holds programs to which all have been applied.
+the program gives the same results for every batch, within rounding. Passes may add inputs (random numbers, in the order
+in which the forward draws them, and lists of indices) with their symbols and conditions; other inputs stay. Tracing
+applies no pass, and the cache holds programs after all passes.
 
-What follows reads the program and does not change it::
+These functions run after the passes; they read the program and do not change it::
 
     find_regions(Program, read outputs) -> Regions                 which operations are geometry, body, epilogue
     measure(Program, Regions, tensors) -> Profile                  seconds and bytes of each operation
@@ -34,7 +34,11 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
     split_pair_lookups,
     split_shared_linear,
 )
-"""The passes in their order: a range of columns is recognized only where no view stands between it and its reader."""
+"""The passes in their order.
+
+``draw_outside`` comes first, so that all random numbers of the forward are drawn, used or not. ``simplify`` comes
+before the passes that recognize patterns of operations: a view between two operations would hide a pattern.
+"""
 
 
 def apply_passes(program: Program) -> Program:

@@ -20,7 +20,7 @@ def segment_linear(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     Args:
         x: (R, ..., I) rows.
         weights: (B, O, I) a matrix for each structure.
-        index: (R,) structure of each row, integers; fastest where they are sorted.
+        index: (R,) integers, the structure of each row; sorted ones are fastest.
 
     Returns:
         (R, ..., O)
@@ -56,7 +56,7 @@ def _(a: Tensor, b: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 def _segments(index: Tensor, num: int) -> tuple[Tensor | None, list[int]]:
-    """An order in which the rows of each structure follow each other (None for the given one), and their numbers."""
+    """Returns an order with the rows of each structure together (None for the given order), and their numbers."""
     is_sorted = bool((index[1:] >= index[:-1]).all())
     counts: list[int] = torch.bincount(index, minlength=num).tolist()
     return (None if is_sorted else torch.argsort(index, stable=True)), counts

@@ -1,7 +1,7 @@
-"""Batches of any project as trees: dicts, lists, tuples, dataclasses, PyTorch Geometric data, plain objects.
+"""Treats batches of any project as trees: dicts, lists, tuples, dataclasses, PyTorch Geometric data, plain objects.
 
-Nothing is registered and nothing imported: what an object is, is seen from what it has. Objects that can be called are
-containers too, if they hold tensors; only functions, classes and modules are leaves whatever they hold.
+No class is registered and no package imported: the attributes of an object tell how to walk through it. Callable
+objects are containers too, if they hold tensors; functions, classes and modules are always leaves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MUTABLE_LEAVES = (set, bytearray)
 
 
 def children(value: Any) -> Children | None:
-    """Parts of a container by their place in it, or None for a leaf.
+    """Returns the parts of a container by their place in it; None for a leaf.
 
     An object without tensors inside is a leaf, whatever it is.
     """
@@ -47,12 +47,12 @@ def children(value: Any) -> Children | None:
 
 
 def leaves(value: Any, place: str = "", within: tuple[int, ...] = ()) -> Children:
-    """Leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``.
+    """Returns the leaves of a tree by their place, such as ``[0]['positions']`` or ``[0].edge_index``.
 
     Args:
         value: the tree.
-        place: where the tree itself stands.
-        within: identities of the containers around it; one that holds itself is a leaf in there.
+        place: the place of the tree itself.
+        within: ids of the containers around the tree; a container inside itself is a leaf.
     """
     parts = children(value) if id(value) not in within else None
     if parts is None:
@@ -62,13 +62,13 @@ def leaves(value: Any, place: str = "", within: tuple[int, ...] = ()) -> Childre
 
 
 def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "", within: tuple[int, ...] = ()) -> Any:
-    """The same tree with other leaves; containers are copied, so that writing to them does not reach the original.
+    """Returns the tree with other leaves; containers are copied, so that writing to them does not reach the original.
 
     Args:
         value: the tree.
         replace: from a leaf's place and value to its new value.
-        place: where the tree itself stands.
-        within: identities of the containers around it; one that holds itself is a leaf in there.
+        place: the place of the tree itself.
+        within: ids of the containers around the tree; a container inside itself is a leaf.
     """
     parts = children(value) if id(value) not in within else None
     if parts is None:
@@ -79,9 +79,9 @@ def with_leaves(value: Any, replace: Callable[[str, Any], Any], place: str = "",
 
 
 def copied(batch: Any) -> Any:
-    """Returns a batch whose containers, at any depth, a step can write to; tensors and other leaves are shared.
+    """Returns a copy of a batch whose containers, at any depth, a step can write to; its leaves are shared.
 
-    Objects without tensors are copied where they are the batch, or entries of a list that is.
+    An object without tensors is copied only if it is the batch itself, or an entry of a list that is the batch.
     """
     outer = re.compile(r"(\[\d+\])*")
 
@@ -123,7 +123,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _held(value: Any) -> dict[str, Any]:
-    """Attributes of an object by name: those in its ``__dict__``, and those in slots."""
+    """Returns the attributes of an object by name, from its ``__dict__`` and its slots."""
     slots = (c.__dict__.get("__slots__", ()) for c in reversed(type(value).__mro__))
     names = [n for of_class in slots for n in ([of_class] if isinstance(of_class, str) else of_class)]
     own = {n: getattr(value, n) for n in names if n not in ("__dict__", "__weakref__") and hasattr(value, n)}
@@ -131,13 +131,13 @@ def _held(value: Any) -> dict[str, Any]:
 
 
 def _attributes(held: Mapping[str, Any]) -> list[str]:
-    """All but what a class keeps for itself, such as the offsets by which a batch was put together."""
+    """Returns the names of attributes without those that a class keeps for itself, such as offsets of a batch."""
     own = [n for n, v in held.items() if n.startswith("__") and n.endswith("__") and not isinstance(v, int)]
     return [n for n in held if n not in own]
 
 
 def _is_graph_data(value: Any) -> bool:
-    """PyTorch Geometric's ``Data``, ``HeteroData`` and batches of them."""
+    """Tells whether a value is PyTorch Geometric's ``Data`` or ``HeteroData``, or a batch of them."""
     return hasattr(value, "stores") and hasattr(value, "to_dict") and hasattr(value, "edge_stores")
 
 
@@ -150,7 +150,7 @@ def _of_graph_data(value: Any) -> Children:
 
 
 def _numbers(value: Any) -> list[tuple[dict[str, Any], str]]:
-    """A batch keeps its number of graphs beside its entries: its own, or those of its one store without a key."""
+    """Returns where a batch keeps its number of graphs: in its own attributes, or in its store without a key."""
     owners = [vars(value), *(vars(s) for s in value.stores if getattr(s, "_key", None) is None)]
     return [(owner, n) for owner in owners for n, v in owner.items() if isinstance(v, int)]
 

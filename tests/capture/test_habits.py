@@ -132,7 +132,7 @@ def test_buffer_that_changes() -> None:
     call = found.call_on(batch(*OTHER))
     found.cut(2).inputs(found.potential)(call.args, call.kwargs)
     found.potential.p += 1
-    with pytest.raises(CaptureError, match="captured with the value 6 at .*gives it the value 7 there"):
+    with pytest.raises(CaptureError, match="captured with the value 6 at .*has the value 7 there"):
         found.cut(2).inputs(found.potential)(call.args, call.kwargs)
 
 

@@ -1,8 +1,8 @@
-"""fairchem-core's eSEN and UMA: edges that the forward makes, and experts whose weights are mixed for each structure.
+"""Helps fairchem-core's eSEN and UMA through capture: builds edges outside the trace, replaces loops over structures.
 
-``MOLE`` multiplies the edges of each structure by a matrix of its own, in a loop over structures; names of datasets,
-and with ``otf_graph`` periodic images, are gone through in loops as well. Experts and names become one operation each,
-and edges are made before the traced call. Models without these, such as eSEN on given edges, need nothing.
+``MOLE`` multiplies the edges of each structure by a matrix of its own, in a loop over structures. Names of datasets are
+embedded in a loop too. The adapter replaces each loop by one operation. With ``otf_graph`` the forward builds edges in
+loops; the adapter builds them before the traced call. Other models, such as eSEN on given edges, need no adapter.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lightning_januspipe.capture.trees import copied
 
 
 class FairchemAdapter(Adapter):
-    """For backbones that make edges, have ``MOLE`` layers, or embed names of datasets."""
+    """Adapts backbones that build edges, have ``MOLE`` layers, or embed names of datasets."""
 
     def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Experts' statistics, which read values that depend on parameters, are not logged."""
+        """Returns a context without logs of the experts' statistics, which read values that depend on parameters."""
         return _without_statistics(module)
 
     def arguments(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Names of datasets become their places among those of the model, and edges are made."""
+        """Returns the arguments with indices in the place of names of datasets, and with edges."""
         names, makers = _dataset_names(potential), _edge_makers(potential)
         if not args or not (makers or (names and "dataset" in args[0])):
             return args, kwargs
@@ -45,7 +45,7 @@ class FairchemAdapter(Adapter):
         return (data, *args[1:]), kwargs
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """Experts and embeddings take all structures together."""
+        """Returns a context in which experts and embeddings take all structures together."""
         return _together(potential)
 
 
@@ -54,7 +54,7 @@ def _edge_makers(potential: nn.Module) -> list[Any]:
 
 
 def _make_edges(backbone: Any, data: Any) -> None:
-    """Gives data the edges that a backbone makes in its forward."""
+    """Gives data the edges that a backbone builds in its forward."""
     from fairchem.core.graph.compute import generate_graph
 
     given = copied(data)
@@ -106,12 +106,12 @@ def _together(potential: nn.Module) -> Iterator[None]:
 
 
 def _set_structures(backbone: Any, nsystems: int, batch_full: Tensor, edge_index: Tensor) -> None:
-    """In the place of the numbers of edges of each structure: the structure of each edge."""
+    """Keeps the structure of each edge in the place of each structure's number of edges."""
     backbone.global_mole_tensors.mole_sizes = batch_full[edge_index[1]]
 
 
 def _experts(layer: Any, x: Tensor) -> Tensor:
-    """(E, ..., O) products of the edges' features and the mixed weights of their structures."""
+    """Returns (E, ..., O), the products of the edges' features and the mixed weights of their structures."""
     shared = layer.global_mole_tensors
     weights = torch.einsum("eoi, be->boi", layer.weights, shared.expert_mixing_coefficients)
     result = segment_linear(x, weights.to(x.dtype), shared.mole_sizes)
@@ -119,6 +119,6 @@ def _experts(layer: Any, x: Tensor) -> Tensor:
 
 
 def _dataset_embedding(embedding: Any, places: Tensor) -> Tensor:
-    """(B, width) embeddings of the datasets that structures are from."""
+    """Returns (B, width), the embeddings of the datasets that structures are from."""
     table = torch.cat([part.weight for part in embedding.dataset_emb_dict.values()])
     return table[places]

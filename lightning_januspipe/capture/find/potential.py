@@ -1,4 +1,4 @@
-"""Find the potential of a LightningModule: the submodule that differentiates an energy in its ``forward``.
+"""Finds the potential of a LightningModule: the submodule that differentiates an energy in its ``forward``.
 
 One ordinary step of the user's module is run on a real batch under a ``TorchFunctionMode``, which sees the call of
 ``torch.autograd.grad`` however it was imported. Where the step itself makes that call, all of the step before it stands
@@ -139,7 +139,7 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
     observer = _StepObserver(module, potential)
     with _global_hooks(observer.enter, observer.leave), observer:
         step(copied(batch))
-    _judge(module, observer, potential)
+    _refuse_other_calls(module, observer, potential)
     whole = (0, len(observer.grads))
     if not observer.grads[0].stack or not any(r.num_grads == whole for r in observer.returned):
         return _in_step(module, observer, batch)
@@ -238,7 +238,7 @@ def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, 
     return replace(call, args=args, kwargs=kwargs)
 
 
-def _judge(module: nn.Module, observer: _StepObserver, potential: str | None) -> None:
+def _refuse_other_calls(module: nn.Module, observer: _StepObserver, potential: str | None) -> None:
     """Raise the error that says what is wrong with the calls that were seen."""
     step, grads = f"the step of {type(module).__name__}", observer.grads
     if not grads:

@@ -1,4 +1,4 @@
-"""From a call of a captured potential to what its stages get: tensors, sizes, random numbers, lists of indices."""
+"""Makes the inputs of a captured program from a call: tensors, sizes, random numbers and lists of indices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CallInputs:
-    """From a call of the potential to the program's inputs.
+    """Makes the program's inputs from a call of the potential.
 
     Args:
         captured: the captured potential.
@@ -34,13 +34,13 @@ class CallInputs:
         self._steps = _evaluation_steps(captured, potential)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Tensors of the call, carriers of its integers and of those that the forward reads, and what it makes of them.
+        """Returns the program's inputs: tensors of the call, carriers of integers, random numbers, lists of indices.
 
-        Random numbers are drawn from the global generator; dropout is on where the potential is in training mode.
+        Random numbers are drawn from the global generator; dropout is on if the potential is in training mode.
 
         Raises:
-            CaptureError: the call lacks a tensor, or has other constants than the one that was captured, or the forward
-                reads another value from it.
+            CaptureError: the call lacks a tensor, or has other constants than the captured call, or the forward reads
+                another value from it.
         """
         program = self._captured.program
         args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
@@ -63,12 +63,12 @@ class CallInputs:
         return tensors
 
     def _require(self, fact: Fact, found: Any) -> None:
-        """Compare what the forward reads from this batch with what it read when it was traced."""
+        """Compares a value that the forward reads from this batch with the value when it was traced."""
         if found != fact.value:
             raise CaptureError(
                 f"the potential {shown(self._captured.path)} was captured with the value {fact.value!r} at "
-                f"{fact.place}, but this batch gives it the value {found!r} there. A trace holds one branch only: use "
-                "torch.where instead, see to it in the dataset that every batch takes this branch, or train with "
+                f"{fact.place}, but this batch has the value {found!r} there. A trace holds one branch only: use "
+                "torch.where instead, choose batches in the dataset that all take this branch, or train with "
                 "pipeline_size=1 and graph_size=1."
             )
 
@@ -78,8 +78,8 @@ class _Evaluation:
     """Values that are computed together for each batch.
 
     Attributes:
-        function: computes them.
-        uses: of each the position of the input that it is, or the fact that it has to agree with.
+        function: computes the values.
+        uses: for each value the position of the input that it becomes, or the fact that it has to agree with.
     """
 
     function: ProgramFunction
@@ -87,7 +87,7 @@ class _Evaluation:
 
 
 def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list[_Evaluation | int]:
-    """What is done for each batch before the stages, in order: values to compute, and positions of draws."""
+    """Returns the steps for each batch before the stages run: values to compute, and positions of random numbers."""
     program = captured.program
     every = {n.name for n in program.operations}
     num_call = len(captured.call.tensors) + len(captured.call.sizes)
@@ -111,8 +111,8 @@ def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list
         ready = [k for k, of_value in enumerate(needs) if of_value <= names]
         if not ready:
             raise CaptureError(
-                f"the potential {shown(captured.path)} draws random numbers for a list of indices that it makes of "
-                "other random numbers; draw one of them in the dataset"
+                f"the potential {shown(captured.path)} draws random numbers whose shape depends on other random "
+                "numbers. Draw one of the two in the dataset."
             )
         outputs = [wanted[k][0] for k in ready]
         uses = [wanted[k][1] for k in ready]

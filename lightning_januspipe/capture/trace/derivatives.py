@@ -1,4 +1,4 @@
-"""Several calls of ``torch.autograd.grad`` on one energy, such as forces and then a stress, become one."""
+"""Merges several calls of ``torch.autograd.grad`` on one energy, such as for forces and then a stress, into one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from lightning_januspipe.errors import CaptureError
 
 
 def merge_derivatives(nodes: Sequence[Node], marks: Sequence[Node]) -> list[Node]:
-    """Several derivatives of one energy, such as forces and then a stress, as one with more coordinates.
+    """Merges several derivatives of one energy into one derivative with more coordinates.
 
     Args:
-        nodes: in execution order.
-        marks: the derivatives among them; the first takes in the others, and is changed.
+        nodes: nodes of a program, in execution order.
+        marks: the derivatives among them. The first one gets the coordinates of all.
+
+    Returns:
+        The nodes without the later derivatives.
 
     Raises:
         CaptureError: they are derivatives of different energies, or one is a derivative of another.
     """
     first, later = marks[0], {n.name for n in marks[1:]}
-    same: dict[str, str] = {}  # the first node that computes the same as another one
+    same: dict[str, str] = {}  # node -> the first node that computes the same value
     known: dict[str, str] = {}
     on_first = {first.name}
     for node in nodes:
@@ -37,7 +40,7 @@ def merge_derivatives(nodes: Sequence[Node], marks: Sequence[Node]) -> list[Node
         if on_first & set(energies):
             raise CaptureError(
                 "the potential differentiates a derivative again in its forward (a Hessian, or a gradient of forces), "
-                "which is not possible in a pipeline: torch.autograd.grad of the energy only"
+                "which is not possible in a pipeline. Call torch.autograd.grad of the energy only."
             )
         if [same[n] for n in energies] != [same[r.name] for r in refs(first.args[0])]:
             raise CaptureError(

@@ -1,4 +1,4 @@
-"""What a captured program holds for each batch beside its tensors: values that are checked, and random numbers."""
+"""Describes what a captured program needs from each batch beside tensors: values to check, and random numbers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 @dataclass(frozen=True)
 class Fact:
-    """A value that the trace took for granted.
+    """A value that the forward read from a tensor when it was traced; a program is right only for this value.
 
     Attributes:
-        value: what was read: a truth value, a number, or a list of these.
+        value: a truth value, a number, or a list of them.
         place: the line of the forward that read it.
     """
 
@@ -28,12 +28,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers of one operation.
+    """The random numbers of one operation of the forward.
 
     Attributes:
-        kind: one of :data:`_KINDS`.
-        spec: shape and type.
-        arguments: limits, mean, probability, ..., as its kind has them.
+        kind: the distribution, one of :data:`_KINDS`.
+        spec: shape and type of the numbers.
+        arguments: arguments of the distribution, such as limits, a mean, or a probability.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Draw:
 
         Args:
             symbols: values of the size symbols.
-            device: of the numbers.
+            device: the device of the numbers.
             training: whether dropout is on.
         """
         shape, dtype = self.spec.sizes(symbols), self.spec.dtype

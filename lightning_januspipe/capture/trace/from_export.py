@@ -26,15 +26,15 @@ def program_from_export(
     num_sizes: int = 0,
     facts: Sequence[Fact] = (),
 ) -> Program:
-    """Plain data from an exported program whose graph has one :func:`energy_gradient` node.
+    """Returns the captured program of an exported program, in which :func:`energy_gradient` stands for derivatives.
 
     Args:
         exported: a functional program.
         returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
-        num_outputs: how many tensors that are; they are the program's first outputs.
-        prefix: what stands before every parameter's and buffer's name in the exported program.
-        num_sizes: how many integers the forward reads from tensors; these are its next outputs.
-        facts: other values that it reads from tensors; these are its last outputs.
+        num_outputs: number of tensors in that tree; they are the program's first outputs.
+        prefix: what precedes the name of every parameter and buffer in the exported program.
+        num_sizes: number of integers that the forward reads from tensors; they are the next outputs.
+        facts: other values that the forward reads from tensors; they are the last outputs.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -129,11 +129,11 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
 
 
 def _conditions(program: Program, shape_env: Any) -> list[str]:
-    """What the trace took for granted of sizes beyond their limits: ``if num_edges > 2 * num_atoms``, say.
+    """Returns the relations between sizes that the trace assumed, such as ``num_edges > 2 * num_atoms`` in an ``if``.
 
     Args:
-        program: the program.
-        shape_env: of the trace.
+        program: the captured program.
+        shape_env: the trace's record of symbolic sizes.
     """
     found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
     known = set(program.symbols)
@@ -141,7 +141,7 @@ def _conditions(program: Program, shape_env: Any) -> list[str]:
 
 
 def _equal_sizes(shape_env: Any) -> list[tuple[str, str]]:
-    """Pairs of size symbols that the trace took for equal, though one is a length that depends on values."""
+    """Returns pairs of size symbols that the trace assumed to be equal, one a length that depends on values."""
     found = [a for of_symbol in shape_env.deferred_runtime_asserts.values() for a in of_symbol]
     asserted = [shape_env.replace(a.expr) for a in found]
     return [(str(e.lhs), str(e.rhs)) for e in asserted if e.is_Equality and e.lhs.is_Symbol and e.rhs.is_Symbol]
@@ -174,7 +174,7 @@ def _node(node: fx.Node) -> Node:
 
 
 def _plain(tree: Any) -> Any:
-    """Arguments as plain lists, tuples and dicts with :class:`Ref` for nodes."""
+    """Returns arguments as plain lists, tuples and dicts, with :class:`Ref` for nodes."""
     if isinstance(tree, fx.Node):
         return Ref(tree.name)
     if isinstance(tree, tuple):

@@ -1,4 +1,4 @@
-"""Means over the rows of each structure become sums and counts, which can be added up over graph ranks."""
+"""Turns means over the rows of each structure into sums and counts, which can be summed over graph ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 
 def split_means(program: Program) -> Program:
-    """``Program -> Program`` with sums and counts where ``index_reduce`` makes means of nothing but the given rows.
+    """``Program -> Program`` with sums and counts for each ``index_reduce`` that computes means of rows alone.
 
     Args:
         program: the captured program; it is changed.
@@ -29,7 +29,7 @@ def split_means(program: Program) -> Program:
 
 
 def _sums(program: Program, node: Node, own: Ref, dim: int, index: Ref, rows: Ref) -> list[Node]:
-    """The sum, and the number of rows, of each structure; the node becomes their quotient."""
+    """Returns operations for the sum and the number of rows of each structure; the node becomes their quotient."""
     of_rows = program.by_name[rows.name].spec
     assert isinstance(node.spec, TensorSpec)
     total, ones, count, least = (f"{node.name}__{part}" for part in ("total", "ones", "count", "least"))

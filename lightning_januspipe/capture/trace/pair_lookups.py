@@ -1,7 +1,7 @@
-"""One look-up of both ends of edges becomes a look-up of each end.
+"""Splits a look-up of both ends of edges into one look-up for each end.
 
-``types.index_select(0, edge_index.reshape(-1)).view(edge_index.shape)`` reads rows by a flattened (2, E) input. As two
-look-ups, each with one index for each edge, edges can be sharded.
+``types.index_select(0, edge_index.reshape(-1)).view(edge_index.shape)`` reads rows with a flattened (2, E) input. With
+two look-ups, each with one index for each edge, edges can be sharded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _INDEX_SELECT = "aten.index_select.default"
 
 
 def split_pair_lookups(program: Program) -> Program:
-    """``Program -> Program`` with a look-up for each end of edges where one looks both ends up.
+    """``Program -> Program`` with a look-up for each end of edges instead of one for both ends.
 
     Args:
         program: the captured program; it is changed.
@@ -51,7 +51,7 @@ def split_pair_lookups(program: Program) -> Program:
 
 
 def _end_of_pairs(program: Program, node: Node) -> tuple[Node, Node, int, int] | None:
-    """The look-up that a node reads one end of, the pairs of indices, and dimension and place of that end."""
+    """Returns the look-up from which a node takes one end, the pairs of indices, and the end's dimension and entry."""
     view: Node | None
     if node.target == "aten.select.int":
         view, dim, place = program.by_name[node.args[0].name], node.args[1], node.args[2]
@@ -69,7 +69,7 @@ def _end_of_pairs(program: Program, node: Node) -> tuple[Node, Node, int, int] |
 
 
 def _look_up(program: Program, view: Node) -> tuple[Node, Node] | None:
-    """The look-up whose result a view gives the shape of the indices, and these."""
+    """Returns the look-up whose result a view gives the shape of the pairs of indices, and the pairs."""
     lookup = _source(program, view) if view.target in _VIEWS else None
     if lookup is None or lookup.spec is None or view.spec is None:
         return None

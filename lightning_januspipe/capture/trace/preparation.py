@@ -1,9 +1,9 @@
-"""Lists of indices whose length depends on values are made once for each batch, before the stages run.
+"""Turns lists of indices whose length depends on values into inputs, computed once for each batch before the stages.
 
-``nonzero``, masks as indices, and ``repeat_interleave`` give as many rows as the values of a batch say. Where they
-depend on no parameter, such as neighbour lists that a forward makes of positions, their results become inputs of the
-program, and the operations that lead to them run outside of the stages. So every rank knows all sizes before it
-receives a message, and rows of these inputs can be sharded like those of any other.
+The length of the result of ``nonzero``, of a mask as index, and of ``repeat_interleave`` depends on values. If these
+values depend on no parameter, as in a neighbor list that a forward computes from positions, the result becomes an input
+of the program, and the operations that compute it run outside of the stages. So every rank knows all sizes before it
+receives a message, and the rows of these inputs can be sharded like rows of other inputs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from lightning_januspipe.capture.trace.program import Node, Program, Ref, with_p
 from lightning_januspipe.engine.specs import TensorSpec
 
 _ALWAYS = {"aten.nonzero.default", "aten.repeat_interleave.Tensor"}
-"""Operations whose results are inputs even if an input has their length."""
+"""Operations whose results become inputs even if an input has the same length."""
 
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
 
 def prepare(program: Program) -> Program:
-    """``Program -> Program`` in which lists of indices whose length depends on values are inputs.
+    """``Program -> Program`` whose lists of indices with a length that depends on values are inputs.
 
     Args:
         program: the captured program; it is changed.
 
     Returns:
-        The program. Where a length of this kind is the size of an input, it goes by the symbol of that input, and
-        every batch is checked for it.
+        The program. If the trace assumed such a length to equal the size of an input, it gets the symbol of that size,
+        and a condition that every batch has to meet.
     """
     aliases = _Masks(program).run()
     _rename(program, aliases)
@@ -47,7 +47,7 @@ def prepare(program: Program) -> Program:
 
 
 class _Masks:
-    """Replaces masks as indices by lists of indices, and repeated rows by rows that are looked up."""
+    """Replaces masks as indices by lists of indices, and repeated rows by look-ups of rows."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -56,7 +56,7 @@ class _Masks:
         self._aliases: dict[str, str] = {}
 
     def run(self) -> dict[str, str]:
-        """Changes the program; returns symbols of lengths that are the same as others."""
+        """Changes the program; returns symbol -> symbol of the same length."""
         program = self._program
         changing = descendants(program, {*program.parameters, program.gradient})
         for node in program.nodes:
@@ -158,7 +158,7 @@ def _make_inputs(program: Program) -> None:
 
 
 def _new_symbols(node: Node, known: set[str]) -> set[int | str]:
-    """Sizes of a node that are symbols which no input has."""
+    """Returns the sizes of a node that are symbols without an input that defines them."""
     shape: Iterable[int | str] = node.spec.shape if node.spec is not None else ()
     return {s for s in shape if isinstance(s, str) and s.isidentifier() and s not in known}
 

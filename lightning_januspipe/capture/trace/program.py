@@ -105,14 +105,14 @@ class Program:
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
         returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
-        facts: names of other values that the forward reads from tensors, and what every batch has to give for them.
-        draws: random numbers that the forward draws; inputs after those of the sizes.
-        prepared: names of operations whose results are inputs too, after the random numbers.
+        facts: names of other values that the forward reads from tensors, with the value that every batch has to have.
+        draws: random numbers that the forward draws; they are inputs after the sizes.
+        prepared: names of operations whose results are inputs, after the random numbers.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
         conditions: relations between sizes, in size symbols, that the program is right for.
-        equal_sizes: pairs of size symbols that the trace took for equal; one is a length that depends on values.
-        autocast: what the forward differentiates its energy under. Casts of the energy itself are operations.
+        equal_sizes: pairs of size symbols that the trace assumed to be equal; one is a length that depends on values.
+        autocast: the autocast under which the energy is differentiated. Casts of the energy itself are operations.
     """
 
     nodes: list[Node]
@@ -145,7 +145,7 @@ class Program:
 
     @property
     def results(self) -> set[str]:
-        """Names of all values that are wanted of the program: outputs, energies, coordinates, values of each batch."""
+        """Names of the program's results: outputs, energies, coordinates, and values computed for each batch."""
         return {*self.outputs, *self.of_batch, *self.energies, *self.coordinates}
 
     @property
@@ -155,7 +155,7 @@ class Program:
 
     @property
     def first_draw(self) -> int:
-        """Position of the first input that the forward draws or makes by itself."""
+        """Position of the first input that is drawn or computed, and not taken from the call."""
         return len(self.inputs) - len(self.draws) - len(self.prepared)
 
     def spec(self, name: str) -> TensorSpec:
@@ -175,7 +175,7 @@ class Program:
 
 
 def with_placeholders(nodes: Sequence[Node], added: Sequence[Node]) -> list[Node]:
-    """Returns nodes with more placeholders after those that they begin with."""
+    """Returns nodes with more placeholders, after the ones that they begin with."""
     first = next((i for i, n in enumerate(nodes) if not n.is_placeholder), len(nodes))
     return [*nodes[:first], *added, *nodes[first:]]
 

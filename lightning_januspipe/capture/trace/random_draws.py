@@ -1,4 +1,4 @@
-"""Random numbers that a forward draws are inputs of the traced program.
+"""Turns random numbers that a forward draws into inputs of the captured program.
 
 They are drawn once for each micro-batch, in the order of the forward, so that all stages, phases and ranks see the same
 numbers.
@@ -21,7 +21,7 @@ from lightning_januspipe.errors import CaptureError
 
 @torch.library.custom_op("januspipe::dropout_noise", mutates_args=())
 def dropout_noise(x: Tensor, p: float) -> Tensor:
-    """Stands in a trace for what dropout multiplies ``x`` by: 0 with probability p, else 1 / (1 - p)."""
+    """Stands in a trace for the factors of dropout: 0 with probability p, else 1 / (1 - p)."""
     raise NotImplementedError("dropout_noise marks a place in a traced graph and is never run")
 
 
@@ -31,7 +31,7 @@ def _(x: Tensor, p: float) -> Tensor:
 
 
 class ShownDropout(TorchFunctionMode):
-    """Makes of dropout a product with random numbers, while a forward is traced."""
+    """Replaces dropout by a product with random numbers while a forward is traced."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,7 +49,7 @@ def _dropout_arguments(
     return input, p, training, inplace
 
 
-# Operation -> kind, and how many arguments before those of the kind.
+# Operation -> kind, position of the first argument of the distribution, and number of these arguments.
 _OPERATIONS = {
     "aten.rand.default": ("rand", 0, 0),
     "aten.rand_like.default": ("rand", 1, 0),
@@ -69,7 +69,7 @@ _OPERATIONS = {
 
 
 def draw_outside(program: Program) -> Program:
-    """``Program -> Program`` in which random numbers are inputs.
+    """``Program -> Program`` whose random numbers are inputs.
 
     Args:
         program: the captured program; it is changed.
@@ -78,7 +78,7 @@ def draw_outside(program: Program) -> Program:
         The program, with a :class:`~.facts.Draw` for each new input.
 
     Raises:
-        CaptureError: it draws numbers whose distribution depends on values.
+        CaptureError: the distribution of random numbers depends on values of tensors.
     """
     nodes: list[Node] = []
     drawn: list[Node] = []
@@ -91,9 +91,9 @@ def draw_outside(program: Program) -> Program:
             continue
         if is_random(node) and not _is_disabled_dropout(node):
             raise CaptureError(
-                f"the potential draws random numbers in its forward ({node.target}) in a way that can not be done "
-                "before its stages run. torch.rand, torch.randn, torch.randint and torch.nn.functional.dropout can; "
-                "or draw the numbers in the dataset."
+                f"the potential draws random numbers in its forward ({node.target}) that cannot be drawn before its "
+                "stages run. Use torch.rand, torch.randn, torch.randint or torch.nn.functional.dropout, or draw the "
+                "numbers in the dataset."
             )
         nodes.append(node)
     program.replace_nodes(with_placeholders(nodes, drawn))

@@ -1,12 +1,12 @@
-"""Numbers and truth values that a forward reads from tensors, and sizes from ``len``, while it is traced.
+"""Handles numbers and truth values that a forward reads from tensors, and sizes from ``len``, while it is traced.
 
-``int(index.max()) + 1`` is a number that a trace would make a constant, and ``len(features)`` too. While a potential is
-traced, ``int`` and ``len`` mean functions of this module in the source files of its package, and a mode sees what is
-read from tensors. An integer read from a tensor becomes an input of the traced program, as the length of an empty
-tensor, and the tensor that it is read from an output: the value is computed again for every batch.
+A trace would make ``int(index.max()) + 1`` a constant, and ``len(features)`` too. While a potential is traced,
+``int`` and ``len`` stand for functions of this module in the source files of its package, and a mode sees every value
+that is read from a tensor. An integer that is read becomes an input of the traced program, as the length of an empty
+tensor. The tensor that it is read from becomes an output, so that the integer can be computed for every batch.
 
-Truth values (``if mask.all()``), floating-point numbers, and what is read from buffers are constants of the trace, and
-are recorded as :class:`Fact`: every batch has to give the same values.
+Truth values (``if mask.all()``), floating-point numbers, and values of buffers are constants of the trace. They are
+recorded as :class:`Fact`: every batch has to give the same values.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _UNTOUCHED = {
     *("lightning_januspipe", "torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric"),
     *("numpy", *sys.stdlib_module_names),
 }
-# Libraries whose functions models call: they take sizes from data where none is given.
+# Libraries that models call, and that take sizes from data where none is given.
 _LIBRARIES = {"torch_geometric", "torch_scatter"}
 
 
 class ReadValues:
-    """Values that a forward reads from tensors, in its order.
+    """The values that a forward reads from tensors, in its order.
 
-    The forward is run twice: the first run records the values, the second one, the trace, is given them again.
+    The forward runs twice: the first run records the values, and the second one, the trace, gets them again.
 
     Args:
-        potential: the module whose forward it is.
+        potential: the module with this forward.
 
     Attributes:
         sizes: integers, on the batch of the first run.
-        size_sources: the tensors that they were read from, in the last run.
-        facts: the other values.
-        fact_sources: the tensors that these were read from, in the last run.
+        size_sources: the tensors that the integers were read from, in the last run.
+        facts: all other values.
+        fact_sources: the tensors that the other values were read from, in the last run.
     """
 
     def __init__(self, potential: nn.Module) -> None:
@@ -61,22 +61,22 @@ class ReadValues:
         self.facts: list[Fact] = []
         self.fact_sources: list[Tensor] = []
         self._carriers: Sequence[Tensor] | None = None
-        self._are_sizes: list[bool] = []  # of all values read, in order
+        self._are_sizes: list[bool] = []  # for each value read, in order
         self._num_read = 0
         self._buffers = {b.untyped_storage().data_ptr() for b in potential.buffers() if b.device.type != "meta"} - {0}
 
     def carriers(self, device: torch.device) -> list[Tensor]:
-        """Inputs that carry the sizes."""
+        """Returns inputs that carry the sizes."""
         return [size_carrier(v, device) for v in self.sizes]
 
     def begin(self, carriers: Sequence[Tensor] | None) -> None:
-        """Before a run: values are recorded, or where carriers are given, replaced by what was recorded."""
+        """Starts a run, in which values are recorded, or replaced by recorded ones if carriers are given."""
         self.size_sources, self.fact_sources, self._carriers, self._num_read = [], [], carriers, 0
         if carriers is None:
             self.sizes, self.facts, self._are_sizes = [], [], []
 
     def take(self, source: Tensor) -> Any:
-        """The integer in a tensor with one element: a size, or a constant where a buffer holds it."""
+        """Returns the integer in a tensor with one element: a size, or a constant if a buffer holds it."""
         if self._carriers is None and source.untyped_storage().data_ptr() in self._buffers:
             return self.observe(source)
         if self._carriers is not None and not self._next_is_size():
@@ -90,18 +90,18 @@ class ReadValues:
         return self._carriers[len(self.size_sources) - 1].shape[0]
 
     def observe(self, source: Tensor) -> Any:
-        """The value of a tensor, or its values as nested lists, as a fact.
+        """Records the value of a tensor, or its values as nested lists, as a fact, and returns it.
 
         Raises:
-            CaptureError: there is a value for each structure, atom or edge.
+            CaptureError: the tensor has a value for each structure, atom or edge.
         """
         place = _place()
         if any(isinstance(s, torch.SymInt) and not s.node.expr.is_number for s in source.shape):
             raise CaptureError(
-                "the forward reads a list of values from a tensor with a size that changes from batch to batch: a loop "
-                f"over structures, or over atoms or edges, in Python ({place}). A trace would repeat it as often as "
-                "this batch has them. Compute for all of them together (index_add, repeat_interleave, torch.bmm), or "
-                "write an adapter that does."
+                "the forward reads a list of values from a tensor whose size changes from batch to batch, for "
+                f"a loop over structures, or over atoms or edges, in Python ({place}). A trace would repeat the loop "
+                "as often as this batch has them. Compute all of them together (index_add, repeat_interleave, "
+                "torch.bmm), or write an adapter that does."
             )
         self._num_read += 1
         self.fact_sources.append(source)
@@ -114,18 +114,18 @@ class ReadValues:
     def _next_is_size(self, offset: int = 0) -> bool:
         if self._num_read + offset >= len(self._are_sizes):
             raise CaptureError(
-                f"the forward reads a value from a tensor only when it is traced, and not when it runs ({_place()})"
+                f"the traced forward reads a value from a tensor that the forward itself does not read ({_place()})"
             )
         return self._are_sizes[self._num_read + offset]
 
 
 def _read(source: Tensor) -> Any:
-    with torch._C.DisableTorchFunction():  # else SeenReads would see this reading too
+    with torch._C.DisableTorchFunction():  # so that TensorReads does not see this read
         return torch._C.TensorBase.tolist(source)
 
 
 def _place() -> str:
-    """The innermost line of code that is neither torch's nor this package's."""
+    """Returns the innermost line of code that is neither torch's nor this package's."""
     ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]), "<")
     frame = next((f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(ours)), None)
     return f"{frame.filename}:{frame.lineno}, {frame.line!r}" if frame else "an unknown line"
@@ -144,8 +144,8 @@ _COMPARISONS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-class SeenReads(TorchFunctionMode):
-    """Sees what is read from tensors: ``item``, ``bool``, ``float``, ``torch.equal`` and its like."""
+class TensorReads(TorchFunctionMode):
+    """Records values that are read from tensors with ``item``, ``bool``, ``float``, ``torch.equal`` and the like."""
 
     def __init__(self, values: ReadValues) -> None:
         super().__init__()
@@ -165,10 +165,10 @@ class SeenReads(TorchFunctionMode):
 
 @contextmanager
 def _seen_lists(values: ReadValues) -> Iterator[None]:
-    """Inside, ``tolist`` is seen, which calls no mode."""
+    """Records values that are read with ``tolist``, which calls no mode, inside the block."""
 
     def tolist(tensor: Tensor) -> Any:
-        if not any(isinstance(mode, SeenReads) for mode in _get_current_function_mode_stack()):
+        if not any(isinstance(mode, TensorReads) for mode in _get_current_function_mode_stack()):
             return torch._C.TensorBase.tolist(tensor)  # inside of an operation
         return values.take(tensor) if tensor.dim() == 0 and _is_integer(tensor) else values.observe(tensor)
 
@@ -188,15 +188,15 @@ def _seen_lists(values: ReadValues) -> Iterator[None]:
 
 @contextmanager
 def symbolic_sizes(potential: nn.Module, arguments: Any, values: ReadValues) -> Iterator[None]:
-    """Inside, sizes stay symbolic through ``int``, ``len`` and ``Tensor.item``, and other values are recorded.
+    """Keeps sizes symbolic through ``int``, ``len`` and ``Tensor.item`` inside the block, and records other values.
 
-    For ``int`` and ``len`` that holds in the packages that define the potential, its parts and its arguments, and in
+    ``int`` and ``len`` are replaced in the packages that define the potential, its parts and its arguments, and in
     PyTorch Geometric.
 
     Args:
-        potential: the module that is run inside.
-        arguments: those of its call.
-        values: gets what is read from tensors.
+        potential: the module that runs inside the block.
+        arguments: the arguments of its call.
+        values: gets the values that are read from tensors.
     """
 
     class Meta(type):
@@ -233,7 +233,7 @@ def symbolic_sizes(potential: nn.Module, arguments: Any, values: ReadValues) -> 
                 if name not in vars(module):
                     vars(module)[name] = shim
                     changed.append((vars(module), name))
-        with SeenReads(values), _seen_lists(values):
+        with TensorReads(values), _seen_lists(values):
             yield
     finally:
         for names, name in changed:
@@ -241,7 +241,7 @@ def symbolic_sizes(potential: nn.Module, arguments: Any, values: ReadValues) -> 
 
 
 def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
-    """Source files of the packages that define the potential, its parts and the objects in its arguments."""
+    """Returns the Python modules of the packages that define a potential, its parts and its arguments."""
     classes = {c for m in potential.modules() for c in type(m).__mro__}
     classes |= {c for x in _objects(arguments) for c in type(x).__mro__}
     packages = {c.__module__.split(".")[0] for c in classes} - _UNTOUCHED | _LIBRARIES
@@ -249,7 +249,7 @@ def _modules_of(potential: nn.Module, arguments: Any) -> list[Any]:
 
 
 def _objects(tree: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
-    """Containers in a tree."""
+    """Yields the containers in a tree."""
     parts = children(tree) if id(tree) not in within else None
     if parts is not None:
         yield tree
@@ -259,13 +259,13 @@ def _objects(tree: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
 
 @contextmanager
 def eager_branches(potential: nn.Module, arguments: Any) -> Iterator[None]:
-    """Inside, ``torch.compiler.is_compiling()`` and its like are false for callers outside torch.
+    """Lets ``torch.compiler.is_compiling()`` and the like return False to callers outside torch, inside the block.
 
-    What is traced is the forward as it runs without a compiler, which the stages are compared with.
+    So the trace is one of the forward as it runs without a compiler, which the stages are compared with.
 
     Args:
-        potential: the module that is traced inside.
-        arguments: those of its call.
+        potential: the module that is traced inside the block.
+        arguments: the arguments of its call.
     """
     asked = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting", "is_dynamo_compiling")}
     names_of = {function: name for name, function in asked.items()}

@@ -1,4 +1,4 @@
-"""Trace a potential, its ``torch.autograd.grad`` call included, to one functional graph with symbolic sizes.
+"""Traces a potential, its call of ``torch.autograd.grad`` included, to one functional graph with symbolic sizes.
 
 The call is replaced by one opaque operator while tracing, so the graph shows what is differentiated with respect to
 what; everything before it is the energy, everything after it the epilogue (signs, volumes, packing of outputs).
@@ -73,7 +73,7 @@ class _MarkGrad(TorchFunctionMode):
 
 
 class _GiveZeros(TorchFunctionMode):
-    """Answers ``torch.autograd.grad`` with zeros: nothing of autograd reads values then."""
+    """Answers ``torch.autograd.grad`` with zeros, so that autograd itself reads no values from tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.autograd.grad:
@@ -87,11 +87,11 @@ class _TracedCall(nn.Module):
     Args:
         potential: the potential.
         call: its call, with the arguments that its adapters made.
-        form: the format of these.
-        adapters: what is special to its package.
-        values: what the forward reads from tensors; carriers of its integers are the last inputs.
-        record: gets the returned tree, with empty tensors for its tensors, the number of tensors in it, and the
-            autocast that the energy was differentiated under.
+        form: the format of its calls.
+        adapters: the adapters of its package.
+        values: values that the forward reads from tensors; carriers of the integers among them are the last inputs.
+        record: called with the returned tree, with :data:`SLOT` for its tensors; the number of tensors in it; and the
+            autocast under which the energy was differentiated.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class _TracedCall(nn.Module):
     ) -> None:
         super().__init__()
         self.potential = potential
-        # Export puts attributes back as they were, so the record is an object of its own.
+        # Export restores attributes after tracing, so the record is kept outside of this module.
         self._given = (call, form, adapters, values, record)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
@@ -142,13 +142,13 @@ def trace_potential(
         found = {place: type(leaf).__name__ for place, leaf in leaves((call.args, call.kwargs))}
         raise CaptureError(
             f"the potential {shown(call.path)} ({type(potential).__name__}) is called without tensors: its arguments "
-            f"hold {found}. Tensors are looked for in dicts, lists, tuples and attributes of objects; let the dataset "
+            f"hold {found}. Tensors are searched in dicts, lists, tuples and attributes of objects: let the dataset "
             "or collate_fn make tensors of what the forward converts, or write an adapter whose arguments() does."
         )
     returned: list[tuple[Any, int, Autocast]] = []
     values = ReadValues(potential)
     wrapper = _TracedCall(potential, call, form, adapters, values, lambda *record: returned.append(record))
-    wrapper.training = potential.training  # train() would also change submodules that the user froze
+    wrapper.training = potential.training  # train() would also change submodules that the user keeps in evaluation mode
     try:
         with ExitStack() as stack:
             for adapter in adapters:
@@ -199,10 +199,10 @@ def trace_potential(
 
 
 def _exported(wrapper: _TracedCall, tensors: list[Tensor], form: CallFormat) -> ExportedProgram:
-    """Export with all sizes symbolic but those of 1 that broadcast.
+    """Exports with symbolic sizes, except for sizes of 1 that broadcast.
 
-    Sizes of 1 in both example batches are constants in all but the first dimension. Where there is no program with the
-    others symbolic, they are constants too: a batch of one structure, say, may broadcast against atoms.
+    A size that is 1 in both example batches is a constant, except in the first dimension. If the export fails, such
+    sizes of first dimensions are constants too: a batch of one structure may broadcast against atoms, for example.
     """
     ways = dict.fromkeys((frozenset(p for p in form.ones if p[1] > 0), form.ones))
     for ones in ways:
@@ -217,13 +217,13 @@ def _exported(wrapper: _TracedCall, tensors: list[Tensor], form: CallFormat) -> 
         except Exception:
             if ones == form.ones:
                 raise
-    raise AssertionError("the last way returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _run_once(
     potential: nn.Module, call: PotentialCall, form: CallFormat, tensors: list[Tensor], values: ReadValues
 ) -> None:
-    """Run the forward as it is, but for its derivative, to know what it reads from tensors."""
+    """Runs the forward eagerly, without its derivative, to find the values that it reads from tensors."""
     values.begin(None)
     args, kwargs = form.unbind(call.args, call.kwargs, tensors)
     with _GiveZeros():

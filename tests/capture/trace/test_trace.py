@@ -10,6 +10,7 @@ import torch
 from capture_models import DTYPE, OTHER, TRACED, Batch, Layer, Potential, Step, Traced, assert_parity, make_batch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.trace.operators import is_random
 from lightning_januspipe.capture.validate.against_eager import run_staged, validate
 from lightning_januspipe.errors import CaptureError
 
@@ -160,10 +161,12 @@ class RandomRoll(Potential):
         return super().features(batch, vectors.roll(1, 0) * torch.rand(1, dtype=DTYPE))
 
 
-@pytest.mark.parametrize("potential", [Dropout, Noise, RandomRoll])
-def test_random_numbers(potential: type[Potential]) -> None:
-    with pytest.raises(CaptureError, match="draws random numbers in its forward.*dropout to 0.*in the dataset"):
-        Traced(Step(potential(1)))
+@pytest.mark.parametrize(("potential", "kind"), [(Dropout, "dropout"), (Noise, "randn"), (RandomRoll, "rand")])
+def test_random_numbers(potential: type[Potential], kind: str) -> None:
+    """They become inputs, which are drawn for each micro-batch; no operation of the program draws any."""
+    program = Traced(Step(potential(1))).program
+    assert [draw.kind for draw in program.draws] == [kind]
+    assert not any(is_random(node) for node in program.operations)
 
 
 def test_dropout_that_is_switched_off() -> None:
