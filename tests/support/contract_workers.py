@@ -97,17 +97,17 @@ def several_loaders() -> str:
 def collected_outputs() -> dict[str, Any]:
     """Returns a module that collects the losses of its steps in a list, and counts them."""
     module = tiny.module()
-    module.losses, module.calls = [], 0
+    module.collected, module.calls = [], 0
 
     def around(step: Any, batch: Any, batch_idx: int) -> Any:
         loss = step(batch, batch_idx)
-        module.losses.append(float(loss))
+        module.collected.append(float(loss))
         module.calls += 1
         return loss
 
     changed_step(module, around)
     quiet_trainer({"num_microbatches": 2}, max_steps=2, limit_val_batches=0).fit(module, tiny.data())
-    return {"losses": module.losses, "calls": module.calls}
+    return {"losses": module.collected, "calls": module.calls}
 
 
 def one_loader_for_both(num_workers: int) -> dict[str, Any]:
