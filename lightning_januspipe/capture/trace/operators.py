@@ -81,6 +81,9 @@ KEEPS_VALUES = _aten(
 )
 """Operators whose result holds the values of their operand, in another shape or type."""
 
+RESHAPES = _aten("view reshape _unsafe_view flatten")
+"""Operators whose result holds the values of their operand, in the same order and another shape."""
+
 REPEATS = _aten("expand expand_as repeat")
 """Operators that repeat their operand along a dimension."""
 

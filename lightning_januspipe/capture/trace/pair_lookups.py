@@ -6,13 +6,12 @@ two look-ups, each with one index for each edge, edges can be sharded.
 
 from __future__ import annotations
 
+from operator import getitem
+
 from lightning_januspipe.capture.trace.graph_walks import drop_unread
-from lightning_januspipe.capture.trace.operators import operator_of
+from lightning_januspipe.capture.trace.operators import GATHERS, RESHAPES, argument, indices, operator_of
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
 from lightning_januspipe.engine.specs import TensorSpec
-
-_VIEWS = {"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"}
-_INDEX_SELECT = "aten.index_select.default"
 
 
 def split_pair_lookups(program: Program) -> Program:
@@ -28,21 +27,12 @@ def split_pair_lookups(program: Program) -> Program:
     for node in program.nodes:
         found = _end_of_pairs(program, node)
         if found is not None:
-            lookup, pairs, dim, place = found
-            assert pairs.spec is not None
-            index = f"{node.name}__index"
-            rows = tuple(size for d, size in enumerate(pairs.spec.shape) if d != dim)
-            nodes.append(
-                Node(
-                    index,
-                    "call_function",
-                    "aten.select.int",
-                    (Ref(pairs.name), dim, place),
-                    {},
-                    TensorSpec(rows, pairs.spec.dtype),
-                )
-            )
-            node.target, node.args, node.kwargs = _INDEX_SELECT, (lookup.args[0], 0, Ref(index)), {}
+            lookup, pairs, dim, entry = found
+            index, spec = f"{node.name}__index", program.spec(pairs.name)
+            rows = TensorSpec(tuple(size for d, size in enumerate(spec.shape) if d != dim), spec.dtype)
+            nodes.append(Node(index, "call_function", "aten.select.int", (Ref(pairs.name), dim, entry), {}, rows))
+            node.target, node.kwargs = "aten.index_select.default", {}
+            node.args = (lookup.args[0], 0, Ref(index))
         nodes.append(node)
     if len(nodes) > len(program.nodes):
         program.replace_nodes(nodes)
@@ -52,39 +42,38 @@ def split_pair_lookups(program: Program) -> Program:
 
 def _end_of_pairs(program: Program, node: Node) -> tuple[Node, Node, int, int] | None:
     """Returns the look-up from which a node takes one end, the pairs of indices, and the end's dimension and entry."""
-    view: Node | None
-    if node.target == "aten.select.int":
-        view, dim, place = program.by_name[node.args[0].name], node.args[1], node.args[2]
-    elif operator_of(node) == "getitem":
-        whole = program.by_name[node.args[0].name]
-        if whole.target != "aten.unbind.int":
-            return None
-        view, dim, place = _source(program, whole), (*whole.args[1:], 0)[0], node.args[1]
+    source = _source(program, node)
+    if operator_of(node) == "aten.select":
+        view, dim, entry = source, node.args[1], node.args[2]
+    elif node.target is getitem and source is not None and operator_of(source) == "aten.unbind":
+        view, dim, entry = _source(program, source), argument(source, 1, 0), node.args[1]
     else:
         return None
     found = None if view is None else _look_up(program, view)
     if found is None or not isinstance(dim, int) or not 0 <= dim < 2:
         return None
-    return (*found, dim, place)
+    return (*found, dim, entry)
 
 
 def _look_up(program: Program, view: Node) -> tuple[Node, Node] | None:
     """Returns the look-up whose result a view gives the shape of the pairs of indices, and the pairs."""
-    lookup = _source(program, view) if view.target in _VIEWS else None
-    if lookup is None or lookup.spec is None or view.spec is None:
+    lookup = _reshaped(program, view)
+    if lookup is None or lookup.spec is None or view.spec is None or operator_of(lookup) not in GATHERS:
         return None
-    if lookup.target == _INDEX_SELECT and lookup.args[1] == 0:
-        index = lookup.args[2]
-    elif lookup.target == "aten.index.Tensor" and len(lookup.args[1]) == 1:
-        index = lookup.args[1][0]
-    else:
+    if operator_of(lookup) == "aten.gather" or [dim for dim, _ in indices(lookup)] != [0]:
         return None
-    flat = program.by_name[index.name]
-    pairs = _source(program, flat) if flat.target in _VIEWS else None
+    ((_, index),) = indices(lookup)
+    pairs = _reshaped(program, program.by_name[index])
     if pairs is None or pairs.spec is None or pairs.spec.dtype.is_floating_point or len(pairs.spec.shape) != 2:
         return None
     return (lookup, pairs) if view.spec.shape == (*pairs.spec.shape, *lookup.spec.shape[1:]) else None
 
 
+def _reshaped(program: Program, node: Node) -> Node | None:
+    """Returns the node whose values another one has in another shape."""
+    return _source(program, node) if operator_of(node) in RESHAPES else None
+
+
 def _source(program: Program, node: Node) -> Node | None:
-    return program.by_name[node.args[0].name] if node.args and isinstance(node.args[0], Ref) else None
+    first = argument(node, 0)
+    return program.by_name[first.name] if isinstance(first, Ref) else None

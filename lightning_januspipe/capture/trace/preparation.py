@@ -9,8 +9,9 @@ receives a message, and the rows of these inputs can be sharded like rows of oth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -60,21 +61,20 @@ class _Masks:
         program = self._program
         changing = descendants(program, {*program.parameters, program.gradient})
         for node in program.nodes:
-            if node.target in ("aten.index.Tensor", "aten.masked_select.default") and node.spec is not None:
-                self._index(node, changing)
-            elif node.target == "aten.repeat_interleave.self_Tensor" and node.spec is not None:
-                self._repeat(node, changing)
+            replace_lists = None if node.spec is None else _LISTS.get(node.target)
+            if replace_lists is not None:
+                replace_lists(self, node, changing)
             self._nodes.append(node)
         program.replace_nodes(self._nodes)
         return self._aliases
 
-    def _index(self, node: Node, changing: set[str]) -> None:
-        if node.target == "aten.masked_select.default":
-            given = [node.args[1]]
-            if self._spec(node.args[0]).shape != self._spec(node.args[1]).shape:
-                return
-        else:
-            given = list(node.args[1])
+    def _select(self, node: Node, changing: set[str]) -> None:
+        source, mask = node.args
+        if self._spec(source).shape == self._spec(mask).shape:
+            self._index(node, changing, [mask])
+
+    def _index(self, node: Node, changing: set[str], given: Sequence[Any] | None = None) -> None:
+        given = node.args[1] if given is None else given
         places = [i for i, x in enumerate(given) if x is not None]
         if len(places) != 1 or self._spec(given[places[0]]).dtype != torch.bool or given[places[0]].name in changing:
             return
@@ -131,6 +131,14 @@ class _Masks:
         spec = self._program.by_name[ref.name].spec
         assert spec is not None, f"{ref.name} is no tensor"
         return spec
+
+
+_LISTS: dict[Any, Callable[[_Masks, Node, set[str]], None]] = {
+    "aten.index.Tensor": _Masks._index,
+    "aten.masked_select.default": _Masks._select,
+    "aten.repeat_interleave.self_Tensor": _Masks._repeat,
+}
+"""For each operation with a list of indices, or a mask, inside: what replaces it."""
 
 
 def _make_inputs(program: Program) -> None:
