@@ -104,9 +104,10 @@ class StageOptimizer:
             for i, p in enumerate(order)
             if p in self.optimizer.state and self._parameters.owns(p)
         }
-        is_first = mesh.pipeline_rank == 0
-        found: list[Any] | None = [None] * mesh.shape.pipeline if is_first else None
-        dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
+        found: list[Any] | None = [mine]
+        if mesh.shape.pipeline > 1:
+            found = [None] * mesh.shape.pipeline if mesh.pipeline_rank == 0 else None
+            dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
         state: dict[int, Any] = {}
         for part in found or ():
             state.update(part)

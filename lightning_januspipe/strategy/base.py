@@ -118,7 +118,12 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Whether several ranks work on the samples of a replica, so that the potential has to be captured."""
+        """Whether the potential has to be captured: several ranks share the samples of a replica, or phases compile."""
+        return self._shares_replicas or self.options.compile
+
+    @property
+    def _shares_replicas(self) -> bool:
+        """Whether several ranks work on the samples of a replica."""
         return self.mesh_shape.ranks_per_replica > 1
 
     @property

@@ -36,12 +36,24 @@ def check_module(module: Any, lib: Any, precision: str) -> None:
         raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
 
 
-def check_trainer(trainer: Any, is_pipeline: bool) -> None:
+def check_compiler(device: str) -> None:
+    """Raises an error if nothing can compile for a type of device.
+
+    Raises:
+        ValueError: The compiler is missing; the message says which.
+    """
+    from lightning_januspipe.compiled.compiler import require_compiler
+
+    require_compiler(device)
+
+
+def check_trainer(trainer: Any, is_captured: bool, shares_replicas: bool) -> None:
     """Raises an error if loaders, hooks or callbacks would give wrong results with micro-batches or on stages.
 
     Args:
         trainer: The Trainer, with its loaders.
-        is_pipeline: Whether the module is cut into stages, so that a rank has the gradients of its own stages only.
+        is_captured: Whether the potential is captured, so that stages are made when training starts.
+        shares_replicas: Whether several ranks work on the same samples, each with the gradients of its own stages.
 
     Raises:
         ValueError: Training would go wrong; the message says why, and what to change.
@@ -52,12 +64,11 @@ def check_trainer(trainer: Any, is_pipeline: bool) -> None:
             "train_dataloader returns several loaders, or a loader in a list or dict; expected a single DataLoader. "
             "Concatenate datasets (torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
         )
-    if is_pipeline:
-        module = trainer.lightning_module
-        _check_clipping(module)
-        for callback in trainer.callbacks:
-            _check_clipping(callback)
-            _check_callback(callback, module)
+    module = trainer.lightning_module
+    for owner in (module, *trainer.callbacks) if shares_replicas else ():
+        _check_clipping(owner)
+    for callback in trainer.callbacks if is_captured else ():
+        _check_callback(callback, module)
 
 
 def _check_callback(callback: Any, module: nn.Module) -> None:

@@ -23,7 +23,7 @@ from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
-from lightning_januspipe.strategy.checks import check_module, check_trainer
+from lightning_januspipe.strategy.checks import check_compiler, check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
@@ -58,11 +58,13 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Checks that the module can be trained, then sets it up as every strategy does."""
         self._take_over_samplers(trainer)
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
+        if self.options.compile:
+            check_compiler(self.root_device.type)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self._mesh, self._num_runs)
-        if self._captures and self.lib.helpers.is_overridden("configure_model", self._module):
+        if self._shares_replicas and self.lib.helpers.is_overridden("configure_model", self._module):
             self._residence = ParameterResidence(self._module, self._mesh)
         super().setup(trainer)
 
@@ -110,12 +112,13 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
         if self.num_microbatches() > 1 or self._captures:
-            check_trainer(self._trainer, is_pipeline=self._captures)
+            check_trainer(self._trainer, is_captured=self._captures, shares_replicas=self._shares_replicas)
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
-            # The ranks of a replica run the same steps, so they have to draw the same numbers.
-            broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+            if self._shares_replicas:
+                # The ranks of a replica run the same steps, so they have to draw the same numbers.
+                broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
             self._prune_optimizers()
             self._free_other_stages()
         self._progress.training_starts()
