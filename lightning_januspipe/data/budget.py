@@ -48,7 +48,7 @@ class Budget(int):
         num_replicas: int,
         rank: int,
     ) -> Budget:
-        """Return the budget of checked limits; for the arguments see :class:`BudgetBatchSampler`.
+        """Returns the budget of checked limits; for the arguments see :class:`BudgetBatchSampler`.
 
         Raises:
             ValueError: There is no limit, it is not positive, or the sizes that it limits are not known.
@@ -79,7 +79,7 @@ class Budget(int):
         return len(self.limits[0][2])
 
     def shares(self) -> NDArray[np.float64]:
-        """Return the fraction of each limit that each structure takes, (n, number of limits)."""
+        """Returns the fraction of each limit that each structure takes, (n, number of limits)."""
         return np.stack([of / limit for _, limit, of in self.limits], axis=1)
 
 
@@ -154,19 +154,19 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
+        """Chooses the epoch of the next pass."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of batches of each replica, the same in all epochs."""
+        """Returns the number of batches of each replica, the same in all epochs."""
         return len(self._batches(0)) // self.num_replicas
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Iterate over this replica's batches of the epoch."""
+        """Iterates over this replica's batches of the epoch."""
         return iter(self._batches(self._epoch if self.batch_size.shuffle else 0)[self.rank :: self.num_replicas])
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Return the batches of all replicas; D consecutive ones belong to one step of D replicas."""
+        """Returns the batches of all replicas; D consecutive ones belong to one step of D replicas."""
         if epoch not in self._passes:
             first = self._passes.get(0)
             if epoch and first is None:
@@ -181,7 +181,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return self._passes[epoch]
 
     def _filled(self, epoch: int) -> list[list[int]]:
-        """Put the structures, in their order, each into the first open batch that has room for it."""
+        """Puts the structures, in their order, each into the first open batch that has room for it."""
         budget = self.batch_size
         order = np.arange(budget.num_samples)
         if budget.shuffle:
@@ -203,7 +203,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return closed + [batch for _, batch in opened]
 
     def _split_evenly(self, batches: list[list[int]], number: int | None) -> list[list[int]]:
-        """Split or drop batches until there are ``number``, by default a multiple of the number of replicas."""
+        """Splits or drop batches until there are ``number``, by default a multiple of the number of replicas."""
         num_replicas = self.num_replicas
         shares = self.batch_size.shares().max(axis=1)
 

@@ -59,7 +59,7 @@ class Exchange:
 
 
 def gather_halo(x: Tensor, exchange: Exchange) -> Tensor:
-    """Appends the halo to the own rows, with one message to and from each neighboring rank.
+    """Appends the halo to the own rows, with one message to and from each neighbouring rank.
 
     Args:
         x: (n_own, ...) own rows.

@@ -55,7 +55,7 @@ class RowIndex:
         target: the class of rows that the indices point to: atoms, say.
         writes: whether any operation sums rows by these indices.
         dim: the dimension of the holders' rows.
-        is_table: whether each row has several indices, as in a table of the neighbors of each atom.
+        is_table: whether each row has several indices, as in a table of the neighbours of each atom.
     """
 
     source: IndexSource

@@ -114,7 +114,7 @@ class MicrobatchSharder:
             target = values[owning]
             others = [n for n in readers if n.holder == owning.holder]
             source = values[others[0]].reshape(-1) if others and not others[0].is_table else target
-        else:  # a table of neighbors instead of a list of edges
+        else:  # a table of neighbours instead of a list of edges
             for table in (n for n in readers if n.holder == classes.root):
                 source = values[table].reshape(-1)
                 target = torch.arange(num_atoms).repeat_interleave(len(source) // max(num_atoms, 1))
@@ -145,7 +145,7 @@ class MicrobatchSharder:
         return ShardPlan(shards, indices.computed)
 
     def plan_scattered(self, tensors: Sequence[Tensor], over: int | None = None) -> ShardPlan:
-        """Plans the worst sharding there is: neighboring atoms, and each structure's atoms, are on different ranks.
+        """Plans the worst sharding there is: neighbouring atoms, and each structure's atoms, are on different ranks.
 
         Args:
             tensors: the inputs of the whole micro-batch.

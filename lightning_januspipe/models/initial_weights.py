@@ -13,7 +13,7 @@ from lightning_januspipe.models.saved_arguments import compare_arguments
 
 
 def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> list[str]:
-    """Load all parameters and buffers from a checkpoint, and nothing else.
+    """Loads all parameters and buffers from a checkpoint, and nothing else.
 
     Args:
         module: Receives the weights, which the checkpoint holds under the same names.
@@ -54,7 +54,7 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> l
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory.
+    """Reads a checkpoint into CPU memory.
 
     Files are read without running code; the index of a folder is a pickle.
 
@@ -83,7 +83,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude parameters from training.
+    """Excludes parameters from training.
 
     Args:
         module: The module that is frozen in part.

@@ -24,7 +24,7 @@ _OF_TRAINING = ("trainable_bessel", "trainable_scale_shift")
 
 
 def arguments_of(potential: nn.Module) -> dict[str, Any]:
-    """Return what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
+    """Returns what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
 
     Args:
         potential: Its attribute ``arguments``, a mapping, is returned if there is one; otherwise its attributes
@@ -37,14 +37,14 @@ def arguments_of(potential: nn.Module) -> dict[str, Any]:
 
 
 def save_arguments(potential: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add the class and the known arguments of a potential to a checkpoint."""
+    """Adds the class and the known arguments of a potential to a checkpoint."""
     if arguments := arguments_of(potential):
         checkpoint[ARGUMENTS] = arguments
         checkpoint[CLASS] = f"{type(potential).__module__}.{type(potential).__qualname__}"
 
 
 def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], source: str) -> list[str]:
-    """Refuse a checkpoint whose weights would be another potential with the arguments of this one.
+    """Refuses a checkpoint whose weights would be another potential with the arguments of this one.
 
     Args:
         potential: The potential that receives the weights.
@@ -74,7 +74,7 @@ def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], sourc
 
 
 def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
-    """Build a reference potential with the arguments that a checkpoint names; its weights are not loaded.
+    """Builds a reference potential with the arguments that a checkpoint names; its weights are not loaded.
 
     Only classes of :mod:`lightning_januspipe.models` are built, because a checkpoint may name any other code.
 
