@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -148,11 +149,17 @@ def parse_bytes(text: str) -> ByteSize:
     return ByteSize(value)
 
 
-def _schedules(text: str) -> ScheduleNames:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+def _parts(given: str | int | Sequence[str | int]) -> list[str]:
+    """Returns what stands between commas; jsonargparse hands in values that it has read before as plain tuples."""
+    parts = str(given).split(",") if isinstance(given, (str, int)) else map(str, given)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _schedules(text: str | Sequence[str]) -> ScheduleNames:
+    names = tuple(_parts(text))
     if names == ("all",):
         return _ALL
-    for name in names or (text,):
+    for name in names or (str(text),):
         if name not in GENERATORS:
             close = difflib.get_close_matches(name, GENERATORS, n=1, cutoff=0.4)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -160,9 +167,9 @@ def _schedules(text: str) -> ScheduleNames:
     return ScheduleNames(names)
 
 
-def _graph_sizes(text: str) -> GraphSizes:
-    parts = [part.strip() for part in str(text).split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+def _graph_sizes(text: str | int | Sequence[int]) -> GraphSizes:
+    parts = _parts(text)
+    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{text!r}; expected whole numbers >= 1 with commas between them")
     return GraphSizes(dict.fromkeys(map(int, parts)))
 

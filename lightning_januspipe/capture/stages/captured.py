@@ -432,7 +432,8 @@ def independent_coordinates(program: Program) -> list[str]:
     by_shape = {n.name for n in program.operations if operator_of(n) in SHAPE_ONLY}
     found = []
     for name in in_order(program, names):
-        others = set() if name in by_shape else ancestors(program, [name], given=by_shape)
-        if (others | {name}) & names == {name}:
+        computed = set() if name in by_shape else ancestors(program, [name], given=by_shape)
+        read = {source for node in computed for source in program.by_name[node].inputs()}
+        if not (computed | read) & names - {name}:
             found.append(name)
     return found
