@@ -226,16 +226,14 @@ class PotentialModule(LightningModule):
 
     @override
     @classmethod
-    def load_from_checkpoint(
-        cls, checkpoint_path: Any, *args: Any, weights_only: bool = True, **kwargs: Any
-    ) -> "PotentialModule":
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "PotentialModule":
         """Build the module that a checkpoint was saved from, with its weights, in evaluation mode.
 
         Args:
             checkpoint_path: File written by a Trainer, or folder of torch.distributed.checkpoint.
             args: Further arguments of ``LightningModule.load_from_checkpoint``.
-            weights_only: Read tensors and plain values only, so that no code of the file runs.
-            kwargs: Further arguments, and those of the module that are to differ. A ``potential`` is needed only if it
+            kwargs: Further arguments, of which ``weights_only`` is True unless it is given, so that no code of the
+                file runs; and those of the module that are to differ. A ``potential`` is needed only if it
                 is not one of :mod:`lightning_januspipe.models`, and if its class or arguments are not in the file, as
                 in files of version 0.1.
 
@@ -243,6 +241,7 @@ class PotentialModule(LightningModule):
             FileNotFoundError: There is no checkpoint.
             ValueError: The potential is of another package, or the given one has other arguments.
         """
+        weights_only = kwargs.pop("weights_only", True)
         if isinstance(checkpoint_path, (str, Path)):
             checkpoint = read_checkpoint(checkpoint_path, weights_only)
             if "potential" not in kwargs:
