@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,13 @@ from typing_extensions import override
 
 from lightning_januspipe import keys
 from lightning_januspipe.models.data_checks import check_data, check_labels
-from lightning_januspipe.models.initial_weights import freeze, load_weights, read_checkpoint
+from lightning_januspipe.models.initial_weights import (
+    as_buffer,
+    freeze,
+    load_weights,
+    read_checkpoint,
+    weights_only_option,
+)
 from lightning_januspipe.models.losses import MaskedError, MaskedLoss, masked_loss
 from lightning_januspipe.models.saved_arguments import compare_arguments, rebuild_potential, save_arguments
 
@@ -227,7 +232,8 @@ class PotentialModule(LightningModule):
         Args:
             checkpoint_path: File written by a Trainer, or folder of torch.distributed.checkpoint.
             args: Further arguments of ``LightningModule.load_from_checkpoint``.
-            kwargs: Further arguments, and those of the module that are to differ. A ``potential`` is needed only if it
+            kwargs: Further arguments, of which ``weights_only`` is True unless it is given, so that no code of the
+                file runs; and those of the module that are to differ. A ``potential`` is needed only if it
                 is not one of :mod:`lightning_januspipe.models`, and if its class or arguments are not in the file, as
                 in files of version 0.1.
 
@@ -235,14 +241,13 @@ class PotentialModule(LightningModule):
             FileNotFoundError: There is no checkpoint.
             ValueError: The potential is of another package, or the given one has other arguments.
         """
-        is_path = isinstance(checkpoint_path, (str, Path))
-        if is_path and ("potential" not in kwargs or Path(checkpoint_path).is_dir()):
-            checkpoint = read_checkpoint(checkpoint_path)
+        weights_only = kwargs.pop("weights_only", True)
+        if isinstance(checkpoint_path, (str, Path)):
+            checkpoint = read_checkpoint(checkpoint_path, weights_only)
             if "potential" not in kwargs:
                 kwargs["potential"] = rebuild_potential(checkpoint, str(checkpoint_path))
-            checkpoint_path = BytesIO()
-            torch.save(checkpoint, checkpoint_path)
-            checkpoint_path.seek(0)
+            checkpoint_path = as_buffer(checkpoint)
+        kwargs.update(weights_only_option(super().load_from_checkpoint, weights_only))
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs).eval()
 
     def _check_loaders(self, loaders: Any, what: str) -> None:
