@@ -85,7 +85,7 @@ def test_each_rank_has_its_part_of_the_state(pool: RankPool) -> None:
         assert sum(f["moments"] for f in found) == alone["moments"]
         # Segments differ by an entry, and the three entries that no loss depends on have no state.
         assert max(f["moments"] for f in found) - min(f["moments"] for f in found) <= (1 + 3) * 2 * 8
-        assert all(f["gradients"] <= alone["parameters"] / size + 8 for f in found)
+        assert all(f["gradients"] <= alone["parameters"] / size + (1 + 3) * 8 for f in found)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,7 @@ def test_norms_of_gradients(pool: RankPool) -> None:
 
 LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
     "plain": (None, 1),
+    "one process": ({"pipeline_size": 1}, 1),
     "replicas": ({**REPLICAS, **SHARDED, "num_microbatches": 1}, 2),
     "stages and replicas": ({**STAGES_AND_REPLICAS, "num_microbatches": 1}, 4),
     "stages and replicas, sharded": ({**STAGES_AND_REPLICAS, **SHARDED, "num_microbatches": 1}, 4),
@@ -124,7 +125,7 @@ LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("replicas", "plain"),
+        ("replicas", "one process"),
         ("stages and replicas, folder", "replicas"),
         ("plain", "stages and replicas, sharded"),
         slow("stages and replicas", "replicas"),
@@ -146,9 +147,20 @@ def test_goes_on_from_a_checkpoint(
             torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
 
 
+def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    strategy, devices = LEVELS["stages and replicas, sharded"]
+    pool.run(checkpoint_workers.train, strategy, str(tmp_path), world_size=devices)
+    expected, found = (torch.load(f / "last.ckpt", weights_only=True) for f in (uninterrupted["folder"], tmp_path))
+    (plain,), (sharded,) = expected["optimizer_states"], found["optimizer_states"]
+    assert sharded["param_groups"] == plain["param_groups"] and sharded["state"].keys() == plain["state"].keys()
+    for index, state in plain["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(sharded["state"][index][key], value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Eight steps of plain Lightning in one process."""
-    folder = str(tmp_path_factory.mktemp("reference"))
-    (found,) = pool.run(checkpoint_workers.train, None, folder, world_size=1)
-    return found
+    """Eight steps of plain Lightning in one process, with the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("reference")
+    (found,) = pool.run(checkpoint_workers.train, None, str(folder), world_size=1)
+    return {**found, "folder": folder}
