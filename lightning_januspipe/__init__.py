@@ -1,4 +1,4 @@
-"""Pipeline × data × graph parallel training of machine-learning interatomic potentials, as a strategy of Lightning.
+"""Trains machine-learning interatomic potentials with pipeline × data × graph parallelism, as a strategy of Lightning.
 
 Importing this package registers ``Trainer(strategy="januspipe")`` with every Lightning that is installed, whether that
 is imported before or after. Torch, Lightning and the package's own modules are imported when they are needed.

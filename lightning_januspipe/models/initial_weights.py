@@ -15,7 +15,7 @@ from lightning_januspipe.models.saved_arguments import compare_arguments
 
 
 def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> list[str]:
-    """Load all parameters and buffers from a checkpoint, and nothing else.
+    """Loads all parameters and buffers from a checkpoint, and nothing else.
 
     Args:
         module: Receives the weights, which the checkpoint holds under the same names.
@@ -56,7 +56,7 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> l
 
 
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory.
+    """Reads a checkpoint into CPU memory.
 
     Args:
         path: File written by a Trainer, or folder of ``torch.distributed.checkpoint``.
@@ -90,7 +90,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
 
 
 def as_buffer(checkpoint: Mapping[str, Any]) -> BytesIO:
-    """Return a file in memory that holds a checkpoint, for ``LightningModule.load_from_checkpoint``."""
+    """Returns a file in memory that holds a checkpoint, for ``LightningModule.load_from_checkpoint``."""
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)
@@ -98,13 +98,13 @@ def as_buffer(checkpoint: Mapping[str, Any]) -> BytesIO:
 
 
 def weights_only_option(load_from_checkpoint: Callable[..., Any], weights_only: bool) -> dict[str, bool]:
-    """Return the option ``weights_only`` for a ``load_from_checkpoint``, where it has one."""
+    """Returns the option ``weights_only`` for a ``load_from_checkpoint``, where it has one."""
     accepted = inspect.signature(load_from_checkpoint).parameters
     return {"weights_only": weights_only} if "weights_only" in accepted else {}
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude parameters from training.
+    """Excludes parameters from training.
 
     Args:
         module: The module that is frozen in part.

@@ -20,7 +20,7 @@ def load(
     weights_only: bool = True,
     **arguments: Any,
 ) -> Any:
-    """Build the module that a checkpoint was saved from, with its weights, on the CPU and in evaluation mode.
+    """Builds the module that a checkpoint was saved from, with its weights, on the CPU and in evaluation mode.
 
     Args:
         path: File written by a Trainer, or folder of ``torch.distributed.checkpoint``.
@@ -53,7 +53,7 @@ def load(
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint of a :class:`~lightning_januspipe.models.PotentialModule` says of its potential.
+    """Returns what a checkpoint of a :class:`~lightning_januspipe.models.PotentialModule` says of its potential.
 
     Args:
         path: File or folder; no code of a file runs.

@@ -34,7 +34,7 @@ _OF_TRAINING = ("trainable_bessel", "trainable_scale_shift")
 
 
 def arguments_of(potential: nn.Module) -> dict[str, Any]:
-    """Return what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
+    """Returns what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
 
     Args:
         potential: Its attribute ``arguments``, a mapping, is returned if there is one; otherwise its attributes
@@ -47,7 +47,7 @@ def arguments_of(potential: nn.Module) -> dict[str, Any]:
 
 
 def facts_of(potential: nn.Module) -> dict[str, Any]:
-    """Return what a user of a potential needs to know, in types that ``torch.load`` reads safely.
+    """Returns what a user of a potential needs to know, in types that ``torch.load`` reads safely.
 
     Args:
         potential: The potential; what it has no attributes for is left out.
@@ -75,7 +75,7 @@ def facts_of(potential: nn.Module) -> dict[str, Any]:
 
 
 def save_arguments(potential: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add the class, the known arguments and the facts of a potential to a checkpoint."""
+    """Adds the class, the known arguments and the facts of a potential to a checkpoint."""
     checkpoint[FACTS] = facts_of(potential)
     if arguments := arguments_of(potential):
         checkpoint[ARGUMENTS] = arguments
@@ -83,7 +83,7 @@ def save_arguments(potential: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], source: str) -> list[str]:
-    """Refuse a checkpoint whose weights would be another potential with the arguments of this one.
+    """Refuses a checkpoint whose weights would be another potential with the arguments of this one.
 
     Args:
         potential: The potential that receives the weights.
@@ -113,7 +113,7 @@ def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], sourc
 
 
 def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
-    """Build a reference potential with the arguments that a checkpoint names; its weights are not loaded.
+    """Builds a reference potential with the arguments that a checkpoint names; its weights are not loaded.
 
     Only classes of :mod:`lightning_januspipe.models` are built, because a checkpoint may name any other code.
 
