@@ -1,4 +1,4 @@
-"""Pipeline × data × graph parallel training of machine-learning interatomic potentials, as a strategy of Lightning.
+"""Trains machine-learning interatomic potentials with pipeline × data × graph parallelism, as a strategy of Lightning.
 
 Importing this package registers ``Trainer(strategy="januspipe")`` with every Lightning that is installed, whether that
 is imported before or after. Torch, Lightning and the package's own modules are imported when they are needed.
@@ -32,7 +32,7 @@ _WHERE = {
     **dict.fromkeys(("Adapter", "ExplicitStages", "run_stages"), "capture"),
     **{"load": "models", "with_halo": "graph"},
 }
-_FOLDERS = ("bench", "callbacks", "data", "models", "plan", "schedule", "testing")
+_FOLDERS = ("bench", "calculator", "callbacks", "data", "models", "plan", "schedule", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A progress bar of one line of 80 columns."""
+"""Shows a progress bar of one line of 80 columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LightningDataModule of structures in files that ASE reads."""
+"""Defines a LightningDataModule of structures in files that ASE reads."""
 
 from __future__ import annotations
 
@@ -119,13 +119,13 @@ class ASEDataModule(StructureDataModule):
     @property
     @override
     def species(self) -> list[str]:
-        """Chemical symbols in the order of the species index; ``"auto"`` reads ``train_file``."""
+        """Returns the chemical symbols in the order of the species index; ``"auto"`` reads ``train_file``."""
         return list(self._species if self._species is not None else self._source().species)
 
     @property
     @override
     def cutoff(self) -> float:
-        """Cutoff of the neighbour lists in Å."""
+        """Returns the cutoff of the neighbour lists in Å."""
         return self._cutoff
 
     @override

@@ -1,4 +1,4 @@
-"""A batch sampler that fills batches up to a number of atoms or edges."""
+"""Defines a batch sampler that fills batches up to a number of atoms or edges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_OPEN = 16
 
 
 class Budget(int):
-    """The number of structures that typically fill a batch, together with the limits that define a full batch.
+    """Holds the limits that define a full batch, and the number of structures that typically fill it.
 
     It is an ``int`` because Lightning passes the ``batch_size`` of a batch sampler on when it builds the sampler again
     for several replicas; nothing else reaches the new sampler.
@@ -75,7 +75,7 @@ class Budget(int):
 
     @property
     def num_samples(self) -> int:
-        """Number of structures n."""
+        """Returns the number of structures n."""
         return len(self.limits[0][2])
 
     def shares(self) -> NDArray[np.float64]:
@@ -150,7 +150,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> BudgetBatchSampler:
-        """The batch sampler itself: Lightning calls ``set_epoch`` on this attribute."""
+        """Returns the batch sampler itself: Lightning calls ``set_epoch`` on this attribute."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

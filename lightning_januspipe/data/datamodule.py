@@ -1,4 +1,4 @@
-"""The LightningDataModule of atomic structures that makes data loaders from datasets."""
+"""Defines the LightningDataModule of atomic structures, which makes data loaders from datasets."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ class StructureDataModule(LightningDataModule):
 
     @property
     def species(self) -> list[str]:
-        """Chemical symbols in the order of the species index."""
+        """Returns the chemical symbols in the order of the species index."""
         raise NotImplementedError
 
     @property
     def cutoff(self) -> float | None:
-        """Cutoff of the neighbour lists in Å; None where it is not known."""
+        """Returns the cutoff of the neighbour lists in Å; None where it is not known."""
         return None
 
     def build_dataset(self, split: Split) -> SampleDataset | None:
@@ -213,5 +213,5 @@ class StructureDataModule(LightningDataModule):
 
     @property
     def _precompute(self) -> bool:
-        """Whether datasets make all samples at once: worker processes share them, and a budget counts their edges."""
+        """Tells whether datasets make all samples at once, for worker processes to share or a budget to count edges."""
         return self._num_workers > 0 or self._max_edges is not None

@@ -1,4 +1,4 @@
-"""A map-style dataset that reads atomic structures and makes their samples."""
+"""Defines a map-style dataset that reads atomic structures and makes their samples."""
 
 from __future__ import annotations
 

@@ -216,13 +216,13 @@ class EMTDataModule(StructureDataModule):
     @property
     @override
     def species(self) -> list[str]:
-        """Chemical symbols in the order of the species index."""
+        """Returns the chemical symbols in the order of the species index."""
         return list(self._species)
 
     @property
     @override
     def cutoff(self) -> float:
-        """Cutoff of the neighbour lists in Å."""
+        """Returns the cutoff of the neighbour lists in Å."""
         return self._cutoff
 
     @override

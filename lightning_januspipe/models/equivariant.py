@@ -1,4 +1,4 @@
-"""The interaction layer of the equivariant potential: one round of messages between neighbouring atoms."""
+"""Defines the interaction layer of the equivariant potential: one round of messages between neighbouring atoms."""
 
 from collections.abc import Sequence
 

@@ -26,7 +26,7 @@ _NAMES = re.compile(r"[A-Za-z_]\w*")
 
 
 def prepare(program: Program) -> Program:
-    """``Program -> Program`` whose lists of indices with a length that depends on values are inputs.
+    """``Program -> Program``: makes inputs of the lists of indices whose length depends on values.
 
     Args:
         program: the captured program; it is changed.

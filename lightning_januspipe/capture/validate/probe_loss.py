@@ -1,4 +1,4 @@
-"""A loss that reads every number of some outputs, whatever their units: what validation differentiates."""
+"""Computes the loss that validation differentiates: it reads every number of some outputs, whatever their units."""
 
 from __future__ import annotations
 
