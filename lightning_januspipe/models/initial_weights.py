@@ -56,20 +56,24 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> l
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint into CPU memory.
 
-    Files are read without running code; the index of a folder is a pickle.
+    Files and folders are read without running code.
 
     Returns:
         The checkpoint, with an entry ``state_dict``.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder is no checkpoint.
+        CheckpointError: The file or folder is damaged.
         ValueError: The file holds objects other than tensors and plain values, or no weights.
     """
+    from lightning_januspipe.checkpoint.integrity import verify_file
     from lightning_januspipe.checkpoint.sharded import read_folder
 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path} (looked in {path.absolute().parent}); check the path")
+    if path.is_file():
+        verify_file(path)
     try:
         checkpoint = read_folder(path, True) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
