@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "compiled": {"capture", "engine", "errors", "schedule"},
     "graph": {"capture", "engine", "errors", "loader"},
     "data": {"keys", "loader"},
+    "calculator": {"data", "keys", "models"},
     "models": {"checkpoint", "keys"},
     "runtime": {
         *("capture", "checkpoint", "distributed", "engine", "errors", "graph", "mesh", "random_state", "schedule"),
