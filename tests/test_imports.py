@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": set(),
     "random_state": set(),
     "schedule": set(),
-    "checkpoint": set(),
+    "checkpoint": {"errors"},
     "engine": {"errors", "schedule"},
     "loader": {"keys", "random_state"},
     "capture": {"engine", "errors", "random_state", "schedule"},
