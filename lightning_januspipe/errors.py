@@ -27,3 +27,7 @@ def quoted(path: str) -> str:
 
 class PipelineError(RuntimeError):
     """Says that a rank could not go on, in which phase, stage and micro-batch."""
+
+
+class CheckpointError(RuntimeError):
+    """Says that a checkpoint could not be saved, removed or read, with its path and the reason."""

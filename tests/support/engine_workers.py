@@ -328,6 +328,8 @@ def use_groups_as_world() -> dict[str, Any]:
 
 
 class _Owns:
+    shards: tuple[()] = ()
+
     def __init__(self, owned: set[nn.Parameter]) -> None:
         self._owned = owned
 
