@@ -16,9 +16,9 @@ from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.find_potential import evaluation_call, find_potential
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.find.potential import evaluation_call, find_potential
 from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.report import summary
 from lightning_januspipe.capture.stages.captured import CapturedPotential
@@ -31,8 +31,8 @@ from lightning_januspipe.capture.validate.against_eager import (
     DEFAULT_MODE,
     PhaseMode,
     run_staged,
-    validate,
     validate_evaluation,
+    validate_stages,
 )
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError, quoted
@@ -124,7 +124,7 @@ def capture_module(
         )
         captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages:
-            validate(captured, job.potential, job.other, phase_mode)
+            validate_stages(captured, job.potential, job.other, phase_mode)
         evaluated = potential_of(module, evaluation_step or step, found)
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
         captured = captured.with_evaluation(evaluated, evaluation)

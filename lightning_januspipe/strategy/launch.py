@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.strategy.base import StrategyState
+from lightning_januspipe.strategy.shared_state import StrategyState
 
 
 class ProcessHooks(StrategyState):

@@ -23,7 +23,7 @@ from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import MessageDtype
 from lightning_januspipe.runtime.planner import is_searched
-from lightning_januspipe.schedule.build import ScheduleName
+from lightning_januspipe.schedule.build_schedule import ScheduleName
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 

@@ -21,7 +21,7 @@ from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, argu
 from lightning_januspipe.cli.main import main
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
-from lightning_januspipe.schedule.build import GENERATORS, ScheduleName
+from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
