@@ -1,4 +1,4 @@
-"""The errors that users meet, beside the errors of libraries."""
+"""Defines the errors that users meet, beside the errors of libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipeline × data × graph: sizes of the mesh from the user's request, and the process groups of one rank."""
+"""Computes the mesh of pipeline × data × graph ranks that a user asks for, and makes the process groups of one rank."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """Returns the number of processes."""
         return self.pipeline * self.data * self.graph
 
     @property
     def ranks_per_replica(self) -> int:
-        """Number of ranks that work on the same samples: the ranks of a pipeline, with their graph ranks."""
+        """Returns the number of ranks that work on the same samples: those of a pipeline, with their graph ranks."""
         return self.pipeline * self.graph
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -150,18 +150,18 @@ class Mesh:
 
     @property
     def replica_ranks(self) -> list[int]:
-        """Global ranks that work on this rank's samples: the ranks of its pipeline, and their graph ranks."""
+        """Returns the global ranks that work on this rank's samples: its pipeline, with all graph ranks."""
         shape = self.shape
         return [shape.rank(p, self.data_rank, g) for p in range(shape.pipeline) for g in range(shape.graph)]
 
     @property
     def replica_rank(self) -> int:
-        """Index of this rank among :attr:`replica_ranks`."""
+        """Returns the index of this rank among :attr:`replica_ranks`."""
         return self.replica_ranks.index(self.rank)
 
     @property
     def pipeline_ranks(self) -> list[int]:
-        """Global ranks of this rank's pipeline, in order."""
+        """Returns the global ranks of this rank's pipeline, in order."""
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
 
 

@@ -44,7 +44,7 @@ StageOrigin = Literal["auto", "captured", "explicit"]
 
 @dataclass(frozen=True)
 class Capture:
-    """A potential in stages.
+    """Holds a potential in stages, with its measurements.
 
     Attributes:
         potential: its stages.
@@ -138,7 +138,7 @@ def capture_module(
 
 @dataclass(frozen=True)
 class _CaptureJob:
-    """One potential to bring into stages.
+    """Brings one potential into stages, from a trace or from its own parts.
 
     Attributes:
         potential: the live potential.

@@ -1,4 +1,4 @@
-"""``januspipe consolidate``: makes one file of a checkpoint folder."""
+"""Runs ``januspipe consolidate``, which makes one file of a checkpoint folder."""
 
 from __future__ import annotations
 

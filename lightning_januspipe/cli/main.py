@@ -1,4 +1,4 @@
-"""The command line ``januspipe``: finds the subcommand and hands it the rest."""
+"""Starts the command line ``januspipe``: finds the subcommand, and hands it the other arguments."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""The options of ``januspipe plan``."""
+"""Defines the options of ``januspipe plan``."""
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,23 +22,23 @@ _UNITS |= {f"{p}ib": 1024.0**i for i, p in enumerate("kmgt", 1)}
 
 
 class ScheduleNames(tuple[str, ...]):
-    """Names of schedules, written with commas between them."""
+    """Reads names of schedules, written with commas between them."""
 
 
 _ALL = ScheduleNames(GENERATORS)
 
 
 class GraphSizes(tuple[int, ...]):
-    """Numbers of graph ranks, written with commas between them."""
+    """Reads numbers of graph ranks, written with commas between them."""
 
 
 class ByteSize(float):
-    """A number of bytes: ``40e9``, ``40GB`` (of 1000³ bytes) or ``40GiB`` (of 1024³)."""
+    """Reads a number of bytes: ``40e9``, ``40GB`` (of 1000³ bytes) or ``40GiB`` (of 1024³)."""
 
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Options of the plan.
+    """Holds the options of the plan.
 
     Attributes:
         ranks: Ranks of the pipeline; of all devices with --meshes. Default: as in the recipe.
@@ -111,7 +112,7 @@ class PlanArguments:
 
     @property
     def link(self) -> GraphLink:
-        """What messages between ranks cost, as given or as usual."""
+        """Returns what messages between ranks cost, as given or as usual."""
         usual = GraphLink()
         return GraphLink(
             usual.latency if self.latency is None else self.latency,
@@ -148,11 +149,17 @@ def parse_bytes(text: str) -> ByteSize:
     return ByteSize(value)
 
 
-def _schedules(text: str) -> ScheduleNames:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+def _parts(given: str | int | Sequence[str | int]) -> list[str]:
+    """Returns what stands between commas; jsonargparse hands in values that it has read before as plain tuples."""
+    parts = str(given).split(",") if isinstance(given, (str, int)) else map(str, given)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _schedules(text: str | Sequence[str]) -> ScheduleNames:
+    names = tuple(_parts(text))
     if names == ("all",):
         return _ALL
-    for name in names or (text,):
+    for name in names or (str(text),):
         if name not in GENERATORS:
             close = difflib.get_close_matches(name, GENERATORS, n=1, cutoff=0.4)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -160,9 +167,9 @@ def _schedules(text: str) -> ScheduleNames:
     return ScheduleNames(names)
 
 
-def _graph_sizes(text: str) -> GraphSizes:
-    parts = [part.strip() for part in str(text).split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+def _graph_sizes(text: str | int | Sequence[int]) -> GraphSizes:
+    parts = _parts(text)
+    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{text!r}; expected whole numbers >= 1 with commas between them")
     return GraphSizes(dict.fromkeys(map(int, parts)))
 

@@ -1,4 +1,4 @@
-"""The graph axis of a pipeline: shards micro-batches before their first phase, and gathers results for the loss."""
+"""Shards micro-batches over graph ranks before their first phase, and gathers their results for the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_januspipe.graph.sharding import shard_potential
 
 @dataclass(frozen=True)
 class GraphGroup:
-    """The ranks that share the atoms of each micro-batch.
+    """Names the ranks that share the atoms of each micro-batch.
 
     Attributes:
         size: G, the number of graph ranks.
@@ -36,7 +36,7 @@ class GraphGroup:
 
 @dataclass(frozen=True)
 class Replica:
-    """The ranks that hold the same micro-batches: the graph ranks of all stages.
+    """Names the ranks that hold the same micro-batches: the graph ranks of all stages.
 
     Attributes:
         size: number of these ranks.
@@ -74,7 +74,7 @@ class GraphAxis:
 
     @property
     def potential(self) -> RankPotential:
-        """The potential whose stages work on this rank's own rows."""
+        """Returns the potential whose stages work on this rank's own rows."""
         return self._sharded.potential
 
     def shard_inputs(self, index: int, tensors: Sequence[Tensor]) -> MicrobatchInput:
@@ -87,7 +87,7 @@ class GraphAxis:
         return self._own(index, tensors, self._sharder.plan_balanced(tensors))
 
     def scatter_inputs(self, index: int, tensors: Sequence[Tensor], over: int | None = None) -> MicrobatchInput:
-        """Shards a micro-batch as training never does; see :meth:`.MicrobatchSharder.plan_scattered`."""
+        """Shards a micro-batch in the worst way, for validation; see :meth:`.MicrobatchSharder.plan_scattered`."""
         return self._own(index, tensors, self._sharder.plan_scattered(tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Exchanges between graph ranks that can be differentiated any number of times.
+"""Exchanges rows between graph ranks with operations that can be differentiated any number of times.
 
 Each operation is a linear map over all ranks, and its derivative is the transposed map, which is again one of these
 operations. With a raw collective as its derivative, energies and forces would be exact, and the gradient of a force
@@ -32,7 +32,7 @@ from lightning_januspipe.graph.shards import Shard
 
 @dataclass(eq=False)
 class Exchange:
-    """The shard and the process group of an exchange.
+    """Holds the shard and the process group of an exchange.
 
     Attributes:
         shard: this rank's shard of the class whose rows are exchanged, on the device of the tensors.
@@ -59,7 +59,7 @@ class Exchange:
 
 
 def gather_halo(x: Tensor, exchange: Exchange) -> Tensor:
-    """Appends the halo to the own rows, with one message to and from each neighboring rank.
+    """Appends the halo to the own rows, with one message to and from each neighbouring rank.
 
     Args:
         x: (n_own, ...) own rows.

@@ -29,7 +29,7 @@ _HOW = (
 
 
 class RankInputs(dict[str, Tensor]):
-    """The inputs of a part on one of several graph ranks.
+    """Holds the inputs of a part on one of several graph ranks.
 
     Args:
         tensors: tensors with own rows, by name.
@@ -65,7 +65,7 @@ def with_halo(features: Tensor, inputs: Tensors) -> Tensor:
 
 @dataclass(frozen=True)
 class ExplicitRankPotential:
-    """A potential with stages of its own, on the rows of one graph rank.
+    """Holds a potential with stages of its own, on the rows of one graph rank.
 
     Attributes:
         staged: the potential.
@@ -77,12 +77,12 @@ class ExplicitRankPotential:
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Returns the length of the chain."""
         return self.staged.num_stages
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables."""
+        """Returns the specs of derivative and observables."""
         return self.staged.chain
 
     def bind(self, tensors: Sequence[Tensor]) -> dict[str, int]:

@@ -44,7 +44,7 @@ from lightning_januspipe.graph.verify_captured import compare_in_lock_step
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedProgram(ShardedPotential):
-    """A captured potential for several graph ranks.
+    """Holds a captured potential for several graph ranks.
 
     Attributes:
         potential: with exchanges.
@@ -70,7 +70,7 @@ class ShardedProgram(ShardedPotential):
 
 
 def shard_captured(captured: CapturedPotential) -> ShardedProgram:
-    """``CapturedPotential -> ShardedProgram``: a copy of a captured potential with exchanges between graph ranks.
+    """``CapturedPotential -> ShardedProgram``: copies a captured potential, and inserts exchanges between graph ranks.
 
     Raises:
         CaptureError: an operation combines rows in a way that has no exchange here.
@@ -208,7 +208,7 @@ class _ExchangeInserter:
         return REPLICATE if node.name in self._differentiable else PARTIAL_GRADIENT
 
     def _replicate(self, node: Node, given: Sequence[str]) -> None:
-        """Marks where a replicated value enters what each rank does with its own rows: its cotangents are summed."""
+        """Marks where a replicated value is first used with each rank's own rows: its cotangents are summed."""
         for name in given:
             if self._placements[name] == REPLICATE and name in self._differentiable:
                 self._rewrite.give(node, name, exchange_ops.replicate, self._classes.root)
@@ -240,7 +240,7 @@ class _ExchangeInserter:
         return use
 
     def _written(self, node: Node) -> Placement | None:
-        """Sums written rows over the ranks that write them; returns None for what stays on the rank."""
+        """Sums written rows over the ranks that write them; returns None for rows that stay on the rank."""
         name = str(node.args[0].name)
         placement = self._placements[name]
         given = self._operands(node)

@@ -202,7 +202,7 @@ def _factors(number: int) -> list[tuple[int, ...]]:
 
 
 def _cuthill_mckee(target: Ints, source: Ints, num_atoms: int) -> Ints | None:
-    """Returns an order in which neighboring atoms are near each other, from the edges alone; None without scipy."""
+    """Returns an order in which neighbouring atoms are near each other, from the edges alone; None without scipy."""
     if importlib.util.find_spec("scipy") is None or not len(target):
         return None
     from scipy.sparse.csgraph import reverse_cuthill_mckee

@@ -27,7 +27,7 @@ def verify_explicit_sharding(
 ) -> None:
     """Compares a micro-batch that is sharded over graph ranks with the whole one, which each rank computes for itself.
 
-    It is sharded in two ways: with neighboring atoms on different ranks, so that all exchanges are needed and sums over
+    It is sharded twice: with neighbouring atoms on different ranks, so that all exchanges are needed, and sums over
     atoms are sums over ranks; and with all atoms on the first rank and none on the others.
 
     Args:

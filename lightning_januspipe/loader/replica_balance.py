@@ -1,4 +1,4 @@
-"""Graph-aware re-scheduling: the samples of one step of all replicas are dealt into micro-batches of equal work.
+"""Deals the samples of one step of all replicas out to micro-batches of equal work (graph-aware re-scheduling).
 
 Each replica reads the indices of all replicas' batches, packs them, and takes its own micro-batches (JanusPipe, arXiv
 2605.18404). No messages are needed in training, because samplers are deterministic: one process sends the costs of all

@@ -72,7 +72,7 @@ class Measured:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages."""
+        """Returns the number of stages."""
         return len(self.costs)
 
     def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
@@ -80,7 +80,7 @@ class Measured:
         return self.potential.boundary(stage)
 
     def message_bytes(self, message: Message) -> int:
-        """Bytes of a message as the executor packs it: the boundary, and what goes with it."""
+        """Returns the bytes of a message as the executor packs it: the boundary, and what goes with it."""
         stage = message.target.stage
         before = [spec for _, spec in self.boundary(stage - 1)] if stage else []
         behind = [spec for _, spec in self.boundary(stage)] if stage < self.num_stages - 1 else []

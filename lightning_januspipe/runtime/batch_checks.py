@@ -1,4 +1,4 @@
-"""Validation in the middle of training, for batches of a kind that no validation has seen.
+"""Validates the stages in the middle of training, on batches of a kind that no validation has seen.
 
 A forward may branch on whether there is just one structure, or no edge, or on an entry that only some batches hold.
 The trace does not tell: many operations treat sizes of 0 and 1 specially without another result, and entries that a

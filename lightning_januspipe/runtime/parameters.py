@@ -1,4 +1,4 @@
-"""The parameters of a module and the ranks of the pipeline that train them: reduction, ownership, synchronization."""
+"""Places the parameters of a module on the ranks that train them, reduces their gradients, and synchronizes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From measured costs to the schedule of a step. The schedules themselves, free of torch, are in ``schedule/``."""
+"""Plans the schedule of a step from measured costs. The schedules themselves, free of torch, are in ``schedule/``."""
 
 from __future__ import annotations
 

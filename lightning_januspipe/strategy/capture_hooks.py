@@ -1,4 +1,4 @@
-"""The Lightning hooks at which a potential is captured: the start of training, or of evaluation without training."""
+"""Implements the hooks that capture a potential: the start of training, or of evaluation without training."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class CaptureHooks(StrategyState):
 
     @override
     def on_test_start(self) -> None:
-        """See :meth:`on_validation_start`."""
+        """Does the same as :meth:`on_validation_start`."""
         self._capture_for_evaluation("test_step")
 
     @override
     def on_predict_start(self) -> None:
-        """See :meth:`on_validation_start`."""
+        """Does the same as :meth:`on_validation_start`."""
         self._capture_for_evaluation("predict_step")
 
     def _capture_for_evaluation(self, name: str) -> None:

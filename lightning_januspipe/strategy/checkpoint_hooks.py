@@ -1,4 +1,4 @@
-"""The Lightning hooks of checkpoints, which the Trainer calls to save, load and remove them."""
+"""Implements the hooks of checkpoints, which the Trainer calls to save, load and remove them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CheckpointHooks(StrategyState):
     @property
     @override
     def checkpoint_io(self) -> Any:
-        """The user's plugin for files, by default one that writes a file as a whole or not at all."""
+        """Returns the user's plugin for files, by default one that writes a file as a whole or not at all."""
         if self._checkpoint_io is None:
             self._checkpoint_io = atomic_checkpoint_io(self.lib)
         elif isinstance(self._checkpoint_io, self.lib.wrapper._WrappingCheckpointIO):

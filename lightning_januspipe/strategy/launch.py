@@ -1,4 +1,4 @@
-"""The Lightning hooks of processes: they start, join the mesh, and run the collectives that the Trainer calls."""
+"""Implements the hooks of processes: they start, join the mesh, and run the collectives that the Trainer calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ProcessHooks(StrategyState):
 
     @property
     def process_group_backend(self) -> str | None:
-        """The backend of torch.distributed; None in one process, unless the user gave one."""
+        """Returns the backend of torch.distributed; None in one process, unless the user gave one."""
         if self.options.process_group_backend is not None or not self.is_distributed:
             return self.options.process_group_backend
         return str(self.lib.distributed._get_default_process_group_backend_for_device(self.root_device))
@@ -33,7 +33,7 @@ class ProcessHooks(StrategyState):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """The arguments of samplers: each replica draws samples of its own, the ranks of one replica draw the same."""
+        """Returns the arguments with which a sampler gives each replica samples of its own, and its ranks the same."""
         return {"num_replicas": self.mesh_shape.data, "rank": self.replica_index}
 
     def set_world_ranks(self) -> None:

@@ -1,4 +1,4 @@
-"""The Lightning hooks of data: the training loader yields micro-batches, and batches move to this rank's device."""
+"""Implements the hooks of data: the training loader yields micro-batches, and batches move to this rank's device."""
 
 from __future__ import annotations
 

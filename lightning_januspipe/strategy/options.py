@@ -1,4 +1,4 @@
-"""The arguments of the strategy, as one dataclass that validates itself and explains itself on command lines.
+"""Defines the arguments of the strategy, as one dataclass that validates itself and explains itself on command lines.
 
 A field is all that a new argument needs: values are validated by the field's type, and command lines print its
 docstring. If an error needs more words than the type has, ``metadata["expected"]`` has them.
@@ -111,7 +111,7 @@ class StrategyOptions:
 
     @property
     def message_timeout(self) -> timedelta:
-        """The timeout of messages as a timedelta."""
+        """Returns the timeout of messages as a timedelta."""
         return self.timeout if isinstance(self.timeout, timedelta) else timedelta(seconds=self.timeout)
 
 

@@ -1,4 +1,4 @@
-"""The strategy: the hooks that the Trainer calls, in the order of a run. It holds no autograd and no messages.
+"""Implements the hooks that the Trainer calls in training and evaluation, in the order of a run.
 
 Four subjects have files of their own: processes (``launch``), loaders (``loaders``), the capture (``capture_hooks``)
 and checkpoints (``checkpoint_hooks``). :mod:`~lightning_januspipe.strategy.registry` binds all of it to a Lightning.
@@ -97,7 +97,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @property
     @override
     def precision_plugin(self) -> Precision:
-        """The precision plugin, which clips gradients over the mesh."""
+        """Returns the precision plugin, which clips gradients over the mesh."""
         return self._precision_plugin if self._precision_plugin is not None else self.lib.precision.Precision()
 
     @precision_plugin.setter
@@ -204,7 +204,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`validation_step`."""
+        """Runs the user's ``test_step`` as :meth:`validation_step` runs its own."""
         with self.precision_plugin.test_step_context():
             output = self._evaluate(self._module.test_step, *args, **kwargs)
             self._discard_repeated()
@@ -212,7 +212,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`validation_step`."""
+        """Runs the user's ``predict_step`` as :meth:`validation_step` runs its own."""
         with self.precision_plugin.predict_step_context():
             return self._evaluate(self._module.predict_step, *args, **kwargs)
 

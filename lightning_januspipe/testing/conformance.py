@@ -1,4 +1,4 @@
-"""The tests that every potential has to pass to be trained with pipelines, replicas and graph ranks."""
+"""Tests that a potential can be trained with pipelines, replicas and graph ranks."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class TestHelp:
         with pytest.raises(SystemExit):
             main(["fit", "--trainer.strategy.help", "lightning_januspipe.JanusPipeStrategy"])
         text = " ".join(capsys.readouterr().out.split())
-        assert "Trains a potential that conserves energy on several devices" in text
+        assert "Trains a conservative potential on several devices: its layers in a pipeline" in text
         assert "--trainer.strategy.schedule {gpipe,1f1b-fold,1f1b-2nd,hanayo-2nd,wavek,wavek-zb} Order of" in text
         assert "default: wavek-zb)" in text and "(type: timedelta | float, default: 0:30:00)" in text
         assert get_args(ScheduleName) == tuple(GENERATORS)

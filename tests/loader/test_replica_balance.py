@@ -286,7 +286,7 @@ def test_a_stream_cannot_be_balanced_across_replicas(pool: RankPool) -> None:
 
 
 def test_benchmark_deals_a_mixture() -> None:
-    from lightning_januspipe.bench.replicas import WAYS, deal, mixture
+    from lightning_januspipe.bench.replicas import WAYS, microbatches_of_replicas, mixture
 
     structures = mixture(64)
     sizes = sorted(map(len, structures))
@@ -295,7 +295,7 @@ def test_benchmark_deals_a_mixture() -> None:
     assert costs is not None
     found = {}
     for way in WAYS:
-        dealt = deal(costs.tolist(), 2, 2, way)
+        dealt = microbatches_of_replicas(costs.tolist(), 2, 2, way)
         assert sorted(i for mine in dealt for group in mine for i in group) == list(range(64))
         found[way] = imbalance(costs.tolist(), [group for mine in dealt for group in mine])
     assert found["replicas"] <= 1.05 < found["in the loader's order"] and found["replicas"] <= found["microbatches"]

@@ -1,4 +1,4 @@
-"""``januspipe bench emulate``: runs all schedules on emulated devices, for a table and pictures."""
+"""Runs ``januspipe bench emulate``: all schedules on emulated devices, for a table and pictures."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _ABSENT = "(no value)"
 
 @dataclass(frozen=True)
 class CallFormat:
-    """The format of the calls that a captured potential takes.
+    """Describes the calls that a captured potential takes.
 
     Attributes:
         tensors: places of tensors, in the order of the program's inputs.

@@ -75,7 +75,7 @@ class CallInputs:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Values that are computed together for each batch.
+    """Lists values that are computed together for each batch.
 
     Attributes:
         function: computes the values.

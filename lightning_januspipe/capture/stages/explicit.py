@@ -28,7 +28,7 @@ Tensors = Mapping[str, Tensor]
 
 @runtime_checkable
 class ExplicitStages(Protocol):
-    """The attributes and methods of an ``nn.Module`` that declares its own stages; its ``forward`` stays as it is.
+    """Names the attributes and methods of an ``nn.Module`` that declares its own stages beside its ``forward``.
 
     The parts run one after the other, and the pipeline may be cut between any two of them::
 
@@ -98,7 +98,7 @@ def run_stages(potential: ExplicitStages, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExplicitPotential:
-    """A potential with stages of its own (a :class:`.StagedPotential`).
+    """Holds a potential with stages of its own (a :class:`.StagedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
@@ -132,42 +132,42 @@ class ExplicitPotential:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Floating-point types of the features that its parts return."""
+        """Returns the floating-point types of the features that its parts return."""
         return {s.dtype for features in self.features for s in features.values() if s.dtype.is_floating_point}
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Returns the length of the chain."""
         return len(self.bounds) - 1
 
     @property
     def num_operations(self) -> list[int]:
-        """Parts of each stage."""
+        """Returns the number of parts of each stage."""
         return [b - a for a, b in pairwise(self.bounds)]
 
     @property
     def operation_word(self) -> str:
-        """What :attr:`num_operations` counts."""
+        """Returns what :attr:`num_operations` counts."""
         return "parts"
 
     @property
     def coordinate_names(self) -> Sequence[str]:
-        """Names of the differentiation inputs."""
+        """Returns the names of the differentiation inputs."""
         return self.coordinates
 
     @property
     def observable_names(self) -> Sequence[str]:
-        """Names of the results of the last part."""
+        """Returns the names of the results of the last part."""
         return list(self.features[-1])
 
     @property
     def boundary_bytes(self) -> list[int]:
-        """Bytes of each boundary on the batch that was measured."""
+        """Returns the bytes of each boundary on the batch that was measured."""
         return [self.part_bytes[bound - 1] for bound in self.bounds[1:-1]]
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables; the observables are all features that the last part returns."""
+        """Returns the specs of derivative and observables: all features that the last part returns."""
         results = self.features[-1]
         return ChainSpec(
             coordinates=tuple(self.inputs_by_name[n] for n in self.coordinates),
@@ -248,7 +248,7 @@ class ExplicitPotential:
         return ExplicitStage(self, index, potential)
 
     def return_value(self, potential: nn.Module) -> ExplicitReturnValue:
-        """Returns what computes the forward's return value."""
+        """Returns the object that computes the forward's return value."""
         return ExplicitReturnValue(self, potential)
 
 

@@ -69,7 +69,7 @@ _OPERATIONS = {
 
 
 def draw_outside(program: Program) -> Program:
-    """``Program -> Program`` whose random numbers are inputs.
+    """``Program -> Program``: makes inputs of the random numbers.
 
     Args:
         program: the captured program; it is changed.

@@ -41,7 +41,7 @@ _LIBRARIES = {"torch_geometric", "torch_scatter"}
 
 
 class ReadValues:
-    """The values that a forward reads from tensors, in its order.
+    """Records the values that a forward reads from tensors, in their order.
 
     The forward runs twice: the first run records the values, and the second one, the trace, gets them again.
 

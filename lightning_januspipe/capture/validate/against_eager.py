@@ -1,4 +1,4 @@
-"""Validates a staged potential before it is used: against the eager module, on a batch of other sizes.
+"""Validates a potential in stages against the eager module, on a batch of other sizes, before it is used.
 
 Energies and forces that agree say nothing about training, so the parameter gradient of a force loss is compared too.
 """
@@ -29,7 +29,7 @@ from lightning_januspipe.schedule import PhaseCosts
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one call of a potential gives, eager or in stages.
+    """Holds the results of one call of a potential, eager or in stages.
 
     Attributes:
         derivatives: ∂E/∂x.
@@ -176,7 +176,7 @@ DEFAULT_MODE = PhaseMode()
 
 
 class _CheckedStage:
-    """A stage whose messages are compared with the shapes that the ranks which receive them expect."""
+    """Runs a stage, and compares its messages with the shapes that the receiving ranks expect."""
 
     def __init__(self, function: StageFunction, symbols: Mapping[str, int], path: str) -> None:
         self._function, self._symbols, self._path = function, symbols, path

@@ -243,5 +243,5 @@ def test_energy_that_does_not_depend_on_positions(how: str) -> None:
         def features(self, batch: Batch, vectors: Tensor) -> Tensor:
             return super().features(batch, vectors.detach() if how == "detach" else vectors.data)
 
-    with pytest.raises(CaptureError, match=r"does not depend on what it is differentiated by.*Look for a detach\(\)"):
+    with pytest.raises(CaptureError, match=r"does not depend in a differentiable way.*Look for a detach\(\)"):
         Traced(Step(Cut(2)))
