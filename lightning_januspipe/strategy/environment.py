@@ -111,7 +111,7 @@ def check_script(main: Any, argv: list[str]) -> None:
         ValueError: The program is no file: it came from standard input, ``python -c``, a notebook or a prompt.
     """
     out = "Save it as a file and run `python FILE`, or use torchrun; devices=1 needs no other process"
-    if not hasattr(main, "__file__") or hasattr(sys, "ps1"):
+    if not os.path.isfile(getattr(main, "__file__", None) or "") or hasattr(sys, "ps1"):
         raise ValueError(
             "the Trainer starts a process for each further rank by running the script again, but this program is no "
             f"file: it came from standard input, `python -c`, a notebook or a prompt. {out}."

@@ -16,6 +16,7 @@ from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
+from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.launcher import RankProcesses, script_launcher
 from lightning_januspipe.strategy.threads import share_cores
 
@@ -65,6 +66,7 @@ class ProcessHooks(StrategyState):
         super().setup_environment()
         self.lib.seed.reset_seed()
         self.set_world_ranks()
+        hook = sys.excepthook
         if self.is_distributed:
             self._join()
         if self.mesh is None or self.mesh.aborted:
@@ -74,6 +76,11 @@ class ProcessHooks(StrategyState):
         self._module._device_mesh = self.mesh.device_mesh
         self._loader_progress = LoaderProgress(self.root_device)
         self._num_runs += 1
+        if self.is_distributed:
+            store = dist.distributed_c10d._get_default_store()
+            self._failure = FailureReport(
+                self.global_rank, self.mesh_shape.size, store, self._launcher, run=self._num_runs, hook=hook
+            )
 
     def _join(self) -> None:
         """Starts torch.distributed."""

@@ -98,13 +98,11 @@ class RankProcesses:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def failed(self) -> list[str]:
-        """Returns what ended each rank that has ended by a signal or with an exit status other than 0."""
+        """Returns what ended the ranks that a signal has ended, else those with an exit status other than 0."""
         first = self.cluster_environment.node_rank() * self.num_processes + 1
-        return [
-            told
-            for rank, process in enumerate(self.procs, first)
-            if (told := end_of(rank, process.pid, process.poll()))
-        ]
+        ends = [(rank, process.pid, process.poll() or 0) for rank, process in enumerate(self.procs, first)]
+        has_signal = any(code < 0 for _, _, code in ends)  # then the others have ended because of that
+        return [end_of(*end) for end in ends if (end[2] < 0 if has_signal else end[2] > 0)]
 
     def wait(self, seconds: float) -> None:
         """Waits for the other ranks of this machine to end, for some seconds at most."""
@@ -137,16 +135,14 @@ class RankProcesses:
                 process.kill()
 
 
-def end_of(rank: int, pid: int, code: int | None) -> str:
-    """Returns in words how the process of a rank has ended; empty if it runs or has ended well.
+def end_of(rank: int, pid: int, code: int) -> str:
+    """Returns in words how the process of a rank has ended.
 
     Args:
         rank: The global rank.
         pid: The process.
-        code: Its exit status, minus the signal that has ended it; None while it runs.
+        code: Its exit status, or minus the signal that has ended it.
     """
-    if not code:
-        return ""
     if code > 0:
         return f"Rank {rank} (process {pid}) ended with exit status {code}; its own output has the cause."
     name = signal.Signals(-code).name if -code in list(signal.Signals) else "unknown"

@@ -228,6 +228,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
+        if self._failure is not None and isinstance(exception, Exception):
+            self._failure.note(exception)
         if self._shutdown is not None:
             self._shutdown.give_up()
 
