@@ -175,7 +175,7 @@ def atoms_to_sample(
         raise ValueError(f"{source} has no atoms; remove it")
     pbc = np.array(atoms.pbc, dtype=bool)
     cell = np.array(atoms.cell, dtype=np.float64) if pbc.any() else np.zeros((3, 3))
-    index = _species_index(atoms, species, source)
+    index = species_index(atoms, species, source)
     try:
         positions = _near_origin(atoms.positions, cell, pbc)
         edge_index, cell_shifts = neighbor_list(positions, cell, pbc, cutoff)
@@ -207,7 +207,17 @@ def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Flo
     return np.asarray(positions - positions.mean(axis=0))
 
 
-def _species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
+def species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
+    """Return the species index (N,) of each atom.
+
+    Args:
+        atoms: Structure of N atoms.
+        species: Chemical symbols by species index.
+        source: Name of the structure in error messages.
+
+    Raises:
+        ValueError: An element is not in ``species``.
+    """
     index = {symbol: number for number, symbol in enumerate(species)}
     symbols = [chemical_symbols[number] for number in np.unique(atoms.numbers)]
     unknown = [symbol for symbol in symbols if symbol not in index]

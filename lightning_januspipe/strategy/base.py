@@ -124,6 +124,11 @@ class StrategyState(ParallelStrategy):
         return self.mesh_shape.ranks_per_replica > 1
 
     @property
+    def _shards_optimizers(self) -> bool:
+        """Whether several ranks hold the same stages and share their optimizer state."""
+        return self.options.shard == "optimizer" and self.mesh_shape.data * self.mesh_shape.graph > 1
+
+    @property
     def replica_index(self) -> int:
         """Returns the index of this rank's replica."""
         return self.mesh_shape.coordinates(self.global_rank)[1]

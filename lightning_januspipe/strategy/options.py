@@ -67,6 +67,11 @@ class StrategyOptions:
     activation: Literal["keep"] = "keep"
     """Which tensors of a micro-batch are kept between its phases. Only "keep" is available, which keeps all."""
 
+    shard: Literal["none", "optimizer"] = "none"
+    """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
+    "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "none": nothing
+    is shared."""
+
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
     instead of single files. Either kind is loaded, whatever the value."""

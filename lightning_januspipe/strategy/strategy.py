@@ -109,14 +109,17 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        if self.num_microbatches() > 1 or self._captures:
-            check_trainer(self._trainer, is_pipeline=self._captures)
+        has_parts = self._captures or self._shards_optimizers
+        if self.num_microbatches() > 1 or has_parts:
+            check_trainer(self._trainer, has_parts)
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             # The ranks of a replica run the same steps, so they have to draw the same numbers.
             broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+        if has_parts:
             self._prune_optimizers()
+        if self._captures:
             self._free_other_stages()
         self._progress.training_starts()
 
@@ -148,7 +151,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
-            owners = batch.ahead if split else ()
+            owners = batch.owners if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
@@ -237,7 +240,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def teardown(self) -> None:
         """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
         for stage in self._stage_optimizers.values():
-            stage.make_whole()
+            stage.release()
         module, residence = self.lightning_module, self._residence
         if module is not None:
             module.__dict__.pop("_on_before_batch_transfer", None)
