@@ -151,7 +151,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
-            owners = batch.ahead if split else ()
+            owners = batch.owners if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)

@@ -1,4 +1,4 @@
-"""Two training runs to compare: one rank's part of a pipelined run, and the undivided run in one process."""
+"""Two training runs to compare: one rank's part of a pipelined run, and the same run in one process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def train_in_pipeline(
     return recorder.record
 
 
-def train_undivided(
+def train_reference(
     module_factory: Callable[[], Any],
     datamodule_factory: Callable[[], Any],
     strategy: dict[str, Any],
@@ -72,7 +72,7 @@ def train_undivided(
     trainer_arguments: dict[str, Any],
     devices: int,
 ) -> Record:
-    """Trains the undivided module with a plain Trainer, on the mean loss of all micro-batches of all replicas.
+    """Trains the module as it is with a plain Trainer, on the mean loss of all micro-batches of all replicas.
 
     In one process the replicas' batches are trained on side by side. In as many processes as there are replicas, each
     trains on its own with Lightning's DDP, so that losses that reduce themselves over processes are what they would be.

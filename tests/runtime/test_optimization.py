@@ -12,7 +12,7 @@ import torch
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
-# One way to divide the potential is enough where optimizers do not depend on it; others are divided as by default.
+# One way to cut the potential is enough where optimizers do not depend on it; others are cut as by default.
 PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
 DEFAULT: dict[str, Any] = {"num_microbatches": 1}
 
