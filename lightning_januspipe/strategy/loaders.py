@@ -31,9 +31,8 @@ class LoaderHooks(StrategyState):
 
     def _hand_back_samplers(self, trainer: Trainer) -> None:
         """Lets Lightning share samples again."""
-        if self._shares_samples:
-            connector: Any = trainer._accelerator_connector
-            connector.use_distributed_sampler = True
+        connector: Any = trainer._accelerator_connector
+        connector.use_distributed_sampler = True
 
     def _discard_repeated(self) -> None:
         """Discards this replica's results of the present evaluation batch, if another replica has the same samples."""

@@ -231,6 +231,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
+        if self._failure is not None and isinstance(exception, Exception):
+            self._failure.note(exception)
         if self._shutdown is not None:
             self._shutdown.give_up()
 
@@ -244,7 +246,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
-            self._hand_back_samplers(module.trainer)
+            if self._shares_samples:
+                self._hand_back_samplers(module.trainer)
         if self._shutdown is not None:
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None
