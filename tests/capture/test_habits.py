@@ -53,7 +53,7 @@ from torch import nn
 from lightning_januspipe.capture.adapters.adapter import BUILT_IN
 from lightning_januspipe.capture.trace.program import ReturnedSize
 from lightning_januspipe.capture.trees import copied, leaves
-from lightning_januspipe.capture.validate.against_eager import run_staged, validate, validate_evaluation
+from lightning_januspipe.capture.validate.against_eager import run_staged, validate_evaluation, validate_stages
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.random_state import seeded
@@ -75,7 +75,7 @@ def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Se
     found = traced(step, make)
     for num_stages in stages:
         potential = found.cut(num_stages)
-        validate(potential, found.potential, found.call_on(make(batch(*OTHER))))
+        validate_stages(potential, found.potential, found.call_on(make(batch(*OTHER))))
         assert_parity(potential, step, make(batch(*OTHER)), 1e-9)
     return found
 
@@ -206,7 +206,7 @@ def test_derivatives_that_vanish_by_symmetry(positions: str) -> None:
                 layer.a.weight[:, -1] = 0  # messages that do not depend on distances
     else:
         other["pos"] *= 0
-    validate(found.cut(2), found.potential, found.call_on(other))
+    validate_stages(found.cut(2), found.potential, found.call_on(other))
 
 
 @pytest.mark.parametrize("potential", [DrawsAngles, HasDropout])
@@ -216,7 +216,7 @@ def test_random_numbers_are_drawn_once_for_each_micro_batch(potential: type[Pote
     found = traced(step)
     other = batch(*OTHER)
     captured = found.cut(3)
-    validate(captured, found.potential, found.call_on(copied(other)))
+    validate_stages(captured, found.potential, found.call_on(copied(other)))
     validate_evaluation(captured, found.potential, found.call_on(copied(other)))
     gradients = []
     for seed in (3, 3, 4):
