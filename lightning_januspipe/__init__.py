@@ -1,4 +1,4 @@
-"""Pipeline × data × graph parallel training of machine-learning interatomic potentials, as a strategy of Lightning.
+"""Trains machine-learning interatomic potentials with pipeline × data × graph parallelism, as a strategy of Lightning.
 
 Importing this package registers ``Trainer(strategy="januspipe")`` with every Lightning that is installed, whether that
 is imported before or after. Torch, Lightning and the package's own modules are imported when they are needed.
@@ -15,6 +15,7 @@ from lightning_januspipe.strategy.registry import NAMESPACES, register_everywher
 if TYPE_CHECKING:
     from lightning_januspipe.capture import Adapter, ExplicitStages, run_stages
     from lightning_januspipe.graph import with_halo
+    from lightning_januspipe.models import load
 
     JanusPipeStrategy: Any
 
@@ -25,10 +26,13 @@ if not _installed:
     raise ModuleNotFoundError("lightning_januspipe needs lightning or pytorch_lightning: pip install lightning")
 register_everywhere()
 
-__all__ = ["Adapter", "ExplicitStages", "JanusPipeStrategy", "run_stages", "strategy_class", "with_halo"]
+__all__ = ["Adapter", "ExplicitStages", "JanusPipeStrategy", "load", "run_stages", "strategy_class", "with_halo"]
 
-_WHERE = {"Adapter": "capture", "ExplicitStages": "capture", "run_stages": "capture", "with_halo": "graph"}
-_FOLDERS = ("bench", "callbacks", "data", "models", "plan", "schedule", "testing")
+_WHERE = {
+    **dict.fromkeys(("Adapter", "ExplicitStages", "run_stages"), "capture"),
+    **{"load": "models", "with_halo": "graph"},
+}
+_FOLDERS = ("bench", "calculator", "callbacks", "data", "models", "plan", "schedule", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Names of the tensors in a batch: ``dict[str, torch.Tensor]`` with N atoms, E edges and B structures."""
+"""Names the tensors in a batch: ``dict[str, torch.Tensor]`` with N atoms, E edges and B structures."""
 
 POSITIONS = "positions"
 """(N, 3) float: atomic positions in Å."""

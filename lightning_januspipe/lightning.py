@@ -1,4 +1,4 @@
-"""The strategy for a Trainer of ``lightning``: ``lightning_januspipe.lightning.JanusPipeStrategy``."""
+"""Holds the strategy for a Trainer of ``lightning``."""
 
 from lightning_januspipe.strategy.registry import strategy_class
 

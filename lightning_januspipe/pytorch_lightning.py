@@ -1,4 +1,4 @@
-"""The strategy for a Trainer of ``pytorch_lightning``: ``lightning_januspipe.pytorch_lightning.JanusPipeStrategy``.
+"""Holds the strategy for a Trainer of ``pytorch_lightning``.
 
 ``pip install lightning`` installs both Lightnings, and then ``lightning_januspipe.JanusPipeStrategy`` is that of
 ``lightning``. Projects that import ``pytorch_lightning`` name this one in their configurations.

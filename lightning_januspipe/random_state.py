@@ -1,4 +1,4 @@
-"""The generators of torch, numpy and Python together: states are saved, restored, kept, seeded and shared."""
+"""Saves, restores, seeds and shares the random generators of torch, numpy and Python together."""
 
 from __future__ import annotations
 

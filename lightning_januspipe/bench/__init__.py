@@ -1,1 +1,1 @@
-"""The benchmarks of ``januspipe bench``: training steps, replicas, graph ranks, and emulated devices."""
+"""Runs the benchmarks of ``januspipe bench``: training steps, replicas, graph ranks, and emulated devices."""

@@ -1,4 +1,4 @@
-"""``januspipe bench``: the benchmarks of docs/benchmarks.md."""
+"""Runs ``januspipe bench``: the benchmarks of docs/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_januspipe.bench.work import Work, trainer_of
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.testing import RankPool
 
 _WARM_UP = 5
@@ -24,7 +24,7 @@ _WARM_UP = 5
 
 @dataclass(frozen=True)
 class RunTiming:
-    """One rank's measurement of one run.
+    """Holds one rank's measurement of one run.
 
     Attributes:
         step: Median seconds of an optimizer step.
@@ -221,7 +221,7 @@ def simulation(work: Work, runs: int = 5) -> str:
 
 @dataclass(frozen=True)
 class StepGradients:
-    """The result of one rank's first step.
+    """Holds the result of one rank's first step.
 
     Attributes:
         gradients: Gradients of the parameters that the rank trains, by name, in float64.

@@ -1,4 +1,4 @@
-"""The work that benchmarks compare configurations on, and the Trainer that does it."""
+"""Defines the work on which benchmarks compare configurations, and the Trainer that does it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Work:
-    """The work that is the same for every configuration.
+    """Describes the work that is the same for every configuration.
 
     Attributes:
         data: An extxyz file; without it, boxes of metal are made with ASE's EMT.

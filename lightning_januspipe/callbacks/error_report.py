@@ -12,7 +12,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
+from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Errors:
     before_is_partial: bool = False
 
     def known(self) -> list[Quantity]:
-        """Return the quantities that have a value."""
+        """Returns the quantities that have a value."""
         columns = (self.before, self.after, self.validation, self.test)
         return [q for q in QUANTITIES if any(q.metric in values for values in columns)]
 
@@ -89,7 +89,7 @@ class ErrorReport(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the errors of the validation data."""
+        """Keeps the errors of the validation data."""
         values = _logged(trainer, pl_module, "val_")
         if trainer.sanity_checking:
             self.errors.before = values
@@ -102,13 +102,13 @@ class ErrorReport(Callback):
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the errors of the test data."""
+        """Keeps the errors of the test data."""
         self.errors.test = _logged(trainer, pl_module, "test_")
         self._print_once(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, on the first process."""
+        """Prints the table, on the first process."""
         self._print_once(trainer)
 
     def _print_once(self, trainer: Trainer) -> None:
@@ -116,7 +116,7 @@ class ErrorReport(Callback):
             self.print(trainer)
 
     def print(self, trainer: Trainer) -> None:
-        """Print the table and the path of the best or last checkpoint, on the first process only."""
+        """Prints the table and the path of the best or last checkpoint, on the first process only."""
         if not trainer.is_global_zero:
             return
         console = Console()
@@ -129,7 +129,7 @@ class ErrorReport(Callback):
 
 
 def error_table(errors: Errors) -> Table:
-    """Return a table of the collected errors without empty columns and rows."""
+    """Returns a table of the collected errors without empty columns and rows."""
     columns: dict[str, dict[str, float]] = {
         name: values
         for name, values in (
@@ -165,7 +165,7 @@ def error_table(errors: Errors) -> Table:
 
 
 def describe_change(errors: Errors) -> str:
-    """Return a sentence on the change of the force error by training; empty if it is not known."""
+    """Returns a sentence on the change of the force error by training; empty if it is not known."""
     metric = f"{keys.FORCES}_mae"
     ratio = _ratio(errors, metric)
     if math.isnan(ratio):
@@ -176,13 +176,13 @@ def describe_change(errors: Errors) -> str:
 
 
 def checkpoint_path(trainer: Trainer) -> str:
-    """Return the path of the best checkpoint, else of the last one; empty if there is none."""
+    """Returns the path of the best checkpoint, else of the last one; empty if there is none."""
     callback = trainer.checkpoint_callback
     return str(getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", ""))
 
 
 def _logged(trainer: Trainer, module: LightningModule, prefix: str) -> dict[str, float]:
-    """Return what was logged under a prefix, without values that are NaN and quantities without a weight."""
+    """Returns what was logged under a prefix, without values that are NaN and quantities without a weight."""
     weights: Any = getattr(module, "weights", {})
     values = {
         name.removeprefix(prefix): float(value)
@@ -199,7 +199,7 @@ def _ratio(errors: Errors, metric: str) -> float:
 
 
 def _format(value: float) -> str:
-    """Format with three significant digits; a dash for NaN."""
+    """Formats with three significant digits; a dash for NaN."""
     if math.isnan(value):
         return "–"
     if value == 0 or math.isinf(value):
@@ -209,7 +209,7 @@ def _format(value: float) -> str:
 
 
 def _describe_change(ratio: float) -> str:
-    """Describe the ratio of an error before to the error after, in the markup of rich."""
+    """Describes the ratio of an error before to the error after, in the markup of rich."""
     if math.isnan(ratio) or ratio >= 1:
         return "–" if math.isnan(ratio) else f"{_format(ratio)}× better"
     return f"[bold red]{_format(1 / ratio)}× worse[/]"

@@ -1,4 +1,4 @@
-"""A progress bar of one line of 80 columns."""
+"""Shows a progress bar of one line of 80 columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import BarColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import LightningModule, RichProgressBar, Trainer
+from lightning_januspipe.callbacks.lightning_classes import LightningModule, RichProgressBar, Trainer
 
 SHORT_NAMES = {"train_loss": "loss", "val_loss": "val", "atoms_per_s": "atoms/s"}
 """The logged values that the bar shows, and what it calls them."""
@@ -29,7 +29,7 @@ class NarrowProgressBar(RichProgressBar):
 
     @override
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Return the columns of the bar: what runs, how far it is, and the time that is left."""
+        """Returns the columns of the bar: what runs, how far it is, and the time that is left."""
         columns = super().configure_columns(trainer)
         description, bar, batches = columns[:3]
         if isinstance(bar, BarColumn):
@@ -38,12 +38,12 @@ class NarrowProgressBar(RichProgressBar):
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Return the values that the bar shows, under short names."""
+        """Returns the values that the bar shows, under short names."""
         found = super().get_metrics(trainer, pl_module)
         shown = {short: found[name] for name, short in SHORT_NAMES.items() if name in found}
         return {name: _short(value) if isinstance(value, (int, float)) else value for name, value in shown.items()}
 
 
 def _short(value: float) -> str:
-    """Format with three significant digits, or as a whole number."""
+    """Formats with three significant digits, or as a whole number."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

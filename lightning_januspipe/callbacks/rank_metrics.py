@@ -1,4 +1,4 @@
-"""The numbers of a recorded step: one rank's numbers, which all ranks exchange, and the metrics of the whole mesh."""
+"""Computes the numbers of a recorded step: one rank's own, which all ranks exchange, and the metrics of the mesh."""
 
 from __future__ import annotations
 

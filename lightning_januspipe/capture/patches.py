@@ -1,4 +1,4 @@
-"""Attributes of objects and levels of loggers, changed for a while."""
+"""Changes attributes of objects, and levels of loggers, for a while."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ABSENT = object()
 
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an object another value for an attribute inside the block, and what it had of its own after it.
+    """Gives an attribute of an object another value inside the block, and restores it afterwards.
 
     Args:
         owner: a module of the model, such as one whose ``forward`` or ``log`` is replaced, or a Python module.

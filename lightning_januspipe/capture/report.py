@@ -15,7 +15,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 @dataclass(frozen=True)
 class Sent:
-    """One tensor of a boundary, or one repeated value.
+    """Describes one tensor of a boundary, or one repeated value.
 
     Attributes:
         name: name of the operation that computes it, or of the feature.
@@ -38,7 +38,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The tensors that a stage sends to the next one, once in each phase.
+    """Lists the tensors that a stage sends to the next one, once in each phase.
 
     Attributes:
         tensors: the tensors, in the order in which they are sent.
@@ -48,7 +48,7 @@ class Boundary:
 
     @property
     def bytes_per(self) -> dict[str, int]:
-        """Bytes for each atom, each edge, ..."""
+        """Returns the number of bytes for each atom, each edge, ..."""
         found: dict[str, int] = {}
         for tensor in sorted(self.tensors, key=lambda t: _rank(t.per)):
             found[tensor.per] = found.get(tensor.per, 0) + tensor.num_bytes
@@ -61,7 +61,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Repeated:
-    """The operations of a stage that other stages run too.
+    """Counts the operations of a stage that other stages run too.
 
     Attributes:
         geometry: number of operations that depend on no parameter: vectors, distances, basis functions, cutoffs.
@@ -80,7 +80,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class SharedParameter:
-    """A parameter that several stages hold; their gradients are summed.
+    """Names a parameter that several stages hold; their gradients are summed.
 
     Attributes:
         name: its name inside the potential.
@@ -95,7 +95,7 @@ class SharedParameter:
 
 @dataclass(frozen=True)
 class CutReport:
-    """A cut in words.
+    """Describes a cut in words.
 
     Attributes:
         boundaries: the boundary after each stage but the last.

@@ -1,4 +1,4 @@
-"""A linear map with a matrix for each structure, as one operation that can be differentiated any number of times.
+"""Multiplies the rows of each structure by a matrix of its own, in one operation that can be differentiated repeatedly.
 
 Models with mixtures of linear experts multiply the rows of each structure by a matrix of its own, in a loop over
 structures. A trace would repeat the loop as often as its batch has structures; :func:`segment_linear` is one operation
@@ -44,7 +44,7 @@ def _(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op("januspipe::segment_outer", mutates_args=())
 def _segment_outer(a: Tensor, b: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Sums over the rows of each structure of their outer products: (R, ..., O) and (R, ..., I) to (B, O, I)."""
+    """Sums the outer products of the rows of each structure: (R, ..., O) and (R, ..., I) to (B, O, I)."""
     order, parts = _segments(index, like.shape[0])
     a, b = ((t if order is None else t.index_select(0, order)).split(parts) for t in (a, b))
     return torch.stack([x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1]) for x, y in zip(a, b, strict=True)])

@@ -1,4 +1,4 @@
-"""Words for symbolic sizes: which size is the number of atoms, of edges, of angles, of structures."""
+"""Finds words for symbolic sizes: which size is the number of atoms, of edges, of angles, of structures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = int | str
 
 @dataclass(frozen=True)
 class SizeWords:
-    """The field's words for the sizes of a potential's tensors.
+    """Holds the field's words for the sizes of a potential's tensors.
 
     Attributes:
         of: size -> word.

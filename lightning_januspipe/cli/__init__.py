@@ -1,1 +1,1 @@
-"""The command line ``januspipe``."""
+"""Defines the command line ``januspipe``."""

@@ -1,4 +1,4 @@
-"""``januspipe fit``, ``validate``, ``test`` and ``predict``: LightningCLI for potentials."""
+"""Runs ``januspipe fit``, ``validate``, ``test`` and ``predict``: LightningCLI for potentials."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FROM_DATA: dict[str, Any] = {
 
 
 class PotentialCLI(LightningCLI):
-    """LightningCLI with any LightningModule and LightningDataModule, named by their class paths.
+    """Adapts LightningCLI to any LightningModule and LightningDataModule, named by their class paths.
 
     Two things are added:
 
@@ -108,7 +108,7 @@ class PotentialCLI(LightningCLI):
 
     @property
     def arguments(self) -> Any:
-        """The parsed arguments: of the subcommand, where there is one."""
+        """Returns the parsed arguments: of the subcommand, where there is one."""
         return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
 
     @override

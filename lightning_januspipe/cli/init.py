@@ -1,4 +1,4 @@
-"""``januspipe init``: writes the recipes of the package."""
+"""Runs ``januspipe init``, which writes the recipes of the package."""
 
 from __future__ import annotations
 

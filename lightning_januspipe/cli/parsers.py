@@ -1,4 +1,4 @@
-"""The parsers of the command line: jsonargparse's, with each error on one line and the option that was meant."""
+"""Adapts jsonargparse's parsers: each error is one line, and names the option that was meant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DUMPS = (
 
 
 class OneLineErrors(ArgumentParser):
-    """A parser that ends with status 2 and one line, ``PROGRAM: error: MESSAGE``, on a wrong command line."""
+    """Ends with status 2 and one line, ``PROGRAM: error: MESSAGE``, on a wrong command line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message, with what is spelt most like an unknown option, and exits."""
@@ -47,7 +47,7 @@ class OneLineErrors(ArgumentParser):
         return "", []
 
     def _option_names(self) -> Iterator[str]:
-        """The options of this parser and of its subcommands."""
+        """Returns the options of this parser and of its subcommands."""
         for action in self._actions:
             yield from action.option_strings
             if isinstance(action.choices, Mapping):
@@ -66,7 +66,7 @@ def _short(message: str) -> str:
 
 
 class CommandParser(OneLineErrors):
-    """The parser of a command that runs no Trainer.
+    """Parses a command that runs no Trainer.
 
     Args:
         prog: The command, such as ``januspipe bench``.
@@ -79,7 +79,7 @@ class CommandParser(OneLineErrors):
 
 
 class RecipeParser(OneLineErrors, LightningArgumentParser):
-    """The parser of a command that takes a recipe.
+    """Parses a command that takes a recipe.
 
     Attributes:
         left_to_data: Dotted keys that stand in the configuration, but not in its printed form.

@@ -1,4 +1,4 @@
-"""``januspipe plan``: predicts a step with each schedule, and chooses one."""
+"""Runs ``januspipe plan``, which predicts a step with each schedule, and chooses one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of ``januspipe plan``."""
+"""Defines the options of ``januspipe plan``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt, register_type
 
 from lightning_januspipe.plan.graph_share import GraphLink
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.schedule.request import Auto
 
 _UNITS = {"": 1.0, "b": 1.0, **{f"{p}b": 1000.0**i for i, p in enumerate("kmgt", 1)}}
@@ -22,23 +22,23 @@ _UNITS |= {f"{p}ib": 1024.0**i for i, p in enumerate("kmgt", 1)}
 
 
 class ScheduleNames(tuple[str, ...]):
-    """Names of schedules, written with commas between them."""
+    """Reads names of schedules, written with commas between them."""
 
 
 _ALL = ScheduleNames(GENERATORS)
 
 
 class GraphSizes(tuple[int, ...]):
-    """Numbers of graph ranks, written with commas between them."""
+    """Reads numbers of graph ranks, written with commas between them."""
 
 
 class ByteSize(float):
-    """A number of bytes: ``40e9``, ``40GB`` (of 1000³ bytes) or ``40GiB`` (of 1024³)."""
+    """Reads a number of bytes: ``40e9``, ``40GB`` (of 1000³ bytes) or ``40GiB`` (of 1024³)."""
 
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Options of the plan.
+    """The plan has these options.
 
     Attributes:
         ranks: Ranks of the pipeline; of all devices with --meshes. Default: as in the recipe.
@@ -112,7 +112,7 @@ class PlanArguments:
 
     @property
     def link(self) -> GraphLink:
-        """What messages between ranks cost, as given or as usual."""
+        """Returns what messages between ranks cost, as given or as usual."""
         usual = GraphLink()
         return GraphLink(
             usual.latency if self.latency is None else self.latency,

@@ -177,7 +177,7 @@ class Recipe:
 
     @property
     def device(self) -> torch.device:
-        """The device on which times are measured."""
+        """Returns the device on which times are measured."""
         return self._trainer.strategy.root_device
 
     @property

@@ -1,4 +1,4 @@
-"""A LightningDataModule of structures in files that ASE reads."""
+"""Defines a LightningDataModule of structures in files that ASE reads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ASEDataModule(StructureDataModule):
         dtype: Literal["float32", "float64"] | None = None,
         **loader: Any,
     ) -> None:
-        """Keep the options; ``setup`` reads the files.
+        """Keeps the options; ``setup`` reads the files.
 
         Args:
             train_file: File with training structures.
@@ -119,18 +119,18 @@ class ASEDataModule(StructureDataModule):
     @property
     @override
     def species(self) -> list[str]:
-        """Chemical symbols in the order of the species index; ``"auto"`` reads ``train_file``."""
+        """Returns the chemical symbols in the order of the species index; ``"auto"`` reads ``train_file``."""
         return list(self._species if self._species is not None else self._source().species)
 
     @property
     @override
     def cutoff(self) -> float:
-        """Cutoff of the neighbour lists in Å."""
+        """Returns the cutoff of the neighbour lists in Å."""
         return self._cutoff
 
     @override
     def build_dataset(self, split: Split) -> SampleDataset | None:
-        """Make the dataset of one split.
+        """Makes the dataset of one split.
 
         Raises:
             ValueError: A file or the labels of a structure are not usable, or the sizes of the splits exceed the
@@ -153,12 +153,12 @@ class ASEDataModule(StructureDataModule):
 
     @override
     def splits_of(self, stage: str | None) -> tuple[Split, ...]:
-        """Return the splits of a stage; a fit checks the test data too, before it costs the training."""
+        """Returns the splits of a stage; a fit checks the test data too, before it costs the training."""
         return (*super().splits_of(stage), *(("test",) if stage == "fit" else ()))
 
     @override
     def statistics(self) -> DatasetStatistics:
-        """Return the statistics of the training data, with the reference energies that were asked for.
+        """Returns the statistics of the training data, with the reference energies that were asked for.
 
         Raises:
             ValueError: The reference energy of a species is missing, or isolated atoms contradict each other.
@@ -174,7 +174,7 @@ class ASEDataModule(StructureDataModule):
         return self._statistics
 
     def _isolated(self) -> set[int]:
-        """Return the indices of isolated atoms in the training file, which are all trained on."""
+        """Returns the indices of isolated atoms in the training file, which are all trained on."""
         source = self._source()
         return {index for index in range(len(source)) if is_isolated_atom(source.atoms(index))}
 

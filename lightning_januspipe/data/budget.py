@@ -1,4 +1,4 @@
-"""A batch sampler that fills batches up to a number of atoms or edges."""
+"""Defines a batch sampler that fills batches up to a number of atoms or edges."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_OPEN = 16
 
 
 class Budget(int):
-    """The number of structures that typically fill a batch, together with the limits that define a full batch.
+    """Holds the limits that define a full batch, and the number of structures that typically fill it.
 
     It is an ``int`` because Lightning passes the ``batch_size`` of a batch sampler on when it builds the sampler again
     for several replicas; nothing else reaches the new sampler.
@@ -48,7 +48,7 @@ class Budget(int):
         num_replicas: int,
         rank: int,
     ) -> Budget:
-        """Return the budget of checked limits; for the arguments see :class:`BudgetBatchSampler`.
+        """Returns the budget of checked limits; for the arguments see :class:`BudgetBatchSampler`.
 
         Raises:
             ValueError: There is no limit, it is not positive, or the sizes that it limits are not known.
@@ -75,11 +75,11 @@ class Budget(int):
 
     @property
     def num_samples(self) -> int:
-        """Number of structures n."""
+        """Returns the number of structures n."""
         return len(self.limits[0][2])
 
     def shares(self) -> NDArray[np.float64]:
-        """Return the fraction of each limit that each structure takes, (n, number of limits)."""
+        """Returns the fraction of each limit that each structure takes, (n, number of limits)."""
         return np.stack([of / limit for _, limit, of in self.limits], axis=1)
 
 
@@ -150,23 +150,23 @@ class BudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> BudgetBatchSampler:
-        """The batch sampler itself: Lightning calls ``set_epoch`` on this attribute."""
+        """Returns the batch sampler itself: Lightning calls ``set_epoch`` on this attribute."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
+        """Chooses the epoch of the next pass."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of batches of each replica, the same in all epochs."""
+        """Returns the number of batches of each replica, the same in all epochs."""
         return len(self._batches(0)) // self.num_replicas
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Iterate over this replica's batches of the epoch."""
+        """Iterates over this replica's batches of the epoch."""
         return iter(self._batches(self._epoch if self.batch_size.shuffle else 0)[self.rank :: self.num_replicas])
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Return the batches of all replicas; D consecutive ones belong to one step of D replicas."""
+        """Returns the batches of all replicas; D consecutive ones belong to one step of D replicas."""
         if epoch not in self._passes:
             first = self._passes.get(0)
             if epoch and first is None:
@@ -181,7 +181,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return self._passes[epoch]
 
     def _filled(self, epoch: int) -> list[list[int]]:
-        """Put the structures, in their order, each into the first open batch that has room for it."""
+        """Puts the structures, in their order, each into the first open batch that has room for it."""
         budget = self.batch_size
         order = np.arange(budget.num_samples)
         if budget.shuffle:
@@ -203,7 +203,7 @@ class BudgetBatchSampler(Sampler[list[int]]):
         return closed + [batch for _, batch in opened]
 
     def _split_evenly(self, batches: list[list[int]], number: int | None) -> list[list[int]]:
-        """Split or drop batches until there are ``number``, by default a multiple of the number of replicas."""
+        """Splits or drop batches until there are ``number``, by default a multiple of the number of replicas."""
         num_replicas = self.num_replicas
         shares = self.batch_size.shares().max(axis=1)
 

@@ -11,7 +11,7 @@ from lightning_januspipe import keys
 
 
 def collate_structures(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join samples into one batch.
+    """Joins samples into one batch.
 
     Tensors of atoms, edges and structures are concatenated. Each sample's ``edge_index`` is increased by the number of
     atoms in the samples before it, and its ``batch`` by the number of structures. A sample may itself be a batch.

@@ -1,4 +1,4 @@
-"""The LightningDataModule of atomic structures that makes data loaders from datasets."""
+"""Defines the LightningDataModule of atomic structures, which makes data loaders from datasets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StructureDataModule(LightningDataModule):
         max_atoms: int | None = None,
         max_edges: int | None = None,
     ) -> None:
-        """Keep the options of the loaders.
+        """Keeps the options of the loaders.
 
         Args:
             batch_size: Structures per batch and replica.
@@ -88,20 +88,20 @@ class StructureDataModule(LightningDataModule):
 
     @property
     def species(self) -> list[str]:
-        """Chemical symbols in the order of the species index."""
+        """Returns the chemical symbols in the order of the species index."""
         raise NotImplementedError
 
     @property
     def cutoff(self) -> float | None:
-        """Cutoff of the neighbour lists in Å; None where it is not known."""
+        """Returns the cutoff of the neighbour lists in Å; None where it is not known."""
         return None
 
     def build_dataset(self, split: Split) -> SampleDataset | None:
-        """Make the dataset of one split; return None where there is none."""
+        """Makes the dataset of one split; returns None where there is none."""
         raise NotImplementedError
 
     def dataset(self, split: Split) -> SampleDataset | None:
-        """Return the dataset of one split, made on first use; None where there is none.
+        """Returns the dataset of one split, made on first use; None where there is none.
 
         Raises:
             ValueError: The data is not usable, or the options contradict each other.
@@ -111,7 +111,7 @@ class StructureDataModule(LightningDataModule):
         return self._datasets[split]
 
     def statistics(self) -> DatasetStatistics:
-        """Return the statistics of the training data, computed on first use."""
+        """Returns the statistics of the training data, computed on first use."""
         if self._statistics is None:
             train = self.dataset("train")
             assert train is not None
@@ -120,7 +120,7 @@ class StructureDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Make and check the datasets of a stage (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``; None for all).
+        """Makes and checks the datasets of a stage (``"fit"``, ``"validate"``, ``"test"``, ``"predict"``; None: all).
 
         Raises:
             ValueError: A structure or its labels are not usable, or there is no batch to train on.
@@ -140,11 +140,11 @@ class StructureDataModule(LightningDataModule):
                 self._warn(f"{num} of {len(other)} {what} structures are training data too: their errors are too low")
 
     def splits_of(self, stage: str | None) -> tuple[Split, ...]:
-        """Return the splits that ``setup`` makes and checks for a stage."""
+        """Returns the splits that ``setup`` makes and checks for a stage."""
         return _SPLITS_OF_STAGE[stage]
 
     def _facts(self, split: Split) -> list[Facts] | None:
-        """Return facts about the structures of a split, which checks them; None where they cannot be known."""
+        """Returns facts about the structures of a split, which checks them; None where they cannot be known."""
         dataset: Any = self.dataset(split)
         indices: list[int] | None = None
         while isinstance(dataset, Subset):
@@ -153,7 +153,7 @@ class StructureDataModule(LightningDataModule):
         return dataset.facts(indices) if isinstance(dataset, StructureDataset) else None
 
     def _check_batches(self) -> None:
-        """Refuse a replica without a full batch, where only full ones are kept."""
+        """Refuses a replica without a full batch, where only full ones are kept."""
         num = len(self.dataset("train") or ())
         num_replicas = self.trainer.world_size if self.trainer is not None else 1
         has_budget = self._max_atoms is not None or self._max_edges is not None
@@ -170,22 +170,22 @@ class StructureDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        """Return the loader of the training data."""
+        """Returns the loader of the training data."""
         return self._loader("train")
 
     @override
     def val_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        """Return the loader of the validation data, or an empty list where there is none."""
+        """Returns the loader of the validation data, or an empty list where there is none."""
         return self._loader("val")
 
     @override
     def test_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        """Return the loader of the test data, or an empty list where there is none."""
+        """Returns the loader of the test data, or an empty list where there is none."""
         return self._loader("test")
 
     @override
     def predict_dataloader(self) -> SampleLoader | list[SampleLoader]:
-        """Return the loader of the prediction data, or an empty list where there is none."""
+        """Returns the loader of the prediction data, or an empty list where there is none."""
         return self._loader("predict")
 
     def _loader(self, split: Split) -> SampleLoader | list[SampleLoader]:
@@ -213,5 +213,5 @@ class StructureDataModule(LightningDataModule):
 
     @property
     def _precompute(self) -> bool:
-        """Whether datasets make all samples at once: worker processes share them, and a budget counts their edges."""
+        """Tells whether datasets make all samples at once, for worker processes to share or a budget to count edges."""
         return self._num_workers > 0 or self._max_edges is not None

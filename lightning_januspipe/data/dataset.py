@@ -1,4 +1,4 @@
-"""A map-style dataset that reads atomic structures and makes their samples."""
+"""Defines a map-style dataset that reads atomic structures and makes their samples."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         precompute: bool = False,
         **labels: Any,
     ) -> None:
-        """Read the structures.
+        """Reads the structures.
 
         Args:
             structures: ASE ``Atoms``, or a file: extended XYZ, an ASE database (``.db``), or another format of
@@ -91,11 +91,11 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             self.facts()
 
     def __len__(self) -> int:
-        """Return the number of structures."""
+        """Returns the number of structures."""
         return len(self._structures)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one sample.
+        """Returns one sample.
 
         Args:
             index: Index of the structure; negative indices count from the end.
@@ -120,7 +120,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         return dict(self._samples[index])
 
     def sample_sizes(self) -> tuple[list[int], list[int]]:
-        """Return the numbers of atoms and of edges of all structures, the same in every process.
+        """Returns the numbers of atoms and of edges of all structures, the same in every process.
 
         Edges are counted in structures whose :meth:`facts` are known, as all are with ``precompute``, and estimated in
         others.
@@ -132,7 +132,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         return [len(atoms) for atoms in self._structures], [self._edges[index] for index in range(len(self))]
 
     def facts(self, indices: Sequence[int] | None = None) -> list[Facts]:
-        """Return facts about structures; the first call makes, and so checks, their samples.
+        """Returns facts about structures; the first call makes, and so checks, their samples.
 
         Args:
             indices: Indices of the structures; None for all.
@@ -150,13 +150,13 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         return found
 
     def count_labels(self, indices: Sequence[int] | None = None) -> LabelCounts:
-        """Count the labels of structures; see :meth:`facts`."""
+        """Counts the labels of structures; see :meth:`facts`."""
         return LabelCounts.of(self.facts(indices), self.labels)
 
     def describe(self, index: int) -> str:
-        """Return the name of a structure in messages: its file and frame."""
+        """Returns the name of a structure in messages: its file and frame."""
         return f"{self._source}, frame {index}" if self._source else f"structure {index}"
 
     def atoms(self, index: int) -> Atoms:
-        """Return a structure as it was read."""
+        """Returns a structure as it was read."""
         return self._structures[index]

@@ -32,7 +32,7 @@ _ATOMS_PER_CELL = 4  # of the cubic fcc cell
 
 
 def label_with_emt(atoms: Atoms) -> Atoms:
-    """Return a copy of a structure with the energy (eV), forces (eV/Å) and stress (eV/Å³) of EMT.
+    """Returns a copy of a structure with the energy (eV), forces (eV/Å) and stress (eV/Å³) of EMT.
 
     Stress is left out where the structure is not periodic in all directions.
     """
@@ -56,7 +56,7 @@ def emt_structures(
     seed: int = 0,
     stream: int = 0,
 ) -> list[Atoms]:
-    """Make periodic fcc crystals, randomly occupied, strained and rattled, with EMT's labels.
+    """Makes periodic fcc crystals, randomly occupied, strained and rattled, with EMT's labels.
 
     Each structure has a random size, a random set of elements in random order, the mean lattice constant of these,
     a symmetric strain, normally distributed displacements, and sometimes a vacancy. Structure n depends on ``seed``,
@@ -132,7 +132,7 @@ def _random_alloy(
 
 
 def _repeats(num_cells: int) -> tuple[int, int, int]:
-    """Return the three factors of a number of cells whose block is the most cubic."""
+    """Returns the three factors of a number of cells whose block is the most cubic."""
     triples = [
         (num_cells // (b * c), b, c)
         for c in range(1, num_cells + 1)
@@ -175,7 +175,7 @@ class EMTDataModule(StructureDataModule):
         save_dir: str | None = None,
         **loader: Any,
     ) -> None:
-        """Keep the options; ``setup`` makes the structures.
+        """Keeps the options; ``setup`` makes the structures.
 
         Args:
             num_train: Number of training structures.
@@ -216,18 +216,18 @@ class EMTDataModule(StructureDataModule):
     @property
     @override
     def species(self) -> list[str]:
-        """Chemical symbols in the order of the species index."""
+        """Returns the chemical symbols in the order of the species index."""
         return list(self._species)
 
     @property
     @override
     def cutoff(self) -> float:
-        """Cutoff of the neighbour lists in Å."""
+        """Returns the cutoff of the neighbour lists in Å."""
         return self._cutoff
 
     @override
     def prepare_data(self) -> None:
-        """Write the structures to ``save_dir``, if it is given."""
+        """Writes the structures to ``save_dir``, if it is given."""
         if self._save_dir is None:
             return
         import ase.io
@@ -238,7 +238,7 @@ class EMTDataModule(StructureDataModule):
             ase.io.write(folder / f"{split}.extxyz", self.structures(split), format="extxyz")
 
     def structures(self, split: str) -> list[Atoms]:
-        """Make the labelled structures of ``"train"``, ``"val"`` or ``"test"``."""
+        """Makes the labelled structures of ``"train"``, ``"val"`` or ``"test"``."""
         return emt_structures(
             self._numbers[split],
             species=self._species,
@@ -252,7 +252,7 @@ class EMTDataModule(StructureDataModule):
 
     @override
     def build_dataset(self, split: Split) -> SampleDataset | None:
-        """Make the dataset of one split."""
+        """Makes the dataset of one split."""
         if split == "predict":
             return self.dataset("test")
         if self._numbers[split] == 0:

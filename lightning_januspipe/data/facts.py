@@ -71,7 +71,7 @@ class Facts:
 
     @classmethod
     def of(cls, atoms: Atoms, sample: dict[str, Tensor], name: str, labels: LabelKeys) -> Facts:
-        """Collect the facts about a structure and its sample."""
+        """Collects the facts about a structure and its sample."""
         has_volume = bool(atoms.pbc.any()) and bool(sample[keys.CELL].det().abs() > 0)
         meaningless = {keys.FORCES: len(atoms) == 1, keys.STRESS: not has_volume}
         possible = [quantity for quantity in QUANTITIES if not meaningless.get(quantity, False)]
@@ -117,7 +117,7 @@ class LabelCounts:
 
     @classmethod
     def of(cls, facts: Sequence[Facts], labels: LabelKeys) -> LabelCounts:
-        """Count the labels of structures."""
+        """Counts the labels of structures."""
         names = Counter(name for one in facts for name in one.available)
         available = [name if n == len(facts) else f"{name} in {n} of {len(facts)}" for name, n in names.most_common()]
         return cls(
@@ -130,7 +130,7 @@ class LabelCounts:
 
 
 def suspicions(train: Sequence[Facts]) -> Iterator[str]:
-    """Yield warnings about the labels of training structures."""
+    """Yields warnings about the labels of training structures."""
     total = len(train)
     gaps = np.array([abs(one.free_energy_gap) for one in train])
     if np.nanmax(gaps, initial=0.0) > 1e-4:
@@ -180,7 +180,7 @@ def suspicions(train: Sequence[Facts]) -> Iterator[str]:
 
 
 def missing_kinds(train: Sequence[Facts], other: Sequence[Facts]) -> str:
-    """Describe the kinds of training structures of which other data holds none; "" if it holds all.
+    """Describes the kinds of training structures of which other data holds none; "" if it holds all.
 
     Kinds are elements, periodic and non-periodic structures, and values of ``config_type``. Lone atoms do not count.
     """
@@ -193,7 +193,7 @@ def missing_kinds(train: Sequence[Facts], other: Sequence[Facts]) -> str:
 
 
 def num_shared(train: Sequence[Facts], other: Sequence[Facts]) -> int:
-    """Return how many structures of other data have the geometry of a training structure; lone atoms do not count."""
+    """Returns how many structures of other data have the geometry of a training structure; lone atoms do not count."""
     known = {one.digest for one in train}
     return sum(one.digest in known for one in other if one.num_atoms > 1)
 
@@ -205,13 +205,13 @@ def _kinds(facts: Sequence[Facts]) -> tuple[set[int], set[bool], set[str]]:
 
 
 def _net_force(forces: Tensor) -> float:
-    """Return the length of the sum of (N, 3) forces where it is large; 0 for a lone atom."""
+    """Returns the length of the sum of (N, 3) forces where it is large; 0 for a lone atom."""
     net = float(forces.double().sum(0).norm())
     return net if len(forces) > 1 and net > max(0.1, 0.1 * float(forces.norm(dim=1).max())) else 0.0
 
 
 def _has_zeroed_forces(atoms: Atoms, forces: Tensor) -> bool:
-    """Return whether constraints were applied to the forces of a structure."""
+    """Returns whether constraints were applied to the forces of a structure."""
     fixed = {int(i) for one in atoms.constraints if isinstance(one, FixAtoms) for i in one.index}
     zero = {int(i) for i in (forces == 0).all(dim=1).nonzero()}
     return bool(fixed) and fixed == zero and len(fixed) < len(atoms)

@@ -65,17 +65,17 @@ class LabelKeys:
             )
 
     def factor(self, kind: Any) -> float:
-        """Return the number of eV, eV/Å or eV/Å³ in the unit of ``"energy"``, ``"forces"`` or ``"stress"``."""
+        """Returns the number of eV, eV/Å or eV/Å³ in the unit of ``"energy"``, ``"forces"`` or ``"stress"``."""
         return unit_factor(kind, getattr(self, f"{kind}_unit"))
 
     def key_of(self, quantity: str) -> str | None:
-        """Return the name of the label of a quantity, for messages."""
+        """Returns the name of the label of a quantity, for messages."""
         name: str | None = getattr(self, f"{quantity}_key")
         return self.virial_key if name is None and quantity == keys.STRESS else name
 
 
 def read_labels(atoms: Atoms, names: LabelKeys, *, required: bool, source: str) -> dict[str, Floats]:
-    """Read the labels of one structure.
+    """Reads the labels of one structure.
 
     A structure of one atom needs no forces label: its forces are zero.
 
@@ -101,7 +101,7 @@ def read_labels(atoms: Atoms, names: LabelKeys, *, required: bool, source: str) 
 
 
 def available_keys(atoms: Atoms) -> Iterator[str]:
-    """Yield the names of everything that a structure holds beside its geometry, with where it is held."""
+    """Yields the names of everything that a structure holds beside its geometry, with where it is held."""
     for place, values in _places(atoms):
         for name in values:
             if place != "arrays" or name not in ("numbers", "positions"):
@@ -173,7 +173,7 @@ def _matrix(array: Floats, name: str | None, label: str, source: str) -> Floats:
 
 
 def _find(atoms: Atoms, name: str | None, label: str, required: bool, source: str) -> Floats | None:
-    """Return the finite numbers under a name, as they are; None where there is no such name."""
+    """Returns the finite numbers under a name, as they are; None where there is no such name."""
     if name is None:
         return None
     found = [(place, values[name]) for place, values in _places(atoms) if values.get(name) is not None]

@@ -33,7 +33,7 @@ def neighbor_list(
     *,
     backend: str = "auto",
 ) -> tuple[Ints, Ints]:
-    """Find all pairs of atoms closer than a cutoff, in both directions.
+    """Finds all pairs of atoms closer than a cutoff, in both directions.
 
     An atom is a neighbour of its own periodic images, never of itself at shift zero. Atoms may lie outside the cell,
     and the cell may be smaller than the cutoff. The search is done in float64, and the edges are sorted by target, then
@@ -82,7 +82,7 @@ def neighbor_list(
 
 
 def estimate_num_edges(positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float) -> float:
-    """Estimate how many edges :func:`neighbor_list` would find, in much less time.
+    """Estimates how many edges :func:`neighbor_list` would find, in much less time.
 
     The number is exact for small structures that are not periodic. Otherwise the atoms are assumed to be spread evenly
     over the cell without its largest gaps, such as the vacuum beside a slab; atoms next to a gap have fewer neighbours.
@@ -145,7 +145,7 @@ def _pick_backend(backend: str) -> str:
 
 
 def _complete_cell(points: Floats, box: Floats, periodic: Bools, cutoff: float) -> tuple[Floats, Floats]:
-    """Replace the non-periodic cell vectors by vectors normal to the others that enclose all atoms.
+    """Replaces the non-periodic cell vectors by vectors normal to the others that enclose all atoms.
 
     The list does not depend on these vectors, along which all shifts are zero. But the libraries refuse a singular
     cell, and search for quadratic time if atoms lie outside the cell. Moving all positions together changes no pair.

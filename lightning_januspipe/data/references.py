@@ -14,13 +14,13 @@ References = Literal["auto", "isolated_atoms", "least_squares"]
 
 
 def is_isolated_atom(atoms: Atoms) -> bool:
-    """Return whether a structure is a lone atom: ``config_type=IsolatedAtom``, or one atom without periodicity."""
+    """Returns whether a structure is a lone atom: ``config_type=IsolatedAtom``, or one atom without periodicity."""
     said = str(atoms.info.get("config_type", "")).lower().replace("_", "") == "isolatedatom"
     return said or (len(atoms) == 1 and not atoms.pbc.any())
 
 
 def isolated_energies(facts: Sequence[Facts], symbols: Sequence[str]) -> dict[str, float]:
-    """Return the energies of isolated atoms in eV, by chemical symbol.
+    """Returns the energies of isolated atoms in eV, by chemical symbol.
 
     Args:
         facts: Structures of which :func:`is_isolated_atom` holds.
@@ -48,7 +48,7 @@ def isolated_energies(facts: Sequence[Facts], symbols: Sequence[str]) -> dict[st
 def choose_references(
     how: References | Mapping[str, float], isolated: Mapping[str, float], species: Sequence[str]
 ) -> list[float | None]:
-    """Return the known reference energy of each species in eV, None for those that a fit has to find.
+    """Returns the known reference energy of each species in eV, None for those that a fit has to find.
 
     Args:
         how: ``"isolated_atoms"`` for those of isolated atoms, ``"least_squares"`` for a fit, ``"auto"`` for isolated

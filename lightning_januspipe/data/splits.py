@@ -20,7 +20,7 @@ def split_indices(
     seed: int = 0,
     kinds: Sequence[Hashable] | None = None,
 ) -> dict[Split, list[int]]:
-    """Split structures at random into disjoint sets; the same arguments give the same split in every process.
+    """Splits structures at random into disjoint sets; the same arguments give the same split in every process.
 
     Args:
         num_structures: Number of structures to split.
@@ -58,7 +58,7 @@ def split_indices(
 
 
 def check_size(name: str, size: int | float | None) -> None:
-    """Refuse the size of a split that is neither a number of structures nor a fraction.
+    """Refuses the size of a split that is neither a number of structures nor a fraction.
 
     Raises:
         ValueError: ``size`` is not None, an int of at least 0, or a float of at least 0 and below 1.
@@ -79,7 +79,7 @@ def _count(name: str, size: int | float | None, total: int) -> int:
 
 
 def _spread_evenly(order: NDArray[np.int64], kinds: Sequence[Hashable], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Sort structures so that every beginning of the list has about its share of each kind."""
+    """Sorts structures so that every beginning of the list has about its share of each kind."""
     groups: dict[Hashable, list[int]] = {}
     for index in order.tolist():
         groups.setdefault(kinds[index], []).append(index)

@@ -1,4 +1,4 @@
-"""Computes the statistics of a dataset that a model is initialised with."""
+"""Computes the statistics of a dataset that a model starts from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class SampleDataset(Protocol):
     """Is any map-style dataset of samples."""
 
     def __len__(self) -> int:
-        """Return the number of samples."""
+        """Returns the number of samples."""
 
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        """Return one sample."""
+        """Returns one sample."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def dataset_statistics(
     num_species: int | None = None,
     reference_energies: Sequence[float | None] | None = None,
 ) -> DatasetStatistics:
-    """Compute statistics over all samples of a dataset, in float64.
+    """Computes statistics over all samples of a dataset, in float64.
 
     Lone atoms without neighbours do not count, unless there is nothing else. Labels that are NaN are left out.
 
@@ -128,7 +128,7 @@ class _Sums:
 
 
 def _num_species(dataset: Any) -> int | None:
-    """Return the length of the species list of a dataset, or of the dataset that it is a subset of."""
+    """Returns the length of the species list of a dataset, or of the dataset that it is a subset of."""
     while dataset is not None:
         species = getattr(dataset, "species", None)
         if species is not None:

@@ -26,7 +26,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """Return the floating-point type of the samples.
+    """Returns the floating-point type of the samples.
 
     Args:
         dtype: ``"float32"``, ``"float64"``, the torch types of these names, or None for ``torch.get_default_dtype()``.
@@ -44,7 +44,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def read_structures(path: str | Path) -> list[Atoms]:
-    """Read all frames of a file.
+    """Reads all frames of a file.
 
     Args:
         path: An ASE database (``.db``), extended XYZ, or anything else that ``ase.io.read`` reads. The key-value pairs
@@ -92,7 +92,7 @@ def _read_database(path: Path) -> list[Atoms]:
 
 
 def check_database_units(path: str | Path, labels: LabelKeys) -> None:
-    """Compare the units that an ASE database names, as SchNetPack writes them, with those that are expected.
+    """Compares the units that an ASE database names, as SchNetPack writes them, with those that are expected.
 
     Raises:
         ValueError: Lengths are not in Å, or a label has another unit than ``labels`` says.
@@ -113,13 +113,13 @@ def check_database_units(path: str | Path, labels: LabelKeys) -> None:
 
 
 def _spelled_out(unit: str) -> str:
-    """Return a unit of SchNetPack, such as ``eV/Ang/Ang/Ang``, as it is written here."""
+    """Returns a unit of SchNetPack, such as ``eV/Ang/Ang/Ang``, as it is written here."""
     energy, *lengths = unit.split("/")
     return f"{energy}/{lengths[0]}^3" if len(lengths) == 3 and len(set(lengths)) == 1 else unit
 
 
 def validate_species(species: Sequence[str]) -> list[str]:
-    """Return the chemical symbols as a list, after checks.
+    """Returns the chemical symbols as a list, after checks.
 
     Raises:
         ValueError: The list is empty, names an element twice, or holds a string that is no chemical symbol.
@@ -136,7 +136,7 @@ def validate_species(species: Sequence[str]) -> list[str]:
 
 
 def find_species(structures: Sequence[Atoms]) -> list[str]:
-    """Return the chemical symbols in the structures, sorted by atomic number, without placeholders (``X``)."""
+    """Returns the chemical symbols in the structures, sorted by atomic number, without placeholders (``X``)."""
     numbers = sorted({int(number) for atoms in structures for number in atoms.numbers if number})
     return [chemical_symbols[number] for number in numbers]
 
@@ -151,7 +151,7 @@ def atoms_to_sample(
     require_labels: bool = True,
     source: str = "structure",
 ) -> dict[str, Tensor]:
-    """Turn one structure into a sample: a batch of one structure, with the keys of ``lightning_januspipe.keys``.
+    """Turns one structure into a sample: a batch of one structure, with the keys of ``lightning_januspipe.keys``.
 
     Args:
         atoms: Structure of N atoms.
@@ -175,7 +175,7 @@ def atoms_to_sample(
         raise ValueError(f"{source} has no atoms; remove it")
     pbc = np.array(atoms.pbc, dtype=bool)
     cell = np.array(atoms.cell, dtype=np.float64) if pbc.any() else np.zeros((3, 3))
-    index = _species_index(atoms, species, source)
+    index = species_index(atoms, species, source)
     try:
         positions = _near_origin(atoms.positions, cell, pbc)
         edge_index, cell_shifts = neighbor_list(positions, cell, pbc, cutoff)
@@ -199,7 +199,7 @@ def atoms_to_sample(
 
 
 def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Floats:
-    """Return positions that float32 resolves: atoms that have moved far, as in long trajectories, are brought back."""
+    """Returns positions that float32 resolves: atoms that have moved far, as in long trajectories, are brought back."""
     if len(positions) == 0 or not np.isfinite(positions).all() or np.abs(positions).max() < _FAR:
         return positions
     if pbc.any() and np.linalg.matrix_rank(cell[pbc]) == pbc.sum():
@@ -207,7 +207,17 @@ def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Flo
     return np.asarray(positions - positions.mean(axis=0))
 
 
-def _species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
+def species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
+    """Return the species index (N,) of each atom.
+
+    Args:
+        atoms: Structure of N atoms.
+        species: Chemical symbols by species index.
+        source: Name of the structure in error messages.
+
+    Raises:
+        ValueError: An element is not in ``species``.
+    """
     index = {symbol: number for number, symbol in enumerate(species)}
     symbols = [chemical_symbols[number] for number in np.unique(atoms.numbers)]
     unknown = [symbol for symbol in symbols if symbol not in index]

@@ -30,7 +30,7 @@ _EXAMPLES = {
 
 
 def unit_factor(kind: Literal["energy", "forces", "stress"], unit: str) -> float:
-    """Return the number of eV, eV/Å or eV/Å³ in a unit.
+    """Returns the number of eV, eV/Å or eV/Å³ in a unit.
 
     Args:
         kind: The quantity that is measured.

@@ -1,4 +1,4 @@
-"""The casts that autocast makes, phase by phase.
+"""Runs each phase under the autocast that it needs.
 
 Plain training runs the whole step under autocast, the derivative of the energy in it included, and the backward pass of
 the loss outside. So the casts of FE are part of a captured graph, FF differentiates under the autocast that the forward

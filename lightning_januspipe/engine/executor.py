@@ -1,4 +1,4 @@
-"""The one loop that runs a schedule: messages in, phase, messages out.
+"""Runs any schedule in one loop: messages in, phase, messages out.
 
 What messages hold is in :mod:`~lightning_januspipe.engine.messages`. Where two neighbouring actions share a rank, the
 same tensors are handed on without a message.

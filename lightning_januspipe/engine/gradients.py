@@ -1,4 +1,4 @@
-"""Parameter gradients of one optimizer step: summed aside, accumulated into ``.grad``, reduced over the mesh.
+"""Sums the parameter gradients of one optimizer step aside, and accumulates them into ``.grad``.
 
 Lightning calls ``zero_grad`` between ``training_step`` and ``backward``, so ``p.grad`` must not be written earlier.
 """

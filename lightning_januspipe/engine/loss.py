@@ -1,4 +1,4 @@
-"""The loss of a user's step, and the seeds that it gives to the backward passes of the stages."""
+"""Differentiates the loss of a user's step: its gradients are the seeds of the stages' backward passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that phases hold, counted in storages: the same on every device."""
+"""Counts the bytes that phases hold, in storages: the same on every device."""
 
 from __future__ import annotations
 

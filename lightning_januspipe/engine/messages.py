@@ -1,4 +1,4 @@
-"""What the messages between the actions of a micro-batch hold.
+"""Describes the messages between the actions of a micro-batch.
 
 Stage s of S, in the order of the chain:
 

@@ -1,4 +1,4 @@
-"""Point-to-point messages between the ranks of a pipeline.
+"""Sends and receives messages between two ranks of a pipeline.
 
 Each direction has a process group of its own, so that messages between two ranks match in the order in which they are
 sent, which is what NCCL needs. A message is one buffer of bytes; the receiver knows its length beforehand.
@@ -209,7 +209,7 @@ class Links:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of all messages so far."""
+        """Returns the bytes of all messages so far."""
         return sum(channel.bytes_sent for channel in self._to.values())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The phases of the micro-batches of one step, on the stages of one rank: what each takes in, computes and hands on."""
+"""Runs the phases of one step on the stages of one rank: takes messages apart, computes, and puts messages together."""
 
 from __future__ import annotations
 

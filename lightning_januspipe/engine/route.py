@@ -1,4 +1,4 @@
-"""A schedule as one rank sees it, and the schedule of an evaluation."""
+"""Derives one rank's part of a schedule, and the schedule of an evaluation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Route:
         return sent if after is None else sent + self._handed_on(Message(action, after))
 
     def _handed_on(self, message: Message) -> tuple[Message, ...]:
-        """The message itself, if its tensors stay on this rank.
+        """Returns the message itself, if its tensors stay on this rank.
 
         A stage keeps what its own next phase needs, but for the observables, which the last stage's FF takes from FE.
         """

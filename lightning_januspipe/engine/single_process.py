@@ -1,4 +1,4 @@
-"""All stages of a chain in one process, one after the other: for validation, profiling and tests."""
+"""Runs all stages of a chain in one process, one after the other: for validation, profiling and tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OWN_SUCCESSOR = {Phase.FE: Phase.FF, Phase.BF: Phase.BE}
 
 @dataclass(frozen=True)
 class SingleProcessResult:
-    """The results of one micro-batch, and what its phases cost.
+    """Holds the results of one micro-batch, and the costs of its phases.
 
     Attributes:
         observables: Values that the loss reads.

@@ -1,4 +1,4 @@
-"""How stages describe themselves to the engine: as pure functions, with symbolic shapes of what crosses boundaries."""
+"""Defines how stages describe themselves to the engine: as pure functions, with symbolic shapes of their boundaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stage and its phases (JanusPipe, section on SymFold): FE, FF, BF and BE of the same layers.
+"""Runs one stage and its phases (JanusPipe, section on SymFold): FE, FF, BF and BE of the same layers.
 
 Each graph of autograd is walked once. BF goes back through the graph of FF and stops where it enters the graph of FE,
 keeping the gradients that arrive there; BE starts from these and from the cotangents of the stage's outputs. The naive
@@ -34,7 +34,7 @@ from lightning_januspipe.engine.weight_split import (
 
 @dataclass
 class _Inflight:
-    """What one micro-batch keeps between its phases; each field is dropped after the last phase that reads it."""
+    """Keeps one micro-batch's values between its phases; each field is dropped after the last phase that reads it."""
 
     boundary_in: list[Tensor]
     boundary_out: list[Tensor]

@@ -1,4 +1,4 @@
-"""Measured times of the actions of a step, on the CPU or on a CUDA stream."""
+"""Measures the times of the actions of a step, on the CPU or on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ActionRecorder:
 
     @property
     def began(self) -> float:
-        """``time.perf_counter()`` at the start of the step."""
+        """Returns ``time.perf_counter()`` at the start of the step."""
         return self._began
 
     def _mark(self) -> float | torch.cuda.Event:

@@ -1,4 +1,4 @@
-"""Backward passes in two parts: first what the next stage waits for, later what only parameters wait for.
+"""Runs a backward pass in two parts: first what the next stage waits for, later what only parameters wait for.
 
 This is the weight-gradient split of zero-bubble schedules (arXiv 2401.10241) for graphs that are walked twice. Nodes
 of an autograd graph lead to something on the critical path (a boundary value, a seed), or to parameters only. The

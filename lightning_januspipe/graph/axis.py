@@ -1,4 +1,4 @@
-"""The graph axis of a pipeline: shards micro-batches before their first phase, and gathers results for the loss."""
+"""Shards micro-batches over graph ranks before their first phase, and gathers their results for the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_januspipe.graph.sharding import shard_potential
 
 @dataclass(frozen=True)
 class GraphGroup:
-    """The ranks that share the atoms of each micro-batch.
+    """Names the ranks that share the atoms of each micro-batch.
 
     Attributes:
         size: G, the number of graph ranks.
@@ -36,7 +36,7 @@ class GraphGroup:
 
 @dataclass(frozen=True)
 class Replica:
-    """The ranks that hold the same micro-batches: the graph ranks of all stages.
+    """Names the ranks that hold the same micro-batches: the graph ranks of all stages.
 
     Attributes:
         size: number of these ranks.
@@ -74,7 +74,7 @@ class GraphAxis:
 
     @property
     def potential(self) -> RankPotential:
-        """The potential whose stages work on this rank's own rows."""
+        """Returns the potential whose stages work on this rank's own rows."""
         return self._sharded.potential
 
     def shard_inputs(self, index: int, tensors: Sequence[Tensor]) -> MicrobatchInput:
@@ -87,7 +87,7 @@ class GraphAxis:
         return self._own(index, tensors, self._sharder.plan_balanced(tensors))
 
     def scatter_inputs(self, index: int, tensors: Sequence[Tensor], over: int | None = None) -> MicrobatchInput:
-        """Shards a micro-batch as training never does; see :meth:`.MicrobatchSharder.plan_scattered`."""
+        """Shards a micro-batch in the worst way, for validation; see :meth:`.MicrobatchSharder.plan_scattered`."""
         return self._own(index, tensors, self._sharder.plan_scattered(tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
@@ -100,12 +100,12 @@ class GraphAxis:
             dist.all_reduce(tensor, group=self._group)
         except RuntimeError as error:
             raise PipelineError(
-                f"graph rank {self.rank} waited for another of {self.size} graph ranks, which did not come: {error}. "
+                f"graph rank {self.rank} waited for another of {self.size} graph ranks, which did not answer: {error}. "
                 "That rank has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
 
     def shard_step_inputs(
-        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_ahead: Sequence[Tensor | None] = ()
+        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_in_loader: Sequence[Tensor | None] = ()
     ) -> list[MicrobatchInput]:
         """Returns all micro-batches of a step with this rank's rows only.
 
@@ -115,7 +115,7 @@ class GraphAxis:
         Args:
             inputs: the whole micro-batches, the same on all ranks of the replica.
             replica: the ranks of the replica; all of them have to call this.
-            owners_ahead: for each micro-batch the owners that the loader chose; None, or nothing, where it chose none.
+            owners_in_loader: the owners that the loader chose for each micro-batch; None, or nothing, where it did not.
 
         Raises:
             PipelineError: a rank did not answer.
@@ -125,7 +125,7 @@ class GraphAxis:
         told = torch.zeros(sum(sizes), dtype=torch.int32)
         of_microbatch = told.split(sizes)
         for index in range(replica.rank, len(inputs), replica.size):
-            chosen = owners_ahead[index] if index < len(owners_ahead) else None
+            chosen = owners_in_loader[index] if index < len(owners_in_loader) else None
             if chosen is None or len(chosen) != sizes[index]:
                 chosen = self._sharder.choose_owners(inputs[index].tensors, looks[index])
             of_microbatch[index].copy_(chosen)
@@ -133,8 +133,8 @@ class GraphAxis:
             dist.all_reduce(told, group=replica.group)
         except RuntimeError as error:
             raise PipelineError(
-                f"graph rank {self.rank} waited for what the {replica.size} ranks with the same micro-batches chose "
-                f"for them: {error}. One of them has ended or hangs; its own output has the cause."
+                f"graph rank {self.rank} waited for the owners of atoms from the {replica.size} ranks with the same "
+                f"micro-batches: {error}. One of them has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
         owners = told.to(torch.int64).split(sizes)
         plans = [self._sharder.plan(look, o) for look, o in zip(looks, owners, strict=True)]

@@ -1,4 +1,4 @@
-"""Exchanges between graph ranks that can be differentiated any number of times.
+"""Exchanges rows between graph ranks with operations that can be differentiated any number of times.
 
 Each operation is a linear map over all ranks, and its derivative is the transposed map, which is again one of these
 operations. With a raw collective as its derivative, energies and forces would be exact, and the gradient of a force
@@ -32,7 +32,7 @@ from lightning_januspipe.graph.shards import Shard
 
 @dataclass(eq=False)
 class Exchange:
-    """The shard and the process group of an exchange.
+    """Holds the shard and the process group of an exchange.
 
     Attributes:
         shard: this rank's shard of the class whose rows are exchanged, on the device of the tensors.
@@ -59,7 +59,7 @@ class Exchange:
 
 
 def gather_halo(x: Tensor, exchange: Exchange) -> Tensor:
-    """Appends the halo to the own rows, with one message to and from each neighboring rank.
+    """Appends the halo to the own rows, with one message to and from each neighbouring rank.
 
     Args:
         x: (n_own, ...) own rows.
@@ -210,7 +210,7 @@ class _SumHalo(_Exchanging):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
         summed = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
-        # Rank after rank: within one call no row occurs twice, so that atomic additions cannot race.
+        # One call for each rank: no row occurs twice within a call, so that atomic additions cannot race.
         for rows, values in _returned(y, exchange):
             summed.index_add_(0, rows, values)
         return summed
@@ -303,10 +303,10 @@ def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> Non
     try:
         collective(*args, group=exchange.group)
     except RuntimeError as error:
-        # Frames of torch refer to the group, whose connections have to close on this rank too.
+        # The traceback refers to the group, whose connections have to close on this rank too.
         raise PipelineError(
             f"graph rank {exchange.shard.rank} waited in an exchange of rows for another of {exchange.shard.num_ranks} "
-            f"graph ranks, which did not come: {error}. That rank has ended or hangs; its own output has the cause."
+            f"graph ranks, which did not answer: {error}. That rank has ended or hangs; its own output has the cause."
         ) from error.with_traceback(None)
 
 

@@ -1,4 +1,4 @@
-"""The exchanges as operations of a captured program, with rows along any dimension."""
+"""Makes the exchanges operations of a captured program, with rows along any dimension."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Finds which inputs of a captured program hold row indices: which atoms an edge joins, which edges an angle.
 
-A *class of rows* is what tensors have an entry for: atoms, edges, angles. It is named by the size symbol of the program
-that counts its rows. The program's index operations tell which inputs hold indices of which class, without any names.
+Tensors have one entry, a row, for each atom, edge or angle: these are the *classes of rows*. A class is named by the
+size symbol of the program that counts its rows. The program's index operations tell which inputs hold indices of which
+class, without any names.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class IndexSource:
-    """Where indices come from: an input, a part of an input, or an operation that computes them from inputs.
+    """Tells where indices come from: an input, a part of an input, or an operation that computes them from inputs.
 
     Attributes:
         position: position of the input; -1 for an operation.
@@ -47,7 +48,7 @@ class IndexSource:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """A tensor of row indices, such as the atom at one end of each edge.
+    """Describes a tensor of row indices, such as the atom at one end of each edge.
 
     Attributes:
         source: where the indices come from.
@@ -55,7 +56,7 @@ class RowIndex:
         target: the class of rows that the indices point to: atoms, say.
         writes: whether any operation sums rows by these indices.
         dim: the dimension of the holders' rows.
-        is_table: whether each row has several indices, as in a table of the neighbors of each atom.
+        is_table: whether each row has several indices, as in a table of the neighbours of each atom.
     """
 
     source: IndexSource
@@ -68,7 +69,7 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class IndexUse:
-    """One index operation along a dimension of rows.
+    """Describes one index operation along a dimension of rows.
 
     Attributes:
         node: the operation.
@@ -76,7 +77,7 @@ class IndexUse:
         symbol: the size symbol of that dimension.
         index: name of the node with the indices.
         source: where these come from; None if they are computed in another way than from inputs alone.
-        counts: the size symbol before which they end, where they are 0, 1, 2, ...
+        counts: the size symbol n, where the indices are 0, 1, ..., n - 1.
     """
 
     node: Node
@@ -93,7 +94,7 @@ def symbolic(size: int | str) -> str | None:
 
 
 class IndexAnalysis:
-    """The index operations of a program, and the classes of rows that follow from them.
+    """Finds the index operations of a program, and the classes of rows that follow from them.
 
     Args:
         program: the captured program.
@@ -152,7 +153,7 @@ class IndexAnalysis:
         rows = [s for s in symbols if s in self._example and self.class_of(s) in self.sharded]
         if not rows:
             return None
-        num = 6  # any number; that of the example may be 0
+        num = 6  # any number; the example may have none
         values = {s: n for s, n in self._example.items() if s.isidentifier()}
         counts = [{s: n for s in values if self.class_of(s) == self.class_of(rows[0])} for n in (num, 2 * num)]
         once, double = (TensorSpec((size,), torch.int64).sizes({**values, **c})[0] for c in counts)
@@ -161,7 +162,7 @@ class IndexAnalysis:
         return self.class_of(rows[0]), once // num
 
     def source(self, name: str) -> IndexSource | None:
-        """Returns where a value comes from; None if it is neither of an input nor an index computed from inputs."""
+        """Returns where a value comes from; None if it is no part of an input, and no index computed from inputs."""
         if name not in self._sources:
             node = self._program.by_name[name]
             found = self._of_input(node)
@@ -171,7 +172,7 @@ class IndexAnalysis:
         return self._sources[name]
 
     def counts(self, name: str) -> str | None:
-        """Returns the size symbol before which a value that counts 0, 1, 2, ... ends; None for other values."""
+        """Returns the size symbol n of a value that counts 0, 1, ..., n - 1; None for other values."""
         node = self._program.by_name[name]
         first = argument(node, 0)
         if not isinstance(first, Ref):

@@ -73,7 +73,7 @@ def partition_atoms(
         raise ValueError(f"num_ranks={num_ranks}; expected a positive number")
     target, source = (_checked_atoms(t, num_atoms) for t in (edge_target, edge_source))
     if len(target) != len(source):
-        raise ValueError(f"{len(target)} targets and {len(source)} sources of edges; expected as many")
+        raise ValueError(f"{len(target)} targets and {len(source)} sources of edges; expected equal numbers")
     weight = ATOM_WEIGHT + np.bincount(target, minlength=num_atoms).astype(np.float64)
     if num_ranks == 1 or num_atoms == 0:
         return torch.zeros(num_atoms, dtype=torch.int64)
@@ -202,7 +202,7 @@ def _factors(number: int) -> list[tuple[int, ...]]:
 
 
 def _cuthill_mckee(target: Ints, source: Ints, num_atoms: int) -> Ints | None:
-    """Returns an order in which neighboring atoms are near each other, from the edges alone; None without scipy."""
+    """Returns an order in which neighbouring atoms are near each other, from the edges alone; None without scipy."""
     if importlib.util.find_spec("scipy") is None or not len(target):
         return None
     from scipy.sparse.csgraph import reverse_cuthill_mckee

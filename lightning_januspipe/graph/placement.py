@@ -1,4 +1,4 @@
-"""The placements of a captured program's values on the graph ranks, named as DTensor names them.
+"""Defines the placements of a captured program's values on the graph ranks, named as DTensor names them.
 
 ====================  ==============================================  ========================================
 kind                  value                                           cotangent
@@ -19,7 +19,7 @@ from lightning_januspipe.errors import CaptureError
 
 
 class PlacementKind(Enum):
-    """How the graph ranks hold a value and its cotangent; see the table above."""
+    """Tells how the graph ranks hold a value and its cotangent; see the table above."""
 
     SHARD = auto()
     REPLICATE = auto()
@@ -28,7 +28,7 @@ class PlacementKind(Enum):
 
 @dataclass(frozen=True)
 class Placement:
-    """How the graph ranks hold a value.
+    """Tells how the graph ranks hold a value.
 
     Attributes:
         kind: see :mod:`~lightning_januspipe.graph.placement`.

@@ -1,4 +1,4 @@
-"""Rewrites a captured program: exchanges go before operands and behind values, found by the operations' names."""
+"""Rewrites a captured program: inserts exchanges before the operands and after the values of named operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_januspipe.capture.trace.program import Node, Program, Ref, replac
 
 
 class Rewrite:
-    """A program while exchanges are inserted into it.
+    """Holds a program while exchanges are inserted into it.
 
     Args:
         program: the captured program, which stays as it is.
@@ -30,7 +30,7 @@ class Rewrite:
         self._with: dict[str, list[str]] = {}
 
     def give(self, node: Node, name: str, function: Callable[..., Any], rows: str, dim: int = 0) -> None:
-        """Gives an operation what an exchange makes of one of its operands.
+        """Lets an operation read the result of an exchange of one of its operands.
 
         Args:
             node: the operation.
@@ -52,7 +52,7 @@ class Rewrite:
         def swapped(other: str) -> Ref:
             return Ref(added if other == name else other)
 
-        # The rows of an index operation are its first operand; the same tensor as indices stays what it is.
+        # An index operation reads rows from its first operand; the same tensor may be its indices, which stay.
         if index_arguments(node) is not None and node.args[0].name == name:
             node.args = (swapped(name), *node.args[1:])
         else:

@@ -13,7 +13,7 @@ from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexSource,
 
 @dataclass(frozen=True)
 class RowClasses:
-    """The classes whose rows are sharded over the ranks.
+    """Holds the classes whose rows are sharded over the ranks.
 
     Attributes:
         root: the class of the atoms, whose owners are chosen.
@@ -27,12 +27,12 @@ class RowClasses:
 
     @property
     def names(self) -> list[str]:
-        """All classes; each comes after the class that its owners follow from."""
+        """Returns all classes; each comes after the class that its owners follow from."""
         return [self.root, *self.owner]
 
     @property
     def edges(self) -> str:
-        """The class of rows that belong to an atom's owner: edges; the atoms themselves where there are none."""
+        """Returns the class of rows that go with an atom to its owner: edges, or the atoms where there are none."""
         return next((name for name, owning in self.owner.items() if owning.target == self.root), self.root)
 
 

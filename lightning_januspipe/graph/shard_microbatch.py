@@ -17,7 +17,7 @@ from lightning_januspipe.graph.shards import Shard, make_shards, rows_read
 
 @dataclass(frozen=True)
 class ShardedInputs:
-    """A micro-batch as one graph rank holds it.
+    """Holds a micro-batch as one graph rank has it.
 
     Attributes:
         tensors: inputs of the potential, own rows only.
@@ -35,7 +35,7 @@ class ShardedInputs:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Who owns and who reads which rows of one micro-batch.
+    """Records who owns and who reads which rows of one micro-batch.
 
     Attributes:
         shards: for each class the shards of all ranks.
@@ -48,7 +48,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class MicrobatchIndices:
-    """The row indices of one micro-batch, and its numbers of rows.
+    """Holds the row indices of one micro-batch, and its numbers of rows.
 
     Attributes:
         values: the indices, on the CPU.
@@ -82,7 +82,7 @@ class MicrobatchSharder:
             tensors: the inputs of the whole micro-batch.
 
         Raises:
-            CaptureError: inputs that were taken for one entry for each atom, or edge, differ in size.
+            CaptureError: inputs that should all have one entry for each atom (or each edge) differ in size.
         """
         computed, sizes = self._compute_indices(tensors), self._sizes(tensors)
         classes = self._classes
@@ -114,7 +114,7 @@ class MicrobatchSharder:
             target = values[owning]
             others = [n for n in readers if n.holder == owning.holder]
             source = values[others[0]].reshape(-1) if others and not others[0].is_table else target
-        else:  # a table of neighbors instead of a list of edges
+        else:  # a table of neighbours instead of a list of edges
             for table in (n for n in readers if n.holder == classes.root):
                 source = values[table].reshape(-1)
                 target = torch.arange(num_atoms).repeat_interleave(len(source) // max(num_atoms, 1))
@@ -145,7 +145,7 @@ class MicrobatchSharder:
         return ShardPlan(shards, indices.computed)
 
     def plan_scattered(self, tensors: Sequence[Tensor], over: int | None = None) -> ShardPlan:
-        """Plans the worst sharding there is: neighboring atoms, and each structure's atoms, are on different ranks.
+        """Plans the worst sharding there is: neighbouring atoms, and each structure's atoms, are on different ranks.
 
         Args:
             tensors: the inputs of the whole micro-batch.
@@ -155,16 +155,16 @@ class MicrobatchSharder:
         return self.plan(indices, torch.arange(self.num_atoms(indices)) % (over or self._num_ranks))
 
     def plan_balanced(self, tensors: Sequence[Tensor]) -> ShardPlan:
-        """Plans a sharding with owners that are chosen here."""
+        """Plans a sharding with the owners that :meth:`choose_owners` chooses."""
         indices = self.read_indices(tensors)
         return self.plan(indices, self.choose_owners(tensors, indices))
 
     def shard(self, tensors: Sequence[Tensor], plan: ShardPlan, rank: int) -> ShardedInputs:
-        """Returns what one rank gets of a micro-batch.
+        """Returns one rank's part of a micro-batch.
 
         Args:
             tensors: the inputs of the whole micro-batch.
-            plan: of this micro-batch.
+            plan: who owns and who reads its rows.
             rank: the graph rank.
         """
         device = tensors[0].device
@@ -191,8 +191,8 @@ class MicrobatchSharder:
             size = tensors[position].shape[dim]
             if sizes.setdefault(name, size) != size:
                 raise CaptureError(
-                    f"two inputs of the potential have {sizes[name]} and {size} entries, where graph_size > 1 takes "
-                    "both for one for each atom or edge. Use graph_size=1."
+                    f"two inputs of the potential have {sizes[name]} and {size} entries, but graph_size > 1 "
+                    "expects both to have one entry for each atom (or each edge). Use graph_size=1."
                 )
         return sizes
 

@@ -1,4 +1,4 @@
-"""What a potential that is sharded over graph ranks tells of its inputs and results."""
+"""Describes the inputs and results of a potential that is sharded over graph ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ IndexFunction = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 
 
 class RankPotential(Protocol):
-    """A potential whose stages work on one rank's own rows; its inputs end with one exchange for each class of rows."""
+    """Has stages that work on one rank's own rows; its inputs end with one exchange for each class of rows."""
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Returns the length of the chain."""
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables."""
+        """Returns the specs of derivative and observables."""
 
     def stage(self, index: int, potential: nn.Module) -> StageFunction:
         """Returns one stage, with the parameters of the live potential."""
@@ -34,13 +34,13 @@ class RankPotential(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedPotential:
-    """A potential for several graph ranks.
+    """Holds a potential for several graph ranks.
 
     Attributes:
         potential: with exchanges; its inputs end with one exchange for each of ``classes.names``.
         bind: from its inputs on one rank to the values of its size symbols.
         classes: the classes of rows that are sharded.
-        rows: (position of an input, dimension) -> the class that it has an entry for.
+        rows: (position of an input, dimension) -> the class of rows along this dimension.
         localized: parts of inputs that hold row indices -> the class that they point to. Each rank gets local indices.
         observables: placements of the observables.
         derivatives: placements of the differentiation inputs, and so of the derivative.

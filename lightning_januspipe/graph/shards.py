@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One class of rows as one rank holds it.
+    """Describes one class of rows as one rank holds it.
 
     Attributes:
         rank: the rank that holds it.
@@ -46,22 +46,22 @@ class Shard:
 
     @property
     def num_ranks(self) -> int:
-        """G, the number of ranks that share the rows."""
+        """Returns G, the number of ranks that share the rows."""
         return len(self.counts)
 
     @property
     def num_own(self) -> int:
-        """Number of own rows."""
+        """Returns the number of own rows."""
         return self.counts[self.rank]
 
     @property
     def num_halo(self) -> int:
-        """Number of rows of other ranks that this rank reads."""
+        """Returns the number of rows of other ranks that this rank reads."""
         return sum(self.receive_counts)
 
     @cached_property
     def local_indices(self) -> Tensor:
-        """(num_rows,) local index of each row: own rows first, then the halo; -1 for rows that are neither."""
+        """Returns the (num_rows,) local index of each row: own rows first, then the halo; -1 for other rows."""
         rows = self.own.new_full((self.num_rows,), -1)
         rows[self.own] = torch.arange(self.num_own, device=self.own.device)
         rows[self.halo] = torch.arange(self.num_own, self.num_own + self.num_halo, device=self.own.device)

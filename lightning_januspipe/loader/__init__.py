@@ -1,1 +1,1 @@
-"""The user's DataLoader, giving micro-batches."""
+"""Makes the user's DataLoader give micro-batches."""

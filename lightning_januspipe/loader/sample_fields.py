@@ -1,4 +1,4 @@
-"""The fields of samples and batches of any format: their names, here and nowhere else, and how they are found."""
+"""Finds the fields of samples and batches of any format. Their names stand here and nowhere else."""
 
 from __future__ import annotations
 

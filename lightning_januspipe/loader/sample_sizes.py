@@ -1,4 +1,4 @@
-"""The sizes and costs of a dataset's samples, where the dataset knows them without making the samples."""
+"""Reads the sizes and costs of samples from a dataset that knows them without making the samples."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _OPTIONS = {keys.ENERGY: "energy_weight", keys.FORCES: "force_weight", keys.STRE
 
 
 def check_data(potential: nn.Module, data: Any) -> None:
-    """Refuse data whose species indices or neighbour lists do not fit the potential.
+    """Refuses data whose species indices or neighbour lists do not fit the potential.
 
     Args:
         potential: Its attributes ``species``, chemical symbols by species index, and ``cutoff`` in Å are compared, if
@@ -38,7 +38,7 @@ def check_data(potential: nn.Module, data: Any) -> None:
 
 
 def check_labels(weights: Mapping[str, float], data: Any, what: str, *, required: bool) -> list[str]:
-    """Compare the labels that a loss needs with those that a dataset has.
+    """Compares the labels that a loss needs with those that a dataset has.
 
     Args:
         weights: Weight of the loss of each quantity.
@@ -80,7 +80,7 @@ def check_labels(weights: Mapping[str, float], data: Any, what: str, *, required
 
 
 def _parts(data: Any) -> list[tuple[Any, Sequence[int] | None]]:
-    """Return the datasets that data consists of, and which of their samples it has; None for all."""
+    """Returns the datasets that data consists of, and which of their samples it has; None for all."""
     if not hasattr(data, "species") and hasattr(data, "datasets"):
         return [part for one in data.datasets for part in _parts(one)]
     if hasattr(data, "species") or not hasattr(data, "dataset") or callable(data.dataset):

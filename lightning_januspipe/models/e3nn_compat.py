@@ -17,7 +17,7 @@ with torch.serialization.safe_globals([slice]):
 
 
 def wigner_3j(l1: int, l2: int, l3: int) -> Tensor:
-    """Return real Wigner 3j symbols in e3nn's convention, with Frobenius norm 1.
+    """Returns real Wigner 3j symbols in e3nn's convention, with Frobenius norm 1.
 
     Returns:
         (2 l1 + 1, 2 l2 + 1, 2 l3 + 1) tensor of the default dtype.
@@ -26,7 +26,7 @@ def wigner_3j(l1: int, l2: int, l3: int) -> Tensor:
 
 
 def spherical_harmonics(degree: int, vectors: Tensor) -> Tensor:
-    """Evaluate real spherical harmonics of one degree l in e3nn's basis, with squared norm 2 l + 1.
+    """Evaluates real spherical harmonics of one degree l in e3nn's basis, with squared norm 2 l + 1.
 
     It must not be called in a traced forward.
 
@@ -42,5 +42,5 @@ def spherical_harmonics(degree: int, vectors: Tensor) -> Tensor:
 
 @cache
 def second_moment_gain(activation: Callable[[Tensor], Tensor]) -> float:
-    """Return the factor that gives ``activation`` of a standard normal variable a second moment of 1."""
+    """Returns the factor that gives ``activation`` of a standard normal variable a second moment of 1."""
     return float(math.normalize2mom(activation).cst)

@@ -1,4 +1,4 @@
-"""The interaction layer of the equivariant potential: one round of messages between neighbouring atoms."""
+"""Defines the interaction layer of the equivariant potential: one round of messages between neighbouring atoms."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class EquivariantLinear(nn.Module):
         self.register_buffer("degrees", degree_of_component(l_max), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map (N, I, F) features to (N, I, F)."""
+        """Maps (N, I, F) features to (N, I, F)."""
         return torch.bmm(features.transpose(0, 1), self.weight[self.get_buffer("degrees")]).transpose(0, 1)
 
 
@@ -48,7 +48,7 @@ class Gate(nn.Module):
             self.register_buffer("degrees", degree_of_component(l_max)[1:] - 1, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map (N, I, F) features to (N, I, F)."""
+        """Maps (N, I, F) features to (N, I, F)."""
         if not self.l_max:
             return self.scalar_gain * F.silu(features)
         scalars, others = features.split([1, num_components(self.l_max) - 1], dim=1)
@@ -108,7 +108,7 @@ class Interaction(nn.Module):
     def forward(
         self, features: Tensor, species: Tensor, source: Tensor, target: Tensor, coupling: Tensor, radial_basis: Tensor
     ) -> Tensor:
-        """Update the features of all atoms.
+        """Updates the features of all atoms.
 
         Args:
             features: (N, I_in, F) features.
@@ -128,13 +128,13 @@ class Interaction(nn.Module):
         return updated + self.pad(shared)
 
     def pad(self, shared: Tensor) -> Tensor:
-        """Add zeros for the degrees that only the output has."""
+        """Adds zeros for the degrees that only the output has."""
         return F.pad(shared, (0, 0, 0, self.num_padded)) if self.num_padded else shared
 
     def messages(
         self, features: Tensor, source: Tensor, target: Tensor, coupling: Tensor, radial_basis: Tensor
     ) -> Tensor:
-        """Sum the messages that arrive at each atom, (N, I_out, F)."""
+        """Sums the messages that arrive at each atom, (N, I_out, F)."""
         num_atoms = features.shape[0]
         coupled = torch.bmm(coupling, self.linear_up(features)[source])
         weights = self.radial_network(radial_basis).unflatten(-1, (-1, self.num_features))

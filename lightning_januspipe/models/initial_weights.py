@@ -1,8 +1,10 @@
 """Reads trained weights from a checkpoint, verifies that they belong to the model, and freezes some of them."""
 
+import inspect
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning_januspipe.models.saved_arguments import compare_arguments
 
 
 def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> list[str]:
-    """Load all parameters and buffers from a checkpoint, and nothing else.
+    """Loads all parameters and buffers from a checkpoint, and nothing else.
 
     Args:
         module: Receives the weights, which the checkpoint holds under the same names.
@@ -53,37 +55,60 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> l
     return replaced
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory.
+def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+    """Reads a checkpoint into CPU memory.
 
-    Files are read without running code; the index of a folder is a pickle.
+    Args:
+        path: File written by a Trainer, or folder of ``torch.distributed.checkpoint``.
+        weights_only: Read tensors and plain values only, which runs no code of the file. False reads all objects: use
+            it with files that you trust.
 
     Returns:
         The checkpoint, with an entry ``state_dict``.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder is no checkpoint.
+        CheckpointError: The file or folder is damaged.
         ValueError: The file holds objects other than tensors and plain values, or no weights.
     """
+    from lightning_januspipe.checkpoint.integrity import verify_file
     from lightning_januspipe.checkpoint.sharded import read_folder
 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path} (looked in {path.absolute().parent}); check the path")
+    if path.is_file():
+        verify_file(path)
     try:
-        checkpoint = read_folder(path, True) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
+        checkpoint = (
+            read_folder(path, weights_only) if path.is_dir() else torch.load(path, "cpu", weights_only=weights_only)
+        )
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors and plain values: {error}. If you trust the other "
-            "objects in it, save it again with its entry 'state_dict' alone"
+            "objects in it, read it with weights_only=False, or save it again with its entry 'state_dict' alone"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"{path} has no entry 'state_dict'; expected a checkpoint that a Trainer has saved")
     return checkpoint
 
 
+def as_buffer(checkpoint: Mapping[str, Any]) -> BytesIO:
+    """Returns a file in memory that holds a checkpoint, for ``LightningModule.load_from_checkpoint``."""
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def weights_only_option(load_from_checkpoint: Callable[..., Any], weights_only: bool) -> dict[str, bool]:
+    """Returns the option ``weights_only`` for a ``load_from_checkpoint``, where it has one."""
+    accepted = inspect.signature(load_from_checkpoint).parameters
+    return {"weights_only": weights_only} if "weights_only" in accepted else {}
+
+
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude parameters from training.
+    """Excludes parameters from training.
 
     Args:
         module: The module that is frozen in part.

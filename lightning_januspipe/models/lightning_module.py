@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,13 @@ from typing_extensions import override
 
 from lightning_januspipe import keys
 from lightning_januspipe.models.data_checks import check_data, check_labels
-from lightning_januspipe.models.initial_weights import freeze, load_weights, read_checkpoint
+from lightning_januspipe.models.initial_weights import (
+    as_buffer,
+    freeze,
+    load_weights,
+    read_checkpoint,
+    weights_only_option,
+)
 from lightning_januspipe.models.losses import MaskedError, MaskedLoss, masked_loss
 from lightning_januspipe.models.saved_arguments import compare_arguments, rebuild_potential, save_arguments
 
@@ -123,11 +128,11 @@ class PotentialModule(LightningModule):
 
     @override
     def forward(self, batch: Batch) -> Batch:
-        """Predict energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
+        """Predicts energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
         return self.potential(batch)
 
     def loss(self, prediction: Batch, batch: Batch) -> Tensor:
-        """Return the weighted sum of the losses of energies per atom, forces and stresses.
+        """Returns the weighted sum of the losses of energies per atom, forces and stresses.
 
         Raises:
             ValueError: A label with a positive weight is missing from the batch.
@@ -145,30 +150,30 @@ class PotentialModule(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
+        """Returns the loss of one batch."""
         return self._evaluate(batch, "train")
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss and errors of one validation batch."""
+        """Logs the loss and errors of one validation batch."""
         with gradients_enabled(batch) as batch:
             self._evaluate(batch, "val")
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss and errors of one test batch."""
+        """Logs the loss and errors of one test batch."""
         with gradients_enabled(batch) as batch:
             self._evaluate(batch, "test")
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Return the detached predictions of one batch."""
+        """Returns the detached predictions of one batch."""
         with gradients_enabled(batch) as batch:
             return {name: value.detach() for name, value in self(batch).items()}
 
     @override
     def setup(self, stage: str) -> None:
-        """Load the initial weights once, and compare the data with the potential and the loss.
+        """Loads the initial weights once, and compares the data with the potential and the loss.
 
         Raises:
             ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, or
@@ -185,32 +190,32 @@ class PotentialModule(LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Compare the training data with the potential and the loss."""
+        """Compares the training data with the potential and the loss."""
         self._check_loaders(self.trainer.train_dataloader, "training")
 
     @override
     def on_validation_start(self) -> None:
-        """Compare the validation data with the potential and the loss."""
+        """Compares the validation data with the potential and the loss."""
         self._check_loaders(self.trainer.val_dataloaders, "validation")
 
     @override
     def on_test_start(self) -> None:
-        """Compare the test data with the potential and the loss."""
+        """Compares the test data with the potential and the loss."""
         self._check_loaders(self.trainer.test_dataloaders, "test")
 
     @override
     def on_predict_start(self) -> None:
-        """Compare the prediction data with the potential."""
+        """Compares the prediction data with the potential."""
         self._check_loaders(self.trainer.predict_dataloaders, "prediction")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the class and the arguments of the potential, without which its weights have no meaning."""
+        """Saves the class and the arguments of the potential, without which its weights have no meaning."""
         save_arguments(self.potential, checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another potential; its weights go before the initial weights.
+        """Refuses the checkpoint of another potential; its weights go before the initial weights.
 
         Raises:
             ValueError: The potential in the checkpoint has other arguments.
@@ -222,12 +227,13 @@ class PotentialModule(LightningModule):
     @override
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "PotentialModule":
-        """Build the module that a checkpoint was saved from, with its weights, in evaluation mode.
+        """Builds the module that a checkpoint was saved from, with its weights, in evaluation mode.
 
         Args:
             checkpoint_path: File written by a Trainer, or folder of torch.distributed.checkpoint.
             args: Further arguments of ``LightningModule.load_from_checkpoint``.
-            kwargs: Further arguments, and those of the module that are to differ. A ``potential`` is needed only if it
+            kwargs: Further arguments, of which ``weights_only`` is True unless it is given, so that no code of the
+                file runs; and those of the module that are to differ. A ``potential`` is needed only if it
                 is not one of :mod:`lightning_januspipe.models`, and if its class or arguments are not in the file, as
                 in files of version 0.1.
 
@@ -235,14 +241,13 @@ class PotentialModule(LightningModule):
             FileNotFoundError: There is no checkpoint.
             ValueError: The potential is of another package, or the given one has other arguments.
         """
-        is_path = isinstance(checkpoint_path, (str, Path))
-        if is_path and ("potential" not in kwargs or Path(checkpoint_path).is_dir()):
-            checkpoint = read_checkpoint(checkpoint_path)
+        weights_only = kwargs.pop("weights_only", True)
+        if isinstance(checkpoint_path, (str, Path)):
+            checkpoint = read_checkpoint(checkpoint_path, weights_only)
             if "potential" not in kwargs:
                 kwargs["potential"] = rebuild_potential(checkpoint, str(checkpoint_path))
-            checkpoint_path = BytesIO()
-            torch.save(checkpoint, checkpoint_path)
-            checkpoint_path.seek(0)
+            checkpoint_path = as_buffer(checkpoint)
+        kwargs.update(weights_only_option(super().load_from_checkpoint, weights_only))
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs).eval()
 
     def _check_loaders(self, loaders: Any, what: str) -> None:
@@ -263,7 +268,7 @@ class PotentialModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of the parameters that are not frozen and, if asked for, its learning rate scheduler."""
+        """Returns the optimizer of the trained parameters and, if asked for, its learning rate scheduler."""
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.hparams["optimizer"]]
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = kind(trained, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"])
@@ -281,7 +286,7 @@ class PotentialModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _pairs(self, prediction: Batch, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return prediction and label of each quantity that the batch has labels for; energies per atom."""
+        """Returns prediction and label of each quantity that the batch has labels for; energies per atom."""
         pairs = {name: (prediction[name], batch[name]) for name in self.weights if name in batch}
         if keys.ENERGY in pairs:
             energy, label = pairs[keys.ENERGY]
@@ -296,7 +301,7 @@ class PotentialModule(LightningModule):
         return pairs
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        """Return the loss of a batch; log the loss and the errors under ``stage``."""
+        """Returns the loss of a batch; logs the loss and the errors under ``stage``."""
         prediction = self(batch)
         loss = self.loss(prediction, batch)
         pairs = self._pairs(prediction, batch)
@@ -327,7 +332,7 @@ class PotentialModule(LightningModule):
 
 @contextmanager
 def gradients_enabled(batch: Batch) -> Iterator[Batch]:
-    """Enable gradients inside evaluation, where Lightning disables them or enters inference mode.
+    """Enables gradients inside evaluation, where Lightning disables them or enters inference mode.
 
     Tensors made in inference mode cannot be differentiated, so the batch is cloned.
     """

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 
 def masked_loss(prediction: Tensor, label: Tensor, huber_delta: float | None = None) -> Tensor:
-    """Return the mean squared or Huber error over the labels that are not NaN; zero if all are.
+    """Returns the mean squared or Huber error over the labels that are not NaN; zero if all are.
 
     No control flow and no shape depends on the labels.
 
@@ -28,7 +28,7 @@ def masked_loss(prediction: Tensor, label: Tensor, huber_delta: float | None = N
 
 
 def _summed_loss(prediction: Tensor, label: Tensor, huber_delta: float | None) -> tuple[Tensor, Tensor]:
-    """Return the sum of the losses of known labels, and how many labels are known."""
+    """Returns the sum of the losses of known labels, and how many labels are known."""
     known = ~torch.isnan(label)
     target = torch.where(known, label, prediction.detach())
     if huber_delta is None:
@@ -46,7 +46,7 @@ class _ExactSums(Metric):
     full_state_update = False
 
     def add_sum(self, name: str, size: tuple[int, ...] = ()) -> None:
-        """Add a state of zeros."""
+        """Adds a state of zeros."""
         self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     @override
@@ -86,7 +86,7 @@ class MaskedLoss(_ExactSums):
 
     @override
     def update(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add (...) predictions and labels by quantity; quantities without a weight are ignored."""
+        """Adds (...) predictions and labels by quantity; quantities without a weight are ignored."""
         totals, counts = torch.zeros_like(self.totals), torch.zeros_like(self.counts)
         for index, name in enumerate(self.weights):
             if name in pairs:
@@ -96,7 +96,7 @@ class MaskedLoss(_ExactSums):
 
     @override
     def compute(self) -> Tensor:
-        """Return the loss over all predictions and labels that were added."""
+        """Returns the loss over all predictions and labels that were added."""
         weights = self.totals.new_tensor(list(self.weights.values()))
         return (weights * self.totals / self.counts.clamp(min=1)).sum()
 
@@ -124,7 +124,7 @@ class MaskedError(_ExactSums):
 
     @override
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Add (...) predictions and labels."""
+        """Adds (...) predictions and labels."""
         known = ~torch.isnan(label)
         error = torch.where(known, prediction - label, 0.0).double()
         self.total = self.total + (error.square() if self.squared else error.abs()).sum()
@@ -132,6 +132,6 @@ class MaskedError(_ExactSums):
 
     @override
     def compute(self) -> Tensor:
-        """Return the error over all predictions and labels that were added."""
+        """Returns the error over all predictions and labels that were added."""
         mean = self.total / self.count
         return mean.sqrt() if self.squared else mean

@@ -97,7 +97,7 @@ class EnergyModel(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EnergyModel":
-        """Move or convert the model, but keep the shifts in float64."""
+        """Moves or convert the model, but keep the shifts in float64."""
         exact = self.shift.detach()
         super()._apply(fn, recurse)
         if self.shift.dtype != exact.dtype:
@@ -106,7 +106,7 @@ class EnergyModel(nn.Module):
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the model, but keep its shifts where those in ``state_dict`` are the same ones with fewer digits."""
+        """Loads the model, but keep its shifts where those in ``state_dict`` are the same ones with fewer digits."""
         saved = state_dict.get(f"{prefix}shift")
         own = self.shift.detach()
         if isinstance(saved, Tensor) and saved.shape == own.shape and torch.equal(own.to(saved), saved):
@@ -114,7 +114,7 @@ class EnergyModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
-        """Evaluate the energy of strained structures.
+        """Evaluates the energy of strained structures.
 
         Args:
             batch: The batch (see :mod:`lightning_januspipe.keys`); its positions are not read.
@@ -127,7 +127,7 @@ class EnergyModel(nn.Module):
         return self.sum_structures(batch, self.atomic_energies(batch, positions, strain))
 
     def atomic_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
-        """Evaluate the energies of the atoms, (N,) in eV and float64. For the arguments see :meth:`forward`."""
+        """Evaluates the energies of the atoms, (N,) in eV and float64. For the arguments see :meth:`forward`."""
         species = batch[keys.SPECIES]
         source, target = batch[keys.EDGE_INDEX].unbind(0)
         lengths, directions = self.edges(batch, positions, strain)
@@ -142,7 +142,7 @@ class EnergyModel(nn.Module):
         return (self.scale[species] * energies).to(self.shift.dtype) + self.shift[species]
 
     def edges(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the lengths (E,) in Å and the directions (E, 3) of the edges.
+        """Returns the lengths (E,) in Å and the directions (E, 3) of the edges.
 
         An edge of length zero (padding) gets the length of the cutoff and a zero direction, so that it carries no
         message.
@@ -160,7 +160,7 @@ class EnergyModel(nn.Module):
         return lengths, vectors / lengths.unsqueeze(-1)
 
     def sum_structures(self, batch: Mapping[str, Tensor], atomic: Tensor) -> Tensor:
-        """Sum (N,) energies of atoms to (B,) energies of structures."""
+        """Sums (N,) energies of atoms to (B,) energies of structures."""
         return atomic.new_zeros(batch[keys.CELL].shape[0]).index_add(0, batch[keys.BATCH], atomic)
 
 
@@ -177,7 +177,7 @@ class ConservativePotential(nn.Module):
         self.energy_model = energy_model
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Evaluate energy, forces and stress.
+        """Evaluates energy, forces and stress.
 
         In training mode the results can be differentiated with respect to the parameters; in evaluation mode they are
         detached. The caller need not enable gradients, but must leave inference mode.
@@ -299,13 +299,13 @@ class EquivariantPotential(ConservativePotential):
 
 
 def cell_volume(cell: Tensor) -> Tensor:
-    """Return the volumes (B,) in Å³ of the (B, 3, 3) cells; zero where a cell vector is missing."""
+    """Returns the volumes (B,) in Å³ of the (B, 3, 3) cells; zero where a cell vector is missing."""
     a, b, c = cell.unbind(1)
     return (a * torch.linalg.cross(b, c)).sum(-1).abs()
 
 
 def _check_species(species: Sequence[str]) -> None:
-    """Raise ValueError unless ``species`` is a list of distinct chemical symbols."""
+    """Raises ValueError unless ``species`` is a list of distinct chemical symbols."""
     if isinstance(species, str) or not species or not all(isinstance(symbol, str) for symbol in species):
         raise ValueError(f'species must be a list of chemical symbols such as ["Cu", "Au"], got {species!r}')
     if len(set(species)) != len(species):
@@ -313,7 +313,7 @@ def _check_species(species: Sequence[str]) -> None:
 
 
 def _per_species_tensor(name: str, given: PerSpecies, species: Sequence[str]) -> Tensor:
-    """Return one value per species, (num_species,), from any of the accepted forms."""
+    """Returns one value per species, (num_species,), from any of the accepted forms."""
     if isinstance(given, Mapping):
         if missing := [symbol for symbol in species if symbol not in given]:
             raise ValueError(f"{name} has no value for {missing}; give one for each of {list(species)}")

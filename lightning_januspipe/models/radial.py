@@ -33,7 +33,7 @@ class PolynomialCutoff(nn.Module):
         self.exponent = exponent
 
     def forward(self, lengths: Tensor) -> Tensor:
-        """Evaluate the envelope at ``lengths`` (...) in Å."""
+        """Evaluates the envelope at ``lengths`` (...) in Å."""
         p = self.exponent
         x = (lengths / self.cutoff).clamp(max=1.0)
         polynomial = (p + 1) * (p + 2) / 2 - p * (p + 2) * x + p * (p + 1) / 2 * x * x
@@ -71,7 +71,7 @@ class BesselBasis(nn.Module):
             self.register_buffer("frequencies", frequencies)
 
     def forward(self, lengths: Tensor) -> Tensor:
-        """Evaluate the basis.
+        """Evaluates the basis.
 
         Args:
             lengths: (E,) edge lengths in Å, none of them zero.
@@ -110,7 +110,7 @@ class RadialNetwork(nn.Module):
             nn.init.normal_(linear.weight, std=(gain if index else 1.0) * linear.in_features**-0.5)
 
     def forward(self, basis: Tensor) -> Tensor:
-        """Map the (E, num_inputs) basis to (E, num_outputs) weights."""
+        """Maps the (E, num_inputs) basis to (E, num_outputs) weights."""
         first, *others = self.linears
         weights = first(basis)
         for linear in others:

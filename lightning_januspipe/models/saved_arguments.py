@@ -1,17 +1,27 @@
 """Compares the arguments of a potential with those in a checkpoint and with the data, and rebuilds a potential."""
 
 import math
+import platform
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_januspipe import __version__, keys
 
 ARGUMENTS = "potential_arguments"
 """Key of the checkpoint entry with the arguments of the potential, by name."""
 
 CLASS = "potential_class"
 """Key of the checkpoint entry with the class of the potential, as a dotted path."""
+
+FACTS = "potential_facts"
+"""Key of the checkpoint entry with what a user of the potential needs to know; see :func:`facts_of`."""
+
+UNITS = {"length": "Å", keys.ENERGY: "eV", keys.FORCES: "eV/Å", keys.STRESS: "eV/Å³"}
+"""Units of what a potential takes and returns."""
 
 _ATTRIBUTES = ("species", "cutoff", "avg_num_neighbors")
 """Attributes that are saved of a potential without ``arguments``: its weights have no meaning without them."""
@@ -24,7 +34,7 @@ _OF_TRAINING = ("trainable_bessel", "trainable_scale_shift")
 
 
 def arguments_of(potential: nn.Module) -> dict[str, Any]:
-    """Return what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
+    """Returns what is known of the arguments of a potential, in types that ``torch.load`` reads safely.
 
     Args:
         potential: Its attribute ``arguments``, a mapping, is returned if there is one; otherwise its attributes
@@ -36,15 +46,44 @@ def arguments_of(potential: nn.Module) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in found.items()}
 
 
+def facts_of(potential: nn.Module) -> dict[str, Any]:
+    """Returns what a user of a potential needs to know, in types that ``torch.load`` reads safely.
+
+    Args:
+        potential: The potential; what it has no attributes for is left out.
+
+    Returns:
+        ``species``, the chemical symbols by species index; ``cutoff`` in Å; ``energies_of_atoms``, the energy in eV
+        that each atom adds, by symbol, as trained; ``units``; and ``versions`` of Python and of the packages.
+    """
+    facts: dict[str, Any] = {}
+    species, cutoff = getattr(potential, "species", None), getattr(potential, "cutoff", None)
+    shift = getattr(getattr(potential, "energy_model", None), "shift", None)
+    if isinstance(species, (list, tuple)):
+        facts["species"] = list(species)
+        if isinstance(shift, Tensor) and not shift.is_meta and shift.numel() == len(species):
+            facts["energies_of_atoms"] = dict(zip(species, shift.detach().double().tolist(), strict=True))
+    if isinstance(cutoff, (int, float, Tensor)):
+        facts["cutoff"] = float(cutoff)
+    versions = {"lightning_januspipe": __version__, "python": platform.python_version()}
+    for name in ("torch", "lightning", "pytorch-lightning", "e3nn"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**facts, "units": dict(UNITS), "versions": versions}
+
+
 def save_arguments(potential: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add the class and the known arguments of a potential to a checkpoint."""
+    """Adds the class, the known arguments and the facts of a potential to a checkpoint."""
+    checkpoint[FACTS] = facts_of(potential)
     if arguments := arguments_of(potential):
         checkpoint[ARGUMENTS] = arguments
         checkpoint[CLASS] = f"{type(potential).__module__}.{type(potential).__qualname__}"
 
 
 def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], source: str) -> list[str]:
-    """Refuse a checkpoint whose weights would be another potential with the arguments of this one.
+    """Refuses a checkpoint whose weights would be another potential with the arguments of this one.
 
     Args:
         potential: The potential that receives the weights.
@@ -74,7 +113,7 @@ def compare_arguments(potential: nn.Module, checkpoint: Mapping[str, Any], sourc
 
 
 def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
-    """Build a reference potential with the arguments that a checkpoint names; its weights are not loaded.
+    """Builds a reference potential with the arguments that a checkpoint names; its weights are not loaded.
 
     Only classes of :mod:`lightning_januspipe.models` are built, because a checkpoint may name any other code.
 
@@ -89,7 +128,9 @@ def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
 
     name, arguments = checkpoint.get(CLASS), checkpoint.get(ARGUMENTS)
     module, _, kind = str(name).rpartition(".")
-    if name is None or module.rpartition(".")[0] != models.__name__ or kind not in models.__all__:
+    is_own = module.rpartition(".")[0] == models.__name__ and kind in models.__all__
+    built: Any = getattr(models, kind) if is_own else None
+    if not (isinstance(built, type) and issubclass(built, models.ConservativePotential)):
         what = "does not say which potential it belongs to" if name is None else f"belongs to a potential {name}"
         raise ValueError(
             f"{source} {what}, which cannot be built from the file alone; build it and pass it on, as in "
@@ -99,7 +140,7 @@ def rebuild_potential(checkpoint: Mapping[str, Any], source: str) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if dtypes == {torch.float64} else torch.float32)
     try:
-        return getattr(models, kind)(**arguments or {})
+        return built(**arguments or {})
     finally:
         torch.set_default_dtype(before)
 

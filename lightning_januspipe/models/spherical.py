@@ -13,12 +13,12 @@ from lightning_januspipe.models import e3nn_compat
 
 
 def num_components(l_max: int) -> int:
-    """Return the number of components (l_max + 1)² of the degrees 0 … l_max."""
+    """Returns the number of components (l_max + 1)² of the degrees 0 … l_max."""
     return (l_max + 1) ** 2
 
 
 def degree_of_component(l_max: int) -> Tensor:
-    """Return the degree of each component, (I,) int64: 0, 1, 1, 1, 2, …."""
+    """Returns the degree of each component, (I,) int64: 0, 1, 1, 1, 2, …."""
     return torch.repeat_interleave(torch.arange(l_max + 1), 2 * torch.arange(l_max + 1) + 1)
 
 
@@ -47,7 +47,7 @@ class SphericalHarmonics(nn.Module):
             self.register_buffer(f"coupling_{degree}", coupling * (raw @ exact / (raw @ raw)), persistent=False)
 
     def forward(self, directions: Tensor) -> Tensor:
-        """Evaluate all degrees.
+        """Evaluates all degrees.
 
         Args:
             directions: (E, 3) unit vectors. A zero vector gives zeros from degree 1 on.
@@ -99,5 +99,5 @@ class Coupling(nn.Module):
         self.register_buffer("symbols", torch.cat(blocks).flatten(0, 1).T.contiguous(), persistent=False)
 
     def forward(self, harmonics: Tensor) -> Tensor:
-        """Contract the (E, I_edge) harmonics to (E, rows, I_in) matrices."""
+        """Contracts the (E, I_edge) harmonics to (E, rows, I_in) matrices."""
         return (harmonics @ self.get_buffer("symbols")).unflatten(-1, (-1, self.num_inputs))

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_januspipe.schedule import Link, PhaseCosts, Report, Schedule, build_schedule, simulate
 from lightning_januspipe.schedule.actions import Message
 from lightning_januspipe.schedule.bounds import lower_bound
-from lightning_januspipe.schedule.build import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES
+from lightning_januspipe.schedule.build_schedule import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES
 from lightning_januspipe.schedule.costs import Costs, Memory, costs_per_stage
 from lightning_januspipe.schedule.request import Auto
 
@@ -95,7 +95,7 @@ class ScheduleRow:
 
     @property
     def over_ideal(self) -> float:
-        """Step time over the time that the busiest rank works: 1 where it never waits."""
+        """Returns the ratio of the step time to the time that the busiest rank works: 1 where it never waits."""
         return self.report.makespan / self.report.ideal
 
     @property
@@ -105,17 +105,17 @@ class ScheduleRow:
 
     @property
     def num_live(self) -> int:
-        """Most live micro-batches of a rank."""
+        """Returns the largest number of live micro-batches on a rank."""
         return max(self.report.peak_live)
 
     @property
     def peak_memory(self) -> float | None:
-        """Most bytes that the micro-batches of a rank hold at once, or None where bytes are not known."""
+        """Returns the most bytes that the micro-batches of a rank hold at once, or None where bytes are not known."""
         return max(self.report.peak_memory, default=None)
 
     @property
     def num_messages(self) -> int:
-        """Number of messages between ranks in a step."""
+        """Returns the number of messages between ranks in a step."""
         return sum(map(len, self.schedule.messages().values()))
 
 
@@ -145,7 +145,7 @@ class SchedulePlan:
 
     @property
     def choice(self) -> ScheduleRow | None:
-        """The fastest schedule that fits in memory; among equally fast ones, the one that holds the fewest bytes."""
+        """Returns the fastest schedule that fits in memory; among equally fast ones, the one with the fewest bytes."""
         fitting = [row for row in self.rows if row.fits]
         least = min((row.step_time for row in fitting), default=0.0)
         fastest = [row for row in fitting if row.step_time <= least * (1 + _ROUNDING)]

@@ -70,12 +70,12 @@ class GraphShare:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that one rank sends for a micro-batch, in the phases of all stages."""
+        """Returns the bytes that one rank sends for a micro-batch, in the phases of all stages."""
         return sum(size for size, _ in (self.together or {}).values())
 
     @property
     def num_exchanges(self) -> float:
-        """Exchanges of a micro-batch, in the phases of all stages."""
+        """Returns the number of exchanges of a micro-batch, in the phases of all stages."""
         return sum(number for _, number in (self.together or {}).values())
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class MeshRow:
 
     @property
     def fits(self) -> bool:
-        """Whether a schedule keeps within the memory limit."""
+        """Tells whether a schedule keeps within the memory limit."""
         return self.plan.choice is not None
 
     @property
@@ -46,17 +46,17 @@ class MeshRow:
 
     @property
     def structures(self) -> float:
-        """Structures of a step, over all replicas."""
+        """Returns the number of structures in a step, over all replicas."""
         return self.shape.data * self.plan.options.num_microbatches * (self.plan.structures or 1)
 
     @property
     def structures_per_second(self) -> float | None:
-        """Structures per second over all replicas; None where nothing fits."""
+        """Returns the number of structures per second over all replicas; None where nothing fits."""
         return None if self.step_time is None else self.structures / self.step_time
 
     @property
     def memory(self) -> float | None:
-        """Most bytes that the micro-batches of a rank hold; where nothing fits, the least that a schedule needs."""
+        """Returns the most bytes that a rank's micro-batches hold; where nothing fits, the least of any schedule."""
         chosen = self.plan.choice
         if chosen is not None:
             return chosen.peak_memory
@@ -104,7 +104,7 @@ class Meshes:
 
     @property
     def choice(self) -> MeshRow | None:
-        """The mesh that exchanges least among the fastest that fit: replicas before stages before graph ranks."""
+        """Returns the fastest mesh that fits; equally fast ones rank replicas before stages before graph ranks."""
         fitting = [row for row in self.rows if row.structures_per_second is not None]
         most = max((row.structures_per_second or 0.0 for row in fitting), default=0.0)
         fastest = [row for row in fitting if (row.structures_per_second or 0.0) >= most * (1 - _LEAST_GAIN)]

@@ -1,1 +1,1 @@
-"""One rank's part of a run, without Lightning."""
+"""Runs one rank's part of a training, without Lightning."""

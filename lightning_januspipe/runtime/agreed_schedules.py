@@ -1,4 +1,4 @@
-"""The schedules of one pipeline: built on one rank, the same on all, planned anew from measured times."""
+"""Builds the schedules of one pipeline on one rank, the same for all ranks, and plans them anew from measured times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation in the middle of training, for batches of a kind that no validation has seen.
+"""Validates the stages in the middle of training, on batches of a kind that no validation has seen.
 
 A forward may branch on whether there is just one structure, or no edge, or on an entry that only some batches hold.
 The trace does not tell: many operations treat sizes of 0 and 1 specially without another result, and entries that a
@@ -18,7 +18,7 @@ from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.against_eager import validate, validate_evaluation
+from lightning_januspipe.capture.validate.against_eager import validate_evaluation, validate_stages
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError
 
@@ -78,7 +78,7 @@ class BatchChecks:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if potential.training:
-                    validate(self._staged, potential, call)
+                    validate_stages(self._staged, potential, call)
                 else:
                     validate_evaluation(self._staged, potential, call)
         except CaptureError as error:

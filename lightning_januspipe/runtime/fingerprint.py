@@ -1,4 +1,4 @@
-"""Whether the ranks of a replica got the same batch, told by a few numbers of it."""
+"""Compares the batches of the ranks of a replica by a few numbers."""
 
 from __future__ import annotations
 

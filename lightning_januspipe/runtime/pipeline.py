@@ -1,4 +1,4 @@
-"""The runner of one rank of a pipeline: its stages, and the user's step around them. No Lightning in here."""
+"""Runs one rank of a pipeline: its stages, and the user's step around them, without Lightning."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Pipeline(Runner):
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank's stages have sent to other ranks so far."""
+        """Returns the bytes that this rank's stages have sent to other ranks so far."""
         return self._links.bytes_sent - self._bytes_before
 
     def train_step(

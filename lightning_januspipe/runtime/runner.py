@@ -1,4 +1,4 @@
-"""What the strategy, callbacks and checkpoints need of one rank's part of a run."""
+"""Defines what the strategy, callbacks and checkpoints need from one rank's part of a run."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Runner(ABC):
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain of stages."""
+        """Returns the length of the chain of stages."""
         return len(self.placement)
 
     @property
     @abstractmethod
     def bytes_sent(self) -> int:
-        """Bytes that this rank's stages have sent to other ranks so far."""
+        """Returns the bytes that this rank's stages have sent to other ranks so far."""
 
     @abstractmethod
     def train_step(

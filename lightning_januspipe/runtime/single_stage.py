@@ -1,4 +1,4 @@
-"""The runner where nothing is shared between ranks but gradients: the user's step as it is."""
+"""Runs the user's step as it is, where ranks share nothing but gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of single training steps, made when they are asked for."""
+"""Records single training steps when it is asked to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's step around a captured potential: up to its call of the potential, and from its results to the loss."""
+"""Runs the user's step around a captured potential: up to the potential's call, and from its results to the loss."""
 
 from __future__ import annotations
 

@@ -180,12 +180,12 @@ class Schedule:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages."""
+        """Returns the number of stages."""
         return len(self.placement)
 
     @property
     def phases(self) -> frozenset[Phase]:
-        """The phases that occur; WF and WE are among them where weight gradients are deferred."""
+        """Returns the phases that occur; WF and WE are among them where weight gradients are deferred."""
         return frozenset(action.phase for order in self.actions for action in order)
 
     @property

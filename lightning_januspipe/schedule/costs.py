@@ -38,7 +38,7 @@ class PhaseCosts:
 
     @property
     def total(self) -> float:
-        """Time of one rank's whole work on one micro-batch."""
+        """Returns the time of one rank's whole work on one micro-batch."""
         return self.fe + self.ff + self.bf + self.be + self.wf + self.we
 
     def of(self, phase: Phase) -> float:
@@ -95,7 +95,7 @@ class Link:
 
     @property
     def occupied(self) -> float:
-        """Time for which a message keeps the following ones of its direction waiting."""
+        """Returns the time for which a message keeps the following ones of its direction waiting."""
         return self.message_bytes / self.bandwidth
 
 

@@ -30,7 +30,7 @@ class StagePhase:
 
     @property
     def needs(self) -> list[int]:
-        """All dependencies that the phase waits for."""
+        """Returns all dependencies that the phase waits for."""
         return [*self.local_inputs, *(index for _, index in self.receives)]
 
 

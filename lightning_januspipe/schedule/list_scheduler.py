@@ -106,7 +106,7 @@ class ListSchedule:
 
     @cached_property
     def actions(self) -> tuple[tuple[Action, ...], ...]:
-        """The actions of every rank, in order."""
+        """Returns the actions of every rank, in order."""
         steps = [(phase, stage) for phase in _PHASES for stage in range(self.num_stages)]
         split = [[divmod(number, self.num_microbatches) for number in order] for order in self.orders]
         return tuple(tuple(Action(*steps[step], microbatch) for step, microbatch in order) for order in split)

@@ -36,12 +36,12 @@ class Report:
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of the makespan in which the busiest rank waits, from 0 to 1."""
+        """Returns the share of the makespan in which the busiest rank waits, from 0 to 1."""
         return max(0.0, 1.0 - max(self.busy, default=self.ideal) / self.makespan)
 
     @property
     def peak_memory(self) -> tuple[float, ...]:
-        """Per rank, the most bytes that its micro-batches hold at once; empty where no memory costs were given."""
+        """Returns for each rank the most bytes that its micro-batches hold at once; empty without memory costs."""
         return tuple(max((held for _, held in curve), default=0.0) for curve in self.memory)
 
 

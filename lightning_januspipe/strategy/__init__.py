@@ -1,1 +1,1 @@
-"""The strategy: what a Lightning Trainer calls."""
+"""Holds the strategy, which a Lightning Trainer calls."""

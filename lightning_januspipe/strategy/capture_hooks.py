@@ -1,4 +1,4 @@
-"""The Lightning hooks at which a potential is captured: the start of training, or of evaluation without training."""
+"""Implements the hooks that capture a potential: the start of training, or of evaluation without training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_januspipe.loader.examples import example_batches
-from lightning_januspipe.runtime.build import CaptureRequest, PipelineBuilder
-from lightning_januspipe.strategy.base import StrategyState
+from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged
 from lightning_januspipe.strategy.options import StrategyOptions
+from lightning_januspipe.strategy.shared_state import StrategyState
 
 
 class CaptureHooks(StrategyState):
@@ -37,12 +37,12 @@ class CaptureHooks(StrategyState):
 
     @override
     def on_test_start(self) -> None:
-        """See :meth:`on_validation_start`."""
+        """Does the same as :meth:`on_validation_start`."""
         self._capture_for_evaluation("test_step")
 
     @override
     def on_predict_start(self) -> None:
-        """See :meth:`on_validation_start`."""
+        """Does the same as :meth:`on_validation_start`."""
         self._capture_for_evaluation("predict_step")
 
     def _capture_for_evaluation(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The modules of one Lightning that the strategy needs: of ``lightning`` or of ``pytorch_lightning``."""
+"""Finds the modules of one Lightning that the strategy needs: of ``lightning`` or of ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Library:
-    """The modules of one Lightning, by what the strategy uses them for.
+    """Holds the modules of one Lightning that the strategy uses.
 
     Args:
         namespace: ``"lightning"`` or ``"pytorch_lightning"``.

@@ -1,4 +1,4 @@
-"""``self.log`` in a step that runs once for each micro-batch: each name is logged once, for the whole batch."""
+"""Collects what a step logs for each micro-batch: ``self.log`` logs each name once, for the whole batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of the strategy, as one dataclass that validates itself and explains itself on command lines.
+"""Defines the arguments of the strategy, as one dataclass that validates itself and explains itself on command lines.
 
 A field is all that a new argument needs: values are validated by the field's type, and command lines print its
 docstring. If an error needs more words than the type has, ``metadata["expected"]`` has them.
@@ -23,7 +23,7 @@ from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import MessageDtype
 from lightning_januspipe.runtime.planner import is_searched, is_unfolded
-from lightning_januspipe.schedule.build import ScheduleName
+from lightning_januspipe.schedule.build_schedule import ScheduleName
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
@@ -73,6 +73,11 @@ class StrategyOptions:
     """Which tensors of a micro-batch are kept between its phases. Eager phases keep all. With compile=True "keep" keeps
     all that later phases need, "pointwise" computes cheap operations again, and "recompute" keeps only what stages send
     each other. "auto": "pointwise" with compile=True, else "keep"."""
+
+    shard: Literal["none", "optimizer"] = "none"
+    """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
+    "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "none": nothing
+    is shared."""
 
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
@@ -143,7 +148,7 @@ class StrategyOptions:
 
     @property
     def message_timeout(self) -> timedelta:
-        """The timeout of messages as a timedelta."""
+        """Returns the timeout of messages as a timedelta."""
         return self.timeout if isinstance(self.timeout, timedelta) else timedelta(seconds=self.timeout)
 
 

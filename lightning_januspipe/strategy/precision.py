@@ -1,4 +1,4 @@
-"""Precision plugins of Lightning on a mesh: gradients are clipped by the norm over all stages, overflows are shared."""
+"""Adapts Lightning's precision plugins to a mesh: clips gradients by the norm over all stages, and shares overflows."""
 
 from __future__ import annotations
 

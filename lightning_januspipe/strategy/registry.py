@@ -1,4 +1,4 @@
-"""The strategy's names in every Lightning that is installed, and the class that is bound to each.
+"""Registers the strategy's names in every Lightning that is installed, and makes the class that is bound to each.
 
 Nothing here imports torch or a Lightning before the strategy is used: the names wait for the import of a Lightning's
 strategies, and the class is made when it is asked for.

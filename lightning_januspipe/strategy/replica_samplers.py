@@ -15,7 +15,7 @@ from lightning_januspipe.strategy.library import Library
 def share_samples(
     loader: Any, lib: Library, num_replicas: int, replica: int, *, trains: bool, may_shuffle: bool = True
 ) -> Any:
-    """Return a copy of a loader that gives each replica its samples.
+    """Returns a copy of a loader that gives each replica its samples.
 
     Lightning's own samplers shuffle training data even if the user does not, and repeat samples in evaluation until all
     replicas have as many.
@@ -52,13 +52,13 @@ def share_samples(
 
 
 def is_repeated(loader: Any, replica: int) -> bool:
-    """Return whether all that a replica evaluates of a loader of :func:`share_samples` is evaluated by another too."""
+    """Returns whether all that a replica evaluates of a loader of :func:`share_samples` is evaluated by another too."""
     dataset: Any = getattr(loader, "dataset", None)
     return isinstance(loader, DataLoader) and 0 < len(dataset) <= replica
 
 
 def discard_results(results: Any) -> None:
-    """Let the values that a module has logged for the present loader count for nothing in reductions over replicas.
+    """Lets the values that a module has logged for the present loader count for nothing in reductions over replicas.
 
     Args:
         results: The Trainer's collection of results.

@@ -1,4 +1,4 @@
-"""Early ends of a run: on a signal all ranks stop after the same batch, on an error no rank waits for another."""
+"""Ends a run early: on a signal all ranks stop after the same batch, on an error no rank waits for another."""
 
 from __future__ import annotations
 

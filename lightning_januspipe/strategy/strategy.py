@@ -1,4 +1,4 @@
-"""The strategy: the hooks that the Trainer calls, in the order of a run. It holds no autograd and no messages.
+"""Implements the hooks that the Trainer calls in training and evaluation, in the order of a run.
 
 Four subjects have files of their own: processes (``launch``), loaders (``loaders``), the capture (``capture_hooks``)
 and checkpoints (``checkpoint_hooks``). :mod:`~lightning_januspipe.strategy.registry` binds all of it to a Lightning.
@@ -99,7 +99,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @property
     @override
     def precision_plugin(self) -> Precision:
-        """The precision plugin, which clips gradients over the mesh."""
+        """Returns the precision plugin, which clips gradients over the mesh."""
         return self._precision_plugin if self._precision_plugin is not None else self.lib.precision.Precision()
 
     @precision_plugin.setter
@@ -111,15 +111,18 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        if self.num_microbatches() > 1 or self._captures:
-            check_trainer(self._trainer, is_captured=self._captures, shares_replicas=self._shares_replicas)
+        has_parts = self._shares_replicas or self._shards_optimizers
+        if self.num_microbatches() > 1 or self._captures or has_parts:
+            check_trainer(self._trainer, is_captured=self._captures, has_parts=has_parts)
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             if self._shares_replicas:
                 # The ranks of a replica run the same steps, so they have to draw the same numbers.
                 broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+        if self._captures or has_parts:
             self._prune_optimizers()
+        if self._captures:
             self._free_other_stages()
         self._progress.training_starts()
 
@@ -151,7 +154,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
-            owners = batch.ahead if split else ()
+            owners = batch.owners if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
@@ -207,7 +210,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`validation_step`."""
+        """Runs the user's ``test_step`` as :meth:`validation_step` runs its own."""
         with self.precision_plugin.test_step_context():
             output = self._evaluate(self._module.test_step, *args, **kwargs)
             self._discard_repeated()
@@ -215,7 +218,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`validation_step`."""
+        """Runs the user's ``predict_step`` as :meth:`validation_step` runs its own."""
         with self.precision_plugin.predict_step_context():
             return self._evaluate(self._module.predict_step, *args, **kwargs)
 
@@ -231,6 +234,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
+        if self._failure is not None and isinstance(exception, Exception):
+            self._failure.note(exception)
         if self._shutdown is not None:
             self._shutdown.give_up()
 
@@ -238,13 +243,14 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def teardown(self) -> None:
         """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
         for stage in self._stage_optimizers.values():
-            stage.make_whole()
+            stage.release()
         module, residence = self.lightning_module, self._residence
         if module is not None:
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
-            self._hand_back_samplers(module.trainer)
+            if self._shares_samples:
+                self._hand_back_samplers(module.trainer)
         if self._shutdown is not None:
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None

@@ -1,4 +1,4 @@
-"""A Trainer for tests."""
+"""Makes a Trainer for tests."""
 
 from __future__ import annotations
 

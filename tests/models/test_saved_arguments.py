@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ase import Atoms
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, Subset
 
+import lightning_januspipe
 from lightning_januspipe import JanusPipeStrategy, keys
 from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
-from lightning_januspipe.models import EquivariantPotential, PotentialModule, data_checks, saved_arguments
+from lightning_januspipe.models import EquivariantPotential, PotentialModule, data_checks, describe, saved_arguments
 from lightning_januspipe.testing import quiet_trainer
 
 SPECIES = ["Al", "Ni", "Cu"]
@@ -166,3 +169,54 @@ def test_shifts_keep_their_digits() -> None:
     (sample,) = [StructureDataset([Atoms("Cu")], cutoff=4.0, species=SPECIES, require_labels=False)[0]]
     alone = make_potential(per_species_shift=shifts).eval()(sample)[keys.ENERGY]
     assert alone.item() - shifts[2] == pytest.approx(make_potential().eval()(sample)[keys.ENERGY].item(), abs=1e-9)
+
+
+def test_load_needs_the_path_alone(trained) -> None:
+    path, module = trained
+    (batch,) = make_loader()
+    loaded = lightning_januspipe.load(path)
+    assert type(loaded) is PotentialModule and not loaded.training
+    torch.testing.assert_close(loaded(batch), module(batch), rtol=0, atol=0)
+
+
+def test_the_checkpoint_describes_its_potential(trained) -> None:
+    path, module = trained
+    facts = describe(path)
+    assert facts["class"].endswith("EquivariantPotential") and facts["arguments"] == module.potential.arguments
+    assert facts["species"] == SPECIES and facts["cutoff"] == 4.0
+    assert facts["energies_of_atoms"] == dict(zip(SPECIES, [-6600.789, -41400.456, -45000.123], strict=True))
+    assert facts["units"] == {"length": "Å", "energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
+    assert facts["versions"]["lightning_januspipe"] == lightning_januspipe.__version__
+    assert facts["versions"]["torch"] == torch.__version__ and facts["global_step"] == 1
+    assert facts["num_weights"] == sum(value.numel() for value in module.state_dict().values())
+
+
+class OtherModule(LightningModule):
+    """A module as other packages have them, with an object among its hyper-parameters."""
+
+    def __init__(self, width: int, where: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(width, 1)
+
+
+def test_load_takes_the_class_of_another_package(tmp_path) -> None:
+    module = OtherModule(3, Path("somewhere"))
+    trainer = quiet_trainer(default_root_dir=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"If you trust .* weights_only=False"):
+        lightning_januspipe.load(tmp_path / "other.ckpt", OtherModule)
+    loaded = lightning_januspipe.load(tmp_path / "other.ckpt", OtherModule, weights_only=False)
+    assert loaded.hparams["where"] == Path("somewhere") and not loaded.training
+    torch.testing.assert_close(loaded.layer.weight, module.layer.weight)
+    with pytest.raises(TypeError, match=r"module_class='torch.nn.Linear' has no load_from_checkpoint"):
+        lightning_januspipe.load(tmp_path / "other.ckpt", "torch.nn.Linear")
+
+
+@pytest.mark.parametrize("name", ["loading.load", "lightning_module.PotentialModule", "potential.cell_volume"])
+def test_a_file_names_no_function_that_loading_calls(tmp_path, name) -> None:
+    saved = {"state_dict": {}, saved_arguments.CLASS: f"lightning_januspipe.models.{name}"}
+    torch.save(saved | {saved_arguments.ARGUMENTS: {"path": "x"}}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match="belongs to a potential"):
+        lightning_januspipe.load(tmp_path / "bad.ckpt")

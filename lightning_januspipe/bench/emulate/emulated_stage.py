@@ -38,7 +38,7 @@ class EmulatedFunction:
     parameters: Sequence[nn.Parameter] = ()
 
     def __call__(self, tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """Not used: the phases of :class:`EmulatedStage` sleep."""
+        """Raises an error: nothing is computed, as the phases of :class:`EmulatedStage` sleep."""
         raise NotImplementedError
 
 
@@ -98,7 +98,7 @@ class EmulatedStage(Stage):
 
     @property
     def num_inflight(self) -> int:
-        """Number of micro-batches between their first and their last phase here."""
+        """Returns the number of micro-batches between their first and their last phase here."""
         return len(self._serials)
 
     def clear(self) -> None:

@@ -47,7 +47,7 @@ class EmulatedRun:
 
     @property
     def makespan(self) -> float:
-        """Median makespan of the steps."""
+        """Returns the median makespan of the steps."""
         return statistics.median_low(self.makespans)
 
     @property

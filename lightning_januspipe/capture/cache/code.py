@@ -1,4 +1,4 @@
-"""The code behind a model: as it is loaded, and as it stands in files."""
+"""Finds the code behind a model, as it is loaded and as it stands in files, and makes digests of it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def is_framework(root: str) -> bool:
 def code_of(roots: set[str], digest: Callable[[Any], str]) -> Iterator[str]:
     """Yields digests of the code of packages, and of the packages that their code refers to.
 
-    Of each loaded module count its file, the code of its functions and classes, and the globals that this code names;
-    of globals that have no digest the type counts, and of installed packages only numbers and text do.
+    The digest of a loaded module covers its file, the code of its functions and classes, and the globals that this code
+    names: the type of a global that has no digest, and in installed packages only numbers and text.
 
     Args:
         roots: top-level packages; gets those that are found.

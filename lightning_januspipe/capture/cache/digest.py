@@ -1,4 +1,4 @@
-"""A digest of a module and of all that it holds, which is the same in another process."""
+"""Makes a digest of a module and of all that it holds, which is the same in another process."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Digester:
         self.path = ""
 
     def digest(self, value: Any) -> str:
-        """Returns the digest of a value and of all that it holds; an error where a value cannot be told apart."""
+        """Returns the digest of a value and of all that it holds; an error where it cannot tell two values apart."""
         file = io.BytesIO()
         _Pickler(self, file).dump(value)
         return hashlib.sha256(file.getbuffer()).hexdigest()
@@ -86,7 +86,7 @@ class Digester:
             yield self.digest((name, *self._parts(module, name)))
 
     def stand_in(self, value: Any) -> str | None:
-        """Returns what is written in the place of a value; None for what pickle writes."""
+        """Returns the stand-in that is written for a value; None where pickle writes the value itself."""
         kind = type(value)
         if kind in _ATOMS or kind is tuple:
             return None
@@ -120,7 +120,7 @@ class Digester:
         return self.digest(value)
 
     def _made_of(self, value: Any) -> Any:
-        """Returns what a value is made of that pickle refuses, or knows by its name alone; None for other values."""
+        """Returns the contents of a value that pickle refuses, or knows by its name alone; None for other values."""
         if isinstance(value, Tensor):
             return type(value), _description(value), vars(value), None if value.is_meta else _content(value)
         if isinstance(value, torch.jit.ScriptFunction):
@@ -185,7 +185,7 @@ def _held_by(function: FunctionType) -> Iterator[Any]:
 
 
 def _description(value: Tensor) -> str:
-    """Returns what a tensor is, but for its values."""
+    """Returns a description of a tensor without its values."""
     stride = value.stride() if value.layout is torch.strided else ()
     return f"{tuple(value.shape)} {stride} {value.dtype} {value.device} {value.layout} {value.requires_grad}"
 

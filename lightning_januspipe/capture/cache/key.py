@@ -1,9 +1,9 @@
-"""The key of a captured program: the same for the same model, call and versions in another process.
+"""Computes the key of a captured program: the same for the same model, call and versions in another process.
 
 A program that is found by its key is validated like a new one: against the eager module, with the parameter gradient
 of a force loss, on a batch with other sizes than the traced one, and in evaluation. What differs there is traced again.
-The key has to tell apart what that validation may not: values that change results by less than its tolerance, and
-branches that its batch does not take. So these count:
+The key has to differ where that validation may see no difference: in values that change results by less than its
+tolerance, and in branches that its batch does not take. So the key covers:
 
 - the module tree: classes, attributes, buffers by value, parameters by name, shape and dtype, hooks (``digest.py``);
 - the code of all modules that the model's code leads to, as it is loaded, and the globals that it reads (``code.py``);
@@ -11,9 +11,9 @@ branches that its batch does not take. So these count:
 - the files of this package's capture, the versions of Python, torch and other large packages, the default dtype and
   device, and autocast.
 
-These do not count, and validation has to find them: what a forward reads from files, environment variables and the
-Trainer; objects in globals of installed packages; globals that cannot be pickled, but for their type; large packages
-that were edited without another version; and this package's code, where it was changed after it was loaded.
+The key does not cover these, and validation has to find them: what a forward reads from files, environment variables
+and the Trainer; objects in globals of installed packages; globals that cannot be pickled, but for their type; large
+packages that were edited without another version; and this package's code, if it was changed after it was loaded.
 
 Where a value cannot be told from another one, there is no key, and the potential is traced at every start.
 """
@@ -44,7 +44,7 @@ _OWN = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """What tells one captured program from another one.
+    """Tells one captured program from another one.
 
     Attributes:
         digest: 64 hexadecimal digits; None where the potential cannot be told from another one.
@@ -102,7 +102,7 @@ def program_key(
 
 
 def _described(leaf: Any, place: str, call_format: CallFormat) -> Any:
-    """Returns what a trace depends on in an argument; of sizes only 0 and 1 may be taken for constants."""
+    """Describes an argument as far as a trace depends on it: of sizes only 0 and 1 may be taken for constants."""
     if isinstance(leaf, Tensor):
         sizes = tuple(min(size, 2) for size in leaf.shape)
         return sizes, str(leaf.dtype), str(leaf.device), leaf.is_contiguous(), type(leaf)

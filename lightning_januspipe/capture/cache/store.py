@@ -26,7 +26,7 @@ _LONGEST_WRITE = 24 * 3600.0  # seconds after which a file that a killed process
 
 
 class ProgramCache:
-    """A folder of captured programs, one file for each key.
+    """Stores captured programs in a folder, one file for each key.
 
     A file is written whole or not at all, so that processes may share the folder. Of more than 64 files the oldest are
     removed. A program is stored with pickle, and unpickling a file runs code that its writer put into it. So a folder

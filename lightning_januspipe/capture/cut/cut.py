@@ -34,7 +34,7 @@ _MOST_REPEATED = 0.125
 
 @dataclass(frozen=True)
 class Regions:
-    """The operations of a program, by the part that they play in a pipeline.
+    """Sorts the operations of a program by the part that they play in a pipeline.
 
     Attributes:
         body: operations that depend on a parameter and lead to the energy or an observable, in execution order.
@@ -57,7 +57,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class Profile:
-    """Measurements of a program on one example batch.
+    """Holds the measurements of a program on one example batch.
 
     Attributes:
         seconds: time to compute each value of the forward pass.
@@ -72,7 +72,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cut:
-    """A chain of stages.
+    """Describes a chain of stages.
 
     Attributes:
         bodies: operations of the body that each stage owns.
@@ -92,7 +92,7 @@ class Cut:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages."""
+        """Returns the number of stages."""
         return len(self.bodies)
 
 
@@ -210,7 +210,7 @@ def _repeatable(
 
 @dataclass(frozen=True)
 class _End:
-    """A place between two operations, as a place for a cut.
+    """Describes a place between two operations where the chain may be cut.
 
     Attributes:
         sent: the values that are alive there, and would be sent.
@@ -253,7 +253,7 @@ def _num_rows(node: Node, num_bytes: int) -> int:
 
 
 class _StageCosts:
-    """Costs of stages that own a range of operations: of these, and of the operations that they compute again.
+    """Computes the cost of a stage that owns a range of operations, those that it computes again included.
 
     Args:
         program: the captured program.
@@ -303,7 +303,7 @@ def _assemble(
     profile: Profile,
     positions: Sequence[int],
 ) -> Cut:
-    """Returns the chain with given cuts: which stage owns, repeats and sends which operations' values.
+    """Returns the chain with given cuts: the operations that each stage owns and repeats, and the values that it sends.
 
     A value that is needed two stages later is sent through the stage between.
     """

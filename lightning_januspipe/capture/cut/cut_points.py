@@ -30,7 +30,7 @@ StageCost = Callable[[int, int], float]
 
 @dataclass(frozen=True)
 class CutPoints:
-    """The places where a chain can be cut.
+    """Holds the places where a chain can be cut.
 
     Attributes:
         points: positions of the operations after which a cut sends about as much as at a layer border, in order.

@@ -13,7 +13,7 @@ from lightning_januspipe.capture.trace.program import LARGEST_SIZE, Node, Progra
 
 
 def simplify(program: Program) -> Program:
-    """``Program -> Program`` with the same results, in fewer operations.
+    """``Program -> Program``: removes operations that do not change the results.
 
     Args:
         program: the captured program; it is changed.

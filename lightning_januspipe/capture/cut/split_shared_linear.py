@@ -1,4 +1,4 @@
-"""Lets each layer compute just its own columns of what a model computes for all layers at once.
+"""Lets each layer compute only its own columns of a value that the model computes for all layers at once.
 
 PaiNN's filter network, for example, is one linear layer whose result is split among the interactions. As it stands,
 every stage would have to compute all of it, or receive the columns of the later layers, which are per edge.
@@ -31,11 +31,10 @@ _MATRIX_OPERANDS: dict[str, Sequence[int | None]] = {
 
 
 def split_shared_linear(program: Program) -> Program:
-    """``Program -> Program`` with the same results, in which layers share no linear layer that they read in ranges.
+    """``Program -> Program``: replaces a value that layers read in ranges of columns by one value for each range.
 
-    A value of which layers read constant ranges of columns, one after another, is replaced by a value for each range;
-    so is what it is computed from, up to matrices of parameters, whose rows or columns are taken. Only values that
-    depend on no message are changed, and only where ranges are read after different numbers of layers.
+    So are the values that it is computed from, back to matrices of parameters, whose rows or columns are taken. Only
+    values that depend on no message are changed, and only where ranges are read after different numbers of layers.
 
     Args:
         program: the captured program; it is changed.
@@ -50,7 +49,7 @@ def split_shared_linear(program: Program) -> Program:
 
 
 class _Split:
-    """The replacement of one value by its ranges.
+    """Replaces one value by its ranges.
 
     Args:
         program: the captured program; it is changed.

@@ -16,7 +16,7 @@ StepFunction = Callable[[Any], Any]
 
 @dataclass
 class PotentialCall:
-    """One call of the potential, as the user's step made it.
+    """Holds one call of the potential, as the user's step made it.
 
     Attributes:
         path: dotted name of the potential inside the LightningModule; empty for the LightningModule itself.

@@ -1,1 +1,1 @@
-"""Potentials in stages, captured or declared by their author."""
+"""Holds potentials in stages, captured or declared by their author."""

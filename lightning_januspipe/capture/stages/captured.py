@@ -1,4 +1,4 @@
-"""From a captured program and its cut to the stages and the return value that the engine runs."""
+"""Makes the stages that the engine runs, and the forward's return value, from a captured program and its cut."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
 from lightning_januspipe.capture.trace.program import Program, ReturnedSize
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 
 @dataclass(frozen=True)
 class CapturedPotential:
-    """A captured potential, cut into stages (a :class:`~.staged_potential.StagedPotential`).
+    """Holds a captured potential, cut into stages (a :class:`~.staged_potential.StagedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
@@ -55,7 +55,7 @@ class CapturedPotential:
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables."""
+        """Returns the specs of derivative and observables."""
         owner = {n: s for s, names in enumerate(self.cut.bodies) for n in names}
         dependence = dependence_of(self.program, self.regions)
         return ChainSpec(
@@ -68,48 +68,48 @@ class CapturedPotential:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Floating-point types that its operations compute in."""
+        """Returns the floating-point types that its operations compute in."""
         specs = (self.program.by_name[n].spec for n in (*self.regions.geometry, *self.regions.body))
         return {spec.dtype for spec in specs if spec is not None and spec.dtype.is_floating_point}
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Returns the length of the chain."""
         return self.cut.num_stages
 
     @property
     def num_operations(self) -> list[int]:
-        """Operations of each stage."""
+        """Returns the number of operations of each stage."""
         return [len(body) for body in self.cut.bodies]
 
     @property
     def operation_word(self) -> str:
-        """What :attr:`num_operations` counts."""
+        """Returns what :attr:`num_operations` counts."""
         return "operations"
 
     @property
     def boundary_bytes(self) -> Sequence[int]:
-        """Bytes of each boundary on the batch that was measured."""
+        """Returns the bytes of each boundary on the batch that was measured."""
         return self.cut.boundary_bytes
 
     @property
     def coordinate_names(self) -> Sequence[str]:
-        """Names of the differentiation inputs in the program."""
+        """Returns the names of the differentiation inputs in the program."""
         return self.program.coordinates
 
     @property
     def observable_names(self) -> Sequence[str]:
-        """Names of the observables in the program."""
+        """Returns the names of the observables in the program."""
         return self.regions.observables
 
     @property
     def outputs(self) -> Sequence[int]:
-        """The outputs that the epilogue computes."""
+        """Returns the outputs that the epilogue computes."""
         return self.regions.outputs
 
     @property
     def derived(self) -> Sequence[int]:
-        """The computed outputs that depend on the derivative."""
+        """Returns the computed outputs that depend on the derivative."""
         return self.regions.derived
 
     @property
@@ -129,7 +129,7 @@ class CapturedPotential:
         return CapturedStage(self, index, potential)
 
     def return_value(self, potential: nn.Module) -> Epilogue:
-        """Returns what computes the forward's return value."""
+        """Returns the object that computes the forward's return value."""
         return Epilogue(self, potential)
 
     def profile(self, potential: nn.Module, tensors: Sequence[Tensor]) -> Profile:
@@ -152,7 +152,7 @@ class CapturedPotential:
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
                 expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
                 raise CaptureError(
-                    f"the potential {shown(self.path)} was captured for size {expected} of dimension {dim} of its "
+                    f"the potential {quoted(self.path)} was captured for size {expected} of dimension {dim} of its "
                     f"input {self._places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
                 )
         symbols = self.program.bind(tensors)
@@ -164,7 +164,7 @@ class CapturedPotential:
                     f"{s} = {sizes[s]} (dimension {d} of its input {self._places[i]})" for s, (i, d) in where.items()
                 ]
                 raise CaptureError(
-                    f"the potential {shown(self.path)} was captured for sizes with {condition}, but this batch has "
+                    f"the potential {quoted(self.path)} was captured for sizes with {condition}, but this batch has "
                     f"{', '.join(given)}. {_OTHER_SIZES}"
                 )
         return symbols
@@ -209,7 +209,7 @@ class CapturedPotential:
         return [(name, self.program.spec(name)) for name in self.sent(stage)]
 
     def computed(self, stage: int) -> list[str]:
-        """Returns the names of what a stage gives: its boundary, energies, observables and coordinates."""
+        """Returns the names of a stage's results: its boundary, energies, observables and coordinates."""
         body = set(self.cut.bodies[stage])
         owned = [n for n in (*self.program.energies, *self.regions.observables) if n in body]
         return [*self.sent(stage), *owned, *self.program.coordinates]
@@ -287,7 +287,7 @@ _OTHER_SIZES = (
 
 
 class CapturedStage:
-    """One stage of a captured potential (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
+    """Runs one stage of a captured potential (a :class:`~lightning_januspipe.engine.specs.StageFunction`).
 
     Args:
         captured: the captured potential.
@@ -322,7 +322,7 @@ class CapturedStage:
 
     @property
     def body(self) -> StageBody:
-        """Its operations as data, without the live potential."""
+        """Returns its operations as data, without the live potential."""
         captured, program = self._captured, self._captured.program
         received, outputs = captured.received(self.index), captured.computed(self.index)
         leaves = independent_coordinates(program)
@@ -335,12 +335,12 @@ class CapturedStage:
 
     @property
     def symbols(self) -> dict[str, tuple[int, int]]:
-        """Size symbol -> (position, dimension) of the call's tensor that defines it."""
+        """Maps each size symbol to the (position, dimension) of the call's tensor that defines it."""
         return self._captured.program.symbols
 
     @property
     def value_specs(self) -> list[TensorSpec]:
-        """Specs of :meth:`values`."""
+        """Returns the specs of :meth:`values`."""
         return [self._captured.program.spec(n) for n in self.function.names]
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
@@ -408,7 +408,7 @@ class Epilogue:
 
 
 class _Unavailable:
-    """Stands where the potential returns a value that the step did not read when it was captured."""
+    """Stands in the place of a returned value that the step did not read when it was captured."""
 
     def __init__(self, position: int) -> None:
         self._position = position

@@ -20,7 +20,7 @@ from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trees import leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 ENERGY = "energy"
 Tensors = Mapping[str, Tensor]
@@ -28,7 +28,7 @@ Tensors = Mapping[str, Tensor]
 
 @runtime_checkable
 class ExplicitStages(Protocol):
-    """The attributes and methods of an ``nn.Module`` that declares its own stages; its ``forward`` stays as it is.
+    """Names the attributes and methods of an ``nn.Module`` that declares its own stages beside its ``forward``.
 
     The parts run one after the other, and the pipeline may be cut between any two of them::
 
@@ -98,7 +98,7 @@ def run_stages(potential: ExplicitStages, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExplicitPotential:
-    """A potential with stages of its own (a :class:`.StagedPotential`).
+    """Holds a potential with stages of its own (a :class:`.StagedPotential`).
 
     Attributes:
         path: dotted name of the potential inside the LightningModule.
@@ -132,42 +132,42 @@ class ExplicitPotential:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Floating-point types of the features that its parts return."""
+        """Returns the floating-point types of the features that its parts return."""
         return {s.dtype for features in self.features for s in features.values() if s.dtype.is_floating_point}
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Returns the length of the chain."""
         return len(self.bounds) - 1
 
     @property
     def num_operations(self) -> list[int]:
-        """Parts of each stage."""
+        """Returns the number of parts of each stage."""
         return [b - a for a, b in pairwise(self.bounds)]
 
     @property
     def operation_word(self) -> str:
-        """What :attr:`num_operations` counts."""
+        """Returns what :attr:`num_operations` counts."""
         return "parts"
 
     @property
     def coordinate_names(self) -> Sequence[str]:
-        """Names of the differentiation inputs."""
+        """Returns the names of the differentiation inputs."""
         return self.coordinates
 
     @property
     def observable_names(self) -> Sequence[str]:
-        """Names of the results of the last part."""
+        """Returns the names of the results of the last part."""
         return list(self.features[-1])
 
     @property
     def boundary_bytes(self) -> list[int]:
-        """Bytes of each boundary on the batch that was measured."""
+        """Returns the bytes of each boundary on the batch that was measured."""
         return [self.part_bytes[bound - 1] for bound in self.bounds[1:-1]]
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables; the observables are all features that the last part returns."""
+        """Returns the specs of derivative and observables: all features that the last part returns."""
         results = self.features[-1]
         return ChainSpec(
             coordinates=tuple(self.inputs_by_name[n] for n in self.coordinates),
@@ -236,7 +236,7 @@ class ExplicitPotential:
             found = named_inputs(declared, self.path, args, kwargs)
             if list(found) != list(self.inputs_by_name):
                 raise CaptureError(
-                    f"stage_inputs of the potential {shown(self.path)} returned {list(found)}; it returned "
+                    f"stage_inputs of the potential {quoted(self.path)} returned {list(found)}; it returned "
                     f"{list(self.inputs_by_name)} before. Every batch has to have the same entries."
                 )
             return list(found.values())
@@ -248,7 +248,7 @@ class ExplicitPotential:
         return ExplicitStage(self, index, potential)
 
     def return_value(self, potential: nn.Module) -> ExplicitReturnValue:
-        """Returns what computes the forward's return value."""
+        """Returns the object that computes the forward's return value."""
         return ExplicitReturnValue(self, potential)
 
 
@@ -365,13 +365,13 @@ def named_inputs(
     wrong = [n for n, x in found.items() if not isinstance(x, Tensor)] if isinstance(found, Mapping) else ["(no dict)"]
     if wrong:
         raise CaptureError(
-            f"stage_inputs of the potential {shown(path)} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
+            f"stage_inputs of the potential {quoted(path)} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
             "expected a dict of tensors"
         )
     missing = [n for n in potential.stage_coordinates if n not in found]
     if missing:
         raise CaptureError(
-            f"stage_inputs of the potential {shown(path)} returned {list(found)}, without the coordinates {missing}"
+            f"stage_inputs of the potential {quoted(path)} returned {list(found)}, without the coordinates {missing}"
         )
     return dict(found)
 
@@ -380,7 +380,7 @@ def _require_shape(kind: str, name: str, value: Tensor, spec: TensorSpec, sizes:
     expected = spec.sizes(sizes)
     if tuple(value.shape) != expected or value.dtype != spec.dtype:
         raise CaptureError(
-            f"{kind} {name!r} of the potential {shown(path)} has shape {tuple(value.shape)} and {value.dtype}; "
+            f"{kind} {name!r} of the potential {quoted(path)} has shape {tuple(value.shape)} and {value.dtype}; "
             f"expected {expected}, which is {spec.shape}, and {spec.dtype}. Sizes of features have to be constants or "
             "sizes of inputs (atoms, edges, structures), or multiples of them. Take the number of structures from the "
             "shape of an input, not from its values (index.max() + 1)."

@@ -1,4 +1,4 @@
-"""The operations of one captured stage as plain data: a pure function without the live potential."""
+"""Turns the operations of one captured stage into plain data: a pure function without the live potential."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_januspipe.engine.specs import StageOutput
 
 @dataclass
 class StageBody:
-    """A captured stage as a function of the values that it reads and of its boundary; it can be sent to processes.
+    """Computes a captured stage from its boundary and the values that it reads; it can be sent to other processes.
 
     Attributes:
         program: the operations of the stage and their inputs, and no others.

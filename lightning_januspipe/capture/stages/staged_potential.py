@@ -1,4 +1,4 @@
-"""The interface of a potential in stages, whether its stages were captured or are its own."""
+"""Defines the interface of a potential in stages, whether its stages were captured or are its own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ReturnValue(Protocol):
         """Returns the available tensors of the return value, in the order of :attr:`StagedPotential.outputs`."""
 
     def of_forward(self, returned: Any) -> Any:
-        """Returns what the forward itself returned in the form of this return value, with its tensors in this order."""
+        """Brings what the forward itself returned into the form of this return value, with tensors in this order."""
 
     def for_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         """Returns the return value in the form in which the forward gives it to the user's step.
@@ -53,7 +53,7 @@ class ReturnValue(Protocol):
 
 @dataclass(frozen=True)
 class StageOperations:
-    """The operations that one stage runs.
+    """Lists the operations that one stage runs.
 
     Attributes:
         own: operations of the body that the stage owns.
@@ -69,59 +69,59 @@ class StageOperations:
 
 
 class StagedPotential(Protocol):
-    """A potential in stages, as data that can be sent to the other ranks: captured, or with stages of its own."""
+    """Holds a potential in stages, captured or declared, as data that can be sent to the other ranks."""
 
     @property
     def path(self) -> str:
-        """Dotted name of the potential inside the LightningModule."""
+        """Returns the dotted name of the potential inside the LightningModule."""
 
     @property
     def replaced(self) -> tuple[str, ...] | None:
-        """See :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`."""
+        """Returns the field of the same name of :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`."""
 
     @property
     def step_parameters(self) -> tuple[str, ...]:
-        """See :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`."""
+        """Returns the field of the same name of :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`."""
 
     @property
     def num_stages(self) -> int:
-        """Length of the chain."""
+        """Returns the length of the chain."""
 
     @property
     def num_operations(self) -> list[int]:
-        """How many operations, or parts, each stage has."""
+        """Returns the number of operations, or parts, of each stage."""
 
     @property
     def operation_word(self) -> str:
-        """What :attr:`num_operations` counts: ``"operations"`` or ``"parts"``."""
+        """Returns what :attr:`num_operations` counts: ``"operations"`` or ``"parts"``."""
 
     @property
     def boundary_bytes(self) -> Sequence[int]:
-        """Bytes of each boundary on the batch that was measured."""
+        """Returns the bytes of each boundary on the batch that was measured."""
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Floating-point types that it computes in."""
+        """Returns the floating-point types that it computes in."""
 
     @property
     def chain(self) -> ChainSpec:
-        """Specs of derivative and observables."""
+        """Returns the specs of derivative and observables."""
 
     @property
     def coordinate_names(self) -> Sequence[str]:
-        """Names of the differentiation inputs, for messages."""
+        """Returns the names of the differentiation inputs, for messages."""
 
     @property
     def observable_names(self) -> Sequence[str]:
-        """Names of the observables, for messages."""
+        """Returns the names of the observables, for messages."""
 
     @property
     def outputs(self) -> Sequence[int]:
-        """Which of the tensors that the forward returns are available."""
+        """Tells which of the tensors that the forward returns are available."""
 
     @property
     def derived(self) -> Sequence[int]:
-        """Which of these depend on the derivative (forces, stress)."""
+        """Tells which of :attr:`outputs` depend on the derivative (forces, stress)."""
 
     def bind_sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Returns the values of the size symbols for one call's tensors.
@@ -151,7 +151,7 @@ class StagedPotential(Protocol):
     def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
     ) -> frozenset[str]:
-        """Returns, in words, what the forward may branch on in a call and no validated call had.
+        """Returns, in words, properties of a call that the forward may branch on, and that no validated call had.
 
         Args:
             potential: the live potential.
@@ -161,7 +161,7 @@ class StagedPotential(Protocol):
         """
 
     def with_validated(self, *calls: tuple[nn.Module, PotentialCall]) -> Self:
-        """Returns the same potential, to which these calls, each with the live potential, count as validated."""
+        """Returns the same potential, which counts these calls, each with the live potential, as validated."""
 
     def with_evaluation(self, potential: nn.Module, call: PotentialCall) -> Self:
         """Returns the same potential, which also takes the constants that a call has in evaluation."""
@@ -173,4 +173,4 @@ class StagedPotential(Protocol):
         """Returns one stage, with the parameters of the live potential."""
 
     def return_value(self, potential: nn.Module) -> ReturnValue:
-        """Returns what computes the return value of the live potential's forward."""
+        """Returns the object that computes the return value of the live potential's forward."""

@@ -1,4 +1,4 @@
-"""Parts of a captured program as functions of a call's tensors."""
+"""Turns parts of a captured program into functions of a call's tensors."""
 
 from __future__ import annotations
 

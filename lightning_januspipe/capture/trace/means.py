@@ -8,7 +8,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 
 def split_means(program: Program) -> Program:
-    """``Program -> Program`` with sums and counts for each ``index_reduce`` that computes means of rows alone.
+    """``Program -> Program``: replaces each ``index_reduce`` that computes means of rows alone by a sum and a count.
 
     Args:
         program: the captured program; it is changed.

@@ -1,4 +1,4 @@
-"""The facts about ATen operators that the passes over a captured program decide by, in one table.
+"""Holds, in one table, the facts about ATen operators by which the passes over a captured program decide.
 
 Operators are named without their overload: ``"aten.index"`` stands for ``aten.index.Tensor``.
 """
@@ -23,7 +23,7 @@ _OWN_OPERATIONS = (segment_linear.segment_linear,)
 
 @dataclass(frozen=True)
 class IndexArguments:
-    """Positions of an index operator's arguments.
+    """Holds the positions of an index operator's arguments.
 
     Attributes:
         rows: what is read from or written to.

@@ -15,7 +15,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 
 def split_pair_lookups(program: Program) -> Program:
-    """``Program -> Program`` with a look-up for each end of edges instead of one for both ends.
+    """``Program -> Program``: makes two look-ups, one for each end of the edges, of one look-up for both ends.
 
     Args:
         program: the captured program; it is changed.

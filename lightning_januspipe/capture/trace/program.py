@@ -1,4 +1,4 @@
-"""The captured program as plain data: picklable, so that one rank traces and every rank holds the same graph."""
+"""Holds a captured program as plain data, so that one rank traces and all ranks get the same graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.capture.trace.facts import Draw, Fact
+from lightning_januspipe.capture.trace.facts_and_draws import Draw, Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec, evaluate
 
@@ -49,14 +49,14 @@ def returned_leaf(leaf: Any) -> Any:
 
 @dataclass(frozen=True)
 class Ref:
-    """A use of another node's value, by that node's name."""
+    """Refers to another node's value by that node's name."""
 
     name: str
 
 
 @dataclass
 class Node:
-    """One operation, or a placeholder for a value that is given.
+    """Describes one operation, or a placeholder for a value that is given.
 
     Attributes:
         name: unique in the program.
@@ -91,7 +91,7 @@ class Node:
 
 @dataclass
 class Program:
-    """A functional graph: placeholders (parameters, buffers, constants, inputs), operations, outputs.
+    """Holds a graph without mutations: placeholders (parameters, buffers, constants, inputs), operations, outputs.
 
     Attributes:
         nodes: in execution order, the placeholders first.
@@ -140,22 +140,22 @@ class Program:
 
     @property
     def operations(self) -> list[Node]:
-        """The nodes that are computed, in execution order."""
+        """Returns the nodes that are computed, in execution order."""
         return [n for n in self.nodes if not n.is_placeholder]
 
     @property
     def results(self) -> set[str]:
-        """Names of the program's results: outputs, energies, coordinates, and values computed for each batch."""
+        """Returns the names of the outputs, energies, coordinates, and values that are computed for each batch."""
         return {*self.outputs, *self.of_batch, *self.energies, *self.coordinates}
 
     @property
     def of_batch(self) -> list[str]:
-        """Names of the values that are computed for each batch before the stages run: sizes, index lists, facts."""
+        """Returns the names of sizes, index lists and facts: values computed for each batch before the stages run."""
         return [*self.sizes, *self.prepared, *(name for name, _ in self.facts)]
 
     @property
     def first_draw(self) -> int:
-        """Position of the first input that is drawn or computed, and not taken from the call."""
+        """Returns the position of the first input that is drawn or computed, and not taken from the call."""
         return len(self.inputs) - len(self.draws) - len(self.prepared)
 
     def spec(self, name: str) -> TensorSpec:

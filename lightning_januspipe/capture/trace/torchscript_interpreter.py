@@ -82,7 +82,7 @@ def _from_python(value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class _NumberTensor:
-    """A tensor without dimensions that holds a number known while tracing.
+    """Stands for a tensor without dimensions whose number is known while tracing.
 
     Graphs of ``torch.jit.trace`` compute with sizes in tensors; as numbers, the sizes stay symbols.
     """

@@ -1,4 +1,4 @@
-"""A loss that reads every number of some outputs, whatever their units: what validation differentiates."""
+"""Computes the loss that validation differentiates: it reads every number of some outputs, whatever their units."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def probe_loss(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def probe_targets(tensor: Tensor) -> Tensor:
-    """Returns a fixed number between 0.3 and 1.1 for each entry of a tensor; neighboring entries differ."""
+    """Returns a fixed number between 0.3 and 1.1 for each entry of a tensor; neighbouring entries differ."""
     flat = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
     return (0.3 + 0.8 * torch.frac(flat * 0.6180339887)).reshape(tensor.shape).to(tensor.dtype)

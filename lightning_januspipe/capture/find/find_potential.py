@@ -41,7 +41,7 @@ class _GradCall:
 
 @dataclass
 class _Returned:
-    """A module that was called by the step itself, not by another module."""
+    """Records the return of a module that the step itself called, not another module."""
 
     name: str
     output: Any

@@ -1,4 +1,4 @@
-"""From a LightningModule and a loader's samples to a pipeline: one rank captures the potential, all ranks get it."""
+"""Builds a pipeline from a LightningModule and a loader's samples: one rank captures the potential for all ranks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CaptureRequest:
 
 @dataclass(frozen=True)
 class _LastCapture:
-    """A capture that may serve again, as in a test after training."""
+    """Keeps a capture that may serve again, as in a test after training."""
 
     module: weakref.ref[Any]
     step: str

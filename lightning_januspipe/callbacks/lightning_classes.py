@@ -1,4 +1,4 @@
-"""The classes of Lightning that the callbacks derive from: those of ``lightning`` if it is installed."""
+"""Finds the classes of Lightning that the callbacks derive from: those of ``lightning`` if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state that the parts of the strategy share: its options, the mesh, and objects that live for one run."""
+"""Holds the state that the parts of the strategy share: its options, the mesh, and objects that live for one run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
+from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.library import Library
 from lightning_januspipe.strategy.options import StrategyOptions
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
@@ -47,6 +48,7 @@ class StrategyState(ParallelStrategy):
         self._num_runs = 0
         self._loader_progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
+        self._failure: FailureReport | None = None
         self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
@@ -75,7 +77,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def schedule(self) -> str:
-        """The name of the schedule."""
+        """Returns the name of the schedule."""
         return self.options.schedule
 
     def num_microbatches(self) -> int:
@@ -93,7 +95,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """The number of machines."""
+        """Returns the number of machines."""
         return self._num_nodes
 
     @num_nodes.setter
@@ -102,12 +104,12 @@ class StrategyState(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
-        """The number of processes on this machine."""
+        """Returns the number of processes on this machine."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 1
 
     @property
     def mesh_shape(self) -> MeshShape:
-        """The sizes of the three axes of the mesh.
+        """Returns the sizes of the three axes of the mesh.
 
         Raises:
             ValueError: Their product is not the number of processes.
@@ -118,23 +120,28 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Whether the potential has to be captured: several ranks share the samples of a replica, or phases compile."""
+        """Tells whether to capture the potential: several ranks share a replica's samples, or phases compile."""
         return self._shares_replicas or self.options.compile
 
     @property
     def _shares_replicas(self) -> bool:
-        """Whether several ranks work on the samples of a replica."""
+        """Tells whether several ranks work on the samples of a replica."""
         return self.mesh_shape.ranks_per_replica > 1
 
     @property
+    def _shards_optimizers(self) -> bool:
+        """Whether several ranks hold the same stages and share their optimizer state."""
+        return self.options.shard == "optimizer" and self.mesh_shape.data * self.mesh_shape.graph > 1
+
+    @property
     def replica_index(self) -> int:
-        """The index of this rank's replica."""
+        """Returns the index of this rank's replica."""
         return self.mesh_shape.coordinates(self.global_rank)[1]
 
     @property
     @override
     def world_size(self) -> int:
-        """The number of replicas.
+        """Returns the number of replicas.
 
         Modules multiply losses, and callbacks multiply counts, by ``trainer.world_size``. Ranks of one pipeline see the
         same samples, so only replicas count.
@@ -144,6 +151,6 @@ class StrategyState(ParallelStrategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        """This rank's device."""
+        """Returns this rank's device."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]

@@ -15,7 +15,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 @dataclass(frozen=True)
 class Fact:
-    """A value that the forward read from a tensor when it was traced; a program is right only for this value.
+    """Records a value that the forward read from a tensor when it was traced; the program is right only for this value.
 
     Attributes:
         value: a truth value, a number, or a list of them.
@@ -28,7 +28,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of one operation of the forward.
+    """Describes the random numbers of one operation of the forward, and draws them.
 
     Attributes:
         kind: the distribution, one of :data:`_KINDS`.

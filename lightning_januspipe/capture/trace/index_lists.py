@@ -1,7 +1,7 @@
 """Turns lists of indices whose length depends on values into inputs, computed once for each batch before the stages.
 
 The length of the result of ``nonzero``, of a mask as index, and of ``repeat_interleave`` depends on values. If these
-values depend on no parameter, as in a neighbor list that a forward computes from positions, the result becomes an input
+values depend on no parameter (a neighbour list made in the forward, for example), the result becomes an input
 of the program, and the operations that compute it run outside of the stages. So every rank knows all sizes before it
 receives a message, and the rows of these inputs can be sharded like rows of other inputs.
 """
@@ -25,8 +25,8 @@ _ALWAYS = {"aten.nonzero.default", "aten.repeat_interleave.Tensor"}
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
 
-def prepare(program: Program) -> Program:
-    """``Program -> Program`` whose lists of indices with a length that depends on values are inputs.
+def make_lists_outside(program: Program) -> Program:
+    """``Program -> Program``: makes inputs of the lists of indices whose length depends on values.
 
     Args:
         program: the captured program; it is changed.

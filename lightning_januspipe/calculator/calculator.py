@@ -1,0 +1,158 @@
+"""The calculator of ASE that evaluates a potential."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
+from lightning_januspipe.calculator.skin import SkinNeighborList
+from lightning_januspipe.data.structures import resolve_dtype
+from lightning_januspipe.models import load
+
+
+class JanusPipeCalculator(Calculator):
+    """Evaluates a trained potential for ASE: ``energy``, ``free_energy``, ``forces``, ``stress`` and ``energies``.
+
+    ``stress`` is there for structures that are periodic and have a volume, and ``energies``, those of the atoms, where
+    the potential has them. The free energy is the energy. One evaluation gives everything but ``energies``, which are
+    computed when they are asked for.
+
+    Args:
+        model: A checkpoint (a file, or a folder of ``torch.distributed.checkpoint``) of a
+            :class:`~lightning_januspipe.models.PotentialModule`; or a module: a ``PotentialModule``, or a potential of
+            any package. The calculator has a copy, so that a module can be trained on.
+        device: ``"auto"`` for the first GPU, else the CPU; or a device of torch.
+        dtype: ``"float32"`` or ``"float64"``, to which the potential is converted; None for the type of its weights.
+        adapter: How batches are made of structures. None for potentials that take the batches of
+            :mod:`lightning_januspipe.keys` and have attributes ``species`` and ``cutoff``, as those of this package do.
+        skin: How far the neighbour list reaches beyond the cutoff in Å, so that it serves for several steps; 0 makes a
+            new one at every step.
+
+    Attributes:
+        potential: The copy of the potential, in evaluation mode.
+        neighbors: The neighbour list.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint is of a potential of another package, the potential needs an adapter, or an argument
+            is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from ase.build import bulk
+        >>> from lightning_januspipe.models import EquivariantPotential
+        >>> potential = EquivariantPotential(["Cu"], cutoff=4.0, num_layers=2, num_features=4)
+        >>> copper = bulk("Cu", cubic=True)
+        >>> copper.calc = JanusPipeCalculator(potential, dtype="float64")
+        >>> bool(abs(copper.get_forces()).max() < 1e-6)
+        True
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress", "energies"]  # noqa: RUF012 (as ASE has it)
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        device: str | torch.device = "auto",
+        dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+        adapter: AtomsAdapter | None = None,
+        skin: float = 1.0,
+    ) -> None:
+        super().__init__()
+        module = load(model) if isinstance(model, (str, Path)) else model
+        potential = getattr(module, "potential", None)
+        potential = potential if adapter is None and isinstance(potential, nn.Module) else module
+        self.adapter = _adapter_of(potential) if adapter is None else adapter
+        self.device = torch.device(_first_device() if device == "auto" else device)
+        self.potential = copy.deepcopy(potential).eval().requires_grad_(False).to(self.device)
+        if dtype is not None:
+            self.potential.to(resolve_dtype(dtype))
+        self.dtype = _dtype_of(self.potential)
+        self.neighbors = SkinNeighborList(self.adapter.cutoff, skin)
+        self.parameters |= {"skin": skin, "dtype": str(self.dtype), "device": str(self.device)}
+
+    @override
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Evaluate a structure, and keep the results.
+
+        Args:
+            atoms: The structure; None for that of the last call.
+            properties: What is asked for; ``energies`` are computed only then.
+            system_changes: What has changed since the last call.
+
+        Raises:
+            PropertyNotImplementedError: The potential has no energies of atoms, and they are asked for.
+            ValueError: The structure has an unknown species, or no neighbour list.
+        """
+        super().calculate(atoms, list(properties), list(system_changes))
+        structure = self.atoms
+        assert structure is not None, "ASE keeps a copy of the structure"
+        batch = self.adapter.batch_from_atoms(structure, self.neighbors.edges(structure), self.dtype)
+        batch = _moved(batch, self.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            found = self.adapter.results(self.potential, batch, self.potential(batch))
+        if "energies" in properties and "energies" not in found:
+            with torch.inference_mode(False), torch.no_grad():
+                energies = self.adapter.energies_of_atoms(self.potential, batch)
+            if energies is None:
+                raise PropertyNotImplementedError(
+                    f"{type(self.potential).__name__} has no energies of atoms; see AtomsAdapter.energies_of_atoms"
+                )
+            found["energies"] = energies
+        arrays = {name: value.detach().cpu().double().numpy() for name, value in found.items()}
+        energy = float(arrays["energy"].reshape(()))
+        self.results.update({"energy": energy, "free_energy": energy})
+        if "forces" in arrays:
+            self.results["forces"] = arrays["forces"].reshape(len(structure), 3)
+        if "energies" in arrays:
+            self.results["energies"] = arrays["energies"].reshape(len(structure))
+        if "stress" in arrays and structure.pbc.any() and structure.cell.rank == 3:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"].reshape(3, 3))
+
+
+def _adapter_of(potential: nn.Module) -> StructureAdapter:
+    species, cutoff = getattr(potential, "species", None), getattr(potential, "cutoff", None)
+    if species is None or cutoff is None:
+        raise ValueError(
+            f"{type(potential).__name__} has no attributes 'species' and 'cutoff', which tell how to make its batches; "
+            "give an adapter=..., see lightning_januspipe.calculator.AtomsAdapter"
+        )
+    return StructureAdapter(species, float(cutoff))
+
+
+def _first_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype_of(potential: nn.Module) -> torch.dtype:
+    """Return the type of most weights, float32 or float64."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in [*potential.parameters(), *potential.buffers()]:
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return resolve_dtype(max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch on a device: tensors, objects with a method ``to``, and mappings of them."""
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "to"):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch.to(device) if isinstance(batch, Tensor) or hasattr(batch, "to") else batch
