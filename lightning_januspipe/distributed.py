@@ -32,7 +32,7 @@ def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callabl
             result = function()
             content = _pickled(result)
         except Exception as error:  # raised again on every rank
-            result = _portable(error)
+            result = portable(error)
             content = pickle.dumps(result)
     content = broadcast(content)
     if rank != 0:
@@ -41,6 +41,25 @@ def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callabl
             result = pickle.loads(content)
     if isinstance(result, Exception):
         raise result
+    return result
+
+
+def on_every_rank(function: Callable[[], _Result], gathered: Callable[[Any], list[Any]]) -> _Result:
+    """Calls a function on every rank and returns its result; if it fails on one rank, there is an error on all.
+
+    Args:
+        function: Called on every rank; it must not wait for other ranks.
+        gathered: Returns an object of every rank on all ranks.
+    """
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    failed = [e for e in gathered(error and portable(error)) if e is not None]
+    if failed:
+        raise error or failed[0]
     return result
 
 
@@ -56,7 +75,7 @@ def _pickled(result: Any) -> bytes:
         ) from error
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """Returns an error that survives pickling: of an error of a foreign type only the message does."""
     known = type(error).__module__.split(".")[0] in ("builtins", "lightning_januspipe")
     return error if known and len(error.args) == 1 else RuntimeError(f"{type(error).__name__}: {error}")

@@ -20,10 +20,14 @@ class TooFewParts(CaptureError):
         self.most = most
 
 
-def shown(path: str) -> str:
+def quoted(path: str) -> str:
     """Returns the dotted name of a potential for a message; the LightningModule itself has an empty one."""
     return repr(path) if path else "(the LightningModule itself)"
 
 
 class PipelineError(RuntimeError):
     """Says that a rank could not go on, in which phase, stage and micro-batch."""
+
+
+class CheckpointError(RuntimeError):
+    """Says that a checkpoint could not be saved, removed or read, with its path and the reason."""

@@ -14,7 +14,7 @@ from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, Microbatch
 from lightning_januspipe.bench.emulate.schedules import COSTS, suitable_unit
 from lightning_januspipe.graph.partition import MAX_IMBALANCE
 from lightning_januspipe.loader import packing
-from lightning_januspipe.loader.packing import imbalance, pack, plan
+from lightning_januspipe.loader.packing import imbalance, pack_samples, plan
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.schedule import Schedule, build_schedule, simulate
 from lightning_januspipe.testing import RankPool, quiet_trainer
@@ -112,7 +112,9 @@ def microbatches_of_replicas(costs: Sequence[float], num_replicas: int, num_grou
         return plan(costs, num_replicas, num_groups)
     shares = np.array_split(np.arange(len(costs)), num_replicas)
     if way == "microbatches":
-        return [[[int(mine[i]) for i in g] for g in pack([costs[s] for s in mine], num_groups)] for mine in shares]
+        return [
+            [[int(mine[i]) for i in g] for g in pack_samples([costs[s] for s in mine], num_groups)] for mine in shares
+        ]
     return [[[int(i) for i in group] for group in np.array_split(mine, num_groups)] for mine in shares]
 
 
@@ -296,7 +298,7 @@ def _busiest(work: Work, way: str) -> float:
     assert costs is not None
     total = 0.0
     for step in costs.reshape(work.steps + 1, -1)[1:]:
-        of_replicas = np.concatenate([step[0::2], step[1::2]]).tolist()  # as the sampler divides them
+        of_replicas = np.concatenate([step[0::2], step[1::2]]).tolist()  # as the sampler deals them out
         dealt = microbatches_of_replicas(of_replicas, 2, _NUM_GROUPS, way)
         total += max(sum(of_replicas[i] for group in mine for i in group) for mine in dealt)
     return total

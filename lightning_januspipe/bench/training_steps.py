@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_januspipe.bench.work import Work, trainer_of
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.testing import RankPool
 
 _WARM_UP = 5

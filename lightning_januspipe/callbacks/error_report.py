@@ -12,7 +12,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
+from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import LightningModule, Trainer, check_suffix, output_folder, runner_of
+from lightning_januspipe.callbacks.lightning_classes import (
+    LightningModule,
+    Trainer,
+    check_suffix,
+    output_folder,
+    runner_of,
+)
 from lightning_januspipe.callbacks.picture import Curve, draw_run
 from lightning_januspipe.callbacks.rank_metrics import PREFIX, RankNumbers, exchanged, metrics
 from lightning_januspipe.callbacks.throughput import Metered

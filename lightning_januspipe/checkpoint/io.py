@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from typing_extensions import override
 
 from lightning_januspipe.checkpoint import atomic
+from lightning_januspipe.checkpoint.integrity import verify_file
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -17,7 +17,7 @@ else:
 
 
 class _AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes local files under a hidden name in their folder, syncs them to disk and renames them."""
+    """Writes local files under a hidden name, syncs them to disk and renames them; reads only files that are whole."""
 
     cloud_io: Any
 
@@ -27,7 +27,13 @@ class _AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with atomic.replacing(Path(path).absolute()) as part:
-            torch.save(checkpoint, part)
+            atomic.write(checkpoint, part)
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.cloud_io._is_local_file_protocol(str(path)) and Path(path).is_file():
+            verify_file(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:

@@ -14,19 +14,27 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
+from typing_extensions import override
 
 from lightning_januspipe.checkpoint import atomic
+from lightning_januspipe.checkpoint.index import INDEX, read_index
+from lightning_januspipe.checkpoint.integrity import CHECKSUMS, Checksum, checksum, verify_folder, write_checksums
 
 META = "meta.pt"
 _AVERAGES = "januspipe_averages"
@@ -34,7 +42,7 @@ _AVERAGES = "januspipe_averages"
 
 def is_folder(path: Path) -> bool:
     """Returns whether a path is a folder that holds a checkpoint."""
-    return (path / META).is_file() and (path / ".metadata").is_file()
+    return (path / META).is_file() and (path / INDEX).is_file()
 
 
 def split_entries(
@@ -94,7 +102,7 @@ def _without_sharded(
 
 def write_shards(
     folder: Path, entries: dict[str, Any], writes: Callable[[str, Any], bool], group: dist.ProcessGroup | None
-) -> None:
+) -> dict[str, Checksum]:
     """Writes the entries of a checkpoint from all ranks of a pipeline; all of them have to call it.
 
     Args:
@@ -102,13 +110,34 @@ def write_shards(
         entries: Nested dicts and lists, with the same structure on every rank.
         writes: Whether this rank writes a value, given its dotted key and the value; one rank has to.
         group: The ranks that write, with a backend for the CPU; None in one process.
+
+    Returns:
+        Size and checksum of each shard of this rank, by the name of its file.
+
+    Raises:
+        OSError: The system refused to write, on this rank or on another.
     """
     planner = _OwnedPlanner(writes)
-    writer = FileSystemWriter(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        save(entries, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        with _own_errors():
+            save(entries, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    rank = 0 if group is None else dist.get_rank(group)
+    return {file.name: checksum(file) for file in folder.glob(f"__{rank}_*")}
+
+
+def finish_folder(folder: Path, rest: dict[str, Any], shards: dict[str, Checksum]) -> None:
+    """Writes what a folder holds beside its shards and their index; one rank calls this after all shards are written.
+
+    Args:
+        folder: The folder.
+        rest: The entries of ``meta.pt``.
+        shards: Size and checksum of each shard, of all ranks.
+    """
+    atomic.write(rest, folder / META)
+    write_checksums(folder, shards, (META, INDEX))
 
 
 def read_folder(folder: Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -116,18 +145,25 @@ def read_folder(folder: Path, weights_only: bool | None = None) -> dict[str, Any
 
     Args:
         folder: A folder that :func:`write_shards` wrote, with ``meta.pt``.
-        weights_only: How ``meta.pt`` is read; see ``torch.load``. The index of the shards is a pickle in any case.
+        weights_only: How ``meta.pt`` and the values in shards that are no tensors are read; see ``torch.load``. The
+            index of the shards is always read as plain data.
 
     Raises:
         FileNotFoundError: The folder holds no checkpoint.
+        CheckpointError: A file in the folder is missing or damaged.
     """
     if not is_folder(folder):
-        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {META} and no .metadata")
+        if (folder / CHECKSUMS).exists():
+            verify_folder(folder)  # says which of the two is missing
+        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {META} and no {INDEX}")
+    verify_folder(folder)
+    index = read_index(folder / INDEX)
     shards: dict[str, Any] = {}
-    reader = FileSystemReader(folder)
+    reader, planner = _Reader(folder, index), _Planner(weights_only)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
-        _load_state_dict(shards, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        with _own_errors():
+            _load_state_dict(shards, storage_reader=reader, planner=planner, no_dist=True)
     return join_entries(shards, torch.load(folder / META, map_location="cpu", weights_only=weights_only))
 
 
@@ -135,20 +171,21 @@ def consolidate(folder: str | Path, file: str | Path, weights_only: bool = False
     """Turns a checkpoint folder into a single file, which plain Lightning loads.
 
     Args:
-        folder: A checkpoint that was saved with ``save_distributed_checkpoint=True``. It holds pickles: read it only if
-            you trust its source.
+        folder: A checkpoint that was saved with ``save_distributed_checkpoint=True``. Without ``weights_only`` read it
+            only if you trust its source.
         file: The file to write; it is replaced if it exists.
-        weights_only: How ``meta.pt`` is read; see ``torch.load``.
+        weights_only: How ``meta.pt`` and the values in shards that are no tensors are read; see ``torch.load``.
 
     Raises:
         FileNotFoundError: The folder holds no checkpoint.
+        CheckpointError: A file in the folder is missing or damaged, or the new file cannot be written.
     """
     checkpoint = read_folder(Path(folder), weights_only)
     checkpoint["optimizer_states"] = [by_index(s) for s in checkpoint.get("optimizer_states", [])]
     if not checkpoint["optimizer_states"]:
         del checkpoint["optimizer_states"]
     with atomic.replacing(Path(file).absolute()) as part:
-        torch.save(checkpoint, part)
+        atomic.write(checkpoint, part)
 
 
 def by_index(state: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +195,52 @@ def by_index(state: dict[str, Any]) -> dict[str, Any]:
     groups = [{**g, "params": [index[key] for key in g["params"]]} for g in state["param_groups"]]
     found = {index[key]: s for key, s in state.get("state", {}).items()}
     return {"state": dict(sorted(found.items())), "param_groups": groups}
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raises the error of the first rank that failed, instead of torch's collection of them, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        _, (cause, _) = min(error.failures.items())
+        raise cause from None
+
+
+class _Writer(FileSystemWriter):
+    """Writes shards, and says why the system refuses to: torch's own error is about positions in a file."""
+
+    @override
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise atomic.system_error(error) or error from error
+
+
+class _Reader(FileSystemReader):
+    """Reads shards by an index that was read before."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
+
+
+class _Planner(_EmptyStateDictLoadPlanner):
+    """Reads all entries, those that are no tensors as ``weights_only`` allows."""
+
+    def __init__(self, weights_only: bool | None) -> None:
+        super().__init__()
+        self._weights_only = weights_only
+
+    @override
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=self._weights_only))
 
 
 class _OwnedPlanner(DefaultSavePlanner):

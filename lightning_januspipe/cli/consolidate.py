@@ -17,8 +17,8 @@ def main(args: Sequence[str]) -> None:
     """
     parser = CommandParser(
         "januspipe consolidate",
-        "Makes one file, which plain Lightning loads, of a checkpoint folder. Folders hold pickles: use only folders "
-        "that you trust.",
+        "Makes one file, which plain Lightning loads, of a checkpoint folder. Folders can hold pickles: use only "
+        "folders that you trust.",
     )
     parser.add_argument("folder", type=Path, help="Checkpoint that was saved with save_distributed_checkpoint=True.")
     parser.add_argument("file", type=Path, nargs="?", help="File to write; FOLDER.consolidated if it is left out.")

@@ -100,12 +100,12 @@ class GraphAxis:
             dist.all_reduce(tensor, group=self._group)
         except RuntimeError as error:
             raise PipelineError(
-                f"graph rank {self.rank} waited for another of {self.size} graph ranks, which did not come: {error}. "
+                f"graph rank {self.rank} waited for another of {self.size} graph ranks, which did not answer: {error}. "
                 "That rank has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
 
     def shard_step_inputs(
-        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_ahead: Sequence[Tensor | None] = ()
+        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_in_loader: Sequence[Tensor | None] = ()
     ) -> list[MicrobatchInput]:
         """Returns all micro-batches of a step with this rank's rows only.
 
@@ -115,7 +115,7 @@ class GraphAxis:
         Args:
             inputs: the whole micro-batches, the same on all ranks of the replica.
             replica: the ranks of the replica; all of them have to call this.
-            owners_ahead: for each micro-batch the owners that the loader chose; None, or nothing, where it chose none.
+            owners_in_loader: the owners that the loader chose for each micro-batch; None, or nothing, where it did not.
 
         Raises:
             PipelineError: a rank did not answer.
@@ -125,7 +125,7 @@ class GraphAxis:
         told = torch.zeros(sum(sizes), dtype=torch.int32)
         of_microbatch = told.split(sizes)
         for index in range(replica.rank, len(inputs), replica.size):
-            chosen = owners_ahead[index] if index < len(owners_ahead) else None
+            chosen = owners_in_loader[index] if index < len(owners_in_loader) else None
             if chosen is None or len(chosen) != sizes[index]:
                 chosen = self._sharder.choose_owners(inputs[index].tensors, looks[index])
             of_microbatch[index].copy_(chosen)
@@ -133,8 +133,8 @@ class GraphAxis:
             dist.all_reduce(told, group=replica.group)
         except RuntimeError as error:
             raise PipelineError(
-                f"graph rank {self.rank} waited for what the {replica.size} ranks with the same micro-batches chose "
-                f"for them: {error}. One of them has ended or hangs; its own output has the cause."
+                f"graph rank {self.rank} waited for the owners of atoms from the {replica.size} ranks with the same "
+                f"micro-batches: {error}. One of them has ended or hangs; its own output has the cause."
             ) from error.with_traceback(None)
         owners = told.to(torch.int64).split(sizes)
         plans = [self._sharder.plan(look, o) for look, o in zip(looks, owners, strict=True)]

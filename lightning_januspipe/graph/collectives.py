@@ -210,7 +210,7 @@ class _SumHalo(_Exchanging):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
         summed = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
-        # Rank after rank: within one call no row occurs twice, so that atomic additions cannot race.
+        # One call for each rank: no row occurs twice within a call, so that atomic additions cannot race.
         for rows, values in _returned(y, exchange):
             summed.index_add_(0, rows, values)
         return summed
@@ -303,10 +303,10 @@ def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> Non
     try:
         collective(*args, group=exchange.group)
     except RuntimeError as error:
-        # Frames of torch refer to the group, whose connections have to close on this rank too.
+        # The traceback refers to the group, whose connections have to close on this rank too.
         raise PipelineError(
             f"graph rank {exchange.shard.rank} waited in an exchange of rows for another of {exchange.shard.num_ranks} "
-            f"graph ranks, which did not come: {error}. That rank has ended or hangs; its own output has the cause."
+            f"graph ranks, which did not answer: {error}. That rank has ended or hangs; its own output has the cause."
         ) from error.with_traceback(None)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory as pin
 
-from lightning_januspipe.loader.packing import pack
+from lightning_januspipe.loader.packing import pack_samples
 from lightning_januspipe.loader.sample_fields import sample_cost
 
 
@@ -28,14 +28,13 @@ class MicroBatches:
         batches: One collated batch for each micro-batch.
         num_samples: The number of samples in each micro-batch; 0 if it is not known.
         examples: Two collated batches for capture, made of samples of this batch; the loader removes them.
-        ahead: For each micro-batch what the loader's process computed beside collating it, such as the owners of its
-            atoms; None if nothing.
+        owners: For each micro-batch the graph ranks that own its atoms; None if the loader's process chose none.
     """
 
     batches: list[Any]
     num_samples: list[int]
     examples: tuple[Any, Any] | None = None
-    ahead: list[Tensor | None] = field(default_factory=list)
+    owners: list[Tensor | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -94,7 +93,8 @@ class MicroBatchCollate:
         required: Whether a batch that cannot be split is an error; otherwise it is one micro-batch.
         num_typical: Number of samples in a usual micro-batch. If it is given, the first batch in each process carries
             examples for capture.
-        ahead: Called in the process that collates, with the index of each micro-batch and the collated micro-batch.
+        choose_owners: Returns the owners of a micro-batch's atoms, from its index and the collated batch; called where
+            it is collated.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class MicroBatchCollate:
         *,
         required: bool = True,
         num_typical: int | None = None,
-        ahead: Callable[[int, Any], Tensor | None] | None = None,
+        choose_owners: Callable[[int, Any], Tensor | None] | None = None,
     ) -> None:
-        self.collate, self._ahead = collate, ahead
+        self.collate, self._choose_owners = collate, choose_owners
         self.num_microbatches = num_microbatches
         self._required = required
         self._num_typical = num_typical
@@ -130,8 +130,8 @@ class MicroBatchCollate:
         if examples:
             found.examples = self.collate(examples[0]), self.collate(examples[1])
             self._num_typical = None
-        if self._ahead is not None:
-            found.ahead = [self._ahead(i, batch) for i, batch in enumerate(found.batches)]
+        if self._choose_owners is not None:
+            found.owners = [self._choose_owners(i, batch) for i, batch in enumerate(found.batches)]
         return found
 
     def _whole(self, batch: Any) -> MicroBatches:
@@ -149,7 +149,7 @@ class MicroBatchCollate:
 def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     """Returns ``min(num_groups, len(samples))`` groups of samples of nearly equal cost.
 
-    See :func:`~lightning_januspipe.loader.packing.pack`. Inside a group the samples keep the order of the batch.
+    See :func:`~lightning_januspipe.loader.packing.pack_samples`. Inside a group samples keep the order of the batch.
 
     Raises:
         ValueError: There are no samples.
@@ -161,7 +161,7 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     num_groups = min(num_groups, len(samples))
     if num_groups == 1:
         return [list(samples)]
-    groups = pack([sample_cost(s) for s in samples], num_groups)
+    groups = pack_samples([sample_cost(s) for s in samples], num_groups)
     ordered = sorted(groups, key=lambda g: g[0])
     return [[samples[i] for i in g] for g in ordered]
 

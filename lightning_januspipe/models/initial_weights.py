@@ -60,21 +60,25 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, An
 
     Args:
         path: File written by a Trainer, or folder of ``torch.distributed.checkpoint``.
-        weights_only: Read tensors and plain values only, which runs no code of the file; the index of a folder is a
-            pickle in any case. False reads all objects: use it with files that you trust.
+        weights_only: Read tensors and plain values only, which runs no code of the file. False reads all objects: use
+            it with files that you trust.
 
     Returns:
         The checkpoint, with an entry ``state_dict``.
 
     Raises:
         FileNotFoundError: There is no such file, or the folder is no checkpoint.
+        CheckpointError: The file or folder is damaged.
         ValueError: The file holds objects other than tensors and plain values, or no weights.
     """
+    from lightning_januspipe.checkpoint.integrity import verify_file
     from lightning_januspipe.checkpoint.sharded import read_folder
 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path} (looked in {path.absolute().parent}); check the path")
+    if path.is_file():
+        verify_file(path)
     try:
         checkpoint = (
             read_folder(path, weights_only) if path.is_dir() else torch.load(path, "cpu", weights_only=weights_only)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,14 @@ from typing_extensions import override
 from lightning_januspipe.checkpoint import atomic, sharded
 from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
-from lightning_januspipe.distributed import on_first_rank
+from lightning_januspipe.distributed import on_every_rank, on_first_rank, portable
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.loader.resume import KEY
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
-from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.contexts import is_fitting
+from lightning_januspipe.strategy.shared_state import StrategyState
+
+_T = TypeVar("_T")
 
 
 class CheckpointHooks(StrategyState):
@@ -99,8 +101,11 @@ class CheckpointHooks(StrategyState):
         path, mesh = Path(filepath).absolute(), self._mesh
         owners = self._owners()
 
-        def make() -> None:
-            atomic.prepare(path).mkdir()
+        def make() -> Path:
+            part = atomic.prepare(path)
+            with atomic.telling(f"{path} could not be saved"):
+                part.mkdir()
+            return part
 
         def writes(key: str, value: Any) -> bool:
             if key.startswith("optimizer_") and ".state." in key:
@@ -108,20 +113,24 @@ class CheckpointHooks(StrategyState):
             rank = owners.get(_storage(value), 0) if isinstance(value, Tensor) else 0
             return rank == mesh.pipeline_rank and not (isinstance(value, Tensor) and value.is_meta)
 
-        self._on_first_rank(make)
-        part, error = atomic.hidden(path), None
+        part = self._on_first_rank(make)
         shards, rest = sharded.split_entries(checkpoint, lambda t: _storage(t) in owners)
+        written: dict[str, Any] = {}
+        error: Exception | None = None
         try:
             if mesh.data_rank == mesh.graph_rank == 0:
-                sharded.write_shards(part, shards, writes, mesh.control_group)
+                with atomic.telling(f"{path} could not be saved"):
+                    written = sharded.write_shards(part, shards, writes, mesh.control_group)
         except Exception as caught:  # raised on every rank
             error = caught
+        of_ranks = self._gathered_on_first_rank((written, error and portable(error)))
 
         def finish() -> None:
-            if error is not None:
-                raise error
-            torch.save(rest, part / sharded.META)
-            atomic.commit(part, path)
+            with atomic.committing(part, path):
+                for _, failure in of_ranks:
+                    if failure is not None:
+                        raise failure
+                sharded.finish_folder(part, rest, {n: c for names, _ in of_ranks for n, c in names.items()})
 
         self._on_first_rank(finish)
 
@@ -138,15 +147,28 @@ class CheckpointHooks(StrategyState):
         """Returns, on global rank 0, the random states and the loader progress of each replica's first rank."""
         mesh = self._mesh
         mine = self._progress.state() if mesh.pipeline_rank == mesh.graph_rank == 0 else None
+        return [state for state in self._gathered_on_first_rank(mine) if state is not None]
+
+    def _gathered_on_first_rank(self, mine: _T) -> list[_T]:
+        """Returns an object of every rank on global rank 0, and nothing on the others."""
+        mesh = self._mesh
         if mesh.host_group is None:
             return [mine]
         found: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
         dist.gather_object(mine, found, 0, group=mesh.host_group)
-        return [state for state in found or () if state is not None]
+        return found or []
 
-    def _on_first_rank(self, write: Callable[[], None]) -> None:
+    def _gathered(self, mine: Any) -> list[Any]:
+        """Returns an object of every rank, on every rank."""
+        if self.mesh is None or self.mesh.host_group is None:
+            return [mine]
+        found: list[Any] = [None] * self.mesh.shape.size
+        dist.all_gather_object(found, mine, group=self.mesh.host_group)
+        return found
+
+    def _on_first_rank(self, write: Callable[[], _T]) -> _T:
         """Writes on global rank 0; its error is raised on every rank."""
-        on_first_rank(write, self.global_rank, self.broadcast)
+        return on_first_rank(write, self.global_rank, self.broadcast)
 
     def _require_all_ranks(self) -> None:
         """Raises an error if some ranks will not take part in gathering.
@@ -182,11 +204,15 @@ class CheckpointHooks(StrategyState):
         torch.cuda.empty_cache()
         path = Path(checkpoint_path)
         self._on_first_rank(lambda: atomic.recover(path))
-        if path.is_dir():
-            checkpoint = sharded.read_folder(path, weights_only)
-        else:
+
+        def read() -> dict[str, Any]:
+            if path.is_dir():
+                return sharded.read_folder(path, weights_only)
             given = {} if weights_only is None else {"weights_only": weights_only}
-            checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
+            found: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path, **given)
+            return found
+
+        checkpoint = on_every_rank(read, self._gathered)
         if is_fitting(self._trainer):
             self._progress.resume(checkpoint, self.replica_index)
         return checkpoint
@@ -212,10 +238,19 @@ class CheckpointHooks(StrategyState):
     def _prune_optimizers(self) -> None:
         """Keeps only this rank's part of all optimizers, and of the states that were loaded for them."""
         assert self.runner is not None
-        names = _names(self._module)
+        names, mesh = _names(self._module), None
+        if self._shards_optimizers:
+            mesh = self._mesh
+            mesh.join_stage_ranks()
+            size = mesh.shape.data * mesh.shape.graph
+            self.lib.rank_zero.rank_zero_info(
+                f"januspipe: each of the {size} ranks that hold the same stages has the optimizer state of 1/{size} of "
+                "their parameters"
+            )
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
-            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner.parameters, names, state)
+            stage = StageOptimizer(optimizer, self.runner.parameters, names, state, mesh)
+            self._stage_optimizers[id(optimizer)] = stage
 
     def _free_other_stages(self) -> None:
         """Frees the parameters of other stages, if the module is made in ``configure_model``."""

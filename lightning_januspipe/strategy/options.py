@@ -23,7 +23,7 @@ from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import MessageDtype
 from lightning_januspipe.runtime.planner import is_searched
-from lightning_januspipe.schedule.build import ScheduleName
+from lightning_januspipe.schedule.build_schedule import ScheduleName
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
@@ -66,6 +66,11 @@ class StrategyOptions:
 
     activation: Literal["keep"] = "keep"
     """Which tensors of a micro-batch are kept between its phases. Only "keep" is available, which keeps all."""
+
+    shard: Literal["none", "optimizer"] = "none"
+    """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
+    "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "none": nothing
+    is shared."""
 
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,

@@ -124,6 +124,28 @@ def test_killed_while_saving(
     same(uninterrupted["state"], found["state"])
 
 
+@pytest.mark.parametrize(
+    ("saves", "rank"), [pytest.param({}, 0, marks=pytest.mark.slow), (FOLDERS, 1)], ids=["file", "folder"]
+)
+def test_a_full_disk_and_a_damaged_checkpoint(pool: RankPool, tmp_path: Path, saves: dict[str, Any], rank: int) -> None:
+    """If one rank cannot write, all end with one error, and the checkpoint before is whole. Then that is damaged."""
+    for found in pool.run(workers.train, saves, str(tmp_path), {"stop": ("full disk", 3, rank)}, world_size=2):
+        assert found["ended"] == (
+            f"CheckpointError: {tmp_path}/step=3.ckpt could not be saved: File too large. What was saved before is "
+            "unchanged."
+        )
+    assert workers.names(tmp_path) == ["last.ckpt", "step=2.ckpt"]
+    last = tmp_path / "last.ckpt"
+    part = max(last.glob("*.distcp"), key=lambda p: p.stat().st_size) if saves else last
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    ended = {
+        found["ended"] for found in pool.run(workers.train, saves, str(tmp_path), {"resume": "last"}, world_size=2)
+    }
+    assert len(ended) == 1 and f"CheckpointError: the checkpoint {last} is damaged: the checksum of" in ended.pop()
+
+
 def test_exception_on_all_ranks_is_saved(pool: RankPool, tmp_path: Path) -> None:
     """All have ended at the same place, so the checkpoint of ``save_on_exception`` is gathered."""
     more = {"stop": ("exception", 4, None), "callbacks": ("last on exception",)}

@@ -21,7 +21,7 @@ from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, argu
 from lightning_januspipe.cli.main import main
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
-from lightning_januspipe.schedule.build import GENERATORS, ScheduleName
+from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -86,7 +86,7 @@ class TestHelp:
             assert exit_info.value.code == 0
             text = capsys.readouterr().out
             assert text.startswith("usage: januspipe ") and len(text.splitlines()) < 30
-            for name in ("fit", "validate", "test", "predict", "plan", "bench", "init", "consolidate"):
+            for name in ("fit", "validate", "test", "predict", "plan", "bench", "init", "export", "consolidate"):
                 assert re.search(rf"^    {name} +[A-Z]", text, re.MULTILINE), name
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:

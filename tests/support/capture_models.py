@@ -1,4 +1,4 @@
-"""Small hand-written potentials and steps for the tests of capture, and the undivided double backward as reference."""
+"""Small hand-written potentials and steps for the tests of capture, and the plain double backward as reference."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.find_potential import find_potential
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.find.potential import find_potential
 from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
@@ -189,7 +189,7 @@ class Traced:
 
 
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss and the parameter gradients of the undivided double backward."""
+    """Returns the loss and the parameter gradients of the plain double backward."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     loss = loss_in(module.training_step(copied(batch)))
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -241,7 +241,7 @@ def loss_in(output: Any) -> Tensor:
 def assert_parity(
     captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10, **options: Any
 ) -> None:
-    """Loss and every parameter gradient equal those of the undivided double backward; none where that has none."""
+    """Loss and every parameter gradient equal those of the plain double backward; none where that has none."""
     expected_loss, expected = eager_gradients(module, batch)
     loss, found = staged_gradients(captured, module, batch, **options)
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import warnings
 from pathlib import Path
@@ -65,6 +66,9 @@ class Stop(Callback):
             return
         if self.how == "exception":
             raise RuntimeError("a callback has failed")
+        if self.how == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            return
         os.kill(os.getpid(), {"sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}[self.how])
 
 
@@ -180,6 +184,8 @@ def _train(
             trainer.fit(module, data(num_replicas, shuffle, num_train), ckpt_path=resume)
         except (Exception, SystemExit) as error:
             ended = f"{type(error).__name__}: {error}"
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     return {
         "ended": ended,
         "warnings": [str(w.message) for w in caught if "saves no checkpoint" in str(w.message)],
@@ -211,11 +217,10 @@ def killed_in_saving(strategy: dict[str, Any], folder: str, step: int) -> None:
     """Rank 0 is killed when it has written a half of a checkpoint."""
     save = torch.save
 
-    def half(value: Any, path: Any, *arguments: Any, **more: Any) -> None:
-        save(value, path, *arguments, **more)
+    def half(value: Any, file: Any, *arguments: Any, **more: Any) -> None:
+        save(value, file, *arguments, **more)
         if isinstance(value, dict) and value.get("global_step") == step:
-            with open(path, "r+b") as file:
-                file.truncate(os.path.getsize(path) // 2)
+            file.truncate(file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     with patch.object(torch, "save", half):

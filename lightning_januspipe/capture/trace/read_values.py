@@ -28,7 +28,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_januspipe.capture.find.call_format import size_carrier
-from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.facts_and_draws import Fact
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError
 
@@ -100,7 +100,7 @@ class ReadValues:
             raise CaptureError(
                 "the forward reads a list of values from a tensor whose size changes from batch to batch, for "
                 f"a loop over structures, or over atoms or edges, in Python ({place}). A trace would repeat the loop "
-                "as often as this batch has them. Compute all of them together (index_add, repeat_interleave, "
+                "as many times as this batch has entries. Compute all of them together (index_add, repeat_interleave, "
                 "torch.bmm), or write an adapter that does."
             )
         self._num_read += 1

@@ -1,4 +1,4 @@
-"""Potentials that divide themselves on graph ranks: what they have to say, and the proof that they are right."""
+"""Potentials with stages of their own on graph ranks: what they have to declare, and the verification of it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class _State(nn.Module):
         ({"stage_edges": None}, r"has stage_edges = None; expected the source and the target of edges, among"),
         ({"stage_edges": ("from", "to")}, r"has stage_edges = \('from', 'to'\); expected"),
         ({"stage_edges": ("positions", ("edges", 0))}, r"names 'positions' \[\] of shape .* one index for each edge"),
-        ({"stage_edges": (("edges", 0), "species")}, "expected two of the same size, that of the edges"),
-        ({"stage_edges": ("species", "index")}, "expected two of the same size, that of the edges"),
+        ({"stage_edges": (("edges", 0), "species")}, "expected two inputs with one entry for each edge"),
+        ({"stage_edges": ("species", "index")}, "expected two inputs with one entry for each edge"),
         ({"stage_edges": (("edges", 0), ("edges", 0))}, "expected the source and the target of edges"),
         ({"stage_edges": (0, 1)}, r"has stage_edges = \(0, 1\); expected the source and the target"),
         ({"stage_edges": "edges"}, "expected the source and the target of edges"),
