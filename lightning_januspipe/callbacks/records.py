@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_januspipe import keys
-from lightning_januspipe.callbacks.base import Trainer
+from lightning_januspipe.callbacks.lightning_classes import Trainer
 
 Floats = NDArray[np.float64]
 
