@@ -18,8 +18,8 @@ from rich.console import Console
 from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
 from lightning_januspipe.callbacks.error_groups import ErrorGroups
+from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
 from lightning_januspipe.callbacks.records import Record, Recording, dataset_of, is_known, structure_of
 
 _CHUNK = 256
