@@ -316,6 +316,13 @@ class TestFit:
         assert "validation" in text and "stress RMSE (meV/Å³)" in text and "val_forces_mae" not in text
         assert missing_arguments(["test", "--config", config]) == []
 
+        # A file of predictions has the same errors.
+        PotentialCLI(["predict", "--config", config, "--ckpt_path", str(checkpoint), "--output", "out.extxyz"])
+        text = capsys.readouterr().out
+        assert f"{1000 * errors.test['forces_mae']:.3g} / {1000 * errors.test['forces_rmse']:.3g}" in text
+        found = ase.io.read("out.extxyz", index=":")
+        assert len(found) == len(cli.datamodule.dataset("test")) and "given_energy" in found[0].info
+
     def test_file_of_structures(self) -> None:
         ase.io.write("my.extxyz", emt_structures(12, species=["Cu", "Al"], sizes=[4]), format="extxyz")
         args = [*ONE_PROCESS, *SMALL, *QUIET, "--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=0"]
