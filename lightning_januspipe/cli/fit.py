@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import shlex
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +15,7 @@ import lightning_januspipe  # noqa: F401  (registers the strategy's names)
 from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar
 from lightning_januspipe.cli.parsers import RecipeParser
 from lightning_januspipe.models import PotentialModule
+from lightning_januspipe.strategy.ending import newest_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -57,6 +60,7 @@ class PotentialCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], *, run: bool = True, prog: str = "januspipe") -> None:
+        self._given = list(args)
         self._missing: list[str] = []
         self._data: Any = None
         self.report = ErrorReport(prints=False)
@@ -154,6 +158,22 @@ class PotentialCLI(LightningCLI):
             callbacks: list[Any] = vars(trainer)["callbacks"]
             callbacks[callbacks.index(bar)] = NarrowProgressBar()
         return trainer
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the subcommand; if it is stopped, says how to go on, and prints the errors that are known."""
+        began = time.time()
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:  # Ctrl-C and SIGTERM
+            if subcommand == "fit" and self.trainer.is_global_zero:
+                path, _ = newest_checkpoint(self.trainer, began)
+                if path:
+                    command = [*self._given, "--ckpt_path", path]
+                    print(f"To go on: {shlex.join(['januspipe', *command])}", flush=True)
+                if self.report.errors.known():
+                    self.report.print(self.trainer)
+            raise
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

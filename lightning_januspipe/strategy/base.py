@@ -46,6 +46,7 @@ class StrategyState(ParallelStrategy):
         self.runner: Runner | None = None
         self._num_nodes = 1
         self._num_runs = 0
+        self._began = 0.0  # when the present run began, in seconds since the epoch
         self._loader_progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
         self._failure: FailureReport | None = None

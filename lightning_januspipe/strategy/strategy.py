@@ -25,6 +25,7 @@ from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_januspipe.strategy.checks import check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
+from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
@@ -233,6 +234,10 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
         if self._failure is not None and isinstance(exception, Exception):
             self._failure.note(exception)
+        is_stopped = self._began > 0 and isinstance(exception, (KeyboardInterrupt, SystemExit))
+        if is_stopped and is_fitting(self._trainer):
+            saved = newest_checkpoint(self._trainer, self._began)
+            self.lib.rank_zero.rank_zero_info(describe_interruption(self._trainer, exception, *saved))
         if self._shutdown is not None:
             self._shutdown.give_up()
 
