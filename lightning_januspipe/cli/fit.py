@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar
+from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar, PredictionWriter
 from lightning_januspipe.cli.parsers import RecipeParser
 from lightning_januspipe.models import PotentialModule
 from lightning_januspipe.strategy.ending import newest_checkpoint
@@ -97,6 +97,19 @@ class PotentialCLI(LightningCLI):
         )
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Makes the parser of a subcommand; that of ``predict`` has the option of the file."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                default=None,
+                help="File to write the predictions to, in a format that ASE knows by its ending, such as .extxyz.",
+            )
+        return parser
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; placeholders stand for arguments of the potential that the data will give."""
         assert isinstance(parser, RecipeParser)
@@ -151,8 +164,10 @@ class PotentialCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the Trainer, with a narrow progress bar in place of Lightning's own."""
+        """Makes the Trainer, with a narrow progress bar in place of Lightning's own, and what writes predictions."""
         trainer = super().instantiate_trainer(**kwargs)
+        if output := self.arguments.get("output"):
+            vars(trainer)["callbacks"].append(PredictionWriter(output))
         bar = trainer.progress_bar_callback
         if type(bar) is RichProgressBar:
             callbacks: list[Any] = vars(trainer)["callbacks"]

@@ -17,7 +17,7 @@ TRAINER_COMMANDS = {
     "fit": "Trains a potential and prints a table of its errors.",
     "validate": "Evaluates a checkpoint on the validation data.",
     "test": "Evaluates a checkpoint on the test data.",
-    "predict": "Runs the predict_step of the model on the data.",
+    "predict": "Predicts the structures of a file into another one.",
 }
 """The subcommands that run a Trainer, and what each does."""
 

@@ -15,10 +15,10 @@ from typing_extensions import override
 import __main__
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
 from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.launcher import RankProcesses, script_launcher
+from lightning_januspipe.strategy.shared_state import StrategyState
 from lightning_januspipe.strategy.threads import share_cores
 
 

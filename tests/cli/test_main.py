@@ -24,7 +24,7 @@ from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, argu
 from lightning_januspipe.cli.main import main, print_error
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
-from lightning_januspipe.schedule.build import GENERATORS, ScheduleName
+from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -393,6 +393,13 @@ class TestFit:
         text = capsys.readouterr().out
         assert "validation" in text and "stress RMSE (meV/Å³)" in text and "val_forces_mae" not in text
         assert missing_arguments(["test", "--config", config]) == []
+
+        # A file of predictions has the same errors.
+        PotentialCLI(["predict", "--config", config, "--ckpt_path", str(checkpoint), "--output", "out.extxyz"])
+        text = capsys.readouterr().out
+        assert f"{1000 * errors.test['forces_mae']:.3g} / {1000 * errors.test['forces_rmse']:.3g}" in text
+        found = ase.io.read("out.extxyz", index=":")
+        assert len(found) == len(cli.datamodule.dataset("test")) and "given_energy" in found[0].info
 
     def test_file_of_structures(self) -> None:
         ase.io.write("my.extxyz", emt_structures(12, species=["Cu", "Al"], sizes=[4]), format="extxyz")

@@ -121,7 +121,12 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Tells whether several ranks work on the samples of a replica, so that the potential has to be captured."""
+        """Tells whether to capture the potential: several ranks share a replica's samples, or phases compile."""
+        return self._shares_replicas or self.options.compile
+
+    @property
+    def _shares_replicas(self) -> bool:
+        """Tells whether several ranks work on the samples of a replica."""
         return self.mesh_shape.ranks_per_replica > 1
 
     @property
