@@ -148,6 +148,8 @@ class Mesh:
 
     def gathered_over_pipeline(self, mine: _T) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks."""
+        if self.shape.pipeline == 1:
+            return [mine]
         found: list[Any] = [None] * self.shape.pipeline
         dist.all_gather_object(found, mine, group=self.control_group)
         return found

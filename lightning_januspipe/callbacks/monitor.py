@@ -164,8 +164,10 @@ class PipelineMonitor(Metered):
         if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
             return []
         own = runner.recorded_step()
-        steps: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
-        dist.gather_object(own if mesh.pipeline_rank == 0 else None, steps, 0, group=mesh.host_group)
+        steps: list[Any] | None = [own]
+        if mesh.shape.size > 1:
+            steps = [None] * mesh.shape.size if mesh.rank == 0 else None
+            dist.gather_object(own if mesh.pipeline_rank == 0 else None, steps, 0, group=mesh.host_group)
         replicas = [step for step in steps or [] if step is not None]
         names = [f"replica {i}" if len(replicas) > 1 else "recorded" for i in range(len(replicas))]
         predicted = [("predicted", replicas[0].schedule, replicas[0].predicted)] if replicas else []

@@ -27,6 +27,7 @@ class CaptureHooks(StrategyState):
             options.potential,
             options.stages,
             options.message_dtype,
+            options.compiled_activation,
         )
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class ProcessHooks(StrategyState):
         self._module._device_mesh = self.mesh.device_mesh
         self._loader_progress = LoaderProgress(self.root_device)
         self._num_runs += 1
+        self._began = time.time()
         if self.is_distributed:
             store = dist.distributed_c10d._get_default_store()
             self._failure = FailureReport(

@@ -19,6 +19,7 @@ from habits import (
     ChecksMask,
     DrawsAngles,
     Experts,
+    GraphBatch,
     Graphs,
     HasDropout,
     HasReference,
@@ -33,6 +34,7 @@ from habits import (
     ReferenceStep,
     RegistryBatch,
     Repeats,
+    ReturnsBatch,
     ReturnsSizes,
     RotatesAll,
     SamplesByValue,
@@ -49,6 +51,7 @@ from habits import (
 from torch import nn
 
 from lightning_januspipe.capture.adapters.adapter import BUILT_IN
+from lightning_januspipe.capture.trace.program import ReturnedSize
 from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.capture.validate.against_eager import run_staged, validate_evaluation, validate_stages
 from lightning_januspipe.errors import CaptureError
@@ -88,6 +91,20 @@ def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Se
 )
 def test_containers_are_copied_whole(potential: Any, make: Any, labels: Any) -> None:
     trains(Step(potential(), labels), make)
+
+
+def test_batch_that_is_returned_with_results() -> None:
+    """Ranks are sent what the trace holds, so no size of the trace may be left in it."""
+
+    class WrittenStep(Step):
+        def training_step(self, batch: Any) -> Any:
+            out = self.potential(batch)
+            loss = (out["predicted_energy"] - out["energy"]).pow(2).mean()
+            return loss + (out["predicted_forces"] - out["forces"]).pow(2).mean()
+
+    program = trains(WrittenStep(ReturnsBatch()), GraphBatch).program
+    assert isinstance(program.returned.num_graphs, ReturnedSize)
+    pickle.loads(pickle.dumps(program))
 
 
 class Cell:
