@@ -52,7 +52,7 @@ def time_steps(work: Work, strategy: dict[str, Any] | None, cache: str) -> StepT
     """Trains for a few steps in this process.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         strategy: Arguments of the strategy; None for plain Lightning.
         cache: Folder of the cache of traced potentials and compiled phases.
     """

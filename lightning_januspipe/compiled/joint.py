@@ -68,7 +68,7 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
     """Traces a stage and its double backward: ``blueprint -> joint graph``.
 
     Args:
-        stage: the stage.
+        stage: the stage, without parameters.
         trains: also trace BF and BE.
     """
     mode = symbolic_mode()

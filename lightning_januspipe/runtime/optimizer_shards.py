@@ -56,7 +56,7 @@ def segments(parameters: Sequence[nn.Parameter], num_shards: int, may_cut: bool)
     """Returns the segments of each shard: parameters one after the other, in shards of about equal length.
 
     Args:
-        parameters: The parameters.
+        parameters: Parameters, in the order in which shards take them.
         num_shards: Number of shards.
         may_cut: Whether a shard may begin and end inside of a parameter, unless its memory is not contiguous.
     """

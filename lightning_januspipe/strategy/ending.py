@@ -10,7 +10,7 @@ def newest_checkpoint(trainer: Any, since: float) -> tuple[str, int | None]:
     """Returns the path of the checkpoint that a run has saved last, and its step.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer of the run.
         since: When the run began, in seconds since the epoch; older files are of other runs.
 
     Returns:
@@ -33,7 +33,7 @@ def describe_interruption(trainer: Any, exception: BaseException, path: str, ste
     """Returns what to say when a run was stopped.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer of the run.
         exception: What has stopped it.
         path: The newest checkpoint; empty if there is none.
         step: The step of that checkpoint.
