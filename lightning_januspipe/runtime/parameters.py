@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.checkpoint.averages import followers, held_by_all
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.mesh import Mesh
 
@@ -77,16 +78,19 @@ class PlacedParameters:
         shared = [p for p in every if len(self._ranks(p)) > 1]
         if shared:
             assert mesh.pipeline_group is not None
-            reduce_gradients(shared, mesh.pipeline_group)
+            with waiting("reduction of gradients over stages", mesh.pipeline_group, mixed=True):
+                reduce_gradients(shared, mesh.pipeline_group)
             for parameter in shared:
                 if not self.holds(parameter):
                     parameter.grad = None
         held = [p for p in every if self.holds(p)]
         if mesh.graph_group is not None:
-            reduce_gradients(held, mesh.graph_group)
+            with waiting("reduction of gradients over graph ranks", mesh.graph_group, mixed=True):
+                reduce_gradients(held, mesh.graph_group)
         if mesh.shape.data > 1:
             assert mesh.data_group is not None
-            reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
+            with waiting("reduction of gradients over replicas", mesh.data_group, mixed=True):
+                reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
 
     def synchronize(self, holders: Sequence[object] = (), averages_only: bool = False) -> None:
         """Copies all parameters, and averages of them, from their owners to every rank of the pipeline.
@@ -105,7 +109,8 @@ class PlacedParameters:
             by_owner.setdefault((rank, tensor.dtype), []).append(tensor)
         for (rank, _), tensors in by_owner.items():
             flat = torch.cat([t.detach().reshape(-1).to(mesh.device) for t in tensors])
-            dist.broadcast(flat, mesh.pipeline_ranks[rank], group=mesh.pipeline_group)
+            with waiting("copying of parameters between stages", mesh.pipeline_group):
+                dist.broadcast(flat, mesh.pipeline_ranks[rank], group=mesh.pipeline_group)
             for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.data.copy_(values.view_as(tensor))
 
@@ -121,5 +126,7 @@ class PlacedParameters:
         if not partly:
             return []
         found = followers(self._module, holders, partly)
-        common = held_by_all(self._mesh.gathered_over_pipeline(list(found)), len(partly))
+        common = held_by_all(
+            self._mesh.gathered_over_pipeline(list(found), "comparison of averages of parameters"), len(partly)
+        )
         return [pair for place, pair in found.items() if place in common]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.parameters import PlacedParameters
@@ -106,7 +107,8 @@ class StageOptimizer:
         }
         is_first = mesh.pipeline_rank == 0
         found: list[Any] | None = [None] * mesh.shape.pipeline if is_first else None
-        dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
+        with waiting("gathering of optimizer states", mesh.control_group):
+            dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
         state: dict[int, Any] = {}
         for part in found or ():
             state.update(part)
