@@ -20,7 +20,7 @@ class TooFewParts(CaptureError):
         self.most = most
 
 
-def shown(path: str) -> str:
+def quoted(path: str) -> str:
     """Returns the dotted name of a potential for a message; the LightningModule itself has an empty one."""
     return repr(path) if path else "(the LightningModule itself)"
 

@@ -100,6 +100,8 @@ class Mesh:
         graph_group: The ranks that share the atoms of this rank's micro-batches.
         replica_group: All ranks that work on this rank's samples, on the host.
         host_group: All ranks, on the host.
+        stage_group: The ranks that hold the same stages, after :meth:`join_stage_ranks`; stage_control_group has the
+            same ones, on the host.
         alone_group: This rank alone.
     """
 
@@ -113,6 +115,8 @@ class Mesh:
         self.graph_group: dist.ProcessGroup | None = None
         self.pipeline_group: dist.ProcessGroup | None = None
         self.data_group: dist.ProcessGroup | None = None
+        self.stage_group: dist.ProcessGroup | None = None
+        self.stage_control_group: dist.ProcessGroup | None = None
         self.host_group: dist.ProcessGroup | None = None
         if shape.size == 1:
             return
@@ -138,6 +142,17 @@ class Mesh:
             self.graph_group = _own_group(sharing, timeout=timeout)
         self.alone_group = _own_group([[r] for r in range(shape.size)])
 
+    def join_stage_ranks(self) -> None:
+        """Makes the groups of the ranks that hold the same stages; all ranks have to call it."""
+        if self.stage_group is None:
+            shape = self.shape
+            lists = [
+                [shape.rank(p, d, g) for d in range(shape.data) for g in range(shape.graph)]
+                for p in range(shape.pipeline)
+            ]
+            self.stage_group = _own_group(lists, timeout=self.timeout)
+            self.stage_control_group = _own_group(lists, timeout=self.timeout, backend="gloo")
+
     def gathered_over_pipeline(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks.
 
@@ -155,8 +170,9 @@ class Mesh:
         self.aborted = True
         groups: list[dist.ProcessGroup | None] = [self.down_group, self.up_group, self.control_group]
         groups += [self.host_group, self.pipeline_group, self.replica_group, self.graph_group, self.data_group]
+        groups += [self.stage_group, self.stage_control_group]
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
-        self.replica_group = self.graph_group = self.data_group = None
+        self.replica_group = self.graph_group = self.data_group = self.stage_group = self.stage_control_group = None
         for group in groups:
             if group is not None:
                 dist.destroy_process_group(group)
@@ -171,6 +187,17 @@ class Mesh:
     def replica_rank(self) -> int:
         """Returns the index of this rank among :attr:`replica_ranks`."""
         return self.replica_ranks.index(self.rank)
+
+    @property
+    def stage_ranks(self) -> list[int]:
+        """Global ranks that hold the same stages as this rank: those of all replicas, and their graph ranks."""
+        shape = self.shape
+        return [shape.rank(self.pipeline_rank, d, g) for d in range(shape.data) for g in range(shape.graph)]
+
+    @property
+    def stage_rank(self) -> int:
+        """Index of this rank among :attr:`stage_ranks`."""
+        return self.data_rank * self.shape.graph + self.graph_rank
 
     @property
     def pipeline_ranks(self) -> list[int]:

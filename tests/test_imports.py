@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"keys", "loader"},
     "calculator": {"data", "keys", "models"},
     "models": {"checkpoint", "keys"},
+    "deploy": {"__init__", "calculator", "compiled", "keys", "models"},
     "runtime": {
         *("capture", "checkpoint", "distributed", "engine", "errors", "graph", "mesh", "random_state", "schedule"),
     },

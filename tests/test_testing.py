@@ -124,7 +124,7 @@ def test_faulty_models_are_told(
     monkeypatch.setattr(Faulty, "pool", pool)
     Faulty.setup_class()
     with pytest.raises(AssertionError, match=message):
-        Faulty().test_trains_as_undivided("molecules", strategy)
+        Faulty().test_trains_as_plain_lightning("molecules", strategy)
 
 
 def test_single_precision_is_told() -> None:

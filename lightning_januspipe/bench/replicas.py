@@ -296,7 +296,7 @@ def _busiest(work: Work, way: str) -> float:
     assert costs is not None
     total = 0.0
     for step in costs.reshape(work.steps + 1, -1)[1:]:
-        of_replicas = np.concatenate([step[0::2], step[1::2]]).tolist()  # as the sampler divides them
+        of_replicas = np.concatenate([step[0::2], step[1::2]]).tolist()  # as the sampler deals them out
         dealt = microbatches_of_replicas(of_replicas, 2, _NUM_GROUPS, way)
         total += max(sum(of_replicas[i] for group in mine for i in group) for mine in dealt)
     return total

@@ -16,7 +16,7 @@ from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import PhaseMode, validate
-from lightning_januspipe.errors import CaptureError, TooFewParts, shown
+from lightning_januspipe.errors import CaptureError, TooFewParts, quoted
 from lightning_januspipe.schedule import PhaseCosts
 
 _REFINEMENTS = 3
@@ -137,7 +137,7 @@ def balance_parts(
         found.append((joined, validate(joined, potential, call, folded, num_runs=2)))
     if not found:
         raise TooFewParts(
-            f"pipeline_size={len(set(placements[0]))}, but the potential {shown(parts.path)} has {parts.num_stages} "
+            f"pipeline_size={len(set(placements[0]))}, but the potential {quoted(parts.path)} has {parts.num_stages} "
             f"parts. Use pipeline_size={parts.num_stages} or less, and give the other ranks to data_size, or make more "
             "parts.",
             most=parts.num_stages,

@@ -35,7 +35,7 @@ from lightning_januspipe.capture.validate.against_eager import (
     validate_evaluation,
 )
 from lightning_januspipe.capture.validate.side_effects import unchanged
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 StageOrigin = Literal["auto", "captured", "explicit"]
@@ -69,7 +69,7 @@ class Capture:
         num, num_stages = sum(self.potential.num_operations), len(self.costs)
         stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
         return (
-            f"potential {shown(self.potential.path)} {self.origin}: {num} {self.potential.operation_word} in "
+            f"potential {quoted(self.potential.path)} {self.origin}: {num} {self.potential.operation_word} in "
             f"{stages if num_stages > 1 else 'one stage'}, ready after {self.elapsed:.1f} s"
         )
 
@@ -163,7 +163,7 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
     has_own = isinstance(job.potential, ExplicitStages)
     if stages == "explicit" and not has_own:
         raise CaptureError(
-            f"stages='explicit', but the potential {shown(job.call.path)} ({type(job.potential).__name__}) declares "
+            f"stages='explicit', but the potential {quoted(job.call.path)} ({type(job.potential).__name__}) declares "
             "none. Give it stage_inputs, stage_parts, stage_outputs and stage_coordinates "
             "(lightning_januspipe.ExplicitStages), or let it be traced with stages='auto'."
         )

@@ -19,6 +19,7 @@ OTHER_COMMANDS = {
     "plan": ("lightning_januspipe.cli.plan:main", "Tells before training what each schedule would give."),
     "bench": ("lightning_januspipe.bench.command:main", "Measures this machine with the benchmarks of the docs."),
     "init": ("lightning_januspipe.cli.init:main", "Writes the recipes of the package into the current folder."),
+    "export": ("lightning_januspipe.cli.export:main", "Compiles the potential of a checkpoint into one file."),
     "consolidate": ("lightning_januspipe.cli.consolidate:main", "Makes one file of a checkpoint folder."),
 }
 """The other subcommands: the function that gets the rest of the command line, and what each does."""

@@ -38,7 +38,7 @@ class ByteSize(float):
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Holds the options of the plan.
+    """The plan has these options.
 
     Attributes:
         ranks: Ranks of the pipeline; of all devices with --meshes. Default: as in the recipe.

@@ -100,7 +100,7 @@ class GraphAxis:
             dist.all_reduce(tensor, group=self._group)
 
     def shard_step_inputs(
-        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_ahead: Sequence[Tensor | None] = ()
+        self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_in_loader: Sequence[Tensor | None] = ()
     ) -> list[MicrobatchInput]:
         """Returns all micro-batches of a step with this rank's rows only.
 
@@ -110,7 +110,7 @@ class GraphAxis:
         Args:
             inputs: the whole micro-batches, the same on all ranks of the replica.
             replica: the ranks of the replica; all of them have to call this.
-            owners_ahead: for each micro-batch the owners that the loader chose; None, or nothing, where it chose none.
+            owners_in_loader: the owners that the loader chose for each micro-batch; None, or nothing, where it did not.
 
         Raises:
             RankLostError: a rank did not answer.
@@ -120,7 +120,7 @@ class GraphAxis:
         told = torch.zeros(sum(sizes), dtype=torch.int32)
         of_microbatch = told.split(sizes)
         for index in range(replica.rank, len(inputs), replica.size):
-            chosen = owners_ahead[index] if index < len(owners_ahead) else None
+            chosen = owners_in_loader[index] if index < len(owners_in_loader) else None
             if chosen is None or len(chosen) != sizes[index]:
                 chosen = self._sharder.choose_owners(inputs[index].tensors, looks[index])
             of_microbatch[index].copy_(chosen)

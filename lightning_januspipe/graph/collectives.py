@@ -210,7 +210,7 @@ class _SumHalo(_Exchanging):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
         summed = y[: exchange.shard.num_own].clone(memory_format=torch.contiguous_format)
-        # Rank after rank: within one call no row occurs twice, so that atomic additions cannot race.
+        # One call for each rank: no row occurs twice within a call, so that atomic additions cannot race.
         for rows, values in _returned(y, exchange):
             summed.index_add_(0, rows, values)
         return summed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential, ExplicitStage, Tensors
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 from lightning_januspipe.graph.collectives import Exchange, gather_halo, replicate, sum_over_ranks
 from lightning_januspipe.graph.index_analysis import IndexSource, RowIndex
 from lightning_januspipe.graph.placement import REPLICATE, Placement, PlacementKind
@@ -23,8 +23,8 @@ from lightning_januspipe.graph.row_classes import RowClasses
 from lightning_januspipe.graph.sharded_potential import ShardedPotential
 
 _HOW = (
-    "For graph_size > 1, set stage_edges = (('edge_index', 0), ('edge_index', 1)): the input, and the row of it, with "
-    "the atom that each edge comes from, and with the one that it is summed into. Or use graph_size=1."
+    "For graph_size > 1, set stage_edges = (('edge_index', 0), ('edge_index', 1)): for the "
+    "sources and for the targets of the edges, the input that holds them, and the row of it. Or use graph_size=1."
 )
 
 
@@ -115,7 +115,7 @@ class ExplicitRankStage(ExplicitStage):
         local = RankInputs(named, exchange)
         for name in staged.coordinates:
             if _class_of(staged.inputs_by_name[name], self._classes) is None:
-                local[name] = replicate(named[name], exchange)  # each rank computes its own rows with it
+                local[name] = replicate(named[name], exchange)  # each rank computes its own rows from it
         return local, leaves
 
     def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
@@ -145,15 +145,15 @@ def shard_explicit(staged: ExplicitPotential, potential: nn.Module) -> ShardedPo
     edges = ends[0][1]
     if atoms == edges or ends[1][1] != edges:
         raise CaptureError(
-            f"stage_edges of the potential {shown(staged.path)} names inputs of {ends[0][1]} and {ends[1][1]}, "
-            f"where atoms are {atoms}; expected two of the same size, that of the edges. {_HOW}"
+            f"stage_edges of the potential {quoted(staged.path)} names inputs of sizes {ends[0][1]} and "
+            f"{ends[1][1]}, with {atoms} atoms; expected two inputs with one entry for each edge. {_HOW}"
         )
     source, target = (RowIndex(where, edges, atoms, writes=i == 1) for i, (where, _) in enumerate(ends))
     for index, features in enumerate(staged.features[:-1]):
         for name, spec in features.items():
             if _class_of(spec, (atoms, edges)) is None:
                 raise CaptureError(
-                    f"graph_size > 1 is not possible: part {index} of the potential {shown(staged.path)} returns "
+                    f"graph_size > 1 is not possible: part {index} of the potential {quoted(staged.path)} returns "
                     f"{name!r} of shape {spec.shape}, which has no row for each atom ({atoms}) or edge ({edges}). Sum "
                     "over atoms in the last part only, or use graph_size=1."
                 )
@@ -185,7 +185,7 @@ def _declared(staged: ExplicitPotential, potential: nn.Module) -> list[tuple[str
     is_right = len(pairs) == len(ends) == len(set(ends)) == 2
     if not is_right or any(name not in staged.inputs_by_name for name, _ in ends):
         raise CaptureError(
-            f"the potential {shown(staged.path)} has stage_edges = {given!r}; expected the source and the target of "
+            f"the potential {quoted(staged.path)} has stage_edges = {given!r}; expected the source and the target of "
             f"edges, among its inputs {list(staged.inputs_by_name)}. {_HOW}"
         )
     return ends
@@ -203,7 +203,7 @@ def _end(
     )
     if len(shape) != 1 or not isinstance(shape[0], str) or not is_row:
         raise CaptureError(
-            f"stage_edges of the potential {shown(staged.path)} names {name!r} {list(selected)} of shape {shape}; "
+            f"stage_edges of the potential {quoted(staged.path)} names {name!r} {list(selected)} of shape {shape}; "
             f"expected one index for each edge. {_HOW}"
         )
     return IndexSource(position[name], tuple((0, place) for place in selected)), shape[0]
@@ -215,7 +215,7 @@ def _atoms(staged: ExplicitPotential) -> str:
         if len(shape) == 2 and isinstance(shape[0], str) and shape[1] == 3:
             return shape[0]
     raise CaptureError(
-        f"graph_size > 1 needs positions (N, 3) among stage_coordinates; those of the potential {shown(staged.path)} "
+        f"graph_size > 1 needs positions (N, 3) among stage_coordinates; those of the potential {quoted(staged.path)} "
         f"are {list(staged.coordinates)}. Use graph_size=1."
     )
 

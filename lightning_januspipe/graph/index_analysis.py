@@ -153,7 +153,7 @@ class IndexAnalysis:
         rows = [s for s in symbols if s in self._example and self.class_of(s) in self.sharded]
         if not rows:
             return None
-        num = 6  # any number; that of the example may be 0
+        num = 6  # any number; the example may have none
         values = {s: n for s, n in self._example.items() if s.isidentifier()}
         counts = [{s: n for s in values if self.class_of(s) == self.class_of(rows[0])} for n in (num, 2 * num)]
         once, double = (TensorSpec((size,), torch.int64).sizes({**values, **c})[0] for c in counts)

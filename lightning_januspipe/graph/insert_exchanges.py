@@ -167,12 +167,12 @@ class _ExchangeInserter:
         given = self._operands(node)
         own = [self._placements[n] for n in given if self._placements[n].is_sharded]
         if len({p.rows for p in own}) > 1 and operator not in GATHERS:
-            raise no_exchange(node, "combines rows of two kinds, atoms with edges, say")
+            raise no_exchange(node, "combines rows of two kinds (atoms with edges, say)")
         created = self._rows_of(node.spec, node)
         if not own:
             if created is not None:
                 if operator not in REPEATS and operator not in GATHERS:
-                    raise no_exchange(node, "makes one row for each atom or edge of something else")
+                    raise no_exchange(node, "makes rows of atoms or edges from values that have none")
                 self._replicate(node, given)
                 return created
             return self._without_rows(node, given)
@@ -250,7 +250,7 @@ class _ExchangeInserter:
             if not sums_into_rows(node):
                 raise no_exchange(node, "combines all atoms or edges, but does not sum")
             if not is_zero(self._program, name):
-                raise no_exchange(node, "sums atoms or edges into values that are not zero at first")
+                raise no_exchange(node, "sums atoms or edges into values that do not start at zero")
             self._replicate(node, given)
             return self._summed(node)
         use = self._use(node, placement)
@@ -280,17 +280,17 @@ class _ExchangeInserter:
         return bool(node.args[1] % len(spec.shape) == placement.dim)
 
     def _refuse_sizes_as_values(self, node: Node) -> None:
-        """Refuses to compute with a number of rows: a rank's own number is right in shapes, and wrong in a mean."""
+        """Refuses a number of rows as a value: a rank's own number is right in shapes, and wrong in a mean."""
         plain = [a.name for a in (*node.args, *node.kwargs.values()) if isinstance(a, Ref) and a.name in self._sizes]
         if plain and operator_of(node) not in RANGES:
-            raise no_exchange(node, "computes with the number of atoms or edges")
+            raise no_exchange(node, "uses the number of atoms or edges as a value")
 
     def _refuse_counting(self, node: Node) -> None:
-        """Refuses to compute with rows that are counted: each rank counts its own, which is right in look-ups only."""
+        """Refuses arithmetic on counts of rows (0, 1, ...): each rank counts its own, right in look-ups only."""
         for name in self._readers[node.name]:
             is_index = any(u.node.name == name and u.index == node.name for u in self._found.uses)
             if name in self._forward and self._found.counts(name) is None and not is_index:
-                raise no_exchange(node, "computes with the indices of atoms or edges")
+                raise no_exchange(node, "does arithmetic on indices of atoms or edges")
 
     # -- result ------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def partition_atoms(
         raise ValueError(f"num_ranks={num_ranks}; expected a positive number")
     target, source = (_checked_atoms(t, num_atoms) for t in (edge_target, edge_source))
     if len(target) != len(source):
-        raise ValueError(f"{len(target)} targets and {len(source)} sources of edges; expected as many")
+        raise ValueError(f"{len(target)} targets and {len(source)} sources of edges; expected equal numbers")
     weight = ATOM_WEIGHT + np.bincount(target, minlength=num_atoms).astype(np.float64)
     if num_ranks == 1 or num_atoms == 0:
         return torch.zeros(num_atoms, dtype=torch.int64)

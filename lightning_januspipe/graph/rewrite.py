@@ -52,7 +52,7 @@ class Rewrite:
         def swapped(other: str) -> Ref:
             return Ref(added if other == name else other)
 
-        # The rows of an index operation are its first operand; the same tensor as indices stays what it is.
+        # An index operation reads rows from its first operand; the same tensor may be its indices, which stay.
         if index_arguments(node) is not None and node.args[0].name == name:
             node.args = (swapped(name), *node.args[1:])
         else:

@@ -191,8 +191,8 @@ class MicrobatchSharder:
             size = tensors[position].shape[dim]
             if sizes.setdefault(name, size) != size:
                 raise CaptureError(
-                    f"two inputs of the potential have {sizes[name]} and {size} entries, where graph_size > 1 takes "
-                    "both for one for each atom or edge. Use graph_size=1."
+                    f"two inputs of the potential have {sizes[name]} and {size} entries, but graph_size > 1 "
+                    "expects both to have one entry for each atom (or each edge). Use graph_size=1."
                 )
         return sizes
 

@@ -23,7 +23,7 @@ from lightning_januspipe.capture.trace.program import Node, replace_refs
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
 from lightning_januspipe.capture.validate.probe_loss import probe_loss
 from lightning_januspipe.engine.autocast import OFF, autocast_as
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 from lightning_januspipe.graph import exchange_ops
 from lightning_januspipe.graph.placement import REPLICATE, Placement, no_exchange
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
@@ -72,7 +72,7 @@ def require_same(
     tolerance: float,
     path: str,
     num_ranks: int,
-    why: str = "It combines atoms or edges in a way that was not recognized.",
+    why: str = "The potential combines atoms or edges in a way that was not recognized.",
 ) -> None:
     """Compares what a sharded micro-batch gives with what the whole one gives.
 
@@ -96,7 +96,7 @@ def require_same(
         if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
                 f"graph_size > 1 is not possible: sharded over {num_ranks} ranks, {what} of the potential "
-                f"{shown(path)} differs by {error:.2e} at a scale of {scale:.2e}. {why} Or use graph_size=1."
+                f"{quoted(path)} differs by {error:.2e} at a scale of {scale:.2e}. {why} Or use graph_size=1."
             )
 
 

@@ -16,7 +16,7 @@ from lightning_januspipe.capture.validate.probe_loss import probe_loss
 from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients
-from lightning_januspipe.errors import CaptureError, PipelineError, shown
+from lightning_januspipe.errors import CaptureError, PipelineError, quoted
 from lightning_januspipe.graph.axis import GraphAxis
 from lightning_januspipe.graph.sharded_potential import RankPotential
 from lightning_januspipe.graph.verify_captured import GRADIENT, require_same
@@ -51,8 +51,8 @@ def verify_explicit_sharding(
         except (IndexError, RuntimeError) as error:
             raise CaptureError(
                 f"graph_size > 1 is not possible: on graph rank {axis.rank} of {axis.size}, a part of the potential "
-                f"{shown(staged.path)} failed: {error}. Usual causes: a part looks features up by the atoms that "
-                "edges come from without with_halo(features, inputs), or stage_edges has source and target the wrong "
+                f"{quoted(staged.path)} failed: {error}. Usual causes: a part looks up features of source atoms "
+                "without with_halo(features, inputs), or stage_edges has source and target the wrong "
                 "way round, or a part does not work without any atoms. Or use graph_size=1."
             ) from error
         for what, gradient in found:
@@ -102,7 +102,7 @@ def _results(
     for name, p in potential.named_parameters():
         if p.requires_grad:
             g = result.gradients.get(p)
-            # A gradient may be held by other stages, or strided as no collective takes it.
+            # Only other stages may read the parameter, and collectives take contiguous tensors only.
             found = torch.zeros_like(p) if g is None else g
             outputs.append((f"{GRADIENT}{name!r}", found.clone(memory_format=torch.contiguous_format)))
     return outputs

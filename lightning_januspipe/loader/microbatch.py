@@ -28,14 +28,13 @@ class MicroBatches:
         batches: One collated batch for each micro-batch.
         num_samples: The number of samples in each micro-batch; 0 if it is not known.
         examples: Two collated batches for capture, made of samples of this batch; the loader removes them.
-        ahead: For each micro-batch what the loader's process computed beside collating it, such as the owners of its
-            atoms; None if nothing.
+        owners: For each micro-batch the graph ranks that own its atoms; None if the loader's process chose none.
     """
 
     batches: list[Any]
     num_samples: list[int]
     examples: tuple[Any, Any] | None = None
-    ahead: list[Tensor | None] = field(default_factory=list)
+    owners: list[Tensor | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -94,7 +93,8 @@ class MicroBatchCollate:
         required: Whether a batch that cannot be split is an error; otherwise it is one micro-batch.
         num_typical: Number of samples in a usual micro-batch. If it is given, the first batch in each process carries
             examples for capture.
-        ahead: Called in the process that collates, with the index of each micro-batch and the collated micro-batch.
+        choose_owners: Returns the owners of a micro-batch's atoms, from its index and the collated batch; called where
+            it is collated.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class MicroBatchCollate:
         *,
         required: bool = True,
         num_typical: int | None = None,
-        ahead: Callable[[int, Any], Tensor | None] | None = None,
+        choose_owners: Callable[[int, Any], Tensor | None] | None = None,
     ) -> None:
-        self.collate, self._ahead = collate, ahead
+        self.collate, self._choose_owners = collate, choose_owners
         self.num_microbatches = num_microbatches
         self._required = required
         self._num_typical = num_typical
@@ -130,8 +130,8 @@ class MicroBatchCollate:
         if examples:
             found.examples = self.collate(examples[0]), self.collate(examples[1])
             self._num_typical = None
-        if self._ahead is not None:
-            found.ahead = [self._ahead(i, batch) for i, batch in enumerate(found.batches)]
+        if self._choose_owners is not None:
+            found.owners = [self._choose_owners(i, batch) for i, batch in enumerate(found.batches)]
         return found
 
     def _whole(self, batch: Any) -> MicroBatches:

@@ -25,7 +25,7 @@ from lightning_januspipe.loader.microbatch import (
 
 
 def split_batches(
-    loader: Any, num_microbatches: int, required: bool, ahead: Callable[[int, Any], Tensor | None] | None = None
+    loader: Any, num_microbatches: int, required: bool, choose_owners: Callable[[int, Any], Tensor | None] | None = None
 ) -> Any:
     """Returns a loader that yields :class:`~lightning_januspipe.loader.microbatch.MicroBatches`.
 
@@ -36,7 +36,7 @@ def split_batches(
         loader: The user's loader.
         num_microbatches: Number of micro-batches of a batch.
         required: Whether the user asked for this number, so that a loader that cannot be split is an error.
-        ahead: Called with each micro-batch where it is collated; see
+        choose_owners: Called with each micro-batch where it is collated; see
             :class:`~lightning_januspipe.loader.microbatch.MicroBatchCollate`.
 
     Returns:
@@ -53,7 +53,7 @@ def split_batches(
         num_microbatches = 1
     if num_microbatches == 1 and not (reads_ahead and _is_distributed()):
         return loader
-    split = _split_copy(loader, num_microbatches, required, reads_ahead, ahead)
+    split = _split_copy(loader, num_microbatches, required, reads_ahead, choose_owners)
     if split is None:
         _cannot_split(loader, num_microbatches, required, "has a collate_fn that cannot be replaced")
         return loader
@@ -257,7 +257,7 @@ def _split_copy(
     num_microbatches: int,
     required: bool,
     reads_ahead: bool,
-    ahead: Callable[[int, Any], Tensor | None] | None,
+    choose_owners: Callable[[int, Any], Tensor | None] | None,
 ) -> Any:
     """Returns a copy of a loader that splits its batches; None if its ``collate_fn`` cannot be replaced.
 
@@ -279,7 +279,7 @@ def _split_copy(
             num_microbatches,
             required=required,
             num_typical=typical,
-            ahead=ahead if num_microbatches > 1 else None,
+            choose_owners=choose_owners if num_microbatches > 1 else None,
         )
         with suppress(AttributeError):
             split.collate_fn = collate

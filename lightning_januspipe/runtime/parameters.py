@@ -12,6 +12,7 @@ from lightning_januspipe.checkpoint.averages import followers, held_by_all
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
 
 
 class PlacedParameters:
@@ -30,6 +31,7 @@ class PlacedParameters:
     Attributes:
         stages_of: The stages that read each parameter.
         ranks_of: The ranks of the pipeline that train each parameter.
+        shards: The shards of each optimizer's parameters, if optimizer state is sharded.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class PlacedParameters:
         self._every_rank = frozenset(range(mesh.shape.pipeline))
         self.stages_of: dict[nn.Parameter, frozenset[int]] = {}
         self.ranks_of: dict[nn.Parameter, frozenset[int]] = {}
+        self.shards: list[OptimizerShards] = []
         for parameter in module.parameters():
             found = stages.get(parameter)
             self.stages_of[parameter] = frozenset(found or every_stage)
@@ -61,7 +64,16 @@ class PlacedParameters:
         """Returns the first rank of the pipeline that trains a parameter."""
         return min(self._ranks(parameter))
 
+    def gradients(self) -> dict[nn.Parameter, Tensor | None]:
+        """Returns the reduced gradients of the parameters that this rank trains; all ranks have to call this."""
+        found = {p: p.grad for p in self._module.parameters() if p.requires_grad and self.holds(p)}
+        for shards in self.shards:
+            found |= shards.gradients()
+        return found
+
     def _ranks(self, parameter: nn.Parameter) -> frozenset[int]:
+        for shards in self.shards:
+            parameter = shards.parameter_of.get(parameter, parameter)
         return self.ranks_of.get(parameter, self._every_rank)  # a module may get parameters later
 
     def partly_held(self) -> list[nn.Parameter]:
@@ -71,7 +83,7 @@ class PlacedParameters:
     def reduce_gradients(self) -> None:
         """Sums ``.grad`` over the ranks of the pipeline that train a parameter and over graph ranks.
 
-        Over replicas the gradients are averaged.
+        Over replicas the gradients are averaged. Of a parameter in shards, this rank's leaves get their part.
         """
         mesh = self._mesh
         every = list(self._module.parameters())
@@ -83,7 +95,8 @@ class PlacedParameters:
             for parameter in shared:
                 if not self.holds(parameter):
                     parameter.grad = None
-        held = [p for p in every if self.holds(p)]
+        sharded = set().union(*(shards.parameters for shards in self.shards))
+        held = [p for p in every if self.holds(p) and p not in sharded]
         if mesh.graph_group is not None:
             with waiting("reduction of gradients over graph ranks", mesh.graph_group, mixed=True):
                 reduce_gradients(held, mesh.graph_group)
@@ -91,6 +104,8 @@ class PlacedParameters:
             assert mesh.data_group is not None
             with waiting("reduction of gradients over replicas", mesh.data_group, mixed=True):
                 reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
+        for shards in self.shards:
+            shards.reduce_gradients()
 
     def synchronize(self, holders: Sequence[object] = (), averages_only: bool = False) -> None:
         """Copies all parameters, and averages of them, from their owners to every rank of the pipeline.
@@ -126,7 +141,6 @@ class PlacedParameters:
         if not partly:
             return []
         found = followers(self._module, holders, partly)
-        common = held_by_all(
-            self._mesh.gathered_over_pipeline(list(found), "comparison of averages of parameters"), len(partly)
-        )
+        of_ranks = self._mesh.gathered_over_pipeline(list(found), "comparison of averages of parameters")
+        common = held_by_all(of_ranks, len(partly))
         return [pair for place, pair in found.items() if place in common]

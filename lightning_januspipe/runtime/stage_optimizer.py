@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.optimizer_shards import OptimizerShards, to_cpu
 from lightning_januspipe.runtime.parameters import PlacedParameters
 
 
@@ -28,6 +29,7 @@ class StageOptimizer:
         names: Names of all parameters of the module.
         state: State of a checkpoint, by the indices of the optimizer over the whole module; by default the optimizer
             keeps its own.
+        mesh: This rank's process groups, if the state is sharded over the ranks that hold the same stages.
 
     Raises:
         ValueError: The optimizer holds parameters that the module does not have.
@@ -39,6 +41,7 @@ class StageOptimizer:
         parameters: PlacedParameters,
         names: Mapping[nn.Parameter, str],
         state: Mapping[int, Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.optimizer, self._parameters, self._names = optimizer, parameters, names
         self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
@@ -50,6 +53,12 @@ class StageOptimizer:
                     "configure_optimizers an optimizer over self.parameters() or a part of it"
                 )
         self._known = known
+        self._shards: OptimizerShards | None = None
+        if mesh is not None:
+            held = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
+            self._shards = OptimizerShards(held, optimizer, mesh)
+            parameters.shards.append(self._shards)
+            self._gather = optimizer.register_step_post_hook(self._gather_updates)
         self._prune()
         if state is not None:
             self._load_held(state)
@@ -63,6 +72,19 @@ class StageOptimizer:
             group.update({k: v for k, v in other.items() if k != "params"})
         self._load_held(saved["state"])
 
+    def release(self) -> None:
+        """Leaves the optimizer as the user made it; it keeps the state of what this rank has trained as a whole."""
+        self.make_whole()
+        if self._shards is not None:
+            self._gather.remove()
+            for leaf in self._shards.parameter_of:
+                if leaf not in self._known:
+                    self.optimizer.state.pop(leaf, None)
+
+    def _gather_updates(self, *_: Any) -> None:
+        assert self._shards is not None
+        self._shards.gather()
+
     def make_whole(self) -> None:
         """Gives the optimizer its own parameter groups back, as the user made them."""
         for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
@@ -70,27 +92,36 @@ class StageOptimizer:
 
     def _prune(self) -> None:
         for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
-            group["params"] = [p for p in parameters if self._parameters.holds(p)]
+            group["params"] = [leaf for p in parameters if (leaf := self._leaf(p)) is not None]
         for parameter in self._known:
-            if not self._parameters.holds(parameter):
-                self.optimizer.state.pop(parameter, None)
+            leaf = self._leaf(parameter)
+            if leaf is not parameter and parameter in self.optimizer.state:
+                state = self.optimizer.state.pop(parameter)
+                if leaf is not None:
+                    self.optimizer.state[leaf] = self._own_part(parameter, state)
+
+    def _leaf(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """Returns what the optimizer of this rank updates of a parameter: all, a part, or None."""
+        if not self._parameters.holds(parameter):
+            return None
+        return parameter if self._shards is None else self._shards.leaves.get(parameter)
+
+    def _own_part(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return state if self._shards is None else self._shards.part_of_state(parameter, state)
 
     def _load_held(self, state: Mapping[int, Any]) -> None:
-        index = {p: i for i, p in enumerate(p for parameters in self._groups for p in parameters)}
         held = self.optimizer.state_dict()
-        order = [p for group in self.optimizer.param_groups for p in group["params"]]
-        held["state"] = {i: state[index[p]] for i, p in enumerate(order) if index[p] in state}
+        order = [p for group in self._groups for p in group if self._leaf(p) is not None]
+        index = {p: i for i, p in enumerate(p for group in self._groups for p in group)}
+        held["state"] = {i: self._own_part(p, state[index[p]]) for i, p in enumerate(order) if index[p] in state}
         self.optimizer.load_state_dict(held)
 
     def own_state_dict(self) -> dict[str, Any]:
-        """Returns what this rank writes into a folder: the state of parameters that it owns and all groups, by name."""
-        self._require_same_groups()
-        state = {
-            self._names[p]: self.optimizer.state[p]
-            for parameters in self._groups
-            for p in parameters
-            if p in self.optimizer.state and self._parameters.owns(p)
-        }
+        """Returns what this rank writes into a folder: the state of parameters that it owns and all groups, by name.
+
+        If the state is sharded, all ranks that hold the stage take part, and the first of them gets it.
+        """
+        state = {self._names[p]: state for p, state in self._owned_states().items()}
         names = [[self._names[p] for p in parameters] for parameters in self._groups]
         return {"state": state, "param_groups": _groups(self.optimizer, names)}
 
@@ -98,13 +129,9 @@ class StageOptimizer:
         """Returns the state dict of the optimizer over the whole module; every rank of a pipeline takes part."""
         if mesh.aborted:
             raise PipelineError("no checkpoint can be gathered: this pipeline has ended with an error before")
-        self._require_same_groups()
         order = [p for group in self._groups for p in group]
-        mine = {
-            i: _to_cpu(self.optimizer.state[p])
-            for i, p in enumerate(order)
-            if p in self.optimizer.state and self._parameters.owns(p)
-        }
+        owned = self._owned_states()
+        mine = {i: to_cpu(owned[p]) for i, p in enumerate(order) if p in owned}
         is_first = mesh.pipeline_rank == 0
         found: list[Any] | None = [None] * mesh.shape.pipeline if is_first else None
         with waiting("gathering of optimizer states", mesh.control_group):
@@ -115,6 +142,15 @@ class StageOptimizer:
         numbers = iter(range(len(order)))
         indices = [[next(numbers) for _ in parameters] for parameters in self._groups]
         return {"state": dict(sorted(state.items())), "param_groups": _groups(self.optimizer, indices)}
+
+    def _owned_states(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Returns the states of the parameters that this rank writes into a checkpoint."""
+        self._require_same_groups()
+        if self._shards is not None:
+            states = self._shards.whole_states(self.optimizer)
+        else:
+            states = {p: self.optimizer.state[p] for group in self._groups for p in group if p in self.optimizer.state}
+        return {p: state for p, state in states.items() if self._parameters.owns(p)}
 
     def _require_same_groups(self) -> None:
         if len(self.optimizer.param_groups) != len(self._groups):
@@ -168,11 +204,3 @@ def _groups(optimizer: Optimizer, keys: list[list[Any]]) -> list[dict[str, Any]]
         {**{k: v for k, v in group.items() if k != "params"}, "params": params}
         for group, params in zip(optimizer.param_groups, keys, strict=True)
     ]
-
-
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {k: _to_cpu(v) for k, v in value.items()}
-    return value

@@ -12,6 +12,7 @@ from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
+from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.library import Library
 from lightning_januspipe.strategy.options import StrategyOptions
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
@@ -47,6 +48,7 @@ class StrategyState(ParallelStrategy):
         self._num_runs = 0
         self._loader_progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
+        self._failure: FailureReport | None = None
         self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
@@ -120,6 +122,11 @@ class StrategyState(ParallelStrategy):
     def _captures(self) -> bool:
         """Tells whether several ranks work on the samples of a replica, so that the potential has to be captured."""
         return self.mesh_shape.ranks_per_replica > 1
+
+    @property
+    def _shards_optimizers(self) -> bool:
+        """Whether several ranks hold the same stages and share their optimizer state."""
+        return self.options.shard == "optimizer" and self.mesh_shape.data * self.mesh_shape.graph > 1
 
     @property
     def replica_index(self) -> int:

@@ -243,10 +243,19 @@ class CheckpointHooks(StrategyState):
     def _prune_optimizers(self) -> None:
         """Keeps only this rank's part of all optimizers, and of the states that were loaded for them."""
         assert self.runner is not None
-        names = _names(self._module)
+        names, mesh = _names(self._module), None
+        if self._shards_optimizers:
+            mesh = self._mesh
+            mesh.join_stage_ranks()
+            size = mesh.shape.data * mesh.shape.graph
+            self.lib.rank_zero.rank_zero_info(
+                f"januspipe: each of the {size} ranks that hold the same stages has the optimizer state of 1/{size} of "
+                "their parameters"
+            )
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
-            self._stage_optimizers[id(optimizer)] = StageOptimizer(optimizer, self.runner.parameters, names, state)
+            stage = StageOptimizer(optimizer, self.runner.parameters, names, state, mesh)
+            self._stage_optimizers[id(optimizer)] = stage
 
     def _free_other_stages(self) -> None:
         """Frees the parameters of other stages, if the module is made in ``configure_model``."""

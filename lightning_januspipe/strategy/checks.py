@@ -36,12 +36,12 @@ def check_module(module: Any, lib: Any, precision: str) -> None:
         raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
 
 
-def check_trainer(trainer: Any, is_pipeline: bool) -> None:
+def check_trainer(trainer: Any, has_parts: bool) -> None:
     """Raises an error if loaders, hooks or callbacks would give wrong results with micro-batches or on stages.
 
     Args:
         trainer: The Trainer, with its loaders.
-        is_pipeline: Whether the module is cut into stages, so that a rank has the gradients of its own stages only.
+        has_parts: Whether a rank has the gradients of its own stages or segments only.
 
     Raises:
         ValueError: Training would go wrong; the message says why, and what to change.
@@ -52,7 +52,7 @@ def check_trainer(trainer: Any, is_pipeline: bool) -> None:
             "train_dataloader returns several loaders, or a loader in a list or dict; expected a single DataLoader. "
             "Concatenate datasets (torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
         )
-    if is_pipeline:
+    if has_parts:
         module = trainer.lightning_module
         _check_clipping(module)
         for callback in trainer.callbacks:
@@ -66,7 +66,7 @@ def _check_callback(callback: Any, module: nn.Module) -> None:
         raise ValueError(
             f"{name} unfreezes parameters in the middle of training, but the stages are made when training starts. "
             "Freeze parameters before Trainer.fit, for example in the module's __init__, and unfreeze them before "
-            "another Trainer.fit of the same module; or use pipeline_size=1."
+            'another Trainer.fit of the same module; or use pipeline_size=1, graph_size=1 and shard="none".'
         )
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
     if "StochasticWeightAveraging" in bases and has_norms:
@@ -81,16 +81,16 @@ _NORMS = ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm")
 
 
 def _check_clipping(owner: Any) -> None:
-    """Raises an error if a hook calls one of torch's norms: each rank would clip by the norm of its own stages."""
+    """Raises an error if a hook calls one of torch's norms: each rank would clip by the norm of its own gradients."""
     for hook in _AFTER_BACKWARD:
         function = inspect.unwrap(getattr(owner, hook, None) or _no_hook)
         used = getattr(getattr(function, "__code__", None), "co_names", ())
         found = next((name for name in _NORMS if name in used), None)
         if found is not None:
             raise ValueError(
-                f"{type(owner).__name__}.{hook} calls {found}, which sees the gradients of this rank's stages only. "
+                f"{type(owner).__name__}.{hook} calls {found}, which sees the gradients of this rank only. "
                 "Use Trainer(gradient_clip_val=...), or call self.clip_gradients(optimizer, gradient_clip_val=..., "
-                'gradient_clip_algorithm="norm") in configure_gradient_clipping: these take the norm over all stages.'
+                'gradient_clip_algorithm="norm") in configure_gradient_clipping: these take the norm over all ranks.'
             )
 
 

@@ -43,9 +43,11 @@ def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = 
     strategy = module.trainer.strategy
     runner: Runner | None = getattr(strategy, "runner", None)
     norms = torch.zeros(2, len(named), dtype=torch.float64, device=strategy.root_device)
+    gradients = {p: p.grad for p in named.values()} if runner is None else runner.parameters.gradients()
     for index, parameter in enumerate(named.values()):
-        if parameter.grad is not None and (runner is None or runner.parameters.owns(parameter)):
-            norms[0, index] = parameter.grad.detach().norm(power)
+        gradient = gradients.get(parameter)
+        if gradient is not None and (runner is None or runner.parameters.owns(parameter)):
+            norms[0, index] = gradient.detach().norm(power)
             norms[1, index] = 1.0
     if runner is not None and strategy.mesh.shape.pipeline > 1:
         with waiting("norms of gradients over stages", strategy.mesh.pipeline_group):
@@ -74,6 +76,9 @@ def clip_gradients_by_norm(
     square = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for gradient in counted:
         square += gradient.detach().to(torch.float64).square().sum()
+    if placed.shards:
+        with waiting("clipping of gradients over replicas and graph ranks", mesh.stage_group):
+            dist.all_reduce(square, group=mesh.stage_group)
     if mesh.shape.pipeline > 1:
         with waiting("clipping of gradients over stages", mesh.pipeline_group):
             dist.all_reduce(square, group=mesh.pipeline_group)

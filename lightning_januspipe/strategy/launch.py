@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import torch
@@ -9,10 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+import __main__
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.strategy.base import StrategyState
+from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
+from lightning_januspipe.strategy.failure import FailureReport
+from lightning_januspipe.strategy.launcher import RankProcesses, script_launcher
+from lightning_januspipe.strategy.threads import share_cores
 
 
 class ProcessHooks(StrategyState):
@@ -34,6 +41,7 @@ class ProcessHooks(StrategyState):
     def set_world_ranks(self) -> None:
         """Tells the cluster environment and Lightning's rank-zero helpers which rank this process is."""
         if self.cluster_environment is not None:
+            check_variables(self.cluster_environment, self.num_processes, self._num_nodes, os.environ)
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self._num_nodes * self.num_processes)
         for module in (self.lib.rank_zero, self.lib.utils_rank_zero):
@@ -41,13 +49,17 @@ class ProcessHooks(StrategyState):
 
     @override
     def _configure_launcher(self) -> None:
-        _ = self.mesh_shape  # raises an error before any process is started
-        assert self.cluster_environment is not None
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self._num_nodes)
-        if self.is_distributed and not self.cluster_environment.creates_processes_externally:
-            self._launcher = self.lib.launcher._SubprocessScriptLauncher(
-                self.cluster_environment, self.num_processes, self._num_nodes
-            )
+        # All of this raises errors before any process is started.
+        world = self.mesh_shape.size
+        environment = self.cluster_environment
+        assert environment is not None
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self._num_nodes)
+        if self.is_distributed and dist.is_initialized():
+            check_joined(dist.get_world_size(), world)
+        if self.is_distributed and not environment.creates_processes_externally:
+            check_script(__main__, sys.argv)
+            launcher: Any = script_launcher(self.lib)
+            self._launcher = launcher(environment, self.num_processes, self._num_nodes)
 
     @override
     def setup_environment(self) -> None:
@@ -55,14 +67,32 @@ class ProcessHooks(StrategyState):
         super().setup_environment()
         self.lib.seed.reset_seed()
         self.set_world_ranks()
+        hook = sys.excepthook
         if self.is_distributed:
-            # Without device_id: with it, NCCL's sends and receives would wait for one another whatever their peers.
-            self.lib.distributed._init_dist_connection(self.cluster_environment, self.process_group_backend)
+            self._join()
         if self.mesh is None or self.mesh.aborted:
             self.mesh = Mesh(self.mesh_shape, self.global_rank, self.root_device, self.options.message_timeout)
+            if self.is_distributed:
+                share_cores(self.mesh.host_group, self.global_rank, self.mesh_shape.size)
         self._module._device_mesh = self.mesh.device_mesh
         self._loader_progress = LoaderProgress(self.root_device)
         self._num_runs += 1
+        if self.is_distributed:
+            store = dist.distributed_c10d._get_default_store()
+            self._failure = FailureReport(
+                self.global_rank, self.mesh_shape.size, store, self._launcher, run=self._num_runs, hook=hook
+            )
+
+    def _join(self) -> None:
+        """Starts torch.distributed."""
+        # Without device_id: with it, NCCL's sends and receives would wait for one another whatever their peers.
+        options: dict[str, Any] = {}
+        launcher: Any = self._launcher
+        if isinstance(launcher, RankProcesses) and launcher.store_listener is not None:
+            options["store"] = launcher.store(self.mesh_shape.size)
+        self.lib.distributed._init_dist_connection(self.cluster_environment, self.process_group_backend, **options)
+        if isinstance(launcher, RankProcesses):
+            launcher.has_joined = True
 
     # -- collectives for Lightning -----------------------------------------------------------------------------------
 

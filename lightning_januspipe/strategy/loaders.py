@@ -31,9 +31,8 @@ class LoaderHooks(StrategyState):
 
     def _hand_back_samplers(self, trainer: Trainer) -> None:
         """Lets Lightning share samples again."""
-        if self._shares_samples:
-            connector: Any = trainer._accelerator_connector
-            connector.use_distributed_sampler = True
+        connector: Any = trainer._accelerator_connector
+        connector.use_distributed_sampler = True
 
     def _discard_repeated(self) -> None:
         """Discards this replica's results of the present evaluation batch, if another replica has the same samples."""
@@ -63,13 +62,13 @@ class LoaderHooks(StrategyState):
             return dataloader
         require_samples(dataloader)
         required = self.options.num_microbatches != "auto"
-        split = split_batches(dataloader, self.num_microbatches(), required, self._owners_ahead())
+        split = split_batches(dataloader, self.num_microbatches(), required, self._choose_owners())
         self._train_loader = self._progress.tracked(split)
         if self.mesh_shape.data > 1 and self.options.balance != "microbatches":
             self._balance_replicas(self._train_loader, may_change=self._train_loader is not dataloader)
         return self._train_loader
 
-    def _owners_ahead(self) -> OwnersInLoader | None:
+    def _choose_owners(self) -> OwnersInLoader | None:
         """Returns what chooses the owners of atoms in the loader's workers, if atoms are sharded over graph ranks."""
         mesh = self._mesh
         if mesh.shape.graph == 1:

@@ -67,6 +67,11 @@ class StrategyOptions:
     activation: Literal["keep"] = "keep"
     """Which tensors of a micro-batch are kept between its phases. Only "keep" is available, which keeps all."""
 
+    shard: Literal["none", "optimizer"] = "none"
+    """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
+    "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "none": nothing
+    is shared."""
+
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
     instead of single files. Either kind is loaded, whatever the value."""
@@ -77,8 +82,9 @@ class StrategyOptions:
     timeout: timedelta | float = field(
         default=timedelta(minutes=30), metadata={"expected": "a time > 0, in seconds or as a timedelta"}
     )
-    """How long a rank waits for a message of another, in seconds or as hours:minutes:seconds (in Python, a
-    timedelta)."""
+    """How long a rank waits for another one, in messages, collectives and checkpoints, in seconds or as
+    hours:minutes:seconds (in Python, a timedelta). It has to be longer than the capture of the potential, the writing
+    of a checkpoint, and whatever else one rank does alone."""
 
     memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
     """The most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer

@@ -109,15 +109,18 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        if self.num_microbatches() > 1 or self._captures:
-            check_trainer(self._trainer, is_pipeline=self._captures)
+        has_parts = self._captures or self._shards_optimizers
+        if self.num_microbatches() > 1 or has_parts:
+            check_trainer(self._trainer, has_parts)
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             # The ranks of a replica run the same steps, so they have to draw the same numbers.
             with waiting("exchange of random states", self._mesh.replica_group):
                 broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+        if has_parts:
             self._prune_optimizers()
+        if self._captures:
             self._free_other_stages()
         self._progress.training_starts()
 
@@ -149,7 +152,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
         with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
-            owners = batch.ahead if split else ()
+            owners = batch.owners if split else ()
             outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
@@ -229,6 +232,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
+        if self._failure is not None and isinstance(exception, Exception):
+            self._failure.note(exception)
         if self._shutdown is not None:
             self._shutdown.give_up()
 
@@ -236,13 +241,14 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def teardown(self) -> None:
         """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
         for stage in self._stage_optimizers.values():
-            stage.make_whole()
+            stage.release()
         module, residence = self.lightning_module, self._residence
         if module is not None:
             module.__dict__.pop("_on_before_batch_transfer", None)
             module._device_mesh = None
             self._metric_gather.detach(module)
-            self._hand_back_samplers(module.trainer)
+            if self._shares_samples:
+                self._hand_back_samplers(module.trainer)
         if self._shutdown is not None:
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None

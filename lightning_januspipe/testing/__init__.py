@@ -3,7 +3,7 @@
 from lightning_januspipe.testing.conformance import PotentialConformance
 from lightning_januspipe.testing.parity import assert_matches_single_process, compare_records
 from lightning_januspipe.testing.pool import RankError, RankPool, reserved_port
-from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_undivided
+from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_reference
 from lightning_januspipe.testing.trainer import quiet_trainer
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "quiet_trainer",
     "reserved_port",
     "train_in_pipeline",
-    "train_undivided",
+    "train_reference",
 ]

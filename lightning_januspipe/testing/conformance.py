@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lightning_januspipe.loader.sample_fields import sample_cost
 from lightning_januspipe.testing.parity import compare_records
 from lightning_januspipe.testing.pool import RankPool
-from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_undivided
+from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_reference
 
 _SIZES = ("pipeline_size", "data_size", "graph_size")
 _REFERENCE = ("data_size", "num_microbatches", "balance")
@@ -16,7 +16,7 @@ _REFERENCE = ("data_size", "num_microbatches", "balance")
 
 
 class PotentialConformance:
-    """Tests that a LightningModule trains on every mesh of ranks as it does undivided.
+    """Tests that a LightningModule trains on every mesh of ranks as it does under a plain Trainer.
 
     Inherit this class in a test file, name what makes the module and its data, and run pytest. Each test trains a few
     steps on one kind of structures with one strategy, and compares losses, the gradients of all parameters, and the
@@ -110,7 +110,7 @@ class PotentialConformance:
             "structures with unequal numbers of atoms or edges"
         )
 
-    def test_trains_as_undivided(self, structures: str, strategy: str) -> None:
+    def test_trains_as_plain_lightning(self, structures: str, strategy: str) -> None:
         """Compares losses, gradients and parameters with those of a plain Trainer."""
         cls = type(self)
         arguments = _complete(cls.strategies[strategy])
@@ -131,7 +131,7 @@ class PotentialConformance:
         if key not in self._references:
             run = self._run_of(structures, needed)
             replicas = _devices(needed)
-            self._references[key] = self._run(replicas, train_undivided, *run, replicas)[0]
+            self._references[key] = self._run(replicas, train_reference, *run, replicas)[0]
         return self._references[key]
 
     def _run(self, num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_januspipe.testing.pool import RankPool
-from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_undivided
+from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_reference
 
 
 def assert_matches_single_process(
@@ -25,7 +25,7 @@ def assert_matches_single_process(
 ) -> None:
     """Trains in a pipeline and in one process, and compares losses, gradients and parameters of every step.
 
-    The reference is the undivided module under a plain Trainer, which differentiates the mean loss of the same
+    The reference is the module as it is under a plain Trainer, which differentiates the mean loss of the same
     micro-batches of all replicas. Use a float64 module: in float32 the two differ by rounding.
 
     Args:
@@ -50,7 +50,7 @@ def assert_matches_single_process(
     arguments = (module_factory, datamodule_factory, strategy or {}, steps, trainer or {})
     try:
         ranks = own.run(train_in_pipeline, *arguments, world_size=devices)
-        (reference,) = own.run(train_undivided, *arguments, devices, world_size=1)
+        (reference,) = own.run(train_reference, *arguments, devices, world_size=1)
     finally:
         if pool is None:
             own.close()
@@ -61,7 +61,7 @@ def compare_records(reference: Record, ranks: Sequence[Record], rtol: float) -> 
     """Compares the records of all ranks with the record of one process.
 
     Args:
-        reference: The record of the undivided module.
+        reference: The record of the module as it is.
         ranks: The records of every rank, with gradients only of the parameters that it trains.
         rtol: The largest difference, relative to the largest entry of the same tensor.
 

@@ -139,6 +139,7 @@ class RankPool:
 def _serve(pipe: Connection, environment: dict[str, str], start_method: str | None, modules: Sequence[str]) -> None:
     os.environ.clear()  # a forked process has the environment of the server, not that of the pool's program
     os.environ.update(environment)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_start_method(start_method, force=True)
     for module in modules:
         importlib.import_module(module)

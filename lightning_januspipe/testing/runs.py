@@ -1,4 +1,4 @@
-"""Two training runs to compare: one rank's part of a pipelined run, and the undivided run in one process."""
+"""Two training runs to compare: one rank's part of a pipelined run, and the same run in one process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train_in_pipeline(
     namespace = _namespace(module)
     bound = strategy_class(namespace)(**strategy)
     world = int(os.environ["WORLD_SIZE"])
-    recorder = _recorder(module, lambda parameter: bound.runner.parameters.holds(parameter))
+    recorder = _recorder(module, lambda: bound.runner.parameters.gradients())
     trainer = _trainer(namespace, steps, trainer_arguments, strategy=bound, devices=world)
     trainer.callbacks.insert(0, recorder)
     replica = bound.mesh_shape.coordinates(int(os.environ["RANK"]))[1]
@@ -64,7 +64,7 @@ def train_in_pipeline(
     return recorder.record
 
 
-def train_undivided(
+def train_reference(
     module_factory: Callable[[], Any],
     datamodule_factory: Callable[[], Any],
     strategy: dict[str, Any],
@@ -72,7 +72,7 @@ def train_undivided(
     trainer_arguments: dict[str, Any],
     devices: int,
 ) -> Record:
-    """Trains the undivided module with a plain Trainer, on the mean loss of all micro-batches of all replicas.
+    """Trains the module as it is with a plain Trainer, on the mean loss of all micro-batches of all replicas.
 
     In one process the replicas' batches are trained on side by side. In as many processes as there are replicas, each
     trains on its own with Lightning's DDP, so that losses that reduce themselves over processes are what they would be.
@@ -119,7 +119,7 @@ def train_undivided(
     module.log = lambda *_, **__: None
     plain = "auto" if world == 1 else "ddp_find_unused_parameters_true"
     trainer = _trainer(namespace, steps, trainer_arguments, strategy=plain, devices=world)
-    recorder = _recorder(module, lambda parameter: True)
+    recorder = _recorder(module, lambda: {p: p.grad for p in module.parameters() if p.requires_grad})
     trainer.callbacks.insert(0, recorder)
     trainer.fit(module, _Zipped(loaders))
     recorder.record.parameters = _copies(module)
@@ -166,7 +166,7 @@ def _trainer(namespace: str, steps: int, arguments: dict[str, Any], **fixed: Any
     return quiet_trainer(namespace=namespace, **{"max_steps": steps, "limit_val_batches": 0, **arguments, **fixed})
 
 
-def _recorder(module: Any, holds: Callable[[nn.Parameter], bool]) -> Any:
+def _recorder(module: Any, gradients: Callable[[], dict[nn.Parameter, Tensor | None]]) -> Any:
     class Recorder(library(_namespace(module)).Callback):  # type: ignore[misc]
         """Keeps losses and the gradients that the optimizer sees."""
 
@@ -174,12 +174,9 @@ def _recorder(module: Any, holds: Callable[[nn.Parameter], bool]) -> Any:
             self.record = Record(initial=_copies(module))
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            names = {p: n for n, p in pl_module.named_parameters()}
             self.record.gradients.append(
-                {
-                    n: None if p.grad is None else p.grad.detach().cpu().clone()
-                    for n, p in pl_module.named_parameters()
-                    if p.requires_grad and holds(p)
-                }
+                {names[p]: None if g is None else g.detach().cpu().clone() for p, g in gradients().items()}
             )
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

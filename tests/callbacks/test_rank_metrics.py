@@ -65,7 +65,7 @@ def test_replicas() -> None:
     assert found["januspipe/message_bytes"] == 300.0
 
 
-def test_undivided() -> None:
+def test_single_process() -> None:
     spans = (Span(Action(Phase.FE, 0, 0), 0.0, 1.0), Span(Action(Phase.FE, 0, 1), 1.0, 4.0))
     mine = RankNumbers.of_step(RankStep(None, spans, 0), (2.0, 10, 2), None)
     assert metrics([mine], MeshShape(1, 1)) == {

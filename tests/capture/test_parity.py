@@ -1,4 +1,4 @@
-"""Any number of stages gives the parameter gradients of the undivided double backward, for many kinds of models."""
+"""Any number of stages gives the parameter gradients of the plain double backward, for many kinds of models."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class TestHelp:
             assert exit_info.value.code == 0
             text = capsys.readouterr().out
             assert text.startswith("usage: januspipe ") and len(text.splitlines()) < 30
-            for name in ("fit", "validate", "test", "predict", "plan", "bench", "init", "consolidate"):
+            for name in ("fit", "validate", "test", "predict", "plan", "bench", "init", "export", "consolidate"):
                 assert re.search(rf"^    {name} +[A-Z]", text, re.MULTILINE), name
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:

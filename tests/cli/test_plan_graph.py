@@ -162,10 +162,10 @@ class TestMeshes:
         assert best.structures_per_second == pytest.approx(32 / (0.32 + best.reduce))
         weights = sum(p.nbytes for p in SMALL().potential.parameters())
         assert best.reduce == pytest.approx(20e-6 + 2 * weights * 3 / 4 / 1e9)
-        divided = next(row for row in meshes.rows if row.shape == MeshShape(1, 2, 2))
+        chosen = next(row for row in meshes.rows if row.shape == MeshShape(1, 2, 2))
         exchanged = 20e-6 + 1e6 / 1e9
-        assert divided.plan.choice is not None
-        assert divided.plan.choice.step_time == pytest.approx(4 * (0.9 * 0.08 + exchanged))
+        assert chosen.plan.choice is not None
+        assert chosen.plan.choice.step_time == pytest.approx(4 * (0.9 * 0.08 + exchanged))
         assert best.arguments().startswith("JanusPipeStrategy(pipeline_size=1, data_size=4, graph_size=1, ")
 
     def test_replicas_where_graph_ranks_are_hardly_faster(self, found: SimpleNamespace) -> None:

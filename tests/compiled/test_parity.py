@@ -1,4 +1,4 @@
-"""Phase graphs give the parameter gradients of the undivided double backward, for many kinds of models."""
+"""Phase graphs give the parameter gradients of the plain double backward, for many kinds of models."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ def test_drop_last_leaves_out_what_does_not_divide() -> None:
     kept = _replicas(sizes, 2, max_atoms=20, drop_last=True, shuffle=False)
     assert kept == [[[0, 1], [4, 5]], [[2, 3], [6]]]
     assert _replicas(sizes, 3, max_atoms=20, drop_last=True, shuffle=False) == [[[0, 1]], [[2, 3]], [[4, 5]]]
-    divided = _replicas(sizes, 3, max_atoms=20, shuffle=False)
-    assert sorted(itertools.chain(*itertools.chain(*divided))) == list(range(7))
-    assert [[len(b) for b in of] for of in divided].count([1, 1]) <= 3
+    of_replicas = _replicas(sizes, 3, max_atoms=20, shuffle=False)
+    assert sorted(itertools.chain(*itertools.chain(*of_replicas))) == list(range(7))
+    assert [[len(b) for b in of] for of in of_replicas].count([1, 1]) <= 3
 
 
 def test_fewer_structures_than_replicas_are_repeated() -> None:

@@ -1,4 +1,4 @@
-"""The executor on real ranks: every schedule gives the undivided gradients, and failures end with the cause named."""
+"""The executor on real ranks: every schedule gives the double backward's gradients, and failures name their cause."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 
 import pytest
 from engine_workers import (
-    evaluate_like_undivided,
+    evaluate_like_reference,
     make_executor_alone,
     num_inflight,
     step_with_a_dead_rank,
     step_with_a_hanging_rank,
-    train_like_undivided,
+    train_like_reference,
     unequal_inputs,
 )
 from pools import pool_of
-from toy import assert_close, loss_gradients, undivided
+from toy import assert_close, double_backward, loss_gradients
 
 from lightning_januspipe.schedule import PhaseCosts, build_schedule
 from lightning_januspipe.testing import RankError, RankPool
@@ -41,9 +41,9 @@ UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
         ),
     ],
 )
-def test_gradients_equal_the_undivided_ones(pool: RankPool, layout: str, schedule: str) -> None:
+def test_gradients_equal_the_double_backward(pool: RankPool, layout: str, schedule: str) -> None:
     size = {"two stages": 2, "three stages": 3, "everything": 4}[layout]
-    results = pool.run(train_like_undivided, layout, schedule, [1, 2, 3, 4, 5, 6, 7, 8], world_size=size)
+    results = pool.run(train_like_reference, layout, schedule, [1, 2, 3, 4, 5, 6, 7, 8], world_size=size)
     assert all(len(largest) == 8 for largest, _ in results)
     assert max(largest[-1] for largest, _ in results) > 1e-3
 
@@ -61,7 +61,7 @@ def test_gradients_equal_the_undivided_ones(pool: RankPool, layout: str, schedul
     ],
 )
 def test_several_stages_on_a_rank(pool: RankPool, schedule: str, layout: str, size: int) -> None:
-    results = pool.run(train_like_undivided, layout, schedule, [5, 8, 1], world_size=size)
+    results = pool.run(train_like_reference, layout, schedule, [5, 8, 1], world_size=size)
     assert all(min(largest) > 1e-3 for largest, _ in results)
     assert any(num_split for _, num_split in results) == (schedule in UNFOLDED), "stages should be split"
 
@@ -78,7 +78,7 @@ def test_several_stages_on_a_rank(pool: RankPool, schedule: str, layout: str, si
 )
 def test_gradients_of_other_chains(pool: RankPool, layout: str) -> None:
     for schedule in ("wavek", "wavek-zb", "1f1b-2nd"):
-        pool.run(train_like_undivided, layout, schedule, [5, 2], world_size=3)
+        pool.run(train_like_reference, layout, schedule, [5, 2], world_size=3)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_gradients_of_other_chains(pool: RankPool, layout: str) -> None:
     + [("four stages", "1f1b-2nd", 2), ("eight stages", "hanayo-2nd", 2)],
 )
 def test_evaluate(pool: RankPool, layout: str, schedule: str, size: int) -> None:
-    compared = pool.run(evaluate_like_undivided, layout, schedule, 3, world_size=size)
+    compared = pool.run(evaluate_like_reference, layout, schedule, 3, world_size=size)
     assert sorted(compared) == [*[0] * (size - 1), 6], "one rank has the results"
 
 
@@ -96,7 +96,7 @@ def test_one_stage_in_one_process() -> None:
     inputs = unequal_inputs(3)
     plan = build_schedule("gpipe", 1, 3, PhaseCosts(1, 1, 2, 2))
     executor.run(plan, inputs, lambda _, y, x: loss_gradients(y, x))
-    expected = [undivided(functions, i.tensors).gradients for i in inputs]
+    expected = [double_backward(functions, i.tensors).gradients for i in inputs]
     for parameter in functions[0].parameters:
         assert_close(gradients.get(parameter), sum(e[parameter] for e in expected), "gradient")
 

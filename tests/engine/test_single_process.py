@@ -1,4 +1,4 @@
-"""Whole chains in one process, deferred and split: parameter gradients are those of the undivided double backward."""
+"""Whole chains in one process, deferred and split: parameter gradients are those of the plain double backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tiny
 import torch
 from capture_models import Traced, eager_gradients, structures_of
 from torch import Tensor, nn
-from toy import CHAINS, FLOAT, NUM_FEATURES, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
+from toy import CHAINS, FLOAT, NUM_FEATURES, ToyStage, assert_close, chain, double_backward, loss_gradients, microbatch
 
 from lightning_januspipe.capture.stages.captured import CapturedStage
 from lightning_januspipe.engine.gradients import GradientBuffers
@@ -26,7 +26,7 @@ def subsets(num: int) -> list[tuple[int, ...]]:
 
 def assert_parity(functions: Sequence[ToyStage], spec: ChainSpec, **options: Any) -> None:
     tensors = microbatch(1).tensors
-    expected = undivided(functions, tensors)
+    expected = double_backward(functions, tensors)
     result = run_single_process(functions, spec, tensors, loss_gradients, **options)
     for found, wanted in zip(result.derivatives, expected.derivatives, strict=True):
         assert_close(found, wanted, "derivative", rtol=1e-12)

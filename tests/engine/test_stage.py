@@ -1,4 +1,4 @@
-"""The four phases against the undivided double backward: same numbers, each graph walked once, nothing left over."""
+"""The four phases against the plain double backward: same numbers, each graph walked once, nothing left over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
+from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, double_backward, loss_gradients, microbatch
 
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_single_process
@@ -24,10 +24,10 @@ from lightning_januspipe.engine.stage import SplitStage, Stage
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_gradients_equal_the_undivided_ones(name: str) -> None:
+def test_gradients_equal_the_double_backward(name: str) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(1).tensors
-    expected = undivided(functions, tensors)
+    expected = double_backward(functions, tensors)
     assert expected.derivatives[1].abs().max() > 1e-3, "the strain has to matter for this test"
 
     result = run_single_process(functions, spec, tensors, loss_gradients)
@@ -108,7 +108,7 @@ def test_evaluation_keeps_nothing_and_gives_the_same_derivatives() -> None:
         message, parts = stage.forward_force(7, message, create_graph=False)
         total = [a + b for a, b in zip(total, parts, strict=True)]
         assert stage.num_inflight == 0
-    for found, wanted in zip(total, undivided(functions, tensors).derivatives, strict=True):
+    for found, wanted in zip(total, double_backward(functions, tensors).derivatives, strict=True):
         assert_close(found, wanted, "derivative")
 
 
@@ -212,11 +212,11 @@ def test_deferred_phases_add_gradients_in_wf_and_we_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["two stages", "four stages", "energies in several stages", "shared weights"])
-def test_as_many_products_as_the_undivided_double_backward(name: str) -> None:
+def test_as_many_products_as_the_plain_double_backward(name: str) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(6).tensors
     with _Products() as reference:
-        undivided(functions, tensors)
+        double_backward(functions, tensors)
     with _Products() as split:
         run_single_process(functions, spec, tensors, loss_gradients)
     assert split.count == reference.count > 0
@@ -458,7 +458,7 @@ def test_micro_batches_in_flight_do_not_disturb_one_another(order: str) -> None:
     for action in order.split():
         walks[int(action[2])].run(action[:2])
     assert [s.num_inflight for s in stages] == [0, 0, 0]
-    first, second = (undivided(functions, t).gradients for t in batches)
+    first, second = (double_backward(functions, t).gradients for t in batches)
     for parameter, gradient in first.items():
         assert_close(gradients.get(parameter), gradient + second[parameter], "summed gradient")
 
@@ -479,7 +479,7 @@ def test_one_of_the_two_backward_phases_may_be_deferred_alone(defer: str) -> Non
     if defer == "BE":
         stage.weight_energy(0)
     assert stage.num_inflight == 0
-    for parameter, gradient in undivided(functions, tensors).gradients.items():
+    for parameter, gradient in double_backward(functions, tensors).gradients.items():
         assert_close(gradients.get(parameter), gradient, "gradient")
 
 

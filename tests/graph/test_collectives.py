@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused(pool: RankPool, num_ranks: int) -> None:
 
 @pytest.mark.parametrize("name", ["two stages", "observables in several stages", "no coordinates in the middle"])
 def test_exchanges_inside_of_stages(pool: RankPool, name: str) -> None:
-    """Through the phases, at once and deferred: the same numbers as undivided, and no exchange more than needed."""
+    """Through the phases, at once and deferred: the same numbers as in one process, with no needless exchange."""
     at_once, deferred = (pool.run(phases, name, defer, world_size=3) for defer in (False, True))
     for error, _ in at_once + deferred:
         assert error < RTOL

@@ -1,4 +1,4 @@
-"""Potentials that divide themselves on graph ranks: what they have to say, and the proof that they are right."""
+"""Potentials with stages of their own on graph ranks: what they have to declare, and the verification of it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class _State(nn.Module):
         ({"stage_edges": None}, r"has stage_edges = None; expected the source and the target of edges, among"),
         ({"stage_edges": ("from", "to")}, r"has stage_edges = \('from', 'to'\); expected"),
         ({"stage_edges": ("positions", ("edges", 0))}, r"names 'positions' \[\] of shape .* one index for each edge"),
-        ({"stage_edges": (("edges", 0), "species")}, "expected two of the same size, that of the edges"),
-        ({"stage_edges": ("species", "index")}, "expected two of the same size, that of the edges"),
+        ({"stage_edges": (("edges", 0), "species")}, "expected two inputs with one entry for each edge"),
+        ({"stage_edges": ("species", "index")}, "expected two inputs with one entry for each edge"),
         ({"stage_edges": (("edges", 0), ("edges", 0))}, "expected the source and the target of edges"),
         ({"stage_edges": (0, 1)}, r"has stage_edges = \(0, 1\); expected the source and the target"),
         ({"stage_edges": "edges"}, "expected the source and the target of edges"),
@@ -121,7 +121,7 @@ def test_a_part_that_fails_on_one_rank_ends_all_at_once(pool: RankPool, tmp_path
     strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1, "timeout": 90}
     (other, seconds), (own, _) = pool.run(workers.failed, strategy, str(tmp_path), world_size=2, timeout=120)
     assert own == "ValueError: no such table"
-    assert other.startswith("PipelineError: graph rank 0 waited") and seconds < 30
+    assert other.startswith("RankLostError: global rank 0 waited") and seconds < 30
 
 
 class Counting(plain_modules.Explicit):

@@ -107,7 +107,7 @@ def test_stages_have_the_exchanges_of_what_they_run() -> None:
         (models.MeanField, "combines all atoms or edges"),
         (models.Numbered, "computes aten.lt.Tensor of the indices of atoms or edges"),
         (models.Shifted, "combines all atoms or edges"),
-        (models.Counted, "computes with the number of atoms or edges"),
+        (models.Counted, "uses the number of atoms or edges as a value"),
         (Values, "computes aten.mul.Tensor of the indices of atoms or edges"),
         (models.Looked, "looks atoms or edges up by indices that it computes"),
     ],

@@ -1,4 +1,4 @@
-"""Owners of atoms chosen ahead, from batches of any form."""
+"""Owners of atoms chosen in the loader, from batches of any form."""
 
 from __future__ import annotations
 
@@ -76,6 +76,6 @@ def test_ranks_take_turns_in_the_loaders_workers(num_workers: int, is_turn: list
     loader: Any = DataLoader(list(range(5)), 5, num_workers=num_workers, collate_fn=as_it_is)  # type: ignore[arg-type]
     (batch,) = split_batches(loader, 5, True, OwnersInLoader(2, rank=1, size=3))
     assert isinstance(batch, MicroBatches)
-    assert [owners is not None for owners in batch.ahead] == is_turn
-    for owners in batch.ahead:
+    assert [owners is not None for owners in batch.owners] == is_turn
+    for owners in batch.owners:
         assert owners is None or torch.equal(owners, EXPECTED)

@@ -12,7 +12,7 @@ import torch
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
-# One way to divide the potential is enough where optimizers do not depend on it; others are divided as by default.
+# One way to cut the potential is enough where optimizers do not depend on it; others are cut as by default.
 PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
 DEFAULT: dict[str, Any] = {"num_microbatches": 1}
 
@@ -141,7 +141,7 @@ def test_learning_rate_finder(pool: RankPool) -> None:
     assert plain["suggestion"] == plain["attribute"] == plain["rates"][0][0] != 1e-3
 
 
-OWN_CLIPPING = ["ValueError", "sees the gradients of this rank's stages only", "self.clip_gradients(optimizer"]
+OWN_CLIPPING = ["ValueError", "sees the gradients of this rank only", "self.clip_gradients(optimizer"]
 REFUSED = {
     "unfreezing": ["ValueError", "Unfreezing unfreezes", "before another Trainer.fit", "pipeline_size=1"],
     "backbone": ["ValueError", "BackboneFinetuning unfreezes", "pipeline_size=1"],

@@ -13,14 +13,14 @@ from pools import slow
 from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate
 from lightning_januspipe.schedule.draw import SUFFIXES
-from lightning_januspipe.testing import RankPool, compare_records, train_undivided
+from lightning_januspipe.testing import RankPool, compare_records, train_reference
 
 
 @pytest.mark.parametrize("schedule", [pytest.param("wavek", marks=pytest.mark.slow), "wavek-zb"])
 def test_a_new_schedule_in_mid_training_changes_no_number(pool: RankPool, schedule: str) -> None:
     strategy = {"schedule": schedule, "num_microbatches": 4}
     results = pool.run(pipeline_workers.train_and_replan, strategy, 6, world_size=2)
-    (reference,) = pool.run(train_undivided, tiny.module, tiny.data, strategy, 6, {}, 2, world_size=1)
+    (reference,) = pool.run(train_reference, tiny.module, tiny.data, strategy, 6, {}, 2, world_size=1)
     compare_records(reference, [record for record, _ in results], 1e-9)
     assert [built for _, built in results] == [1, 0], "the first rank plans for all, once"
 
@@ -30,7 +30,7 @@ def test_two_stages_on_each_rank(pool: RankPool, placement: tuple[int, ...]) -> 
     strategy = {"schedule": "wavek-zb", "num_microbatches": 4}
     results = pool.run(pipeline_workers.train_with_placement, placement, strategy, 3, world_size=2)
     assert [stages for _, stages in results] == [[s for s, r in enumerate(placement) if r == rank] for rank in (0, 1)]
-    (reference,) = pool.run(train_undivided, tiny.module, tiny.data, strategy, 3, {}, 2, world_size=1)
+    (reference,) = pool.run(train_reference, tiny.module, tiny.data, strategy, 3, {}, 2, world_size=1)
     compare_records(reference, [record for record, _ in results], 1e-9)
 
 

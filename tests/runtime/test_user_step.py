@@ -36,7 +36,7 @@ def around(traced: Traced, kind: type[Step], **attributes: Any) -> tuple[Capture
 
 
 def results(traced: Traced, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Observables and derivatives from the undivided program."""
+    """Observables and derivatives from the whole program."""
     out: StageOutput = CapturedStage(traced.cut(1), 0, traced.potential)(tensors, [])
     return [y.detach() for y in out.observables], list(torch.autograd.grad(out.energies, out.coordinates))
 

@@ -97,7 +97,7 @@ def test_replicas_log_as_in_ddp(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_micro_batches_weigh_their_samples(pool: RankPool, tmp_path: Path, world: int) -> None:
-    """Batches of 6 and 5 samples in 4 micro-batches of 1 or 2, with a learning rate of 0: as the undivided batches."""
+    """Batches of 6 and 5 samples in 4 micro-batches of 1 or 2, with a learning rate of 0: as the whole batches."""
     settings = ("lightning", 6, 0.0, 11)
     (expected,) = pool.run(workers.fit_and_log, None, str(tmp_path / "a"), *settings, world_size=1)
     strategy = {"num_microbatches": 4}

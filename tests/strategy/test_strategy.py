@@ -81,7 +81,7 @@ def test_both_lightnings(pool: RankPool, namespace: str, strategy: Any) -> None:
     for found in ranks:
         assert found["schedule"] == ("gpipe" if strategy == "januspipe_gpipe" else "wavek-zb")
         close(ranks[0]["state"], found["state"])
-    if strategy is TWO:  # one micro-batch, so the reference is the undivided batch
+    if strategy is TWO:  # one micro-batch, so the reference is the whole batch
         (expected,) = pool.run(workers.fit_namespace, namespace, None, world_size=1)
         for found in ranks:
             close(expected["losses"], found["losses"])

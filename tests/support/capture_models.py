@@ -1,4 +1,4 @@
-"""Small hand-written potentials and steps for the tests of capture, and the undivided double backward as reference."""
+"""Small hand-written potentials and steps for the tests of capture, and the plain double backward as reference."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Traced:
 
 
 def eager_gradients(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the loss and the parameter gradients of the undivided double backward."""
+    """Returns the loss and the parameter gradients of the plain double backward."""
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     loss = loss_in(module.training_step(copied(batch)))
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -241,7 +241,7 @@ def loss_in(output: Any) -> Tensor:
 def assert_parity(
     captured: StagedPotential, module: nn.Module, batch: Batch, tolerance: float = 1e-10, **options: Any
 ) -> None:
-    """Loss and every parameter gradient equal those of the undivided double backward; none where that has none."""
+    """Loss and every parameter gradient equal those of the plain double backward; none where that has none."""
     expected_loss, expected = eager_gradients(module, batch)
     loss, found = staged_gradients(captured, module, batch, **options)
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)

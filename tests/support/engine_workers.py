@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from toy import CHAINS, FLOAT, LAST, Layout, ToyStage, assert_close, chain, loss_gradients, microbatch, undivided
+from toy import CHAINS, FLOAT, LAST, Layout, ToyStage, assert_close, chain, double_backward, loss_gradients, microbatch
 
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
@@ -126,7 +126,7 @@ def schedule_of(
     return build_schedule(name, num_ranks, num_microbatches, costs, chunks=num_stages // num_ranks, placement=placement)
 
 
-def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[list[float], int]:
+def train_like_reference(layout: str, name: str, numbers: list[int]) -> tuple[list[float], int]:
     """Runs steps with these numbers of micro-batches.
 
     Returns:
@@ -144,7 +144,7 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
     for num, schedule in zip(numbers, schedules, strict=True):
         assert schedule.placement == schedules[0].placement
         inputs = unequal_inputs(num)
-        expected = [undivided(functions, i.tensors) for i in inputs]
+        expected = [double_backward(functions, i.tensors) for i in inputs]
         called: list[int] = []
 
         def loss(
@@ -178,7 +178,7 @@ def train_like_undivided(layout: str, name: str, numbers: list[int]) -> tuple[li
     return largest, sum(map(schedules[0].is_split, schedules[0].stages_of(rank)))
 
 
-def evaluate_like_undivided(layout: str, name: str, num: int) -> int:
+def evaluate_like_reference(layout: str, name: str, num: int) -> int:
     """Evaluates, trains and evaluates again; returns how many micro-batches were compared on this rank."""
     rank = _start()
     size, num_stages = dist.get_world_size(), len(LAYOUTS[layout])
@@ -194,7 +194,7 @@ def evaluate_like_undivided(layout: str, name: str, num: int) -> int:
             assert (result is None) == (rank != training.force_placement[0])
             if result is None:
                 continue
-            expected = undivided(functions, i.tensors)
+            expected = double_backward(functions, i.tensors)
             for found, wanted in zip(result[0], expected.observables, strict=True):
                 assert_close(found, wanted, "observable")
             for found, wanted in zip(result[1], expected.derivatives, strict=True):
@@ -328,6 +328,8 @@ def use_groups_as_world() -> dict[str, Any]:
 
 
 class _Owns:
+    shards: tuple[()] = ()
+
     def __init__(self, owned: set[nn.Parameter]) -> None:
         self._owned = owned
 

@@ -19,7 +19,7 @@ from lightning_januspipe.graph.collectives import Exchange
 
 @dataclass
 class Errors:
-    """Largest differences from the undivided function, relative to the largest entry."""
+    """Largest differences from the function in one process, relative to the largest entry."""
 
     energy: float
     forces: float
@@ -160,7 +160,7 @@ def _jacobian_error(function: Callable[[Tensor], Tensor], x: Tensor, step: float
 
 
 def third_derivative() -> tuple[Tensor, Tensor]:
-    """Returns derivatives of the energy along a line of positions: from all ranks, and undivided."""
+    """Returns derivatives of the energy along a line of positions: from all ranks, and in one process."""
     rank, num_ranks, group = start()
     sharded = sharded_graph("mixed", rank, num_ranks, group)
     exchange, shard = sharded.atoms, sharded.atoms.shard

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from toy import CHAINS, FLOAT, ToyStage, chain, loss_gradients, microbatch, undivided
+from toy import CHAINS, FLOAT, ToyStage, chain, double_backward, loss_gradients, microbatch
 
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import StageOutput
@@ -96,7 +96,7 @@ def energy(
     source: Tensor,
     atoms: Exchange | None,
 ) -> Tensor:
-    """Returns the energy of two layers of message passing and of a readout of the whole, undivided or of all ranks.
+    """Returns the energy of two layers of messages and a readout of the whole, in one process or over all ranks.
 
     Args:
         weights: parameters.
@@ -104,7 +104,7 @@ def energy(
         species: (n_own,).
         target: (e_own,) local numbers.
         source: (e_own,) local numbers.
-        atoms: None in the undivided function.
+        atoms: None in one process.
     """
 
     def gathered(x: Tensor) -> Tensor:
@@ -306,13 +306,13 @@ def with_a_part_that_needs_no_gradient() -> list[tuple[bool, bool]]:
 # -- phases ------------------------------------------------------------------------------------------------------------
 
 
-class DividedStage(ToyStage):
+class ShardedStage(ToyStage):
     """A stage of :mod:`toy` on own rows; the tensors are those of this rank, with local numbers of atoms."""
 
     exchange: Exchange
 
     def forward(self, coordinates: list[Tensor], tensors: Sequence[Tensor], boundary: Sequence[Tensor]) -> StageOutput:
-        """Computes what the undivided stage does, with exchanges."""
+        """Computes what the stage does without graph ranks, with exchanges."""
         layout, weights, atoms = self.layout, self.weights, self.exchange
         assert not layout.vectors and not layout.species
         positions, strain = coordinates
@@ -343,7 +343,7 @@ def phases(name: str, defer: bool) -> tuple[float, dict[str, int]]:
     rank, num_ranks, group = start()
     functions, spec = chain(CHAINS[name])
     positions, species, edges, structure, strain = microbatch(1).tensors
-    expected = undivided(functions, [positions, species, edges, structure, strain])
+    expected = double_backward(functions, [positions, species, edges, structure, strain])
     owner = torch.arange(len(positions)) % num_ranks
     source, target = edges
     sharded = _sharded_graph(owner, target, source, rank, num_ranks, group)
@@ -351,7 +351,7 @@ def phases(name: str, defer: bool) -> tuple[float, dict[str, int]]:
     local = torch.stack([sharded.local_source, sharded.local_target])
     tensors = [positions[own], species[own], local, structure[own], strain]
     for function in functions:
-        function.__class__ = DividedStage
+        function.__class__ = ShardedStage
         function.exchange = sharded.atoms  # type: ignore[attr-defined]
     with counted() as counts:
         result = run_single_process(functions, spec, tensors, loss_gradients, defer=defer)

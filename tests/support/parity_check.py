@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from lightning_januspipe import JanusPipeStrategy
-from lightning_januspipe.testing import RankPool, Record, compare_records, train_in_pipeline, train_undivided
+from lightning_januspipe.testing import RankPool, Record, compare_records, train_in_pipeline, train_reference
 
 _REFERENCES: dict[bytes, Record] = {}
 
@@ -46,5 +46,5 @@ def check_parity(
     given = (reference or module, data, {**sizes, "balance": strategy.get("balance", "auto")}, *more, replicas)
     key = pickle.dumps(given)
     if key not in _REFERENCES:
-        (_REFERENCES[key],) = pool.run(train_undivided, *given, world_size=1)
+        (_REFERENCES[key],) = pool.run(train_reference, *given, world_size=1)
     compare_records(_REFERENCES[key], ranks, 1e-9)

@@ -1,4 +1,4 @@
-"""Potentials and steps of many kinds, each to be compared with its undivided double backward."""
+"""Potentials and steps of many kinds, each to be compared with its plain double backward."""
 
 from __future__ import annotations
 

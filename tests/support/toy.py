@@ -1,4 +1,4 @@
-"""A chain of hand-written message-passing stages, its undivided double backward, and batches for both."""
+"""A chain of hand-written message-passing stages, its plain double backward, and batches for both."""
 
 from __future__ import annotations
 
@@ -192,15 +192,15 @@ def loss_gradients(observables: Sequence[Tensor], derivatives: Sequence[Tensor])
 
 
 @dataclass
-class Undivided:
-    """The result of one undivided double backward."""
+class DoubleBackward:
+    """The result of one plain double backward."""
 
     observables: list[Tensor]
     derivatives: list[Tensor]
     gradients: dict[nn.Parameter, Tensor]
 
 
-def undivided(stages: Sequence[ToyStage], tensors: Sequence[Tensor]) -> Undivided:
+def double_backward(stages: Sequence[ToyStage], tensors: Sequence[Tensor]) -> DoubleBackward:
     """Energies, their derivatives and the loss's parameter gradients, by plain autograd over the whole chain."""
     coordinates = [tensors[0].detach().requires_grad_(), tensors[4].detach().requires_grad_()]
     boundary: list[Tensor] = []
@@ -213,7 +213,7 @@ def undivided(stages: Sequence[ToyStage], tensors: Sequence[Tensor]) -> Undivide
     derivatives = torch.autograd.grad(torch.stack(energies).sum(), coordinates, create_graph=True)
     parameters = list(dict.fromkeys(p for s in stages for p in s.parameters))
     found = torch.autograd.grad(loss_value(observables, derivatives), parameters)
-    return Undivided(
+    return DoubleBackward(
         [y.detach() for y in observables], [d.detach() for d in derivatives], dict(zip(parameters, found, strict=True))
     )
 

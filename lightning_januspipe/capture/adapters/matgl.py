@@ -156,9 +156,9 @@ def _refuse_line_graphs(potential: nn.Module) -> None:
     found = [n for n, m in potential.named_modules() if _is_potential(m) and _has_line_graph(m.model)]
     if found:
         raise CaptureError(
-            f"{type(potential).__name__} calls MatGL's Potential in its {found[0]!r}, and only that can be captured "
-            "where its model builds a line graph. Name it: JanusPipeStrategy(potential=...) with its dotted name in "
-            f"the LightningModule, which ends in {found[0]!r}."
+            f"{type(potential).__name__} calls MatGL's Potential in its {found[0]!r}. Where the model builds a "
+            "line graph, only the Potential itself can be captured. Name it: JanusPipeStrategy(potential=...) with its "
+            f"dotted name in the LightningModule, which ends in {found[0]!r}."
         )
 
 

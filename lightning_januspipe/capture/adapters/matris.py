@@ -41,7 +41,7 @@ class MatRISAdapter(Adapter):
             if any(_is_graph(x) for x in _objects((args, kwargs))):
                 name = next(n for n, m in potential.named_modules() if _is_matris(m))
                 raise CaptureError(
-                    f"{type(potential).__name__} passes graphs on to the MatRIS in its {name!r}, and only the MatRIS "
+                    f"{type(potential).__name__} passes graphs on to the MatRIS in its {name!r}. Only the MatRIS "
                     "itself can be captured. Name it: JanusPipeStrategy(potential=...) with its dotted name in the "
                     f"LightningModule, which ends in {name!r}."
                 )

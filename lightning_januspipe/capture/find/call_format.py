@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_januspipe.capture.trees import leaves, with_leaves
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 
 def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -120,14 +120,14 @@ class CallFormat:
         missing += [p for p in self.sizes if not _is_size(found.get(p))]
         if missing:
             raise CaptureError(
-                f"the potential {shown(path)} was captured with the tensors {[*self.tensors, *self.sizes]}, but this "
+                f"the potential {quoted(path)} was captured with the tensors {[*self.tensors, *self.sizes]}, but this "
                 f"batch calls it without {missing}. Every batch has to hold the same entries."
             )
         for place, value in self.constants.items():
             given = found.get(place, _ABSENT)
             if not _same(given, value) and not _same(given, self.evaluation.get(place, value)):
                 raise CaptureError(
-                    f"the potential {shown(path)} was captured with {place} = {value!r}, but this batch calls it with "
+                    f"the potential {quoted(path)} was captured with {place} = {value!r}, but this batch calls it with "
                     f"{given!r}. Values that change with the batch have to be tensors or integers."
                 )
         tensors = [found[p] for p in self.tensors]

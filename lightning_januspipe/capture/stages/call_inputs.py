@@ -14,7 +14,7 @@ from lightning_januspipe.capture.trace.facts import Fact
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.program import symbols_in
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 if TYPE_CHECKING:
     from lightning_januspipe.capture.stages.captured import CapturedPotential
@@ -66,7 +66,7 @@ class CallInputs:
         """Compares a value that the forward reads from this batch with the value when it was traced."""
         if found != fact.value:
             raise CaptureError(
-                f"the potential {shown(self._captured.path)} was captured with the value {fact.value!r} at "
+                f"the potential {quoted(self._captured.path)} was captured with the value {fact.value!r} at "
                 f"{fact.place}, but this batch has the value {found!r} there. A trace holds one branch only: use "
                 "torch.where instead, choose batches in the dataset that all take this branch, or train with "
                 "pipeline_size=1 and graph_size=1."
@@ -111,7 +111,7 @@ def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list
         ready = [k for k, of_value in enumerate(needs) if of_value <= names]
         if not ready:
             raise CaptureError(
-                f"the potential {shown(captured.path)} draws random numbers whose shape depends on other random "
+                f"the potential {quoted(captured.path)} draws random numbers whose shape depends on other random "
                 "numbers. Draw one of the two in the dataset."
             )
         outputs = [wanted[k][0] for k in ready]

@@ -26,7 +26,7 @@ from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
 from lightning_januspipe.capture.trace.program import Program, ReturnedSize
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class CapturedPotential:
             if dim >= len(shape) or not lower <= shape[dim] <= upper:
                 expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
                 raise CaptureError(
-                    f"the potential {shown(self.path)} was captured for size {expected} of dimension {dim} of its "
+                    f"the potential {quoted(self.path)} was captured for size {expected} of dimension {dim} of its "
                     f"input {self._places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
                 )
         symbols = self.program.bind(tensors)
@@ -164,7 +164,7 @@ class CapturedPotential:
                     f"{s} = {sizes[s]} (dimension {d} of its input {self._places[i]})" for s, (i, d) in where.items()
                 ]
                 raise CaptureError(
-                    f"the potential {shown(self.path)} was captured for sizes with {condition}, but this batch has "
+                    f"the potential {quoted(self.path)} was captured for sizes with {condition}, but this batch has "
                     f"{', '.join(given)}. {_OTHER_SIZES}"
                 )
         return symbols

@@ -20,7 +20,7 @@ from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trees import leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 ENERGY = "energy"
 Tensors = Mapping[str, Tensor]
@@ -236,7 +236,7 @@ class ExplicitPotential:
             found = named_inputs(declared, self.path, args, kwargs)
             if list(found) != list(self.inputs_by_name):
                 raise CaptureError(
-                    f"stage_inputs of the potential {shown(self.path)} returned {list(found)}; it returned "
+                    f"stage_inputs of the potential {quoted(self.path)} returned {list(found)}; it returned "
                     f"{list(self.inputs_by_name)} before. Every batch has to have the same entries."
                 )
             return list(found.values())
@@ -365,13 +365,13 @@ def named_inputs(
     wrong = [n for n, x in found.items() if not isinstance(x, Tensor)] if isinstance(found, Mapping) else ["(no dict)"]
     if wrong:
         raise CaptureError(
-            f"stage_inputs of the potential {shown(path)} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
+            f"stage_inputs of the potential {quoted(path)} returned no tensor for {', '.join(map(str, wrong[:3]))}; "
             "expected a dict of tensors"
         )
     missing = [n for n in potential.stage_coordinates if n not in found]
     if missing:
         raise CaptureError(
-            f"stage_inputs of the potential {shown(path)} returned {list(found)}, without the coordinates {missing}"
+            f"stage_inputs of the potential {quoted(path)} returned {list(found)}, without the coordinates {missing}"
         )
     return dict(found)
 
@@ -380,7 +380,7 @@ def _require_shape(kind: str, name: str, value: Tensor, spec: TensorSpec, sizes:
     expected = spec.sizes(sizes)
     if tuple(value.shape) != expected or value.dtype != spec.dtype:
         raise CaptureError(
-            f"{kind} {name!r} of the potential {shown(path)} has shape {tuple(value.shape)} and {value.dtype}; "
+            f"{kind} {name!r} of the potential {quoted(path)} has shape {tuple(value.shape)} and {value.dtype}; "
             f"expected {expected}, which is {spec.shape}, and {spec.dtype}. Sizes of features have to be constants or "
             "sizes of inputs (atoms, edges, structures), or multiples of them. Take the number of structures from the "
             "shape of an input, not from its values (index.max() + 1)."

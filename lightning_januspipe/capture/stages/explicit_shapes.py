@@ -18,7 +18,7 @@ from lightning_januspipe.capture.stages.explicit import (
 )
 from lightning_januspipe.engine.autocast import Autocast
 from lightning_januspipe.engine.specs import TensorSpec
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 
 def explicit_potential(potential: nn.Module, first: PotentialCall, second: PotentialCall) -> ExplicitPotential:
@@ -38,13 +38,13 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
     names = {p: n for n, p in potential.named_parameters()}
     foreign = [i for i, part in enumerate(parts) if any(p not in names for p in part.parameters())]
     if foreign:
-        raise CaptureError(f"part {foreign[0]} of {shown(first.path)} has parameters that the potential does not have")
+        raise CaptureError(f"part {foreign[0]} of {quoted(first.path)} has parameters that the potential does not have")
     trainable = {n: p for n, p in potential.named_parameters() if p.requires_grad}
     runs = [_run(declared, parts, call, trainable) for call in (first, second)]
     (inputs, features, outputs, derived), (other_inputs, other_features, _, _) = runs
     if list(inputs) != list(other_inputs):
         raise CaptureError(
-            f"stage_inputs of {shown(first.path)} returned the entries {list(inputs)} for one batch and "
+            f"stage_inputs of {quoted(first.path)} returned the entries {list(inputs)} for one batch and "
             f"{list(other_inputs)} for another; expected the same"
         )
     symbols: dict[str, tuple[int, int]] = {}
@@ -57,7 +57,7 @@ def explicit_potential(potential: nn.Module, first: PotentialCall, second: Poten
 
     def spec(what: str, a: Tensor, b: Tensor) -> TensorSpec:
         if a.dim() != b.dim() or a.dtype != b.dtype:
-            raise CaptureError(f"{what} of {shown(first.path)} has another rank or dtype for another batch")
+            raise CaptureError(f"{what} of {quoted(first.path)} has another rank or dtype for another batch")
         return TensorSpec(tuple(_size(what, first.path, p, known) for p in zip(a.shape, b.shape, strict=True)), a.dtype)
 
     return ExplicitPotential(
@@ -83,8 +83,8 @@ def _parts(potential: ExplicitStages, path: str) -> list[nn.Module]:
     wrong = [type(p).__name__ for p in parts if not isinstance(p, nn.Module)]
     if wrong or not parts:
         raise CaptureError(
-            f"stage_parts of the potential {shown(path)} returned {wrong or 'nothing'}; expected nn.Modules, called as "
-            "part(inputs, features) -> features. The modules tell which parameters a stage reads."
+            f"stage_parts of the potential {quoted(path)} returned {wrong or 'nothing'}; expected nn.Modules, called "
+            "as part(inputs, features) -> features. The modules tell which parameters a stage reads."
         )
     return parts
 
@@ -102,13 +102,13 @@ def _run(
             features = part(inputs, features)
             if not isinstance(features, Mapping) or not all(isinstance(x, Tensor) for x in features.values()):
                 raise CaptureError(
-                    f"part {index} ({type(part).__name__}) of the potential {shown(call.path)} returned "
+                    f"part {index} ({type(part).__name__}) of the potential {quoted(call.path)} returned "
                     f"{type(features).__name__}; expected a dict of tensors"
                 )
             found.append({n: x.detach() for n, x in features.items()})
     if ENERGY not in found[-1]:
         raise CaptureError(
-            f"the last part of the potential {shown(call.path)} returned {list(found[-1])}; expected {ENERGY!r} among"
+            f"the last part of the potential {quoted(call.path)} returned {list(found[-1])}; expected {ENERGY!r} among"
             " them"
         )
     gradients = {n: torch.zeros_like(inputs[n]).requires_grad_() for n in potential.stage_coordinates}
@@ -127,7 +127,7 @@ def _refuse_parameters(trainable: Mapping[str, nn.Parameter], returned: Sequence
     read = [n for n, g in zip(trainable, found, strict=True) if g is not None]
     if read:
         raise CaptureError(
-            f"stage_outputs of the potential {shown(path)} reads the parameters {', '.join(read[:3])}; only parts may "
+            f"stage_outputs of the potential {quoted(path)} reads the parameters {', '.join(read[:3])}; only parts may "
             "read parameters. Apply them in the last part."
         )
 
@@ -142,7 +142,7 @@ def _size(what: str, path: str, pair: tuple[int, int], known: Mapping[tuple[int,
         if a and pair[0] % a == 0 and (pair[0] // a) * b == pair[1]:
             return f"{pair[0] // a}*{symbol}"
     raise CaptureError(
-        f"{what} of the potential {shown(path)} has a dimension of {pair[0]} for one batch and {pair[1]} for another, "
+        f"{what} of the potential {quoted(path)} has a dimension of {pair[0]} for one batch and {pair[1]} for another, "
         "which is no size of an input (atoms, edges, structures) and no multiple of one. Pad it, or keep it inside a"
         " part."
     )

@@ -100,7 +100,7 @@ class ReadValues:
             raise CaptureError(
                 "the forward reads a list of values from a tensor whose size changes from batch to batch, for "
                 f"a loop over structures, or over atoms or edges, in Python ({place}). A trace would repeat the loop "
-                "as often as this batch has them. Compute all of them together (index_add, repeat_interleave, "
+                "as many times as this batch has entries. Compute all of them together (index_add, repeat_interleave, "
                 "torch.bmm), or write an adapter that does."
             )
         self._num_read += 1

@@ -34,7 +34,7 @@ from lightning_januspipe.capture.trace.read_values import ReadValues, eager_bran
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 
 _LIBRARY = "januspipe"
 
@@ -141,7 +141,7 @@ def trace_potential(
     if not form.tensors:
         found = {place: type(leaf).__name__ for place, leaf in leaves((call.args, call.kwargs))}
         raise CaptureError(
-            f"the potential {shown(call.path)} ({type(potential).__name__}) is called without tensors: its arguments "
+            f"the potential {quoted(call.path)} ({type(potential).__name__}) is called without tensors: its arguments "
             f"hold {found}. Tensors are searched in dicts, lists, tuples and attributes of objects: let the dataset "
             "or collate_fn make tensors of what the forward converts, or write an adapter whose arguments() does."
         )
@@ -174,7 +174,7 @@ def trace_potential(
         raise
     except Exception as error:
         raise CaptureError(
-            f"the potential {shown(call.path)} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
+            f"the potential {quoted(call.path)} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
             f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: Python branches on tensor "
             "values, tensor.tolist(), .numpy() or float(tensor) in the forward, or shapes that depend on values "
             "(nonzero, unique, masks as indices)."
@@ -244,7 +244,7 @@ def _refuse_state(exported: ExportedProgram, path: str) -> None:
     mutated = list(exported.graph_signature.buffers_to_mutate.values())
     if mutated:
         raise CaptureError(
-            f"the potential {shown(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
+            f"the potential {quoted(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
             "meaning while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
         )
 

@@ -22,7 +22,7 @@ from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, StageFunction, StageOutput
-from lightning_januspipe.errors import CaptureError, shown
+from lightning_januspipe.errors import CaptureError, quoted
 from lightning_januspipe.random_state import seeded
 from lightning_januspipe.schedule import PhaseCosts
 
@@ -78,7 +78,7 @@ def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential
     tensors = _tensors(found)
     if len(tensors) <= max(staged.outputs, default=-1):
         raise CaptureError(
-            f"the potential {shown(call.path)} returns only {len(tensors)} tensors in evaluation, fewer than in "
+            f"the potential {quoted(call.path)} returns only {len(tensors)} tensors in evaluation, fewer than in "
             "training. Call it with the same options in training_step and validation_step."
         )
     outputs = [tensors[i] for i in staged.outputs]
@@ -106,7 +106,7 @@ def _refuse_other_form(call: PotentialCall, returned: Any, restored: Any) -> Non
         a, b = expected.get(place), found.get(place)
         if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor)) and not _is_same(a, b):
             raise CaptureError(
-                f"an adapter of the potential {shown(call.path)} changes what the forward returns: {place} is another "
+                f"an adapter of the potential {quoted(call.path)} changes what the forward returns: {place} is another "
                 "value after joined() and separated(); separated() has to be the inverse of joined()"
             )
 
@@ -128,7 +128,7 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
     """Refuses a potential whose force loss has no parameter gradient: its forces would silently not be trained."""
     parameters = [p for p in potential.parameters() if p.requires_grad]
     if not parameters:
-        raise CaptureError(f"the potential {shown(path)} has no trainable parameters (requires_grad is False for all)")
+        raise CaptureError(f"the potential {quoted(path)} has no trainable parameters (requires_grad is False for all)")
     trainable = [d for d in derivatives if d.requires_grad]
     found: Sequence[Tensor | None] = []
     if trainable:
@@ -141,7 +141,7 @@ def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[T
     vanish = all(bool((d.detach().abs() < _VANISHING).all()) for d in trainable)
     if not known or (not vanish and not any(bool((g != 0).any()) for g in known)):
         raise CaptureError(
-            f"the potential {shown(path)} ({type(potential).__name__}) is not twice differentiable: a loss of its "
+            f"the potential {quoted(path)} ({type(potential).__name__}) is not twice differentiable: a loss of its "
             "forces has zero or missing gradients for every parameter. Look for a detach(), a torch.no_grad() or a "
             "non-differentiable operation between positions and energy, or create_graph=False."
         )
@@ -152,7 +152,7 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: Sta
     read = [outputs[i] for i in staged.derived if i in call.read_outputs]
     if read and not any(x.requires_grad for x in read):
         raise CaptureError(
-            f"the potential {shown(call.path)} returns detached derivatives in training (forces without a gradient), "
+            f"the potential {quoted(call.path)} returns detached derivatives in training (forces without a gradient), "
             "so a force loss would train nothing. Remove the detach() after torch.autograd.grad, or do it in"
             " evaluation."
         )
@@ -188,7 +188,7 @@ class _CheckedStage:
         for spec, tensor in zip(self.boundary_out, out.boundary, strict=True):
             if spec.sizes(self._symbols) != tensor.shape:
                 raise CaptureError(
-                    f"stage {self.index} of the potential {shown(self._path)} sends a tensor of shape "
+                    f"stage {self.index} of the potential {quoted(self._path)} sends a tensor of shape "
                     f"{tuple(tensor.shape)}, but the next one expects {spec.sizes(self._symbols)}: the forward turns a "
                     "size into a constant, or has a length that depends on values of parameters"
                 )
@@ -371,7 +371,7 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance
             return
         reason = f"largest difference {error:.2e} at a scale of {scale:.2e}"
     raise CaptureError(
-        f"the captured potential {shown(path)} differs from the module itself on a batch of other sizes: {what} has "
+        f"the captured potential {quoted(path)} differs from the module itself on a batch of other sizes: {what} has "
         f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
         "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Train with "
         "pipeline_size=1 and graph_size=1, or rewrite that part."

@@ -32,10 +32,10 @@ def capture(potential: nn.Module, num_stages: int = 2, **more: Any) -> Capture:
 def test_parity(num_stages: int) -> None:
     module = LossOfCharges(SelfDividing())
     found = capture(module.potential, num_stages)
-    divided = pickle.loads(pickle.dumps(found.potential))
-    assert divided.num_stages == num_stages and sum(divided.num_operations) == 5
+    staged = pickle.loads(pickle.dumps(found.potential))
+    assert staged.num_stages == num_stages and sum(staged.num_operations) == 5
     for sizes in (OTHER, (4,), (1, 3, 2)):
-        assert_parity(divided, module, make_batch(sizes))
+        assert_parity(staged, module, make_batch(sizes))
 
 
 def test_shared_parameters_are_on_all_stages_that_read_them() -> None:
@@ -148,9 +148,9 @@ def test_sizes_are_checked_at_run_time() -> None:
         def stage_inputs(self, batch: Batch) -> Features:
             return {**super().stage_inputs(batch), "mask": batch.get("mask", torch.ones(2))}
 
-    divided = capture(Bound(), stages="explicit").potential
+    staged = capture(Bound(), stages="explicit").potential
     model = Bound()
     batch = {**make_batch(OTHER), "mask": torch.ones(5)}
-    tensors: list[Tensor] = divided.inputs(model)((batch,), {})
+    tensors: list[Tensor] = staged.inputs(model)((batch,), {})
     with pytest.raises(CaptureError, match=r"input 'mask'.*\(5,\).*expected \(2,\)"):
-        divided.bind_sizes(tensors)
+        staged.bind_sizes(tensors)

@@ -1,0 +1,38 @@
+"""Runs ``januspipe export``, which makes of a checkpoint a file that runs without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning_januspipe.cli.parsers import CommandParser
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs ``januspipe export CHECKPOINT FILE``.
+
+    Args:
+        args: The command line after ``export``.
+    """
+    parser = CommandParser(
+        "januspipe export",
+        "Compiles the potential of a checkpoint into one file, which gives energy, forces and stress for structures of "
+        "any size in Python and C++ with torch alone.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="Checkpoint of a PotentialModule: a file or a folder.")
+    parser.add_argument("file", type=Path, help="File to write; its name ends in .pt2.")
+    parser.add_argument("--device", type=str, default="cpu", help="Device that the file is for: cpu or cuda.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "float64"] | None, help="Type of numbers; as in the checkpoint if left out."
+    )
+    given = parser.parse_args(args)
+    if not given.checkpoint.exists():
+        parser.error(f"{given.checkpoint} does not exist; expected a checkpoint")
+    from lightning_januspipe.deploy import export_potential
+
+    try:
+        metadata = export_potential(given.checkpoint, given.file, device=given.device, dtype=given.dtype)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"wrote {given.file} for {metadata['device']} in {metadata['dtype']}, species {metadata['species']}")

@@ -1,0 +1,187 @@
+"""A trained potential as one compiled file, which torch runs in Python and C++ without this package.
+
+The forward, with its derivatives, is traced with symbolic numbers of atoms, edges and structures, and compiled by
+AOTInductor of torch. So the file holds no Python, needs no autograd, and takes structures of any size.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import bulk
+from torch import Tensor, nn
+
+import lightning_januspipe
+from lightning_januspipe import keys
+from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
+from lightning_januspipe.compiled.torch_internals import new_size, symbolic_mode, traced_graph
+from lightning_januspipe.models import load
+
+INPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
+    keys.POSITIONS: (("N", 3), "float"),
+    keys.SPECIES: (("N",), "int64"),
+    keys.EDGE_INDEX: ((2, "E"), "int64"),
+    keys.CELL_SHIFTS: (("E", 3), "float"),
+    keys.CELL: (("B", 3, 3), "float"),
+    keys.BATCH: (("N",), "int64"),
+}
+"""The arguments of an exported file in their order, with shapes for N atoms, E edges and B structures."""
+
+OUTPUTS = (keys.ENERGY, keys.FORCES, keys.STRESS)
+"""The results of an exported file in their order."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def export_potential(
+    model: str | Path | nn.Module,
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+) -> dict[str, str]:
+    """Compiles a potential into one file, and compares the file with the potential.
+
+    The file is a package of AOTInductor. It runs on the kind of device and processor that it was compiled on, and with
+    the same minor version of torch::
+
+        import torch
+
+        run = torch._inductor.aoti_load_package("model.pt2")
+        energy, forces, stress = run(positions, species, edge_index, cell_shifts, cell, batch)
+
+    Shapes and units are those of :mod:`lightning_januspipe.keys`. ``run.get_metadata()`` tells the rest: species,
+    cutoff, dtype, units, the names of arguments and results.
+
+    Args:
+        model: A checkpoint of a :class:`~lightning_januspipe.models.PotentialModule`, such a module, or a potential
+            that takes the batches of :mod:`lightning_januspipe.keys` and has attributes ``species`` and ``cutoff``.
+        path: The file to write, ending in ``.pt2``; it is replaced if it exists.
+        device: The device that the file is for.
+        dtype: The type that the potential is converted to; None for the type of its weights.
+
+    Returns:
+        The metadata in the file.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The path does not end in ``.pt2``, the potential takes other batches, or the compiled file gives
+            other results than the potential.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"{path}: torch loads files whose names end in .pt2; give such a name")
+    potential, species, cutoff = _potential_of(model)
+    potential = potential.to(device)
+    if dtype is not None:
+        potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    floats = next(p.dtype for p in [*potential.parameters(), *potential.buffers()] if p.is_floating_point())
+    adapter = StructureAdapter(species, cutoff)
+    graph = _traced(potential, floats, torch.device(device))
+    example = _batch(adapter, [3, 2, 4], floats, device)
+    metadata = {
+        "species": json.dumps(species),
+        "cutoff": str(cutoff),
+        "dtype": str(floats).removeprefix("torch."),
+        "device": torch.device(device).type,
+        "inputs": json.dumps({name: list(shape) for name, (shape, _) in INPUTS.items()}),
+        "outputs": json.dumps(OUTPUTS),
+        "units": json.dumps({"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³", "positions": "Å"}),
+        "versions": json.dumps({"torch": torch.__version__, "lightning_januspipe": lightning_januspipe.__version__}),
+    }
+    dynamic = [{d: torch.export.Dim.DYNAMIC for d, n in enumerate(s) if isinstance(n, str)} for s, _ in INPUTS.values()]
+    program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple(dynamic),))
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+        part = Path(folder) / path.name
+        settings = {"aot_inductor.metadata": metadata}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
+        for sizes in ([1], [2, 1, 3, 1]):
+            _require_same(part, potential, _batch(adapter, sizes, floats, device), floats)
+        part.replace(path)
+    return metadata
+
+
+def _potential_of(model: str | Path | nn.Module) -> tuple[nn.Module, list[str], float]:
+    """Returns a frozen copy of a potential in evaluation mode, with its species and its cutoff in Å."""
+    module = load(model) if isinstance(model, (str, Path)) else model
+    potential = getattr(module, "potential", None)
+    potential = potential if isinstance(potential, nn.Module) else module
+    species, cutoff = getattr(potential, "species", None), getattr(potential, "cutoff", None)
+    if species is None or cutoff is None:
+        raise ValueError(
+            f"{type(potential).__name__} has no attributes 'species' and 'cutoff', so that nothing is known of the "
+            "batches that it takes; potentials of other packages are exported by their own tools"
+        )
+    return copy.deepcopy(potential).eval().requires_grad_(False), list(species), float(cutoff)
+
+
+class _Positional(nn.Module):
+    """A traced function with the arguments and results of an exported file."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.traced(*arguments))
+
+
+def _traced(potential: nn.Module, floats: torch.dtype, device: torch.device) -> nn.Module:
+    mode = symbolic_mode()
+    sizes = {name: new_size(mode, name, hint) for name, hint in (("N", 23), ("E", 417), ("B", 5))}
+    with mode:
+        arguments = [
+            torch.empty(
+                [sizes[n] if isinstance(n, str) else n for n in shape], dtype=_dtype(kind, floats), device=device
+            )
+            for shape, kind in INPUTS.values()
+        ]
+
+    def forward(*given: Tensor) -> list[Tensor]:
+        found = potential(dict(zip(INPUTS, given, strict=True)))
+        return [found[name].contiguous() for name in OUTPUTS]
+
+    return _Positional(traced_graph(forward, arguments))
+
+
+def _dtype(kind: str, floats: torch.dtype) -> torch.dtype:
+    return floats if kind == "float" else torch.int64
+
+
+def _batch(adapter: StructureAdapter, sizes: Sequence[int], floats: torch.dtype, device: Any) -> list[Tensor]:
+    """Returns the arguments for made structures: crystals of some cells, and a lone atom in place of one cell."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for size in sizes:
+        atoms = Atoms("X", [[0.0, 0.0, 0.0]])
+        if size > 1:
+            atoms = bulk("Cu", "fcc", a=adapter.cutoff, cubic=True) * (size, 1, 1)
+            atoms.rattle(0.05, rng=rng)
+        atoms.symbols = list(rng.choice(adapter.species, len(atoms)))
+        edges = SkinNeighborList(adapter.cutoff, 0.0).edges(atoms)
+        batches.append(adapter.batch_from_atoms(atoms, edges, floats))
+    starts = np.cumsum([0, *(len(b[keys.SPECIES]) for b in batches)])
+    for index, (batch, start) in enumerate(zip(batches, starts, strict=False)):
+        batch[keys.EDGE_INDEX] = batch[keys.EDGE_INDEX] + int(start)
+        batch[keys.BATCH] = batch[keys.BATCH] + index
+    return [torch.cat([b[n] for b in batches], dim=1 if n == keys.EDGE_INDEX else 0).to(device) for n in INPUTS]
+
+
+def _require_same(path: Path, potential: nn.Module, arguments: list[Tensor], floats: torch.dtype) -> None:
+    expected = potential(dict(zip(INPUTS, arguments, strict=True)))
+    for name, found in zip(OUTPUTS, torch._inductor.aoti_load_package(str(path))(*arguments), strict=True):
+        scale = max(1.0, float(expected[name].abs().max()))
+        error = float((found - expected[name]).abs().max())
+        if not error <= _TOLERANCE[floats] * scale:
+            raise ValueError(
+                f"the compiled file gives another {name} than the potential: it differs by {error:.2e} at a scale of "
+                f"{scale:.2e}. Please report this, with the potential and the version of torch ({torch.__version__})."
+            )

@@ -1,0 +1,166 @@
+"""Training with optimizer state in shards equals training in one process, for all kinds of optimizers and meshes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoint_workers
+import pytest
+import shard_workers as workers
+import torch
+from parity_check import check_parity
+from pools import slow
+from torch import nn
+
+from lightning_januspipe.runtime import optimizer_shards
+from lightning_januspipe.runtime.optimizer_shards import segments
+from lightning_januspipe.testing import RankError, RankPool
+
+SHARDED = {"shard": "optimizer"}
+REPLICAS = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
+GRAPH = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2}
+BOTH = {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "num_microbatches": 2}
+STAGES_AND_REPLICAS = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
+STAGES_AND_GRAPH = {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 2}
+
+
+def _lengths(shards: list[list[optimizer_shards.Segment]]) -> list[int]:
+    return [sum(s.end - s.start for s in shard) for shard in shards]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+@pytest.mark.parametrize("may_cut", [True, False])
+def test_segments_cover_every_entry_once(num_shards: int, may_cut: bool) -> None:
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (), (4,), (0,), (2, 2, 2), (1,))]
+    shards = segments(parameters, num_shards, may_cut)
+    assert len(shards) == num_shards
+    covered = [(id(s.parameter), i) for shard in shards for s in shard for i in range(s.start, s.end)]
+    assert sorted(covered) == sorted((id(p), i) for p in parameters for i in range(p.numel()))
+    if may_cut:
+        assert max(_lengths(shards)) - min(_lengths(shards)) <= 1
+    else:
+        assert all(s.is_whole for shard in shards for s in shard)
+
+
+def test_parameters_whose_memory_is_not_contiguous_stay_whole() -> None:
+    turned = nn.Parameter(torch.zeros(4, 6).t())
+    first, second = segments([turned, nn.Parameter(torch.zeros(10))], 2, may_cut=True)
+    assert [s.parameter is turned for s in first] == [True] and first[0].is_whole
+    assert _lengths([first, second]) == [24, 10]
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh", "optimizer"),
+    [
+        (2, REPLICAS, "Adam"),
+        (2, REPLICAS, "Muon"),
+        slow(2, REPLICAS, "SGD"),
+        slow(2, REPLICAS, "Adafactor"),
+        slow(2, GRAPH, "Adam"),
+        (2, GRAPH, "Adafactor"),
+        slow(4, BOTH, "SGD"),
+        (4, STAGES_AND_REPLICAS, "SGD"),
+        slow(4, STAGES_AND_REPLICAS, "Muon"),
+        (4, STAGES_AND_GRAPH, "Adam"),
+    ],
+)
+def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], optimizer: str) -> None:
+    module = partial(workers.module, optimizer)
+    trainer = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+    check_parity(pool, devices, workers.data, module, trainer, 5, **mesh, **SHARDED)
+
+
+def test_more_ranks_than_parameters(pool: RankPool) -> None:
+    """Some ranks have nothing to update."""
+    check_parity(pool, 4, workers.data, workers.few_parameters, pipeline_size=1, data_size=4, **SHARDED)
+
+
+def test_each_rank_has_its_part_of_the_state(pool: RankPool) -> None:
+    (alone,) = pool.run(workers.state_bytes, {"pipeline_size": 1}, world_size=1)
+    assert alone["state"] > 2 * alone["parameters"] - 100
+    for size in (2, 4):
+        found = pool.run(workers.state_bytes, {"pipeline_size": 1, "data_size": size, **SHARDED}, world_size=size)
+        assert sum(f["moments"] for f in found) == alone["moments"]
+        # Segments differ by an entry, and the three entries that no loss depends on have no state.
+        assert max(f["moments"] for f in found) - min(f["moments"] for f in found) <= (1 + 3) * 2 * 8
+        assert all(f["gradients"] <= alone["parameters"] / size + (1 + 3) * 8 for f in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("updates not gathered", "differs by"),
+        ("sum instead of mean over replicas", "the gradient of .* differs by"),
+        ("shards exchanged", "the gradient of .* differs by"),
+    ],
+)
+def test_faults_are_found(pool: RankPool, name: str, message: str) -> None:
+    module = partial(workers.broken, name)
+    with pytest.raises(AssertionError, match=message) as error:
+        check_parity(pool, 2, workers.data, module, reference=partial(workers.module, "Adam"), **REPLICAS, **SHARDED)
+    assert not isinstance(error.value, RankError)
+
+
+def test_norms_of_gradients(pool: RankPool) -> None:
+    (expected,) = pool.run(workers.norms, {"pipeline_size": 1, "num_microbatches": 2}, world_size=1)
+    for found in pool.run(workers.norms, {**GRAPH, **SHARDED}, world_size=2):
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
+    "plain": (None, 1),
+    "one process": ({"pipeline_size": 1}, 1),
+    "replicas": ({**REPLICAS, **SHARDED, "num_microbatches": 1}, 2),
+    "stages and replicas": ({**STAGES_AND_REPLICAS, "num_microbatches": 1}, 4),
+    "stages and replicas, sharded": ({**STAGES_AND_REPLICAS, **SHARDED, "num_microbatches": 1}, 4),
+    "stages and replicas, folder": (
+        {**STAGES_AND_REPLICAS, **SHARDED, "num_microbatches": 1, "save_distributed_checkpoint": True},
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("replicas", "one process"),
+        ("stages and replicas, folder", "replicas"),
+        ("plain", "stages and replicas, sharded"),
+        slow("stages and replicas", "replicas"),
+        slow("stages and replicas, sharded", "stages and replicas"),
+        slow("replicas", "stages and replicas, folder"),
+    ],
+)
+def test_goes_on_from_a_checkpoint(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, before: str, after: str
+) -> None:
+    """A checkpoint of one level is read by every other one."""
+    saving = {"callbacks": ("every step",), "stop": ("exception", 4, None)}
+    strategy, devices = LEVELS[before]
+    pool.run(checkpoint_workers.train, strategy, str(tmp_path), saving, world_size=devices)
+    strategy, devices = LEVELS[after]
+    for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"resume": "last"}, world_size=devices):
+        assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
+        for name, expected in uninterrupted["state"].items():
+            torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    strategy, devices = LEVELS["stages and replicas, sharded"]
+    pool.run(checkpoint_workers.train, strategy, str(tmp_path), world_size=devices)
+    expected, found = (torch.load(f / "last.ckpt", weights_only=True) for f in (uninterrupted["folder"], tmp_path))
+    (plain,), (sharded,) = expected["optimizer_states"], found["optimizer_states"]
+    assert sharded["param_groups"] == plain["param_groups"] and sharded["state"].keys() == plain["state"].keys()
+    for index, state in plain["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(sharded["state"][index][key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Eight steps of plain Lightning in one process, with the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("reference")
+    (found,) = pool.run(checkpoint_workers.train, None, str(folder), world_size=1)
+    return {**found, "folder": folder}

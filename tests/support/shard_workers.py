@@ -1,0 +1,141 @@
+"""What the ranks of the tests of optimizer shards run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import tiny
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lightning_januspipe import JanusPipeStrategy
+from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
+from lightning_januspipe.strategy.gradient_norm import grad_norm
+from lightning_januspipe.testing import quiet_trainer
+
+
+def data() -> Any:
+    """Returns structures of unequal sizes in five batches of each of two replicas."""
+    return tiny.data(num_train=24, batch_size=4)
+
+
+def module(optimizer: str) -> Any:
+    """Returns a module of two layers, with one frozen and one that no loss depends on, and an optimizer by name."""
+    made = tiny.module(num_layers=2)
+    made.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    made.frozen_weights = nn.Parameter(torch.ones(5, dtype=torch.float64), requires_grad=False)
+    made.configure_optimizers = lambda: _optimizer(optimizer, made)
+    return made
+
+
+def _optimizer(name: str, made: Any) -> torch.optim.Optimizer:
+    if name == "Adam":
+        return torch.optim.Adam(made.parameters(), lr=1e-3, weight_decay=0.01)
+    if name == "SGD":
+        return torch.optim.SGD(made.parameters(), lr=1e-3, momentum=0.9)
+    if name == "Adafactor":
+        return torch.optim.Adafactor(made.parameters(), lr=1e-3)
+    matrices = [p for p in made.parameters() if p.dim() == 2]
+    return torch.optim.Muon(matrices, lr=1e-3)
+
+
+class FewParameters(LightningModule):
+    """A pair potential with two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = nn.Parameter(torch.tensor([0.3], dtype=torch.float64))
+        self.width = nn.Parameter(torch.tensor(1.1, dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        positions = batch["positions"].detach().requires_grad_()
+        energy = self.depth * torch.exp(-(positions.square().sum(-1) * 0.01) * self.width).sum()
+        (derivative,) = torch.autograd.grad(energy, positions, create_graph=True)
+        return (derivative + batch["forces"]).square().mean() + energy.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def few_parameters() -> Any:
+    """Returns a module with fewer entries of parameters than the tests have ranks."""
+    return FewParameters()
+
+
+class _Look(Callback):
+    def __init__(self, look: Callable[[Any, Any], dict[str, float]]) -> None:
+        self._look = look
+        self.seen: dict[str, float] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 1:
+            self.seen = self._look(pl_module, optimizer)
+
+
+def _look_at(strategy: dict[str, Any], look: Callable[[Any, Any], dict[str, float]]) -> dict[str, float]:
+    made, callback = module("Adam"), _Look(look)
+    bound = JanusPipeStrategy(**strategy)
+    shape = int(strategy.get("data_size", 1)) * int(strategy.get("graph_size", 1))
+    trainer = quiet_trainer(strategy=bound, devices=shape, max_steps=2, limit_val_batches=0, callbacks=[callback])
+    trainer.fit(made, data())
+    return callback.seen
+
+
+def state_bytes(strategy: dict[str, Any]) -> dict[str, float]:
+    """Returns bytes of trained parameters, and of this rank's gradients and optimizer state, in the second step."""
+
+    def look(pl_module: Any, optimizer: Any) -> dict[str, float]:
+        states = [t for s in optimizer.state.values() for t in s.values()]
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        used = [p for n, p in pl_module.named_parameters() if n.startswith("potential") and p.requires_grad]
+        of_parameters = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        gradients += [g for g in of_parameters if not any(g is other for other in gradients)]
+        return {
+            "parameters": _bytes(used),
+            "state": _bytes(states),
+            "moments": _bytes([t for s in optimizer.state.values() for k, t in s.items() if k != "step"]),
+            "gradients": _bytes(gradients),
+        }
+
+    return _look_at(strategy, look)
+
+
+def norms(strategy: dict[str, Any]) -> dict[str, float]:
+    """Returns the norms of all gradients."""
+    return _look_at(strategy, lambda pl_module, _: {n: float(v) for n, v in grad_norm(pl_module).items()})
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def broken(name: str) -> Any:
+    """Returns a module that trains with one fault of the shards."""
+    made = module("Adam")
+    if name == "updates not gathered":
+        fault = patch.object(OptimizerShards, "gather", lambda self: None)
+    elif name == "sum instead of mean over replicas":
+        reduce = OptimizerShards.reduce_gradients
+
+        def summed(self: OptimizerShards) -> None:
+            reduce(self)
+            for leaf in self.leaves.values():
+                if leaf.grad is not None:
+                    leaf.grad *= 2
+
+        fault = patch.object(OptimizerShards, "reduce_gradients", summed)
+    else:
+        scattered = OptimizerShards._scattered
+
+        def exchanged(self: OptimizerShards, shards: Any, value: Any) -> Any:
+            found = scattered(self, shards, value)
+            return [(s, v.flip(0)) for s, v in found]
+
+        fault = patch.object(OptimizerShards, "_scattered", exchanged)
+    made.on_train_epoch_start = lambda: fault.start()
+    made.teardown = lambda stage: fault.stop()
+    return made
