@@ -28,10 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"checkpoint", "keys"},
     "deploy": {"__init__", "calculator", "compiled", "keys", "models"},
     "runtime": {
-        *("capture", "checkpoint", "distributed", "engine", "errors", "graph", "mesh", "random_state", "schedule"),
+        *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "mesh", "random_state"),
+        "schedule",
     },
     "strategy": {
-        *("capture", "checkpoint", "distributed", "engine", "errors", "graph", "loader", "mesh"),
+        *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "loader", "mesh"),
         *("random_state", "runtime", "schedule"),
     },
     "callbacks": {"distributed", "keys", "loader", "mesh", "runtime", "schedule"},

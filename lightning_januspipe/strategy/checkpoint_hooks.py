@@ -18,8 +18,8 @@ from lightning_januspipe.distributed import on_every_rank, on_first_rank, portab
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.loader.resume import KEY
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
-from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.contexts import is_fitting
+from lightning_januspipe.strategy.shared_state import StrategyState
 
 _T = TypeVar("_T")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ import __main__
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
 from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.launcher import RankProcesses, script_launcher
+from lightning_januspipe.strategy.shared_state import StrategyState
 from lightning_januspipe.strategy.threads import share_cores
 
 
@@ -77,6 +78,7 @@ class ProcessHooks(StrategyState):
         self._module._device_mesh = self.mesh.device_mesh
         self._loader_progress = LoaderProgress(self.root_device)
         self._num_runs += 1
+        self._began = time.time()
         if self.is_distributed:
             store = dist.distributed_c10d._get_default_store()
             self._failure = FailureReport(

@@ -11,7 +11,7 @@ import tiny
 from pools import slow
 
 from lightning_januspipe.runtime.planner import Planner
-from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate_schedule
 from lightning_januspipe.schedule.draw import SUFFIXES
 from lightning_januspipe.testing import RankPool, compare_records, train_reference
 
@@ -48,7 +48,7 @@ def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: 
     results = pool.run(pipeline_workers.fit, {"schedule": schedule, "num_microbatches": 4}, world_size=size)
     assert len({r["schedule"] for r in results}) == 1
     plan = Schedule.parse(results[0]["schedule"])
-    validate(plan)
+    validate_schedule(plan)
     assert plan.num_ranks == size and plan.num_microbatches == 4 and plan.name == schedule
     assert [plan.stages_of(rank) for rank in range(size)] == [tuple(r["stages"]) for r in results]
     assert len({r["latency"] for r in results}) == 1 and results[0]["latency"] > 0

@@ -13,8 +13,7 @@ import tiny
 from lightning.pytorch import Callback
 
 from lightning_januspipe.callbacks import PipelineTimeline
-from lightning_januspipe.runtime import agreed_schedules, pipeline
-from lightning_januspipe.runtime import build as capturing
+from lightning_januspipe.runtime import agreed_schedules, build_pipeline, pipeline
 from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
 from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
@@ -63,7 +62,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
         stages.extend(self.executor.stages)
 
     with (
-        patch.object(capturing, "placements", lambda *_: (placement,)),
+        patch.object(build_pipeline, "placements", lambda *_: (placement,)),
         patch.object(request, "layouts", lambda num, *rest: (placement,) if num == world else layouts(num, *rest)),
         patch.object(pipeline.Pipeline, "__init__", noted),
     ):
@@ -160,7 +159,7 @@ def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
 
 def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
     """Returns the latency and the costs that a rank plans with, where each rank measures others."""
-    measured, latency, found = agreed_schedules.measured_costs, capturing.message_latency, []
+    measured, latency, found = agreed_schedules.measured_costs, build_pipeline.message_latency, []
     rank = int(os.environ["RANK"])
 
     def look(trainer: Any) -> None:
@@ -168,11 +167,11 @@ def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
         found.append((planner.latency, planner.costs))
 
     agreed_schedules.measured_costs = lambda *a: (PhaseCosts(1.0 + rank, 1.0, 1.0, 1.0),) * len(measured(*a))  # type: ignore
-    capturing.message_latency = lambda links: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
+    build_pipeline.message_latency = lambda links: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
     try:
         fit(strategy, 5, [_AtTheEnd(look)])
     finally:
-        agreed_schedules.measured_costs, capturing.message_latency = measured, latency  # type: ignore[attr-defined]
+        agreed_schedules.measured_costs, build_pipeline.message_latency = measured, latency  # type: ignore[attr-defined]
     return found[0]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import tiny
-import torch
 from checkpoint_workers import data
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.distributed import set_timeout
 from lightning_januspipe.testing import quiet_trainer
 
@@ -73,7 +73,7 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     """Trains until a rank stops; the others write to files how and when they have ended, and end the stopped one."""
     stopping = Stopping(rank, place, folder, timeout)
     module = tiny.module()
-    save = torch.save
+    save = atomic.write
 
     class Module(type(module)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -98,7 +98,7 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     )
     ended = ""
     try:
-        with patch.object(torch, "save", writing):
+        with patch.object(atomic, "write", writing):
             trainer.fit(module, data(strategy.get("data_size", 1)))
     except BaseException as error:
         if not (Path(folder) / "mark").exists():
