@@ -70,7 +70,7 @@ def rank_lost(error: BaseException, what: str, rank: int, others: Sequence[int],
     waited = time.monotonic() - began
     notes = _Notes(rank, what)
     missing, is_certain = notes.missing(others)
-    cause = re.sub(r"^(\[[^\]]*\] *)+", "", str(error).strip()).split("\n")[0].rstrip(".")
+    cause = re.sub(r"^(\[[^\]]*\] *)+", "", str(error).strip()).split("\n")[0].split(". ")[0].rstrip(".")
     said = f"global rank {rank} waited {waited:.1f} s for "
     if missing:
         one = "" if is_certain or len(missing) == 1 else "one of "

@@ -148,7 +148,8 @@ class PipelineBuilder:
         if self._compiler is not None:
             pipeline.compile_report = self._compiler.report()
             if news:
-                news += f"; {describe_compiled(mesh.gathered_over_pipeline(pipeline.compile_report))}"
+                of_ranks = mesh.gathered_over_pipeline(pipeline.compile_report, "gathering of what was compiled")
+                news += f"; {describe_compiled(of_ranks)}"
         if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.
