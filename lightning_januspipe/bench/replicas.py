@@ -14,7 +14,7 @@ from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, Microbatch
 from lightning_januspipe.bench.emulate.schedules import COSTS, suitable_unit
 from lightning_januspipe.graph.partition import MAX_IMBALANCE
 from lightning_januspipe.loader import packing
-from lightning_januspipe.loader.packing import imbalance, pack, plan
+from lightning_januspipe.loader.packing import imbalance, pack_samples, plan
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.schedule import Schedule, build_schedule, simulate
 from lightning_januspipe.testing import RankPool, quiet_trainer
@@ -112,7 +112,9 @@ def microbatches_of_replicas(costs: Sequence[float], num_replicas: int, num_grou
         return plan(costs, num_replicas, num_groups)
     shares = np.array_split(np.arange(len(costs)), num_replicas)
     if way == "microbatches":
-        return [[[int(mine[i]) for i in g] for g in pack([costs[s] for s in mine], num_groups)] for mine in shares]
+        return [
+            [[int(mine[i]) for i in g] for g in pack_samples([costs[s] for s in mine], num_groups)] for mine in shares
+        ]
     return [[[int(i) for i in group] for group in np.array_split(mine, num_groups)] for mine in shares]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_januspipe.bench.work import Work, trainer_of
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.testing import RankPool
 
 _WARM_UP = 5
@@ -55,7 +55,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     torch.set_num_threads(1)
     dtype = torch.float64 if work.dtype == "float64" else torch.float32
     torch.set_default_dtype(dtype)
-    module, loader = _module_and_loader(work, dtype, energy_weight=1.0)
+    module, loader = module_and_loader(work, dtype, energy_weight=1.0)
     times: list[float] = []
     losses: list[float] = []
     predicted: list[float] = []
@@ -85,7 +85,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     return RunTiming(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
 
 
-def _module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
+def module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
     """Returns the seeded module in the default dtype, and a loader of two batches in ``dtype``."""
     from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
     from lightning_januspipe.models import PotentialModule
@@ -245,7 +245,7 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Step
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    module, loader = _module_and_loader(work, dtype, energy_weight=0.0)
+    module, loader = module_and_loader(work, dtype, energy_weight=0.0)
     module = module.float().to(dtype)  # the weights are those that float32 has
     torch.set_default_dtype(torch.float32)
     found: list[StepGradients] = []

@@ -1,4 +1,4 @@
-"""Callbacks: throughput, costs and timeline of pipelined training, stages in the summary, errors in a table."""
+"""Callbacks: throughput, costs and timeline of pipelined training, stages in the summary, errors and predictions."""
 
 from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,
@@ -10,6 +10,7 @@ from lightning_januspipe.callbacks.error_report import (
 )
 from lightning_januspipe.callbacks.monitor import PipelineMonitor
 from lightning_januspipe.callbacks.pipeline_timeline import PipelineTimeline
+from lightning_januspipe.callbacks.prediction_writer import PredictionWriter
 from lightning_januspipe.callbacks.progress_bar import NarrowProgressBar
 from lightning_januspipe.callbacks.summary import StageSummary
 from lightning_januspipe.callbacks.throughput import Throughput, count_atoms, count_structures
@@ -21,6 +22,7 @@ __all__ = [
     "NarrowProgressBar",
     "PipelineMonitor",
     "PipelineTimeline",
+    "PredictionWriter",
     "StageSummary",
     "Throughput",
     "checkpoint_path",

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import (
+from lightning_januspipe.callbacks.lightning_classes import (
     Callback,
     LightningModule,
     Trainer,

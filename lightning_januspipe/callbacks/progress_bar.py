@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import BarColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import LightningModule, RichProgressBar, Trainer
+from lightning_januspipe.callbacks.lightning_classes import LightningModule, RichProgressBar, Trainer
 
 SHORT_NAMES = {"train_loss": "loss", "val_loss": "val", "atoms_per_s": "atoms/s"}
 """The logged values that the bar shows, and what it calls them."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_januspipe.callbacks.base import LightningModule, ModelSummary, Trainer, runner_of
+from lightning_januspipe.callbacks.lightning_classes import LightningModule, ModelSummary, Trainer, runner_of
 from lightning_januspipe.runtime.runner import Runner
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.callbacks.base import Callback, LightningModule, Trainer
+from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.sample_fields import POSITIONS, STRUCTURE_INDICES, find_field, named_tensors
 

@@ -15,7 +15,7 @@ from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.against_eager import PhaseMode, validate
+from lightning_januspipe.capture.validate.against_eager import PhaseMode, validate_stages
 from lightning_januspipe.errors import CaptureError, TooFewParts, quoted
 from lightning_januspipe.schedule import PhaseCosts
 
@@ -65,7 +65,7 @@ def balance(
     folded = replace(phase_mode, split_stages=False)  # costs are those of a stage with all phases on one rank
 
     def measured(candidate: CapturedPotential) -> list[PhaseCosts]:
-        return validate(candidate, potential, call, folded, num_runs=2)  # the first run is a warm-up
+        return validate_stages(candidate, potential, call, folded, num_runs=2)  # the first run is a warm-up
 
     several = placement if len(placement) > len(set(placement)) else None
     best, best_seconds = captured, measured(captured)
@@ -128,13 +128,13 @@ def balance_parts(
         TooFewParts: every placement has more stages than there are parts.
     """
     folded = replace(phase_mode, split_stages=False)
-    of_parts = validate(parts, potential, call, folded, num_runs=2)
+    of_parts = validate_stages(parts, potential, call, folded, num_runs=2)
     found = []
     for placement in placements:
         if len(placement) > parts.num_stages:
             continue
         joined = replace(parts, bounds=_bounds([s.total for s in of_parts], placement))
-        found.append((joined, validate(joined, potential, call, folded, num_runs=2)))
+        found.append((joined, validate_stages(joined, potential, call, folded, num_runs=2)))
     if not found:
         raise TooFewParts(
             f"pipeline_size={len(set(placements[0]))}, but the potential {quoted(parts.path)} has {parts.num_stages} "

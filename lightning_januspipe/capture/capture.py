@@ -16,9 +16,9 @@ from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.find_potential import evaluation_call, find_potential
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.find.potential import evaluation_call, find_potential
 from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.report import summary
 from lightning_januspipe.capture.stages.captured import CapturedPotential
@@ -31,11 +31,12 @@ from lightning_januspipe.capture.validate.against_eager import (
     DEFAULT_MODE,
     PhaseMode,
     run_staged,
-    validate,
     validate_evaluation,
+    validate_stages,
 )
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError, quoted
+from lightning_januspipe.random_state import seeded
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 StageOrigin = Literal["auto", "captured", "explicit"]
@@ -52,6 +53,7 @@ class Capture:
         bytes: measured memory of one micro-batch in each stage.
         elapsed: seconds that finding, tracing, cutting and validating took.
         origin: in words, where the stages come from, and what was refused before.
+        sizes: values of the size symbols in the call that the stages were measured on, and in the call that was traced.
         alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
     """
 
@@ -60,6 +62,7 @@ class Capture:
     memory: list[MemoryCosts]
     elapsed: float
     origin: str
+    sizes: tuple[dict[str, int], dict[str, int]]
     alternative: str = ""
 
     def describe(self) -> str:
@@ -124,7 +127,7 @@ def capture_module(
         )
         captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages:
-            validate(captured, job.potential, job.other, phase_mode)
+            validate_stages(captured, job.potential, job.other, phase_mode)
         evaluated = potential_of(module, evaluation_step or step, found)
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
         captured = captured.with_evaluation(evaluated, evaluation)
@@ -133,7 +136,11 @@ def capture_module(
         folded = replace(phase_mode, split_stages=False)
         memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].memory
         assert memory is not None
-    return Capture(captured, seconds, memory, time.perf_counter() - began, origin, alternative)
+        with seeded(0):
+            inputs = captured.inputs(job.potential)
+            measured, traced = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in (job.other, job.call))
+    elapsed = time.perf_counter() - began
+    return Capture(captured, seconds, memory, elapsed, origin, (measured, traced), alternative)
 
 
 @dataclass(frozen=True)

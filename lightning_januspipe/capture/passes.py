@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 from lightning_januspipe.capture.cut.simplify import simplify
 from lightning_januspipe.capture.cut.split_shared_linear import split_shared_linear
+from lightning_januspipe.capture.trace.index_lists import make_lists_outside
 from lightning_januspipe.capture.trace.means import split_means
 from lightning_januspipe.capture.trace.pair_lookups import split_pair_lookups
-from lightning_januspipe.capture.trace.preparation import prepare
 from lightning_januspipe.capture.trace.program import Program
 from lightning_januspipe.capture.trace.random_draws import draw_outside
 
@@ -30,7 +30,7 @@ PASSES: tuple[Callable[[Program], Program], ...] = (
     draw_outside,
     split_means,
     simplify,
-    prepare,
+    make_lists_outside,
     split_pair_lookups,
     split_shared_linear,
 )

@@ -152,7 +152,7 @@ def _of_graph_data(value: Any) -> Children:
 def _numbers(value: Any) -> list[tuple[dict[str, Any], str]]:
     """Returns where a batch keeps its number of graphs: in its own attributes, or in its store without a key."""
     owners = [vars(value), *(vars(s) for s in value.stores if getattr(s, "_key", None) is None)]
-    return [(owner, n) for owner in owners for n, v in owner.items() if isinstance(v, int)]
+    return [(owner, n) for owner in owners for n, v in owner.items() if isinstance(v, (int, torch.SymInt))]
 
 
 def _holds_tensors(value: Any, depth: int) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import shlex
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar
+from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar, PredictionWriter
 from lightning_januspipe.cli.parsers import RecipeParser
 from lightning_januspipe.models import PotentialModule
+from lightning_januspipe.strategy.ending import newest_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -57,6 +60,7 @@ class PotentialCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], *, run: bool = True, prog: str = "januspipe") -> None:
+        self._given = list(args)
         self._missing: list[str] = []
         self._data: Any = None
         self.report = ErrorReport(prints=False)
@@ -91,6 +95,19 @@ class PotentialCLI(LightningCLI):
             default="best",
             help="Weights to test when fit ends: those of the best checkpoint, those of the last step, or no test.",
         )
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Makes the parser of a subcommand; that of ``predict`` has the option of the file."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                default=None,
+                help="File to write the predictions to, in a format that ASE knows by its ending, such as .extxyz.",
+            )
+        return parser
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -147,13 +164,31 @@ class PotentialCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the Trainer, with a narrow progress bar in place of Lightning's own."""
+        """Makes the Trainer, with a narrow progress bar in place of Lightning's own, and what writes predictions."""
         trainer = super().instantiate_trainer(**kwargs)
+        if output := self.arguments.get("output"):
+            vars(trainer)["callbacks"].append(PredictionWriter(output))
         bar = trainer.progress_bar_callback
         if type(bar) is RichProgressBar:
             callbacks: list[Any] = vars(trainer)["callbacks"]
             callbacks[callbacks.index(bar)] = NarrowProgressBar()
         return trainer
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the subcommand; if it is stopped, says how to go on, and prints the errors that are known."""
+        began = time.time()
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:  # Ctrl-C and SIGTERM
+            if subcommand == "fit" and self.trainer.is_global_zero:
+                path, _ = newest_checkpoint(self.trainer, began)
+                if path:
+                    command = [*self._given, "--ckpt_path", path]
+                    print(f"To go on: {shlex.join(['januspipe', *command])}", flush=True)
+                if self.report.errors.known():
+                    self.report.print(self.trainer)
+            raise
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt, register_type
 
 from lightning_januspipe.plan.graph_share import GraphLink
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.schedule.request import Auto
 
 _UNITS = {"": 1.0, "b": 1.0, **{f"{p}b": 1000.0**i for i, p in enumerate("kmgt", 1)}}

@@ -10,10 +10,10 @@ from lightning_januspipe.graph.collectives import (
     sum_halo,
     sum_over_ranks,
 )
-from lightning_januspipe.graph.explicit import with_halo
 from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.graph.owners_in_loader import OwnersInLoader
 from lightning_januspipe.graph.partition import halo_size, partition_atoms
+from lightning_januspipe.graph.shard_explicit import with_halo
 from lightning_januspipe.graph.sharded_potential import ShardedPotential
 from lightning_januspipe.graph.sharding import call_tensors, shard_potential, verify_sharding
 from lightning_januspipe.graph.shards import Shard, make_shards, rows_read, whole

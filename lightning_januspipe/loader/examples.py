@@ -48,7 +48,7 @@ def example_batches(loader: Any, num_microbatches: int, limited: bool = False) -
         return _read_map(loader, num_microbatches, limited)
 
 
-def measured_costs(loader: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+def read_sample_costs(loader: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Returns the (n,) costs of a dataset's samples; reads each once, with as many workers as the loader has."""
     which: dict[str, Any] = {"num_workers": loader.num_workers}
     if loader.num_workers:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory as pin
 
-from lightning_januspipe.loader.packing import pack
+from lightning_januspipe.loader.packing import pack_samples
 from lightning_januspipe.loader.sample_fields import sample_cost
 
 
@@ -149,7 +149,7 @@ class MicroBatchCollate:
 def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     """Returns ``min(num_groups, len(samples))`` groups of samples of nearly equal cost.
 
-    See :func:`~lightning_januspipe.loader.packing.pack`. Inside a group the samples keep the order of the batch.
+    See :func:`~lightning_januspipe.loader.packing.pack_samples`. Inside a group samples keep the order of the batch.
 
     Raises:
         ValueError: There are no samples.
@@ -161,7 +161,7 @@ def split_samples(samples: Sequence[Any], num_groups: int) -> list[list[Any]]:
     num_groups = min(num_groups, len(samples))
     if num_groups == 1:
         return [list(samples)]
-    groups = pack([sample_cost(s) for s in samples], num_groups)
+    groups = pack_samples([sample_cost(s) for s in samples], num_groups)
     ordered = sorted(groups, key=lambda g: g[0])
     return [[samples[i] for i in g] for g in ordered]
 

@@ -36,7 +36,7 @@ def work(atoms: float | None, edges: float | None) -> float | None:
     return edges + ATOM_WEIGHT * atoms
 
 
-def pack(costs: Sequence[float], num_bins: int, at_least: int = 1) -> list[list[int]]:
+def pack_samples(costs: Sequence[float], num_bins: int, at_least: int = 1) -> list[list[int]]:
     """Deals samples into bins, so that the largest sum is as small as exchanges of single samples can make it.
 
     The largest samples are dealt first, each into the bin with the smallest sum so far (LPT). Then samples of the
@@ -92,13 +92,13 @@ def plan(costs: Sequence[float], num_replicas: int, num_groups: int) -> list[lis
     def load(group: Sequence[int]) -> float:
         return sum(costs[i] for i in group)
 
-    groups = pack(costs, num_replicas * num_groups)
-    dealt = pack([load(g) for g in groups], num_replicas, at_least=num_groups)
+    groups = pack_samples(costs, num_replicas * num_groups)
+    dealt = pack_samples([load(g) for g in groups], num_replicas, at_least=num_groups)
     plans = [[[groups[g] for g in mine] for mine in dealt]]
     if num_replicas > 1:
         nested = []
-        for mine in pack(costs, num_replicas, at_least=num_groups):
-            inner = pack([costs[i] for i in mine], num_groups)
+        for mine in pack_samples(costs, num_replicas, at_least=num_groups):
+            inner = pack_samples([costs[i] for i in mine], num_groups)
             nested.append([[mine[i] for i in group] for group in inner])
         plans.append(nested)
     best = min(plans, key=lambda p: max(sum(map(load, mine)) + max(map(load, mine)) for mine in p))
@@ -113,7 +113,7 @@ def imbalance(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:
 
 
 def deal(costs: Sequence[float], num_bins: int, at_least: int = 0) -> list[list[tuple[float, int]]]:
-    """Does the first step of :func:`pack`: each sample, the largest first, goes into the bin with the smallest sum.
+    """Does the first step of :func:`pack_samples`: each sample, the largest first, goes into the lightest bin.
 
     Returns:
         Pairs (cost, sample) of each bin, the cheapest first.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from lightning_januspipe.loader.examples import measured_costs
+from lightning_januspipe.loader.examples import read_sample_costs
 from lightning_januspipe.loader.microbatch import GroupedIndices
 from lightning_januspipe.loader.packing import plan
 from lightning_januspipe.loader.sample_sizes import sample_costs
@@ -129,7 +129,7 @@ def _look(loader: Any, why: str, required: bool) -> _Known:
     try:
         costs = sample_costs(loader.dataset)
         if costs is None and required:
-            costs = measured_costs(loader)
+            costs = read_sample_costs(loader)
     except Exception as error:  # the other processes wait for an answer
         found = f"reading the costs of its samples failed ({type(error).__name__}: {error})"
         if not required:

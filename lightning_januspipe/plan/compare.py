@@ -10,7 +10,7 @@ from typing import Any
 from lightning_januspipe.schedule import Link, PhaseCosts, Report, Schedule, build_schedule, simulate
 from lightning_januspipe.schedule.actions import Message
 from lightning_januspipe.schedule.bounds import lower_bound
-from lightning_januspipe.schedule.build import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES
+from lightning_januspipe.schedule.build_schedule import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES
 from lightning_januspipe.schedule.costs import Costs, Memory, costs_per_stage
 from lightning_januspipe.schedule.request import Auto
 

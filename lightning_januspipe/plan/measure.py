@@ -15,7 +15,7 @@ from lightning_januspipe.capture.find.grad_call import PotentialCall, call_argum
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate
+from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate_stages
 from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.messages import MessageForm, Parts, message_specs
 from lightning_januspipe.engine.p2p import packed_size
@@ -187,7 +187,7 @@ def _measured(
     submodule = potential_of(module, step, call)
     tensors = captured.inputs(submodule)(call.args, call.kwargs)
     profile = captured.profile(submodule, tensors)
-    validate(captured, submodule, call, DEFAULT_MODE)  # and a first walk without deferral, which warms up
+    validate_stages(captured, submodule, call, DEFAULT_MODE)  # and a first walk without deferral, which warms up
     walks: dict[bool, list[list[PhaseCosts]]] = {False: [], True: []}
     began = time.perf_counter()
     while True:

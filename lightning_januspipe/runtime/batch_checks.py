@@ -18,7 +18,7 @@ from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.against_eager import validate, validate_evaluation
+from lightning_januspipe.capture.validate.against_eager import validate_evaluation, validate_stages
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError
 
@@ -78,7 +78,7 @@ class BatchChecks:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if potential.training:
-                    validate(self._staged, potential, call)
+                    validate_stages(self._staged, potential, call)
                 else:
                     validate_evaluation(self._staged, potential, call)
         except CaptureError as error:

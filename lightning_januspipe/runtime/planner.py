@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_januspipe.engine.single_process import SHORTEST
 from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, Report, Schedule, build_schedule, simulate
-from lightning_januspipe.schedule.build import CHOOSES_PLACEMENT, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
+from lightning_januspipe.schedule.build_schedule import CHOOSES_PLACEMENT, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
 from lightning_januspipe.schedule.stage_placement import layouts, snake
 
 # Times of phases are measured to a few percent: a new order has to be better by more.

@@ -16,7 +16,7 @@ from lightning_januspipe.schedule.costs import (
 )
 from lightning_januspipe.schedule.dependency_table import dependency_table
 from lightning_januspipe.schedule.step_report import MemoryCurve, Report, peak_live
-from lightning_januspipe.schedule.validate import validate
+from lightning_januspipe.schedule.validate import validate_schedule
 
 
 def simulate(
@@ -100,7 +100,7 @@ def simulate(
                 if first + index in waiting:
                     runnable.append(waiting.pop(first + index))
     if not end or len(end) != sum(map(len, schedule.actions)):
-        validate(schedule)
+        validate_schedule(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")
     curves = () if memory is None else memory_over_time(schedule, start, end, memory)
     ideal = ideal_time(schedule, costs) * sum(factors) / len(factors)

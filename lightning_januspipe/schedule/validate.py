@@ -58,7 +58,7 @@ class ScheduleError(ValueError):
         return type(self), self._arguments
 
 
-def validate(schedule: Schedule, *, max_pending_sends: int | None = None) -> None:
+def validate_schedule(schedule: Schedule, *, max_pending_sends: int | None = None) -> None:
     """Validates a schedule, for the executor described at the top of this module.
 
     Args:

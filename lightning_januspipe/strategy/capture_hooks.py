@@ -9,10 +9,10 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_januspipe.loader.examples import example_batches
-from lightning_januspipe.runtime.build import CaptureRequest, PipelineBuilder
-from lightning_januspipe.strategy.base import StrategyState
+from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged
 from lightning_januspipe.strategy.options import StrategyOptions
+from lightning_januspipe.strategy.shared_state import StrategyState
 
 
 class CaptureHooks(StrategyState):
@@ -27,6 +27,7 @@ class CaptureHooks(StrategyState):
             options.potential,
             options.stages,
             options.message_dtype,
+            options.compiled_activation,
         )
 
     @override

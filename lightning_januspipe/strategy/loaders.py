@@ -12,8 +12,8 @@ from lightning_januspipe.graph import OwnersInLoader
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
-from lightning_januspipe.strategy.base import StrategyState
 from lightning_januspipe.strategy.replica_samplers import discard_results, is_repeated, share_samples
+from lightning_januspipe.strategy.shared_state import StrategyState
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

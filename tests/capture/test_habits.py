@@ -19,6 +19,7 @@ from habits import (
     ChecksMask,
     DrawsAngles,
     Experts,
+    GraphBatch,
     Graphs,
     HasDropout,
     HasReference,
@@ -33,6 +34,7 @@ from habits import (
     ReferenceStep,
     RegistryBatch,
     Repeats,
+    ReturnsBatch,
     ReturnsSizes,
     RotatesAll,
     SamplesByValue,
@@ -49,8 +51,9 @@ from habits import (
 from torch import nn
 
 from lightning_januspipe.capture.adapters.adapter import BUILT_IN
+from lightning_januspipe.capture.trace.program import ReturnedSize
 from lightning_januspipe.capture.trees import copied, leaves
-from lightning_januspipe.capture.validate.against_eager import run_staged, validate, validate_evaluation
+from lightning_januspipe.capture.validate.against_eager import run_staged, validate_evaluation, validate_stages
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.random_state import seeded
@@ -72,7 +75,7 @@ def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Se
     found = traced(step, make)
     for num_stages in stages:
         potential = found.cut(num_stages)
-        validate(potential, found.potential, found.call_on(make(batch(*OTHER))))
+        validate_stages(potential, found.potential, found.call_on(make(batch(*OTHER))))
         assert_parity(potential, step, make(batch(*OTHER)), 1e-9)
     return found
 
@@ -88,6 +91,20 @@ def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Se
 )
 def test_containers_are_copied_whole(potential: Any, make: Any, labels: Any) -> None:
     trains(Step(potential(), labels), make)
+
+
+def test_batch_that_is_returned_with_results() -> None:
+    """Ranks are sent what the trace holds, so no size of the trace may be left in it."""
+
+    class WrittenStep(Step):
+        def training_step(self, batch: Any) -> Any:
+            out = self.potential(batch)
+            loss = (out["predicted_energy"] - out["energy"]).pow(2).mean()
+            return loss + (out["predicted_forces"] - out["forces"]).pow(2).mean()
+
+    program = trains(WrittenStep(ReturnsBatch()), GraphBatch).program
+    assert isinstance(program.returned.num_graphs, ReturnedSize)
+    pickle.loads(pickle.dumps(program))
 
 
 class Cell:
@@ -189,7 +206,7 @@ def test_derivatives_that_vanish_by_symmetry(positions: str) -> None:
                 layer.a.weight[:, -1] = 0  # messages that do not depend on distances
     else:
         other["pos"] *= 0
-    validate(found.cut(2), found.potential, found.call_on(other))
+    validate_stages(found.cut(2), found.potential, found.call_on(other))
 
 
 @pytest.mark.parametrize("potential", [DrawsAngles, HasDropout])
@@ -199,7 +216,7 @@ def test_random_numbers_are_drawn_once_for_each_micro_batch(potential: type[Pote
     found = traced(step)
     other = batch(*OTHER)
     captured = found.cut(3)
-    validate(captured, found.potential, found.call_on(copied(other)))
+    validate_stages(captured, found.potential, found.call_on(copied(other)))
     validate_evaluation(captured, found.potential, found.call_on(copied(other)))
     gradients = []
     for seed in (3, 3, 4):

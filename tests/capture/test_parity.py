@@ -8,7 +8,7 @@ from capture_models import Potential, Step, Traced, assert_parity, eager_gradien
 from parity_models import CASES, Scaled, Strained
 
 from lightning_januspipe.capture.stages.captured import independent_coordinates
-from lightning_januspipe.capture.validate.against_eager import validate
+from lightning_januspipe.capture.validate.against_eager import validate_stages
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -19,7 +19,7 @@ def traced(request: pytest.FixtureRequest) -> Traced:
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 def test_parameter_gradients(traced: Traced, num_stages: int) -> None:
     captured = traced.cut(num_stages)
-    validate(captured, traced.potential, traced.call_on(make_batch((4, 2), seed=2)))
+    validate_stages(captured, traced.potential, traced.call_on(make_batch((4, 2), seed=2)))
     assert_parity(captured, traced.module, make_batch((2, 5, 1, 3), seed=1))
 
 

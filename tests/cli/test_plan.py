@@ -37,9 +37,9 @@ from lightning_januspipe.schedule import (
     Schedule,
     build_schedule,
     simulate,
-    validate,
+    validate_schedule,
 )
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 
 COSTS = PhaseCosts(0.010, 0.014, 0.012, 0.009, 0.006, 0.005)
 MEMORY = MemoryCosts(30e6, 20e6, 10e6)
@@ -205,7 +205,7 @@ class TestGivenCosts:
         assert len(by_name["wavek-zb"]["peak_memory"]) == 4
         for name, row in by_name.items():
             schedule = Schedule.from_csv((folder / f"schedule-{name}.csv").read_text())
-            validate(schedule)
+            validate_schedule(schedule)
             assert simulate(schedule, COSTS).makespan == pytest.approx(row["step_time"])
 
     def test_png_without_memory(self, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ class TestRecipe:
         for name, row in rows.items():
             assert row["fits"] and len(row["peak_memory"]) == 2 and row["message_bytes"] > 0
             schedule = Schedule.from_csv((tmp_path / "out" / f"schedule-{name}.csv").read_text())
-            validate(schedule)
+            validate_schedule(schedule)
             assert row["atoms_per_second"] == pytest.approx(4 * 8 / row["step_time"])
         # Nothing was trained, and nothing was logged.
         assert not Path("lightning_logs").exists()

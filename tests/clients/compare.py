@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -91,6 +92,25 @@ class ClientConformance(PotentialConformance):
         super().__init_subclass__()
         cls.preload = (f"{cls.__module__.rpartition('test_')[-1]}_program",)
 
+
+class ModelConformance(PotentialConformance):
+    """The tests of models that are made by functions of ``programs/PACKAGE_models.py``, with two steps each."""
+
+    strategies: ClassVar = {
+        "two-stages": {"pipeline_size": 2, "num_microbatches": 1},
+        "two-stages-4-microbatches": {"pipeline_size": 2, "num_microbatches": 4},
+        "two-graph-ranks": {"graph_size": 2, "num_microbatches": 1},
+        "two-stages-of-two-graph-ranks": {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4},
+    }
+    timeout = 600.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.preload = (f"{cls.__module__.rpartition('test_')[-1]}_models",)
+
+
+PIPELINES = {name: s for name, s in ModelConformance.strategies.items() if "graph_size" not in s}
+"""The strategies for models that cannot be sharded over graph ranks."""
 
 TWO_STAGES = {"two-stages": {"pipeline_size": 2, "num_microbatches": 1}}
 THREE_STAGES = {"three-stages": {"pipeline_size": 3, "num_microbatches": 1}}

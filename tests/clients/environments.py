@@ -73,6 +73,15 @@ CLIENTS = {
         ),
         alone=("fairchem-core==2.24.0", "nvalchemi-toolkit-ops==0.5.0", "warp-lang==1.19.0"),
     ),
+    "sevennet": Client(("sevenn==0.13.0",)),
+    "orb": Client(("orb-models==0.5.5",)),
+    "allegro": Client(("nequip-allegro==0.8.3", "nequip==0.19.1")),
+    "torchmdnet": Client(("torchmd-net==3.1.0",)),
+    "mattersim": Client(("mattersim==1.2.5",)),
+    "chgnet": Client(("chgnet==0.4.2",)),
+    "pyg": Client(("torch-geometric==2.8.1",)),
+    "aimnet": Client(("aimnet==0.2.5",)),
+    "pet": Client(("metatrain==2026.4.1",)),
 }
 
 

@@ -8,11 +8,11 @@ Slow, and skipped where fairchem-core is absent:
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
+from factories import factory
 
-from .compare import ClientConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,57 +23,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-STRATEGIES = {
-    "two-stages": {"pipeline_size": 2, "num_microbatches": 1},
-    "two-stages-4-microbatches": {"pipeline_size": 2, "num_microbatches": 4},
-    "two-graph-ranks": {"graph_size": 2, "num_microbatches": 1},
-    "two-stages-of-two-graph-ranks": {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4},
-}
+
+class TestESEN(ModelConformance):
+    """On given edges."""
+
+    make_module = factory("fairchem_models", "make_esen")
+    datamodules = {kind: factory("fairchem_models", kind) for kind in ("crystals", "molecules")}
 
 
-def make(name: str) -> Any:
-    """Returns what a function of ``fairchem_models`` makes."""
-    import fairchem_models
-
-    return getattr(fairchem_models, name)()
+class TestESENThatMakesEdges(ModelConformance):
+    make_module = factory("fairchem_models", "make_esen_own_edges")
+    datamodules = {"crystals": factory("fairchem_models", "crystals")}
 
 
-def make_esen() -> Any:
-    """ESEN on given edges."""
-    return make("make_esen")
+class TestUMA(ModelConformance):
+    """Without dropout, whose numbers a plain Trainer draws otherwise."""
 
-
-def make_esen_own_edges() -> Any:
-    """ESEN that makes its edges."""
-    return make("make_esen_own_edges")
-
-
-def crystals() -> Any:
-    """Periodic structures of 4 to 16 atoms."""
-    return make("crystals")
-
-
-def molecules() -> Any:
-    """Molecules of 3 to 7 atoms in a box."""
-    return make("molecules")
-
-
-class FairchemConformance(ClientConformance):
-    """Trains two steps, as a trace takes long."""
-
-    strategies = STRATEGIES
-    steps = 2
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.preload = ("fairchem_models",)
-
-
-class TestESEN(FairchemConformance):
-    make_module = make_esen
-    datamodules = {"crystals": crystals, "molecules": molecules}
-
-
-class TestESENThatMakesEdges(FairchemConformance):
-    make_module = make_esen_own_edges
-    datamodules = {"crystals": crystals}
+    make_module = factory("fairchem_models", "make_uma")
+    datamodules = {kind: factory("fairchem_models", kind) for kind in ("crystals", "molecules")}

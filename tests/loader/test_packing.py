@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_januspipe.loader.packing import ATOM_WEIGHT, imbalance, pack, plan, work
+from lightning_januspipe.loader.packing import ATOM_WEIGHT, imbalance, pack_samples, plan, work
 
 COSTS = st.lists(st.integers(0, 60), min_size=1, max_size=30)
 
@@ -27,18 +27,18 @@ def _long_tailed(num: int, seed: int = 0) -> list[float]:
 @settings(deadline=None)
 @given(COSTS, st.integers(1, 9), st.integers(0, 3))
 def test_each_sample_once_and_every_bin_its_share(costs: list[float], num_bins: int, at_least: int) -> None:
-    groups = pack(costs, num_bins, at_least)
+    groups = pack_samples(costs, num_bins, at_least)
     assert len(groups) == num_bins and sorted(itertools.chain(*groups)) == list(range(len(costs)))
     assert all(group == sorted(group) for group in groups)
     if len(costs) >= num_bins * at_least:
         assert min(map(len, groups)) >= at_least
-    assert pack(costs, num_bins, at_least) == groups
+    assert pack_samples(costs, num_bins, at_least) == groups
 
 
 @settings(deadline=None)
 @given(COSTS, st.integers(2, 6))
 def test_no_single_exchange_lowers_the_fullest_bin(costs: list[float], num_bins: int) -> None:
-    groups = pack(costs, num_bins)
+    groups = pack_samples(costs, num_bins)
     loads = _loads(costs, groups)
     top = max(range(num_bins), key=loads.__getitem__)
     for other, i in itertools.product(range(num_bins), groups[top]):
@@ -51,13 +51,13 @@ def test_no_single_exchange_lowers_the_fullest_bin(costs: list[float], num_bins:
 
 def test_exchanges_improve_on_largest_first() -> None:
     costs = [5.0, 5, 4, 4, 3, 3, 3]  # largest first gives 11, 8 and 8
-    assert imbalance(costs, pack(costs, 3)) == pytest.approx(1)
+    assert imbalance(costs, pack_samples(costs, 3)) == pytest.approx(1)
 
 
 def test_large_numbers_of_samples_are_packed_well_and_soon() -> None:
     costs = _long_tailed(10_000)
     began = time.perf_counter()
-    groups = pack(costs, 64)
+    groups = pack_samples(costs, 64)
     assert time.perf_counter() - began < 3
     assert imbalance(costs, groups) < 1.001
 
@@ -91,9 +91,9 @@ def test_one_giant_leaves_little_else_to_its_replica() -> None:
 
 def test_what_cannot_be_packed() -> None:
     with pytest.raises(ValueError, match="num_bins=0"):
-        pack([1.0], 0)
+        pack_samples([1.0], 0)
     with pytest.raises(ValueError, match="cost of a sample is nan; expected a number >= 0"):
-        pack([1.0, float("nan")], 2)
+        pack_samples([1.0, float("nan")], 2)
     with pytest.raises(ValueError, match="1 samples for 2 replicas"):
         plan([1.0], 2, 1)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pipeline_workers
 import pytest
 import tiny
+from documents import ROOT, named_functions
 from pools import slow
 
 from lightning_januspipe.runtime.planner import Planner
-from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate
+from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate_schedule
 from lightning_januspipe.schedule.draw import SUFFIXES
 from lightning_januspipe.testing import RankPool, compare_records, train_reference
 
@@ -48,7 +49,7 @@ def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: 
     results = pool.run(pipeline_workers.fit, {"schedule": schedule, "num_microbatches": 4}, world_size=size)
     assert len({r["schedule"] for r in results}) == 1
     plan = Schedule.parse(results[0]["schedule"])
-    validate(plan)
+    validate_schedule(plan)
     assert plan.num_ranks == size and plan.num_microbatches == 4 and plan.name == schedule
     assert [plan.stages_of(rank) for rank in range(size)] == [tuple(r["stages"]) for r in results]
     assert len({r["latency"] for r in results}) == 1 and results[0]["latency"] > 0
@@ -154,3 +155,15 @@ def test_arguments_of_the_timeline() -> None:
         PipelineTimeline(step=-1)
     with pytest.raises(ValueError, match="suffix='pdf'; expected one of " + ", ".join(s[1:] for s in SUFFIXES)):
         PipelineTimeline(suffix="pdf")
+
+
+def test_a_micro_batch_goes_the_way_that_the_docs_describe(pool: RankPool) -> None:
+    """The last stage calls the functions in the order of the tables, but for those of graph ranks and of the set-up."""
+    _, called = pool.run(pipeline_workers.functions_of_a_step, world_size=2)
+    way = []
+    for file, (function, *_), text in named_functions(ROOT / "docs" / "how-it-works.md"):
+        if not text.startswith(("On graph ranks", "Has left")):
+            name = "__call__" if function == "MicroBatchCollate" else function.rpartition(".")[2]
+            assert (file, name) in called, f"{file}: {function} is not called"
+            way.append((called.index((file, name)), f"{file}: {function}"))
+    assert len(way) > 20 and [name for _, name in sorted(way)] == [name for _, name in way]

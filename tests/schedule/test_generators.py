@@ -30,7 +30,7 @@ from lightning_januspipe.schedule import (
     build_schedule,
     simulate,
     unfolded,
-    validate,
+    validate_schedule,
 )
 from lightning_januspipe.schedule import wavek as wavek_module
 from lightning_januspipe.schedule.actions import CRITICAL_PHASES
@@ -101,7 +101,7 @@ def test_every_schedule_is_complete_true_and_within_its_cap(name, examples):
     def check(request):
         (_, num_ranks, num_microbatches, costs), options = arguments, options = request
         schedule = build_schedule(*arguments, **options)
-        validate(schedule)
+        validate_schedule(schedule)
         deferred = name == "wavek-zb"
         _assert_complete(schedule, deferred)
         report = simulate(schedule, costs, comm=options["latency"])

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_models import COSTS, MEASURED, ONES, phase_costs
 
-from lightning_januspipe.schedule import Phase, PhaseCosts, Schedule, simulate, validate
+from lightning_januspipe.schedule import Phase, PhaseCosts, Schedule, simulate, validate_schedule
 from lightning_januspipe.schedule.costs import costs_per_stage
 from lightning_januspipe.schedule.list_scheduler import (
     BREADTH_FIRST,
@@ -93,7 +93,7 @@ def test_any_priority_gives_a_valid_order_and_its_time(
     chain = _chain(num_ranks, costs, chunks, latency)
     found = list_schedule(chain, num_microbatches, Priority(tuple(phases), *shape), max_live, deferred=deferred)
     schedule = Schedule("list", num_ranks, num_microbatches, found.actions, chain.placement)
-    validate(schedule)
+    validate_schedule(schedule)
     report = simulate(schedule, costs, comm=latency)
     assert report.makespan <= found.makespan * (1 + 1e-9)
     assert max(report.peak_live) <= max_live

@@ -22,7 +22,7 @@ from lightning_januspipe.schedule import (
     ScheduleError,
     build_schedule,
     simulate,
-    validate,
+    validate_schedule,
 )
 from lightning_januspipe.schedule.costs import memory_per_stage
 
@@ -100,7 +100,7 @@ def test_deferred_weight_gradients_fill_the_bubble():
     costs = PhaseCosts(1.0, 1.0, 1.0, 1.0, wf=1.0, we=1.0)
     fused = schedule_of("FE0.0 FF0.0 BF0.0 BE0.0", "FE1.0 FF1.0 BF1.0 BE1.0")
     deferred = schedule_of("FE0.0 FF0.0 BF0.0 WF0.0 BE0.0 WE0.0", "FE1.0 FF1.0 BF1.0 BE1.0 WF1.0 WE1.0")
-    validate(deferred)
+    validate_schedule(deferred)
     assert simulate(fused, costs).makespan == 12.0
     assert simulate(deferred, costs).makespan == 9.0
     assert simulate(fused, costs).ideal == simulate(deferred, costs).ideal == 6.0
@@ -108,7 +108,7 @@ def test_deferred_weight_gradients_fill_the_bubble():
 
 def test_split_stages_compute_the_energies_once_more():
     schedule = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
-    validate(schedule)
+    validate_schedule(schedule)
     report = simulate(schedule, PhaseCosts(1.0, 2.0, 4.0, 8.0, wf=16.0, we=32.0), comm=0.5)
     # One rank's share is half of the only stage.
     lengths = {str(action): (report.end[action] - report.start[action]) / 2 for action in report.end}
@@ -122,7 +122,7 @@ def test_a_split_stage_has_two_messages_on_a_channel():
     schedule = schedule_of(
         "FE0.0 BE0.0", "FE1.0 FF1.0 FF0.0 BF0.0 BF1.0 BE1.0", placement=(0, 1), force_placement=(1, 1)
     )
-    validate(schedule)
+    validate_schedule(schedule)
     starts = _starts(simulate(schedule, ONES, comm=Link(0.0, 1.0, 1.0)))
     assert starts["FE1.0"] == 2.0
     assert starts["BE0.0"] == 2 + 1 + 1 + 2 + 2 + 1 + 1 + 1
@@ -131,7 +131,7 @@ def test_a_split_stage_has_two_messages_on_a_channel():
 def test_stages_share_the_costs_of_their_rank():
     orders = ("FE0.0 FE3.0 FF3.0 FF0.0 BF0.0 BF3.0 BE3.0 BE0.0", "FE1.0 FE2.0 FF2.0 FF1.0 BF1.0 BF2.0 BE2.0 BE1.0")
     schedule = schedule_of(*orders, placement=(0, 1, 1, 0))
-    validate(schedule)
+    validate_schedule(schedule)
     assert simulate(schedule, ONES).makespan == 16 * 0.5
     assert simulate(schedule, ONES, comm=1.0).makespan == 16 * 0.5 + 8 * 1.0
     assert simulate(schedule, ONES).peak_live == (1, 1)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_models import COSTS, MEASURED, NAMES, actions, can_execute, schedule_of, waits_for
 
-from lightning_januspipe.schedule import Action, Phase, ScheduleError, build_schedule, simulate, validate
+from lightning_januspipe.schedule import Action, Phase, ScheduleError, build_schedule, simulate, validate_schedule
 from lightning_januspipe.schedule.actions import predecessor
 
 VERDICTS = settings(max_examples=250, deadline=None)
@@ -80,7 +80,7 @@ def _corrupted(draw):
 def test_one_mistake_is_refused_by_name_or_harmless(corrupted, max_pending_sends, seed):
     schedule, concerned, ranks = corrupted
     try:
-        validate(schedule, max_pending_sends=max_pending_sends)
+        validate_schedule(schedule, max_pending_sends=max_pending_sends)
     except ScheduleError as error:
         told = str(error).splitlines()[0]
         assert f"{error.action}" in told and f">{error.action}<" in str(error)
@@ -107,11 +107,11 @@ def test_verdict_agrees_with_an_execution(schedule, max_pending_sends, data, see
         order[first], order[second] = order[second], order[first]
         schedule = _with_order(schedule, rank, order)
     if can_execute(schedule, max_pending_sends, seed):
-        validate(schedule, max_pending_sends=max_pending_sends)
+        validate_schedule(schedule, max_pending_sends=max_pending_sends)
         assert simulate(schedule, MEASURED).makespan > 0
     else:
         with pytest.raises(ScheduleError) as caught:
-            validate(schedule, max_pending_sends=max_pending_sends)
+            validate_schedule(schedule, max_pending_sends=max_pending_sends)
         error = caught.value
         assert error.action in schedule.actions[error.rank]
         assert f"{error.action} on rank {error.rank}" in str(error)
@@ -124,7 +124,7 @@ def test_a_missing_action_is_named(schedule, data):
     order = list(schedule.actions[rank])
     missing = order.pop(place)
     with pytest.raises(ScheduleError, match=rf"{missing} is missing on rank {rank}") as caught:
-        validate(_with_order(schedule, rank, order))
+        validate_schedule(_with_order(schedule, rank, order))
     assert (caught.value.action, caught.value.rank) == (missing, rank)
 
 
@@ -136,7 +136,7 @@ def test_a_repeated_action_is_named(schedule, data):
     repeated = order[place]
     order.insert(data.draw(st.integers(0, len(order))), repeated)
     with pytest.raises(ScheduleError, match=rf"{repeated} on rank {rank} is there twice") as caught:
-        validate(_with_order(schedule, rank, order))
+        validate_schedule(_with_order(schedule, rank, order))
     assert (caught.value.action, caught.value.rank) == (repeated, rank)
 
 
@@ -149,9 +149,9 @@ def test_an_action_on_another_rank_is_named(schedule, data):
     moved = order.pop(place)
     other.insert(data.draw(st.integers(0, len(other))), moved)
     exiled = _with_order(_with_order(schedule, source, order), target, other)
-    for prove in (validate, lambda schedule: simulate(schedule, MEASURED)):
+    for check in (validate_schedule, lambda schedule: simulate(schedule, MEASURED)):
         with pytest.raises(ScheduleError, match=rf"{moved} is on rank {target}, .* rank {source}") as caught:
-            prove(exiled)
+            check(exiled)
         assert (caught.value.action, caught.value.rank) == (moved, target)
 
 
@@ -169,7 +169,7 @@ def test_a_broken_dependency_on_a_rank_is_named(schedule, data):
     order.remove(late)
     order.insert(order.index(needed), late)
     with pytest.raises(ScheduleError, match=rf"{late} on rank {rank} comes before") as caught:
-        validate(_with_order(schedule, rank, order))
+        validate_schedule(_with_order(schedule, rank, order))
     assert (caught.value.action, caught.value.rank) == (late, rank)
 
 
@@ -186,32 +186,32 @@ def test_a_broken_dependency_on_a_rank_is_named(schedule, data):
 )
 def test_other_mistakes_are_named(order, message):
     with pytest.raises(ScheduleError, match=message):
-        validate(schedule_of(order))
+        validate_schedule(schedule_of(order))
 
 
 def test_weight_gradients_are_deferred_for_all_or_none():
-    validate(schedule_of("FE0.0 FF0.0 BF0.0 BE0.0 WF0.0 WE0.0"))
+    validate_schedule(schedule_of("FE0.0 FF0.0 BF0.0 BE0.0 WF0.0 WE0.0"))
     with pytest.raises(ScheduleError, match=r"WE0\.0 is missing on rank 0"):
-        validate(schedule_of("FE0.0 FF0.0 BF0.0 BE0.0 WF0.0"))
+        validate_schedule(schedule_of("FE0.0 FF0.0 BF0.0 BE0.0 WF0.0"))
     order = "FE0.0 FF0.0 BF0.0 BE0.0 WF0.0 WE0.0 FE0.1 FF0.1 BF0.1 BE0.1"
     with pytest.raises(ScheduleError, match=r"WF0\.1 is missing on rank 0"):
-        validate(schedule_of(order, num_microbatches=2))
+        validate_schedule(schedule_of(order, num_microbatches=2))
 
 
 def test_only_folded_stages_defer():
     split = schedule_of("FE0.0 BE0.0", "FF0.0 BF0.0", placement=(0,), force_placement=(1,))
-    validate(split)
+    validate_schedule(split)
     deferred = schedule_of("FE0.0 BE0.0 WE0.0", "FF0.0 BF0.0 WF0.0", placement=(0,), force_placement=(1,))
     with pytest.raises(ScheduleError, match=r"WE0\.0 on rank 0 .* only folded stages can defer"):
-        validate(deferred)
+        validate_schedule(deferred)
 
 
 def test_messages_may_cross():
     schedule = build_schedule("gpipe", 2, 2, COSTS)
     crossed = _with_order(schedule, 1, actions("FE1.1 FE1.0 FF1.0 FF1.1 BF1.0 BF1.1 BE1.0 BE1.1"))
-    validate(crossed)
+    validate_schedule(crossed)
     # The receives are posted in the sender's order: FE0.0 is received before FE0.1, though it is used later.
-    validate(crossed, max_pending_sends=1)
+    validate_schedule(crossed, max_pending_sends=1)
     assert simulate(crossed, COSTS).makespan > simulate(schedule, COSTS).makespan
 
 
@@ -219,7 +219,7 @@ def test_a_cycle_of_waits_is_refused_and_told():
     rank_0 = "FE0.0 FF0.0 FE0.1 FF0.1 BF0.0 BF0.1 BE0.0 BE0.1"
     rank_1 = "FE1.0 FE1.1 FF1.0 FF1.1 BF1.0 BF1.1 BE1.0 BE1.1"
     with pytest.raises(ScheduleError) as caught:
-        validate(schedule_of(rank_0, rank_1, num_microbatches=2))
+        validate_schedule(schedule_of(rank_0, rank_1, num_microbatches=2))
     message = str(caught.value)
     assert (str(caught.value.action), caught.value.rank) == ("FF0.0", 0)
     assert "rank 0 needs FF1.0 of rank 1 for FF0.0" in message
@@ -231,20 +231,20 @@ def test_sends_that_meet_need_a_buffer():
     rank_0 = "FE0.0 FE0.1 FF0.0 FF0.1 BF0.0 BF0.1 BE0.0 BE0.1"
     rank_1 = "FE1.0 FF1.0 FE1.1 FF1.1 BF1.0 BF1.1 BE1.0 BE1.1"
     schedule = schedule_of(rank_0, rank_1, num_microbatches=2)
-    validate(schedule)
-    validate(schedule, max_pending_sends=1)
+    validate_schedule(schedule)
+    validate_schedule(schedule, max_pending_sends=1)
     with pytest.raises(ScheduleError, match=r"rank 0 cannot send the result of FE0\.1 until rank 1 receives more"):
-        validate(schedule, max_pending_sends=0)
+        validate_schedule(schedule, max_pending_sends=0)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 32])
 def test_gpipe_runs_with_blocking_sends(num_ranks):
-    validate(build_schedule("gpipe", num_ranks, 6, COSTS), max_pending_sends=0)
+    validate_schedule(build_schedule("gpipe", num_ranks, 6, COSTS), max_pending_sends=0)
 
 
 def test_pending_sends_must_be_a_number():
     with pytest.raises(ValueError, match="max_pending_sends is -1"):
-        validate(build_schedule("gpipe", 1, 1, COSTS), max_pending_sends=-1)
+        validate_schedule(build_schedule("gpipe", 1, 1, COSTS), max_pending_sends=-1)
 
 
 def test_long_orders_are_drawn_around_the_failure():
@@ -252,14 +252,14 @@ def test_long_orders_are_drawn_around_the_failure():
     order = list(schedule.actions[1])
     order[100], order[10] = order[10], order[100]
     with pytest.raises(ScheduleError) as caught:
-        validate(_with_order(schedule, 1, order))
+        validate_schedule(_with_order(schedule, 1, order))
     assert f">{caught.value.action}<" in str(caught.value)
     assert max(map(len, str(caught.value).splitlines()[1:])) < 200
 
 
 def test_error_survives_pickling():
     with pytest.raises(ScheduleError) as caught:
-        validate(schedule_of("FE0.0 BF0.0 FF0.0 BE0.0"))
+        validate_schedule(schedule_of("FE0.0 BF0.0 FF0.0 BE0.0"))
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.action, copy.rank) == (str(caught.value), caught.value.action, 0)
     assert predecessor(copy.action, 1) == Action.parse("FF0.0")

@@ -14,9 +14,9 @@ from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.find_potential import find_potential
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
-from lightning_januspipe.capture.find.potential import find_potential
 from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.stages.captured import CallInputs, CapturedPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -70,13 +71,18 @@ class Potential(nn.Module):
         self.layers = nn.ModuleList(Layer(width) for _ in range(num_layers))
         self.readout = nn.Linear(width, 1, dtype=DTYPE)
 
-    def energy(self, b: Any, pos: Tensor) -> Tensor:
-        """(B,) energies."""
+    def energies(self, b: Any, pos: Tensor) -> Tensor:
+        """(N,) energies of atoms."""
         r = (pos[b["edge_index"][0]] - pos[b["edge_index"][1]]).pow(2).sum(1).add(1e-6).sqrt()
         h = self.embedding(b["z"])
         for layer in self.layers:
             h = layer(h, r, b["edge_index"])
-        return per_structure(b, self.readout(h)[:, 0])
+        energies: Tensor = self.readout(h)[:, 0]
+        return energies
+
+    def energy(self, b: Any, pos: Tensor) -> Tensor:
+        """(B,) energies."""
+        return per_structure(b, self.energies(b, pos))
 
     def total(self, b: Any, pos: Tensor) -> Tensor:
         """(B,) energies with what the habit adds."""
@@ -176,6 +182,56 @@ class Graphs(NamedTuple):
 
     nodes: Batch
     edges: Batch
+
+
+class Store(UserDict[str, Any]):
+    """Entries of a graph; numbers that describe a batch are attributes of it."""
+
+
+class GraphBatch:
+    """A batch as PyTorch Geometric has it, with its number of graphs as an attribute of its store."""
+
+    edge_stores: tuple[Store, ...] = ()
+
+    def __init__(self, entries: Batch) -> None:
+        self._store = Store(entries)
+        self._store._num_graphs = len(entries["energy"])
+
+    @property
+    def stores(self) -> list[Store]:
+        """The only store."""
+        return [self._store]
+
+    @property
+    def num_graphs(self) -> Any:
+        """The number of structures."""
+        return self._store._num_graphs
+
+    def to_dict(self) -> Batch:
+        """The entries."""
+        return dict(self._store)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._store[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._store[key] = value
+
+    def __copy__(self) -> GraphBatch:
+        changed = GraphBatch(dict(self._store))
+        changed._store._num_graphs = self._store._num_graphs
+        return changed
+
+
+class ReturnsBatch(Potential):
+    """Writes its results into its batch, and returns that."""
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        total = torch.zeros(b.num_graphs, dtype=DTYPE).index_add(0, b["batch"], self.energies(b, pos))
+        b["predicted_energy"] = total
+        b["predicted_forces"] = -torch.autograd.grad(total.sum(), pos, create_graph=True)[0]
+        return b
 
 
 class WritesOnce(Potential):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 from unittest.mock import patch
 
 import tiny
+from documents import PACKAGE
 from lightning.pytorch import Callback
 
 from lightning_januspipe.callbacks import PipelineTimeline
-from lightning_januspipe.runtime import agreed_schedules, pipeline
-from lightning_januspipe.runtime import build as capturing
+from lightning_januspipe.runtime import agreed_schedules, build_pipeline, pipeline
 from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
 from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
@@ -63,7 +64,7 @@ def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], s
         stages.extend(self.executor.stages)
 
     with (
-        patch.object(capturing, "placements", lambda *_: (placement,)),
+        patch.object(build_pipeline, "placements", lambda *_: (placement,)),
         patch.object(request, "layouts", lambda num, *rest: (placement,) if num == world else layouts(num, *rest)),
         patch.object(pipeline.Pipeline, "__init__", noted),
     ):
@@ -160,7 +161,7 @@ def places_after_measuring(strategy: dict[str, Any]) -> tuple[Any, Any]:
 
 def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
     """Returns the latency and the costs that a rank plans with, where each rank measures others."""
-    measured, latency, found = agreed_schedules.measured_costs, capturing.message_latency, []
+    measured, latency, found = agreed_schedules.measured_costs, build_pipeline.message_latency, []
     rank = int(os.environ["RANK"])
 
     def look(trainer: Any) -> None:
@@ -168,11 +169,11 @@ def costs_of_replicas(strategy: dict[str, Any]) -> tuple[float, Any]:
         found.append((planner.latency, planner.costs))
 
     agreed_schedules.measured_costs = lambda *a: (PhaseCosts(1.0 + rank, 1.0, 1.0, 1.0),) * len(measured(*a))  # type: ignore
-    capturing.message_latency = lambda links: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
+    build_pipeline.message_latency = lambda links: 1e-6 * (1 + rank % 2)  # type: ignore[attr-defined]
     try:
         fit(strategy, 5, [_AtTheEnd(look)])
     finally:
-        agreed_schedules.measured_costs, capturing.message_latency = measured, latency  # type: ignore[attr-defined]
+        agreed_schedules.measured_costs, build_pipeline.message_latency = measured, latency  # type: ignore[attr-defined]
     return found[0]
 
 
@@ -213,3 +214,34 @@ def fit_with_error_of(callback: Any) -> str:
 def exists(folder: str) -> list[str]:
     """Returns the names of the files in a folder."""
     return sorted(p.name for p in Path(folder).iterdir())
+
+
+def functions_of_a_step() -> list[tuple[str, str]]:
+    """Trains for one step with clipping; returns file and name of the package's functions, in the order of first calls.
+
+    What capture calls is left out.
+    """
+    called: dict[tuple[str, str], None] = {}
+    root = f"{PACKAGE}/"
+    build = build_pipeline.PipelineBuilder.pipeline
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(root):
+            called.setdefault((file.removeprefix(root), frame.f_code.co_name))
+
+    def unseen(*arguments: Any) -> Any:
+        sys.setprofile(None)
+        try:
+            return build(*arguments)
+        finally:
+            sys.setprofile(note)
+
+    trainer = quiet_trainer({"num_microbatches": 2, "schedule": "wavek"}, max_steps=1, gradient_clip_val=1.0)
+    with patch.object(build_pipeline.PipelineBuilder, "pipeline", unseen):
+        sys.setprofile(note)
+        try:
+            trainer.fit(tiny.module(), tiny.data())
+        finally:
+            sys.setprofile(None)
+    return list(called)

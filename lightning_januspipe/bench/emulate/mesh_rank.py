@@ -29,7 +29,7 @@ from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.mesh import Mesh, MeshShape
-from lightning_januspipe.runtime.build import pipeline_links
+from lightning_januspipe.runtime.build_pipeline import pipeline_links
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.costs import Costs, action_times
 

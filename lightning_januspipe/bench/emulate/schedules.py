@@ -12,7 +12,7 @@ from lightning_januspipe.bench.emulate.run import EmulatedRun, emulate
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan.compare import BASELINE
 from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
-from lightning_januspipe.schedule.build import GENERATORS
+from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 from lightning_januspipe.schedule.costs import action_times
 from lightning_januspipe.schedule.draw import Panel, gantt

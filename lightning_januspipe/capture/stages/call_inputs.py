@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.find.call_format import size_carrier
-from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.facts_and_draws import Fact
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.program import symbols_in

@@ -201,7 +201,7 @@ def _described(value: Any) -> Any:
 Operation = tuple[Any, tuple[Any, ...]]
 
 
-class _Record(TorchDispatchMode):
+class _OperationRecorder(TorchDispatchMode):
     """Records the operations that reach the device, with the types of their arguments."""
 
     def __init__(self) -> None:
@@ -222,7 +222,7 @@ def _operations(call: Callable[..., Any], operands: Sequence[Any], autocast: Aut
         autocast_as(autocast),
         torch.no_grad(),
         quiet_loggers(["torch._subclasses.fake_tensor"], logging.CRITICAL),
-        _Record() as record,
+        _OperationRecorder() as record,
     ):
         try:
             call(*operands)

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_januspipe.capture.trace.derivatives import merge_derivatives
-from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.facts_and_draws import Fact
 from lightning_januspipe.capture.trace.graph_walks import descendants
 from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs
 from lightning_januspipe.engine.specs import TensorSpec

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.capture.trace.facts import Draw, Fact
+from lightning_januspipe.capture.trace.facts_and_draws import Draw, Fact
 from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec, evaluate
 

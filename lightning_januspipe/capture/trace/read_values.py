@@ -28,7 +28,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_januspipe.capture.find.call_format import size_carrier
-from lightning_januspipe.capture.trace.facts import Fact
+from lightning_januspipe.capture.trace.facts_and_draws import Fact
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError
 

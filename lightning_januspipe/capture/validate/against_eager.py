@@ -259,7 +259,7 @@ def run_staged(
     return probe, result
 
 
-def validate(
+def validate_stages(
     staged: StagedPotential,
     potential: nn.Module,
     call: PotentialCall,

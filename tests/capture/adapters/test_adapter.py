@@ -13,7 +13,7 @@ from capture_models import TRACED, Potential, Step, Traced, assert_parity, make_
 
 from lightning_januspipe.capture.adapters import Adapter, adapted, adapter, adapters_of, joined, separated
 from lightning_januspipe.capture.capture import capture_module
-from lightning_januspipe.capture.find.potential import find_potential
+from lightning_januspipe.capture.find.find_potential import find_potential
 from lightning_januspipe.errors import CaptureError
 
 Register = Callable[..., None]

@@ -193,7 +193,7 @@ SCRIPT = """
 import sys
 import torch
 from project.model import Model
-from lightning_januspipe.capture.find.potential import PotentialCall
+from lightning_januspipe.capture.find.find_potential import PotentialCall
 from lightning_januspipe.capture.cache.key import program_key
 
 class Wrapper(Model):

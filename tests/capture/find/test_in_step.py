@@ -10,7 +10,7 @@ from capture_models import DTYPE, OTHER, TRACED, Batch, Potential, Step, Traced,
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.capture import capture_module
-from lightning_januspipe.capture.find.potential import find_potential
+from lightning_januspipe.capture.find.find_potential import find_potential
 from lightning_januspipe.errors import CaptureError
 
 

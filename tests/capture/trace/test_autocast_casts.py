@@ -13,7 +13,7 @@ from capture_models import OTHER, TRACED, Batch, Layer, Potential, Step, Traced,
 from torch import Tensor
 
 from lightning_januspipe.capture.trace.program import Program
-from lightning_januspipe.capture.validate.against_eager import ProbeResult, run_eager, run_staged, validate
+from lightning_januspipe.capture.validate.against_eager import ProbeResult, run_eager, run_staged, validate_stages
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.errors import CaptureError
 
@@ -98,7 +98,7 @@ def test_same_as_the_module_under_autocast(kind: type[Potential]) -> None:
         made = traced(kind)
         call = made.call_on(in_float32(make_batch(OTHER)))
         captured = made.cut(2)
-        validate(captured, made.potential, call)
+        validate_stages(captured, made.potential, call)
         eager = run_eager(made.potential, call, captured)
         found, _ = run_staged(captured, made.potential, call)
     exact_eager = run_eager(made.potential, call, captured)
@@ -174,7 +174,7 @@ def test_a_wrong_graph_is_seen_in_half_precision(target: str, other: str, words:
         node = next(n for n in captured.program.nodes if n.target == target)
         node.target = other
         with pytest.raises(CaptureError, match=words):
-            validate(captured, made.potential, made.call_on(in_float32(make_batch(OTHER))))
+            validate_stages(captured, made.potential, made.call_on(in_float32(make_batch(OTHER))))
 
 
 def test_casts_of_one_phase_do_not_reach_the_next() -> None:

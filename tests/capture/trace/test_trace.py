@@ -11,7 +11,7 @@ from capture_models import DTYPE, OTHER, TRACED, Batch, Layer, Potential, Step, 
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.trace.operators import is_random
-from lightning_januspipe.capture.validate.against_eager import run_staged, validate
+from lightning_januspipe.capture.validate.against_eager import run_staged, validate_stages
 from lightning_januspipe.errors import CaptureError
 
 BATCHES = [(4,), (1,), (1, 1), (3, 1), (2, 5, 1, 3, 4, 2, 6)]
@@ -233,9 +233,9 @@ class Loop(Potential):
 def test_sizes_made_constant(potential: type[Potential], words: str) -> None:
     traced = Traced(Step(potential(1)))
     captured = traced.cut(1)
-    validate(captured, traced.potential, traced.call)
+    validate_stages(captured, traced.potential, traced.call)
     with pytest.raises(CaptureError, match=rf"{words} of dimension 0 of .*'cell'.*\(2, 3, 3\).*tensor\.shape"):
-        validate(captured, traced.potential, traced.call_on(make_batch(OTHER)))
+        validate_stages(captured, traced.potential, traced.call_on(make_batch(OTHER)))
 
 
 class SizeFromItem(Potential):
@@ -267,7 +267,7 @@ def test_one_structure_keeps_its_dimension(num_stages: int) -> None:
     captured = traced.cut(num_stages)
     for sizes in (OTHER, (4,)):
         call = traced.call_on(make_batch(sizes))
-        validate(captured, traced.potential, call)
+        validate_stages(captured, traced.potential, call)
         assert run_staged(captured, traced.potential, call)[0].outputs[0].shape == (len(sizes),)
         assert_parity(captured, traced.module, make_batch(sizes))
 
@@ -295,7 +295,7 @@ def test_torchscript_is_right_or_refused(function: Any) -> None:
     captured = traced.cut(1)
     for sizes in ((4,), (2, 1), (3, 2, 4), (2, 5, 1, 3, 4)):
         try:
-            validate(captured, traced.potential, traced.call_on(make_batch(sizes)))
+            validate_stages(captured, traced.potential, traced.call_on(make_batch(sizes)))
         except CaptureError as error:
             assert "size 3 of dimension 0" in str(error)
         else:
@@ -305,7 +305,7 @@ def test_torchscript_is_right_or_refused(function: Any) -> None:
 def test_branch_that_validation_does_not_reach() -> None:
     traced = Traced(Step(UpTo(1)))
     captured = traced.cut(1)
-    validate(captured, traced.potential, traced.call_on(make_batch(OTHER)))
+    validate_stages(captured, traced.potential, traced.call_on(make_batch(OTHER)))
     assert_parity(captured, traced.module, make_batch((3, 2, 4, 2)))
     with pytest.raises(CaptureError, match=r"size at most 4 of dimension 0.*\(5, 3, 3\)"):
         assert_parity(captured, traced.module, make_batch((3, 2, 4, 2, 2)))
@@ -385,4 +385,4 @@ def test_harmless_no_grad() -> None:
 def test_no_grad_on_the_way_is_refused(potential: type[Potential]) -> None:
     traced = Traced(Step(potential(1)))
     with pytest.raises(CaptureError, match=r"differs from the module itself.*torch\.no_grad\(\) in the forward"):
-        validate(traced.cut(1), traced.potential, traced.call_on(make_batch(OTHER)))
+        validate_stages(traced.cut(1), traced.potential, traced.call_on(make_batch(OTHER)))

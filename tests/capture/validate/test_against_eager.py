@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.program import Node, Ref, replace_refs
-from lightning_januspipe.capture.validate.against_eager import run_eager, run_staged, validate
+from lightning_januspipe.capture.validate.against_eager import run_eager, run_staged, validate_stages
 from lightning_januspipe.errors import CaptureError
 
 
@@ -23,7 +23,7 @@ def traced() -> Traced:
 
 
 def check(traced: Traced, captured: CapturedPotential) -> Any:
-    return validate(captured, traced.potential, traced.call_on(make_batch(OTHER)))
+    return validate_stages(captured, traced.potential, traced.call_on(make_batch(OTHER)))
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
@@ -191,7 +191,7 @@ def test_stress_without_a_cell_is_no_number(change: Any) -> None:
     assert not eager.outputs[2][0].isfinite().any() and all(g.isfinite().all() for g in eager.gradients.values())
     captured = traced.cut(2) if change is None else changed(traced, change)
     with nullcontext() if change is None else pytest.raises(CaptureError, match="∂E/∂x has largest difference"):
-        validate(captured, traced.potential, traced.call_on(batch))
+        validate_stages(captured, traced.potential, traced.call_on(batch))
 
 
 def test_numbers_that_only_the_captured_potential_lacks(traced: Traced) -> None:
@@ -209,7 +209,7 @@ def test_forces_that_vanish_by_symmetry() -> None:
     traced = Traced(module)
     captured = traced.cut(2)
     alone = make_batch((1, 1))
-    validate(captured, traced.potential, traced.call_on(alone))
+    validate_stages(captured, traced.potential, traced.call_on(alone))
 
 
 class Narrow(Potential):

@@ -20,6 +20,11 @@ def data_of(program: str, *options: str) -> Callable[[], Any]:
     return partial(_made, program, "make_data", options)
 
 
+def factory(module: str, function: str) -> Callable[[], Any]:
+    """Returns a function that calls one of a module in this folder, which is not imported before."""
+    return partial(_called, module, function)
+
+
 class Loader:
     """Has a loader as a data module has it.
 
@@ -42,3 +47,7 @@ def _made(program: str, function: str, options: tuple[str, ...]) -> Any:
     module = import_module(program)
     args = module.arguments([*options, "--out", str(Path(mkdtemp(prefix="januspipe-client-")) / "out.pt")])
     return getattr(module, function)(args)
+
+
+def _called(module: str, function: str) -> Any:
+    return getattr(import_module(module), function)()

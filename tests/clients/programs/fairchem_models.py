@@ -73,11 +73,18 @@ def make_esen_own_edges() -> Training:
     return training(eSCNMDBackbone, use_quaternion_wigner=False, otf_graph=True)
 
 
-def make_uma() -> Training:
+def make_uma(moe_dropout: float = 0.0) -> Training:
     """UMA: eSEN with mixtures of linear experts."""
     return training(
-        eSCNMDMoeBackbone, num_experts=4, use_composition_embedding=True, moe_dropout=0.1, use_quaternion_wigner=True
+        eSCNMDMoeBackbone,
+        num_experts=4,
+        use_composition_embedding=True,
+        moe_dropout=moe_dropout,
+        use_quaternion_wigner=True,
     )
+
+
+make_uma_with_dropout = partial(make_uma, 0.1)
 
 
 crystals = partial(Structures, "crystals", sample, atomicdata_list_to_batch)

@@ -47,6 +47,49 @@ def _set_state() -> None:
     torch.set_default_dtype(torch.float64)  # which NequIP sets once in a process only
 
 
+_COMMON = {
+    "seed": 7,
+    "model_dtype": "float64",
+    "type_names": list(SYMBOLS),
+    "r_max": CUTOFF,
+    "avg_num_neighbors": 20.0,
+    "per_type_energy_shifts": dict(zip(SYMBOLS, [0.5, 0.2, 0.3], strict=True)),
+    "per_type_energy_scales": 1.0,
+}
+
+
+def _nequip(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "_target_": "nequip.model.NequIPGNNModel",
+        "num_layers": args.layers,
+        "l_max": args.l_max,
+        "parity": True,
+        "num_features": 8,
+        "radial_mlp_depth": 1,
+        "radial_mlp_width": 16,
+    }
+
+
+def _allegro(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "_target_": "allegro.model.AllegroModel",
+        "num_layers": args.layers,
+        "l_max": args.l_max,
+        "num_scalar_features": 8,
+        "num_tensor_features": 4,
+        "radial_chemical_embed": {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", "num_bessels": 4},
+        "scalar_embed_mlp_hidden_layers_depth": 1,
+        "scalar_embed_mlp_hidden_layers_width": 8,
+        "allegro_mlp_hidden_layers_depth": 1,
+        "allegro_mlp_hidden_layers_width": 8,
+        "readout_mlp_hidden_layers_depth": 1,
+        "readout_mlp_hidden_layers_width": 8,
+    }
+
+
+_ARCHITECTURES = {"nequip": _nequip, "allegro": _allegro}
+
+
 def make_data(args: argparse.Namespace) -> Any:
     """Makes the data module as ``nequip-train`` makes it from a configuration."""
     _set_state()
@@ -91,23 +134,7 @@ def make_module(args: argparse.Namespace) -> Any:
             "train_metrics": metrics,
             "val_metrics": metrics,
             "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
-            "model": {
-                "_target_": "nequip.model.NequIPGNNModel",
-                "seed": 7,
-                "model_dtype": "float64",
-                "compile_mode": args.compile_mode,
-                "type_names": list(SYMBOLS),
-                "r_max": CUTOFF,
-                "num_layers": args.layers,
-                "l_max": args.l_max,
-                "parity": True,
-                "num_features": 8,
-                "radial_mlp_depth": 1,
-                "radial_mlp_width": 16,
-                "avg_num_neighbors": 20.0,
-                "per_type_energy_shifts": dict(zip(SYMBOLS, [0.5, 0.2, 0.3], strict=True)),
-                "per_type_energy_scales": 1.0,
-            },
+            "model": {**_COMMON, "compile_mode": args.compile_mode, **_ARCHITECTURES[args.model](args)},
         },
         _recursive_=False,
         _convert_="all",
@@ -117,6 +144,7 @@ def make_module(args: argparse.Namespace) -> Any:
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=list(_ARCHITECTURES), default="nequip")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--l-max", type=int, default=1)
     parser.add_argument("--compile-mode", default="eager")

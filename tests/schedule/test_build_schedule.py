@@ -6,7 +6,7 @@ import pytest
 
 from lightning_januspipe import schedule as package
 from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, build_schedule
-from lightning_januspipe.schedule.build import DEFERRED, GENERATORS, SEVERAL_STAGES, UNFOLDED
+from lightning_januspipe.schedule.build_schedule import DEFERRED, GENERATORS, SEVERAL_STAGES, UNFOLDED
 
 COSTS = PhaseCosts(1.0, 1.3, 2.4, 1.25)
 

@@ -14,7 +14,7 @@ from lightning_januspipe.schedule.one_f_one_b import one_f_one_b
 from lightning_januspipe.schedule.request import Auto, Request
 from lightning_januspipe.schedule.simulate import simulate
 from lightning_januspipe.schedule.unfolded import hanayo_unfolded, one_f_one_b_unfolded
-from lightning_januspipe.schedule.validate import validate
+from lightning_januspipe.schedule.validate import validate_schedule
 from lightning_januspipe.schedule.wavek import wavek, wavek_deferred
 
 ScheduleName = Literal["gpipe", "1f1b-fold", "1f1b-2nd", "hanayo-2nd", "wavek", "wavek-zb"]
@@ -114,7 +114,7 @@ def build_schedule(
     several = name in SEVERAL_STAGES
     request.stage_costs(len(ranks) if ranks else request.stage_counts((1,))[0] if several else num_ranks)
     schedule = GENERATORS[name](request)
-    validate(schedule)
+    validate_schedule(schedule)
     if memory is not None and memory_limit is not None:
         peak = max(simulate(schedule, costs, comm=latency, memory=memory).peak_memory)
         if peak > memory_limit:

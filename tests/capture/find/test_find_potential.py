@@ -9,8 +9,8 @@ import torch
 from capture_models import OTHER, TRACED, Potential, Step, make_batch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.find.find_potential import find_potential
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
-from lightning_januspipe.capture.find.potential import find_potential
 from lightning_januspipe.errors import CaptureError
 
 

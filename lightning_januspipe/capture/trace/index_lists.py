@@ -25,7 +25,7 @@ _ALWAYS = {"aten.nonzero.default", "aten.repeat_interleave.Tensor"}
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
 
-def prepare(program: Program) -> Program:
+def make_lists_outside(program: Program) -> Program:
     """``Program -> Program``: makes inputs of the lists of indices whose length depends on values.
 
     Args:

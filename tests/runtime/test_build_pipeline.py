@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.runtime.build import describe_run
+from lightning_januspipe.runtime.build_pipeline import describe_run
 
 
 @pytest.mark.parametrize(
