@@ -20,6 +20,8 @@ import torchmetrics
 from key_models import Another, Inner, Kind, Net, Scripted, helper, key, scripted, triple
 from torch import nn
 
+from lightning_januspipe.capture.cache.digest import Digester
+
 
 def replace_linear(net: Net) -> None:
     net.inner["a"].linear = nn.Linear(3, 4)
