@@ -161,8 +161,8 @@ class PipelineBuilder:
         if self._compiler is not None:
             pipeline.compile_report = self._compiler.report()
             if news.line:
-                compiled = describe_compiled(mesh.gathered_over_pipeline(pipeline.compile_report))
-                news = replace(news, line=f"{news.line}; {compiled}")
+                of_ranks = mesh.gathered_over_pipeline(pipeline.compile_report, "gathering of what was compiled")
+                news = replace(news, line=f"{news.line}; {describe_compiled(of_ranks)}")
         if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.

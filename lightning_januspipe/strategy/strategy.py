@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.patches import patched
-from lightning_januspipe.distributed import broadcast_module
+from lightning_januspipe.distributed import broadcast_module, waiting
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
@@ -122,7 +122,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             if self._shares_replicas:
                 # The ranks of a replica run the same steps, so they have to draw the same numbers.
-                broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+                with waiting("exchange of random states", self._mesh.replica_group):
+                    broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
         if self._captures or has_parts:
             self._prune_optimizers()
         if self._captures:
