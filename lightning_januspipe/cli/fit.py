@@ -12,21 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar, PredictionWriter
+from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar, PredictionWriter, StageSummary
 from lightning_januspipe.cli.parsers import RecipeParser
+from lightning_januspipe.cli.run_config import RunConfig
 from lightning_januspipe.models import PotentialModule
 from lightning_januspipe.strategy.ending import newest_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
     try:
-        from lightning.pytorch.callbacks import RichProgressBar
+        from lightning.pytorch import Trainer
+        from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     except ModuleNotFoundError:
-        from pytorch_lightning.callbacks import RichProgressBar
+        from pytorch_lightning import Trainer
+        from pytorch_lightning.callbacks import ModelSummary, RichModelSummary, RichProgressBar
         from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 
@@ -59,6 +62,9 @@ class PotentialCLI(LightningCLI):
         prog: The name of the program in messages.
     """
 
+    LOGGER = Trainer.__module__.partition(".trainer")[0]
+    """The name of Lightning's logger."""
+
     def __init__(self, args: Sequence[str], *, run: bool = True, prog: str = "januspipe") -> None:
         self._given = list(args)
         self._missing: list[str] = []
@@ -69,7 +75,7 @@ class PotentialCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
             # All of the validation data before training, for the table.
             trainer_defaults={"callbacks": [self.report], "num_sanity_val_steps": -1},
             parser_kwargs={
@@ -169,9 +175,12 @@ class PotentialCLI(LightningCLI):
         if output := self.arguments.get("output"):
             vars(trainer)["callbacks"].append(PredictionWriter(output))
         bar = trainer.progress_bar_callback
+        callbacks: list[Any] = vars(trainer)["callbacks"]
         if type(bar) is RichProgressBar:
-            callbacks: list[Any] = vars(trainer)["callbacks"]
             callbacks[callbacks.index(bar)] = NarrowProgressBar()
+        for index, callback in enumerate(callbacks):
+            if type(callback) in (ModelSummary, RichModelSummary):  # these count the operations that they know: none
+                callbacks[index] = StageSummary(callback._max_depth)
         return trainer
 
     @override

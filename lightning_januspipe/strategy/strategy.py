@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.patches import patched
-from lightning_januspipe.distributed import broadcast_module
+from lightning_januspipe.distributed import broadcast_module, waiting
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
@@ -32,6 +32,7 @@ from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.options import StrategyOptions, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
+from lightning_januspipe.strategy.quiet import quieten
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @takes_options
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(StrategyOptions(*args, **kwargs))
+        quieten(self.lib)
         self._reduce_gradients = True
         self._metric_gather = ReplicaGather()
 
@@ -120,7 +122,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             if self._shares_replicas:
                 # The ranks of a replica run the same steps, so they have to draw the same numbers.
-                broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+                with waiting("exchange of random states", self._mesh.replica_group):
+                    broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
         if self._captures or has_parts:
             self._prune_optimizers()
         if self._captures:
