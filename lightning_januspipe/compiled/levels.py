@@ -102,7 +102,7 @@ class _Summands:
         return [part for term in terms for part in self.of(term)]
 
     def _applied(self, node: fx.Node, part: fx.Node) -> fx.Node:
-        """The operation of a node, applied to a summand of its operand."""
+        """Returns the operation of a node, applied to a summand of its operand."""
         target: Any = node.target
         with self._graph.inserting_before(self._graph.output_node()):
             found = self._graph.call_function(target, (part, *node.args[1:]), node.kwargs)
