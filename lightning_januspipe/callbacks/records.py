@@ -169,7 +169,7 @@ class Recording:
     """Collects the predictions of one evaluation on all ranks of a Trainer; every rank calls all of its methods.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer of the run that is recorded.
         folder: Folder for the files in the meantime, shared by all machines.
         name: Beginning of their names.
     """

@@ -24,6 +24,7 @@ from lightning_januspipe.compiled.torch_internals import (
     FakeTensorMode,
     expression_of,
     new_size,
+    size_guards,
     symbolic_mode,
     traced_graph,
 )
@@ -67,7 +68,7 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
     """Traces a stage and its double backward: ``blueprint -> joint graph``.
 
     Args:
-        stage: the stage.
+        stage: the stage, without parameters.
         trains: also trace BF and BE.
     """
     mode = symbolic_mode()
@@ -109,7 +110,7 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
         return [t.detach().contiguous() if m else t.detach() for (_, t), m in zip(found, is_message, strict=True)]
 
     root = traced_graph(joint, [t for members in given.values() for t in members])
-    return Joint(root.graph, root, inputs, outputs, mode, sizes)
+    return Joint(root.graph, root, inputs, outputs, mode, sizes.with_guards(size_guards(mode)))
 
 
 def shape_of(spec: TensorSpec, sizes: Mapping[str, Any]) -> list[Any]:

@@ -82,7 +82,7 @@ def require_finite(loss: Tensor, index: int) -> None:
     """Refuses a loss that is NaN or infinite: every parameter would be lost with the next optimizer step.
 
     Args:
-        loss: The loss.
+        loss: The loss of one micro-batch.
         index: Index of its micro-batch.
 
     Raises:

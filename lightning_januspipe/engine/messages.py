@@ -61,7 +61,7 @@ def message_specs(
     """Returns what a message between two ranks holds.
 
     Args:
-        message: The message.
+        message: The actions that send it and wait for it.
         chain: What the stages share.
         num_stages: Length of the chain.
         boundary_in: The boundary before the stage that receives the message.

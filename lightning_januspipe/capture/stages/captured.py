@@ -329,6 +329,11 @@ class CapturedStage:
         return stage_body(program, self.function.names, received, outputs, self._counts, leaves)
 
     @property
+    def num_tensors(self) -> int:
+        """How many tensors the program's inputs are."""
+        return len(self._captured.program.inputs)
+
+    @property
     def symbols(self) -> dict[str, tuple[int, int]]:
         """Maps each size symbol to the (position, dimension) of the call's tensor that defines it."""
         return self._captured.program.symbols
