@@ -27,7 +27,7 @@ class TraceableStage(StageFunction, Protocol):
 
     @property
     def num_tensors(self) -> int:
-        """How many tensors the potential's call has."""
+        """Returns the number of tensors in the potential's call."""
 
     @property
     def symbols(self) -> Mapping[str, tuple[int, int]]:

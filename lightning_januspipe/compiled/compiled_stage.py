@@ -29,7 +29,7 @@ _Given = Mapping[Kind, Sequence[Tensor | None]]
 
 @dataclass
 class _Inflight:
-    """What one micro-batch has between its phases.
+    """Keeps what one micro-batch has between its phases.
 
     Attributes:
         sizes: values of the size symbols.
@@ -101,7 +101,7 @@ class CompiledStage(Stage):
 
     @property
     def num_inflight(self) -> int:
-        """Micro-batches between their first and their last phase here."""
+        """Returns the number of micro-batches between their first and their last phase here."""
         return len(self._running) + super().num_inflight
 
     def clear(self) -> None:

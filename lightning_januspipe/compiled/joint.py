@@ -55,7 +55,7 @@ class Joint:
 
     @property
     def ports_of(self) -> dict[fx.Node, Port]:
-        """What each placeholder is."""
+        """Tells what each placeholder is."""
         return dict(zip(graphs.placeholders(self.graph), self.inputs, strict=True))
 
     @property

@@ -68,7 +68,7 @@ class StagePhases:
 
     @property
     def is_deferred(self) -> bool:
-        """Whether WF and WE are phases of their own."""
+        """Tells whether WF and WE are phases of their own."""
         return Phase.WF in self.signatures or Phase.WE in self.signatures
 
     def held_bytes(self, after: Phase) -> int:
@@ -92,7 +92,7 @@ class StagePhases:
         return next(phase for phase, own in self.signatures.items() if name in own.kept)
 
     def is_free(self, name: str) -> bool:
-        """Whether a value is at hand in every phase."""
+        """Tells whether a value is at hand in every phase."""
         return name in self.ports and self.ports[name].kind in FREE
 
 
@@ -174,7 +174,7 @@ class _Cutter:
         return PhaseGraphs(phases, self._modules, self._joint.mode)
 
     def _found(self, phase: Phase, after: list[Phase], held: set[fx.Node]) -> list[fx.Node]:
-        """What is kept after a phase, for the results of all phases after it."""
+        """Returns what is kept after a phase, for the results of all phases after it."""
         needed = {node for (node, _), end in zip(self._wanted, self._ends, strict=True) if end in after}
         if phase is Phase.WF:
             # Sums over weights, if any, to which both WF and WE contribute.

@@ -1,4 +1,4 @@
-"""What goes in and out of the phases of a stage, by kind: the contract between the joint graph and the engine."""
+"""Names what goes in and out of the phases of a stage, by kind: the contract between the joint graph and the engine."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def expression_of(size: int | SymInt) -> str:
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Inside, sizes of 0 and 1 are treated like all others, instead of adding guards against them."""
+    """Lets torch treat sizes of 0 and 1 like all others inside the block, without guards against them."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
 

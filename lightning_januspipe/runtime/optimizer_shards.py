@@ -46,7 +46,7 @@ class Segment:
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all entries of the parameter."""
+        """Tells whether these are all entries of the parameter."""
         return self.end - self.start == self.parameter.numel()
 
     def of(self, tensor: Tensor) -> Tensor:

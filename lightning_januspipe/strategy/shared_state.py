@@ -91,7 +91,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
+        """Tells whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
         return self.num_processes * self._num_nodes > 1
 
     @property
