@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import Capture
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.validate.side_effects import unchanged
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.p2p import Links, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
@@ -119,10 +121,12 @@ class Pipeline(Runner):
             schedule = self.schedules.schedule(len(batches))
             outputs, weight = [None] * len(batches), loss_scale / len(batches)
 
+            group = self._mesh.data_group
+
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 if self._graph is not None:
                     observables, derivatives = self._graph.gather_results(index, observables, derivatives)
-                with as_world(self._mesh.data_group):
+                with as_world(group), waiting("collective in training_step", group, mixed=True):
                     outputs[index], seeds = self._step.loss(index, weight, observables, derivatives)
                 return seeds if self._graph is None else self._graph.own_gradients(index, seeds)
 
@@ -144,7 +148,8 @@ class Pipeline(Runner):
             observables, derivatives = self._broadcast_result(result, inputs[0])
             if self._graph is not None:
                 observables, derivatives = self._graph.gather_results(0, observables, derivatives)
-            with as_world(self._mesh.data_group):
+            group = self._mesh.data_group
+            with as_world(group), waiting("collective in a step of evaluation", group, mixed=True):
                 return self._step.finish(0, observables, derivatives)
 
     def _inputs(
@@ -176,7 +181,8 @@ class Pipeline(Runner):
             buffer = pack([*result[0], *result[1]])
         else:
             buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._mesh.device)
-        dist.broadcast(buffer, self._mesh.pipeline_ranks[self.force_placement[0]], group=self._mesh.pipeline_group)
+        with waiting("copying of energies and forces to all stages", self._mesh.pipeline_group):
+            dist.broadcast(buffer, self._mesh.pipeline_ranks[self.force_placement[0]], group=self._mesh.pipeline_group)
         tensors = unpack(buffer, shapes)
         return tensors[: len(chain.observables)], tensors[len(chain.observables) :]
 
@@ -201,7 +207,7 @@ class Pipeline(Runner):
             return None
         assert own.schedule is not None
         predicted = self.schedules.predicted(own.schedule, self._recorded_with)
-        of_ranks = dict(enumerate(self._mesh.gathered_over_pipeline(own.spans)))
+        of_ranks = dict(enumerate(self._mesh.gathered_over_pipeline(own.spans, "gathering of recorded times")))
         return RecordedStep(own.schedule, predicted, recorded_report(own.schedule, of_ranks))
 
     def fetch_parameters_with(self, whole: Callable[[], AbstractContextManager[None]]) -> None:
@@ -213,7 +219,8 @@ class Pipeline(Runner):
         """Forgets the micro-batches at the end; after an error, no rank waits for this one."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            _forget_locals(error)
             self.executor.close()
             if self._graph is not None:
                 self._graph.close()
@@ -237,3 +244,14 @@ class Pipeline(Runner):
                 "stages were made. Freeze and unfreeze before Trainer.fit, or train with "
                 "pipeline_size=1 and graph_size=1."
             )
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Clears the frames of this package that an error came through: connections stay open while they refer to groups.
+
+    Whoever keeps the error, keeps its frames.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith(f"{__package__.partition('.')[0]}."):
+            with suppress(RuntimeError):  # it still runs
+                frame.clear()

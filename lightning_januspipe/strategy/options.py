@@ -89,8 +89,9 @@ class StrategyOptions:
     timeout: timedelta | float = field(
         default=timedelta(minutes=30), metadata={"expected": "a time > 0, in seconds or as a timedelta"}
     )
-    """How long a rank waits for a message of another, in seconds or as hours:minutes:seconds (in Python, a
-    timedelta)."""
+    """How long a rank waits for another one, in messages, collectives and checkpoints, in seconds or as
+    hours:minutes:seconds (in Python, a timedelta). It has to be longer than the capture of the potential, the writing
+    of a checkpoint, and whatever else one rank does alone."""
 
     memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
     """The most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
@@ -141,7 +142,7 @@ class StrategyOptions:
 
     @property
     def compiled_activation(self) -> Literal["keep", "pointwise", "recompute"] | None:
-        """What compiled phases keep; None if phases run eagerly."""
+        """Returns what compiled phases keep; None if phases run eagerly."""
         if not self.compile:
             return None
         return "pointwise" if self.activation == "auto" else self.activation

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.patches import patched
-from lightning_januspipe.distributed import broadcast_module
+from lightning_januspipe.distributed import broadcast_module, waiting
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
@@ -25,12 +25,14 @@ from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_januspipe.strategy.checks import check_compiler, check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
+from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.options import StrategyOptions, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
+from lightning_januspipe.strategy.quiet import quieten
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @takes_options
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(StrategyOptions(*args, **kwargs))
+        quieten(self.lib)
         self._reduce_gradients = True
         self._metric_gather = ReplicaGather()
 
@@ -119,7 +122,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
             if self._shares_replicas:
                 # The ranks of a replica run the same steps, so they have to draw the same numbers.
-                broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+                with waiting("exchange of random states", self._mesh.replica_group):
+                    broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
         if self._captures or has_parts:
             self._prune_optimizers()
         if self._captures:
@@ -236,6 +240,10 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
         if self._failure is not None and isinstance(exception, Exception):
             self._failure.note(exception)
+        is_stopped = self._began > 0 and isinstance(exception, (KeyboardInterrupt, SystemExit))
+        if is_stopped and is_fitting(self._trainer):
+            saved = newest_checkpoint(self._trainer, self._began)
+            self.lib.rank_zero.rank_zero_info(describe_interruption(self._trainer, exception, *saved))
         if self._shutdown is not None:
             self._shutdown.give_up()
 

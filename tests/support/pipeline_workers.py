@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import tiny
+from documents import PACKAGE
 from lightning.pytorch import Callback
 
 from lightning_januspipe.callbacks import PipelineTimeline
@@ -212,3 +214,34 @@ def fit_with_error_of(callback: Any) -> str:
 def exists(folder: str) -> list[str]:
     """Returns the names of the files in a folder."""
     return sorted(p.name for p in Path(folder).iterdir())
+
+
+def functions_of_a_step() -> list[tuple[str, str]]:
+    """Trains for one step with clipping; returns file and name of the package's functions, in the order of first calls.
+
+    What capture calls is left out.
+    """
+    called: dict[tuple[str, str], None] = {}
+    root = f"{PACKAGE}/"
+    build = build_pipeline.PipelineBuilder.pipeline
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(root):
+            called.setdefault((file.removeprefix(root), frame.f_code.co_name))
+
+    def unseen(*arguments: Any) -> Any:
+        sys.setprofile(None)
+        try:
+            return build(*arguments)
+        finally:
+            sys.setprofile(note)
+
+    trainer = quiet_trainer({"num_microbatches": 2, "schedule": "wavek"}, max_steps=1, gradient_clip_val=1.0)
+    with patch.object(build_pipeline.PipelineBuilder, "pipeline", unseen):
+        sys.setprofile(note)
+        try:
+            trainer.fit(tiny.module(), tiny.data())
+        finally:
+            sys.setprofile(None)
+    return list(called)
