@@ -27,7 +27,7 @@ _ACTIVATIONS = ("keep", "pointwise", "recompute")
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The measurement of one process; times in seconds, with CPU time beside time on the clock.
+    """Holds the measurement of one process; times in seconds, with CPU time beside time on the clock.
 
     Attributes:
         wall: Median time of a step.

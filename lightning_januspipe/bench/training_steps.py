@@ -116,7 +116,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
 
 @dataclass(frozen=True)
 class Configuration:
-    """The medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
+    """Holds the medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
 
     name: str
     step: float

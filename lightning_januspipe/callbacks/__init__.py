@@ -1,4 +1,4 @@
-"""Callbacks: throughput, costs and timeline of pipelined training, stages in the summary, errors and predictions."""
+"""Offers callbacks: throughput, costs and timeline of training, stages in the summary, errors and predictions."""
 
 from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,

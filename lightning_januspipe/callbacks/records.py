@@ -47,17 +47,17 @@ class Record:
 
     @property
     def energy_error(self) -> float:
-        """Error of the energy per atom in eV; NaN without a label."""
+        """Returns the error of the energy per atom in eV; NaN without a label."""
         return (self.energy - self.given_energy) / len(self.numbers)
 
     @property
     def force_rmse(self) -> float:
-        """Root mean square error of the force components in eV/Å; NaN without labels."""
+        """Returns the root mean square error of the force components in eV/Å; NaN without labels."""
         return math.sqrt(float(np.mean((self.forces - self.given_forces) ** 2)))
 
     @property
     def stress_rmse(self) -> float:
-        """Root mean square error of the stress components in eV/Å³; NaN without a label."""
+        """Returns the root mean square error of the stress components in eV/Å³; NaN without a label."""
         return math.sqrt(float(np.mean((self.stress - self.given_stress) ** 2)))
 
 

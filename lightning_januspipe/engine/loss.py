@@ -14,7 +14,7 @@ from lightning_januspipe.errors import CaptureError
 
 
 class LossLeaves:
-    """Leaves from which a loss is computed instead of energies and forces; their gradients seed BF and BE.
+    """Holds leaves from which a loss is computed instead of energies and forces; their gradients seed BF and BE.
 
     Args:
         observables: Values of the potential that the loss reads.

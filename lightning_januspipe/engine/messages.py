@@ -83,7 +83,7 @@ def message_specs(
 
 @dataclass(frozen=True)
 class MessageForm:
-    """Shapes and dtypes of one message, known to the receiver before it comes.
+    """Holds the shapes and dtypes of one message, which the receiver knows before it comes.
 
     All ranks of a pipeline hold the same batch, so each evaluates the shapes by itself.
 

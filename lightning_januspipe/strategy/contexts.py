@@ -1,4 +1,4 @@
-"""Contexts in which the user's step runs: for capture, and out of the Trainer's inference mode."""
+"""Runs the user's step in other contexts: for capture, and out of the Trainer's inference mode."""
 
 from __future__ import annotations
 

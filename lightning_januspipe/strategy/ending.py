@@ -1,4 +1,4 @@
-"""What is said when a run is stopped by Ctrl-C or SIGTERM: how far it was, what is saved, and how to go on."""
+"""Says, when Ctrl-C or SIGTERM stops a run, how far it was, what is saved, and how to go on."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: Sta
 
 @dataclass(frozen=True)
 class PhaseMode:
-    """How the phases are run; potentials are validated in the mode in which they train.
+    """Says how the phases are run; potentials are validated in the mode in which they train.
 
     Attributes:
         defer: leave weight gradients to WF and WE.
