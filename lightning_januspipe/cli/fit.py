@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar, PredictionWriter, StageSummary
+from lightning_januspipe.callbacks import (
+    ErrorReport,
+    EvaluationReport,
+    NarrowProgressBar,
+    PredictionWriter,
+    StageSummary,
+)
 from lightning_januspipe.cli.parsers import RecipeParser
 from lightning_januspipe.cli.run_config import RunConfig
 from lightning_januspipe.models import PotentialModule
@@ -94,17 +100,23 @@ class PotentialCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the option of the report."""
+        """Adds the options of the test."""
         parser.add_argument(
             "--test_after_fit",
             type=Literal["best", "last", "no"],
             default="best",
             help="Weights to test when fit ends: those of the best checkpoint, those of the last step, or no test.",
         )
+        parser.add_argument(
+            "--report",
+            type=str,
+            default="auto",
+            help="Folder for tables and pictures of the test; auto: in the folder of the logger, no: none.",
+        )
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Makes the parser of a subcommand; that of ``predict`` has the option of the file."""
+        """Makes the parser of a subcommand; that of ``predict`` has the option of its file."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_argument(
@@ -174,6 +186,7 @@ class PotentialCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if output := self.arguments.get("output"):
             vars(trainer)["callbacks"].append(PredictionWriter(output))
+        self._add_report(trainer)
         bar = trainer.progress_bar_callback
         callbacks: list[Any] = vars(trainer)["callbacks"]
         if type(bar) is RichProgressBar:
@@ -182,6 +195,15 @@ class PotentialCLI(LightningCLI):
             if type(callback) in (ModelSummary, RichModelSummary):  # these count the operations that they know: none
                 callbacks[index] = StageSummary(callback._max_depth)
         return trainer
+
+    def _add_report(self, trainer: Trainer) -> None:
+        """Adds the report of the test, unless it is not wanted or the recipe has one."""
+        report, command = self.arguments.report, self.config.get("subcommand")
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        if command not in ("fit", "test") or report == "no" or (report == "auto" and not trainer.loggers):
+            return
+        if isinstance(self.model, PotentialModule) and not any(isinstance(c, EvaluationReport) for c in callbacks):
+            callbacks.append(EvaluationReport(None if report == "auto" else report, prints=command == "test"))
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

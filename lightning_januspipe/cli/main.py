@@ -74,7 +74,7 @@ def print_error(program: str, kind: type[BaseException], error: BaseException, t
     Args:
         program: The program and its command.
         kind: The type of the error, as of the other two arguments of ``sys.excepthook``.
-        error: The error.
+        error: What was raised.
         trace: Its traceback.
     """
     from lightning_januspipe.strategy.failure import short_traceback
