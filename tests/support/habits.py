@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from lightning_januspipe.capture.segment_linear import segment_linear
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import Adapter
-from lightning_januspipe.capture.segment_linear import segment_linear
 
 DTYPE = torch.float64
 Batch = dict[str, Tensor]
