@@ -29,10 +29,10 @@ from lightning_januspipe.cli.plan_tables import (
     stage_table,
 )
 from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, format_bytes, plan_costs, plan_cuts
-from lightning_januspipe.plan.export import write_plan
 from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 from lightning_januspipe.plan.meshes import compare_meshes
+from lightning_januspipe.plan.write_plan import write_plan
 from lightning_januspipe.runtime.planner import placements
 
 if TYPE_CHECKING:
