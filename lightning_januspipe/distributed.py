@@ -1,17 +1,187 @@
-"""What all ranks do together: get what one rank found or its error, and start with the same parameters."""
+"""Does what all ranks do together: they wait for one another, get what one rank found, and start with one module.
+
+Every collective stands in a block of :func:`waiting`. If a rank has died or hangs, the others get the backend's error
+when their connection to it closes, or when the timeout of their group has passed. The block makes of it an error that
+names both ranks and the wait. Which of several ranks is missing no backend tells: each rank that waits in vain leaves
+a note in the store that all ranks share, and those without a note are the ones that are waited for.
+"""
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_januspipe.errors import RankLostError
+
+NOTES_TIME = 3.0
+"""Seconds that a rank which waited in vain looks for the notes of the others."""
+
 _Result = TypeVar("_Result")
+
+
+@contextmanager
+def waiting(what: str, group: dist.ProcessGroup | None = None, mixed: bool = False) -> Iterator[None]:
+    """Names this rank, the wait and the ranks that did not come, if a collective in the block fails.
+
+    Args:
+        what: What the ranks do together, as a noun.
+        group: The ranks that take part; None for the default group.
+        mixed: Whether the block holds more than collectives, so that not every error in it is about other ranks.
+
+    Raises:
+        RankLostError: A rank has ended or hangs.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    except (RankLostError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if mixed and not _is_of_backend(error):
+            raise
+        ranks = dist.get_process_group_ranks(group)
+        me = ranks[dist.get_rank(group)]
+        # Without the frames of torch, which refer to the group: this rank's connections have to close in turn.
+        raise rank_lost(error, what, me, [r for r in ranks if r != me], began) from error.with_traceback(None)
+
+
+def rank_lost(error: BaseException, what: str, rank: int, others: Sequence[int], began: float) -> RankLostError:
+    """Returns the error of a rank that waited in vain, after it has looked which rank did not come.
+
+    Args:
+        error: The backend's error.
+        what: What this rank waited in, as a noun.
+        rank: This global rank.
+        others: The global ranks that it waited for.
+        began: When it began to wait, by ``time.monotonic``.
+    """
+    waited = time.monotonic() - began
+    notes = _Notes(rank, what)
+    missing, is_certain = notes.missing(others)
+    cause = re.sub(r"^(\[[^\]]*\] *)+", "", str(error).strip()).split("\n")[0].split(". ")[0].rstrip(".")
+    said = f"global rank {rank} waited {waited:.1f} s for "
+    if missing:
+        one = "" if is_certain or len(missing) == 1 else "one of "
+        return RankLostError(
+            f"{said}{one}{_ranks(missing)}, which did not come ({what}): {cause}. That rank has ended or hangs; its "
+            "own output has the cause."
+        )
+    elsewhere = "; ".join(f"global rank {r} in {w}" for r, w in sorted(notes.waits.items()))
+    return RankLostError(
+        f"{said}{_ranks(others)} ({what}), but all of them wait, too: {elsewhere} ({cause}). The ranks do not take the "
+        "same steps: look for conditions on the rank, or on data that differ by rank."
+    )
+
+
+class _Notes:
+    """Exchanges notes through the store about which rank waits in vain for which.
+
+    The store may be held by the very rank that hangs, and then never answers: a thread asks it.
+    """
+
+    def __init__(self, rank: int, what: str) -> None:
+        self._rank, self._what = rank, what
+        self.waits: dict[int, str] = {}
+        self._blamed: dict[int, list[int]] = {}
+        self._has_answered = False
+
+    def missing(self, others: Sequence[int]) -> tuple[list[int], bool]:
+        """Returns the ranks that are waited for in the end, and whether the store has told so."""
+        thread = threading.Thread(target=self._ask, args=(tuple(others),), daemon=True)
+        thread.start()
+        thread.join(NOTES_TIME + 1)
+        if not self._has_answered:
+            return list(others), False
+        return self._found(others), True
+
+    def _found(self, others: Sequence[int]) -> list[int]:
+        silent = {r for r in others if r not in self.waits}
+        return sorted((silent | {r for blamed in self._blamed.values() for r in blamed}) - {self._rank})
+
+    def _ask(self, others: tuple[int, ...]) -> None:
+        try:
+            store = _shared_store().clone()
+            self._write(store, None)
+            end = time.monotonic() + NOTES_TIME
+            while time.monotonic() < end and not all(r in self._blamed for r in others):
+                for rank in others:
+                    self._read(store, rank)
+                self._has_answered = True
+                time.sleep(0.1)
+            self._write(store, self._found(others))
+        except RuntimeError:  # the rank that holds the store has ended
+            return
+
+    def _read(self, store: Any, rank: int) -> None:
+        if not store.check([_note_of(rank)]):
+            return
+        note = json.loads(store.get(_note_of(rank)) or "null")
+        if note is not None:
+            self.waits[rank] = note["what"]
+            if note["blamed"] is not None:
+                self._blamed[rank] = note["blamed"]
+
+    def _write(self, store: Any, blamed: list[int] | None) -> None:
+        store.set(_note_of(self._rank), json.dumps({"what": self._what, "blamed": blamed}))
+
+
+def forget_notes(rank: int) -> None:
+    """Deletes this rank's note of an earlier run; called when process groups are made."""
+    _shared_store().set(_note_of(rank), "null")
+
+
+def set_timeout(timeout: timedelta, groups: Sequence[dist.ProcessGroup | None]) -> None:
+    """Sets how long collectives of process groups wait, as far as their backends have such a limit.
+
+    Args:
+        timeout: The limit.
+        groups: The groups; None is the default group.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Set timeout is now only supported")
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _note_of(rank: int) -> str:
+    return f"januspipe/waits/{rank}"
+
+
+def _shared_store() -> Any:
+    """Returns the store of all ranks, also where a smaller group is the default one."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return getattr(store, "_underlying_non_prefix_store", store)
+
+
+def _is_of_backend(error: RuntimeError) -> bool:
+    """Returns whether an error is of a collective: of torch.distributed, or of gloo, which raises plain errors."""
+    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        return True
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+            return True
+        frame = frame.tb_next
+    return False
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    listed = [str(r) for r in ranks]
+    if len(listed) == 1:
+        return f"global rank {listed[0]}"
+    return f"global ranks {', '.join(listed[:-1])} and {listed[-1]}"
 
 
 def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callable[[Any], Any]) -> _Result:
@@ -95,7 +265,8 @@ def broadcast_module(module: nn.Module, device: torch.device) -> None:
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
     for same in _chunks(tensors):
         flat = torch.cat([t.detach().reshape(-1).to(device) for t in same])
-        dist.broadcast(flat, 0)
+        with waiting("the copying of the module from global rank 0"):
+            dist.broadcast(flat, 0)
         for tensor, values in zip(same, flat.split([t.numel() for t in same]), strict=True):
             tensor.data.copy_(values.view_as(tensor))
 

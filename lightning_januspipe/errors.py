@@ -29,5 +29,9 @@ class PipelineError(RuntimeError):
     """Says that a rank could not go on, in which phase, stage and micro-batch."""
 
 
+class RankLostError(PipelineError):
+    """Says that a rank waited for another one, which did not come: which ranks, in which wait, and for how long."""
+
+
 class CheckpointError(RuntimeError):
     """Says that a checkpoint could not be saved, removed or read, with its path and the reason."""

@@ -32,3 +32,6 @@ FORCES = "forces"
 
 STRESS = "stress"
 """(B, 3, 3) float: (1/V) dE/d(strain) in eV/Å³, positive under tension; NaN for a structure without a label."""
+
+SAMPLE_INDEX = "sample_index"
+"""(B,) int64: index of each structure in the dataset; in the batches of test and prediction data only."""

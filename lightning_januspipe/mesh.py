@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_januspipe.distributed import forget_notes, set_timeout, waiting
+
 AXES = ("pp", "dp", "gp")
 _T = TypeVar("_T")
 Size = int | Literal["auto"]
@@ -85,7 +87,7 @@ class Mesh:
         shape: Sizes of the axes.
         rank: Global rank.
         device: This rank's device.
-        timeout: How long a rank waits for a message of its pipeline.
+        timeout: How long a rank waits for other ranks, in messages and collectives.
 
     Attributes:
         pipeline_rank: Index of this rank in its pipeline; data_rank and graph_rank are its other two indices.
@@ -118,8 +120,10 @@ class Mesh:
         self.host_group: dist.ProcessGroup | None = None
         if shape.size == 1:
             return
+        forget_notes(rank)
         self.device_mesh = init_device_mesh(device.type, (shape.pipeline, shape.data, shape.graph), mesh_dim_names=AXES)
-        self.data_group = self.device_mesh["dp"].get_group()
+        if timeout is not None:
+            set_timeout(timeout, [None, *(self.device_mesh[axis].get_group() for axis in AXES)])
         # Every rank takes part in the creation of every group, in the same order.
         self.host_group = dist.new_group(backend="gloo", timeout=timeout)
         num_pipeline, num_data, num_graph = range(shape.pipeline), range(shape.data), range(shape.graph)
@@ -127,7 +131,10 @@ class Mesh:
         self.down_group = _own_group(pipelines, timeout=timeout)
         self.up_group = _own_group(pipelines, timeout=timeout)
         self.control_group = _own_group(pipelines, timeout=timeout, backend="gloo")
-        self.pipeline_group = _own_group(pipelines)  # the DeviceMesh's may be the default group, which stays open
+        # The DeviceMesh's groups may be the default group, which stays open.
+        self.pipeline_group = _own_group(pipelines, timeout=timeout)
+        copies = [[shape.rank(p, d, g) for d in num_data] for p in num_pipeline for g in num_graph]
+        self.data_group = _own_group(copies, timeout=timeout)
         replicas = [[shape.rank(p, d, g) for p in num_pipeline for g in num_graph] for d in num_data]
         self.replica_group = _own_group(replicas, timeout=timeout, backend="gloo")
         if shape.graph > 1:
@@ -146,20 +153,28 @@ class Mesh:
             self.stage_group = _own_group(lists, timeout=self.timeout)
             self.stage_control_group = _own_group(lists, timeout=self.timeout, backend="gloo")
 
-    def gathered_over_pipeline(self, mine: _T) -> list[_T]:
-        """Returns an object of every rank of this rank's pipeline, on all of these ranks."""
+    def gathered_over_pipeline(self, mine: _T, what: str) -> list[_T]:
+        """Returns an object of every rank of this rank's pipeline, on all of these ranks.
+
+        Args:
+            mine: The object of this rank.
+            what: What it is gathered for, as a noun.
+        """
+        if self.shape.pipeline == 1:
+            return [mine]
         found: list[Any] = [None] * self.shape.pipeline
-        dist.all_gather_object(found, mine, group=self.control_group)
+        with waiting(what, self.control_group):
+            dist.all_gather_object(found, mine, group=self.control_group)
         return found
 
     def abort(self) -> None:
         """Closes this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True
         groups: list[dist.ProcessGroup | None] = [self.down_group, self.up_group, self.control_group]
-        groups += [self.host_group, self.pipeline_group, self.replica_group, self.graph_group]
+        groups += [self.host_group, self.pipeline_group, self.replica_group, self.graph_group, self.data_group]
         groups += [self.stage_group, self.stage_control_group]
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
-        self.replica_group = self.graph_group = self.stage_group = self.stage_control_group = None
+        self.replica_group = self.graph_group = self.data_group = self.stage_group = self.stage_control_group = None
         for group in groups:
             if group is not None:
                 dist.destroy_process_group(group)
@@ -177,13 +192,13 @@ class Mesh:
 
     @property
     def stage_ranks(self) -> list[int]:
-        """Global ranks that hold the same stages as this rank: those of all replicas, and their graph ranks."""
+        """Returns the global ranks that hold the same stages as this rank: the graph ranks of all replicas."""
         shape = self.shape
         return [shape.rank(self.pipeline_rank, d, g) for d in range(shape.data) for g in range(shape.graph)]
 
     @property
     def stage_rank(self) -> int:
-        """Index of this rank among :attr:`stage_ranks`."""
+        """Returns the index of this rank among :attr:`stage_ranks`."""
         return self.data_rank * self.shape.graph + self.graph_rank
 
     @property

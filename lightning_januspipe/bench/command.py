@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from lightning_januspipe.bench import training_steps
+from lightning_januspipe.bench.compiled import compiled
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.replicas import balance
@@ -25,6 +26,7 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "messages": training_steps.messages,
     "balance": balance,
     "graph": graph,
+    "compile": compiled,
 }
 """The benchmarks that train on this machine; each returns its tables."""
 

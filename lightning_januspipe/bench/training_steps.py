@@ -45,7 +45,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     """Trains for a few steps on this rank.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         strategy: Arguments of the strategy; None for plain Lightning.
         record: Whether the timed steps are compared with their simulation.
     """
@@ -55,7 +55,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     torch.set_num_threads(1)
     dtype = torch.float64 if work.dtype == "float64" else torch.float32
     torch.set_default_dtype(dtype)
-    module, loader = _module_and_loader(work, dtype, energy_weight=1.0)
+    module, loader = module_and_loader(work, dtype, energy_weight=1.0)
     times: list[float] = []
     losses: list[float] = []
     predicted: list[float] = []
@@ -85,7 +85,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     return RunTiming(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
 
 
-def _module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
+def module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
     """Returns the seeded module in the default dtype, and a loader of two batches in ``dtype``."""
     from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
     from lightning_januspipe.models import PotentialModule
@@ -116,7 +116,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
 
 @dataclass(frozen=True)
 class Configuration:
-    """The medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
+    """Holds the medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
 
     name: str
     step: float
@@ -236,7 +236,7 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Step
     """Returns the parameter gradients of a force loss, of the same weights and structures in any precision.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         strategy: Arguments of the strategy.
         precision: Precision of the Trainer, as in ``bf16-mixed``.
     """
@@ -245,7 +245,7 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Step
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    module, loader = _module_and_loader(work, dtype, energy_weight=0.0)
+    module, loader = module_and_loader(work, dtype, energy_weight=0.0)
     module = module.float().to(dtype)  # the weights are those that float32 has
     torch.set_default_dtype(torch.float32)
     found: list[StepGradients] = []

@@ -45,7 +45,7 @@ class AtomsAdapter:
         self.cutoff = float(cutoff)
 
     def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> Any:
-        """Return the one argument of the potential, on the CPU.
+        """Returns the batch of one structure, on the CPU.
 
         Args:
             atoms: Structure of N atoms.
@@ -54,11 +54,15 @@ class AtomsAdapter:
         """
         raise NotImplementedError
 
+    def call(self, potential: nn.Module, batch: Any) -> Any:
+        """Calls the potential, with further arguments where it needs some."""
+        return potential(batch)
+
     def results(self, potential: nn.Module, batch: Any, output: Any) -> dict[str, Tensor]:
-        """Return the results of one structure in eV, eV/Å and eV/Å³, as far as the potential has them.
+        """Returns the results of one structure in eV, eV/Å and eV/Å³, as far as the potential has them.
 
         Args:
-            potential: The potential.
+            potential: The potential that was called.
             batch: What it was called with.
             output: What it returned; by default a mapping with the names of the results.
 
@@ -78,7 +82,7 @@ class AtomsAdapter:
         return {name: output[name] for name in names if isinstance(output.get(name), Tensor)}
 
     def energies_of_atoms(self, potential: nn.Module, batch: Any) -> Tensor | None:
-        """Return the energies (N,) of the atoms in eV, where they take a computation of their own; None otherwise."""
+        """Returns the energies (N,) of the atoms in eV, where they take a computation of their own; None otherwise."""
         return None
 
 
@@ -95,7 +99,7 @@ class StructureAdapter(AtomsAdapter):
         self.species = list(species)
 
     def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the batch of one structure.
+        """Returns the batch of one structure.
 
         Raises:
             ValueError: There are no atoms, or an element is not among the species.
@@ -117,7 +121,7 @@ class StructureAdapter(AtomsAdapter):
         }
 
     def energies_of_atoms(self, potential: nn.Module, batch: dict[str, Tensor]) -> Tensor | None:
-        """Return the energies (N,) of the atoms in eV, whose sum is the energy."""
+        """Returns the energies (N,) of the atoms in eV, whose sum is the energy."""
         model = getattr(potential, "energy_model", None)
         if model is None or not hasattr(model, "atomic_energies"):
             return None
@@ -125,7 +129,7 @@ class StructureAdapter(AtomsAdapter):
 
 
 def _wrapped(positions: Floats, cell: Floats, pbc: Bools, edges: Edges) -> tuple[Floats, Ints]:
-    """Return positions in the cell, around the origin, and the shifts of the same edges.
+    """Returns positions in the cell, around the origin, and the shifts of the same edges.
 
     Atoms that have moved far in a long trajectory would have fewer digits in float32.
     """

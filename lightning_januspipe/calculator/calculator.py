@@ -1,4 +1,4 @@
-"""The calculator of ASE that evaluates a potential."""
+"""Defines the calculator of ASE that evaluates a potential."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class JanusPipeCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
-        """Evaluate a structure, and keep the results.
+        """Evaluates a structure, and keep the results.
 
         Args:
             atoms: The structure; None for that of the last call.
@@ -106,7 +106,7 @@ class JanusPipeCalculator(Calculator):
         batch = self.adapter.batch_from_atoms(structure, self.neighbors.edges(structure), self.dtype)
         batch = _moved(batch, self.device)
         with torch.inference_mode(False), torch.enable_grad():
-            found = self.adapter.results(self.potential, batch, self.potential(batch))
+            found = self.adapter.results(self.potential, batch, self.adapter.call(self.potential, batch))
         if "energies" in properties and "energies" not in found:
             with torch.inference_mode(False), torch.no_grad():
                 energies = self.adapter.energies_of_atoms(self.potential, batch)
@@ -141,7 +141,7 @@ def _first_device() -> str:
 
 
 def _dtype_of(potential: nn.Module) -> torch.dtype:
-    """Return the type of most weights, float32 or float64."""
+    """Returns the type of most weights, float32 or float64."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in [*potential.parameters(), *potential.buffers()]:
         if tensor.is_floating_point():
@@ -150,7 +150,7 @@ def _dtype_of(potential: nn.Module) -> torch.dtype:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    """Return a batch on a device: tensors, objects with a method ``to``, and mappings of them."""
+    """Returns a batch on a device: tensors, objects with a method ``to``, and mappings of them."""
     if isinstance(batch, Mapping):
         return {name: _moved(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "to"):

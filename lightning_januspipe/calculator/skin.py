@@ -54,7 +54,7 @@ class SkinNeighborList:
         self._found: tuple[Ints, Ints] | None = None
 
     def edges(self, atoms: Atoms) -> Edges:
-        """Return the edges of a structure.
+        """Returns the edges of a structure.
 
         Raises:
             ValueError: There is no neighbour list; see :func:`~lightning_januspipe.data.neighbor_list`.
@@ -73,7 +73,7 @@ class SkinNeighborList:
         return Edges(edge_index[:, near], shifts[near], vectors[near])
 
     def _is_valid(self, positions: Floats, cell: Floats, pbc: np.ndarray) -> bool:
-        """Return whether no pair that the last search did not find can be closer than the cutoff."""
+        """Returns whether no pair that the last search did not find can be closer than the cutoff."""
         if self._searched is None or not self.skin:
             return False
         before, cell_before, pbc_before = self._searched

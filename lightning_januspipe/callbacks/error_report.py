@@ -157,7 +157,7 @@ def error_table(errors: Errors) -> Table:
     for quantity in errors.known():
         cells = []
         for name, values in columns.items():
-            cells.append(_format(1000 * values.get(quantity.metric, math.nan)))
+            cells.append(format_error(1000 * values.get(quantity.metric, math.nan)))
             if compares and name == "after":
                 cells.append(_describe_change(_ratio(errors, quantity.metric)))
         table.add_row(f"{quantity.label} ({quantity.unit})", *cells)
@@ -172,7 +172,7 @@ def describe_change(errors: Errors) -> str:
         return ""
     before, after = 1000 * errors.before[metric], 1000 * errors.after[metric]
     change = _describe_change(ratio)
-    return f"Force error (MAE) on the validation data: {_format(before)} → {_format(after)} meV/Å, {change}."
+    return f"Force error (MAE) on the validation data: {format_error(before)} → {format_error(after)} meV/Å, {change}."
 
 
 def checkpoint_path(trainer: Trainer) -> str:
@@ -198,7 +198,7 @@ def _ratio(errors: Errors, metric: str) -> float:
     return before / after if after > 0 else math.nan
 
 
-def _format(value: float) -> str:
+def format_error(value: float) -> str:
     """Formats with three significant digits; a dash for NaN."""
     if math.isnan(value):
         return "–"
@@ -211,5 +211,5 @@ def _format(value: float) -> str:
 def _describe_change(ratio: float) -> str:
     """Describes the ratio of an error before to the error after, in the markup of rich."""
     if math.isnan(ratio) or ratio >= 1:
-        return "–" if math.isnan(ratio) else f"{_format(ratio)}× better"
-    return f"[bold red]{_format(1 / ratio)}× worse[/]"
+        return "–" if math.isnan(ratio) else f"{format_error(ratio)}× better"
+    return f"[bold red]{format_error(1 / ratio)}× worse[/]"

@@ -21,6 +21,7 @@ from lightning_januspipe.callbacks.lightning_classes import (
 from lightning_januspipe.callbacks.picture import Curve, draw_run
 from lightning_januspipe.callbacks.rank_metrics import PREFIX, RankNumbers, exchanged, metrics
 from lightning_januspipe.callbacks.throughput import Metered
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.schedule import draw
 
 _MEMORY_EVERY = 10  # recorded steps
@@ -164,8 +165,11 @@ class PipelineMonitor(Metered):
         if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
             return []
         own = runner.recorded_step()
-        steps: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
-        dist.gather_object(own if mesh.pipeline_rank == 0 else None, steps, 0, group=mesh.host_group)
+        steps: list[Any] | None = [own]
+        if mesh.shape.size > 1:
+            steps = [None] * mesh.shape.size if mesh.rank == 0 else None
+            with waiting("gathering of recorded steps", mesh.host_group):
+                dist.gather_object(own if mesh.pipeline_rank == 0 else None, steps, 0, group=mesh.host_group)
         replicas = [step for step in steps or [] if step is not None]
         names = [f"replica {i}" if len(replicas) > 1 else "recorded" for i in range(len(replicas))]
         predicted = [("predicted", replicas[0].schedule, replicas[0].predicted)] if replicas else []

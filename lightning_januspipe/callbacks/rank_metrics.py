@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.distributed as dist
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.runtime.step_recorder import RankStep
 from lightning_januspipe.schedule import Phase
@@ -113,7 +114,8 @@ def exchanged(
     found = [vector]
     if group is not None:
         found = [torch.empty_like(vector) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, vector, group=group)
+        with waiting("gathering of the ranks' numbers", group):
+            dist.all_gather(found, vector, group=group)
     return [RankNumbers.from_vector(v.tolist(), num_stages) for v in found]
 
 

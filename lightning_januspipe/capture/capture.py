@@ -36,6 +36,7 @@ from lightning_januspipe.capture.validate.against_eager import (
 )
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError, quoted
+from lightning_januspipe.random_state import seeded
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 StageOrigin = Literal["auto", "captured", "explicit"]
@@ -52,6 +53,7 @@ class Capture:
         bytes: measured memory of one micro-batch in each stage.
         elapsed: seconds that finding, tracing, cutting and validating took.
         origin: in words, where the stages come from, and what was refused before.
+        sizes: values of the size symbols in the call that the stages were measured on, and in the call that was traced.
         alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
     """
 
@@ -60,18 +62,26 @@ class Capture:
     memory: list[MemoryCosts]
     elapsed: float
     origin: str
+    sizes: tuple[dict[str, int], dict[str, int]]
     alternative: str = ""
 
     def describe(self) -> str:
         """Returns one line for a user: which potential was found, and how it is cut."""
         total = sum(s.total for s in self.costs)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.costs)
-        num, num_stages = sum(self.potential.num_operations), len(self.costs)
+        num_stages = len(self.costs)
         stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
+        is_plain = self.origin.startswith("captured (") and "; " not in self.origin
         return (
-            f"potential {quoted(self.potential.path)} {self.origin}: {num} {self.potential.operation_word} in "
-            f"{stages if num_stages > 1 else 'one stage'}, ready after {self.elapsed:.1f} s"
+            f"potential {quoted(self.potential.path)}{'' if is_plain else f' {self.origin}:'} in "
+            f"{stages if num_stages > 1 else 'one stage'}"
         )
+
+    def describe_capture(self) -> str:
+        """Returns one line for a developer: where the stages come from, and how long that took."""
+        operations = f"{sum(self.potential.num_operations)} {self.potential.operation_word}"
+        ready = f"ready after {self.elapsed:.1f} s"
+        return f"potential {quoted(self.potential.path)} {self.origin}: {operations}, {ready}"
 
 
 def capture_module(
@@ -133,7 +143,11 @@ def capture_module(
         folded = replace(phase_mode, split_stages=False)
         memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].memory
         assert memory is not None
-    return Capture(captured, seconds, memory, time.perf_counter() - began, origin, alternative)
+        with seeded(0):
+            inputs = captured.inputs(job.potential)
+            measured, traced = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in (job.other, job.call))
+    elapsed = time.perf_counter() - began
+    return Capture(captured, seconds, memory, elapsed, origin, (measured, traced), alternative)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import pkgutil
 import sys
-import warnings
 from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+
+from lightning_januspipe.strategy.quiet import ignore_warnings
+
+DEBUG = "JANUSPIPE_DEBUG"
+"""The environment variable that :mod:`lightning_januspipe.strategy.failure` names too; ``--debug`` sets it."""
 
 TRAINER_COMMANDS = {
     "fit": "Trains a potential and prints a table of its errors.",
     "validate": "Evaluates a checkpoint on the validation data.",
     "test": "Evaluates a checkpoint on the test data.",
-    "predict": "Runs the predict_step of the model on the data.",
+    "predict": "Predicts the structures of a file into another one.",
 }
 """The subcommands that run a Trainer, and what each does."""
 
@@ -27,15 +35,8 @@ OTHER_COMMANDS = {
 _DESCRIPTION = """\
 Trains interatomic potentials in a pipeline of devices. `januspipe init` writes recipes, which are YAML files, and
 `januspipe fit --config recipes/quickstart.yaml` runs the first. `januspipe COMMAND --help` explains a command.
+With --debug, errors come with whole tracebacks; with --verbose, a run tells more of its capture.
 """
-
-# What Lightning and its own dependencies say to each other, and no user can mend.
-_WARNINGS = (
-    r"\s*``instantiate_classes`` was deprecated",
-    ".*LeafSpec.*is deprecated",
-    "The dirpath has changed",
-    "Starting from v1.9.0, `tensorboardX` has been removed",
-)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -46,17 +47,45 @@ def main(args: Sequence[str] | None = None) -> None:
             starts them by running ``sys.argv`` again, so that it needs None here.
     """
     given = sys.argv[1:] if args is None else list(args)
+    if "--debug" in given:
+        given.remove("--debug")
+        os.environ[DEBUG] = "1"
+    elif DEBUG not in os.environ and sys.excepthook is sys.__excepthook__:
+        sys.excepthook = partial(print_error, " ".join(["januspipe", *given[:1]]))
+    is_verbose = "--verbose" in given
+    given = [arg for arg in given if arg != "--verbose"]
     command = given[0] if given else ""
-    for message in _WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    ignore_warnings()
     if command in OTHER_COMMANDS:
         pkgutil.resolve_name(OTHER_COMMANDS[command][0])(given[1:])
     elif command in TRAINER_COMMANDS or command in ("-c", "--config"):
         from lightning_januspipe.cli.fit import PotentialCLI
 
+        if is_verbose:
+            logging.getLogger(PotentialCLI.LOGGER).setLevel(logging.DEBUG)
         PotentialCLI(given)
     else:
         _explain(given)
+
+
+def print_error(program: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints the error that ends the program: of what a user has given only the message, else a short traceback.
+
+    Args:
+        program: The program and its command.
+        kind: The type of the error, as of the other two arguments of ``sys.excepthook``.
+        error: What was raised.
+        trace: Its traceback.
+    """
+    from lightning_januspipe.strategy.failure import short_traceback
+
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr)
+    elif issubclass(kind, (ValueError, OSError)) or kind.__name__ == "MisconfigurationException":
+        print(f"{program}: error: {error} (--debug prints where)", file=sys.stderr)
+    else:
+        print(*short_traceback(error), sep="\n", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _explain(args: Sequence[str]) -> None:

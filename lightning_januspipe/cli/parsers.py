@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import pkgutil
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+
+from lightning_januspipe.cli.explain import explain_error
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
@@ -18,11 +17,6 @@ else:
         from lightning.pytorch.cli import LightningArgumentParser
     except ModuleNotFoundError:
         from pytorch_lightning.cli import LightningArgumentParser
-_DUMPS = (
-    *("Does not validate", "Subtypes:", "Errors:", "Given value type", "- Expected a <class"),
-    *("Given value: Namespace", "Given value: NestedArg"),
-)
-"""How lines of jsonargparse's errors begin that list types and inner values."""
 
 
 class OneLineErrors(ArgumentParser):
@@ -32,19 +26,8 @@ class OneLineErrors(ArgumentParser):
         """Prints the message, with what is spelt most like an unknown option, and exits."""
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
-        program, text = self.prog.replace(" [options]", ""), _short(message)
-        close = difflib.get_close_matches(*self._unknown(text), n=1)
-        self.exit(2, f"{program}: error: {text}" + (f"; did you mean {close[0]}?" if close else "") + "\n")
-
-    def _unknown(self, text: str) -> tuple[str, list[str]]:
-        """Returns the unknown option that an error names, and what it could have been."""
-        if found := re.search(r"class_path '([\w.]+)'.*Option '(\w+)' is not accepted", text):
-            return found[2], ArgumentParser().add_class_arguments(pkgutil.resolve_name(found[1]))
-        if found := re.search(r"unrecognized arguments: (--[^\s=]+)", text):
-            return found[1], list(self._option_names())
-        if found := re.search(r"unrecognized arguments: (\S+\.ya?ml)", text):
-            return f"--config {found[1]}", [f"--config {found[1]}"]
-        return "", []
+        program = self.prog.replace(" [options]", "")
+        self.exit(2, f"{program}: error: {explain_error(message, list(self._option_names()))}\n")
 
     def _option_names(self) -> Iterator[str]:
         """Returns the options of this parser and of its subcommands."""
@@ -53,16 +36,6 @@ class OneLineErrors(ArgumentParser):
             if isinstance(action.choices, Mapping):
                 for parser in action.choices.values():
                     yield from parser._option_names()
-
-
-def _short(message: str) -> str:
-    """Returns an error of jsonargparse on one line, without the types and inner values that it lists."""
-    found = re.match(r'Parser key "([^"]+)":', message)
-    if found is None:
-        return message
-    lines = [line.strip() for line in message[found.end() :].splitlines() if line.strip()]
-    causes = [line for line in lines if not line.startswith(_DUMPS)] or lines
-    return f"--{found[1]}: " + "; ".join(cause.removeprefix("- ") for cause in causes).replace(":; ", ": ")
 
 
 class CommandParser(OneLineErrors):

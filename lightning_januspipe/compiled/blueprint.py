@@ -1,4 +1,4 @@
-"""All that the joint graph of a stage depends on, as plain data: to be traced in another process, and with a digest."""
+"""Describes a stage as plain data, so that another process can trace it: all that its joint graph depends on."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ Body = Callable[[Sequence[Any], Sequence[Tensor]], StageOutput]
 
 
 class TraceableStage(StageFunction, Protocol):
-    """A stage whose phases can be traced: one that says which tensors it reads beside its boundary."""
+    """Has phases that can be traced, and says which tensors it reads beside its boundary."""
 
     @property
     def body(self) -> Body:
-        """Its operations, without the live module. If they have a ``text()``, that tells them from all others."""
+        """Returns its operations, without the live module. A ``text()`` of them, if any, tells them from all others."""
+
+    @property
+    def num_tensors(self) -> int:
+        """Returns the number of tensors in the potential's call."""
 
     @property
     def symbols(self) -> Mapping[str, tuple[int, int]]:
-        """Size symbol -> (position, dimension) of the call's tensor that defines it."""
+        """Maps each size symbol to the (position, dimension) of the call's tensor that defines it."""
 
     @property
     def value_specs(self) -> Sequence[TensorSpec]:
-        """Specs of :meth:`values`, in the size symbols."""
+        """Returns the specs of :meth:`values`, in the size symbols."""
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """Returns all tensors that the stage reads: parameters, buffers, constants and those of the batch.
@@ -43,7 +47,7 @@ class TraceableStage(StageFunction, Protocol):
 
 @dataclass(frozen=True)
 class StageBlueprint:
-    """A stage as the tracer sees it: no parameters, but what they look like.
+    """Describes a stage as the tracer sees it: without parameters, but with their shapes and dtypes.
 
     Attributes:
         body: the stage's operations.
@@ -91,19 +95,19 @@ class StageBlueprint:
 
 
 def blueprint(
-    function: TraceableStage, chain: ChainSpec, tensors: Sequence[Any], other: Sequence[Any]
+    function: TraceableStage, chain: ChainSpec, first: Mapping[str, int], second: Mapping[str, int], device: str
 ) -> StageBlueprint:
     """Returns what the joint graph of a stage depends on.
 
     Args:
         function: the stage.
         chain: what all stages share.
-        tensors: the potential call's tensors in an example; inductor takes their sizes for the usual ones.
-        other: the same in a call with other sizes.
+        first: the values of all size symbols in an example call; inductor takes them for the usual ones.
+        second: the same in a call with other sizes.
+        device: type of the device that the stage runs on.
     """
-    first, second = (bind(function, t) for t in (tensors, other))
     groups, constants = agree(first, second, {s: d == 0 for s, (_, d) in function.symbols.items()})
-    values = function.values(tensors)
+    values = function.values([None] * function.num_tensors)  # parameters tell by themselves which are the same
     places = first_places(values)
     of_parameter = {id(values[place]): i for i, place in enumerate(places) if isinstance(values[place], nn.Parameter)}
     of_place = {place: i for i, place in enumerate(places)}
@@ -121,7 +125,7 @@ def blueprint(
         observables=tuple(chain.observables[i] for i in function.observables),
         to_energy=(True,) * num_out if dependence is None else tuple(d.energy for d in dependence),
         autocast=chain.autocast,
-        device=next((v.device.type for v in values if isinstance(v, Tensor)), "cpu"),
+        device=device,
         groups=tuple(groups),
         constants=constants,
         hints=tuple(first[g[0]] for g in groups),

@@ -1,4 +1,4 @@
-"""Passes over the joint graph: from what was traced to the phase in which each operation runs."""
+"""Decides with passes over the joint graph in which phase each operation runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.ports import GIVEN, WANTED, Kind, Port
 from lightning_januspipe.compiled.torch_internals import without_repetitions
+from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.schedule.actions import Phase
 
 ORDER = (Phase.FE, Phase.FF, Phase.BF, Phase.BE, Phase.WF, Phase.WE)
@@ -40,8 +42,33 @@ Levels = dict[fx.Node, Phase]
 _UNCHANGED = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default)
 
 
+def without_mutations(joint: Joint) -> Joint:
+    """``joint -> joint``: a copy in which no operation writes to its input.
+
+    Autograd's own formulas write to tensors that they have just made. A later phase that ran such an operation again,
+    on a value that was kept, would write to it twice.
+
+    Raises:
+        CaptureError: an operation writes to a tensor that others may read.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(joint.graph, {}))
+    for node in graphs.operations(graph):
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+            continue
+        written, name = (node.args or (None,))[0], target._schema.name.split("::")[1]
+        is_own = False
+        if isinstance(written, fx.Node) and written.op == "call_function":
+            is_own = len(written.users) == 1 and work_of(written) is not KindOfWork.VIEW
+        if not is_own or not name.endswith("_"):
+            raise CaptureError(f"the operation {target} writes to a tensor that other operations may read")
+        node.target = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1]), target._overloadname)
+    return replace(joint, graph=graph)
+
+
 def simplify(joint: Joint) -> Joint:
-    """``joint -> joint``: a copy without operations that return their input, occur twice, or that nothing needs."""
+    """``joint -> joint``: drops operations that return their input, occur twice, or are needed by nothing."""
     graph = without_repetitions(joint.graph)
     for node in list(graph.nodes):
         if node.target in _UNCHANGED:
@@ -53,7 +80,7 @@ def simplify(joint: Joint) -> Joint:
 
 
 def natural_levels(joint: Joint) -> Levels:
-    """``joint -> levels``: the phase in which the last input arrives that a node depends on (FE, FF, BF or BE)."""
+    """``joint -> levels``: finds the phase in which the last input of a node arrives (FE, FF, BF or BE)."""
     levels = {node: GIVEN[port.kind] for node, port in joint.ports_of.items()}
     for node in graphs.operations(joint.graph):
         levels[node] = max((levels[i] for i in node.all_input_nodes), key=ORDER.index, default=Phase.FE)
@@ -61,7 +88,7 @@ def natural_levels(joint: Joint) -> Levels:
 
 
 def split_sums(joint: Joint) -> Joint:
-    """``joint -> joint``: parameter gradients as several summands, each as soon as its phase has it.
+    """``joint -> joint``: returns parameter gradients in summands, each from the first phase that has it.
 
     A gradient is the sum of what BF and what BE find. Returned as one sum, the first part would be kept for every
     micro-batch between the two; the gradients' buffers add the summands anyway.
@@ -84,7 +111,7 @@ class _Summands:
         self._graph, self._mode, self._levels = joint.graph, joint.mode, levels
 
     def of(self, node: fx.Node) -> list[fx.Node]:
-        """The summands of a value, itself if there is one only."""
+        """Returns the summands of a value, the value itself if there is only one."""
         if node.target is torch.ops.aten.add.Tensor:
             return self._of_sum(node)
         if node.target in _LINEAR:
@@ -102,7 +129,7 @@ class _Summands:
         return [part for term in terms for part in self.of(term)]
 
     def _applied(self, node: fx.Node, part: fx.Node) -> fx.Node:
-        """The operation of a node, applied to a summand of its operand."""
+        """Returns the operation of a node, applied to a summand of its operand."""
         target: Any = node.target
         with self._graph.inserting_before(self._graph.output_node()):
             found = self._graph.call_function(target, (part, *node.args[1:]), node.kwargs)
@@ -113,7 +140,7 @@ class _Summands:
 
 
 def assign_phases(joint: Joint, defer: bool) -> Levels:
-    """``(joint, defer) -> levels``: the phase in which each operation runs first.
+    """``(joint, defer) -> levels``: finds the phase in which each operation runs first.
 
     It is the natural one, with two changes. What FE's own results do not need goes to FF: in the last stage no input
     tells them apart. With ``defer``, what only parameter gradients need leaves BF and BE for WF and WE.

@@ -1,4 +1,4 @@
-"""The private names of torch that compiled phases use, each behind a function that says what it is needed for.
+"""Wraps the private names of torch that compiled phases use, each in a function that says what it is needed for.
 
 ``tests/compiled/test_torch_internals.py`` pins every one of them, so that a torch without it fails there and not in a
 training run.
@@ -6,9 +6,12 @@ training run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import SymInt, Tensor, fx
@@ -16,11 +19,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._triton import has_triton
 
 
 def symbolic_mode() -> FakeTensorMode:
@@ -45,10 +50,13 @@ def new_size(mode: FakeTensorMode, name: str, hint: int) -> SymInt:
 
 
 def size_guards(mode: FakeTensorMode) -> list[Any]:
-    """Returns the relations between sizes that torch has taken for granted so far, as sympy expressions."""
+    """Returns the relations between sizes that torch has taken for granted so far, as sympy expressions.
+
+    They are not simplified: torch replaces a size that it took for another one, and the relation would become "true".
+    """
     env = mode.shape_env
     assert env is not None
-    return [env.simplify(guard.expr) for guard in env.guards]
+    return [guard.expr for guard in env.guards]
 
 
 def hint_of(size: int | SymInt) -> int:
@@ -63,7 +71,7 @@ def expression_of(size: int | SymInt) -> str:
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Inside, sizes of 0 and 1 are treated like all others, instead of adding guards against them."""
+    """Lets torch treat sizes of 0 and 1 like all others inside the block, without guards against them."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
 
@@ -80,11 +88,39 @@ def without_repetitions(graph: fx.Graph) -> fx.Graph:
     return fx_graph_cse(graph)
 
 
-@contextmanager
-def compiling_for(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, inductor takes its symbolic sizes from a mode."""
+def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequence[Tensor]]:
+    """Returns a graph as a function that inductor compiled, for all sizes that the guards allow.
+
+    Nothing checks guards when it is called, so it is never compiled again.
+
+    Args:
+        module: the graph, whose inputs are symbolic sizes and tensors of ``mode``.
+        mode: where inductor takes symbolic sizes from, and adds guards to.
+    """
+    fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     with ExitStack() as stack:
         stack.enter_context(any_size())
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(torch.no_grad())
+        return torch._inductor.standalone_compile(module, fakes, dynamic_shapes="from_tracing_context")
+
+
+@contextmanager
+def inductor_cache(folder: Path | None) -> Iterator[None]:
+    """Lets inductor keep what it compiles in a folder, unless the user named one; None for inductor's own."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    with mock.patch.dict(os.environ):
+        if folder is not None:
+            os.environ.setdefault(variable, str(folder))
         yield
+
+
+def missing_compiler(device: str) -> str | None:
+    """Returns in words which compiler inductor lacks for a type of device; None where it has one."""
+    if device == "cuda":
+        return None if has_triton() else "Triton, which compiles for GPUs, is not installed or does not know this GPU"
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return "no C++ compiler was found: install g++, or name one in the environment variable CXX"
+    return None

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
-from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.dataset import IndexedDataset, StructureDataset
 from lightning_januspipe.data.facts import Facts, missing_kinds, num_shared, suspicions
 from lightning_januspipe.data.splits import Split
 from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
@@ -192,6 +192,8 @@ class StructureDataModule(LightningDataModule):
         dataset: Any = self.dataset(split)
         if not dataset:
             return []  # Lightning then skips the loop
+        if split in ("test", "predict"):
+            dataset = IndexedDataset(dataset)
         shuffle, drop_last = self._shuffle and split == "train", self._drop_last and split == "train"
         options: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": shuffle, "drop_last": drop_last}
         if self._max_atoms is not None or self._max_edges is not None:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from lightning_januspipe import keys
 from lightning_januspipe.data.facts import Facts, LabelCounts
 from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.neighbors import estimate_num_edges
@@ -160,3 +161,22 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
     def atoms(self, index: int) -> Atoms:
         """Returns a structure as it was read."""
         return self._structures[index]
+
+
+class IndexedDataset(Subset[dict[str, Tensor]]):
+    """Adds ``sample_index`` to the samples of a dataset, so that results can be brought back into its order.
+
+    Args:
+        dataset: A map-style dataset of samples.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset, range(len(dataset)))
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        """Returns one sample with its index."""
+        return self.dataset[index] | {keys.SAMPLE_INDEX: torch.tensor([int(index)])}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        """Returns the samples of a batch, which torch asks for in one call."""
+        return [self[index] for index in indices]

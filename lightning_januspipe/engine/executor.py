@@ -6,6 +6,7 @@ same tensors are handed on without a message.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_januspipe.distributed import rank_lost
 from lightning_januspipe.engine.messages import MessageForm, Parts, message_specs, tensors_to_send
 from lightning_januspipe.engine.p2p import Links, Receive
 from lightning_januspipe.engine.phases import Passed, StepPhases
@@ -21,7 +23,6 @@ from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import ChainSpec, LossFunction, MicrobatchInput
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.engine.timeline import ActionRecorder
-from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.schedule import Action, Schedule
 from lightning_januspipe.schedule.actions import Message
 
@@ -76,7 +77,7 @@ class Executor:
             loss: Called once for each micro-batch with (index, observables, derivatives).
 
         Raises:
-            PipelineError: A message did not come, or could not be sent.
+            RankLostError: A message did not come, or could not be sent.
         """
         self._run(_Step(self, self._route(schedule), inputs, loss))
 
@@ -149,14 +150,18 @@ class _Step:
         if self._links is None:
             return
         for peer, channel in self._links.outgoing():
-            try:
+            with self._waiting("delivery of the last messages", peer):
                 channel.flush(self._executor._timeout)
-            except RuntimeError as error:
-                raise PipelineError(
-                    f"pipeline rank {self._executor.rank} could not deliver its last messages to global rank "
-                    f"{self._links.global_rank(peer)}: {error}. That rank has ended or hangs; its own output has the "
-                    "cause."
-                ) from error
+
+    @contextmanager
+    def _waiting(self, what: str, peer: int) -> Iterator[None]:
+        """Names the wait, and the rank that did not come, if messages in the block fail; see :func:`.waiting`."""
+        assert self._links is not None
+        began, number = time.monotonic(), self._links.global_rank
+        try:
+            yield
+        except RuntimeError as error:
+            raise rank_lost(error, what, number(self._executor.rank), [number(peer)], began) from error
 
     def forget(self) -> None:
         """Drops receives that were posted and never used, after an error."""
@@ -194,24 +199,17 @@ class _Step:
             self._arrived[message] = parts
             return
         assert self._links is not None
-        action = message.source
-        try:
+        with self._waiting(f"sending of the {_named(message)}", peer):
             tensors = tensors_to_send(parts, self._executor._sent_as)
             self._links.to(peer).send(tensors, self.route.position(message.target))
-        except RuntimeError as error:
-            raise PipelineError(
-                f"stage {action.stage} could not send the {action.phase.value} message of micro-batch "
-                f"{action.microbatch} to global rank {self._links.global_rank(peer)}: {error}. That rank has ended; "
-                "its own output has the cause."
-            ) from error
 
     def _receive(self, message: Message) -> Parts[Tensor]:
         """Waits for a message; receives are posted ahead of use, in the order in which the peer sends."""
         assert self._links is not None
-        source, target = message
+        source = message.source
         peer = self.route.rank_of(source)
         incoming, channel = self.route.incoming[peer], self._links.from_(peer)
-        try:
+        with self._waiting(_named(message), peer):
             index = self.route.index(message)
             while self._posted[peer] < min(len(incoming), index + _RECEIVES_AHEAD):
                 following = incoming[self._posted[peer]]
@@ -226,12 +224,6 @@ class _Step:
             # The peer has run all its actions up to the one that sent this.
             self._links.to(peer).release(self.route.position(source))
             return self._arrived.pop(message)
-        except RuntimeError as error:
-            raise PipelineError(
-                f"stage {target.stage} waited for the {source.phase.value} message of micro-batch "
-                f"{source.microbatch} from global rank {self._links.global_rank(peer)}, which did not come: {error}. "
-                "That rank has ended or hangs; its own output has the cause."
-            ) from error
 
     def _form(self, message: Message) -> MessageForm:
         executor, target = self._executor, message.target
@@ -240,3 +232,11 @@ class _Step:
             message, executor.chain, self.route.num_stages, function.boundary_in, function.boundary_out
         )
         return MessageForm(specs, self._inputs[target.microbatch].symbols, executor._sent_as)
+
+
+def _named(message: Message) -> str:
+    """Returns a message in words."""
+    source, target = message
+    return (
+        f"{source.phase.value} message of micro-batch {source.microbatch} from stage {source.stage} to {target.stage}"
+    )

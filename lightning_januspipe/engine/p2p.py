@@ -147,7 +147,7 @@ class Links:
         rank: This rank's index in the pipeline.
         global_ranks: The global rank at each index.
         down: Process group of messages to higher ranks of the pipeline.
-        up: Process group of messages to lower ranks of the pipeline.
+        up: Process group of messages to lower ranks of the pipeline. In one process there are none.
         device: The device of the buffers.
 
     Attributes:
@@ -160,14 +160,14 @@ class Links:
         self,
         rank: int,
         global_ranks: Sequence[int],
-        down: dist.ProcessGroup,
-        up: dist.ProcessGroup,
+        down: dist.ProcessGroup | None,
+        up: dist.ProcessGroup | None,
         device: torch.device,
     ) -> None:
         self.device = device
         self.rank, self.num_ranks = rank, len(global_ranks)
         self._global_ranks = list(global_ranks)
-        self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = (down, up)
+        self._groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] | None = (down, up)
         self._to: dict[int, Channel] = {}
         self._from: dict[int, Channel] = {}
 
@@ -220,7 +220,9 @@ class Links:
 
     def _channel(self, peer: int, downward: bool) -> Channel:
         assert self._groups is not None, "the links were closed"
-        return Channel(self._groups[0 if downward else 1], self._global_ranks[peer], self.device)
+        group = self._groups[0 if downward else 1]
+        assert group is not None, "in one process there are no messages"
+        return Channel(group, self._global_ranks[peer], self.device)
 
 
 def message_latency(links: Links, num_messages: int = 10) -> float:

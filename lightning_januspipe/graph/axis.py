@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.graph.collectives import Exchange, collect_rows
 from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder, ShardPlan
@@ -94,15 +94,10 @@ class GraphAxis:
         """Sums a tensor over the graph ranks, in place.
 
         Raises:
-            PipelineError: a rank did not answer.
+            RankLostError: a rank did not answer.
         """
-        try:
+        with waiting("sum over graph ranks", self._group):
             dist.all_reduce(tensor, group=self._group)
-        except RuntimeError as error:
-            raise PipelineError(
-                f"graph rank {self.rank} waited for another of {self.size} graph ranks, which did not answer: {error}. "
-                "That rank has ended or hangs; its own output has the cause."
-            ) from error.with_traceback(None)
 
     def shard_step_inputs(
         self, inputs: Sequence[MicrobatchInput], replica: Replica, owners_in_loader: Sequence[Tensor | None] = ()
@@ -118,7 +113,7 @@ class GraphAxis:
             owners_in_loader: the owners that the loader chose for each micro-batch; None, or nothing, where it did not.
 
         Raises:
-            PipelineError: a rank did not answer.
+            RankLostError: a rank did not answer.
         """
         looks = [self._sharder.read_indices(given.tensors) for given in inputs]
         sizes = [self._sharder.num_atoms(look) for look in looks]
@@ -129,13 +124,8 @@ class GraphAxis:
             if chosen is None or len(chosen) != sizes[index]:
                 chosen = self._sharder.choose_owners(inputs[index].tensors, looks[index])
             of_microbatch[index].copy_(chosen)
-        try:
+        with waiting("exchange of the owners of atoms", replica.group):
             dist.all_reduce(told, group=replica.group)
-        except RuntimeError as error:
-            raise PipelineError(
-                f"graph rank {self.rank} waited for the owners of atoms from the {replica.size} ranks with the same "
-                f"micro-batches: {error}. One of them has ended or hangs; its own output has the cause."
-            ) from error.with_traceback(None)
         owners = told.to(torch.int64).split(sizes)
         plans = [self._sharder.plan(look, o) for look, o in zip(looks, owners, strict=True)]
         return [self._own(i, given.tensors, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.graph.shards import Shard
 
 
@@ -298,16 +298,10 @@ def _call(collective: Callable[..., Any], exchange: Exchange, *args: Any) -> Non
     """Calls a collective over the group of an exchange.
 
     Raises:
-        PipelineError: a rank did not answer.
+        RankLostError: a rank did not answer.
     """
-    try:
+    with waiting("exchange of rows between graph ranks", exchange.group):
         collective(*args, group=exchange.group)
-    except RuntimeError as error:
-        # The traceback refers to the group, whose connections have to close on this rank too.
-        raise PipelineError(
-            f"graph rank {exchange.shard.rank} waited in an exchange of rows for another of {exchange.shard.num_ranks} "
-            f"graph ranks, which did not answer: {error}. That rank has ended or hangs; its own output has the cause."
-        ) from error.with_traceback(None)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

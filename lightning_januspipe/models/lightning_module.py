@@ -151,7 +151,7 @@ class PotentialModule(LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of one batch."""
-        return self._evaluate(batch, "train")
+        return self._evaluate(batch, "train")[0]
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -160,16 +160,18 @@ class PotentialModule(LightningModule):
             self._evaluate(batch, "val")
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss and errors of one test batch."""
+    def test_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Logs the loss and errors of one test batch, and return its predictions as :meth:`predict_step` does."""
+        batch, index = _without_index(batch)
         with gradients_enabled(batch) as batch:
-            self._evaluate(batch, "test")
+            return self._detached(self._evaluate(batch, "test")[1], index)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Returns the detached predictions of one batch."""
+        """Returns the detached predictions of one batch, with its ``sample_index`` where it has one."""
+        batch, index = _without_index(batch)
         with gradients_enabled(batch) as batch:
-            return {name: value.detach() for name, value in self(batch).items()}
+            return self._detached(self(batch), index)
 
     @override
     def setup(self, stage: str) -> None:
@@ -300,8 +302,12 @@ class PotentialModule(LightningModule):
             pairs[keys.ENERGY] = (rounded, torch.where(is_known, torch.zeros_like(rounded), torch.nan))
         return pairs
 
-    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        """Returns the loss of a batch; logs the loss and the errors under ``stage``."""
+    @staticmethod
+    def _detached(prediction: Batch, index: Batch) -> Batch:
+        return {name: value.detach() for name, value in prediction.items()} | index
+
+    def _evaluate(self, batch: Batch, stage: str) -> tuple[Tensor, Batch]:
+        """Returns the loss of a batch and its predictions; logs the loss and the errors under ``stage``."""
         prediction = self(batch)
         loss = self.loss(prediction, batch)
         pairs = self._pairs(prediction, batch)
@@ -322,12 +328,18 @@ class PotentialModule(LightningModule):
             for name in ("mae", "rmse"):
                 key = f"{stage}_{quantity}_{name}"
                 self._log_metric(key, self.metrics[key], num_structures, *pair)
-        return loss
+        return loss, prediction
 
     def _log_metric(self, name: str, metric: Any, num_structures: int, *values: Any, prog_bar: bool = False) -> None:
         with torch.no_grad():
             metric.update(*values)
         self.log(name, metric, batch_size=num_structures, prog_bar=prog_bar, on_step=False, on_epoch=True)
+
+
+def _without_index(batch: Batch) -> tuple[Batch, Batch]:
+    """Returns a batch without its ``sample_index``, which is no input of a potential, and the index by itself."""
+    index = {name: batch[name] for name in batch if name == keys.SAMPLE_INDEX}
+    return {name: batch[name] for name in batch if name not in index}, index
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lightning_januspipe.distributed import on_first_rank
+from lightning_januspipe.distributed import on_first_rank, waiting
 from lightning_januspipe.engine.timeline import MeanPhaseTimes, Span
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.planner import Planner, is_searched, measured_costs
@@ -61,7 +61,7 @@ class AgreedSchedules:
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the times of the next training step are needed."""
+        """Tells whether the times of the next training step are needed."""
         return self._num_steps in _MEASURED_STEPS
 
     def step_ran(self, schedule: Schedule, spans: Sequence[Span]) -> None:
@@ -78,7 +78,7 @@ class AgreedSchedules:
 
     def _plan_anew(self, schedule: Schedule) -> None:
         """Schedules without a search keep the costs of the start, which have placed their stages."""
-        of_ranks = self._mesh.gathered_over_pipeline(self._times.means())
+        of_ranks = self._mesh.gathered_over_pipeline(self._times.means(), "exchange of measured times")
         means = {key: time for of_rank in of_ranks for key, time in of_rank.items()}
         self.costs = costs = self._of_first_replica(measured_costs(means, schedule))
         if is_searched(self.planner.name):
@@ -88,17 +88,23 @@ class AgreedSchedules:
 
     def _of_first_replica(self, mine: _Result) -> _Result:
         """Replicas run one order, so that losses with collectives meet in the order of their micro-batches."""
+        if self._mesh.shape.size == 1:
+            return mine
         found = [mine]
-        dist.broadcast_object_list(found, 0, group=self._mesh.host_group)
+        with waiting("agreement on a schedule", self._mesh.host_group):
+            dist.broadcast_object_list(found, 0, group=self._mesh.host_group)
         return found[0]
 
     def _agreed(self, build: Callable[[], _Result]) -> _Result:
         """Returns what the first rank of a replica builds on every rank of the replica, or raises its error there."""
+        if len(self._mesh.replica_ranks) == 1:
+            return build()
         first = self._mesh.replica_ranks[0]
 
         def broadcast(result: Any) -> Any:
             found = [result]
-            dist.broadcast_object_list(found, first, group=self._mesh.replica_group)
+            with waiting("agreement on a schedule", self._mesh.replica_group):
+                dist.broadcast_object_list(found, first, group=self._mesh.replica_group)
             return found[0]
 
         return on_first_rank(build, self._mesh.rank - first, broadcast)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -18,14 +18,20 @@ from lightning_januspipe.capture import (
     StageOrigin,
     capture_module,
 )
+from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
 from lightning_januspipe.distributed import on_first_rank
 from lightning_januspipe.engine.p2p import Links, message_latency
+from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
+
+if TYPE_CHECKING:
+    from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler
+    from lightning_januspipe.compiled.minimum_cut import Activation
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,19 @@ class CaptureRequest:
     trains: bool
     evaluation_step: Callable[..., Any] | None = None
     annotate: Callable[[str], AbstractContextManager[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class News:
+    """Holds what to tell about a new capture; nothing where an earlier one serves again.
+
+    Attributes:
+        line: How the potential is cut, and how the ranks work.
+        details: How it was captured.
+    """
+
+    line: str = ""
+    details: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,7 @@ class PipelineBuilder:
         potential: Dotted name of the potential, if the user gave one.
         stages: Where stages come from.
         message_dtype: What messages between stages are rounded to.
+        activation: What compiled phases keep; None to run all phases eagerly.
 
     Attributes:
         schedule: Name of the schedule.
@@ -95,14 +115,17 @@ class PipelineBuilder:
         potential: str | None,
         stages: StageOrigin,
         message_dtype: MessageDtype | None = None,
+        activation: Activation | None = None,
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
         self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
+        self._activation = activation
         self._last: _LastCapture | None = None
+        self._compiler: StageCompiler | None = None
 
     def pipeline(
         self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
-    ) -> tuple[Pipeline, str]:
+    ) -> tuple[Pipeline, News]:
         """Builds this rank's part of a pipeline.
 
         Args:
@@ -112,31 +135,62 @@ class PipelineBuilder:
             broadcast: Returns an object of rank 0 on all ranks.
 
         Returns:
-            The pipeline, and a line about a new capture (empty if the last one serves again).
+            The pipeline, and what to tell about a new capture (nothing if the last one serves again).
 
         Raises:
             CaptureError: On every rank, if rank 0 cannot capture.
         """
         links = pipeline_links(mesh)
         latency = broadcast(message_latency(links))  # one number for all replicas: it decides where stages are placed
-        planner = Planner(self.schedule, mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
-        news = ""
+        planner = Planner(self._schedule_on(mesh), mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
+        news = News()
         to_verify: list[Tensor] = []
         if self._last is None or not self._last.serves(request):
             capture, to_verify = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
-            self._last = _LastCapture(weakref.ref(request.module), _name(request.step), capture)
-            run = describe_run(self.schedule, request.num_microbatches, mesh.shape)
-            news = f"januspipe: {capture.describe()}; {run}"
+            self._last, self._compiler = _LastCapture(weakref.ref(request.module), _name(request.step), capture), None
+            run = describe_run(planner.name, request.num_microbatches, mesh.shape)
+            news = News(f"januspipe: {capture.describe()}; {run}", f"januspipe: {capture.describe_capture()}")
         found = self._last.capture
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
-        pipeline = Pipeline(request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype)
+        make_stage = eager_stage if self._activation is None else self._stage_compiler(request, mesh, found)
+        pipeline = Pipeline(
+            request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype, make_stage
+        )
         pipeline.executor.annotate = request.annotate
+        if self._compiler is not None:
+            pipeline.compile_report = self._compiler.report()
+            if news.line:
+                of_ranks = mesh.gathered_over_pipeline(pipeline.compile_report, "gathering of what was compiled")
+                news = replace(news, line=f"{news.line}; {describe_compiled(of_ranks)}")
         if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.
                 pipeline.verify_sharding([t.clone().to(mesh.device) for t in to_verify])
         return pipeline, news
+
+    def _schedule_on(self, mesh: Mesh) -> str:
+        """Returns the name of the schedule; a single rank has no gaps, and holds one micro-batch at a time."""
+        return self.schedule if mesh.shape.ranks_per_replica > 1 else "1f1b-fold"
+
+    def _stage_compiler(self, request: CaptureRequest, mesh: Mesh, found: Capture) -> StageCompiler:
+        """Returns what makes compiled stages; what was compiled for training serves evaluation too."""
+        from lightning_januspipe.compiled.compiler import StageCompiler
+
+        assert self._activation is not None
+        if self._compiler is None:
+            potential = request.module.get_submodule(found.potential.path)
+            self._compiler = StageCompiler(
+                found.sizes,
+                mesh.device.type,
+                self._activation,
+                defer=is_deferred(self._schedule_on(mesh)),
+                trains=request.trains,
+                tolerance=rounding_tolerance(found.potential, potential),
+                cache=ProgramCache.default().subfolder("inductor"),
+                why_eager="exchanges between graph ranks are not compiled" if mesh.shape.graph > 1 else "",
+            )
+        return self._compiler
 
     def _capture(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> tuple[Capture, list[Tensor]]:
         """Captures on one rank; see :meth:`_capture_in` for what it returns.
@@ -167,9 +221,9 @@ class PipelineBuilder:
                     request.module,
                     step,
                     *examples,
-                    placements(self.schedule, planner.num_ranks),
+                    placements(planner.name, planner.num_ranks),
                     self._potential,
-                    phase_mode=PhaseMode(defer=is_deferred(self.schedule), split_stages=is_unfolded(self.schedule)),
+                    phase_mode=PhaseMode(defer=is_deferred(planner.name), split_stages=is_unfolded(planner.name)),
                     step_time=step_time,
                     evaluation_step=None if evaluation is None else with_batch(evaluation),
                     stages=self._stages,
@@ -186,7 +240,6 @@ class PipelineBuilder:
 
 def pipeline_links(mesh: Mesh) -> Links:
     """Returns the connections of this rank to the other ranks of its pipeline."""
-    assert mesh.down_group is not None and mesh.up_group is not None, "in one process there are none"
     return Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
 
 
@@ -205,6 +258,20 @@ def describe_run(schedule: str, num_microbatches: int, shape: MeshShape) -> str:
     if shape.data > 1:
         words.append(f"{shape.data} replicas")
     return ", ".join(words)
+
+
+def describe_compiled(of_ranks: Sequence[CompileReport]) -> str:
+    """Returns in words what the ranks of a pipeline have compiled.
+
+    Args:
+        of_ranks: The report of each rank.
+    """
+    compiled = sum(report.num_compiled for report in of_ranks)
+    words = [line for report in of_ranks for line in report.eager]
+    if compiled:
+        seconds = max(report.seconds for report in of_ranks)
+        words.insert(0, f"phases of {compiled} {'stage' if compiled == 1 else 'stages'} compiled in {seconds:.1f} s")
+    return "; ".join(words)
 
 
 def _name(step: Callable[..., Any]) -> str:

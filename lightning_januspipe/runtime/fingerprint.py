@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
 
@@ -55,17 +56,13 @@ def require_same_batches(inputs: Sequence[Sequence[Tensor]], batches: Sequence[A
     Raises:
         PipelineError: The ranks hold different micro-batches, or one of them did not answer.
     """
+    if len(mesh.replica_ranks) == 1:
+        return
     labels = [[x for x in pytree.tree_leaves(b) if isinstance(x, Tensor)] for b in batches]
     mine = [fingerprint([*tensors, *more]) for tensors, more in zip(inputs, labels, strict=True)]
     found: list[Any] = [None] * len(mesh.replica_ranks)
-    try:
+    with waiting("comparison of the pipeline's batches", mesh.replica_group):
         dist.all_gather_object(found, mine, group=mesh.replica_group)
-    except RuntimeError as error:
-        # Without the frames of torch, which refer to the group: this rank's connections have to close in turn.
-        raise PipelineError(
-            f"global rank {mesh.rank} could not compare its batch with the other ranks of its pipeline: {error}. One "
-            "of them has ended or hangs; its own output has the cause."
-        ) from error.with_traceback(None)
     for rank, other in zip(mesh.replica_ranks, found, strict=True):
         if len(other) != len(found[0]) or not all(map(same_batch, found[0], other)):
             differing = (i for i, (a, b) in enumerate(zip(found[0], other, strict=False)) if not same_batch(a, b))

@@ -1,4 +1,4 @@
-"""Optimizer state in shards: of the ranks that hold the same stage, each updates a part of the stage's parameters.
+"""Shards optimizer state: of the ranks that hold the same stage, each updates a part of the stage's parameters.
 
 These ranks are the D replicas times the G graph ranks of a stage. Their gradients are summed by a reduce-scatter, so
 that each rank gets the part that it updates; after the optimizer's step the updated values are gathered. Both together
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.mesh import Mesh
 
 ELEMENT_WISE: tuple[type[Optimizer], ...] = (
@@ -31,12 +32,13 @@ ELEMENT_WISE: tuple[type[Optimizer], ...] = (
 
 # Older releases of torch have these collectives under other names only.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_REDUCTION = "reduction of gradients over replicas and graph ranks"
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The entries ``start`` to ``end`` of a flattened parameter."""
+    """Names the entries ``start`` to ``end`` of a flattened parameter."""
 
     parameter: nn.Parameter
     start: int
@@ -44,7 +46,7 @@ class Segment:
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all entries of the parameter."""
+        """Tells whether these are all entries of the parameter."""
         return self.end - self.start == self.parameter.numel()
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def segments(parameters: Sequence[nn.Parameter], num_shards: int, may_cut: bool)
     """Returns the segments of each shard: parameters one after the other, in shards of about equal length.
 
     Args:
-        parameters: The parameters.
+        parameters: Parameters, in the order in which shards take them.
         num_shards: Number of shards.
         may_cut: Whether a shard may begin and end inside of a parameter, unless its memory is not contiguous.
     """
@@ -78,7 +80,7 @@ def _nearest(bound: int, start: int, end: int) -> int:
 
 
 class OptimizerShards:
-    """The shards of one optimizer's parameters.
+    """Holds the shards of one optimizer's parameters.
 
     Every rank that holds the stage makes it with the same parameters, in the same order.
 
@@ -108,7 +110,7 @@ class OptimizerShards:
 
     @property
     def parameters(self) -> set[nn.Parameter]:
-        """The parameters of all shards."""
+        """Returns the parameters of all shards."""
         return {s.parameter for shards in self._shards for shard in shards for s in shard}
 
     def reduce_gradients(self) -> None:
@@ -120,7 +122,8 @@ class OptimizerShards:
             every = [s for shard in shards for s in shard]
             device = every[0].parameter.device
             present = torch.tensor([s.parameter.grad is not None for s in every], dtype=torch.float32, device=device)
-            dist.all_reduce(present, group=self._group)
+            with waiting(_REDUCTION, self._group):
+                dist.all_reduce(present, group=self._group)
             used = {s.parameter: n > 0 for s, n in zip(every, present.tolist(), strict=True)}
             mine = self._scattered(shards, lambda s: None if s.parameter.grad is None else s.of(s.parameter.grad))
             for segment in every:
@@ -145,7 +148,8 @@ class OptimizerShards:
                 if found is not None:
                     part.copy_(found)
         mine = torch.empty(length, dtype=like.dtype, device=like.device)
-        _reduce_scatter(mine, sent.view(-1), group=self._group)
+        with waiting(_REDUCTION, self._group):
+            _reduce_scatter(mine, sent.view(-1), group=self._group)
         shard = shards[self._mesh.stage_rank]
         return list(zip(shard, mine.split(_lengths(shard, length)), strict=False))
 
@@ -187,7 +191,8 @@ class OptimizerShards:
         for segment, part in zip(shard, mine.split(_lengths(shard, length)), strict=False):
             part.copy_(value(segment))
         found = mine.new_empty(self._size * length)
-        _all_gather(found, mine, group=self._group)
+        with waiting("gathering of sharded parameters", self._group):
+            _all_gather(found, mine, group=self._group)
         return [
             pair
             for shard, row in zip(shards, found.view(self._size, length), strict=True)
@@ -220,7 +225,8 @@ class OptimizerShards:
         ]
         is_first = self._mesh.stage_rank == 0
         parts: list[Any] | None = [None] * self._size if is_first else None
-        dist.gather_object(mine, parts, self._mesh.stage_ranks[0], group=self._mesh.stage_control_group)
+        with waiting("gathering of sharded optimizer states", self._mesh.stage_control_group):
+            dist.gather_object(mine, parts, self._mesh.stage_ranks[0], group=self._mesh.stage_control_group)
         of_parameter: dict[int, list[Any]] = {}
         for i, *part in sorted((p for parts_of in parts or () for p in parts_of), key=lambda p: p[:2]):
             of_parameter.setdefault(i, []).append(part)

@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.parameters import PlacedParameters
+
+_COPYING = "copying of parameters between stages"
 
 
 class ParameterResidence:
@@ -34,7 +37,7 @@ class ParameterResidence:
 
     @property
     def is_partial(self) -> bool:
-        """Whether parameters are on the meta device, here or on other ranks of the pipeline."""
+        """Tells whether parameters are on the meta device, here or on other ranks of the pipeline."""
         return bool(self._gone)
 
     def wait_for_stages(self) -> None:
@@ -92,12 +95,14 @@ class ParameterResidence:
         fetched = []
         for parameter, owner in self._stale.items():
             values = parameter.detach().contiguous()
-            dist.broadcast(values, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
+            with waiting(_COPYING, self._mesh.pipeline_group):
+                dist.broadcast(values, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
             parameter.data.copy_(values)
         for parameter, owner in self._gone.items():
             buffer = parameter.data if not parameter.is_meta else torch.empty_like(parameter, device=self._mesh.device)
             buffer = buffer.detach().contiguous()
-            dist.broadcast(buffer, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
+            with waiting(_COPYING, self._mesh.pipeline_group):
+                dist.broadcast(buffer, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
             if parameter.is_meta and keep:
                 _replace(parameter, buffer if on_device else buffer.cpu())
                 fetched.append(parameter)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.checkpoint.averages import followers, held_by_all
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
@@ -89,17 +90,20 @@ class PlacedParameters:
         shared = [p for p in every if len(self._ranks(p)) > 1]
         if shared:
             assert mesh.pipeline_group is not None
-            reduce_gradients(shared, mesh.pipeline_group)
+            with waiting("reduction of gradients over stages", mesh.pipeline_group, mixed=True):
+                reduce_gradients(shared, mesh.pipeline_group)
             for parameter in shared:
                 if not self.holds(parameter):
                     parameter.grad = None
         sharded = set().union(*(shards.parameters for shards in self.shards))
         held = [p for p in every if self.holds(p) and p not in sharded]
         if mesh.graph_group is not None:
-            reduce_gradients(held, mesh.graph_group)
+            with waiting("reduction of gradients over graph ranks", mesh.graph_group, mixed=True):
+                reduce_gradients(held, mesh.graph_group)
         if mesh.shape.data > 1:
             assert mesh.data_group is not None
-            reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
+            with waiting("reduction of gradients over replicas", mesh.data_group, mixed=True):
+                reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
         for shards in self.shards:
             shards.reduce_gradients()
 
@@ -120,7 +124,8 @@ class PlacedParameters:
             by_owner.setdefault((rank, tensor.dtype), []).append(tensor)
         for (rank, _), tensors in by_owner.items():
             flat = torch.cat([t.detach().reshape(-1).to(mesh.device) for t in tensors])
-            dist.broadcast(flat, mesh.pipeline_ranks[rank], group=mesh.pipeline_group)
+            with waiting("copying of parameters between stages", mesh.pipeline_group):
+                dist.broadcast(flat, mesh.pipeline_ranks[rank], group=mesh.pipeline_group)
             for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.data.copy_(values.view_as(tensor))
 
@@ -136,5 +141,6 @@ class PlacedParameters:
         if not partly:
             return []
         found = followers(self._module, holders, partly)
-        common = held_by_all(self._mesh.gathered_over_pipeline(list(found)), len(partly))
+        of_ranks = self._mesh.gathered_over_pipeline(list(found), "comparison of averages of parameters")
+        common = held_by_all(of_ranks, len(partly))
         return [pair for place, pair in found.items() if place in common]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import Capture
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.validate.side_effects import unchanged
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.p2p import Links, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
+from lightning_januspipe.engine.single_process import StageFactory, eager_stage
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.engine.timeline import recorded_report
@@ -29,6 +32,9 @@ from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.step_recorder import RecordedStep
 from lightning_januspipe.runtime.user_step import CapturedStep
+
+if TYPE_CHECKING:
+    from lightning_januspipe.compiled.compiler import CompileReport
 
 MessageDtype = Literal["bf16"]
 """What messages may be rounded to."""
@@ -45,9 +51,14 @@ class Pipeline(Runner):
         links: The connections to the other ranks of the pipeline.
         num_microbatches: Micro-batches of most steps; the ranks of the stages are chosen for them.
         message_dtype: What features and their gradients are rounded to between ranks; None to send them as they are.
+        make_stage: Makes what runs the phases of the stages whose phases are all on this rank.
+
+    Attributes:
+        compile_report: What was compiled on this rank; None if phases run eagerly.
     """
 
     is_staged = True
+    compile_report: CompileReport | None = None
 
     def __init__(
         self,
@@ -58,6 +69,7 @@ class Pipeline(Runner):
         links: Links,
         num_microbatches: int = 1,
         message_dtype: MessageDtype | None = None,
+        make_stage: StageFactory = eager_stage,
     ) -> None:
         self._module, self._mesh, self._links = module, mesh, links
         staged = self._staged = capture.potential
@@ -78,13 +90,13 @@ class Pipeline(Runner):
             group = GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group)
             self._graph = GraphAxis(staged, potential, group)
         local = staged if self._graph is None else self._graph.potential
-        own = first.stages_of(mesh.pipeline_rank)
-        stages = {
-            s: (SplitStage if first.is_split(s) else Stage)(
-                local.stage(s, potential), self.gradients, local.chain.autocast
-            )
-            for s in own
-        }
+        stages: dict[int, Stage] = {}
+        for index in first.stages_of(mesh.pipeline_rank):
+            function = local.stage(index, potential)
+            if first.is_split(index):
+                stages[index] = SplitStage(function, self.gradients, local.chain.autocast)
+            else:
+                stages[index] = make_stage(function, self.gradients, local.chain)
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
         self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.timeout, sent_as)
         self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
@@ -109,10 +121,12 @@ class Pipeline(Runner):
             schedule = self.schedules.schedule(len(batches))
             outputs, weight = [None] * len(batches), loss_scale / len(batches)
 
+            group = self._mesh.data_group
+
             def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
                 if self._graph is not None:
                     observables, derivatives = self._graph.gather_results(index, observables, derivatives)
-                with as_world(self._mesh.data_group):
+                with as_world(group), waiting("collective in training_step", group, mixed=True):
                     outputs[index], seeds = self._step.loss(index, weight, observables, derivatives)
                 return seeds if self._graph is None else self._graph.own_gradients(index, seeds)
 
@@ -134,7 +148,8 @@ class Pipeline(Runner):
             observables, derivatives = self._broadcast_result(result, inputs[0])
             if self._graph is not None:
                 observables, derivatives = self._graph.gather_results(0, observables, derivatives)
-            with as_world(self._mesh.data_group):
+            group = self._mesh.data_group
+            with as_world(group), waiting("collective in a step of evaluation", group, mixed=True):
                 return self._step.finish(0, observables, derivatives)
 
     def _inputs(
@@ -157,13 +172,17 @@ class Pipeline(Runner):
         self, result: tuple[list[Tensor], list[Tensor]] | None, given: MicrobatchInput
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns observables and derivatives on all ranks of the pipeline, from the rank of the first stage's FF."""
+        if self._mesh.shape.pipeline == 1:
+            assert result is not None
+            return result
         chain = self.executor.chain
         shapes = [(s.sizes(given.symbols), s.dtype) for s in (*chain.observables, *chain.coordinates)]
         if result is not None:
             buffer = pack([*result[0], *result[1]])
         else:
             buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._mesh.device)
-        dist.broadcast(buffer, self._mesh.pipeline_ranks[self.force_placement[0]], group=self._mesh.pipeline_group)
+        with waiting("copying of energies and forces to all stages", self._mesh.pipeline_group):
+            dist.broadcast(buffer, self._mesh.pipeline_ranks[self.force_placement[0]], group=self._mesh.pipeline_group)
         tensors = unpack(buffer, shapes)
         return tensors[: len(chain.observables)], tensors[len(chain.observables) :]
 
@@ -188,7 +207,7 @@ class Pipeline(Runner):
             return None
         assert own.schedule is not None
         predicted = self.schedules.predicted(own.schedule, self._recorded_with)
-        of_ranks = dict(enumerate(self._mesh.gathered_over_pipeline(own.spans)))
+        of_ranks = dict(enumerate(self._mesh.gathered_over_pipeline(own.spans, "gathering of recorded times")))
         return RecordedStep(own.schedule, predicted, recorded_report(own.schedule, of_ranks))
 
     def fetch_parameters_with(self, whole: Callable[[], AbstractContextManager[None]]) -> None:
@@ -200,7 +219,8 @@ class Pipeline(Runner):
         """Forgets the micro-batches at the end; after an error, no rank waits for this one."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            _forget_locals(error)
             self.executor.close()
             if self._graph is not None:
                 self._graph.close()
@@ -224,3 +244,14 @@ class Pipeline(Runner):
                 "stages were made. Freeze and unfreeze before Trainer.fit, or train with "
                 "pipeline_size=1 and graph_size=1."
             )
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Clears the frames of this package that an error came through: connections stay open while they refer to groups.
+
+    Whoever keeps the error, keeps its frames.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith(f"{__package__.partition('.')[0]}."):
+            with suppress(RuntimeError):  # it still runs
+                frame.clear()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.loss import gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.runtime.parameters import PlacedParameters
@@ -52,7 +53,8 @@ class SingleStage(Runner):
         return outputs
 
     def _microbatch(self, index: int, step: StepFunction, batch: Any, scale: float) -> Any:
-        with as_world(self._mesh.data_group):
+        group = self._mesh.data_group
+        with as_world(group), waiting("collective in training_step", group, mixed=True):
             output = step(batch)
         loss = loss_in(output, type(self._module).__name__)
         require_finite(loss, index)
@@ -62,7 +64,8 @@ class SingleStage(Runner):
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
         """Runs the user's evaluation step."""
-        with as_world(self._mesh.data_group):
+        group = self._mesh.data_group
+        with as_world(group), waiting("collective in a step of evaluation", group, mixed=True):
             return step(batch)
 
     def recorded_step(self) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers of one rank, and their part in checkpoints with the user's own keys.
+"""Keeps the optimizers of one rank, and puts them into checkpoints with the user's own keys.
 
 A checkpoint in one file is what plain Lightning writes: it loads with ``strategy="auto"``, and the other way round.
 Optimizer state goes from rank to rank by parameter, never by the index in a rank's optimizer: these indices collide.
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards, to_cpu
@@ -131,9 +132,11 @@ class StageOptimizer:
         order = [p for group in self._groups for p in group]
         owned = self._owned_states()
         mine = {i: to_cpu(owned[p]) for i, p in enumerate(order) if p in owned}
-        is_first = mesh.pipeline_rank == 0
-        found: list[Any] | None = [None] * mesh.shape.pipeline if is_first else None
-        dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
+        found: list[Any] | None = [mine]
+        if mesh.shape.pipeline > 1:
+            found = [None] * mesh.shape.pipeline if mesh.pipeline_rank == 0 else None
+            with waiting("gathering of optimizer states", mesh.control_group):
+                dist.gather_object(mine, found, mesh.pipeline_ranks[0], group=mesh.control_group)
         state: dict[int, Any] = {}
         for part in found or ():
             state.update(part)

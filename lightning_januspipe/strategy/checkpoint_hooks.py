@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_januspipe.checkpoint import atomic, sharded
 from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
-from lightning_januspipe.distributed import on_every_rank, on_first_rank, portable
+from lightning_januspipe.distributed import on_every_rank, on_first_rank, portable, waiting
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.loader.resume import KEY
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
@@ -119,7 +119,10 @@ class CheckpointHooks(StrategyState):
         error: Exception | None = None
         try:
             if mesh.data_rank == mesh.graph_rank == 0:
-                with atomic.telling(f"{path} could not be saved"):
+                with (
+                    atomic.telling(f"{path} could not be saved"),
+                    waiting(f"writing of {path}", mesh.control_group, mixed=True),
+                ):
                     written = sharded.write_shards(part, shards, writes, mesh.control_group)
         except Exception as caught:  # raised on every rank
             error = caught
@@ -155,7 +158,8 @@ class CheckpointHooks(StrategyState):
         if mesh.host_group is None:
             return [mine]
         found: list[Any] | None = [None] * mesh.shape.size if mesh.rank == 0 else None
-        dist.gather_object(mine, found, 0, group=mesh.host_group)
+        with waiting("gathering of the parts of a checkpoint", mesh.host_group):
+            dist.gather_object(mine, found, 0, group=mesh.host_group)
         return found or []
 
     def _gathered(self, mine: Any) -> list[Any]:
@@ -163,7 +167,8 @@ class CheckpointHooks(StrategyState):
         if self.mesh is None or self.mesh.host_group is None:
             return [mine]
         found: list[Any] = [None] * self.mesh.shape.size
-        dist.all_gather_object(found, mine, group=self.mesh.host_group)
+        with waiting("reading of a checkpoint", self.mesh.host_group):
+            dist.all_gather_object(found, mine, group=self.mesh.host_group)
         return found
 
     def _on_first_rank(self, write: Callable[[], _T]) -> _T:

@@ -36,11 +36,23 @@ def check_module(module: Any, lib: Any, precision: str) -> None:
         raise ValueError(f"precision={precision!r} is not available; use one of {', '.join(SUPPORTED)}")
 
 
-def check_trainer(trainer: Any, has_parts: bool) -> None:
+def check_compiler(device: str) -> None:
+    """Raises an error if nothing can compile for a type of device.
+
+    Raises:
+        ValueError: The compiler is missing; the message says which.
+    """
+    from lightning_januspipe.compiled.compiler import require_compiler
+
+    require_compiler(device)
+
+
+def check_trainer(trainer: Any, is_captured: bool, has_parts: bool) -> None:
     """Raises an error if loaders, hooks or callbacks would give wrong results with micro-batches or on stages.
 
     Args:
         trainer: The Trainer, with its loaders.
+        is_captured: Whether the potential is captured, so that stages are made when training starts.
         has_parts: Whether a rank has the gradients of its own stages or segments only.
 
     Raises:
@@ -52,12 +64,11 @@ def check_trainer(trainer: Any, has_parts: bool) -> None:
             "train_dataloader returns several loaders, or a loader in a list or dict; expected a single DataLoader. "
             "Concatenate datasets (torch.utils.data.ConcatDataset), or use pipeline_size=1 with num_microbatches=1."
         )
-    if has_parts:
-        module = trainer.lightning_module
-        _check_clipping(module)
-        for callback in trainer.callbacks:
-            _check_clipping(callback)
-            _check_callback(callback, module)
+    module = trainer.lightning_module
+    for owner in (module, *trainer.callbacks) if has_parts else ():
+        _check_clipping(owner)
+    for callback in trainer.callbacks if is_captured or has_parts else ():
+        _check_callback(callback, module)
 
 
 def _check_callback(callback: Any, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Norms of the gradients of the whole model, to log and to clip by, although each rank has the gradients of a part."""
+"""Computes norms of the gradients of the whole model, to log and to clip by: each rank has the gradients of a part."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.runner import Runner
@@ -49,7 +50,8 @@ def grad_norm(module: Any, norm_type: float | str = 2.0, group_separator: str = 
             norms[0, index] = gradient.detach().norm(power)
             norms[1, index] = 1.0
     if runner is not None and strategy.mesh.shape.pipeline > 1:
-        dist.all_reduce(norms, group=strategy.mesh.pipeline_group)
+        with waiting("norms of gradients over stages", strategy.mesh.pipeline_group):
+            dist.all_reduce(norms, group=strategy.mesh.pipeline_group)
     prefix = f"grad_{power}_norm"
     found = {n: v for n, v, has in zip(named, norms[0], norms[1].tolist(), strict=True) if has}
     result = {f"{prefix}{group_separator}{n}": v for n, v in found.items()}
@@ -75,9 +77,11 @@ def clip_gradients_by_norm(
     for gradient in counted:
         square += gradient.detach().to(torch.float64).square().sum()
     if placed.shards:
-        dist.all_reduce(square, group=mesh.stage_group)
+        with waiting("clipping of gradients over replicas and graph ranks", mesh.stage_group):
+            dist.all_reduce(square, group=mesh.stage_group)
     if mesh.shape.pipeline > 1:
-        dist.all_reduce(square, group=mesh.pipeline_group)
+        with waiting("clipping of gradients over stages", mesh.pipeline_group):
+            dist.all_reduce(square, group=mesh.pipeline_group)
     norm = square.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import __main__
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
@@ -76,6 +78,7 @@ class ProcessHooks(StrategyState):
         self._module._device_mesh = self.mesh.device_mesh
         self._loader_progress = LoaderProgress(self.root_device)
         self._num_runs += 1
+        self._began = time.time()
         if self.is_distributed:
             store = dist.distributed_c10d._get_default_store()
             self._failure = FailureReport(
@@ -107,7 +110,8 @@ class ProcessHooks(StrategyState):
     def barrier(self, name: str | None = None) -> None:
         """Waits for all ranks."""
         if self._is_joined():
-            dist.barrier(group=self._host_group())
+            with waiting(f"barrier {name or ''}".strip(), self._host_group()):
+                dist.barrier(group=self._host_group())
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -115,7 +119,8 @@ class ProcessHooks(StrategyState):
         if not self._is_joined():
             return obj
         objects = [obj]
-        dist.broadcast_object_list(objects, src, group=self._host_group())
+        with waiting(f"what global rank {src} tells the others", self._host_group()):
+            dist.broadcast_object_list(objects, src, group=self._host_group())
         return objects[0]
 
     @override
@@ -126,16 +131,18 @@ class ProcessHooks(StrategyState):
         if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
             # Replicas may have counted unequal numbers of samples, of which Lightning would round the mean down.
             tensor = tensor.double()
-        return self.lib.distributed._sync_ddp_if_available(tensor, group or self.mesh.data_group, reduce_op=reduce_op)
+        group = group or self.mesh.data_group
+        with waiting("reduction of a logged value over replicas", group):
+            return self.lib.distributed._sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gathers a tensor over the D replicas as ``(D, ...)``; with one replica returns the tensor itself."""
         if self.mesh is None or (group is None and self.mesh.shape.data == 1):
             return tensor
-        return self.lib.distributed._all_gather_ddp_if_available(
-            tensor, group=group or self.mesh.data_group, sync_grads=sync_grads
-        )
+        group = group or self.mesh.data_group
+        with waiting("all_gather over replicas", group):
+            return self.lib.distributed._all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -144,5 +151,6 @@ class ProcessHooks(StrategyState):
             return decision
         group = self._host_group()
         count = torch.tensor(int(decision), device="cpu" if group is not None else self.root_device)
-        dist.all_reduce(count, group=group)
+        with waiting("a decision of all ranks", group):
+            dist.all_reduce(count, group=group)
         return bool(count == dist.get_world_size()) if all else bool(count > 0)

@@ -1,4 +1,4 @@
-"""The Trainer's own launcher: starts the other ranks of a machine as scripts, watches them, and leaves none behind."""
+"""Starts the other ranks of a machine as scripts for the Trainer, watches them, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RankProcesses:
     procs: list[subprocess.Popen[bytes]]
     _call_children_scripts: Callable[[], None]
 
-    def __init__(self, cluster_environment: Any, num_processes: int, num_nodes: int) -> None:
-        super().__init__(cluster_environment, num_processes, num_nodes)  # type: ignore[call-arg]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)  # Lightning's: the cluster environment, the processes of a machine, the machines
         self.store_listener: int | None = None
         self._store: Store | None = None
         self.has_joined = False

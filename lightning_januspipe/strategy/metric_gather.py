@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics gather their states over the replicas only: ranks of a pipeline see the same samples."""
+"""Lets torchmetrics gather states over the replicas only: ranks of a pipeline see the same samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_januspipe.distributed import waiting
 
 
 class ReplicaGather:
@@ -42,7 +44,9 @@ class ReplicaGather:
         from torchmetrics.utilities.distributed import gather_all_tensors
 
         world = dist.group.WORLD
-        return gather_all_tensors(state, group or (self._group if world is self._world else world))
+        group = group or (self._group if world is self._world else world)
+        with waiting("reduction of a metric over replicas", group):
+            return gather_all_tensors(state, group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaGather:
         return self

@@ -22,7 +22,7 @@ from lightning_januspipe.capture import StageOrigin
 from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import MessageDtype
-from lightning_januspipe.runtime.planner import is_searched
+from lightning_januspipe.runtime.planner import is_searched, is_unfolded
 from lightning_januspipe.schedule.build_schedule import ScheduleName
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
@@ -64,8 +64,15 @@ class StrategyOptions:
     """Dotted name of the submodule that differentiates the energy, such as "model.potential". None: the strategy finds
     it."""
 
-    activation: Literal["keep"] = "keep"
-    """Which tensors of a micro-batch are kept between its phases. Only "keep" is available, which keeps all."""
+    compile: bool = False
+    """Whether to compile the phases of stages with torch's inductor when training starts, which takes minutes for a new
+    model. In one process and in replicas without a pipeline the potential is captured then too. Stages that cannot be
+    compiled, all stages with graph_size > 1 among them, run eagerly, and the start line says why."""
+
+    activation: Literal["auto", "keep", "pointwise", "recompute"] = "auto"
+    """Which tensors of a micro-batch are kept between its phases. Eager phases keep all. With compile=True "keep" keeps
+    all that later phases need, "pointwise" computes cheap operations again, and "recompute" keeps only what stages send
+    each other. "auto": "pointwise" with compile=True, else "keep"."""
 
     shard: Literal["none", "optimizer"] = "none"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
@@ -82,8 +89,9 @@ class StrategyOptions:
     timeout: timedelta | float = field(
         default=timedelta(minutes=30), metadata={"expected": "a time > 0, in seconds or as a timedelta"}
     )
-    """How long a rank waits for a message of another, in seconds or as hours:minutes:seconds (in Python, a
-    timedelta)."""
+    """How long a rank waits for another one, in messages, collectives and checkpoints, in seconds or as
+    hours:minutes:seconds (in Python, a timedelta). It has to be longer than the capture of the potential, the writing
+    of a checkpoint, and whatever else one rank does alone."""
 
     memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
     """The most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
@@ -109,10 +117,35 @@ class StrategyOptions:
             value = getattr(self, option.name)
             if not _is_valid(value, hints[option.name]):
                 raise ValueError(f"{option.name}={value!r}; expected {_expected(value, option, hints[option.name])}")
+        self._check_compile()
         if self.wave_size != "auto" and not is_searched(self.schedule):
             warnings.warn(
                 f"wave_size={self.wave_size} has no effect: schedule={self.schedule!r} has no waves", stacklevel=4
             )
+
+    def _check_compile(self) -> None:
+        if not self.compile and self.activation not in ("auto", "keep"):
+            raise ValueError(
+                f"activation={self.activation!r} needs compile=True: eager phases keep all tensors. Use it with "
+                "compile=True, or activation='auto'."
+            )
+        if self.compile and is_unfolded(self.schedule):
+            raise ValueError(
+                f"compile=True is not available with schedule={self.schedule!r}, which runs the phases of a stage on "
+                "two ranks. Use a folded schedule, such as 'wavek-zb', or compile=False."
+            )
+        if self.compile and self.stages == "explicit":
+            raise ValueError(
+                "compile=True is not available with stages='explicit': only captured stages can be compiled. Use "
+                "stages='captured', or compile=False."
+            )
+
+    @property
+    def compiled_activation(self) -> Literal["keep", "pointwise", "recompute"] | None:
+        """Returns what compiled phases keep; None if phases run eagerly."""
+        if not self.compile:
+            return None
+        return "pointwise" if self.activation == "auto" else self.activation
 
     @property
     def message_timeout(self) -> timedelta:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 
+from lightning_januspipe.distributed import waiting
 from lightning_januspipe.strategy.gradient_norm import clip_gradients_by_norm
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class MeshScaling:
         found = torch.zeros_like(self._scaler._scale)
         for value in state["found_inf_per_device"].values():
             found = torch.maximum(found, value.to(found.device))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        with waiting("search for overflows in gradients"):
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         state["found_inf_per_device"] = {found.device: found}
         return {found.device: found}
 

@@ -46,6 +46,7 @@ class StrategyState(ParallelStrategy):
         self.runner: Runner | None = None
         self._num_nodes = 1
         self._num_runs = 0
+        self._began = 0.0  # when the present run began, in seconds since the epoch
         self._loader_progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
         self._failure: FailureReport | None = None
@@ -90,7 +91,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
+        """Tells whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
         return self.num_processes * self._num_nodes > 1
 
     @property
@@ -120,12 +121,17 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Tells whether several ranks work on the samples of a replica, so that the potential has to be captured."""
+        """Tells whether to capture the potential: several ranks share a replica's samples, or phases compile."""
+        return self._shares_replicas or self.options.compile
+
+    @property
+    def _shares_replicas(self) -> bool:
+        """Tells whether several ranks work on the samples of a replica."""
         return self.mesh_shape.ranks_per_replica > 1
 
     @property
     def _shards_optimizers(self) -> bool:
-        """Whether several ranks hold the same stages and share their optimizer state."""
+        """Tells whether several ranks hold the same stages and share their optimizer state."""
         return self.options.shard == "optimizer" and self.mesh_shape.data * self.mesh_shape.graph > 1
 
     @property

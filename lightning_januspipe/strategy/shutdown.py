@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_januspipe.distributed import waiting
+from lightning_januspipe.errors import RankLostError
 from lightning_januspipe.mesh import Mesh
 
 GRACE = timedelta(seconds=10)
@@ -21,7 +23,7 @@ class CoordinatedShutdown:
     """Lets all ranks of a run stop together, on signals and on exceptions.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer that has to stop.
         mesh: This rank's process groups.
         run: How many runs this process has started, which is the same on all ranks.
     """
@@ -58,14 +60,16 @@ class CoordinatedShutdown:
         """Tells the other ranks, without waiting for them, whether this one was asked to stop; called once a batch."""
         self.hear()
         self._flag = torch.tensor(int(self._is_requested))
-        self._pending = dist.all_reduce(self._flag, group=self._mesh.host_group, async_op=True)
+        with waiting("the question whether a rank was told to stop", self._mesh.host_group):
+            self._pending = dist.all_reduce(self._flag, group=self._mesh.host_group, async_op=True)
 
     def hear(self) -> None:
         """Stops after this batch if any rank was asked to: the Trainer then raises ``SIGTERMException``."""
         if self._pending is None:
             return
         assert self._flag is not None
-        self._pending.wait()
+        with waiting("the question whether a rank was told to stop", self._mesh.host_group):
+            self._pending.wait()
         self._pending = None
         self._must_stop = self._must_stop or bool(self._flag)
         # After the last batch of an epoch the Trainer's counters stand between two epochs, and would be off by one on
@@ -112,6 +116,8 @@ class CoordinatedShutdown:
 
     def _guarded(self, callback: Any, on_exception: Callable[..., None]) -> Callable[..., None]:
         def guarded(trainer: Any, module: Any, exception: BaseException) -> None:
+            if isinstance(exception, RankLostError):
+                self._are_together = False  # nobody has to wait for the others again to know it
             if getattr(callback, "save_on_exception", True) and not self.are_together():
                 warnings.warn(
                     f"{type(callback).__name__} saves no checkpoint on {type(exception).__name__}: the ranks have not "

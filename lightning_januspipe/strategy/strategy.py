@@ -16,21 +16,23 @@ from typing_extensions import override
 
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.patches import patched
-from lightning_januspipe.distributed import broadcast_module
+from lightning_januspipe.distributed import broadcast_module, waiting
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
-from lightning_januspipe.strategy.checks import check_module, check_trainer
+from lightning_januspipe.strategy.checks import check_compiler, check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
+from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.options import StrategyOptions, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
+from lightning_januspipe.strategy.quiet import quieten
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @takes_options
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(StrategyOptions(*args, **kwargs))
+        quieten(self.lib)
         self._reduce_gradients = True
         self._metric_gather = ReplicaGather()
 
@@ -58,11 +61,13 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Checks that the module can be trained, then sets it up as every strategy does."""
         self._take_over_samplers(trainer)
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
+        if self.options.compile:
+            check_compiler(self.root_device.type)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self._mesh, self._num_runs)
-        if self._captures and self.lib.helpers.is_overridden("configure_model", self._module):
+        if self._shares_replicas and self.lib.helpers.is_overridden("configure_model", self._module):
             self._residence = ParameterResidence(self._module, self._mesh)
         super().setup(trainer)
 
@@ -109,15 +114,17 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        has_parts = self._captures or self._shards_optimizers
-        if self.num_microbatches() > 1 or has_parts:
-            check_trainer(self._trainer, has_parts)
+        has_parts = self._shares_replicas or self._shards_optimizers
+        if self.num_microbatches() > 1 or self._captures or has_parts:
+            check_trainer(self._trainer, is_captured=self._captures, has_parts=has_parts)
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
-            # The ranks of a replica run the same steps, so they have to draw the same numbers.
-            broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
-        if has_parts:
+            if self._shares_replicas:
+                # The ranks of a replica run the same steps, so they have to draw the same numbers.
+                with waiting("exchange of random states", self._mesh.replica_group):
+                    broadcast_random_state(self._mesh.replica_ranks[0], self._mesh.replica_group)
+        if self._captures or has_parts:
             self._prune_optimizers()
         if self._captures:
             self._free_other_stages()
@@ -233,6 +240,10 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
         if self._failure is not None and isinstance(exception, Exception):
             self._failure.note(exception)
+        is_stopped = self._began > 0 and isinstance(exception, (KeyboardInterrupt, SystemExit))
+        if is_stopped and is_fitting(self._trainer):
+            saved = newest_checkpoint(self._trainer, self._began)
+            self.lib.rank_zero.rank_zero_info(describe_interruption(self._trainer, exception, *saved))
         if self._shutdown is not None:
             self._shutdown.give_up()
 

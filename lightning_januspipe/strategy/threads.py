@@ -1,4 +1,4 @@
-"""The threads of ranks: the cores of a machine are shared evenly among the ranks that may run on them."""
+"""Shares the cores of a machine evenly among the ranks that may run on them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+
+from lightning_januspipe.distributed import waiting
 
 VARIABLE = "OMP_NUM_THREADS"
 
@@ -26,7 +28,8 @@ def share_cores(group: dist.ProcessGroup | None, rank: int, world_size: int) -> 
         world_size: The number of ranks.
     """
     places: list[Place | None] = [None] * world_size
-    dist.all_gather_object(places, (socket.gethostname(), _cores()), group=group)
+    with waiting("comparison of the ranks' cores", group):
+        dist.all_gather_object(places, (socket.gethostname(), _cores()), group=group)
     if VARIABLE not in os.environ:
         known = [place for place in places if place is not None]
         num_threads = min(threads_of(known[rank], known), torch.get_num_threads())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,12 +14,14 @@ import jsonargparse
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_januspipe
 from lightning_januspipe import strategy_class
 from lightning_januspipe.bench.command import BENCHMARKS
 from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, arguments_from_data
-from lightning_januspipe.cli.main import main
+from lightning_januspipe.cli.main import main, print_error
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
 from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
@@ -36,14 +39,6 @@ ONE_PROCESS = ["--trainer.strategy=auto", "--trainer.devices=1", "--trainer.acce
 SMALL = ["--model.potential.num_layers=2", "--model.potential.num_features=4", "--model.potential.l_max=1"]
 SMALL_EMT = ["--data.num_train=12", "--data.num_val=4", "--data.num_test=4", "--data.sizes=[4]", "--data.batch_size=4"]
 QUIET = ["--trainer.enable_progress_bar=false"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +95,21 @@ class TestHelp:
             (["fti"], "invalid choice: 'fti' (choose from 'fit', "),
             (["fit", "--config", QUICKSTART, "--trainer.max_epoch=3"], "did you mean --trainer.max_epochs?"),
             (["fit", "--config", QUICKSTART, "--data.batch_sizes=3"], "did you mean batch_size?"),
+            (
+                ["fit", "--config", QUICKSTART, "--model.potential.num_layer=3"],
+                "--model.potential: unknown argument num_layer of EquivariantPotential; did you mean num_layers?",
+            ),
+            (["fit", "--config", QUICKSTART, "--data=EMTDataModul"], "unknown class EMTDataModul; did you mean EMT"),
+            (["fit", "--config", QUICKSTART, "--trainer.max_epochs=many"], "invalid value many; expected int or null"),
+            (
+                ["fit", "--config", QUICKSTART, "--data.batch_size=x"],
+                "--data.batch_size: invalid value x; expected int",
+            ),
+            (["fit"], "missing --model; a recipe has it: --config RECIPE"),
+            (["fit", "--data", "lightning_januspipe.data.ASEDataModule"], "missing --data.train_file"),
             (["fit", QUICKSTART], f"did you mean --config {QUICKSTART}?"),
             (["consolidate", "."], "is no checkpoint folder"),
+            (["consolidate"], "missing folder"),
         ],
     )
     def test_a_wrong_argument_is_an_error_of_one_line(
@@ -112,6 +120,49 @@ class TestHelp:
         assert exit_info.value.code == 2
         text = capsys.readouterr().err
         assert said in text and text.startswith("januspipe") and text.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"trainer": {"max_epoch": 3}}, "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
+            ({"trainr": {"max_epochs": 3}}, "unknown key trainr.max_epochs; did you mean trainer.max_epochs?"),
+            (
+                {"trainer": {"callbacks": [{"class_path": "ModelCheckpont"}]}},
+                "--trainer.callbacks: unknown class ModelCheckpont; did you mean ModelCheckpoint?",
+            ),
+            (
+                {"trainer": {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"monitr": "x"}}]}},
+                "unknown argument monitr of ModelCheckpoint; did you mean monitor?",
+            ),
+        ],
+    )
+    def test_a_wrong_key_is_an_error_of_one_line(
+        self, change: dict, said: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", QUICKSTART, "--config", write_yaml("change.yaml", change)])
+        text = capsys.readouterr().err
+        assert said in text and text.count("\n") == 1
+
+    def test_errors_of_users_have_no_traceback(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        print_error("januspipe fit", ValueError, ValueError("frame 3 has no energy"), None)
+        assert capsys.readouterr().err == "januspipe fit: error: frame 3 has no energy (--debug prints where)\n"
+        try:
+            {}["nothing"]
+        except KeyError as error:
+            print_error("januspipe fit", KeyError, error, error.__traceback__)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1] == "KeyError: 'nothing'" and "test_main.py" in lines[0]
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        monkeypatch.setenv("JANUSPIPE_DEBUG", "")
+        monkeypatch.delenv("JANUSPIPE_DEBUG")
+        for args, is_default in ((["--version", "--debug"], True), (["--version"], False)):
+            with pytest.raises(SystemExit):
+                main(args)
+            assert (sys.excepthook is sys.__excepthook__) == is_default
+            monkeypatch.delenv("JANUSPIPE_DEBUG", raising=False)
 
     @pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
     def test_every_argument_of_the_strategy_is_explained(self, namespace: str) -> None:
@@ -280,7 +331,30 @@ class TestArgumentsFromData:
             arguments_from_data(EMTDataModule(), None, ["cutoff"])
 
 
+class Stop(Callback):
+    """Stops the run after three steps, as on SIGTERM."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 3:
+            raise SIGTERMException
+
+
 class TestFit:
+    def test_a_run_that_is_stopped_says_how_to_go_on(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The user's config.yaml stays as it is, and the run's own lies beside its checkpoints."""
+        Path("config.yaml").write_text("mine")
+        args = ["fit", "--config", QUICKSTART, *ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--trainer.logger=false"]
+        args += ["--trainer.callbacks=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=saved"]
+        args += ["--trainer.callbacks+=test_main.Stop", "--trainer.val_check_interval=2"]
+        sys.modules.setdefault("test_main", sys.modules[__name__])
+        with pytest.raises(SystemExit):
+            main(args)
+        text = capsys.readouterr().out
+        assert f"To go on: januspipe {shlex.join(args)} --ckpt_path saved/on_exception.ckpt" in text
+        assert "force MAE (meV/Å)" in text and Path("saved/on_exception.ckpt").is_file()
+        assert Path("config.yaml").read_text() == "mine" and not Path("config-2.yaml").exists()
+        assert "max_epochs" in Path("saved/config.yaml").read_text()
+
     def test_quickstart_in_one_process(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET]
         cli = PotentialCLI(["fit", "--config", QUICKSTART, *args, "--trainer.max_epochs=3", "--data.cutoff=3.5"])
@@ -315,6 +389,13 @@ class TestFit:
         text = capsys.readouterr().out
         assert "validation" in text and "stress RMSE (meV/Å³)" in text and "val_forces_mae" not in text
         assert missing_arguments(["test", "--config", config]) == []
+
+        # A file of predictions has the same errors.
+        PotentialCLI(["predict", "--config", config, "--ckpt_path", str(checkpoint), "--output", "out.extxyz"])
+        text = capsys.readouterr().out
+        assert f"{1000 * errors.test['forces_mae']:.3g} / {1000 * errors.test['forces_rmse']:.3g}" in text
+        found = ase.io.read("out.extxyz", index=":")
+        assert len(found) == len(cli.datamodule.dataset("test")) and "given_energy" in found[0].info
 
     def test_file_of_structures(self) -> None:
         ase.io.write("my.extxyz", emt_structures(12, species=["Cu", "Al"], sizes=[4]), format="extxyz")
@@ -414,7 +495,9 @@ def test_two_processes(launch: str) -> None:
     """The Trainer starts the second process by running the command line again; the table is printed once."""
     command = [sys.executable, "-m", "lightning_januspipe.cli"]
     if launch == "script":  # what an installed entry point looks like
-        Path("januspipe").write_text("import sys\nfrom lightning_januspipe.cli.main import main\nsys.exit(main())\n")
+        Path("januspipe").write_text(
+            "import sys\nfrom lightning_januspipe.cli.main import main, print_error\nsys.exit(main())\n"
+        )
         command = [sys.executable, "januspipe"]
     args = ["fit", "--config", QUICKSTART, *SMALL, *SMALL_EMT, *QUIET, "--trainer.max_epochs=1"]
     done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=280)

@@ -121,7 +121,7 @@ def test_a_part_that_fails_on_one_rank_ends_all_at_once(pool: RankPool, tmp_path
     strategy = {"graph_size": 2, "pipeline_size": 1, "num_microbatches": 1, "timeout": 90}
     (other, seconds), (own, _) = pool.run(workers.failed, strategy, str(tmp_path), world_size=2, timeout=120)
     assert own == "ValueError: no such table"
-    assert other.startswith("PipelineError: graph rank 0 waited") and seconds < 30
+    assert other.startswith("RankLostError: global rank 0 waited") and seconds < 30
 
 
 class Counting(plain_modules.Explicit):

@@ -45,7 +45,7 @@ def test_loss_that_is_not_finite(pool: RankPool) -> None:
     first, second = pool.run(workers.error_of, "loss not finite", {"num_microbatches": 2}, world_size=2)
     assert "FloatingPointError" in first and "micro-batch 0 is nan" in first
     # The second stage sees the same loss, or hears that the first has ended: whichever comes first.
-    assert "micro-batch 0" in second and ("nan" in second or "PipelineError" in second)
+    assert "micro-batch 0" in second and ("nan" in second or "RankLostError" in second)
 
 
 def test_more_ranks_than_parts(pool: RankPool) -> None:
@@ -96,5 +96,5 @@ def test_a_rank_that_dies_in_the_middle_of_a_step(tmp_path: Path) -> None:
     assert "rank 1 died" in message
     told = [(tmp_path / f"told-{r}").read_text() for r in (0, 2)]
     for text in told:
-        assert text.startswith("PipelineError"), text
+        assert text.startswith("RankLostError"), text
         assert "message of micro-batch" in text and "global rank 1" in text and "stage" in text

@@ -213,14 +213,17 @@ TORCHELASTIC = {
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}, r"`devices=2`.*--ntasks-per-node=1"),
+        (
+            {**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"},
+            "SLURM_NTASKS=2, but .* needs 4 tasks.*--ntasks-per-node=2",
+        ),
         (TORCHELASTIC, ""),
         ({**TORCHELASTIC, "WORLD_SIZE": "8"}, r"(?s)product.*does not match the world size \(8\)"),
     ],
     ids=["slurm", "torchrun", "torchrun with more"],
 )
 def test_processes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
-    """Others than the Trainer's were started from outside; Lightning's own message."""
+    """Others than the Trainer's were started from outside."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 

@@ -9,9 +9,9 @@ from capture_models import OTHER, TRACED, Batch, Traced, make_batch
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.compiled.blueprint import blueprint
+from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
 from lightning_januspipe.compiled.joint import Joint, trace_joint
-from lightning_januspipe.compiled.phases import PhaseGraphs
-from lightning_januspipe.compiled.stage import CompiledStage
+from lightning_januspipe.compiled.phase_graphs import PhaseGraphs
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec
 
@@ -22,9 +22,9 @@ def joint_graphs(
     """The joint graphs of all stages."""
     calls = [traced.call_on(b) for b in batches or (make_batch(TRACED), make_batch(OTHER))]
     inputs = captured.inputs(traced.potential)
-    first, second = (inputs(c.args, c.kwargs) for c in calls)
+    first, second = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in calls)
     stages = [captured.stage(i, traced.potential) for i in range(captured.num_stages)]
-    return [trace_joint(blueprint(stage, captured.chain, first, second)) for stage in stages]
+    return [trace_joint(blueprint(stage, captured.chain, first, second, "cpu")) for stage in stages]
 
 
 def factory(graphs: Sequence[PhaseGraphs], made: list[CompiledStage] | None = None) -> Callable[..., CompiledStage]:
@@ -32,7 +32,7 @@ def factory(graphs: Sequence[PhaseGraphs], made: list[CompiledStage] | None = No
 
     def make(function: Any, gradients: GradientBuffers, chain: ChainSpec) -> CompiledStage:
         own = graphs[function.index]
-        stage = CompiledStage(function, own.phases, own.modules, gradients, chain)
+        stage = CompiledStage(function, PhaseRunners(own.phases, own.modules), gradients, chain)
         if made is not None:
             made.append(stage)
         return stage

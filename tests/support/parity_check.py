@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from lightning_januspipe import JanusPipeStrategy
-from lightning_januspipe.testing import RankPool, Record, compare_records, train_in_pipeline, train_reference
+from lightning_januspipe.testing import RankPool, RunRecord, compare_records, train_in_pipeline, train_reference
 
-_REFERENCES: dict[bytes, Record] = {}
+_REFERENCES: dict[bytes, RunRecord] = {}
 
 
 def check_parity(
@@ -23,6 +23,7 @@ def check_parity(
     trainer: dict[str, Any] | None = None,
     steps: int = 3,
     reference: Callable[[], Any] | None = None,
+    train: Callable[..., RunRecord] = train_in_pipeline,
     **strategy: Any,
 ) -> None:
     """Trains in a pipeline, and compares losses, gradients and parameters with those of one process.
@@ -35,10 +36,11 @@ def check_parity(
         trainer: Further arguments of both Trainers.
         steps: Optimizer steps.
         reference: Makes the module of the one process, if that is another.
+        train: Trains as one rank of the pipeline.
         strategy: Arguments of the strategy.
     """
     more = (steps, trainer or {})
-    ranks = pool.run(train_in_pipeline, module, data, strategy, *more, world_size=devices)
+    ranks = pool.run(train, module, data, strategy, *more, world_size=devices)
     bound = JanusPipeStrategy(**strategy)
     bound.parallel_devices = [torch.device("cpu")] * devices
     replicas = bound.mesh_shape.data

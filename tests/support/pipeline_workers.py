@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Any
 from unittest.mock import patch
 
 import tiny
+from documents import PACKAGE
 from lightning.pytorch import Callback
 
 from lightning_januspipe.callbacks import PipelineTimeline
 from lightning_januspipe.runtime import agreed_schedules, build_pipeline, pipeline
 from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
-from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
+from lightning_januspipe.testing import RunRecord, quiet_trainer, train_in_pipeline
 
 
-def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]:
+def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[RunRecord, int]:
     """Trains with a planner that takes up every new schedule; returns how many this rank has built."""
     built = 0
     threshold, improved = planning._WORTH_A_CHANGE, planning.Planner.improved
@@ -49,7 +51,9 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
         planning._WORTH_A_CHANGE, planning.Planner.improved = threshold, improved  # type: ignore[method-assign]
 
 
-def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], steps: int) -> tuple[Record, list[int]]:
+def train_with_placement(
+    placement: tuple[int, ...], strategy: dict[str, Any], steps: int
+) -> tuple[RunRecord, list[int]]:
     """Trains with stages on given ranks; returns also the stages of this rank."""
     from lightning_januspipe.schedule import request
 
@@ -212,3 +216,34 @@ def fit_with_error_of(callback: Any) -> str:
 def exists(folder: str) -> list[str]:
     """Returns the names of the files in a folder."""
     return sorted(p.name for p in Path(folder).iterdir())
+
+
+def functions_of_a_step() -> list[tuple[str, str]]:
+    """Trains for one step with clipping; returns file and name of the package's functions, in the order of first calls.
+
+    What capture calls is left out.
+    """
+    called: dict[tuple[str, str], None] = {}
+    root = f"{PACKAGE}/"
+    build = build_pipeline.PipelineBuilder.pipeline
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(root):
+            called.setdefault((file.removeprefix(root), frame.f_code.co_name))
+
+    def unseen(*arguments: Any) -> Any:
+        sys.setprofile(None)
+        try:
+            return build(*arguments)
+        finally:
+            sys.setprofile(note)
+
+    trainer = quiet_trainer({"num_microbatches": 2, "schedule": "wavek"}, max_steps=1, gradient_clip_val=1.0)
+    with patch.object(build_pipeline.PipelineBuilder, "pipeline", unseen):
+        sys.setprofile(note)
+        try:
+            trainer.fit(tiny.module(), tiny.data())
+        finally:
+            sys.setprofile(None)
+    return list(called)

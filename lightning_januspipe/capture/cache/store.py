@@ -55,6 +55,22 @@ class ProgramCache:
         folder = Path(caches).expanduser()
         return cls(folder / "lightning_januspipe" / "programs" if folder.is_absolute() else None)
 
+    def subfolder(self, name: str) -> Path | None:
+        """Returns a folder inside the cache for files of another kind, made for this user alone; None for no cache.
+
+        Args:
+            name: name of the folder.
+        """
+        if self.folder is None:
+            return None
+        path = self.folder / name
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            _warn(f"the folder {path} cannot be made ({error}); nothing is kept there")
+            return None
+        return path if self._is_safe(self.folder) and self._is_safe(path) else None
+
     def load(self, key: str) -> Program | None:
         """Returns the program of a key, with its constants on the CPU; None where there is none.
 

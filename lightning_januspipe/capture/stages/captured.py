@@ -114,7 +114,7 @@ class CapturedPotential:
 
     @property
     def _places(self) -> list[str]:
-        """Where each input stands in a call; integers read from data come last."""
+        """Returns the place of each input in a call; integers read from data come last."""
         program = self.program
         known = [*self.call.tensors, *self.call.sizes, *["an integer read from data"] * len(program.sizes)]
         known += ["random numbers that the forward draws"] * len(program.draws)
@@ -327,6 +327,11 @@ class CapturedStage:
         received, outputs = captured.received(self.index), captured.computed(self.index)
         leaves = independent_coordinates(program)
         return stage_body(program, self.function.names, received, outputs, self._counts, leaves)
+
+    @property
+    def num_tensors(self) -> int:
+        """Returns the number of tensors among the program's inputs."""
+        return len(self._captured.program.inputs)
 
     @property
     def symbols(self) -> dict[str, tuple[int, int]]:

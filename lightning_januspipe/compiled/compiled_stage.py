@@ -1,7 +1,8 @@
-"""A stage that runs the graphs of its phases."""
+"""Runs a stage with the graphs of its phases."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from lightning_januspipe.compiled.blueprint import TraceableStage, bind, first_places
 from lightning_januspipe.compiled.joint import shape_of
-from lightning_januspipe.compiled.phases import PhaseSignature, StagePhases
+from lightning_januspipe.compiled.phase_graphs import PhaseSignature, StagePhases
 from lightning_januspipe.compiled.ports import Kind, Port
+from lightning_januspipe.compiled.twin import EagerTwin
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.engine.stage import Stage
@@ -21,12 +23,13 @@ from lightning_januspipe.schedule.actions import Phase
 Runner = Callable[..., Sequence[Tensor]]
 """A phase graph as a function: interpreted, or compiled."""
 
+_Results = Sequence[Sequence[Tensor]]
 _Given = Mapping[Kind, Sequence[Tensor | None]]
 
 
 @dataclass
 class _Inflight:
-    """What one micro-batch has between its phases.
+    """Keeps what one micro-batch has between its phases.
 
     Attributes:
         sizes: values of the size symbols.
@@ -41,15 +44,38 @@ class _Inflight:
     absent: set[Port] = field(default_factory=set)
 
 
+@dataclass
+class PhaseRunners:
+    """Holds the phases of one stage, ready to run.
+
+    Attributes:
+        phases: what the phases take, return and keep.
+        runners: what runs each of them: their graphs, operation by operation, or compiled.
+        tolerance: what rounding explains of a difference from the eager phases; None to compare nothing.
+        verified: the last phase in which a micro-batch has been compared with the eager phases; None before.
+    """
+
+    phases: StagePhases
+    runners: Mapping[Phase, Runner]
+    tolerance: float | None = None
+    verified: Phase | None = None
+
+    @property
+    def is_verified(self) -> bool:
+        """Tells whether all phases that there are have been compared, or need not be."""
+        last = Phase.BE if Phase.BF in self.phases.signatures else Phase.FF
+        return self.tolerance is None or self.verified in (Phase.BE, last)
+
+
 class CompiledStage(Stage):
     """Runs the phases of one stage as graphs, for any number of micro-batches in flight.
 
-    A micro-batch whose sizes the graphs are not right for runs through all its phases eagerly.
+    The first micro-batch runs eagerly too, and the two are compared. A micro-batch whose sizes the graphs are not right
+    for runs through all its phases eagerly.
 
     Args:
         function: the stage.
-        phases: its phases.
-        runners: what runs each of them: their graphs, operation by operation, or compiled.
+        runnable: its phases.
         gradients: where parameter gradients are added up.
         chain: what all stages share.
 
@@ -59,53 +85,36 @@ class CompiledStage(Stage):
     """
 
     def __init__(
-        self,
-        function: TraceableStage,
-        phases: StagePhases,
-        runners: Mapping[Phase, Runner],
-        gradients: GradientBuffers,
-        chain: ChainSpec,
+        self, function: TraceableStage, runnable: PhaseRunners, gradients: GradientBuffers, chain: ChainSpec
     ) -> None:
         super().__init__(function, gradients, chain.autocast)
         self._traceable = function
         self.num_misfits, self.misfit = 0, ""
-        self._phases, self._runners, self._chain = phases, dict(runners), chain
+        self._runnable, self._phases, self._chain = runnable, runnable.phases, chain
         self._places: tuple[int, ...] = ()
         self._running: dict[int, _Inflight] = {}
         self._eagerly: set[int] = set()
+        self._twins: dict[int, EagerTwin] = {}
         self._names: dict[Kind, list[tuple[int, str]]] = {}
-        for name, port in phases.ports.items():
+        for name, port in self._phases.ports.items():
             self._names.setdefault(port.kind, []).append((port.position, name))
 
     @property
     def num_inflight(self) -> int:
-        """Micro-batches between their first and their last phase here."""
+        """Returns the number of micro-batches between their first and their last phase here."""
         return len(self._running) + super().num_inflight
 
     def clear(self) -> None:
         """Forgets all micro-batches, after an error or an evaluation."""
         self._running.clear()
         self._eagerly.clear()
+        self._twins.clear()
         super().clear()
 
-    def run_eagerly(self, microbatch: int) -> None:
-        """Decides for a micro-batch that has not begun that its phases run eagerly."""
-        self._eagerly.add(microbatch)
-
-    def why_misfit(self, tensors: Sequence[Any]) -> str | None:
-        """Returns in words why the graphs are not right for the sizes of a micro-batch; None where they are.
-
-        Args:
-            tensors: the potential call's tensors.
-        """
-        return self._phases.sizes.misfit(bind(self._traceable, tensors))
-
-    def held_bytes(self, microbatch: int) -> int:
-        """Returns the bytes of the values that a micro-batch keeps between its phases here."""
-        state = self._running.get(microbatch)
-        if state is None:
-            return 0
-        held = [t for n, t in state.known.items() if not self._phases.is_free(n) and isinstance(t, Tensor)]
+    def held_bytes(self) -> int:
+        """Returns the bytes of the values that all micro-batches keep between their phases here."""
+        known = [item for state in self._running.values() for item in state.known.items()]
+        held = [t for n, t in known if isinstance(t, Tensor) and not self._phases.is_free(n)]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
 
     def forward_energy(
@@ -114,10 +123,9 @@ class CompiledStage(Stage):
         """Runs FE; see :meth:`~lightning_januspipe.engine.stage.Stage.forward_energy`."""
         sizes = bind(self._traceable, tensors)
         reason = self._phases.sizes.misfit(sizes)
-        if reason is not None or microbatch in self._eagerly:
+        if reason is not None:
+            self._note_misfit(reason)
             self._eagerly.add(microbatch)
-            self.num_misfits += 1
-            self.misfit = self.misfit or reason or "it does not fit on another graph rank"
             return super().forward_energy(microbatch, tensors, boundary)
         values = self._traceable.values(tensors)
         self._places = self._places or first_places(values)
@@ -126,20 +134,32 @@ class CompiledStage(Stage):
         of_graphs = self._phases.sizes.values(sizes)
         known |= {name: of_graphs[i] for i, name in self._names.get(Kind.SIZE, ())}
         self._running[microbatch] = _Inflight(sizes, known)
+        if not self._runnable.is_verified and not self._twins:
+            assert self._runnable.tolerance is not None
+            self._twins[microbatch] = EagerTwin(self.function, self._autocast, self._runnable.tolerance)
         found = self._run(Phase.FE, microbatch, {Kind.BOUNDARY_IN: boundary})
-        return found[Kind.BOUNDARY_OUT], found[Kind.OBSERVABLE]
+        sent = found[Kind.BOUNDARY_OUT], found[Kind.OBSERVABLE]
+        self._compare(Phase.FE, microbatch, sent, lambda s: s.forward_energy(microbatch, tensors, boundary))
+        return sent
 
     def forward_force(
         self, microbatch: int, boundary_gradients: Sequence[Tensor | None], *, create_graph: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs FF; see :meth:`~lightning_januspipe.engine.stage.Stage.forward_force`."""
         if microbatch in self._eagerly:
-            found = super().forward_force(microbatch, boundary_gradients, create_graph=create_graph)
+            of_eager = super().forward_force(microbatch, boundary_gradients, create_graph=create_graph)
             self._forget_unless(create_graph, microbatch)
-            return found
-        results = self._run(Phase.FF, microbatch, {Kind.FORCE_SEED: boundary_gradients})
+            return of_eager
+        found = self._run(Phase.FF, microbatch, {Kind.FORCE_SEED: boundary_gradients})
+        sent = found[Kind.BOUNDARY_GRADIENT], found[Kind.DERIVATIVE]
+        self._compare(
+            Phase.FF,
+            microbatch,
+            sent,
+            lambda s: s.forward_force(microbatch, boundary_gradients, create_graph=create_graph),
+        )
         self._forget_unless(create_graph, microbatch)
-        return results[Kind.BOUNDARY_GRADIENT], results[Kind.DERIVATIVE]
+        return sent
 
     def backward_force(
         self,
@@ -154,8 +174,14 @@ class CompiledStage(Stage):
             return super().backward_force(microbatch, boundary_cotangents, derivative_cotangents, defer=defer)
         given = {Kind.FORCE_COTANGENT: boundary_cotangents, Kind.DERIVATIVE_COTANGENT: derivative_cotangents}
         sent = self._run(Phase.BF, microbatch, given)[Kind.SEED_COTANGENT]
+        self._compare(
+            Phase.BF,
+            microbatch,
+            (sent, []),
+            lambda s: s.backward_force(microbatch, boundary_cotangents, derivative_cotangents, defer=defer),
+        )
         if not defer:
-            self.weight_force(microbatch)
+            self._run(Phase.WF, microbatch, {})
         return sent, []
 
     def backward_energy(
@@ -170,46 +196,89 @@ class CompiledStage(Stage):
         """Runs BE; see :meth:`~lightning_januspipe.engine.stage.Stage.backward_energy`."""
         assert not force_part, "FF and BF of a compiled stage run on the same rank"
         if microbatch in self._eagerly:
-            sent = super().backward_energy(microbatch, boundary_cotangents, observable_cotangents, defer=defer)
+            of_eager = super().backward_energy(microbatch, boundary_cotangents, observable_cotangents, defer=defer)
             self._forget_unless(defer, microbatch)
-            return sent
+            return of_eager
         given = {Kind.BOUNDARY_COTANGENT: boundary_cotangents, Kind.OBSERVABLE_COTANGENT: observable_cotangents}
         sent = self._run(Phase.BE, microbatch, given)[Kind.BOUNDARY_IN_COTANGENT]
+        self._compare(
+            Phase.BE,
+            microbatch,
+            (sent,),
+            lambda s: (s.backward_energy(microbatch, boundary_cotangents, observable_cotangents, defer=defer),),
+        )
         if not defer:
-            self.weight_energy(microbatch)
+            self._run(Phase.WE, microbatch, {})
+            self._end(microbatch)
         return sent
 
     def weight_force(self, microbatch: int) -> None:
         """Runs WF; see :meth:`~lightning_januspipe.engine.stage.Stage.weight_force`."""
         if microbatch in self._eagerly:
             super().weight_force(microbatch)
-        else:
-            self._run(Phase.WF, microbatch, {})
+            return
+        self._run(Phase.WF, microbatch, {})
+        if microbatch in self._twins:
+            self._twins[microbatch].stage.weight_force(microbatch)
 
     def weight_energy(self, microbatch: int) -> None:
         """Runs WE; see :meth:`~lightning_januspipe.engine.stage.Stage.weight_energy`."""
         if microbatch in self._eagerly:
             super().weight_energy(microbatch)
-        else:
-            self._run(Phase.WE, microbatch, {})
+            self._forget_unless(False, microbatch)
+            return
+        self._run(Phase.WE, microbatch, {})
+        if microbatch in self._twins:
+            self._twins[microbatch].stage.weight_energy(microbatch)
+        self._end(microbatch)
+
+    def _note_misfit(self, reason: str) -> None:
+        self.num_misfits += 1
+        if not self.misfit:
+            self.misfit = reason
+            warnings.warn(
+                f"januspipe: a micro-batch runs eagerly in stage {self.function.index}, because the compiled phases "
+                f"are not right for its sizes: {reason}. Others like it do too.",
+                stacklevel=3,
+            )
+
+    def _compare(
+        self, phase: Phase, microbatch: int, found: _Results, run_eagerly: Callable[[Stage], _Results]
+    ) -> None:
+        """Compares the results of a phase with those of the eager phase, if this micro-batch has a twin."""
+        twin = self._twins.get(microbatch)
+        if twin is not None:
+            twin.compare(phase, run_eagerly(twin.stage), found)
+            self._runnable.verified = phase if phase is Phase.FF else self._runnable.verified
+
+    def _end(self, microbatch: int) -> None:
+        """Ends a micro-batch in training; the gradients of one with a twin are handed on now."""
+        twin = self._twins.get(microbatch)
+        if twin is not None:
+            twin.finish()
+            self._runnable.verified = Phase.BE
+            parameters = self.function.parameters
+            self._gradients.add(parameters, [twin.gradients.get(p) for p in parameters])
         self._forget_unless(False, microbatch)
 
     def _forget_unless(self, goes_on: bool, microbatch: int) -> None:
         if not goes_on:
             self._running.pop(microbatch, None)
+            self._twins.pop(microbatch, None)
             self._eagerly.discard(microbatch)
 
     def _run(self, phase: Phase, microbatch: int, given: _Given) -> dict[Kind, list[Tensor]]:
-        """One phase: takes in what arrives, adds parameter gradients, and lets go of what no later phase reads."""
+        """Runs one phase: takes in what arrives, adds parameter gradients, and drops what no later phase reads."""
         state, graph = self._running[microbatch], self._phases.signatures.get(phase)
         self._take_in(state, given)
         found: dict[Kind, list[Tensor]] = {kind: [] for kind in Kind}
         state.done.add(phase)
         if graph is not None:
             with torch.no_grad():
-                out = self._runners[phase](*(state.known[name] for name in graph.inputs))
+                out = self._runnable.runners[phase](*(state.known[name] for name in graph.inputs))
             num = len(graph.results)
-            self._collect(graph, out[:num], state, found)
+            twin = self._twins.get(microbatch)
+            self._collect(graph, out[:num], state, found, self._gradients if twin is None else twin.gradients)
             state.known.update(zip(graph.kept, out[num:], strict=True))
         readers = self._phases.readers
         for name in [n for n in state.known if readers.get(n, frozenset()) <= state.done]:
@@ -229,13 +298,18 @@ class CompiledStage(Stage):
                 state.known[name] = tensor.detach().contiguous()
 
     def _collect(
-        self, graph: PhaseSignature, out: Sequence[Tensor], state: _Inflight, found: dict[Kind, list[Tensor]]
+        self,
+        graph: PhaseSignature,
+        out: Sequence[Tensor],
+        state: _Inflight,
+        found: dict[Kind, list[Tensor]],
+        gradients: GradientBuffers,
     ) -> None:
         for port, seeds, tensor in zip(graph.results, graph.seeds, out, strict=True):
             if port.kind is not Kind.PARAMETER_GRADIENT:
                 found[port.kind].append(tensor)
             elif seeds is None or not seeds <= state.absent:
-                self._gradients.add([self.function.parameters[port.position]], [tensor])
+                gradients.add([self.function.parameters[port.position]], [tensor])
 
     def _spec(self, kind: Kind, index: int) -> TensorSpec:
         if kind is Kind.OBSERVABLE_COTANGENT:

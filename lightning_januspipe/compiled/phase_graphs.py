@@ -1,4 +1,4 @@
-"""From the joint graph of a stage to one graph for each of its phases."""
+"""Cuts the joint graph of a stage into one graph for each of its phases."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.levels import (
     BEFORE,
     ORDER,
@@ -18,9 +19,9 @@ from lightning_januspipe.compiled.levels import (
     seeds_of_gradients,
     simplify,
     split_sums,
+    without_mutations,
 )
 from lightning_januspipe.compiled.minimum_cut import Activation, kept_values
-from lightning_januspipe.compiled.operators import Work, work_of
 from lightning_januspipe.compiled.ports import FREE, GIVEN, Port
 from lightning_januspipe.compiled.sizes import StageSizes
 from lightning_januspipe.compiled.torch_internals import FakeTensorMode
@@ -29,7 +30,7 @@ from lightning_januspipe.schedule.actions import Phase
 
 @dataclass(frozen=True)
 class PhaseSignature:
-    """One phase of a stage as a function of tensors: ``(inputs) -> (*results, *kept)``.
+    """Describes one phase of a stage as a function of tensors: ``(inputs) -> (*results, *kept)``.
 
     Attributes:
         phase: which phase it is.
@@ -48,7 +49,7 @@ class PhaseSignature:
 
 @dataclass(frozen=True)
 class StagePhases:
-    """The phases of one stage, without their operations.
+    """Describes the phases of one stage, without their operations.
 
     Attributes:
         signatures: of each phase.
@@ -68,7 +69,7 @@ class StagePhases:
 
     @property
     def is_deferred(self) -> bool:
-        """Whether WF and WE are phases of their own."""
+        """Tells whether WF and WE are phases of their own."""
         return Phase.WF in self.signatures or Phase.WE in self.signatures
 
     def held_bytes(self, after: Phase) -> int:
@@ -92,13 +93,13 @@ class StagePhases:
         return next(phase for phase, own in self.signatures.items() if name in own.kept)
 
     def is_free(self, name: str) -> bool:
-        """Whether a value is at hand in every phase."""
+        """Tells whether a value is at hand in every phase."""
         return name in self.ports and self.ports[name].kind in FREE
 
 
 @dataclass(frozen=True)
 class PhaseGraphs:
-    """The phases of one stage with their operations.
+    """Holds the phases of one stage with their operations.
 
     Attributes:
         phases: the signatures of the graphs.
@@ -116,19 +117,20 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
 
     These are the passes, in their order:
 
-    1. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
-    2. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
-    3. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
-    4. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
-    5. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
-    6. :func:`verify_phases`: refuses phases that repeat what must not be repeated.
+    1. :func:`~.levels.without_mutations`: ``joint -> joint`` in which no operation writes to its input;
+    2. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
+    3. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
+    4. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
+    5. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
+    6. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
+    7. :func:`verify_phases`: refuses phases that repeat what must not be repeated.
 
     Args:
         joint: the joint graph, which stays as it is.
         activation: what phases keep.
         defer: leave what only parameters wait for to WF and WE.
     """
-    joint = split_sums(simplify(joint))
+    joint = split_sums(simplify(without_mutations(joint)))
     levels = assign_phases(joint, defer)
     found = _Cutter(joint, levels, activation).run()
     verify_phases(joint, found)
@@ -151,7 +153,7 @@ class _Cutter:
         self._modules: dict[Phase, fx.GraphModule] = {}
 
     def run(self) -> PhaseGraphs:
-        """All phases in order."""
+        """Cuts out all phases in order."""
         # BF of a last stage may return nothing, and still has what BE and WF both need.
         chain = ORDER[:4] if set(self._ends) - {Phase.FE, Phase.FF} else ORDER[:2]
         order = [p for p in ORDER if p in chain or p in self._ends]
@@ -174,7 +176,7 @@ class _Cutter:
         return PhaseGraphs(phases, self._modules, self._joint.mode)
 
     def _found(self, phase: Phase, after: list[Phase], held: set[fx.Node]) -> list[fx.Node]:
-        """What is kept after a phase, for the results of all phases after it."""
+        """Returns what is kept after a phase, for the results of all phases after it."""
         needed = {node for (node, _), end in zip(self._wanted, self._ends, strict=True) if end in after}
         if phase is Phase.WF:
             # Sums over weights, if any, to which both WF and WE contribute.
@@ -212,7 +214,7 @@ class _Cutter:
 
 
 def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
-    """``(joint, phase graphs) ->`` nothing, or an assertion: every phase has its inputs, exchanges run once.
+    """Asserts that every phase has its inputs, and that exchanges run once.
 
     Graph ranks have to run the same exchanges in the same order, so each phase has to have them in the joint graph's.
     """
@@ -225,7 +227,7 @@ def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
         missing = [name for name in signature.inputs if name not in known]
         assert not missing, f"{phase.value} reads {missing[:3]}, which no earlier phase keeps"
         nodes = found.modules[phase].graph.nodes
-        own = [n.name for n in nodes if n.op == "call_function" and work_of(n) is Work.EXCHANGE]
+        own = [n.name for n in nodes if n.op == "call_function" and work_of(n) is KindOfWork.EXCHANGE]
         assert own == sorted(own, key=order.__getitem__), f"{phase.value} has its exchanges in another order"
         exchanges += own
     assert len(exchanges) == len(set(exchanges)), "an exchange between graph ranks runs in two phases"

@@ -1,0 +1,141 @@
+"""Makes stages that run compiled phases: traces, cuts and compiles the stages of one rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from lightning_januspipe.compiled import torch_internals
+from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
+from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
+from lightning_januspipe.compiled.joint import trace_joint
+from lightning_januspipe.compiled.minimum_cut import Activation
+from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, StagePhases, phase_graphs
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.single_process import eager_stage
+from lightning_januspipe.engine.specs import ChainSpec, StageFunction
+from lightning_januspipe.engine.stage import Stage
+
+
+def compile_graph(graph: fx.GraphModule, mode: torch_internals.FakeTensorMode) -> Callable[..., Sequence[Tensor]]:
+    """Returns the graph of one phase as a compiled function."""
+    return torch_internals.compiled(graph, mode)
+
+
+def require_compiler(device: str) -> None:
+    """Raises an error if nothing can compile for a type of device.
+
+    Args:
+        device: the type, such as ``"cpu"``.
+
+    Raises:
+        ValueError: the compiler is missing.
+    """
+    missing = torch_internals.missing_compiler(device)
+    if missing is not None:
+        raise ValueError(f"compile=True, but {missing}. Or train with compile=False.")
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """Says what one rank has compiled.
+
+    Attributes:
+        num_compiled: stages that run compiled phases.
+        seconds: how long tracing and compiling took.
+        cpu_seconds: CPU time of that, with the processes of the compiler.
+        eager: in words, stage by stage, what runs eagerly, and why.
+    """
+
+    num_compiled: int
+    seconds: float
+    cpu_seconds: float
+    eager: tuple[str, ...]
+
+
+@dataclass
+class StageCompiler:
+    """Makes the stages of one rank (a :data:`~lightning_januspipe.engine.single_process.StageFactory`).
+
+    A stage that cannot be compiled runs eagerly. Compiled phases are kept, so that a later pipeline of the same capture
+    compiles nothing.
+
+    Attributes:
+        sizes: the values of all size symbols in two example calls, the usual one first.
+        device: type of the device that the stages run on.
+        activation: what phases keep for later ones.
+        defer: leave what only parameters wait for to WF and WE.
+        trains: also compile BF and BE.
+        tolerance: what rounding explains of a difference from the eager phases, relative to the scale of a value.
+        cache: the folder in which inductor keeps what it compiles; None for inductor's own.
+        why_eager: why no stage of this rank can be compiled, if that is known before.
+        compiled: the compiled stages, by index.
+        refused: for each stage that runs eagerly the reason.
+        seconds: how long tracing and compiling took.
+        cpu_seconds: CPU time of that, with the processes of the compiler.
+    """
+
+    sizes: tuple[Mapping[str, int], Mapping[str, int]]
+    device: str
+    activation: Activation = "pointwise"
+    defer: bool = False
+    trains: bool = True
+    tolerance: float | None = None
+    cache: Path | None = None
+    why_eager: str = ""
+    compiled: dict[int, PhaseRunners] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __call__(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
+        """Returns a stage that runs compiled phases, or one that runs eagerly."""
+        index = function.index
+        if index not in self.compiled and index not in self.refused:
+            began, cpu_began = time.perf_counter(), sum(os.times()[:4])
+            self._compile(function, chain)
+            self.seconds += time.perf_counter() - began
+            self.cpu_seconds += sum(os.times()[:4]) - cpu_began
+        if index in self.refused:
+            return eager_stage(function, gradients, chain)
+        return CompiledStage(cast(TraceableStage, function), self.compiled[index], gradients, chain)
+
+    def report(self) -> CompileReport:
+        """Returns what was compiled on this rank."""
+        eager = [f"stage {index} runs eagerly: {reason}" for index, reason in sorted(self.refused.items())]
+        return CompileReport(len(self.compiled), self.seconds, self.cpu_seconds, tuple(eager))
+
+    def _compile(self, function: StageFunction, chain: ChainSpec) -> None:
+        reason = self.why_eager or ("" if hasattr(function, "body") else "it is made of Python code, not of a trace")
+        if not reason:
+            try:
+                self.compiled[function.index] = self._runners(cast(TraceableStage, function), chain)
+            except Exception as error:  # torch's tracing and compiling may fail in any way
+                reason = f"{type(error).__name__}: {_first_line(error)}"
+        if reason:
+            self.refused[function.index] = reason
+
+    def _runners(self, function: TraceableStage, chain: ChainSpec) -> PhaseRunners:
+        with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
+            joint = trace_joint(blueprint(function, chain, *self.sizes, self.device), trains=self.trains)
+        graphs = phase_graphs(joint, self.activation, self.defer and self.trains)
+        with torch_internals.inductor_cache(self.cache):
+            runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
+        return PhaseRunners(with_recorded_guards(graphs), runners, self.tolerance)
+
+
+def with_recorded_guards(graphs: PhaseGraphs) -> StagePhases:
+    """Returns the phases of a stage with the conditions on sizes that compiling has added."""
+    phases = graphs.phases
+    return replace(phases, sizes=phases.sizes.with_guards(torch_internals.size_guards(graphs.mode)))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
