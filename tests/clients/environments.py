@@ -77,11 +77,6 @@ CLIENTS = {
     "orb": Client(("orb-models==0.5.5",)),
     "allegro": Client(("nequip-allegro==0.8.3", "nequip==0.19.1")),
     "torchmdnet": Client(("torchmd-net==3.1.0",)),
-    "mattersim": Client(("mattersim==1.2.5",)),
-    "chgnet": Client(("chgnet==0.4.2",)),
-    "pyg": Client(("torch-geometric==2.8.1",)),
-    "aimnet": Client(("aimnet==0.2.5",)),
-    "pet": Client(("metatrain==2026.4.1",)),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.adapters.capture_adapter import Adapter
 from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.capture.trees import copied
 from lightning_januspipe.experts.grouped import grouped_linear
