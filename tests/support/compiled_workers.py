@@ -40,7 +40,7 @@ def train_interpreted(*arguments: Any) -> RunRecord:
     return record
 
 
-def train_on_graph_ranks(*arguments: Any) -> Record:
+def train_on_graph_ranks(*arguments: Any) -> RunRecord:
     """Trains, and no phase graph may be made."""
     with interpreted() as graphs:
         record = train_in_pipeline(*arguments)
