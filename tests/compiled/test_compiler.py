@@ -22,6 +22,8 @@ SIZES = [(2, 5, 1, 3), (1,), (1, 1, 1)]
 """Other sizes than traced; one atom; no edges."""
 
 
+@pytest.mark.slow  # half a minute of CPU time, most of it in the C++ compiler
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(torch.version.cuda is not None, reason="compiles for the CPU")
 def test_a_stage_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
