@@ -93,48 +93,47 @@ class _Notes:
 
     def __init__(self, rank: int, what: str) -> None:
         self._rank, self._what = rank, what
-        self.waits: dict[int, str] = {}
-        self._blamed: dict[int, list[int]] = {}
+        self._waits_for: dict[int, list[int]] = {}
         self._has_answered = False
+        self.waits: dict[int, str] = {}
 
     def missing(self, others: Sequence[int]) -> tuple[list[int], bool]:
         """Returns the ranks that are waited for in the end, and whether the store has told so."""
-        thread = threading.Thread(target=self._ask, args=(tuple(others),), daemon=True)
+        thread = threading.Thread(target=self._ask, args=(list(others),), daemon=True)
         thread.start()
         thread.join(NOTES_TIME + 1)
         if not self._has_answered:
             return list(others), False
-        return self._found(others), True
+        return sorted(r for r in self._reached(others) if r not in self.waits), True
 
-    def _found(self, others: Sequence[int]) -> list[int]:
-        silent = {r for r in others if r not in self.waits}
-        return sorted((silent | {r for blamed in self._blamed.values() for r in blamed}) - {self._rank})
+    def _reached(self, others: Sequence[int]) -> list[int]:
+        """Returns the ranks that this one waits for, the ranks that those wait for, and so on."""
+        found = [r for r in others if r != self._rank]
+        for rank in found:
+            found += [r for r in self._waits_for.get(rank, ()) if r != self._rank and r not in found]
+        return found
 
-    def _ask(self, others: tuple[int, ...]) -> None:
+    def _ask(self, others: list[int]) -> None:
         try:
             store = _shared_store().clone()
-            self._write(store, None)
+            store.set(_note_of(self._rank), json.dumps([self._what, others]))
             end = time.monotonic() + NOTES_TIME
-            while time.monotonic() < end and not all(r in self._blamed for r in others):
-                for rank in others:
+            while time.monotonic() < end:
+                silent = [r for r in self._reached(others) if r not in self.waits]
+                for rank in silent:
                     self._read(store, rank)
                 self._has_answered = True
+                if not silent:
+                    return
                 time.sleep(0.1)
-            self._write(store, self._found(others))
         except RuntimeError:  # the rank that holds the store has ended
             return
 
     def _read(self, store: Any, rank: int) -> None:
-        if not store.check([_note_of(rank)]):
-            return
-        note = json.loads(store.get(_note_of(rank)) or "null")
+        note = json.loads(store.get(_note_of(rank))) if store.check([_note_of(rank)]) else None
         if note is not None:
-            self.waits[rank] = note["what"]
-            if note["blamed"] is not None:
-                self._blamed[rank] = note["blamed"]
-
-    def _write(self, store: Any, blamed: list[int] | None) -> None:
-        store.set(_note_of(self._rank), json.dumps({"what": self._what, "blamed": blamed}))
+            self._waits_for[rank] = note[1]
+            self.waits[rank] = note[0]
 
 
 def forget_notes(rank: int) -> None:

@@ -37,6 +37,8 @@ class CoordinatedShutdown:
         self._callbacks: list[Any] = []
         # Lightning's own handler sends messages from within the signal handler, in the middle of whatever is going on.
         trainer._signal_connector._sigterm_notifier_fn = self._on_sigterm
+        # Nor does Lightning's own question before each batch tell who did not answer: it hides all errors.
+        trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
         for callback in trainer.checkpoint_callbacks:
             callback.__dict__["on_exception"] = self._guarded(callback, callback.on_exception)
             self._callbacks.append(callback)
@@ -44,6 +46,7 @@ class CoordinatedShutdown:
     def release(self) -> None:
         """Removes its handlers from the Trainer and its callbacks."""
         self._trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
+        self._trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
         for callback in self._callbacks:
             callback.__dict__.pop("on_exception", None)
         self._callbacks = []
