@@ -1,4 +1,4 @@
-"""What all ranks do together: wait for one another, get what one rank found or its error, start with one module.
+"""Does what all ranks do together: they wait for one another, get what one rank found, and start with one module.
 
 Every collective stands in a block of :func:`waiting`. If a rank has died or hangs, the others get the backend's error
 when their connection to it closes, or when the timeout of their group has passed. The block makes of it an error that

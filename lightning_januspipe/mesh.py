@@ -192,13 +192,13 @@ class Mesh:
 
     @property
     def stage_ranks(self) -> list[int]:
-        """Global ranks that hold the same stages as this rank: those of all replicas, and their graph ranks."""
+        """Returns the global ranks that hold the same stages as this rank: the graph ranks of all replicas."""
         shape = self.shape
         return [shape.rank(self.pipeline_rank, d, g) for d in range(shape.data) for g in range(shape.graph)]
 
     @property
     def stage_rank(self) -> int:
-        """Index of this rank among :attr:`stage_ranks`."""
+        """Returns the index of this rank among :attr:`stage_ranks`."""
         return self.data_rank * self.shape.graph + self.graph_rank
 
     @property

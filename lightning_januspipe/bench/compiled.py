@@ -27,7 +27,7 @@ _ACTIVATIONS = ("keep", "pointwise", "recompute")
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The measurement of one process; times in seconds, with CPU time beside time on the clock.
+    """Holds the measurement of one process; times in seconds, with CPU time beside time on the clock.
 
     Attributes:
         wall: Median time of a step.
@@ -52,7 +52,7 @@ def time_steps(work: Work, strategy: dict[str, Any] | None, cache: str) -> StepT
     """Trains for a few steps in this process.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         strategy: Arguments of the strategy; None for plain Lightning.
         cache: Folder of the cache of traced potentials and compiled phases.
     """

@@ -50,7 +50,7 @@ def step_on_one_structure(work: Work, graph_size: int) -> Usage:
     """Trains two steps on one structure of ``work.num_atoms`` atoms on this rank, and measures the second.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         graph_size: Ranks that share the structure; 1 is plain Lightning.
     """
     import lightning

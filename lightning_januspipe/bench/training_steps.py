@@ -45,7 +45,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     """Trains for a few steps on this rank.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         strategy: Arguments of the strategy; None for plain Lightning.
         record: Whether the timed steps are compared with their simulation.
     """
@@ -116,7 +116,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
 
 @dataclass(frozen=True)
 class Configuration:
-    """The medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
+    """Holds the medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
 
     name: str
     step: float
@@ -236,7 +236,7 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Step
     """Returns the parameter gradients of a force loss, of the same weights and structures in any precision.
 
     Args:
-        work: The work.
+        work: Model, data and number of steps, the same for every configuration.
         strategy: Arguments of the strategy.
         precision: Precision of the Trainer, as in ``bf16-mixed``.
     """

@@ -58,7 +58,7 @@ class AtomsAdapter:
         """Returns the results of one structure in eV, eV/Å and eV/Å³, as far as the potential has them.
 
         Args:
-            potential: The potential.
+            potential: The potential that was called.
             batch: What it was called with.
             output: What it returned; by default a mapping with the names of the results.
 

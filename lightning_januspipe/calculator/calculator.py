@@ -1,4 +1,4 @@
-"""The calculator of ASE that evaluates a potential."""
+"""Defines the calculator of ASE that evaluates a potential."""
 
 from __future__ import annotations
 

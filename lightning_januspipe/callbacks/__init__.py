@@ -1,4 +1,4 @@
-"""Callbacks: throughput, costs and timeline of pipelined training, stages in the summary, errors and predictions."""
+"""Offers callbacks: throughput, costs and timeline of training, stages in the summary, errors and predictions."""
 
 from lightning_januspipe.callbacks.error_report import (
     QUANTITIES,
@@ -8,6 +8,7 @@ from lightning_januspipe.callbacks.error_report import (
     describe_change,
     error_table,
 )
+from lightning_januspipe.callbacks.evaluation_report import EvaluationReport
 from lightning_januspipe.callbacks.monitor import PipelineMonitor
 from lightning_januspipe.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_januspipe.callbacks.prediction_writer import PredictionWriter
@@ -19,6 +20,7 @@ __all__ = [
     "QUANTITIES",
     "ErrorReport",
     "Errors",
+    "EvaluationReport",
     "NarrowProgressBar",
     "PipelineMonitor",
     "PipelineTimeline",

@@ -50,7 +50,7 @@ def output_folder(trainer: Trainer, dirpath: str | None) -> Path:
     """Returns the folder for a callback's files, by default the logger's or the Trainer's; all ranks have to call it.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer that runs the callback.
         dirpath: The folder that the user gave.
     """
     return Path(dirpath or trainer.log_dir or trainer.default_root_dir)

@@ -47,17 +47,17 @@ class Record:
 
     @property
     def energy_error(self) -> float:
-        """Error of the energy per atom in eV; NaN without a label."""
+        """Returns the error of the energy per atom in eV; NaN without a label."""
         return (self.energy - self.given_energy) / len(self.numbers)
 
     @property
     def force_rmse(self) -> float:
-        """Root mean square error of the force components in eV/Å; NaN without labels."""
+        """Returns the root mean square error of the force components in eV/Å; NaN without labels."""
         return math.sqrt(float(np.mean((self.forces - self.given_forces) ** 2)))
 
     @property
     def stress_rmse(self) -> float:
-        """Root mean square error of the stress components in eV/Å³; NaN without a label."""
+        """Returns the root mean square error of the stress components in eV/Å³; NaN without a label."""
         return math.sqrt(float(np.mean((self.stress - self.given_stress) ** 2)))
 
 
@@ -169,7 +169,7 @@ class Recording:
     """Collects the predictions of one evaluation on all ranks of a Trainer; every rank calls all of its methods.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer of the run that is recorded.
         folder: Folder for the files in the meantime, shared by all machines.
         name: Beginning of their names.
     """

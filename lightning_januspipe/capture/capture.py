@@ -69,12 +69,19 @@ class Capture:
         """Returns one line for a user: which potential was found, and how it is cut."""
         total = sum(s.total for s in self.costs)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.costs)
-        num, num_stages = sum(self.potential.num_operations), len(self.costs)
+        num_stages = len(self.costs)
         stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
+        is_plain = self.origin.startswith("captured (") and "; " not in self.origin
         return (
-            f"potential {quoted(self.potential.path)} {self.origin}: {num} {self.potential.operation_word} in "
-            f"{stages if num_stages > 1 else 'one stage'}, ready after {self.elapsed:.1f} s"
+            f"potential {quoted(self.potential.path)}{'' if is_plain else f' {self.origin}:'} in "
+            f"{stages if num_stages > 1 else 'one stage'}"
         )
+
+    def describe_capture(self) -> str:
+        """Returns one line for a developer: where the stages come from, and how long that took."""
+        operations = f"{sum(self.potential.num_operations)} {self.potential.operation_word}"
+        ready = f"ready after {self.elapsed:.1f} s"
+        return f"potential {quoted(self.potential.path)} {self.origin}: {operations}, {ready}"
 
 
 def capture_module(

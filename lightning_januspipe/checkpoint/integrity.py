@@ -39,7 +39,7 @@ def write_checksums(folder: Path, known: Mapping[str, Checksum], others: Iterabl
     """Writes the checksums of a checkpoint folder.
 
     Args:
-        folder: The folder.
+        folder: The folder, whose files are complete.
         known: Checksums of files, by name.
         others: Names of further files, which are read.
     """
@@ -95,7 +95,7 @@ def require_file(folder: Path, name: str, size: int, or_more: bool = False) -> N
     """Verifies that a file of a checkpoint folder is there and has all its bytes.
 
     Args:
-        folder: The folder.
+        folder: The folder that should have the file.
         name: Name of the file.
         size: Its number of bytes.
         or_more: Whether it may have more bytes.

@@ -132,7 +132,7 @@ def finish_folder(folder: Path, rest: dict[str, Any], shards: dict[str, Checksum
     """Writes what a folder holds beside its shards and their index; one rank calls this after all shards are written.
 
     Args:
-        folder: The folder.
+        folder: The folder that the ranks have written their shards to.
         rest: The entries of ``meta.pt``.
         shards: Size and checksum of each shard, of all ranks.
     """

@@ -12,21 +12,30 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
-from lightning_januspipe.callbacks import ErrorReport, NarrowProgressBar, PredictionWriter
+from lightning_januspipe.callbacks import (
+    ErrorReport,
+    EvaluationReport,
+    NarrowProgressBar,
+    PredictionWriter,
+    StageSummary,
+)
 from lightning_januspipe.cli.parsers import RecipeParser
+from lightning_januspipe.cli.run_config import RunConfig
 from lightning_januspipe.models import PotentialModule
 from lightning_januspipe.strategy.ending import newest_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
     try:
-        from lightning.pytorch.callbacks import RichProgressBar
+        from lightning.pytorch import Trainer
+        from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     except ModuleNotFoundError:
-        from pytorch_lightning.callbacks import RichProgressBar
+        from pytorch_lightning import Trainer
+        from pytorch_lightning.callbacks import ModelSummary, RichModelSummary, RichProgressBar
         from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 
@@ -59,6 +68,9 @@ class PotentialCLI(LightningCLI):
         prog: The name of the program in messages.
     """
 
+    LOGGER = Trainer.__module__.partition(".trainer")[0]
+    """The name of Lightning's logger."""
+
     def __init__(self, args: Sequence[str], *, run: bool = True, prog: str = "januspipe") -> None:
         self._given = list(args)
         self._missing: list[str] = []
@@ -69,7 +81,7 @@ class PotentialCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
             # All of the validation data before training, for the table.
             trainer_defaults={"callbacks": [self.report], "num_sanity_val_steps": -1},
             parser_kwargs={
@@ -88,17 +100,23 @@ class PotentialCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the option of the report."""
+        """Adds the options of the test."""
         parser.add_argument(
             "--test_after_fit",
             type=Literal["best", "last", "no"],
             default="best",
             help="Weights to test when fit ends: those of the best checkpoint, those of the last step, or no test.",
         )
+        parser.add_argument(
+            "--report",
+            type=str,
+            default="auto",
+            help="Folder for tables and pictures of the test; auto: in the folder of the logger, no: none.",
+        )
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Makes the parser of a subcommand; that of ``predict`` has the option of the file."""
+        """Makes the parser of a subcommand; that of ``predict`` has the option of its file."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_argument(
@@ -168,11 +186,24 @@ class PotentialCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if output := self.arguments.get("output"):
             vars(trainer)["callbacks"].append(PredictionWriter(output))
+        self._add_report(trainer)
         bar = trainer.progress_bar_callback
+        callbacks: list[Any] = vars(trainer)["callbacks"]
         if type(bar) is RichProgressBar:
-            callbacks: list[Any] = vars(trainer)["callbacks"]
             callbacks[callbacks.index(bar)] = NarrowProgressBar()
+        for index, callback in enumerate(callbacks):
+            if type(callback) in (ModelSummary, RichModelSummary):  # these count the operations that they know: none
+                callbacks[index] = StageSummary(callback._max_depth)
         return trainer
+
+    def _add_report(self, trainer: Trainer) -> None:
+        """Adds the report of the test, unless it is not wanted or the recipe has one."""
+        report, command = self.arguments.report, self.config.get("subcommand")
+        callbacks: list[Any] = vars(trainer)["callbacks"]
+        if command not in ("fit", "test") or report == "no" or (report == "auto" and not trainer.loggers):
+            return
+        if isinstance(self.model, PotentialModule) and not any(isinstance(c, EvaluationReport) for c in callbacks):
+            callbacks.append(EvaluationReport(None if report == "auto" else report, prints=command == "test"))
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

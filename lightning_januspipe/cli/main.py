@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pkgutil
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
+
+from lightning_januspipe.strategy.quiet import ignore_warnings
 
 DEBUG = "JANUSPIPE_DEBUG"
 """The environment variable that :mod:`lightning_januspipe.strategy.failure` names too; ``--debug`` sets it."""
@@ -33,16 +35,8 @@ OTHER_COMMANDS = {
 _DESCRIPTION = """\
 Trains interatomic potentials in a pipeline of devices. `januspipe init` writes recipes, which are YAML files, and
 `januspipe fit --config recipes/quickstart.yaml` runs the first. `januspipe COMMAND --help` explains a command.
-With --debug, errors come with whole tracebacks.
+With --debug, errors come with whole tracebacks; with --verbose, a run tells more of its capture.
 """
-
-# What Lightning and its own dependencies say to each other, and no user can mend.
-_WARNINGS = (
-    r"\s*``instantiate_classes`` was deprecated",
-    ".*LeafSpec.*is deprecated",
-    "The dirpath has changed",
-    "Starting from v1.9.0, `tensorboardX` has been removed",
-)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -58,14 +52,17 @@ def main(args: Sequence[str] | None = None) -> None:
         os.environ[DEBUG] = "1"
     elif DEBUG not in os.environ and sys.excepthook is sys.__excepthook__:
         sys.excepthook = partial(print_error, " ".join(["januspipe", *given[:1]]))
+    is_verbose = "--verbose" in given
+    given = [arg for arg in given if arg != "--verbose"]
     command = given[0] if given else ""
-    for message in _WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    ignore_warnings()
     if command in OTHER_COMMANDS:
         pkgutil.resolve_name(OTHER_COMMANDS[command][0])(given[1:])
     elif command in TRAINER_COMMANDS or command in ("-c", "--config"):
         from lightning_januspipe.cli.fit import PotentialCLI
 
+        if is_verbose:
+            logging.getLogger(PotentialCLI.LOGGER).setLevel(logging.DEBUG)
         PotentialCLI(given)
     else:
         _explain(given)
@@ -77,7 +74,7 @@ def print_error(program: str, kind: type[BaseException], error: BaseException, t
     Args:
         program: The program and its command.
         kind: The type of the error, as of the other two arguments of ``sys.excepthook``.
-        error: The error.
+        error: What was raised.
         trace: Its traceback.
     """
     from lightning_januspipe.strategy.failure import short_traceback

@@ -91,7 +91,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _is_own(error: BaseException) -> bool:
-    """Whether an error is a message of this package to its user; others keep their traceback."""
+    """Tells whether an error is a message of this package to its user; others keep their traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

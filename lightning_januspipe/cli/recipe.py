@@ -187,7 +187,7 @@ class Recipe:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in a batch; None where the loader does not know."""
+        """Returns the number of samples in a batch; None where the loader does not know."""
         sampler = getattr(self._loader, "batch_sampler", None)
         return getattr(self._loader, "batch_size", None) or getattr(sampler, "batch_size", None)
 

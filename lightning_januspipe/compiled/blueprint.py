@@ -1,4 +1,4 @@
-"""All that the joint graph of a stage depends on, as plain data: to be traced in another process, and with a digest."""
+"""Describes a stage as plain data, so that another process can trace it: all that its joint graph depends on."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Body = Callable[[Sequence[Any], Sequence[Tensor]], StageOutput]
 
 
 class TraceableStage(StageFunction, Protocol):
-    """A stage whose phases can be traced: one that says which tensors it reads beside its boundary."""
+    """Has phases that can be traced, and says which tensors it reads beside its boundary."""
 
     @property
     def body(self) -> Body:
-        """Its operations, without the live module. If they have a ``text()``, that tells them from all others."""
+        """Returns its operations, without the live module. A ``text()`` of them, if any, tells them from all others."""
 
     @property
     def num_tensors(self) -> int:
-        """How many tensors the potential's call has."""
+        """Returns the number of tensors in the potential's call."""
 
     @property
     def symbols(self) -> Mapping[str, tuple[int, int]]:
-        """Size symbol -> (position, dimension) of the call's tensor that defines it."""
+        """Maps each size symbol to the (position, dimension) of the call's tensor that defines it."""
 
     @property
     def value_specs(self) -> Sequence[TensorSpec]:
-        """Specs of :meth:`values`, in the size symbols."""
+        """Returns the specs of :meth:`values`, in the size symbols."""
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """Returns all tensors that the stage reads: parameters, buffers, constants and those of the batch.
@@ -47,7 +47,7 @@ class TraceableStage(StageFunction, Protocol):
 
 @dataclass(frozen=True)
 class StageBlueprint:
-    """A stage as the tracer sees it: no parameters, but what they look like.
+    """Describes a stage as the tracer sees it: without parameters, but with their shapes and dtypes.
 
     Attributes:
         body: the stage's operations.

@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
+from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
 from lightning_januspipe.compiled.joint import trace_joint
 from lightning_januspipe.compiled.minimum_cut import Activation
-from lightning_januspipe.compiled.phases import PhaseGraphs, StagePhases, phase_graphs
-from lightning_januspipe.compiled.stage import CompiledStage, PhaseRunners
+from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, StagePhases, phase_graphs
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction

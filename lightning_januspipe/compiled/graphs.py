@@ -1,4 +1,4 @@
-"""Helpers for graphs of operations: what a value needs, how large it is, and parts of a graph as modules."""
+"""Answers questions about graphs of operations: what a value needs, how large it is; and makes modules of parts."""
 
 from __future__ import annotations
 

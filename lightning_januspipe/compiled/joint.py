@@ -1,4 +1,4 @@
-"""The joint graph of a stage: forward, force and double backward, traced once with symbolic sizes.
+"""Traces the joint graph of a stage, once and with symbolic sizes: forward, force and double backward.
 
 This is the only place where autograd runs. What it does here is what :class:`~lightning_januspipe.engine.stage.Stage`
 does for every micro-batch, in one walk: with ``(h_out, y) = f(h_in, x; θ)``
@@ -35,7 +35,7 @@ from lightning_januspipe.engine.weight_split import gradients_of
 
 @dataclass
 class Joint:
-    """The joint graph of a stage.
+    """Holds the joint graph of a stage.
 
     Attributes:
         graph: the operations of all phases; its placeholders are ``inputs``, its results ``outputs``.
@@ -55,12 +55,12 @@ class Joint:
 
     @property
     def ports_of(self) -> dict[fx.Node, Port]:
-        """What each placeholder is."""
+        """Tells what each placeholder is."""
         return dict(zip(graphs.placeholders(self.graph), self.inputs, strict=True))
 
     @property
     def wanted(self) -> list[tuple[fx.Node, Port]]:
-        """The results and what each of them is."""
+        """Returns the results and what each of them is."""
         return list(zip(graphs.results(self.graph), self.outputs, strict=True))
 
 
@@ -68,7 +68,7 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
     """Traces a stage and its double backward: ``blueprint -> joint graph``.
 
     Args:
-        stage: the stage.
+        stage: the stage, without parameters.
         trains: also trace BF and BE.
     """
     mode = symbolic_mode()
@@ -128,7 +128,7 @@ def shape_of(spec: TensorSpec, sizes: Mapping[str, Any]) -> list[Any]:
 
 
 def _all_phases(stage: StageBlueprint, given: Mapping[Kind, Sequence[Tensor]]) -> list[tuple[Port, Tensor]]:
-    """All results of all phases, with what they are; parameter gradients that do not exist are left out."""
+    """Returns all results of all phases, with what they are; parameter gradients that do not exist are left out."""
     values = [_leaf(t, i in stage.trained) for i, t in enumerate(given[Kind.VALUE])]
     parameters = [values[i] for i in stage.trained]
     boundary = [_leaf(t) for t in given[Kind.BOUNDARY_IN]]
@@ -179,7 +179,7 @@ def _leaf(value: Tensor, is_differentiated: bool = True) -> Tensor:
 
 
 def _spread(gradients: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor | None]:
-    """One gradient for each value, from those of the values that require one."""
+    """Returns one gradient for each value, from the gradients of the values that require one."""
     given = iter(gradients)
     return [next(given) if v.requires_grad else None for v in values]
 

@@ -1,4 +1,4 @@
-"""Passes over the joint graph: from what was traced to the phase in which each operation runs."""
+"""Decides with passes over the joint graph in which phase each operation runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _UNCHANGED = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch
 
 
 def simplify(joint: Joint) -> Joint:
-    """``joint -> joint``: a copy without operations that return their input, occur twice, or that nothing needs."""
+    """``joint -> joint``: drops operations that return their input, occur twice, or are needed by nothing."""
     graph = without_repetitions(joint.graph)
     for node in list(graph.nodes):
         if node.target in _UNCHANGED:
@@ -53,7 +53,7 @@ def simplify(joint: Joint) -> Joint:
 
 
 def natural_levels(joint: Joint) -> Levels:
-    """``joint -> levels``: the phase in which the last input arrives that a node depends on (FE, FF, BF or BE)."""
+    """``joint -> levels``: finds the phase in which the last input of a node arrives (FE, FF, BF or BE)."""
     levels = {node: GIVEN[port.kind] for node, port in joint.ports_of.items()}
     for node in graphs.operations(joint.graph):
         levels[node] = max((levels[i] for i in node.all_input_nodes), key=ORDER.index, default=Phase.FE)
@@ -61,7 +61,7 @@ def natural_levels(joint: Joint) -> Levels:
 
 
 def split_sums(joint: Joint) -> Joint:
-    """``joint -> joint``: parameter gradients as several summands, each as soon as its phase has it.
+    """``joint -> joint``: returns parameter gradients in summands, each from the first phase that has it.
 
     A gradient is the sum of what BF and what BE find. Returned as one sum, the first part would be kept for every
     micro-batch between the two; the gradients' buffers add the summands anyway.
@@ -84,7 +84,7 @@ class _Summands:
         self._graph, self._mode, self._levels = joint.graph, joint.mode, levels
 
     def of(self, node: fx.Node) -> list[fx.Node]:
-        """The summands of a value, itself if there is one only."""
+        """Returns the summands of a value, the value itself if there is only one."""
         if node.target is torch.ops.aten.add.Tensor:
             return self._of_sum(node)
         if node.target in _LINEAR:
@@ -102,7 +102,7 @@ class _Summands:
         return [part for term in terms for part in self.of(term)]
 
     def _applied(self, node: fx.Node, part: fx.Node) -> fx.Node:
-        """The operation of a node, applied to a summand of its operand."""
+        """Returns the operation of a node, applied to a summand of its operand."""
         target: Any = node.target
         with self._graph.inserting_before(self._graph.output_node()):
             found = self._graph.call_function(target, (part, *node.args[1:]), node.kwargs)
@@ -113,7 +113,7 @@ class _Summands:
 
 
 def assign_phases(joint: Joint, defer: bool) -> Levels:
-    """``(joint, defer) -> levels``: the phase in which each operation runs first.
+    """``(joint, defer) -> levels``: finds the phase in which each operation runs first.
 
     It is the natural one, with two changes. What FE's own results do not need goes to FF: in the last stage no input
     tells them apart. With ``defer``, what only parameter gradients need leaves BF and BE for WF and WE.

@@ -1,4 +1,4 @@
-"""What a phase keeps for later ones: the fewest bytes from which these can compute what they need.
+"""Decides what a phase keeps for later ones: the fewest bytes from which these can compute what they need.
 
 A value that is needed later is either kept or computed again from values that are kept. A minimum cut between what is
 at hand and what is needed finds the cheapest set, as in the recomputation of AOTAutograd's min-cut partitioner; here
@@ -13,19 +13,19 @@ from typing import Any, Literal, get_args
 from torch import fx
 
 from lightning_januspipe.compiled import graphs
-from lightning_januspipe.compiled.operators import Work, work_of
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 
 Activation = Literal["keep", "pointwise", "recompute", "offload"]
 """What phases keep: everything, all but pointwise operations and gathers, boundaries only, everything on the host."""
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
-_CHEAP = {Work.SIZE, Work.VIEW, Work.MAKE}
-_POINTWISE = _CHEAP | {Work.POINTWISE, Work.GATHER}
-RECOMPUTED: Mapping[Activation, Collection[Work]] = {
+_CHEAP = {KindOfWork.SIZE, KindOfWork.VIEW, KindOfWork.MAKE}
+_POINTWISE = _CHEAP | {KindOfWork.POINTWISE, KindOfWork.GATHER}
+RECOMPUTED: Mapping[Activation, Collection[KindOfWork]] = {
     "keep": _CHEAP,
     "pointwise": _POINTWISE,
-    "recompute": _POINTWISE | {Work.SUM},
+    "recompute": _POINTWISE | {KindOfWork.SUM},
     "offload": _POINTWISE,
 }
 """What later phases may compute again. Exchanges between graph ranks are never computed again: each costs messages."""
@@ -73,11 +73,11 @@ def kept_values(
 
 
 def _add_node(flow: Any, node: fx.Node, is_given: bool, is_free: bool) -> None:
-    """The cost of keeping a value. Several tensors are kept one by one, and rather a tensor than a view of it."""
+    """Adds the cost of keeping a value. Several tensors are kept one by one, and rather a tensor than a view of it."""
     cost: dict[str, int] = {}
     if is_free:
         cost = {"capacity": 0}
     elif not isinstance(node.meta.get("val"), (tuple, list)):
-        is_new_view = not is_given and work_of(node) is Work.VIEW
+        is_new_view = not is_given and work_of(node) is KindOfWork.VIEW
         cost = {"capacity": graphs.num_bytes(node) + 1 + 8 * is_new_view}
     flow.add_edge((node, "in"), (node, "out"), **cost)

@@ -1,4 +1,4 @@
-"""What goes in and out of the phases of a stage, by kind: the contract between the joint graph and the engine."""
+"""Names what goes in and out of the phases of a stage, by kind: the contract between the joint graph and the engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_januspipe.schedule.actions import Phase
 
 
 class Kind(Enum):
-    """The kind of an input or output, with its symbol in the equations of the four phases."""
+    """Names the kind of an input or output, with its symbol in the equations of the four phases."""
 
     SIZE = "size"
     VALUE = "θ and x"
@@ -29,7 +29,7 @@ class Kind(Enum):
 
 
 class Port(NamedTuple):
-    """One input or output of a stage's phases: its kind, and its position among those of the kind."""
+    """Names one input or output of a stage's phases by its kind, and by its position among those of the kind."""
 
     kind: Kind
     position: int

@@ -1,4 +1,4 @@
-"""Which sizes of a micro-batch the graphs of a stage take as inputs, and for which sizes they are right."""
+"""Tells which sizes of a micro-batch the graphs of a stage take as inputs, and for which sizes they are right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class StageSizes:
-    """The sizes of a stage's graphs.
+    """Holds the sizes of a stage's graphs.
 
     Export leaves sizes apart that are equal in every batch. Where two example calls agree about two symbols the graphs
     have one size for both, or each use of them together would add a guard.

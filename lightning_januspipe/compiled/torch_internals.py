@@ -1,4 +1,4 @@
-"""The private names of torch that compiled phases use, each behind a function that says what it is needed for.
+"""Wraps the private names of torch that compiled phases use, each in a function that says what it is needed for.
 
 ``tests/compiled/test_torch_internals.py`` pins every one of them, so that a torch without it fails there and not in a
 training run.
@@ -71,7 +71,7 @@ def expression_of(size: int | SymInt) -> str:
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Inside, sizes of 0 and 1 are treated like all others, instead of adding guards against them."""
+    """Lets torch treat sizes of 0 and 1 like all others inside the block, without guards against them."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
 
@@ -107,7 +107,7 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
 
 @contextmanager
 def inductor_cache(folder: Path | None) -> Iterator[None]:
-    """Inside, inductor keeps what it compiles in a folder, unless a folder was named to it before; None for its own."""
+    """Lets inductor keep what it compiles in a folder, unless the user named one; None for inductor's own."""
     variable = "TORCHINDUCTOR_CACHE_DIR"
     with mock.patch.dict(os.environ):
         if folder is not None:

@@ -208,7 +208,7 @@ def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Flo
 
 
 def species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
-    """Return the species index (N,) of each atom.
+    """Returns the species index (N,) of each atom.
 
     Args:
         atoms: Structure of N atoms.

@@ -1,4 +1,4 @@
-"""A trained potential as one compiled file, which torch runs in Python and C++ without this package.
+"""Exports a trained potential as one compiled file, which torch runs in Python and C++ without this package.
 
 The forward, with its derivatives, is traced with symbolic numbers of atoms, edges and structures, and compiled by
 AOTInductor of torch. So the file holds no Python, needs no autograd, and takes structures of any size.
@@ -124,7 +124,7 @@ def _potential_of(model: str | Path | nn.Module) -> tuple[nn.Module, list[str], 
 
 
 class _Positional(nn.Module):
-    """A traced function with the arguments and results of an exported file."""
+    """Gives a traced function the arguments and results of an exported file."""
 
     def __init__(self, traced: nn.Module) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from lightning_januspipe.errors import CaptureError
 
 
 class LossLeaves:
-    """Leaves from which a loss is computed instead of energies and forces; their gradients seed BF and BE.
+    """Holds leaves from which a loss is computed instead of energies and forces; their gradients seed BF and BE.
 
     Args:
         observables: Values of the potential that the loss reads.
@@ -82,7 +82,7 @@ def require_finite(loss: Tensor, index: int) -> None:
     """Refuses a loss that is NaN or infinite: every parameter would be lost with the next optimizer step.
 
     Args:
-        loss: The loss.
+        loss: The loss of one micro-batch.
         index: Index of its micro-batch.
 
     Raises:

@@ -52,8 +52,8 @@ class StorageCounter(TorchDispatchMode):
 class MemoryRecorder(ActionRecorder):
     """Measures the bytes that a rank holds after each action of the step that it is entered for.
 
-    Everything counts that was made in the step and is alive: what phases saved, and messages, but no gradients of
-    parameters. Times mean little meanwhile.
+    It counts all that was made in the step and is alive: what phases saved, and messages, but no gradients of
+    parameters. Counting is slow, so times that are measured meanwhile mean little.
 
     Args:
         gradients: Returns the gradients of the parameters, as they are when called.

@@ -61,7 +61,7 @@ def message_specs(
     """Returns what a message between two ranks holds.
 
     Args:
-        message: The message.
+        message: The actions that send it and wait for it.
         chain: What the stages share.
         num_stages: Length of the chain.
         boundary_in: The boundary before the stage that receives the message.
@@ -83,7 +83,7 @@ def message_specs(
 
 @dataclass(frozen=True)
 class MessageForm:
-    """Shapes and dtypes of one message, known to the receiver before it comes.
+    """Holds the shapes and dtypes of one message, which the receiver knows before it comes.
 
     All ranks of a pipeline hold the same batch, so each evaluates the shapes by itself.
 

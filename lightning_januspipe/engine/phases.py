@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Passed:
-    """What an action takes in, or hands on.
+    """Holds what an action takes in, or hands on.
 
     Attributes:
         chain: From, or to, the same phase of the neighbouring stage.

@@ -21,7 +21,7 @@ class TensorSpec:
 
     Attributes:
         shape: A number, or an expression of the inputs' size symbols, for each dimension.
-        dtype: The dtype.
+        dtype: Type of the entries.
     """
 
     shape: tuple[int | str, ...]

@@ -69,7 +69,7 @@ class Stage:
 
     @property
     def num_inflight(self) -> int:
-        """Micro-batches between their first and their last phase here."""
+        """Returns the number of micro-batches between their first and their last phase here."""
         return len(self._inflight)
 
     def clear(self) -> None:
@@ -278,7 +278,7 @@ class SplitStage(Stage):
 
     @property
     def num_inflight(self) -> int:
-        """Micro-batches between their first and their last phase here."""
+        """Returns the number of micro-batches between their first and their last phase here."""
         return super().num_inflight + self._force_rank.num_inflight
 
     def clear(self) -> None:

@@ -17,7 +17,7 @@ class Span:
     """Holds when an action ran.
 
     Attributes:
-        action: The action.
+        action: What ran.
         start: Seconds since the start of the step.
         end: Seconds since the start of the step.
     """

@@ -116,7 +116,7 @@ def walk_graph(
     """Goes back through a graph, but not into the graph that it enters.
 
     Args:
-        graph: The graph.
+        graph: The explored part of the graph of autograd.
         roots: Where to start.
         inputs: Leaves whose gradients are wanted: those on the critical path, and the parameters if nothing is
             deferred.

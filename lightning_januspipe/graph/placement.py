@@ -44,7 +44,7 @@ class Placement:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds its own rows."""
+        """Tells whether each rank holds its own rows."""
         return self.kind is PlacementKind.SHARD
 
 

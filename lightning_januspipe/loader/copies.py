@@ -1,4 +1,4 @@
-"""Copies of a user's loader with more methods; the loader itself is not changed."""
+"""Copies a user's loader, and gives the copy more methods; the loader itself is not changed."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _read_map(loader: Any, num_microbatches: int, limited: bool) -> tuple[Any, A
 
 
 def _of_own_batches(loader: Any, collate: Callable[[Any], Any], num_microbatches: int) -> tuple[Any, Any] | None:
-    """Examples of samples that the loader's own sampler puts together: others may not fit into one batch.
+    """Returns examples of samples that the loader's own sampler puts together: others may not fit into one batch.
 
     Returns:
         Two or three samples of the costliest of the first batches, and as many as a micro-batch has of the cheapest;

@@ -1,4 +1,4 @@
-"""Micro-batches: the samples of a batch in groups of about equal cost, each collated by the loader's own function.
+"""Splits a batch into micro-batches of about equal cost, each collated by the loader's own function.
 
 The batch format does not matter. The gradient is that of gradient accumulation over the same groups: each has the
 weight 1 / (number of groups), whatever its size.

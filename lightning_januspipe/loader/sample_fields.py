@@ -34,7 +34,7 @@ _MAX_DEPTH = 5
 
 
 def is_named(name: str, names: Collection[str]) -> bool:
-    """Whether a field has one of some names."""
+    """Tells whether a field has one of some names."""
     return name.strip("_").lower() in names
 
 

@@ -90,7 +90,7 @@ class ScheduleRow:
 
     @property
     def step_time(self) -> float:
-        """Seconds of a training step, without loading data and the optimizer."""
+        """Returns the seconds of a training step, without loading data and the optimizer."""
         return self.report.makespan
 
     @property
@@ -100,7 +100,7 @@ class ScheduleRow:
 
     @property
     def gap(self) -> float | None:
-        """Excess of the step time over the lower bound, as a share of the bound."""
+        """Returns the excess of the step time over the lower bound, as a share of the bound."""
         return None if self.bound is None else max(0.0, self.report.makespan / self.bound - 1.0)
 
     @property

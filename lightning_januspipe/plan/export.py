@@ -14,8 +14,6 @@ from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 from lightning_januspipe.schedule.draw import Panel
 from lightning_januspipe.schedule.step_report import Report
 
-FORMATS = ("svg", "png")
-
 
 def write_plan(
     plan: SchedulePlan, folder: Path, suffix: str, about: dict[str, Any], measured: Sequence[Measured]
@@ -23,7 +21,7 @@ def write_plan(
     """Writes the files of a plan.
 
     Args:
-        plan: The plan.
+        plan: The predictions and the chosen schedule.
         folder: The folder, which is made if it does not exist.
         suffix: ``svg`` or ``png``.
         about: Further entries of ``plan.json``.

@@ -332,7 +332,7 @@ class CountingGroup(dist.ProcessGroup):
         sent: Bytes and exchanges since :meth:`begin`, by phase and stage.
 
     Args:
-        rank: The rank.
+        rank: The rank that this process stands for.
         size: Number G of graph ranks.
     """
 

@@ -40,7 +40,7 @@ class MeshRow:
 
     @property
     def step_time(self) -> float | None:
-        """Seconds of a training step, without loading data and the optimizer; None where nothing fits."""
+        """Returns the seconds of a training step, without loading data and the optimizer; None where nothing fits."""
         chosen = self.plan.choice
         return None if chosen is None else chosen.step_time + self.reduce
 

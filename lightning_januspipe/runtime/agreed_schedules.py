@@ -61,7 +61,7 @@ class AgreedSchedules:
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the times of the next training step are needed."""
+        """Tells whether the times of the next training step are needed."""
         return self._num_steps in _MEASURED_STEPS
 
     def step_ran(self, schedule: Schedule, spans: Sequence[Span]) -> None:

@@ -60,6 +60,19 @@ class CaptureRequest:
 
 
 @dataclass(frozen=True)
+class News:
+    """Holds what to tell about a new capture; nothing where an earlier one serves again.
+
+    Attributes:
+        line: How the potential is cut, and how the ranks work.
+        details: How it was captured.
+    """
+
+    line: str = ""
+    details: str = ""
+
+
+@dataclass(frozen=True)
 class _LastCapture:
     """Keeps a capture that may serve again, as in a test after training."""
 
@@ -112,7 +125,7 @@ class PipelineBuilder:
 
     def pipeline(
         self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
-    ) -> tuple[Pipeline, str]:
+    ) -> tuple[Pipeline, News]:
         """Builds this rank's part of a pipeline.
 
         Args:
@@ -122,7 +135,7 @@ class PipelineBuilder:
             broadcast: Returns an object of rank 0 on all ranks.
 
         Returns:
-            The pipeline, and a line about a new capture (empty if the last one serves again).
+            The pipeline, and what to tell about a new capture (nothing if the last one serves again).
 
         Raises:
             CaptureError: On every rank, if rank 0 cannot capture.
@@ -130,13 +143,13 @@ class PipelineBuilder:
         links = pipeline_links(mesh)
         latency = broadcast(message_latency(links))  # one number for all replicas: it decides where stages are placed
         planner = Planner(self._schedule_on(mesh), mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
-        news = ""
+        news = News()
         to_verify: list[Tensor] = []
         if self._last is None or not self._last.serves(request):
             capture, to_verify = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
             self._last, self._compiler = _LastCapture(weakref.ref(request.module), _name(request.step), capture), None
             run = describe_run(planner.name, request.num_microbatches, mesh.shape)
-            news = f"januspipe: {capture.describe()}; {run}"
+            news = News(f"januspipe: {capture.describe()}; {run}", f"januspipe: {capture.describe_capture()}")
         found = self._last.capture
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
@@ -147,9 +160,9 @@ class PipelineBuilder:
         pipeline.executor.annotate = request.annotate
         if self._compiler is not None:
             pipeline.compile_report = self._compiler.report()
-            if news:
+            if news.line:
                 of_ranks = mesh.gathered_over_pipeline(pipeline.compile_report, "gathering of what was compiled")
-                news += f"; {describe_compiled(of_ranks)}"
+                news = replace(news, line=f"{news.line}; {describe_compiled(of_ranks)}")
         if to_verify:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.

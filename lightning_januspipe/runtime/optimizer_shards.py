@@ -1,4 +1,4 @@
-"""Optimizer state in shards: of the ranks that hold the same stage, each updates a part of the stage's parameters.
+"""Shards optimizer state: of the ranks that hold the same stage, each updates a part of the stage's parameters.
 
 These ranks are the D replicas times the G graph ranks of a stage. Their gradients are summed by a reduce-scatter, so
 that each rank gets the part that it updates; after the optimizer's step the updated values are gathered. Both together
@@ -38,7 +38,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 @dataclass(frozen=True)
 class Segment:
-    """The entries ``start`` to ``end`` of a flattened parameter."""
+    """Names the entries ``start`` to ``end`` of a flattened parameter."""
 
     parameter: nn.Parameter
     start: int
@@ -46,7 +46,7 @@ class Segment:
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all entries of the parameter."""
+        """Tells whether these are all entries of the parameter."""
         return self.end - self.start == self.parameter.numel()
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def segments(parameters: Sequence[nn.Parameter], num_shards: int, may_cut: bool)
     """Returns the segments of each shard: parameters one after the other, in shards of about equal length.
 
     Args:
-        parameters: The parameters.
+        parameters: Parameters, in the order in which shards take them.
         num_shards: Number of shards.
         may_cut: Whether a shard may begin and end inside of a parameter, unless its memory is not contiguous.
     """
@@ -80,7 +80,7 @@ def _nearest(bound: int, start: int, end: int) -> int:
 
 
 class OptimizerShards:
-    """The shards of one optimizer's parameters.
+    """Holds the shards of one optimizer's parameters.
 
     Every rank that holds the stage makes it with the same parameters, in the same order.
 
@@ -110,7 +110,7 @@ class OptimizerShards:
 
     @property
     def parameters(self) -> set[nn.Parameter]:
-        """The parameters of all shards."""
+        """Returns the parameters of all shards."""
         return {s.parameter for shards in self._shards for shard in shards for s in shard}
 
     def reduce_gradients(self) -> None:

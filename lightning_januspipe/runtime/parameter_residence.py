@@ -37,7 +37,7 @@ class ParameterResidence:
 
     @property
     def is_partial(self) -> bool:
-        """Whether parameters are on the meta device, here or on other ranks of the pipeline."""
+        """Tells whether parameters are on the meta device, here or on other ranks of the pipeline."""
         return bool(self._gone)
 
     def wait_for_stages(self) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers of one rank, and their part in checkpoints with the user's own keys.
+"""Keeps the optimizers of one rank, and puts them into checkpoints with the user's own keys.
 
 A checkpoint in one file is what plain Lightning writes: it loads with ``strategy="auto"``, and the other way round.
 Optimizer state goes from rank to rank by parameter, never by the index in a rank's optimizer: these indices collide.

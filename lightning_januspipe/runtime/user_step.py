@@ -26,7 +26,7 @@ Note = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A micro-batch between the two runs of its step."""
+    """Holds a micro-batch between the two runs of its step."""
 
     step: StepFunction
     batch: Any

@@ -190,7 +190,7 @@ class Schedule:
 
     @property
     def is_folded(self) -> bool:
-        """Whether all phases of each stage are on one rank."""
+        """Tells whether all phases of each stage are on one rank."""
         return self.placement == self.force_placement
 
     def is_split(self, stage: int) -> bool:

@@ -127,7 +127,7 @@ def memory_over_time(
     """Returns for each rank the bytes that its micro-batches hold over time.
 
     Args:
-        schedule: The schedule.
+        schedule: The schedule that was simulated or run.
         start: Start time of every action, from which the bytes that it allocates count.
         end: End time of every action, until which the bytes that it frees count.
         memory: Bytes of one micro-batch, given like the costs.

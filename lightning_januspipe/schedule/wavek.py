@@ -67,7 +67,7 @@ class WaveKChoice:
     """Holds the order that `search_wavek` chose.
 
     Args:
-        schedule: The schedule.
+        schedule: The chosen schedule.
         makespan: Its simulated makespan.
         bound: The time that no schedule of these stages can beat.
         wave_size: Micro-batches per unit; more than ``max_live`` means that the cap alone shapes the waves.

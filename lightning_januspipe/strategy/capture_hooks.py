@@ -72,8 +72,9 @@ class CaptureHooks(StrategyState):
         annotate = trainer.profiler.profile if is_profiled else None
         request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
         self.runner, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
-        if news:
-            self.lib.rank_zero.rank_zero_info(news)
+        if news.line:
+            self.lib.rank_zero.rank_zero_info(news.line)
+            self.lib.rank_zero.rank_zero_debug(news.details)
         if self._residence is not None:
             self._residence.place(self.runner.parameters)
 

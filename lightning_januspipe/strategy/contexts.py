@@ -1,4 +1,4 @@
-"""Contexts in which the user's step runs: for capture, and out of the Trainer's inference mode."""
+"""Runs the user's step in other contexts: for capture, and out of the Trainer's inference mode."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unlogged(trainer: Any, substitute: Callable[[], Any]) -> Iterator[None]:
     """Replaces the Trainer's loggers, so that nothing is logged by a step that runs for capture only.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer whose loggers are replaced.
         substitute: Makes a logger that ignores what it is given.
     """
     loggers = trainer.loggers

@@ -1,4 +1,4 @@
-"""What is said when a run is stopped by Ctrl-C or SIGTERM: how far it was, what is saved, and how to go on."""
+"""Says, when Ctrl-C or SIGTERM stops a run, how far it was, what is saved, and how to go on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def newest_checkpoint(trainer: Any, since: float) -> tuple[str, int | None]:
     """Returns the path of the checkpoint that a run has saved last, and its step.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer of the run.
         since: When the run began, in seconds since the epoch; older files are of other runs.
 
     Returns:
@@ -33,7 +33,7 @@ def describe_interruption(trainer: Any, exception: BaseException, path: str, ste
     """Returns what to say when a run was stopped.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer of the run.
         exception: What has stopped it.
         path: The newest checkpoint; empty if there is none.
         step: The step of that checkpoint.

@@ -1,4 +1,4 @@
-"""Checks of what surrounds a run before any process is started: variables, the port, and the script itself."""
+"""Checks what surrounds a run before any process is started: variables, the port, and the script itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run prints when it fails: other ranks say one line each, then comes the cause, once and last.
+"""Prints why a run failed: other ranks say one line each, then comes the cause, once and last.
 
 Ranks meet in the store of the run: the first one with an error of its own writes down what failed, and prints it when
 the others have said their line. What a rank says only because another has ended is never the cause.

@@ -1,4 +1,4 @@
-"""Norms of the gradients of the whole model, to log and to clip by, although each rank has the gradients of a part."""
+"""Computes norms of the gradients of the whole model, to log and to clip by: each rank has the gradients of a part."""
 
 from __future__ import annotations
 

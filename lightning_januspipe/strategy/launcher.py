@@ -1,4 +1,4 @@
-"""The Trainer's own launcher: starts the other ranks of a machine as scripts, watches them, and leaves none behind."""
+"""Starts the other ranks of a machine as scripts for the Trainer, watches them, and leaves none behind."""
 
 from __future__ import annotations
 

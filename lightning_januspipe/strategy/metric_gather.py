@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics gather their states over the replicas only: ranks of a pipeline see the same samples."""
+"""Lets torchmetrics gather states over the replicas only: ranks of a pipeline see the same samples."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class StrategyOptions:
 
     @property
     def compiled_activation(self) -> Literal["keep", "pointwise", "recompute"] | None:
-        """What compiled phases keep; None if phases run eagerly."""
+        """Returns what compiled phases keep; None if phases run eagerly."""
         if not self.compile:
             return None
         return "pointwise" if self.activation == "auto" else self.activation

@@ -91,7 +91,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
+        """Tells whether there are several ranks, so that the Trainer replaces samplers and honours ``sync_dist``."""
         return self.num_processes * self._num_nodes > 1
 
     @property
@@ -131,7 +131,7 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _shards_optimizers(self) -> bool:
-        """Whether several ranks hold the same stages and share their optimizer state."""
+        """Tells whether several ranks hold the same stages and share their optimizer state."""
         return self.options.shard == "optimizer" and self.mesh_shape.data * self.mesh_shape.graph > 1
 
     @property

@@ -23,7 +23,7 @@ class CoordinatedShutdown:
     """Lets all ranks of a run stop together, on signals and on exceptions.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer that has to stop.
         mesh: This rank's process groups.
         run: How many runs this process has started, which is the same on all ranks.
     """

@@ -32,6 +32,7 @@ from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.options import StrategyOptions, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
+from lightning_januspipe.strategy.quiet import quieten
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @takes_options
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(StrategyOptions(*args, **kwargs))
+        quieten(self.lib)
         self._reduce_gradients = True
         self._metric_gather = ReplicaGather()
 

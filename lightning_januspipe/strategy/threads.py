@@ -1,4 +1,4 @@
-"""The threads of ranks: the cores of a machine are shared evenly among the ranks that may run on them."""
+"""Shares the cores of a machine evenly among the ranks that may run on them."""
 
 from __future__ import annotations
 

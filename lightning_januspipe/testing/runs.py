@@ -1,4 +1,4 @@
-"""Two training runs to compare: one rank's part of a pipelined run, and the same run in one process."""
+"""Runs two trainings to compare: one rank's part of a pipelined run, and the same run in one process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -10,14 +8,6 @@ from ase.build import bulk
 
 from lightning_januspipe.data import StructureDataset, collate_structures, label_with_emt
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def crystal(index: int) -> Atoms:

@@ -134,12 +134,15 @@ def test_named_potential() -> None:
 
 
 def test_description() -> None:
-    text = capture(Step(Potential(3)), 2).describe()
-    assert text.startswith("potential 'potential' captured") and "2 stages" in text
-    assert re.search(r"a boundary of \d+ bytes per atom, ready after", text)
+    found = capture(Step(Potential(3)), 2)
+    text = found.describe()
+    assert re.fullmatch(r"potential 'potential' in 2 stages with .*, a boundary of \d+ bytes per atom", text)
+    assert re.fullmatch(
+        r"potential 'potential' captured \(traced in .* s\): \d+ operations, ready after .* s", found.describe_capture()
+    )
     shares = [int(x) for x in re.findall(r"(\d+) %", text)]
     assert len(shares) == 2 and 99 <= sum(shares) <= 101
-    assert "operations in one stage, ready after" in capture(Step(Potential(3)), 1).describe()
+    assert capture(Step(Potential(3)), 1).describe() == "potential 'potential' in one stage"
 
 
 def test_batch_with_other_entries() -> None:

@@ -10,26 +10,11 @@ from typing import Any
 import average_workers as workers
 import pytest
 import torch
+from nested import close
 from torch import nn
 
 from lightning_januspipe.checkpoint.averages import Place, followers
 from lightning_januspipe.testing import RankPool
-
-
-def close(name: str, a: Any, b: Any) -> None:
-    """Nested numbers agree."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), name
-        for key in a:
-            close(f"{name}.{key}", a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), name
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            close(f"{name}[{i}]", x, y)
-    elif isinstance(a, (torch.Tensor, float)):
-        torch.testing.assert_close(torch.as_tensor(b), torch.as_tensor(a), rtol=1e-9, atol=1e-13, msg=name)
-    else:
-        assert a == b, name
 
 
 @pytest.mark.parametrize("how", ["in the module and by name", "lists", "lightning"])

@@ -42,14 +42,6 @@ QUIET = ["--trainer.enable_progress_bar=false"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -349,6 +341,8 @@ class Stop(Callback):
 
 class TestFit:
     def test_a_run_that_is_stopped_says_how_to_go_on(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The user's config.yaml stays as it is, and the run's own lies beside its checkpoints."""
+        Path("config.yaml").write_text("mine")
         args = ["fit", "--config", QUICKSTART, *ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--trainer.logger=false"]
         args += ["--trainer.callbacks=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=saved"]
         args += ["--trainer.callbacks+=test_main.Stop", "--trainer.val_check_interval=2"]
@@ -358,6 +352,8 @@ class TestFit:
         text = capsys.readouterr().out
         assert f"To go on: januspipe {shlex.join(args)} --ckpt_path saved/on_exception.ckpt" in text
         assert "force MAE (meV/Å)" in text and Path("saved/on_exception.ckpt").is_file()
+        assert Path("config.yaml").read_text() == "mine" and not Path("config-2.yaml").exists()
+        assert "max_epochs" in Path("saved/config.yaml").read_text()
 
     def test_quickstart_in_one_process(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET]

@@ -9,9 +9,9 @@ from capture_models import Potential, Step, Traced, assert_parity, make_batch
 from compiled_models import factory, joint_graphs
 from parity_models import CASES
 
+from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
-from lightning_januspipe.compiled.phases import phase_graphs
-from lightning_januspipe.compiled.stage import CompiledStage
+from lightning_januspipe.compiled.phase_graphs import phase_graphs
 
 SIZES = [(2, 5, 1, 3), (1,), (2,), (1, 1, 1)]
 """Other sizes than traced; one atom; two atoms; no edges."""

@@ -3,17 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,7 +11,18 @@ import tiny
 import torch
 from capture_models import Traced, eager_gradients, structures_of
 from torch import Tensor, nn
-from toy import CHAINS, FLOAT, NUM_FEATURES, ToyStage, assert_close, chain, double_backward, loss_gradients, microbatch
+from toy import (
+    CHAINS,
+    FLOAT,
+    NUM_FEATURES,
+    Scaled,
+    ToyStage,
+    assert_close,
+    chain,
+    double_backward,
+    loss_gradients,
+    microbatch,
+)
 
 from lightning_januspipe.capture.stages.captured import CapturedStage
 from lightning_januspipe.engine.gradients import GradientBuffers
@@ -132,20 +143,6 @@ def shared_constants(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor
     for _ in range(2):
         h = h + messages(vectors, edges, torch.tanh(h @ weights["w"] * scales), scales)
     return h * scales
-
-
-class Scaled(torch.autograd.Function):
-    """A product, written in Python."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(h, weight)
-        return h * weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        h, weight = ctx.saved_tensors
-        return gradients[0] * weight, (gradients[0] * h).sum(0)
 
 
 def in_python(weights: Weights, vectors: Tensor, edges: Tensor, h: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import Scaled
 
 from lightning_januspipe.engine.weight_split import (
     PATH,
@@ -22,23 +23,6 @@ from lightning_januspipe.engine.weight_split import (
 )
 
 FLOAT = torch.float64
-
-
-class Scaled(torch.autograd.Function):
-    """A function written in Python that has a parameter; counts its backward passes."""
-
-    num_backward = 0
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(h, weight)
-        return h * weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        Scaled.num_backward += 1
-        h, weight = ctx.saved_tensors
-        return gradients[0] * weight, (gradients[0] * h).sum(0)
 
 
 def layers(h: Tensor, w: Tensor, v: Tensor, b: Tensor) -> list[Tensor]:

@@ -18,14 +18,6 @@ Batch = dict[str, Tensor]
 MakeBatch = Callable[..., Batch]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def float64() -> Iterator[None]:
     dtype = torch.get_default_dtype()

@@ -8,32 +8,13 @@ from typing import Any
 import optimization_workers as workers
 import pytest
 import tiny
-import torch
+from nested import close
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
 # One way to cut the potential is enough where optimizers do not depend on it; others are cut as by default.
 PIPELINE: dict[str, Any] = {"num_microbatches": 1, "schedule": "wavek"}
 DEFAULT: dict[str, Any] = {"num_microbatches": 1}
-
-
-def close(name: str, expected: Any, found: Any) -> None:
-    """Nested numbers agree to 1e-9, relative to the largest entry of a tensor."""
-    if isinstance(expected, dict):
-        assert expected.keys() == found.keys(), f"{name}: {expected.keys() ^ found.keys()}"
-        for key in expected:
-            close(f"{name}.{key}", expected[key], found[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(expected) == len(found), name
-        for i, (x, y) in enumerate(zip(expected, found, strict=True)):
-            close(f"{name}[{i}]", x, y)
-    elif isinstance(expected, torch.Tensor) and expected.is_floating_point():
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * scale + 1e-15, msg=lambda m: f"{name}: {m}")
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-9), name
-    else:
-        assert found == expected, name
 
 
 def check(pool: RankPool, worker: Any, *arguments: Any, world_size: int = 2, **strategy: Any) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def test_memory_limit_is_for_training(pool: RankPool) -> None:
     limited, free = (
         pool.run(pipeline_workers.validate_only, given, world_size=2) for given in ({"memory_limit": 1000.0}, {})
     )
-    assert limited == free
+    assert limited == pytest.approx(free, rel=1e-12)  # the stages are cut by measured costs
 
 
 def test_a_schedule_stays_where_no_other_keeps_within_memory() -> None:

@@ -9,9 +9,9 @@ from capture_models import OTHER, TRACED, Batch, Traced, make_batch
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.compiled.blueprint import blueprint
+from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
 from lightning_januspipe.compiled.joint import Joint, trace_joint
-from lightning_januspipe.compiled.phases import PhaseGraphs
-from lightning_januspipe.compiled.stage import CompiledStage, PhaseRunners
+from lightning_januspipe.compiled.phase_graphs import PhaseGraphs
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec
 

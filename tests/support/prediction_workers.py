@@ -42,3 +42,17 @@ def predicted(strategy: dict[str, Any] | None, file: str, output: str, batch_siz
 def leftovers(folder: str) -> list[str]:
     """Returns the names of hidden files."""
     return sorted(path.name for path in Path(folder).glob(".*"))
+
+
+def reported(strategy: dict[str, Any] | None, file: str, folder: str) -> float:
+    """Tests on the structures of a file with a report in a folder, and returns the logged error of the forces."""
+    from lightning_januspipe.callbacks import EvaluationReport
+    from lightning_januspipe.data import ASEDataModule
+    from lightning_januspipe.testing import quiet_trainer
+
+    data = ASEDataModule(
+        file, test_file=file, species=["Cu", "Ni", "Al"], dtype="float64", batch_size=2, require_labels=False
+    )
+    trainer = quiet_trainer(strategy, use_distributed_sampler=True, callbacks=[EvaluationReport(folder)])
+    (found,) = trainer.test(tiny.module(), data, verbose=False)
+    return float(found["test_forces_mae"])

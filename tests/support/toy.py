@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,3 +226,20 @@ def assert_close(found: Tensor | None, expected: Tensor, what: str, rtol: float 
     if expected.numel():
         error, scale = float((found - expected).abs().max()), float(expected.abs().max())
         assert error <= rtol * max(scale, 1e-3), f"{what} differs by {error:.1e} at a scale of {scale:.1e}"
+
+
+class Scaled(torch.autograd.Function):
+    """A function written in Python that has a parameter; counts its backward passes."""
+
+    num_backward = 0
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        return h * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        Scaled.num_backward += 1
+        h, weight = ctx.saved_tensors
+        return gradients[0] * weight, (gradients[0] * h).sum(0)

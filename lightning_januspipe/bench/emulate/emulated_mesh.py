@@ -35,7 +35,7 @@ class EmulatedStep:
 
     @property
     def makespan(self) -> float:
-        """Time until the last rank has its gradients."""
+        """Returns the time until the last rank has its gradients."""
         return max(end for _, end in self.reductions)
 
 

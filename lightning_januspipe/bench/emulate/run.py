@@ -19,7 +19,7 @@ class EmulatedRun:
     """Holds a schedule as simulated, and as run on emulated devices. Times are in seconds.
 
     Attributes:
-        schedule: The schedule.
+        schedule: The schedule that was run.
         simulated: Its simulation without any cost of messages.
         with_messages: Its simulation with the measured latency of a message.
         latency: Median time from the sending of a message to its arrival.
@@ -68,7 +68,7 @@ def emulate(
     """Runs a schedule on emulated devices, one process for each rank, and compares it with its simulation.
 
     Args:
-        schedule: The schedule.
+        schedule: The schedule to run.
         costs: Phase times, as in :func:`~lightning_januspipe.schedule.simulate`.
         seconds_per_unit: Seconds in one unit of the costs; phases of less than a few milliseconds measure the machine
             and not the schedule.

@@ -76,7 +76,7 @@ def compare_emulated(
 
 
 def suitable_unit(schedules: Sequence[Schedule], costs: PhaseCosts, mesh: MeshShape | None = None) -> float:
-    """Returns seconds per unit of the costs that make the shortest action long against the runtime's own time.
+    """Returns seconds per unit of the costs with which the shortest action is long beside the runtime's own work.
 
     The shortest action takes 8 ms on up to 8 ranks; more ranks share the same cores, so it grows to 12 ms on 32.
     Pipelines side by side run the same actions at the same times, and graph ranks exchange more: there it takes 0.5 ms

@@ -122,7 +122,7 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
     Args:
         module: the LightningModule.
         step: a training (or evaluation) step of ``module``, from a batch to what it returns.
-        batch: a batch.
+        batch: the batch that the step runs on.
         potential: dotted name of the potential, where the user gave one.
 
     Raises:

@@ -38,7 +38,7 @@ class StepPotential(nn.Module):
 
     @property
     def training(self) -> bool:  # type: ignore[override]
-        """Whether the LightningModule is in training mode."""
+        """Tells whether the LightningModule is in training mode."""
         owner = self.__dict__.get("_owner")
         return owner[0].training if owner else True
 

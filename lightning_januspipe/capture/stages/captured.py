@@ -114,7 +114,7 @@ class CapturedPotential:
 
     @property
     def _places(self) -> list[str]:
-        """Where each input stands in a call; integers read from data come last."""
+        """Returns the place of each input in a call; integers read from data come last."""
         program = self.program
         known = [*self.call.tensors, *self.call.sizes, *["an integer read from data"] * len(program.sizes)]
         known += ["random numbers that the forward draws"] * len(program.draws)
@@ -330,7 +330,7 @@ class CapturedStage:
 
     @property
     def num_tensors(self) -> int:
-        """How many tensors the program's inputs are."""
+        """Returns the number of tensors among the program's inputs."""
         return len(self._captured.program.inputs)
 
     @property

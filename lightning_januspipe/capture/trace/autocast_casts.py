@@ -93,7 +93,7 @@ def _cast(graph: fx.Graph, node: fx.Node, autocast: Autocast, known: set[Any]) -
     """Inserts an operation's casts before it; a composite operation with casts inside is replaced by its parts.
 
     Args:
-        graph: the graph.
+        graph: the graph that holds the operation.
         node: an operation of the graph.
         autocast: the autocast under which it runs.
         known: descriptions of operations without casts; gets new ones.
@@ -162,7 +162,7 @@ def _copied_before(node: fx.Node, inner: fx.Graph, operands: Sequence[Any]) -> A
     """Copies the operations of a graph before a node of another graph; returns what the copied graph returns.
 
     Args:
-        node: the node.
+        node: the operation before which the copies go.
         inner: the graph that is copied.
         operands: the values for the inputs of the copied graph.
     """

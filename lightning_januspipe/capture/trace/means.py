@@ -8,14 +8,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 
 def split_means(program: Program) -> Program:
-    """``Program -> Program``: replaces each ``index_reduce`` that computes means of rows alone by a sum and a count.
-
-    Args:
-        program: the captured program; it is changed.
-
-    Returns:
-        The program.
-    """
+    """``Program -> Program``: replaces each ``index_reduce`` that computes means of rows alone by a sum and a count."""
     nodes: list[Node] = []
     for node in program.nodes:
         if operator_of(node) == "aten.index_reduce" and node.args[4] == "mean":

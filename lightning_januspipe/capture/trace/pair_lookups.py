@@ -15,14 +15,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 
 def split_pair_lookups(program: Program) -> Program:
-    """``Program -> Program``: makes two look-ups, one for each end of the edges, of one look-up for both ends.
-
-    Args:
-        program: the captured program; it is changed.
-
-    Returns:
-        The program.
-    """
+    """``Program -> Program``: makes two look-ups, one for each end of the edges, of one look-up for both ends."""
     nodes: list[Node] = []
     for node in program.nodes:
         found = _end_of_pairs(program, node)

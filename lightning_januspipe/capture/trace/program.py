@@ -76,7 +76,7 @@ class Node:
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether its value is given instead of computed."""
+        """Tells whether its value is given instead of computed."""
         return self.op == "placeholder"
 
     def inputs(self) -> list[str]:

@@ -85,7 +85,7 @@ class _TracedCall(nn.Module):
     """Runs the potential as a function of the tensors of its call, so that nothing else is an input.
 
     Args:
-        potential: the potential.
+        potential: the module whose forward is traced.
         call: its call, with the arguments that its adapters made.
         form: the format of its calls.
         adapters: the adapters of its package.

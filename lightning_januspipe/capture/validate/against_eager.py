@@ -62,7 +62,7 @@ def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential
 
     Args:
         potential: the live potential.
-        call: the call.
+        call: the arguments that the potential is called with.
         staged: the staged potential, which says which outputs are available.
 
     Raises:
@@ -160,7 +160,7 @@ def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: Sta
 
 @dataclass(frozen=True)
 class PhaseMode:
-    """How the phases are run; potentials are validated in the mode in which they train.
+    """Says how the phases are run; potentials are validated in the mode in which they train.
 
     Attributes:
         defer: leave weight gradients to WF and WE.
@@ -210,7 +210,7 @@ def run_staged(
     Args:
         staged: the potential in stages.
         potential: the live potential.
-        call: the call.
+        call: the arguments that the potential is called with.
         phase_mode: how the phases are run.
         measure_memory: measure the memory of each stage.
         num_runs: how often the phases run; times and memory are those of the last run.

@@ -20,6 +20,8 @@ import torchmetrics
 from key_models import Another, Inner, Kind, Net, Scripted, helper, key, scripted, triple
 from torch import nn
 
+from lightning_januspipe.capture.cache.digest import Digester
+
 
 def replace_linear(net: Net) -> None:
     net.inner["a"].linear = nn.Linear(3, 4)
@@ -201,3 +203,20 @@ def test_plain_globals_of_installed_packages(monkeypatch: pytest.MonkeyPatch, tm
     assert key(package.Model()) == before
     monkeypatch.setattr(package, "CUTOFF", 5.1)
     assert key(package.Model()) != before
+
+
+def test_class_attributes_count_in_the_users_own_classes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts calls in attributes of its classes, which would be another key at every capture."""
+
+    class Own(nn.Module):
+        factor = 1
+
+    def digests() -> list[str]:
+        digester = Digester(nn.Linear(1, 1))
+        return [digester.digest(cls) for cls in (Own, nn.Linear)]
+
+    before = digests()
+    monkeypatch.setattr(nn.Linear, "calls", 3, raising=False)
+    assert digests() == before
+    monkeypatch.setattr(Own, "factor", 2)
+    assert digests()[0] != before[0]

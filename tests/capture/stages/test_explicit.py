@@ -50,7 +50,7 @@ def test_order_of_the_ways() -> None:
     told = capture(SelfDividing()).describe()
     assert "cut at its own parts" in told and "tracing was refused (the forward reads a list of values" in told
     assert "refused" not in capture(SelfDividing(), stages="explicit").describe()
-    assert "captured (traced in" in capture(Potential()).describe()
+    assert "captured (traced in" in capture(Potential()).describe_capture()
     with pytest.raises(CaptureError, match="the forward reads a list of values"):
         capture(SelfDividing(), stages="captured")
     with pytest.raises(CaptureError, match=r"stages='explicit', but the potential 'potential' \(Potential\) declares"):

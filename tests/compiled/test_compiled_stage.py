@@ -12,8 +12,8 @@ from capture_models import Potential, Step, Traced, assert_parity, make_batch
 from compiled_models import joint_graphs
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
-from lightning_januspipe.compiled.phases import PhaseGraphs, phase_graphs
-from lightning_januspipe.compiled.stage import CompiledStage, PhaseRunners
+from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
+from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec
 from lightning_januspipe.errors import CaptureError
@@ -62,7 +62,7 @@ def test_the_first_micro_batch_is_compared_and_no_other(
     make = stages_of(graphs, {}, made)
     assert_parity(captured, traced.module, BATCH, make_stage=make)
     assert made[0]._runnable.is_verified
-    monkeypatch.setattr("lightning_januspipe.compiled.stage.EagerTwin", None)
+    monkeypatch.setattr("lightning_januspipe.compiled.compiled_stage.EagerTwin", None)
     assert_parity(captured, traced.module, make_batch((1, 4), seed=2), make_stage=make)
 
 

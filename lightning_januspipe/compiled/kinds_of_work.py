@@ -1,4 +1,4 @@
-"""What kind of work an operation of a traced stage does: the one table that decides what may be computed again."""
+"""Tells which kind of work an operation of a traced stage does: the one table that decides what is computed again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 
-class Work(Enum):
-    """The kind of work that an operation does."""
+class KindOfWork(Enum):
+    """Names the kind of work that an operation does."""
 
     SIZE = "arithmetic of sizes"
     VIEW = "a view"
@@ -33,10 +33,10 @@ _MAKE = (
 _NAMED = {
     name: work
     for work, names in (
-        (Work.VIEW, _VIEW),
-        (Work.POINTWISE, _POINTWISE),
-        (Work.GATHER, _GATHER),
-        (Work.MAKE, _MAKE),
+        (KindOfWork.VIEW, _VIEW),
+        (KindOfWork.POINTWISE, _POINTWISE),
+        (KindOfWork.GATHER, _GATHER),
+        (KindOfWork.MAKE, _MAKE),
     )
     for name in names.split()
 }
@@ -45,19 +45,19 @@ EXCHANGES = "januspipe"
 """Namespace of the operators that exchange rows between graph ranks."""
 
 
-def work_of(node: fx.Node) -> Work:
+def work_of(node: fx.Node) -> KindOfWork:
     """Returns the kind of work that a node does; a pointwise operation is known by torch's own tag."""
     if node.op == "get_attr":
-        return Work.MAKE
+        return KindOfWork.MAKE
     if not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-        return Work.SIZE
+        return KindOfWork.SIZE
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace == EXCHANGES:
-            return Work.EXCHANGE
+            return KindOfWork.EXCHANGE
         name = target._schema.name.split("::")[1]
         if name not in _NAMED and torch.Tag.pointwise in target.tags:
-            return Work.POINTWISE
+            return KindOfWork.POINTWISE
     else:
         name = getattr(target, "__name__", str(target))
-    return _NAMED.get(name, Work.SUM)
+    return _NAMED.get(name, KindOfWork.SUM)

@@ -13,11 +13,12 @@ from compiled_models import factory, joint_graphs
 from parity_models import AtomicEnergies, ChargeStep
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
-from lightning_januspipe.compiled import levels, phases
+from lightning_januspipe.compiled import levels
+from lightning_januspipe.compiled import phase_graphs as phases
 from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
-from lightning_januspipe.compiled.operators import Work, work_of
-from lightning_januspipe.compiled.phases import PhaseGraphs, phase_graphs
+from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.compiled.ports import Kind
 from lightning_januspipe.schedule import Phase
 
@@ -161,4 +162,10 @@ _returned_in = levels.returned_in
 
 def test_kinds_of_work(joints: list[Joint]) -> None:
     found = {work_of(n) for joint in joints for n in joint.graph.nodes if n.op == "call_function"}
-    assert found - {Work.SIZE} == {Work.VIEW, Work.MAKE, Work.POINTWISE, Work.GATHER, Work.SUM}
+    assert found - {KindOfWork.SIZE} == {
+        KindOfWork.VIEW,
+        KindOfWork.MAKE,
+        KindOfWork.POINTWISE,
+        KindOfWork.GATHER,
+        KindOfWork.SUM,
+    }

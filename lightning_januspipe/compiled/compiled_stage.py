@@ -1,4 +1,4 @@
-"""A stage that runs the graphs of its phases."""
+"""Runs a stage with the graphs of its phases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_januspipe.compiled.blueprint import TraceableStage, bind, first_places
 from lightning_januspipe.compiled.joint import shape_of
-from lightning_januspipe.compiled.phases import PhaseSignature, StagePhases
+from lightning_januspipe.compiled.phase_graphs import PhaseSignature, StagePhases
 from lightning_januspipe.compiled.ports import Kind, Port
 from lightning_januspipe.compiled.twin import EagerTwin
 from lightning_januspipe.engine.gradients import GradientBuffers
@@ -29,7 +29,7 @@ _Given = Mapping[Kind, Sequence[Tensor | None]]
 
 @dataclass
 class _Inflight:
-    """What one micro-batch has between its phases.
+    """Keeps what one micro-batch has between its phases.
 
     Attributes:
         sizes: values of the size symbols.
@@ -46,7 +46,7 @@ class _Inflight:
 
 @dataclass
 class PhaseRunners:
-    """The phases of one stage, ready to run.
+    """Holds the phases of one stage, ready to run.
 
     Attributes:
         phases: what the phases take, return and keep.
@@ -62,7 +62,7 @@ class PhaseRunners:
 
     @property
     def is_verified(self) -> bool:
-        """Whether all phases that there are have been compared, or need not be."""
+        """Tells whether all phases that there are have been compared, or need not be."""
         last = Phase.BE if Phase.BF in self.phases.signatures else Phase.FF
         return self.tolerance is None or self.verified in (Phase.BE, last)
 
@@ -101,7 +101,7 @@ class CompiledStage(Stage):
 
     @property
     def num_inflight(self) -> int:
-        """Micro-batches between their first and their last phase here."""
+        """Returns the number of micro-batches between their first and their last phase here."""
         return len(self._running) + super().num_inflight
 
     def clear(self) -> None:

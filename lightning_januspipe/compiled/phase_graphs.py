@@ -1,4 +1,4 @@
-"""From the joint graph of a stage to one graph for each of its phases."""
+"""Cuts the joint graph of a stage into one graph for each of its phases."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.levels import (
     BEFORE,
     ORDER,
@@ -20,7 +21,6 @@ from lightning_januspipe.compiled.levels import (
     split_sums,
 )
 from lightning_januspipe.compiled.minimum_cut import Activation, kept_values
-from lightning_januspipe.compiled.operators import Work, work_of
 from lightning_januspipe.compiled.ports import FREE, GIVEN, Port
 from lightning_januspipe.compiled.sizes import StageSizes
 from lightning_januspipe.compiled.torch_internals import FakeTensorMode
@@ -29,7 +29,7 @@ from lightning_januspipe.schedule.actions import Phase
 
 @dataclass(frozen=True)
 class PhaseSignature:
-    """One phase of a stage as a function of tensors: ``(inputs) -> (*results, *kept)``.
+    """Describes one phase of a stage as a function of tensors: ``(inputs) -> (*results, *kept)``.
 
     Attributes:
         phase: which phase it is.
@@ -48,7 +48,7 @@ class PhaseSignature:
 
 @dataclass(frozen=True)
 class StagePhases:
-    """The phases of one stage, without their operations.
+    """Describes the phases of one stage, without their operations.
 
     Attributes:
         signatures: of each phase.
@@ -68,7 +68,7 @@ class StagePhases:
 
     @property
     def is_deferred(self) -> bool:
-        """Whether WF and WE are phases of their own."""
+        """Tells whether WF and WE are phases of their own."""
         return Phase.WF in self.signatures or Phase.WE in self.signatures
 
     def held_bytes(self, after: Phase) -> int:
@@ -92,13 +92,13 @@ class StagePhases:
         return next(phase for phase, own in self.signatures.items() if name in own.kept)
 
     def is_free(self, name: str) -> bool:
-        """Whether a value is at hand in every phase."""
+        """Tells whether a value is at hand in every phase."""
         return name in self.ports and self.ports[name].kind in FREE
 
 
 @dataclass(frozen=True)
 class PhaseGraphs:
-    """The phases of one stage with their operations.
+    """Holds the phases of one stage with their operations.
 
     Attributes:
         phases: the signatures of the graphs.
@@ -151,7 +151,7 @@ class _Cutter:
         self._modules: dict[Phase, fx.GraphModule] = {}
 
     def run(self) -> PhaseGraphs:
-        """All phases in order."""
+        """Cuts out all phases in order."""
         # BF of a last stage may return nothing, and still has what BE and WF both need.
         chain = ORDER[:4] if set(self._ends) - {Phase.FE, Phase.FF} else ORDER[:2]
         order = [p for p in ORDER if p in chain or p in self._ends]
@@ -174,7 +174,7 @@ class _Cutter:
         return PhaseGraphs(phases, self._modules, self._joint.mode)
 
     def _found(self, phase: Phase, after: list[Phase], held: set[fx.Node]) -> list[fx.Node]:
-        """What is kept after a phase, for the results of all phases after it."""
+        """Returns what is kept after a phase, for the results of all phases after it."""
         needed = {node for (node, _), end in zip(self._wanted, self._ends, strict=True) if end in after}
         if phase is Phase.WF:
             # Sums over weights, if any, to which both WF and WE contribute.
@@ -212,7 +212,7 @@ class _Cutter:
 
 
 def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
-    """``(joint, phase graphs) ->`` nothing, or an assertion: every phase has its inputs, exchanges run once.
+    """Asserts that every phase has its inputs, and that exchanges run once.
 
     Graph ranks have to run the same exchanges in the same order, so each phase has to have them in the joint graph's.
     """
@@ -225,7 +225,7 @@ def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
         missing = [name for name in signature.inputs if name not in known]
         assert not missing, f"{phase.value} reads {missing[:3]}, which no earlier phase keeps"
         nodes = found.modules[phase].graph.nodes
-        own = [n.name for n in nodes if n.op == "call_function" and work_of(n) is Work.EXCHANGE]
+        own = [n.name for n in nodes if n.op == "call_function" and work_of(n) is KindOfWork.EXCHANGE]
         assert own == sorted(own, key=order.__getitem__), f"{phase.value} has its exchanges in another order"
         exchanges += own
     assert len(exchanges) == len(set(exchanges)), "an exchange between graph ranks runs in two phases"

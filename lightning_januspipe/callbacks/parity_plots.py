@@ -1,0 +1,167 @@
+"""Draws predictions against labels, the errors of both, and errors over the course of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_januspipe import keys
+from lightning_januspipe.callbacks.error_report import format_error
+from lightning_januspipe.callbacks.records import Floats
+from lightning_januspipe.schedule import draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LABELS = {
+    keys.ENERGY: ("energy", "eV/atom", "structures"),
+    keys.FORCES: ("force components", "eV/Å", "components"),
+    keys.STRESS: ("stress components", "eV/Å³", "components"),
+}
+_BLUE, _ORANGE, _GREY, _INK = "#0868AC", "#C8500A", "#888888", "#222222"
+_MOST_POINTS = 400  # of which each is drawn; of more, their density
+_BINS = 120
+_SHOWN = 99.0  # percent of the errors that the histogram shows
+
+
+def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, title: str, note: str = "") -> None:
+    """Draws predictions against labels as a density, beside a histogram of the errors.
+
+    Args:
+        quantity: ``energy``, ``forces`` or ``stress``.
+        given: (n,) labels in eV/atom, eV/Å or eV/Å³.
+        predicted: (n,) predictions.
+        path: File to write, ``.png`` or ``.svg``.
+        title: Title of the picture.
+        note: What the values are relative to, for the labels of the axes.
+    """
+    from matplotlib.figure import Figure
+
+    name, unit, what = _LABELS[quantity]
+    with draw.style():
+        figure = Figure(figsize=(7.4, 3.6), dpi=150, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
+        _draw_density(figure, left, given, predicted)
+        left.set_xlabel(f"given {name}{note} ({unit})")
+        left.set_ylabel(f"predicted ({unit})")
+        errors = 1000 * (predicted - given)
+        spread = ((given - given.mean()) ** 2).sum()
+        lines = [
+            ("MAE", f"{format_error(float(np.abs(errors).mean()))} m{unit}"),
+            ("RMSE", f"{format_error(float(np.sqrt((errors**2).mean())))} m{unit}"),
+            *([("R²", f"{1 - ((predicted - given) ** 2).sum() / spread:.4f}")] if spread > 0 else []),
+            (f"{len(given):,} {what}", ""),
+        ]
+        for line, (label, value) in enumerate(lines):
+            for x, text in ((0.04, label), (0.18, value)):
+                left.text(x, 0.95 - 0.06 * line, text, transform=left.transAxes, fontsize=8.5, color=_INK)
+        _draw_errors(right, errors, f"m{unit}", what)
+        draw.save(figure, path, path.suffix)
+
+
+def _draw_density(figure: Any, axes: Axes, given: Floats, predicted: Floats) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    both = np.concatenate([given, predicted])
+    low, high = float(both.min()), float(both.max())
+    margin = 0.04 * (high - low) or 1.0
+    limits = low - margin, high + margin
+    axes.plot(limits, limits, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+    if len(given) <= _MOST_POINTS:
+        axes.scatter(given, predicted, s=14, color=_BLUE, alpha=0.6, linewidths=0, zorder=2)
+    else:
+        colours = LinearSegmentedColormap.from_list("density", ["#9FD3F2", "#0868AC", "#042A4F"])
+        counts, x, y = np.histogram2d(given, predicted, bins=_BINS, range=(limits, limits))
+        shown = np.ma.masked_equal(counts.T, 0)
+        mesh = axes.pcolormesh(x, y, shown, cmap=colours, norm=LogNorm(1, max(2.0, counts.max())), rasterized=True)
+        bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
+        bar.ax.set_title("per cell", fontsize=8)
+        bar.outline.set_visible(False)
+    axes.set_xlim(limits)
+    axes.set_ylim(limits)
+    axes.set_aspect("equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+
+
+def _draw_errors(axes: Axes, errors: Floats, unit: str, what: str) -> None:
+    edge = float(np.percentile(np.abs(errors), _SHOWN)) or 1e-9
+    beyond = float((np.abs(errors) > edge).mean())
+    bins = int(np.clip(np.sqrt(len(errors)), 12, 80))
+    axes.hist(errors, bins=bins, range=(-edge, edge), color=_BLUE, alpha=0.85)
+    axes.axvline(0.0, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)))
+    mean = float(errors.mean())
+    axes.axvline(mean, color=_ORANGE, linewidth=1.0)
+    axes.set_xlim(-1.05 * edge, 1.05 * edge)
+    is_zero = abs(mean) < 1e-3 * float(np.abs(errors).mean())  # as of forces, whose sum is zero
+    text = "mean 0" if is_zero else f"mean {'−' if mean < 0 else ''}{format_error(abs(mean))} {unit}"
+    axes.set_title(text, loc="left", fontsize=8.5, color=_ORANGE)
+    if beyond:
+        axes.set_title(f"{100 * beyond:.1f} % beyond", loc="right", fontsize=8.5, color=_GREY)
+    axes.set_xlabel(f"predicted − given ({unit})")
+    axes.set_ylabel(what)
+
+
+def draw_learning_curves(history: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draws the errors of training and validation data, and the learning rate, over the epochs.
+
+    Args:
+        history: For each epoch, its index as ``epoch`` and the logged values, as ``val_forces_mae`` in eV/Å; ``lr`` is
+            the learning rate. What is missing or NaN is left out.
+        path: File to write, ``.png`` or ``.svg``.
+        title: Title of the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    units = {keys.ENERGY: "meV/atom", keys.FORCES: "meV/Å", keys.STRESS: "meV/Å³"}
+    panels = [(f"{name}\nMAE ({unit})", f"{name}_mae", 1000.0) for name, unit in units.items()]
+    panels = [("loss", "loss", 1.0), *panels]  # of the training data only the last batch is logged
+    shown = [panel for panel in panels if any(_known(history, f"val_{panel[1]}")[0])]
+    with draw.style():
+        figure = Figure(figsize=(7.4, 0.6 + 1.55 * len(shown)), dpi=150, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        found = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (label, name, factor) in zip(found, shown, strict=True):
+            stages = (("train", "training", _GREY), ("val", "validation", _BLUE))[name == "loss" :]
+            for stage, legend, colour in stages:
+                epochs, values = _known(history, f"{stage}_{name}")
+                marker = "." if len(epochs) < 60 else ""
+                axes.plot(epochs, factor * np.array(values), color=colour, marker=marker, linewidth=1.2, label=legend)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.set_ylabel(label)
+            axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+        rates = _known(history, "lr")
+        if len(set(rates[1])) > 1:
+            other = found[0].twinx()
+            other.plot(*rates, color=_ORANGE, linewidth=0.9, linestyle=(0, (4, 2)), label="learning rate (right)")
+            other.set_yscale("log")
+            other.set_ylabel("learning rate", color=_ORANGE)
+            other.spines["right"].set_visible(True)
+        figure.legend(*_legend(figure.axes), loc="outside upper right", ncols=3)
+        found[-1].set_xlabel("epoch")
+        found[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        draw.save(figure, path, path.suffix)
+
+
+def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    """Returns a handle for each label of all axes."""
+    handles: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    return list(handles.values()), list(handles)
+
+
+def _known(history: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """Returns the epochs that have a positive value, and the values."""
+    pairs = [(epoch["epoch"], epoch[name]) for epoch in history if epoch.get(name, float("nan")) > 0]
+    return [epoch for epoch, _ in pairs], [value for _, value in pairs]

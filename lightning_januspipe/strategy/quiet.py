@@ -1,0 +1,47 @@
+"""Keeps quiet what Lightning says without knowing the strategy, and its tips for other products."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from typing import Any
+
+WARNINGS = (
+    # The strategy reduces what is logged over replicas by itself, and the ranks of a pipeline log the same.
+    r"It is recommended to use `self\.log\(.*sync_dist=True\)` when logging on epoch level",
+    # The strategy brings the loader to where it was.
+    r"You're resuming from a checkpoint that ended before the epoch ended and your dataloader is\s+not resumable",
+    # What Lightning and its own dependencies say to each other, and no user can mend.
+    r".*LeafSpec.*is deprecated",
+    r"\s*``instantiate_classes`` was deprecated",
+    r"The dirpath has changed",
+    r"Starting from v1\.9\.0, `tensorboardX` has been removed",
+)
+"""How the warnings begin that are left out."""
+
+_CONNECTOR = "trainer.connectors.checkpoint_connector"
+
+_LINES = re.compile("💡 Tip: |`weights_only` was not set")
+
+
+def quieten(lib: Any) -> None:
+    """Leaves these warnings and lines out from now on, whatever strategy runs next in this process.
+
+    Args:
+        lib: The modules of one Lightning.
+    """
+    ignore_warnings()
+    package = lib.strategies.__name__.rpartition(".")[0]
+    for logger in (lib.rank_zero.rank_zero_module.log, logging.getLogger(f"{package}.{_CONNECTOR}")):
+        logger.addFilter(_is_wanted)  # the same function is added once
+
+
+def ignore_warnings() -> None:
+    """Leaves these warnings out."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return _LINES.match(record.getMessage()) is None
