@@ -32,7 +32,7 @@ _WHERE = {
     **dict.fromkeys(("Adapter", "ExplicitStages", "run_stages"), "capture"),
     **{"load": "models", "with_halo": "graph"},
 }
-_FOLDERS = ("bench", "calculator", "callbacks", "data", "models", "plan", "schedule", "testing")
+_FOLDERS = ("bench", "calculator", "callbacks", "data", "experts", "models", "plan", "schedule", "testing")
 
 
 def __getattr__(name: str) -> Any:

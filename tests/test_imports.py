@@ -17,10 +17,11 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors"},
     "random_state": set(),
     "schedule": set(),
+    "experts": set(),
     "checkpoint": {"errors"},
     "engine": {"distributed", "errors", "schedule"},
     "loader": {"keys", "random_state"},
-    "capture": {"engine", "errors", "random_state", "schedule"},
+    "capture": {"engine", "errors", "experts", "random_state", "schedule"},
     "compiled": {"capture", "engine", "errors", "schedule"},
     "graph": {"capture", "distributed", "engine", "errors", "loader"},
     "data": {"keys", "loader"},
@@ -140,6 +141,22 @@ def test_every_part_has_its_place() -> None:
 @pytest.mark.parametrize("module", SOURCES)
 def test_dependencies_point_one_way(module: str) -> None:
     assert not violations(module, SOURCES[module], PARTS)
+
+
+def test_no_two_files_have_one_name() -> None:
+    names = [name for module in SOURCES if (name := module.rpartition(".")[2]) != "__init__"]
+    of_folders = {module.rpartition(".")[2] for module in SOURCES if any(m.startswith(f"{module}.") for m in SOURCES)}
+    repeated = {name for name in names if names.count(name) > 1} - of_folders
+    assert not repeated, f"files of one name: {[m for m in SOURCES if m.rpartition('.')[2] in repeated]}"
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    for module, source in SOURCES.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in found.items() if len(modules) > 1}
 
 
 def test_few_files_at_the_root() -> None:

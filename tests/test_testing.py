@@ -19,7 +19,7 @@ from lightning_januspipe.testing import (
     PotentialConformance,
     RankError,
     RankPool,
-    Record,
+    RunRecord,
     compare_records,
     quiet_trainer,
 )
@@ -128,9 +128,9 @@ def test_faulty_models_are_told(
 
 
 def test_single_precision_is_told() -> None:
-    def record(dtype: torch.dtype, change: float) -> Record:
+    def record(dtype: torch.dtype, change: float) -> RunRecord:
         weight = torch.ones(3, dtype=dtype)
-        return Record({"weight": weight}, [1.0], [{"weight": weight * (1 + change)}], {"weight": weight})
+        return RunRecord({"weight": weight}, [1.0], [{"weight": weight * (1 + change)}], {"weight": weight})
 
     for dtype, change in ((torch.float32, 1e-6), (torch.float64, 1e-8)):
         with pytest.raises(AssertionError, match="gradient of weight in step 0 differs by") as error:

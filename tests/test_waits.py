@@ -18,13 +18,14 @@ MESHES = {
     "P2": {"pipeline_size": 2},
     "D2": {"pipeline_size": 1, "data_size": 2},
     "G2": {"pipeline_size": 1, "graph_size": 2},
+    "D2shards": {"pipeline_size": 1, "data_size": 2, "shard": "optimizer"},
     "P2D2": {"pipeline_size": 2, "data_size": 2},
     "P2folder": {"pipeline_size": 2, "save_distributed_checkpoint": True},
 }
 DEFAULT = [("P2", 1, "before the reduction"), ("D2", 0, "before saving")]
 REST = [
     (mesh, rank, place)
-    for mesh, ranks in {"P2": (0, 1), "D2": (1,), "G2": (1,), "P2D2": (3,), "P2folder": (1,)}.items()
+    for mesh, ranks in {"P2": (0, 1), "D2": (1,), "D2shards": (1,), "G2": (1,), "P2D2": (3,), "P2folder": (1,)}.items()
     for rank in ranks
     for place in workers.PLACES
     if (mesh, rank, place) not in DEFAULT

@@ -45,7 +45,7 @@ class AtomsAdapter:
         self.cutoff = float(cutoff)
 
     def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> Any:
-        """Returns the one argument of the potential, on the CPU.
+        """Returns the batch of one structure, on the CPU.
 
         Args:
             atoms: Structure of N atoms.
@@ -53,6 +53,10 @@ class AtomsAdapter:
             dtype: Type of floating-point tensors.
         """
         raise NotImplementedError
+
+    def call(self, potential: nn.Module, batch: Any) -> Any:
+        """Calls the potential, with further arguments where it needs some."""
+        return potential(batch)
 
     def results(self, potential: nn.Module, batch: Any, output: Any) -> dict[str, Tensor]:
         """Returns the results of one structure in eV, eV/Å and eV/Å³, as far as the potential has them.

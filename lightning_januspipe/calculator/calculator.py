@@ -106,7 +106,7 @@ class JanusPipeCalculator(Calculator):
         batch = self.adapter.batch_from_atoms(structure, self.neighbors.edges(structure), self.dtype)
         batch = _moved(batch, self.device)
         with torch.inference_mode(False), torch.enable_grad():
-            found = self.adapter.results(self.potential, batch, self.potential(batch))
+            found = self.adapter.results(self.potential, batch, self.adapter.call(self.potential, batch))
         if "energies" in properties and "energies" not in found:
             with torch.inference_mode(False), torch.no_grad():
                 energies = self.adapter.energies_of_atoms(self.potential, batch)

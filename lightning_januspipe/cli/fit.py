@@ -184,7 +184,7 @@ class PotentialCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the Trainer, with a narrow progress bar in place of Lightning's own, and what writes predictions."""
         trainer = super().instantiate_trainer(**kwargs)
-        if output := self.arguments.get("output"):
+        if self.config.get("subcommand") == "predict" and (output := self.arguments.get("output")):
             vars(trainer)["callbacks"].append(PredictionWriter(output))
         self._add_report(trainer)
         bar = trainer.progress_bar_callback

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,10 @@ from lightning_januspipe.cli.plan_tables import (
     stage_table,
 )
 from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, format_bytes, plan_costs, plan_cuts
-from lightning_januspipe.plan.export import write_plan
 from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 from lightning_januspipe.plan.meshes import compare_meshes
+from lightning_januspipe.plan.write_plan import write_plan
 from lightning_januspipe.runtime.planner import placements
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _plan_costs(given: PlanArguments) -> None:
     )
     times = ", ".join(f"{name.upper()} {1e3 * getattr(costs, name):g}" for name in _PHASES)
     console = make_console()
+    _answer(plan.reason())
     console.print(f"One rank's share of a micro-batch, in ms: {times}; {1e3 * costs.total:g} in all.", soft_wrap=True)
     about = {"source": "costs", "seconds": {name: getattr(costs, name) for name in _PHASES}}
     _show(plan, given, about, [])
@@ -149,6 +151,8 @@ def _plan_recipe(recipe: Recipe) -> None:
         structures=structures,
         atoms=atoms or None,
     )
+    plan = replace(plan, uncertainty=max(one.uncertainty for one in measured))
+    _answer(plan.reason())
     _describe(recipe, measured, structures, atoms, num_microbatches)
     is_extrapolated = measured[0].num_stages < num_ranks
     console = make_console()
@@ -224,7 +228,12 @@ def _plan_meshes(recipe: Recipe) -> None:
         structures=structures,
         atoms=atoms or None,
     )
-    console = make_console()
+    console, best = make_console(), meshes.choice
+    if best is not None:
+        _answer(best.arguments())
+    elif meshes.rows:
+        least = min((row.memory for row in meshes.rows if row.memory is not None), default=0.0)
+        _answer(f"No mesh fits: the least that a rank needs is {format_bytes(least)}.")
     _describe(recipe, list(measured.values()), structures, atoms, num_microbatches)
     _show_shares(shares, whole)
     console.print()
@@ -235,12 +244,8 @@ def _plan_meshes(recipe: Recipe) -> None:
     console.print(mesh_table(meshes))
     console.print(MESH_LEGEND)
     console.print(_assumed(link))
-    best = meshes.choice
     if best is None:
-        least = min((row.memory for row in meshes.rows if row.memory is not None), default=0.0)
-        console.print(f"\n→ No mesh fits: the least that a rank needs is {format_bytes(least)}.", soft_wrap=True)
         return
-    console.print(f"\n→ {best.arguments()}", soft_wrap=True)
     about = _about(recipe, list(measured.values()), shares, best.shape.graph)
     about["meshes"] = [row.to_dict() for row in meshes.rows]
     _write(best.plan, given, about, [measured[best.shape.pipeline]])
@@ -335,8 +340,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
+def _answer(text: str) -> None:
+    """Prints the answer, before the tables that it comes from."""
+    make_console().print(f"→ {text}\n", soft_wrap=True)
+
+
 def _show(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measured: Sequence[Measured]) -> None:
-    """Prints the table of schedules and the choice, and writes the files."""
+    """Prints the table of schedules, and writes the files."""
     console = make_console()
     if plan.rows:
         console.print()
@@ -344,7 +354,6 @@ def _show(plan: SchedulePlan, given: PlanArguments, about: dict[str, Any], measu
         console.print(schedule_legend(plan))
     for line in notes(plan):
         console.print(line, soft_wrap=True)
-    console.print(f"\n→ {plan.reason()}", soft_wrap=True)
     _write(plan, given, about, measured)
 
 

@@ -96,7 +96,8 @@ def _listed(names: Sequence[str], most: int) -> str:
 
 
 def schedule_table(plan: SchedulePlan) -> Table:
-    """Returns one row for every schedule; the choice is marked."""
+    """Returns one row for every schedule; the choice is marked, unless the measurement cannot tell it from others."""
+    choice = None if plan.rivals else plan.choice
     has_data, has_memory = plan.structures is not None, any(row.report.memory for row in plan.rows)
     has_bytes = any(row.message_bytes for row in plan.rows)
     rate = ("struct/s", "atoms/s") if has_data and plan.atoms else ("struct/s",) if has_data else ("µbatch/s",)
@@ -108,12 +109,13 @@ def schedule_table(plan: SchedulePlan) -> Table:
     )
     table.columns[1].justify = "left"
     for row in plan.rows:
-        table.add_row(*_cells(plan, row, has_memory, has_bytes), style="bold" if row is plan.choice else None)
+        is_choice = row is choice
+        table.add_row(*_cells(plan, row, has_memory, has_bytes, is_choice), style="bold" if is_choice else None)
     return table
 
 
-def _cells(plan: SchedulePlan, row: ScheduleRow, has_memory: bool, has_bytes: bool) -> list[str]:
-    cells = ["→" if row is plan.choice else "", row.name, str(row.schedule.num_stages), str(row.num_live)]
+def _cells(plan: SchedulePlan, row: ScheduleRow, has_memory: bool, has_bytes: bool, is_choice: bool) -> list[str]:
+    cells = ["→" if is_choice else "", row.name, str(row.schedule.num_stages), str(row.num_live)]
     cells += [_milliseconds(row.step_time), f"{row.over_ideal:.3f}"]
     cells += (
         ["–", "–"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, fx
 
 from lightning_januspipe.compiled import torch_internals
@@ -122,7 +123,8 @@ class StageCompiler:
             self.refused[function.index] = reason
 
     def _runners(self, function: TraceableStage, chain: ChainSpec) -> PhaseRunners:
-        joint = trace_joint(blueprint(function, chain, *self.sizes, self.device), trains=self.trains)
+        with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
+            joint = trace_joint(blueprint(function, chain, *self.sizes, self.device), trains=self.trains)
         graphs = phase_graphs(joint, self.activation, self.defer and self.trains)
         with torch_internals.inductor_cache(self.cache):
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}

@@ -10,8 +10,10 @@ from torch import fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.ports import GIVEN, WANTED, Kind, Port
 from lightning_januspipe.compiled.torch_internals import without_repetitions
+from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.schedule.actions import Phase
 
 ORDER = (Phase.FE, Phase.FF, Phase.BF, Phase.BE, Phase.WF, Phase.WE)
@@ -38,6 +40,31 @@ Levels = dict[fx.Node, Phase]
 """The phase in which each node of the joint graph runs first."""
 
 _UNCHANGED = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default)
+
+
+def without_mutations(joint: Joint) -> Joint:
+    """``joint -> joint``: a copy in which no operation writes to its input.
+
+    Autograd's own formulas write to tensors that they have just made. A later phase that ran such an operation again,
+    on a value that was kept, would write to it twice.
+
+    Raises:
+        CaptureError: an operation writes to a tensor that others may read.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(joint.graph, {}))
+    for node in graphs.operations(graph):
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+            continue
+        written, name = (node.args or (None,))[0], target._schema.name.split("::")[1]
+        is_own = False
+        if isinstance(written, fx.Node) and written.op == "call_function":
+            is_own = len(written.users) == 1 and work_of(written) is not KindOfWork.VIEW
+        if not is_own or not name.endswith("_"):
+            raise CaptureError(f"the operation {target} writes to a tensor that other operations may read")
+        node.target = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1]), target._overloadname)
+    return replace(joint, graph=graph)
 
 
 def simplify(joint: Joint) -> Joint:

@@ -19,6 +19,7 @@ from lightning_januspipe.compiled.levels import (
     seeds_of_gradients,
     simplify,
     split_sums,
+    without_mutations,
 )
 from lightning_januspipe.compiled.minimum_cut import Activation, kept_values
 from lightning_januspipe.compiled.ports import FREE, GIVEN, Port
@@ -116,19 +117,20 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
 
     These are the passes, in their order:
 
-    1. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
-    2. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
-    3. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
-    4. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
-    5. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
-    6. :func:`verify_phases`: refuses phases that repeat what must not be repeated.
+    1. :func:`~.levels.without_mutations`: ``joint -> joint`` in which no operation writes to its input;
+    2. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
+    3. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
+    4. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
+    5. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
+    6. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
+    7. :func:`verify_phases`: refuses phases that repeat what must not be repeated.
 
     Args:
         joint: the joint graph, which stays as it is.
         activation: what phases keep.
         defer: leave what only parameters wait for to WF and WE.
     """
-    joint = split_sums(simplify(joint))
+    joint = split_sums(simplify(without_mutations(joint)))
     levels = assign_phases(joint, defer)
     found = _Cutter(joint, levels, activation).run()
     verify_phases(joint, found)

@@ -132,6 +132,7 @@ class SchedulePlan:
         baseline: Seconds of a step with ``1f1b-2nd``; None where it cannot be built.
         structures: Structures in a micro-batch; None where there is no data.
         atoms: Atoms in a micro-batch; None where there is no data.
+        uncertainty: Share by which the measured times may be off; 0 for times that were given.
     """
 
     options: PlanOptions
@@ -142,6 +143,7 @@ class SchedulePlan:
     baseline: float | None = None
     structures: float | None = None
     atoms: float | None = None
+    uncertainty: float = 0.0
 
     @property
     def choice(self) -> ScheduleRow | None:
@@ -150,6 +152,16 @@ class SchedulePlan:
         least = min((row.step_time for row in fitting), default=0.0)
         fastest = [row for row in fitting if row.step_time <= least * (1 + _ROUNDING)]
         return min(fastest, key=lambda row: row.peak_memory or 0.0, default=None)
+
+    @property
+    def rivals(self) -> list[ScheduleRow]:
+        """Returns the schedules that fit and that the measurement cannot tell from the choice, the fastest first."""
+        chosen = self.choice
+        if chosen is None:
+            return []
+        most = chosen.step_time * (1 + self.uncertainty)
+        found = [row for row in self.rows if row.fits and row is not chosen and row.step_time <= most]
+        return sorted(found, key=lambda row: row.step_time) if self.uncertainty else []
 
     def speed(self, row: ScheduleRow) -> float | None:
         """Returns how many times faster a schedule is than ``1f1b-2nd``."""
@@ -167,6 +179,13 @@ class SchedulePlan:
             needs = "" if least is None else f": the least that one needs is {format_bytes(least)} on a rank"
             within = "" if limit is None else f" in {format_bytes(limit)}"
             return f"No schedule fits{within}{needs}. Make micro-batches smaller, or take more ranks."
+        if self.rivals:
+            slowest = 100 * (self.rivals[-1].step_time / chosen.step_time - 1)
+            names = ", ".join(row.name for row in (chosen, *self.rivals))
+            return (
+                f"No verdict: times are measured to {100 * self.uncertainty:.1f} %, and {names} differ by "
+                f"{slowest:.1f} % at most. Measure on an idle machine, or with more --repeats."
+            )
         others = sorted((r for r in self.rows if r is not chosen), key=lambda row: row.step_time)
         text = f"{chosen.name}: {chosen.over_ideal:.2f} of the ideal time"
         fitting = [row for row in others if row.fits]
@@ -200,6 +219,8 @@ class SchedulePlan:
             "one_rank": self.one_rank,
             "busiest_share": self.busiest,
             "choice": None if chosen is None else chosen.name,
+            "uncertainty": self.uncertainty,
+            "rivals": [row.name for row in self.rivals],
             "reason": self.reason(),
             "schedules": [self._row(row) for row in self.rows],
             "failed": dict(self.failed),

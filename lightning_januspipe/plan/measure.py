@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,11 @@ class Measured:
     def num_stages(self) -> int:
         """Returns the number of stages."""
         return len(self.costs)
+
+    @property
+    def uncertainty(self) -> float:
+        """Returns how far the medians may be off, as a share: the spread over the root of the number of walks."""
+        return self.spread / math.sqrt(self.repeats)
 
     def boundary(self, stage: int) -> list[tuple[str, TensorSpec]]:
         """Returns the names and specs of the tensors that a stage passes on to the next one."""

@@ -16,13 +16,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.errors import RankLostError
 from lightning_januspipe.strategy.launcher import RankProcesses
 
 DEBUG = "JANUSPIPE_DEBUG"
 """The environment variable with which whole tracebacks are printed, by every rank."""
 
-WAIT = 5.0
+WAIT = 12.0
 """Seconds that the rank with the cause waits for the others to say their line, and rank 0 for others to end."""
 
 _LOST = (
@@ -103,7 +103,7 @@ class FailureReport:
 
     def _why(self, error: BaseException) -> str:
         if not self._cause:
-            return f"ended because another rank has ended or hangs: {_last_line(error)}"
+            return str(error)
         own = "" if is_echo(error) else f", after {_short(_last_line(error))}"
         return f"ended because rank {self._rank_of_cause} has failed{own}"
 
@@ -133,7 +133,7 @@ class FailureReport:
 def is_echo(error: BaseException) -> bool:
     """Returns whether an error says only that another rank has ended, or did not answer."""
     lost = isinstance(error, RuntimeError) and any(part in str(error) for part in _LOST)
-    return lost or (isinstance(error, PipelineError) and "own output has the cause" in str(error))
+    return lost or isinstance(error, RankLostError)
 
 
 def short_traceback(error: BaseException) -> Iterator[str]:

@@ -3,14 +3,14 @@
 from lightning_januspipe.testing.conformance import PotentialConformance
 from lightning_januspipe.testing.parity import assert_matches_single_process, compare_records
 from lightning_januspipe.testing.pool import RankError, RankPool, reserved_port
-from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_reference
+from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline, train_reference
 from lightning_januspipe.testing.trainer import quiet_trainer
 
 __all__ = [
     "PotentialConformance",
     "RankError",
     "RankPool",
-    "Record",
+    "RunRecord",
     "assert_matches_single_process",
     "compare_records",
     "quiet_trainer",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lightning_januspipe.loader.sample_fields import sample_cost
 from lightning_januspipe.testing.parity import compare_records
 from lightning_januspipe.testing.pool import RankPool
-from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_reference
+from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline, train_reference
 
 _SIZES = ("pipeline_size", "data_size", "graph_size")
 _REFERENCE = ("data_size", "num_microbatches", "balance")
@@ -67,7 +67,7 @@ class PotentialConformance:
     pool: ClassVar[RankPool | None] = None
 
     _own_pool: ClassVar[RankPool | None] = None
-    _references: ClassVar[dict[tuple[Any, ...], Record]]
+    _references: ClassVar[dict[tuple[Any, ...], RunRecord]]
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Makes one test for each kind of structures and each strategy; pytest calls it."""
@@ -124,7 +124,7 @@ class PotentialConformance:
                 f"not train as a plain Trainer does: {error}"
             ) from None
 
-    def _reference(self, structures: str, arguments: Mapping[str, Any]) -> Record:
+    def _reference(self, structures: str, arguments: Mapping[str, Any]) -> RunRecord:
         """Returns the record of a plain Trainer, which runs once for all strategies of the same micro-batches."""
         needed = _complete({name: arguments[name] for name in _REFERENCE if name in arguments})
         key = (structures, *sorted(needed.items()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_januspipe.testing.pool import RankPool
-from lightning_januspipe.testing.runs import Record, train_in_pipeline, train_reference
+from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline, train_reference
 
 
 def assert_matches_single_process(
@@ -57,7 +57,7 @@ def assert_matches_single_process(
     compare_records(reference, ranks, rtol)
 
 
-def compare_records(reference: Record, ranks: Sequence[Record], rtol: float) -> None:
+def compare_records(reference: RunRecord, ranks: Sequence[RunRecord], rtol: float) -> None:
     """Compares the records of all ranks with the record of one process.
 
     Args:
@@ -93,7 +93,7 @@ def compare_records(reference: Record, ranks: Sequence[Record], rtol: float) -> 
         ) from error
 
 
-def _assert_same_start(reference: Record, record: Record, rank: int) -> None:
+def _assert_same_start(reference: RunRecord, record: RunRecord, rank: int) -> None:
     assert record.initial.keys() == reference.initial.keys(), (
         f"rank {rank}: the module had other parameters than in the process of the reference: "
         f"{sorted(record.initial.keys() ^ reference.initial.keys())}"
@@ -105,7 +105,7 @@ def _assert_same_start(reference: Record, record: Record, rank: int) -> None:
         )
 
 
-def _compare_losses(reference: Record, ranks: Sequence[Record], batches: range, rtol: float) -> None:
+def _compare_losses(reference: RunRecord, ranks: Sequence[RunRecord], batches: range, rtol: float) -> None:
     for batch in batches:
         expected = reference.losses[batch]
         for rank, record in enumerate(ranks):
@@ -115,7 +115,7 @@ def _compare_losses(reference: Record, ranks: Sequence[Record], batches: range, 
             )
 
 
-def _compare_gradients(reference: Record, ranks: Sequence[Record], step: int, rtol: float) -> None:
+def _compare_gradients(reference: RunRecord, ranks: Sequence[RunRecord], step: int, rtol: float) -> None:
     seen: set[str] = set()
     for rank, record in enumerate(ranks):
         for name, found in record.gradients[step].items():

@@ -19,7 +19,7 @@ from lightning_januspipe.testing.trainer import library, quiet_trainer
 
 
 @dataclass
-class Record:
+class RunRecord:
     """Holds what a training run leaves to compare.
 
     Attributes:
@@ -41,7 +41,7 @@ def train_in_pipeline(
     strategy: dict[str, Any],
     steps: int,
     trainer_arguments: dict[str, Any],
-) -> Record:
+) -> RunRecord:
     """Trains as one rank of a pipeline, in a :class:`~lightning_januspipe.testing.RankPool`.
 
     Args:
@@ -71,7 +71,7 @@ def train_reference(
     steps: int,
     trainer_arguments: dict[str, Any],
     devices: int,
-) -> Record:
+) -> RunRecord:
     """Trains the module as it is with a plain Trainer, on the mean loss of all micro-batches of all replicas.
 
     In one process the replicas' batches are trained on side by side. In as many processes as there are replicas, each
@@ -171,7 +171,7 @@ def _recorder(module: Any, gradients: Callable[[], dict[nn.Parameter, Tensor | N
         """Keeps losses and the gradients that the optimizer sees."""
 
         def __init__(self) -> None:
-            self.record = Record(initial=_copies(module))
+            self.record = RunRecord(initial=_copies(module))
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             names = {p: n for n, p in pl_module.named_parameters()}

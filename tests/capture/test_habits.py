@@ -50,7 +50,7 @@ from habits import (
 )
 from torch import nn
 
-from lightning_januspipe.capture.adapters.adapter import BUILT_IN
+from lightning_januspipe.capture.adapters.capture_adapter import BUILT_IN
 from lightning_januspipe.capture.trace.program import ReturnedSize
 from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.capture.validate.against_eager import run_staged, validate_evaluation, validate_stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 
 from lightning_januspipe.cli.main import main
 from lightning_januspipe.cli.plan_options import parse_bytes
-from lightning_januspipe.cli.plan_tables import notes
+from lightning_januspipe.cli.plan_tables import notes, schedule_table
 from lightning_januspipe.cli.recipe import strategy_arguments
 from lightning_januspipe.engine.executor import Executor, _Step
 from lightning_januspipe.engine.route import Route
@@ -172,6 +173,18 @@ class TestPlanCosts:
         with pytest.raises(ValueError, match="bandwidth is 0"):
             plan_costs(COSTS, 4, 8, bandwidth=0)
 
+    def test_no_verdict_where_the_measurement_is_coarser_than_the_differences(self) -> None:
+        plan = plan_costs(COSTS, 4, 8, schedules=["wavek", "wavek-zb", "gpipe"])
+        chosen = plan.choice
+        assert chosen is not None and not plan.rivals and plan.reason().startswith("wavek-zb: ")
+        second = min(row.step_time for row in plan.rows if row is not chosen) / chosen.step_time - 1
+        assert not replace(plan, uncertainty=0.9 * second).rivals
+        coarse = replace(plan, uncertainty=1.1 * second)
+        assert [row.name for row in coarse.rivals] == ["wavek"]
+        assert re.match(r"No verdict: times are measured to .* %, and wavek-zb, wavek differ by", coarse.reason())
+        marks = [list(cell) for cell in zip(*(column.cells for column in schedule_table(coarse).columns), strict=True)]
+        assert not any(cells[0] for cells in marks)
+
 
 class TestGivenCosts:
     def test_prints_every_schedule_and_one_choice(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +196,8 @@ class TestGivenCosts:
         assert len(lines) == 2 and all(line.split()[1].rstrip(":") == "wavek-zb" for line in lines)
         assert "…" not in text and "\x1b" not in text
         step = simulate(build_schedule("wavek-zb", 4, 8, COSTS), COSTS).makespan
-        assert f"{1e3 * step:.0f}" in lines[0].split()
+        assert f"{1e3 * step:.0f}" in lines[1].split()
+        assert text.startswith("→ wavek-zb: ")
 
     def test_files(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         args = [*FORM_2, *MEASURED_BYTES, "--schedules", "gpipe,wavek-zb", "--output", "out/deep"]
@@ -371,7 +385,9 @@ class TestRecipe:
             assert row["atoms_per_second"] == pytest.approx(4 * 8 / row["step_time"])
         # Nothing was trained, and nothing was logged.
         assert not Path("lightning_logs").exists()
-        assert sum(line.strip().startswith("→") for line in text.splitlines()) == 2  # in the table, and in words
+        assert text.startswith("→ ")
+        marked = sum(line.strip().startswith("→") for line in text.splitlines())
+        assert marked == (1 if text.startswith("→ No verdict: ") else 2)  # in words, and in the table
 
     def test_more_ranks_than_parts(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = ["plan", "--config", write_recipe(), "--model.potential.num_layers=1", "--ranks", "60"]

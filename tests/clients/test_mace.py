@@ -134,3 +134,34 @@ def test_capture(layers: int, options: dict[str, Any], program: Any) -> None:
 
 
 _OF_ATOMS = {f"[0][0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
+
+
+def test_calculator_is_that_of_mace() -> None:
+    """Energies, forces, stress and energies of atoms along a short trajectory, of a crystal and of a molecule."""
+    import mace_program
+    import numpy as np
+    from mace.calculators import MACECalculator
+    from mace_calculator import MACEAdapter
+
+    from lightning_januspipe.calculator import JanusPipeCalculator
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        module = mace_program.make_module(mace_program.arguments(["--model", "scaleshift", "--out", "unused.pt"]))
+        (model,) = [child for child in module.children() if hasattr(child, "r_max")]
+        rng = np.random.default_rng(0)
+        for make in (mace_program.crystal, mace_program.molecule):
+            atoms = make(1, rng)
+            mine, other = (
+                JanusPipeCalculator(model, adapter=MACEAdapter(model)),
+                MACECalculator(models=[model], device="cpu", default_dtype="float64"),
+            )
+            for _ in range(4):
+                atoms.positions += 0.1 * rng.standard_normal(atoms.positions.shape)
+                for name in ("energy", "forces", "energies", *(["stress"] if atoms.pbc.all() else [])):
+                    expected = other.get_property(name, atoms)
+                    np.testing.assert_allclose(mine.get_property(name, atoms), expected, rtol=0, atol=1e-10)
+            assert mine.neighbors.num_searches < 4
+    finally:
+        torch.set_default_dtype(dtype)

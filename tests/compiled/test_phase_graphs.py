@@ -20,6 +20,7 @@ from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.compiled.ports import Kind
+from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.schedule import Phase
 
 BATCH = make_batch((2, 5, 3), seed=1)
@@ -169,3 +170,25 @@ def test_kinds_of_work(joints: list[Joint]) -> None:
         KindOfWork.GATHER,
         KindOfWork.SUM,
     }
+
+
+def test_no_operation_writes_to_its_input(joints: list[Joint]) -> None:
+    """The formula of SiLU's second derivative does, in what autograd records of it."""
+    writing = [n for joint in joints for n in joint.graph.nodes if writes(n)]
+    assert writing, "the joint graphs have nothing to change"
+    assert not [n for joint in joints for n in levels.without_mutations(joint).graph.nodes if writes(n)]
+
+
+def writes(node: torch.fx.Node) -> bool:
+    """Whether an operation writes to one of its inputs."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def test_an_operation_that_writes_to_what_others_read_is_refused(joints: list[Joint]) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(torch.ops.aten.sin.default, (x,))
+    changed = graph.call_function(torch.ops.aten.add_.Tensor, (made, x))
+    graph.output((changed, made))
+    with pytest.raises(CaptureError, match=r"aten.add_.Tensor writes to a tensor that other operations may read"):
+        levels.without_mutations(replace(joints[0], graph=graph))

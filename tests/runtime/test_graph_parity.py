@@ -37,6 +37,7 @@ def test_graph_ranks_and_replicas(pool: RankPool) -> None:
         (graph_models.attention, {"pipeline_size": 1}),
         (graph_models.peaks, {"pipeline_size": 1}),
         (graph_models.composed, {"pipeline_size": 1}),
+        (graph_models.mixture, {"pipeline_size": 2}),
     ],
 )
 def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ from unittest import mock
 from torch import fx
 
 from lightning_januspipe.compiled import compiler
-from lightning_januspipe.testing import Record, train_in_pipeline
+from lightning_januspipe.testing import RunRecord, train_in_pipeline
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def interpreted(change: Any = None) -> Iterator[list[fx.GraphModule]]:
         yield graphs
 
 
-def train_interpreted(*arguments: Any) -> Record:
+def train_interpreted(*arguments: Any) -> RunRecord:
     """Trains with interpreted phase graphs; every micro-batch has to fit."""
     with interpreted() as graphs:
         record = train_in_pipeline(*arguments)

@@ -11,6 +11,8 @@ from plain_modules import Base, collate, losses
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_januspipe.experts import ElementExperts
+
 SIZES = (9, 4, 12, 1, 7, 2, 11, 3)
 
 
@@ -132,6 +134,34 @@ class Peaks(Potential):
     layer = _Peaks
 
 
+class _Mixture(Layer):
+    """Makes the messages by the experts of the receiving atom, and updates atoms by their own."""
+
+    def __init__(self, width: int, filter_network: nn.Module | None = None) -> None:
+        super().__init__(width, filter_network)
+        sizes = {"num_elements": 3, "num_experts": 5, "in_features": width, "out_features": width}
+        self.messages = ElementExperts(**sizes, top_k=2).to(DTYPE)
+        self.updates = ElementExperts(**sizes, top_k=3, has_shared=True).to(DTYPE)
+
+    def mixed(self, h: Tensor, radial: Tensor, edges: Tensor, species: Tensor) -> Tensor:
+        messages = self.messages(h[edges[0]] * self.filter(radial), species[edges[1]])
+        return h + self.updates(self.aggregate(h, edges[1], messages), species)
+
+
+class Mixture(Potential):
+    """Mixtures of experts by element in messages and updates."""
+
+    layer = _Mixture
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
+        radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE)) ** 2))
+        h = self.embedding(batch["species"])
+        for layer in self.layers:
+            h = layer.mixed(h, radial, batch["edges"], batch["species"])
+        return h
+
+
 class Composed(Angles):
     """The atom that two edges share is looked up by the number of one of them."""
 
@@ -217,6 +247,10 @@ def attention() -> Base:
 
 def peaks() -> Base:
     return Module(Peaks())
+
+
+def mixture() -> Base:
+    return Module(Mixture())
 
 
 def composed() -> Base:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import Adapter
-from lightning_januspipe.capture.segment_linear import segment_linear
+from lightning_januspipe.experts.grouped import grouped_linear
 
 DTYPE = torch.float64
 Batch = dict[str, Tensor]
@@ -565,6 +565,6 @@ class ExpertsAdapter(Adapter):
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
         def multiplied(b: Any, rows: Tensor, weights: Tensor) -> Tensor:
-            return segment_linear(rows, weights, b["batch"][b["edge_index"][1]])
+            return grouped_linear(rows, weights.transpose(1, 2), b["batch"][b["edge_index"][1]])
 
         return mock.patch.object(potential, "multiplied", multiplied)

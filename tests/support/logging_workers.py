@@ -237,7 +237,7 @@ def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
 
     The file is a log of records in blocks of 32 KiB, each record in one or several parts with a head of 7 bytes.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import RunRecord
 
     (path,) = Path(folder).rglob("run-*.wandb")
     data, position, content = path.read_bytes(), 7, b""
@@ -251,7 +251,7 @@ def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
         content += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # the whole, or the last part
-            record, content = Record.FromString(content), b""
+            record, content = RunRecord.FromString(content), b""
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)
                 values.setdefault(name, []).append(json.loads(item.value_json))

@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from lightning_januspipe import JanusPipeStrategy
-from lightning_januspipe.testing import RankPool, Record, compare_records, train_in_pipeline, train_reference
+from lightning_januspipe.testing import RankPool, RunRecord, compare_records, train_in_pipeline, train_reference
 
-_REFERENCES: dict[bytes, Record] = {}
+_REFERENCES: dict[bytes, RunRecord] = {}
 
 
 def check_parity(
@@ -23,7 +23,7 @@ def check_parity(
     trainer: dict[str, Any] | None = None,
     steps: int = 3,
     reference: Callable[[], Any] | None = None,
-    train: Callable[..., Record] = train_in_pipeline,
+    train: Callable[..., RunRecord] = train_in_pipeline,
     **strategy: Any,
 ) -> None:
     """Trains in a pipeline, and compares losses, gradients and parameters with those of one process.

@@ -18,10 +18,10 @@ from lightning_januspipe.callbacks import PipelineTimeline
 from lightning_januspipe.runtime import agreed_schedules, build_pipeline, pipeline
 from lightning_januspipe.runtime import planner as planning
 from lightning_januspipe.schedule import Action, PhaseCosts
-from lightning_januspipe.testing import Record, quiet_trainer, train_in_pipeline
+from lightning_januspipe.testing import RunRecord, quiet_trainer, train_in_pipeline
 
 
-def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]:
+def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[RunRecord, int]:
     """Trains with a planner that takes up every new schedule; returns how many this rank has built."""
     built = 0
     threshold, improved = planning._WORTH_A_CHANGE, planning.Planner.improved
@@ -51,7 +51,9 @@ def train_and_replan(strategy: dict[str, Any], steps: int) -> tuple[Record, int]
         planning._WORTH_A_CHANGE, planning.Planner.improved = threshold, improved  # type: ignore[method-assign]
 
 
-def train_with_placement(placement: tuple[int, ...], strategy: dict[str, Any], steps: int) -> tuple[Record, list[int]]:
+def train_with_placement(
+    placement: tuple[int, ...], strategy: dict[str, Any], steps: int
+) -> tuple[RunRecord, list[int]]:
     """Trains with stages on given ranks; returns also the stages of this rank."""
     from lightning_januspipe.schedule import request
 

@@ -1,6 +1,6 @@
 """Helps the models of some packages through capture: one file for each package, imported only where it is installed."""
 
-from lightning_januspipe.capture.adapters.adapter import (
+from lightning_januspipe.capture.adapters.capture_adapter import (
     GROUP,
     Adapter,
     adapted,

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.adapters.capture_adapter import Adapter
 from lightning_januspipe.capture.patches import patched
-from lightning_januspipe.capture.segment_linear import segment_linear
 from lightning_januspipe.capture.trees import copied
+from lightning_januspipe.experts.grouped import grouped_linear
 
 
 class FairchemAdapter(Adapter):
@@ -113,8 +113,8 @@ def _set_structures(backbone: Any, nsystems: int, batch_full: Tensor, edge_index
 def _experts(layer: Any, x: Tensor) -> Tensor:
     """Returns (E, ..., O), the products of the edges' features and the mixed weights of their structures."""
     shared = layer.global_mole_tensors
-    weights = torch.einsum("eoi, be->boi", layer.weights, shared.expert_mixing_coefficients)
-    result = segment_linear(x, weights.to(x.dtype), shared.mole_sizes)
+    weights = torch.einsum("eoi, be->bio", layer.weights, shared.expert_mixing_coefficients)
+    result = grouped_linear(x, weights.to(x.dtype), shared.mole_sizes)
     return result if layer.bias is None else result + layer.bias
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.adapters.capture_adapter import Adapter
 from lightning_januspipe.capture.patches import patched, patched_package
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from lightning_januspipe.capture.adapters.adapter import Adapter
+from lightning_januspipe.capture.adapters.capture_adapter import Adapter
 from lightning_januspipe.capture.patches import patched
 
 

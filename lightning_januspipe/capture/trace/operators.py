@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.capture import segment_linear
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
+from lightning_januspipe.experts.grouped import grouped_linear
 
-_OWN_OPERATIONS = (segment_linear.segment_linear,)
+_OWN_OPERATIONS = (grouped_linear,)
 """Programs name operations; those of this package have to be registered on every rank that runs one."""
 
 

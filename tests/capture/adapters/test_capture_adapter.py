@@ -11,7 +11,7 @@ import torch
 from adapter_models import GraphsAdapter, GraphsPotential, GraphsStep, make_graphs
 from capture_models import TRACED, Potential, Step, Traced, assert_parity, make_batch
 
-from lightning_januspipe.capture.adapters import Adapter, adapted, adapter, adapters_of, joined, separated
+from lightning_januspipe.capture.adapters import Adapter, adapted, adapters_of, capture_adapter, joined, separated
 from lightning_januspipe.capture.capture import capture_module
 from lightning_januspipe.capture.find.find_potential import find_potential
 from lightning_januspipe.errors import CaptureError
@@ -28,7 +28,7 @@ def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Register:
         folder.mkdir()
         (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: a-project\nVersion: 1.0\n")
         lines = [f"{name.replace('__', '.')} = {place}" for name, place in places.items()]
-        (folder / "entry_points.txt").write_text("\n".join([f"[{adapter.GROUP}]", *lines, ""]))
+        (folder / "entry_points.txt").write_text("\n".join([f"[{capture_adapter.GROUP}]", *lines, ""]))
         monkeypatch.syspath_prepend(tmp_path)
 
     return install
@@ -108,7 +108,7 @@ def test_parts_of_a_potential_and_their_bases_count(register: Register) -> None:
 
 def test_registered_ones_replace_built_in_ones(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     built_in = {"adapter_models": "no_such_module:Some", "capture_models": "adapter_models:Reversing"}
-    monkeypatch.setattr(adapter, "BUILT_IN", built_in)
+    monkeypatch.setattr(capture_adapter, "BUILT_IN", built_in)
     register(adapter_models="adapter_models:GraphsAdapter")
     assert [type(a).__name__ for a in adapters_of(GraphsPotential(1))] == ["GraphsAdapter", "Reversing"]
     assert [type(a).__name__ for a in adapters_of(Potential(1))] == ["Reversing"]

@@ -1,0 +1,138 @@
+"""What a Trainer does with compile=True beside plain training steps, in one process, with uncompiled phase graphs."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import strategy_workers
+import tiny
+import torch
+from compiled_workers import interpreted
+from pools import slow
+from torch import fx
+
+from lightning_januspipe.compiled import compiler
+from lightning_januspipe.data import EMTDataModule
+from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.testing import quiet_trainer
+
+COMPILED = {"compile": True, "num_microbatches": 2}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "module", partial(tiny.module, num_layers=1))
+
+
+def close(found: Any, expected: Any) -> None:
+    """Compares nested results to 1e-9."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            close(found[key], value)
+    elif isinstance(expected, list):
+        for a, b in zip(found, expected, strict=True):
+            close(a, b)
+    elif expected is not None:
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-9, atol=1e-11)
+
+
+def test_evaluation_without_training() -> None:
+    """FE and FF are all that is traced."""
+    with interpreted() as graphs:
+        found = strategy_workers.evaluate(COMPILED, {})
+    assert len(graphs) == 2
+    close(found, strategy_workers.evaluate(None, {}))
+
+
+def test_training_with_validation_and_a_test_after_it() -> None:
+    """The phases that training has compiled serve evaluation."""
+    with interpreted() as graphs:
+        found = strategy_workers.fit_then_evaluate({**COMPILED, "num_microbatches": 1}, {"max_epochs": 1})
+    assert len(graphs) == 4
+    close(found, strategy_workers.fit_then_evaluate(None, {"max_epochs": 1}))
+
+
+def test_checkpoints_are_those_of_eager_training(tmp_path: Path) -> None:
+    """Saved compiled and resumed by plain Lightning, and the other way round, with clipped gradients."""
+    compiled = {**COMPILED, "num_microbatches": 1}
+
+    def arguments(steps: int) -> dict[str, Any]:
+        return {"max_steps": steps, "gradient_clip_val": 0.5}
+
+    whole = strategy_workers.fit(None, arguments(4))
+    for first, second in ((compiled, None), (None, compiled)):
+        with interpreted():
+            strategy_workers.fit(first, arguments(3), save=str(tmp_path / "epoch.ckpt"))
+            found = strategy_workers.fit(second, arguments(4), resume=str(tmp_path / "epoch.ckpt"))
+        close(found["state"], whole["state"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("32-true", 1e-5), ("bf16-mixed", 0.05), slow("bf16-true", 0.05), slow("16-true", 0.05)],
+)
+def test_precisions(precision: str, tolerance: float) -> None:
+    """The first step's gradients are those of plain Lightning, to a few units of rounding."""
+
+    def gradients(strategy: Any) -> dict[str, torch.Tensor]:
+        module = tiny.module().float()
+        torch.set_default_dtype(torch.float32)
+        found: dict[str, torch.Tensor] = {}
+
+        class Keep(lightning.Callback):
+            def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
+                found.update({n: p.grad.double() for n, p in module.named_parameters() if p.grad is not None})
+
+        data = EMTDataModule(num_train=8, num_val=4, sizes=(4, 8, 16), dtype="float32", batch_size=8, shuffle=False)
+        arguments = {"max_steps": 1, "limit_val_batches": 0, "callbacks": [Keep()], "precision": precision}
+        quiet_trainer(strategy, **arguments).fit(module, data)
+        return found
+
+    expected = gradients(None)
+    with interpreted():
+        found = gradients({"compile": True})
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
+
+
+def test_a_wrong_phase_ends_training_before_the_first_optimizer_step() -> None:
+    """One of the values that BE receives is twice what it should be."""
+
+    def change(graph: fx.GraphModule) -> Any:
+        return lambda *inputs: [2.0 * out if i == 0 else out for i, out in enumerate(graph(*inputs))]
+
+    module = tiny.module()
+    before = [p.detach().clone() for p in module.parameters()]
+    with interpreted(change), pytest.raises(CaptureError, match="stage 0, compiled, computes something else"):
+        quiet_trainer(COMPILED, max_steps=1, limit_val_batches=0).fit(module, tiny.data())
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_a_stage_that_cannot_be_compiled_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(graph: fx.GraphModule, mode: Any) -> Any:
+        raise RuntimeError("the compiler has an error\nof several lines")
+
+    monkeypatch.setattr(compiler, "compile_graph", fail)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        found = strategy_workers.fit({**COMPILED, "num_microbatches": 1}, {"max_steps": 2})
+    assert "stage 0 runs eagerly: RuntimeError: the compiler has an error" in caplog.text
+    close(found["state"], strategy_workers.fit(None, {"max_steps": 2})["state"])
+
+
+def test_without_a_compiler_training_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError
+
+    monkeypatch.setattr("lightning_januspipe.compiled.torch_internals.get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=r"compile=True, but no C\+\+ compiler was found: install g\+\+"):
+        quiet_trainer(COMPILED, max_steps=1).fit(tiny.module(), tiny.data())
