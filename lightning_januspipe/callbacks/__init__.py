@@ -9,6 +9,7 @@ from lightning_januspipe.callbacks.error_report import (
     error_table,
 )
 from lightning_januspipe.callbacks.evaluation_report import EvaluationReport
+from lightning_januspipe.callbacks.loss_weights import LossWeightSchedule
 from lightning_januspipe.callbacks.monitor import PipelineMonitor
 from lightning_januspipe.callbacks.pipeline_timeline import PipelineTimeline
 from lightning_januspipe.callbacks.prediction_writer import PredictionWriter
@@ -21,6 +22,7 @@ __all__ = [
     "ErrorReport",
     "Errors",
     "EvaluationReport",
+    "LossWeightSchedule",
     "NarrowProgressBar",
     "PipelineMonitor",
     "PipelineTimeline",

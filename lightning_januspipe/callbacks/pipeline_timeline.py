@@ -18,6 +18,9 @@ from lightning_januspipe.callbacks.lightning_classes import (
 from lightning_januspipe.schedule import draw
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 
+_MOST_APART = 2.0
+"""How many times longer than the other one of the two steps may be, for both to have one time axis."""
+
 
 class PipelineTimeline(Callback):
     """Draws one training step as it ran on all ranks of a pipeline, above the prediction for it.
@@ -86,12 +89,13 @@ class PipelineTimeline(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pipeline-step-{self.step}"
         title = f"{found.schedule.name}, {found.schedule.num_ranks} ranks"
-        draw.gantt(rows, path.with_suffix(f".{self.suffix}"), unit="s", title=title)
+        times = (found.recorded.makespan, found.predicted.makespan)
+        file = path.with_suffix(f".{self.suffix}")
+        draw.gantt(rows, file, unit="s", title=title, one_axis=max(times) < _MOST_APART * min(times))
         write_chrome_trace(rows, path.with_suffix(".json"))
         print(
-            f"januspipe: step {self.step} took {found.recorded.makespan:.3f} s in the pipeline (predicted "
-            f"{found.predicted.makespan:.3f} s), bubbles {100 * found.recorded.bubble_fraction:.1f} % (predicted "
-            f"{100 * found.predicted.bubble_fraction:.1f} %); timeline in {path.with_suffix('.' + self.suffix)}"
+            f"januspipe: step {self.step} took {times[0]:.3f} s in the pipeline, {found.recorded.describe_bubbles()} "
+            f"(predicted {times[1]:.3f} s, {found.predicted.describe_bubbles()}); timeline in {file}"
         )
 
     @override

@@ -66,8 +66,10 @@ _TITLE, _LEGEND_LINE, _PANEL_TITLE, _GAP = 0.3, 0.2, 0.27, 0.12
 _LEAST_WIDTH, _LARGEST_WIDTH = 8.0, 24.0
 
 
-def gantt(rows: Sequence[Panel], path: str | os.PathLike[str], *, unit: str = "", title: str = "") -> None:
-    """Draws when each rank runs which action, one panel per row, with the same time axis.
+def gantt(
+    rows: Sequence[Panel], path: str | os.PathLike[str], *, unit: str = "", title: str = "", one_axis: bool = True
+) -> None:
+    """Draws when each rank runs which action, one panel per row.
 
     A box is an action, in the colour of its phase and, where there is room, with the index of its micro-batch. Where a
     rank has several stages, the boxes of all but the first have a bar at the bottom, higher from stage to stage. The
@@ -78,12 +80,13 @@ def gantt(rows: Sequence[Panel], path: str | os.PathLike[str], *, unit: str = ""
         path: File to write, ``.png`` or ``.svg``; the same rows give the same bytes.
         unit: Unit of the reports' times, for the labels.
         title: Title of the whole picture.
+        one_axis: Whether all panels have the same time axis; otherwise each has one of its own length.
 
     Raises:
         ValueError: ``path`` ends otherwise, there is no row, or a report belongs to another schedule.
     """
     suffix = _suffix(path)
-    save(gantt_figure(rows, unit=unit, title=title), path, suffix)
+    save(gantt_figure(rows, unit=unit, title=title, one_axis=one_axis), path, suffix)
 
 
 def memory(
@@ -111,7 +114,9 @@ def memory(
     save(memory_figure(rows, unit=unit, title=title, limit=limit), path, suffix)
 
 
-def gantt_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", below: float = 0.0) -> Figure:
+def gantt_figure(
+    rows: Sequence[Panel], *, unit: str = "", title: str = "", below: float = 0.0, one_axis: bool = True
+) -> Figure:
     """Returns the picture that `gantt` writes, with ``below`` inches left free under the panels.
 
     The boxes are one collection per phase, with the id ``panel<row>-<phase>``. Beside them there are
@@ -122,8 +127,12 @@ def gantt_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", belo
     row_height = min(max(0.13, 2.4 / most_ranks), 0.26)
     with style():
         heights = [schedule.num_ranks * row_height for _, schedule, _ in rows]
-        figure, panels = _panels(_gantt_width(rows), heights, _gantt_legend(rows), 1.5, rows, unit, title, below)
+        width = _gantt_width(rows) if one_axis else max(_gantt_width([row]) for row in rows)
+        figure, panels = _panels(width, heights, _gantt_legend(rows), 1.5, rows, unit, title, below)
         for index, (axes, (label, schedule, report)) in enumerate(zip(panels, rows, strict=True)):
+            if not one_axis:
+                axes.set_xlim(0.0, _last_time([(label, schedule, report)]))
+                axes.tick_params(axis="x", labelbottom=True, pad=1.0)
             _set_titles(axes, label, _summary(report, unit))
             _draw_boxes(axes, schedule, report, f"panel{index}")
             _number_boxes(axes, schedule, report, row_height * _BOX_HEIGHT * _POINTS)
@@ -207,7 +216,10 @@ def _set_titles(axes: Axes, label: str, numbers: str) -> None:
 
 def _summary(report: Report, unit: str) -> str:
     makespan = f"{report.makespan:.4g} {unit}".rstrip()
-    return f"makespan {makespan} = {report.makespan / report.ideal:.3f} × ideal, bubbles {report.bubble_fraction:.1%}"
+    found = report.bubbles
+    mean, worst = sum(found) / len(found), max(found)
+    bubbles = f"{mean:.1%}" if worst - min(found) < 0.001 else f"{mean:.1%} mean, {worst:.1%} worst"
+    return f"makespan {makespan} = {report.makespan / report.ideal:.3f} × ideal, bubbles {bubbles}"
 
 
 def _peak(report: Report, limit: float | None) -> str:

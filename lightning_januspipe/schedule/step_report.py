@@ -40,6 +40,24 @@ class Report:
         return max(0.0, 1.0 - max(self.busy, default=self.ideal) / self.makespan)
 
     @property
+    def bubbles(self) -> tuple[float, ...]:
+        """Returns for each rank the share of the makespan in which it waits; one number where the ranks are alike."""
+        return tuple(max(0.0, 1.0 - busy / self.makespan) for busy in self.busy or (self.ideal,))
+
+    def describe_bubbles(self) -> str:
+        """Returns the bubbles of all ranks in words: their mean, the worst, and which rank works more than the mean."""
+        found = self.bubbles
+        mean, worst = sum(found) / len(found), max(found)
+        if worst - min(found) < 0.001:
+            return f"bubbles {mean:.1%}"
+        most = max(self.busy)
+        excess = most * len(self.busy) / sum(self.busy) - 1
+        return (
+            f"bubbles {mean:.1%} on average, {worst:.1%} on rank {found.index(worst)}; rank {self.busy.index(most)} "
+            f"works {excess:.0%} more than the mean"
+        )
+
+    @property
     def peak_memory(self) -> tuple[float, ...]:
         """Returns for each rank the most bytes that its micro-batches hold at once; empty without memory costs."""
         return tuple(max((held for _, held in curve), default=0.0) for curve in self.memory)

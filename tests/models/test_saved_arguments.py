@@ -220,3 +220,23 @@ def test_a_file_names_no_function_that_loading_calls(tmp_path, name) -> None:
     torch.save(saved | {saved_arguments.ARGUMENTS: {"path": "x"}}, tmp_path / "bad.ckpt")
     with pytest.raises(ValueError, match="belongs to a potential"):
         lightning_januspipe.load(tmp_path / "bad.ckpt")
+
+
+def test_averages_are_validated_and_loaded(tmp_path) -> None:
+    """With Lightning's callback: a checkpoint holds the averages, whose error is the one that was logged."""
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks", reason="Lightning 2.6")
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("Lightning 2.5 has no EMAWeightAveraging")
+    module = PotentialModule(make_potential(), learning_rate=0.05)
+    average = callbacks.EMAWeightAveraging(decay=0.5)
+    save = callbacks.ModelCheckpoint(dirpath=tmp_path, filename="averaged")
+    trainer = quiet_trainer(max_epochs=3, callbacks=[average, save], enable_checkpointing=True)
+    trainer.fit(module, make_loader(), make_loader())
+    logged = float(trainer.callback_metrics["val_forces_mae"])
+
+    loaded = lightning_januspipe.load(tmp_path / "averaged.ckpt")
+    found = quiet_trainer().validate(loaded, make_loader(), verbose=False)[0]["val_forces_mae"]
+    assert found == pytest.approx(logged, rel=1e-5)
+    state = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
+    last = state["current_model_state"]
+    assert any(not torch.equal(state["state_dict"][name], value) for name, value in last.items())

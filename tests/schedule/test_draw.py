@@ -124,13 +124,26 @@ def test_phases_have_their_colours(rows):
     assert {name: found[f"panel0-{name.value}"] for name in Phase} == PHASE_COLOURS
 
 
+def test_time_axes_of_steps_of_unlike_length(rows):
+    """Panels share an axis, or each has one that is as long as its step."""
+    label, schedule, report = rows[0]
+    longer = simulate(schedule, PhaseCosts(*[30.0] * 6))
+    for one_axis in (True, False):
+        figure = gantt_figure([(label, schedule, report), (label, schedule, longer)], one_axis=one_axis)
+        ends = [axes.get_xlim()[1] for axes in figure.axes]
+        assert ends[1] == pytest.approx(1.01 * longer.makespan)
+        assert ends[0] == pytest.approx(1.01 * (longer if one_axis else report).makespan)
+
+
 def test_titles_give_the_numbers(rows):
     figure = gantt_figure(rows, unit="ms", title="Four ranks")
     for axes, (label, _, report) in zip(figure.axes, rows, strict=True):
         assert axes.get_title("left") == label
         ratio = report.makespan / report.ideal
+        mean, worst = sum(report.bubbles) / 4, max(report.bubbles)
         assert axes.get_title("right") == (
-            f"makespan {report.makespan:.4g} ms = {ratio:.3f} × ideal, bubbles {100 * report.bubble_fraction:.1f}%"
+            f"makespan {report.makespan:.4g} ms = {ratio:.3f} × ideal, bubbles {mean:.1%}"
+            + ("" if worst - min(report.bubbles) < 0.001 else f" mean, {worst:.1%} worst")
         )
         (line,) = axes.lines
         assert list(line.get_xdata()) == [report.ideal] * 2
