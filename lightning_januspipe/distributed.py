@@ -136,6 +136,65 @@ class _Notes:
             self.waits[rank] = note[0]
 
 
+class PatientStore:
+    """Asks the store of all ranks and waits a few seconds for each answer: the rank that holds it may hang.
+
+    Args:
+        store: The store.
+        patience: Seconds; the first question that is not answered in them makes all further ones fail at once.
+
+    Raises:
+        RuntimeError: By every method: the store does not answer, or is gone.
+    """
+
+    def __init__(self, store: Any, patience: float = NOTES_TIME) -> None:
+        self._store, self._patience, self._is_silent = store, patience, False
+
+    def check(self, keys: list[str]) -> bool:
+        """Tells whether all keys have values."""
+        return bool(self._ask("check", keys))
+
+    def get(self, key: str) -> bytes:
+        """Returns the value of a key that has one."""
+        return bytes(self._ask("get", key))
+
+    def set(self, key: str, value: str) -> None:
+        """Gives a key a value."""
+        self._ask("set", key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a number, and returns the sum."""
+        return int(self._ask("add", key, amount))
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Gives a key a value if it has the expected one, nothing for none; returns the value that it has then."""
+        return bytes(self._ask("compare_set", key, expected, desired))
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Waits until all keys have values; raises an error after the timeout."""
+        self._ask("wait", keys, timeout, patience=self._patience + timeout.total_seconds())
+
+    def _ask(self, method: str, *arguments: Any, patience: float | None = None) -> Any:
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answers.append(getattr(self._store, method)(*arguments))
+            except RuntimeError as error:
+                answers.append(error)
+
+        if not self._is_silent:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(patience or self._patience)
+            self._is_silent = not answers
+        if not answers:
+            raise RuntimeError("the store of torch.distributed does not answer: the rank that holds it hangs")
+        if isinstance(answers[0], RuntimeError):
+            raise answers[0]
+        return answers[0]
+
+
 def forget_notes(rank: int) -> None:
     """Deletes this rank's note of an earlier run; called when process groups are made."""
     _shared_store().set(_note_of(rank), "null")

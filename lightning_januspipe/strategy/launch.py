@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import __main__
-from lightning_januspipe.distributed import waiting
+from lightning_januspipe.distributed import PatientStore, waiting
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
@@ -80,7 +80,7 @@ class ProcessHooks(StrategyState):
         self._num_runs += 1
         self._began = time.time()
         if self.is_distributed:
-            store = dist.distributed_c10d._get_default_store()
+            store = PatientStore(dist.distributed_c10d._get_default_store())
             self._failure = FailureReport(
                 self.global_rank, self.mesh_shape.size, store, self._launcher, run=self._num_runs, hook=hook
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_januspipe.distributed import waiting
+from lightning_januspipe.distributed import PatientStore, waiting
 from lightning_januspipe.errors import PipelineError, RankLostError
 from lightning_januspipe.mesh import Mesh
 
@@ -152,7 +152,7 @@ class CoordinatedShutdown:
         progress = self._trainer.fit_loop.epoch_loop.batch_progress.total
         place = f"{self._run}/{progress.ready}-{progress.processed}-{progress.completed}"
         try:
-            store = dist.distributed_c10d._get_default_store()
+            store = PatientStore(dist.distributed_c10d._get_default_store())
             if store.add(f"januspipe/end/{place}/count", 1) < self._mesh.shape.size:
                 with suppress(dist.DistStoreError):  # timed out
                     store.wait([f"januspipe/end/{place}/all"], min(GRACE, self._mesh.timeout or GRACE))
