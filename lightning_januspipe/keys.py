@@ -35,3 +35,6 @@ STRESS = "stress"
 
 SAMPLE_INDEX = "sample_index"
 """(B,) int64: index of each structure in the dataset; in the batches of test and prediction data only."""
+
+WEIGHT = "weight"
+"""(B,) float: factor of each structure's terms in the loss; in the batches of data that has such weights only."""

@@ -58,6 +58,8 @@ class ASEDataModule(StructureDataModule):
         forces_unit: str = "eV/Å",
         stress_unit: str = "eV/Å³",
         require_labels: bool = True,
+        config_type_weights: dict[str, float] | None = None,
+        weight_key: str | None = None,
         dtype: Literal["float32", "float64"] | None = None,
         **loader: Any,
     ) -> None:
@@ -90,6 +92,8 @@ class ASEDataModule(StructureDataModule):
             forces_unit: Unit of forces, such as eV/Å, Hartree/Bohr or kcal/mol/Å.
             stress_unit: Unit of stresses, such as eV/Å³, GPa or kbar.
             require_labels: Refuse structures without energy or forces; False leaves missing labels out of the loss.
+            config_type_weights: Factors of the loss by ``config_type``; ``Default`` is for structures without one.
+            weight_key: Name of a further factor that structures have, such as ``config_weight``; None for none.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
             loader: Options of :class:`StructureDataModule`.
 
@@ -113,6 +117,7 @@ class ASEDataModule(StructureDataModule):
         self._stratify = stratify
         self._labels = LabelKeys(energy_key, forces_key, stress_key, virial_key, energy_unit, forces_unit, stress_unit)
         self._require_labels = require_labels
+        self._config_type_weights, self._weight_key = config_type_weights, weight_key
         self._dtype = dtype
         self._train_source: StructureDataset | None = None
 
@@ -191,6 +196,8 @@ class ASEDataModule(StructureDataModule):
             dtype=self._dtype,
             require_labels=require_labels,
             precompute=self._precompute,
+            config_type_weights=self._config_type_weights,
+            weight_key=self._weight_key,
             **asdict(self._labels),
         )
 

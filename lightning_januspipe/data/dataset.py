@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         dtype: torch.dtype | str | None = None,
         require_labels: bool = True,
         precompute: bool = False,
+        config_type_weights: Mapping[str, float] | None = None,
+        weight_key: str | None = None,
         **labels: Any,
     ) -> None:
         """Reads the structures.
@@ -61,6 +63,9 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             require_labels: Whether each structure must have energy and forces; otherwise missing ones become NaN.
             precompute: Make, and so check, all samples now instead of on first use. Otherwise each worker process of
                 a loader makes its own.
+            config_type_weights: Factors of the structures' losses by ``config_type`` in ``Atoms.info``, which is
+                ``"Default"`` where a structure has none; 1 for other types. None for no weights.
+            weight_key: Name in ``Atoms.info`` of a further factor, 1 where a structure has none. None for no weights.
             labels: Names and units of the labels, as the attributes of
                 :class:`~lightning_januspipe.data.labels.LabelKeys`.
 
@@ -69,6 +74,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
                 is not valid. Errors of single structures (see :func:`atoms_to_sample`) are raised with their sample.
         """
         self.labels = LabelKeys(**labels)
+        self._weights = None if config_type_weights is None else dict(config_type_weights)
+        self._weight_key = weight_key
         if isinstance(structures, (str, Path)):
             self._source = str(structures)
             self._structures = read_structures(structures)
@@ -77,6 +84,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         else:
             self._source = ""
             self._structures = list(structures)
+        if bad := {name: weight for name, weight in (self._weights or {}).items() if not 0 <= weight < float("inf")}:
+            raise ValueError(f"config_type_weights has {bad}; expected finite numbers, at least 0")
         if not self._structures:
             raise ValueError("the dataset is empty; expected at least one structure")
         if not cutoff > 0:
@@ -118,7 +127,24 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
                 require_labels=self._require_labels,
                 source=self.describe(index),
             )
+            if self._weights is not None or self._weight_key is not None:
+                self._samples[index][keys.WEIGHT] = torch.tensor([self._weight(index)], dtype=self.dtype)
         return dict(self._samples[index])
+
+    def _weight(self, index: int) -> float:
+        """Returns the factor of a structure's loss."""
+        info, weights = self._structures[index].info, self._weights or {}
+        own = info.get(self._weight_key, 1.0) if self._weight_key is not None else 1.0
+        try:
+            weight = float(weights.get(str(info.get("config_type", "Default")), 1.0)) * float(own)
+        except (TypeError, ValueError):
+            weight = -1.0
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"{self.describe(index)} has the weight {own!r} under {self._weight_key!r}; expected a number of at "
+                "least 0"
+            )
+        return weight
 
     def sample_sizes(self) -> tuple[list[int], list[int]]:
         """Returns the numbers of atoms and of edges of all structures, the same in every process.

@@ -37,7 +37,8 @@ class PotentialModule(LightningModule):
     """Trains, validates and tests a potential, and predicts with it.
 
     It logs ``{train,val,test}_loss`` and, for each of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³),
-    ``…_mae`` and ``…_rmse``. Losses and metrics leave out labels that are NaN.
+    ``…_mae`` and ``…_rmse``. Losses and metrics leave out labels that are NaN. Batches with ``weight`` (B,) have losses
+    in which the squared errors of each structure have its weight; metrics have none.
 
     Args:
         potential: A module that maps a batch (see :mod:`lightning_januspipe.keys`) to a dict with ``energy`` (B,) in
@@ -129,6 +130,8 @@ class PotentialModule(LightningModule):
     @override
     def forward(self, batch: Batch) -> Batch:
         """Predicts energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
+        if keys.WEIGHT in batch:  # of the loss, and no input of the potential
+            batch = {name: value for name, value in batch.items() if name != keys.WEIGHT}
         return self.potential(batch)
 
     def loss(self, prediction: Batch, batch: Batch) -> Tensor:
@@ -143,8 +146,11 @@ class PotentialModule(LightningModule):
                 f"the batch has no label {missing}, only {sorted(batch)}; add it (NaN where a structure has none), "
                 "or give its loss the weight 0"
             )
+        factors = _factors(batch)
         losses = [
-            weight * masked_loss(*pairs[name], self.huber_delta) for name, weight in self.weights.items() if weight
+            weight * masked_loss(*pairs[name], self.huber_delta, factors.get(name))
+            for name, weight in self.weights.items()
+            if weight
         ]
         return torch.stack(losses).sum()
 
@@ -313,7 +319,7 @@ class PotentialModule(LightningModule):
         pairs = self._pairs(prediction, batch)
         num_structures = batch[keys.CELL].shape[0]
         if stage != "train" and type(self).loss is PotentialModule.loss:
-            self._log_metric(f"{stage}_loss", self.losses[stage], num_structures, pairs, prog_bar=True)
+            self._log_metric(f"{stage}_loss", self.losses[stage], num_structures, pairs, _factors(batch), prog_bar=True)
         else:
             self.log(
                 f"{stage}_loss",
@@ -334,6 +340,14 @@ class PotentialModule(LightningModule):
         with torch.no_grad():
             metric.update(*values)
         self.log(name, metric, batch_size=num_structures, prog_bar=prog_bar, on_step=False, on_epoch=True)
+
+
+def _factors(batch: Batch) -> dict[str, Tensor]:
+    """Returns the factors of the errors of each quantity, from the weights of the structures; none without these."""
+    if keys.WEIGHT not in batch:
+        return {}
+    weight = batch[keys.WEIGHT]
+    return {keys.ENERGY: weight, keys.FORCES: weight[batch[keys.BATCH]], keys.STRESS: weight}
 
 
 def _without_index(batch: Batch) -> tuple[Batch, Batch]:

@@ -10,7 +10,9 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 
-def masked_loss(prediction: Tensor, label: Tensor, huber_delta: float | None = None) -> Tensor:
+def masked_loss(
+    prediction: Tensor, label: Tensor, huber_delta: float | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Returns the mean squared or Huber error over the labels that are not NaN; zero if all are.
 
     No control flow and no shape depends on the labels.
@@ -19,15 +21,18 @@ def masked_loss(prediction: Tensor, label: Tensor, huber_delta: float | None = N
         prediction: (...) predictions.
         label: (...) labels of the same shape.
         huber_delta: Error at which the Huber loss turns linear, in the unit of the labels; None for the squared error.
+        weight: Factors of the errors along the first dimension; the sum is still divided by the number of labels.
 
     Returns:
         Scalar loss.
     """
-    total, count = _summed_loss(prediction, label, huber_delta)
+    total, count = _summed_loss(prediction, label, huber_delta, weight)
     return total / count.clamp(min=1)
 
 
-def _summed_loss(prediction: Tensor, label: Tensor, huber_delta: float | None) -> tuple[Tensor, Tensor]:
+def _summed_loss(
+    prediction: Tensor, label: Tensor, huber_delta: float | None, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the sum of the losses of known labels, and how many labels are known."""
     known = ~torch.isnan(label)
     target = torch.where(known, label, prediction.detach())
@@ -35,6 +40,8 @@ def _summed_loss(prediction: Tensor, label: Tensor, huber_delta: float | None) -
         losses = F.mse_loss(prediction, target, reduction="none")
     else:
         losses = F.huber_loss(prediction, target, reduction="none", delta=huber_delta)
+    if weight is not None:
+        losses = losses * weight.to(losses.dtype).reshape(-1, *[1] * (losses.dim() - 1))
     return losses.sum(), known.sum()
 
 
@@ -85,12 +92,16 @@ class MaskedLoss(_ExactSums):
         self.add_sum("counts", (len(self.weights),))
 
     @override
-    def update(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Adds (...) predictions and labels by quantity; quantities without a weight are ignored."""
+    def update(self, pairs: Mapping[str, tuple[Tensor, Tensor]], factors: Mapping[str, Tensor] | None = None) -> None:
+        """Adds (...) predictions and labels by quantity, and factors of their errors; see :func:`masked_loss`.
+
+        Quantities without a weight are ignored.
+        """
         totals, counts = torch.zeros_like(self.totals), torch.zeros_like(self.counts)
         for index, name in enumerate(self.weights):
             if name in pairs:
-                totals[index], counts[index] = _summed_loss(*pairs[name], self.huber_delta)
+                factor = (factors or {}).get(name)
+                totals[index], counts[index] = _summed_loss(*pairs[name], self.huber_delta, factor)
         self.totals = self.totals + totals
         self.counts = self.counts + counts
 

@@ -58,13 +58,13 @@ class Module(LNNP):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def make(model: str, output: str = "Scalar") -> LNNP:
+def make(model: str) -> LNNP:
     """Returns a small model of one kind."""
     torch.manual_seed(7)
-    return Module({**SETTINGS, "model": model, "output_model": output})
+    return Module({**SETTINGS, "model": model})
 
 
-make_et = partial(make, "equivariant-transformer", "EquivariantScalar")
+make_et = partial(make, "equivariant-transformer")
 make_gn = partial(make, "graph-network")
 make_tensornet = partial(make, "tensornet")
 
