@@ -28,6 +28,8 @@ from lightning_januspipe.errors import RankLostError
 NOTES_TIME = 3.0
 """Seconds that a rank which waited in vain looks for the notes of the others."""
 
+_COPY = "_januspipe_copy"  # the attribute of errors that another rank has raised first
+
 _Result = TypeVar("_Result")
 
 
@@ -259,17 +261,24 @@ def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callabl
         try:
             result = function()
             content = _pickled(result)
-        except Exception as error:  # raised again on every rank
-            result = portable(error)
+        except Exception as error:  # raised again on every rank, and here with the lines that it comes from
+            result = portable(error).with_traceback(error.__traceback__)
             content = pickle.dumps(result)
     content = broadcast(content)
     if rank != 0:
         with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
             warnings.filterwarnings("ignore", category=FutureWarning)
             result = pickle.loads(content)
+        if isinstance(result, Exception):
+            vars(result)[_COPY] = True
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def is_copy(error: BaseException) -> bool:
+    """Returns whether an error was raised here because another rank has it, which has its traceback too."""
+    return bool(vars(error).get(_COPY, False))
 
 
 def on_every_rank(function: Callable[[], _Result], gathered: Callable[[Any], list[Any]]) -> _Result:
@@ -287,6 +296,8 @@ def on_every_rank(function: Callable[[], _Result], gathered: Callable[[Any], lis
         error = caught
     failed = [e for e in gathered(error and portable(error)) if e is not None]
     if failed:
+        if error is None:
+            vars(failed[0])[_COPY] = True
         raise error or failed[0]
     return result
 
