@@ -28,6 +28,8 @@ from lightning_januspipe.errors import RankLostError
 NOTES_TIME = 3.0
 """Seconds that a rank which waited in vain looks for the notes of the others."""
 
+_COPY = "_januspipe_copy"  # the attribute of errors that another rank has raised first
+
 _Result = TypeVar("_Result")
 
 
@@ -93,48 +95,106 @@ class _Notes:
 
     def __init__(self, rank: int, what: str) -> None:
         self._rank, self._what = rank, what
-        self.waits: dict[int, str] = {}
-        self._blamed: dict[int, list[int]] = {}
+        self._waits_for: dict[int, list[int]] = {}
         self._has_answered = False
+        self.waits: dict[int, str] = {}
 
     def missing(self, others: Sequence[int]) -> tuple[list[int], bool]:
         """Returns the ranks that are waited for in the end, and whether the store has told so."""
-        thread = threading.Thread(target=self._ask, args=(tuple(others),), daemon=True)
+        thread = threading.Thread(target=self._ask, args=(list(others),), daemon=True)
         thread.start()
         thread.join(NOTES_TIME + 1)
         if not self._has_answered:
             return list(others), False
-        return self._found(others), True
+        return sorted(r for r in self._reached(others) if r not in self.waits), True
 
-    def _found(self, others: Sequence[int]) -> list[int]:
-        silent = {r for r in others if r not in self.waits}
-        return sorted((silent | {r for blamed in self._blamed.values() for r in blamed}) - {self._rank})
+    def _reached(self, others: Sequence[int]) -> list[int]:
+        """Returns the ranks that this one waits for, the ranks that those wait for, and so on."""
+        found = [r for r in others if r != self._rank]
+        for rank in found:
+            found += [r for r in self._waits_for.get(rank, ()) if r != self._rank and r not in found]
+        return found
 
-    def _ask(self, others: tuple[int, ...]) -> None:
+    def _ask(self, others: list[int]) -> None:
         try:
             store = _shared_store().clone()
-            self._write(store, None)
+            store.set(_note_of(self._rank), json.dumps([self._what, others]))
             end = time.monotonic() + NOTES_TIME
-            while time.monotonic() < end and not all(r in self._blamed for r in others):
-                for rank in others:
+            while time.monotonic() < end:
+                silent = [r for r in self._reached(others) if r not in self.waits]
+                for rank in silent:
                     self._read(store, rank)
                 self._has_answered = True
+                if not silent:
+                    return
                 time.sleep(0.1)
-            self._write(store, self._found(others))
         except RuntimeError:  # the rank that holds the store has ended
             return
 
     def _read(self, store: Any, rank: int) -> None:
-        if not store.check([_note_of(rank)]):
-            return
-        note = json.loads(store.get(_note_of(rank)) or "null")
+        note = json.loads(store.get(_note_of(rank))) if store.check([_note_of(rank)]) else None
         if note is not None:
-            self.waits[rank] = note["what"]
-            if note["blamed"] is not None:
-                self._blamed[rank] = note["blamed"]
+            self._waits_for[rank] = note[1]
+            self.waits[rank] = note[0]
 
-    def _write(self, store: Any, blamed: list[int] | None) -> None:
-        store.set(_note_of(self._rank), json.dumps({"what": self._what, "blamed": blamed}))
+
+class PatientStore:
+    """Asks the store of all ranks and waits a few seconds for each answer: the rank that holds it may hang.
+
+    Args:
+        store: The store.
+        patience: Seconds; the first question that is not answered in them makes all further ones fail at once.
+
+    Raises:
+        RuntimeError: By every method: the store does not answer, or is gone.
+    """
+
+    def __init__(self, store: Any, patience: float = NOTES_TIME) -> None:
+        self._store, self._patience, self._is_silent = store, patience, False
+
+    def check(self, keys: list[str]) -> bool:
+        """Tells whether all keys have values."""
+        return bool(self._ask("check", keys))
+
+    def get(self, key: str) -> bytes:
+        """Returns the value of a key that has one."""
+        return bytes(self._ask("get", key))
+
+    def set(self, key: str, value: str) -> None:
+        """Gives a key a value."""
+        self._ask("set", key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a number, and returns the sum."""
+        return int(self._ask("add", key, amount))
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Gives a key a value if it has the expected one, nothing for none; returns the value that it has then."""
+        return bytes(self._ask("compare_set", key, expected, desired))
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Waits until all keys have values; raises an error after the timeout."""
+        self._ask("wait", keys, timeout, patience=self._patience + timeout.total_seconds())
+
+    def _ask(self, method: str, *arguments: Any, patience: float | None = None) -> Any:
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answers.append(getattr(self._store, method)(*arguments))
+            except RuntimeError as error:
+                answers.append(error)
+
+        if not self._is_silent:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(patience or self._patience)
+            self._is_silent = not answers
+        if not answers:
+            raise RuntimeError("the store of torch.distributed does not answer: the rank that holds it hangs")
+        if isinstance(answers[0], RuntimeError):
+            raise answers[0]
+        return answers[0]
 
 
 def forget_notes(rank: int) -> None:
@@ -201,17 +261,24 @@ def on_first_rank(function: Callable[[], _Result], rank: int, broadcast: Callabl
         try:
             result = function()
             content = _pickled(result)
-        except Exception as error:  # raised again on every rank
-            result = portable(error)
+        except Exception as error:  # raised again on every rank, and here with the lines that it comes from
+            result = portable(error).with_traceback(error.__traceback__)
             content = pickle.dumps(result)
     content = broadcast(content)
     if rank != 0:
         with warnings.catch_warnings():  # unpickling a pytree's spec warns about its own class
             warnings.filterwarnings("ignore", category=FutureWarning)
             result = pickle.loads(content)
+        if isinstance(result, Exception):
+            vars(result)[_COPY] = True
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def is_copy(error: BaseException) -> bool:
+    """Returns whether an error was raised here because another rank has it, which has its traceback too."""
+    return bool(vars(error).get(_COPY, False))
 
 
 def on_every_rank(function: Callable[[], _Result], gathered: Callable[[Any], list[Any]]) -> _Result:
@@ -229,6 +296,8 @@ def on_every_rank(function: Callable[[], _Result], gathered: Callable[[Any], lis
         error = caught
     failed = [e for e in gathered(error and portable(error)) if e is not None]
     if failed:
+        if error is None:
+            vars(failed[0])[_COPY] = True
         raise error or failed[0]
     return result
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -118,29 +119,35 @@ class Mesh:
         self.stage_group: dist.ProcessGroup | None = None
         self.stage_control_group: dist.ProcessGroup | None = None
         self.host_group: dist.ProcessGroup | None = None
+        self._made: list[dist.ProcessGroup] = []
         if shape.size == 1:
             return
+        # Groups hold threads and sockets until they are destroyed, also where nobody has them any more.
+        weakref.finalize(self, _destroy, self._made).atexit = False
         forget_notes(rank)
         self.device_mesh = init_device_mesh(device.type, (shape.pipeline, shape.data, shape.graph), mesh_dim_names=AXES)
+        of_axes = [self.device_mesh[axis].get_group() for axis in AXES]
+        self._made += [group for group in of_axes if group is not dist.group.WORLD]
         if timeout is not None:
-            set_timeout(timeout, [None, *(self.device_mesh[axis].get_group() for axis in AXES)])
+            set_timeout(timeout, [None, *of_axes])
         # Every rank takes part in the creation of every group, in the same order.
         self.host_group = dist.new_group(backend="gloo", timeout=timeout)
+        self._made.append(self.host_group)
         num_pipeline, num_data, num_graph = range(shape.pipeline), range(shape.data), range(shape.graph)
         pipelines = [[shape.rank(p, d, g) for p in num_pipeline] for d in num_data for g in num_graph]
-        self.down_group = _own_group(pipelines, timeout=timeout)
-        self.up_group = _own_group(pipelines, timeout=timeout)
-        self.control_group = _own_group(pipelines, timeout=timeout, backend="gloo")
+        self.down_group = self._own_group(pipelines, timeout=timeout)
+        self.up_group = self._own_group(pipelines, timeout=timeout)
+        self.control_group = self._own_group(pipelines, timeout=timeout, backend="gloo")
         # The DeviceMesh's groups may be the default group, which stays open.
-        self.pipeline_group = _own_group(pipelines, timeout=timeout)
+        self.pipeline_group = self._own_group(pipelines, timeout=timeout)
         copies = [[shape.rank(p, d, g) for d in num_data] for p in num_pipeline for g in num_graph]
-        self.data_group = _own_group(copies, timeout=timeout)
+        self.data_group = self._own_group(copies, timeout=timeout)
         replicas = [[shape.rank(p, d, g) for p in num_pipeline for g in num_graph] for d in num_data]
-        self.replica_group = _own_group(replicas, timeout=timeout, backend="gloo")
+        self.replica_group = self._own_group(replicas, timeout=timeout, backend="gloo")
         if shape.graph > 1:
             sharing = [[shape.rank(p, d, g) for g in num_graph] for p in num_pipeline for d in num_data]
-            self.graph_group = _own_group(sharing, timeout=timeout)
-        self.alone_group = _own_group([[r] for r in range(shape.size)])
+            self.graph_group = self._own_group(sharing, timeout=timeout)
+        self.alone_group = self._own_group([[r] for r in range(shape.size)])
 
     def join_stage_ranks(self) -> None:
         """Makes the groups of the ranks that hold the same stages; all ranks have to call it."""
@@ -150,8 +157,8 @@ class Mesh:
                 [shape.rank(p, d, g) for d in range(shape.data) for g in range(shape.graph)]
                 for p in range(shape.pipeline)
             ]
-            self.stage_group = _own_group(lists, timeout=self.timeout)
-            self.stage_control_group = _own_group(lists, timeout=self.timeout, backend="gloo")
+            self.stage_group = self._own_group(lists, timeout=self.timeout)
+            self.stage_control_group = self._own_group(lists, timeout=self.timeout, backend="gloo")
 
     def gathered_over_pipeline(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks.
@@ -170,14 +177,16 @@ class Mesh:
     def abort(self) -> None:
         """Closes this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True
-        groups: list[dist.ProcessGroup | None] = [self.down_group, self.up_group, self.control_group]
-        groups += [self.host_group, self.pipeline_group, self.replica_group, self.graph_group, self.data_group]
-        groups += [self.stage_group, self.stage_control_group]
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
         self.replica_group = self.graph_group = self.data_group = self.stage_group = self.stage_control_group = None
-        for group in groups:
-            if group is not None:
-                dist.destroy_process_group(group)
+        self.alone_group = None
+        _destroy(self._made)
+
+    def _own_group(self, lists: list[list[int]], **options: Any) -> dist.ProcessGroup:
+        """Makes a group of every list of ranks; returns the group of this rank, which is in one of them."""
+        group, _ = dist.new_subgroups_by_enumeration(lists, **options)
+        self._made.append(group)
+        return group
 
     @property
     def replica_ranks(self) -> list[int]:
@@ -207,10 +216,11 @@ class Mesh:
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
 
 
-def _own_group(lists: list[list[int]], **options: Any) -> dist.ProcessGroup:
-    """Makes a group of every list of ranks; returns the group of this rank, which is in one of them."""
-    group, _ = dist.new_subgroups_by_enumeration(lists, **options)
-    return group
+def _destroy(groups: list[dist.ProcessGroup]) -> None:
+    """Destroys process groups that still exist, and forgets them."""
+    while groups:
+        with suppress(ValueError):  # all groups were destroyed
+            dist.destroy_process_group(groups.pop())
 
 
 @contextmanager

@@ -41,10 +41,6 @@ def test_a_rank_that_stops(tmp_path: Path, mesh: str, rank: int, place: str) -> 
     with pool_of(size) as ranks, pytest.raises(RankError, match=f"rank {rank} died"):
         ranks.run(workers.train, strategy, rank, place, str(tmp_path), TIMEOUT, timeout=120)
     found = {int(f.stem): json.loads(f.read_text()) for f in tmp_path.glob("*.json")}
-    print(
-        f"| {mesh} | {place} | {rank} | "
-        + "<br>".join(f"{r}: {f['seconds']:.0f} s, {f['ended']}" for r, f in found.items())
-    )
     assert set(found) == set(range(size)) - {rank}
     for other, end in found.items():
         said = rf"RankLostError: global rank {other} waited \d+\.\d s for (one of )?global ranks? [\d, and]+, which"

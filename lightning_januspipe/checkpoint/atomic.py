@@ -77,7 +77,7 @@ def committing(part: Path, path: Path) -> Iterator[None]:
             yield
             _commit(part, path)
     except BaseException:
-        _discard(part)
+        discard(part)
         raise
 
 
@@ -137,7 +137,7 @@ def remove(path: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             gone = hidden(path, "gone")
             os.rename(path, gone)
-            _discard(gone)
+            discard(gone)
         else:
             path.unlink()
 
@@ -159,7 +159,7 @@ def _replace(part: Path, path: Path) -> None:
     if not os.path.lexists(path) or not (part.is_dir() or (path.is_dir() and not path.is_symlink())):
         os.replace(part, path)
     elif _exchange(part, path):
-        _discard(part)
+        discard(part)
     else:  # a file system that cannot exchange: for an instant there is nothing at path; see recover
         old = hidden(path, "old")
         os.rename(path, old)
@@ -171,10 +171,10 @@ def _replace(part: Path, path: Path) -> None:
             raise
         finally:
             if os.path.lexists(path):
-                _discard(old)
+                discard(old)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Deletes a hidden file, folder or link; what the system does not let go of now is removed by age later."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
@@ -195,7 +195,7 @@ def _remove_abandoned(path: Path) -> None:
         with suppress(OSError):  # another job may delete it meanwhile
             inner = list(found.iterdir()) if found.is_dir() and not found.is_symlink() else []
             if time.time() - max(p.lstat().st_mtime for p in (found, *inner)) > _ABANDONED:
-                _discard(found)
+                discard(found)
 
 
 def _digest(path: Path) -> str:

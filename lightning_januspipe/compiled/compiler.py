@@ -22,6 +22,7 @@ from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.errors import CaptureError
 
 
 def compile_graph(graph: fx.GraphModule, mode: torch_internals.FakeTensorMode) -> Callable[..., Sequence[Tensor]]:
@@ -128,7 +129,11 @@ class StageCompiler:
         graphs = phase_graphs(joint, self.activation, self.defer and self.trains)
         with torch_internals.inductor_cache(self.cache):
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
-        return PhaseRunners(with_recorded_guards(graphs), runners, self.tolerance)
+        phases = with_recorded_guards(graphs)
+        misfit = phases.sizes.misfit(self.sizes[0])  # also tells whether all conditions can be evaluated
+        if misfit is not None:
+            raise CaptureError(f"the compiled phases are not right for the example batch: {misfit}")
+        return PhaseRunners(phases, runners, self.tolerance)
 
 
 def with_recorded_guards(graphs: PhaseGraphs) -> StagePhases:

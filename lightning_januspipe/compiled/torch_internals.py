@@ -21,6 +21,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -107,11 +108,15 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
 
 @contextmanager
 def inductor_cache(folder: Path | None) -> Iterator[None]:
-    """Lets inductor keep what it compiles in a folder, unless the user named one; None for inductor's own."""
+    """Makes inductor keep what it compiles inside the block in a folder; None for its own folder.
+
+    A folder that the environment names stays. Torch itself writes its default there.
+    """
     variable = "TORCHINDUCTOR_CACHE_DIR"
     with mock.patch.dict(os.environ):
-        if folder is not None:
-            os.environ.setdefault(variable, str(folder))
+        given = os.environ.get(variable)
+        if folder is not None and (given is None or os.path.abspath(given) == os.path.abspath(default_cache_dir())):
+            os.environ[variable] = str(folder)
         yield
 
 

@@ -5,6 +5,7 @@ Lightning calls ``zero_grad`` between ``training_step`` and ``backward``, so ``p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -56,6 +57,30 @@ class GradientBuffers:
 
 def _summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def require_finite_gradients(named: Iterable[tuple[str, nn.Parameter]], rank: int) -> None:
+    """Refuses gradients that are NaN or infinite, before they are reduced and spread to all ranks.
+
+    Args:
+        named: The parameters with their names.
+        rank: This global rank.
+
+    Raises:
+        FloatingPointError: A gradient of this rank is not finite.
+    """
+    found = [(n, p.grad) for n, p in named if p.grad is not None and not p.grad.is_sparse and p.grad.numel()]
+    if not found:
+        return
+    largest = torch.stack([m.double() for m in torch._foreach_norm([g for _, g in found], math.inf)])
+    bad = [n for (n, _), is_finite in zip(found, torch.isfinite(largest).tolist(), strict=True) if not is_finite]
+    if bad:
+        more = f" and of {len(bad) - 3} more parameters" if len(bad) > 3 else ""
+        raise FloatingPointError(
+            f"on global rank {rank} the gradient of {', '.join(bad[:3])}{more} is NaN or infinite, although the loss "
+            "is finite. Look for operations whose derivative is not finite at some structures (a square root or norm "
+            "at zero, a division by a distance), for hooks that change gradients, or lower the learning rate."
+        )
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, divide_by: int = 1) -> None:

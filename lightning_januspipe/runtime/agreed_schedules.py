@@ -35,6 +35,7 @@ class AgreedSchedules:
         first: The schedule for ``num_microbatches`` with the costs of the start.
         planner: Builds schedules from the costs known now.
         costs: Times of the phases of each stage, in seconds, as they are known now.
+        before_meeting: Called in a step before all ranks of the mesh have to meet in it.
     """
 
     def __init__(self, planner: Planner, mesh: Mesh, num_microbatches: int) -> None:
@@ -45,6 +46,7 @@ class AgreedSchedules:
         self.planner = replace(planner, placement=self.first.placement)
         self._times = MeanPhaseTimes()
         self._num_steps = 0
+        self.before_meeting: Callable[[], None] = lambda: None
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """Returns the schedule for a number of micro-batches; all ranks of the pipeline have to ask for it."""
@@ -78,6 +80,7 @@ class AgreedSchedules:
 
     def _plan_anew(self, schedule: Schedule) -> None:
         """Schedules without a search keep the costs of the start, which have placed their stages."""
+        self.before_meeting()
         of_ranks = self._mesh.gathered_over_pipeline(self._times.means(), "exchange of measured times")
         means = {key: time for of_rank in of_ranks for key, time in of_rank.items()}
         self.costs = costs = self._of_first_replica(measured_costs(means, schedule))

@@ -19,7 +19,7 @@ from lightning_januspipe.capture import (
     capture_module,
 )
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
-from lightning_januspipe.distributed import on_first_rank
+from lightning_januspipe.distributed import on_first_rank, waiting
 from lightning_januspipe.engine.p2p import Links, message_latency
 from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.graph import verify_sharding
@@ -141,7 +141,9 @@ class PipelineBuilder:
             CaptureError: On every rank, if rank 0 cannot capture.
         """
         links = pipeline_links(mesh)
-        latency = broadcast(message_latency(links))  # one number for all replicas: it decides where stages are placed
+        with waiting("first messages of the pipeline", mesh.down_group, mixed=True):
+            mine = message_latency(links)
+        latency = broadcast(mine)  # one number for all replicas: it decides where stages are placed
         planner = Planner(self._schedule_on(mesh), mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
         news = News()
         to_verify: list[Tensor] = []

@@ -83,7 +83,8 @@ class Pipeline(Runner):
         super().__init__(PlacedParameters(module, mesh, stages_of, (self.placement, self.force_placement)), mesh)
         self._batch_checks = BatchChecks(staged, module)
         self._step = CapturedStep(staged, module, self._add_outside, self._batch_checks.note)
-        links.connect(first.messages())
+        with waiting("connection of the stages", mesh.down_group, mixed=True):
+            links.connect(first.messages())
         self._bytes_before = links.bytes_sent
         self._graph: GraphAxis | None = None
         if mesh.graph_group is not None:

@@ -71,7 +71,10 @@ class CaptureHooks(StrategyState):
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
         annotate = trainer.profiler.profile if is_profiled else None
         request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
-        self.runner, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
+        pipeline, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
+        if self._shutdown is not None:  # replicas may have unequal numbers of batches
+            pipeline.schedules.before_meeting = self._shutdown.hear
+        self.runner = pipeline
         if news.line:
             self.lib.rank_zero.rank_zero_info(news.line)
             self.lib.rank_zero.rank_zero_debug(news.details)

@@ -15,7 +15,7 @@ from lightning_januspipe.checkpoint import atomic, sharded
 from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
 from lightning_januspipe.distributed import on_every_rank, on_first_rank, portable, waiting
-from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.errors import PipelineError, RankLostError
 from lightning_januspipe.loader.resume import KEY
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
@@ -124,6 +124,10 @@ class CheckpointHooks(StrategyState):
                     waiting(f"writing of {path}", mesh.control_group, mixed=True),
                 ):
                     written = sharded.write_shards(part, shards, writes, mesh.control_group)
+        except RankLostError:
+            if self.is_global_zero:
+                atomic.discard(part)
+            raise
         except Exception as caught:  # raised on every rank
             error = caught
         of_ranks = self._gathered_on_first_rank((written, error and portable(error)))

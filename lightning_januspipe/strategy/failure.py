@@ -16,6 +16,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from lightning_januspipe.distributed import is_copy
 from lightning_januspipe.errors import RankLostError
 from lightning_januspipe.strategy.launcher import RankProcesses
 
@@ -67,7 +68,7 @@ class FailureReport:
     def note(self, error: BaseException) -> None:
         """Writes down the error of this rank, before its connections are closed; the first error is the cause."""
         self._error = error
-        if not is_echo(error):
+        if not is_echo(error) and not is_copy(error):
             with suppress(RuntimeError):  # the rank that serves the store has ended
                 self._store.compare_set(f"{self._keys}/cause", "", f"{self._rank}\n{_last_line(error)}")
 
@@ -76,7 +77,8 @@ class FailureReport:
         with suppress(RuntimeError):  # see above
             if self._store.check([key]):
                 cause = self._store.get(key)
-        if not cause and self._error is not None and not is_echo(self._error):
+        has_own = self._error is not None and not is_echo(self._error) and not is_copy(self._error)
+        if not cause and self._error is not None and has_own:
             cause = f"{self._rank}\n{_last_line(self._error)}".encode()
         self._rank_of_cause, _, self._cause = cause.decode().partition("\n")
 
@@ -87,7 +89,7 @@ class FailureReport:
         sys.stdout.flush()
         self._look_up_cause()
         is_cause = self._rank_of_cause == str(self._rank)
-        is_same = self._cause == _last_line(error)  # then the other rank prints it
+        is_same = self._cause == _last_line(error) or is_copy(error)  # then another rank prints it
         if is_cause:
             if not self._await_others():
                 self._say("failed, and the other ranks have ended:")

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import __main__
-from lightning_januspipe.distributed import waiting
+from lightning_januspipe.distributed import PatientStore, waiting
 from lightning_januspipe.loader.resume import LoaderProgress
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.strategy.environment import check_joined, check_script, check_variables
@@ -80,7 +80,7 @@ class ProcessHooks(StrategyState):
         self._num_runs += 1
         self._began = time.time()
         if self.is_distributed:
-            store = dist.distributed_c10d._get_default_store()
+            store = PatientStore(dist.distributed_c10d._get_default_store())
             self._failure = FailureReport(
                 self.global_rank, self.mesh_shape.size, store, self._launcher, run=self._num_runs, hook=hook
             )
@@ -123,24 +123,28 @@ class ProcessHooks(StrategyState):
             dist.broadcast_object_list(objects, src, group=self._host_group())
         return objects[0]
 
+    def _has_replicas(self, group: Any) -> bool:
+        """Tells whether there is something to reduce over, and this rank has not closed its connections."""
+        return self.mesh is not None and not self.mesh.aborted and (group is not None or self.mesh.shape.data > 1)
+
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces a tensor over the replicas: the ranks of one pipeline hold the same values."""
-        if not isinstance(tensor, Tensor) or self.mesh is None or (group is None and self.mesh.shape.data == 1):
+        if not isinstance(tensor, Tensor) or not self._has_replicas(group):
             return tensor
         if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
             # Replicas may have counted unequal numbers of samples, of which Lightning would round the mean down.
             tensor = tensor.double()
-        group = group or self.mesh.data_group
+        group = group or self._mesh.data_group
         with waiting("reduction of a logged value over replicas", group):
             return self.lib.distributed._sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gathers a tensor over the D replicas as ``(D, ...)``; with one replica returns the tensor itself."""
-        if self.mesh is None or (group is None and self.mesh.shape.data == 1):
+        if not self._has_replicas(group):
             return tensor
-        group = group or self.mesh.data_group
+        group = group or self._mesh.data_group
         with waiting("all_gather over replicas", group):
             return self.lib.distributed._all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
 

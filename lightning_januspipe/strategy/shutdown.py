@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_januspipe.distributed import waiting
-from lightning_januspipe.errors import RankLostError
+from lightning_januspipe.distributed import PatientStore, waiting
+from lightning_januspipe.errors import PipelineError, RankLostError
 from lightning_januspipe.mesh import Mesh
 
 GRACE = timedelta(seconds=10)
@@ -37,6 +37,10 @@ class CoordinatedShutdown:
         self._callbacks: list[Any] = []
         # Lightning's own handler sends messages from within the signal handler, in the middle of whatever is going on.
         trainer._signal_connector._sigterm_notifier_fn = self._on_sigterm
+        # Nor does Lightning's own question before each batch tell who did not answer: it hides all errors.
+        loop = trainer.fit_loop.epoch_loop
+        loop.__dict__["_broadcast_sigterm_tensor"] = lambda: None
+        loop.__dict__["advance"] = self._telling_of_its_end(loop.advance)
         for callback in trainer.checkpoint_callbacks:
             callback.__dict__["on_exception"] = self._guarded(callback, callback.on_exception)
             self._callbacks.append(callback)
@@ -44,6 +48,8 @@ class CoordinatedShutdown:
     def release(self) -> None:
         """Removes its handlers from the Trainer and its callbacks."""
         self._trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
+        for name in ("_broadcast_sigterm_tensor", "advance"):
+            self._trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
         for callback in self._callbacks:
             callback.__dict__.pop("on_exception", None)
         self._callbacks = []
@@ -56,12 +62,20 @@ class CoordinatedShutdown:
             launcher.kill(signum)  # passes the signal on to the processes that it has started
         self._is_requested = True
 
-    def ask(self) -> None:
-        """Tells the other ranks, without waiting for them, whether this one was asked to stop; called once a batch."""
+    def ask(self, has_no_more: bool = False) -> None:
+        """Tells the other ranks, without waiting for them, whether this one was asked to stop; called once a batch.
+
+        Args:
+            has_no_more: Whether the loader of this rank had no batch, although it had not said that its last one was
+                the last.
+        """
         self.hear()
-        self._flag = torch.tensor(int(self._is_requested))
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        # Of what has to be the same on all ranks, the largest and the smallest value.
+        same = (2 if has_no_more else int(progress.is_last_batch), progress.total.ready, self._trainer.current_epoch)
+        self._flag = torch.tensor([int(self._is_requested), *same, *(-value for value in same)])
         with waiting("the question whether a rank was told to stop", self._mesh.host_group):
-            self._pending = dist.all_reduce(self._flag, group=self._mesh.host_group, async_op=True)
+            self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._mesh.host_group, async_op=True)
 
     def hear(self) -> None:
         """Stops after this batch if any rank was asked to: the Trainer then raises ``SIGTERMException``."""
@@ -71,11 +85,49 @@ class CoordinatedShutdown:
         with waiting("the question whether a rank was told to stop", self._mesh.host_group):
             self._pending.wait()
         self._pending = None
-        self._must_stop = self._must_stop or bool(self._flag)
+        is_requested, *same = self._flag.tolist()
+        if same[:3] != [-value for value in same[3:]]:
+            self._refuse_unequal_data()
+        self._must_stop = self._must_stop or bool(is_requested)
         # After the last batch of an epoch the Trainer's counters stand between two epochs, and would be off by one on
         # resuming: it stops after the first batch of the next epoch instead.
         if self._must_stop and not self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._trainer._signal_connector.received_sigterm = True
+
+    # -- replicas with unequal numbers of batches ----------------------------------------------------------------------
+
+    def _telling_of_its_end(self, advance: Callable[..., None]) -> Callable[..., None]:
+        """Returns the loop's ``advance``, which tells the other ranks if the loader ends without notice."""
+
+        def telling(*arguments: Any) -> None:
+            try:
+                advance(*arguments)
+            except StopIteration:
+                self.ask(has_no_more=True)
+                self.hear()
+                raise
+
+        return telling
+
+    def _refuse_unequal_data(self) -> None:
+        """Raises an error, on all ranks after the same batch of theirs.
+
+        Raises:
+            PipelineError: Always.
+        """
+        loop, mesh = self._trainer.fit_loop.epoch_loop, self._mesh
+        found: list[Any] = [None] * mesh.shape.size
+        with waiting("comparison of numbers of batches", mesh.host_group):
+            dist.all_gather_object(found, (mesh.data_rank, loop.batch_progress.current.ready), group=mesh.host_group)
+        counts = ", ".join(f"{count} of replica {replica}" for replica, count in sorted(set(found)))
+        raise PipelineError(
+            f"the replicas have unequal numbers of training batches: in epoch {self._trainer.current_epoch}, after "
+            f"{counts}, the batches of some have come to an end, and those of others have not. Gradients are averaged "
+            "over the batches of all replicas, so give all the same number: with a DistributedSampler, which "
+            "Trainer(use_distributed_sampler=True) sets for map-style datasets of one length, or by stopping an "
+            "iterable dataset after the same number of batches on every rank; or set limit_train_batches to the "
+            "smallest number."
+        )
 
     # -- exceptions --------------------------------------------------------------------------------------------------
 
@@ -100,7 +152,7 @@ class CoordinatedShutdown:
         progress = self._trainer.fit_loop.epoch_loop.batch_progress.total
         place = f"{self._run}/{progress.ready}-{progress.processed}-{progress.completed}"
         try:
-            store = dist.distributed_c10d._get_default_store()
+            store = PatientStore(dist.distributed_c10d._get_default_store())
             if store.add(f"januspipe/end/{place}/count", 1) < self._mesh.shape.size:
                 with suppress(dist.DistStoreError):  # timed out
                     store.wait([f"januspipe/end/{place}/all"], min(GRACE, self._mesh.timeout or GRACE))

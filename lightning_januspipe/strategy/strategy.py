@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.patches import patched
 from lightning_januspipe.distributed import broadcast_module, waiting
+from lightning_januspipe.engine.gradients import require_finite_gradients
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
@@ -174,10 +175,12 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         self.runner.gradients.accumulate_into_grad(1 / self._trainer.accumulate_grad_batches)
+        if self._shutdown is not None:
+            self._shutdown.hear()  # before the reduction, in which replicas would wait for one without a batch
+        if loss_scale(self.precision_plugin) == 1.0:  # a gradient scaler looks for overflows itself
+            require_finite_gradients(module.named_parameters(), self.global_rank)
         if self._reduce_gradients:
             self.runner.parameters.reduce_gradients()
-        if self._shutdown is not None:
-            self._shutdown.hear()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss

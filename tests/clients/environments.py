@@ -77,6 +77,17 @@ CLIENTS = {
     "orb": Client(("orb-models==0.5.5",)),
     "allegro": Client(("nequip-allegro==0.8.3", "nequip==0.19.1")),
     "torchmdnet": Client(("torchmd-net==3.1.0",)),
+    "pyg": Client(("torch-geometric==2.8.1",)),
+    "chgnet": Client(("pymatgen==2026.10.24", "nvidia-ml-py3==7.352.0"), alone=("chgnet==0.4.2",)),
+    # It pins packages for phonons and for clouds; these are its other dependencies.
+    "mattersim": Client(
+        (
+            *("torch-geometric==2.8.1", "pymatgen==2026.10.24", "scikit-learn==1.9.1", "Deprecated==1.3.1"),
+            *("e3nn==0.5.6", "opt-einsum-fx==0.1.4", "torch-runstats==0.2.0", "loguru==0.7.3", "torch-ema==0.3"),
+            "azure-storage-blob==12.31.1",
+        ),
+        alone=("mattersim==1.2.3",),
+    ),
 }
 
 

@@ -55,6 +55,7 @@ def main() -> int:
         atoms = potential.inputs(module.get_submodule(potential.path))
         print(f"{name}: loss {float(loss):.3g}, gradient {scale:.3g}; {found.describe()}", flush=True)
         cpu = time.process_time() - cpu
+        print(f"  {found.describe_capture()}")
         print(f"  boundary bytes {potential.boundary_bytes}, {cpu:.1f} s of CPU; {atoms is not None}")
     except Exception as error:
         print(f"{name}: REFUSED {type(error).__name__}: {error}", flush=True)

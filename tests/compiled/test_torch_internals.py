@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from lightning_januspipe.compiled import torch_internals as internals
 
@@ -50,3 +55,18 @@ def test_tracing_decomposes_what_inductor_decomposes() -> None:
         x = torch.empty(4)
     graph = internals.traced_graph(lambda x: [torch.nn.functional.silu(x)], [x])
     assert not any("silu" in str(n.target) for n in graph.graph.nodes)
+
+
+def test_inductor_keeps_what_it_compiles_in_the_given_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user has named one: torch writes its default into the same variable."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.delenv(variable, raising=False)
+    default = cache_dir()
+    assert os.environ[variable] == default
+    with internals.inductor_cache(tmp_path):
+        assert cache_dir() == str(tmp_path)
+    with internals.inductor_cache(None):
+        assert cache_dir() == default
+    monkeypatch.setenv(variable, str(tmp_path / "own"))
+    with internals.inductor_cache(tmp_path):
+        assert cache_dir() == str(tmp_path / "own")

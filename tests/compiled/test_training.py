@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from compiled_workers import train_interpreted
+from compiled_workers import train_interpreted, train_on_graph_ranks
 from parity_check import check_parity
 from pools import slow
 
@@ -24,3 +24,8 @@ from lightning_januspipe.testing import RankPool
 )
 def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
     check_parity(pool, devices, train=train_interpreted, compile=True, **strategy)
+
+
+def test_stages_of_graph_ranks_run_eagerly(pool: RankPool) -> None:
+    """Their exchanges are not part of the graphs, and nothing is compiled."""
+    check_parity(pool, 2, train=train_on_graph_ranks, compile=True, graph_size=2, num_microbatches=2)

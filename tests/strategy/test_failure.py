@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from lightning_januspipe.distributed import is_copy, on_first_rank
 from lightning_januspipe.errors import PipelineError, RankLostError
 from lightning_januspipe.strategy import failure
 from lightning_januspipe.strategy.failure import FailureReport, is_echo, short_traceback
@@ -54,6 +55,31 @@ def test_the_cause_comes_last(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_one_error_of_all_is_printed_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed([raised(ValueError("no energy")) for _ in range(3)], monkeypatch, capsys)
     assert lines[-1] == "ValueError: no energy" and sum("no energy" in line for line in lines[-2:]) == 1
+    assert not any(line.startswith("[rank") for line in lines)
+
+
+def test_an_error_of_the_first_rank_has_its_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others raise a copy without a traceback, which says nothing, also if it is noted first."""
+    sent: list[bytes] = []
+
+    def users_line() -> None:
+        raise KeyError("energies")
+
+    def broadcast(content: bytes) -> bytes:
+        sent.append(content)
+        return sent[0]
+
+    errors = []
+    for rank in (0, 1):
+        with pytest.raises(KeyError) as caught:
+            on_first_rank(users_line, rank, broadcast)
+        errors.append(caught.value)
+    assert [is_copy(error) for error in errors] == [False, True]
+    lines = printed(errors[::-1], monkeypatch, capsys)
+    assert lines[-1] == "KeyError: 'energies'" and lines.count(lines[-1]) == 1
+    assert 'raise KeyError("energies")' in "".join(lines[-3:])
     assert not any(line.startswith("[rank") for line in lines)
 
 

@@ -38,3 +38,11 @@ def train_interpreted(*arguments: Any) -> RunRecord:
         record = train_in_pipeline(*arguments)
     assert graphs, "no phase graph was made"
     return record
+
+
+def train_on_graph_ranks(*arguments: Any) -> RunRecord:
+    """Trains, and no phase graph may be made."""
+    with interpreted() as graphs:
+        record = train_in_pipeline(*arguments)
+    assert not graphs
+    return record

@@ -16,6 +16,7 @@ from checkpoint_workers import data
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_januspipe.checkpoint import atomic
+from lightning_januspipe.checkpoint.sharded import _Writer
 from lightning_januspipe.distributed import set_timeout
 from lightning_januspipe.testing import quiet_trainer
 
@@ -73,7 +74,7 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     """Trains until a rank stops; the others write to files how and when they have ended, and end the stopped one."""
     stopping = Stopping(rank, place, folder, timeout)
     module = tiny.module()
-    save = atomic.write
+    save, write_data = atomic.write, _Writer.write_data
 
     class Module(type(module)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -83,6 +84,10 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     def writing(*arguments: Any, **more: Any) -> None:
         stopping.reach("while writing")
         save(*arguments, **more)
+
+    def writing_shards(*arguments: Any) -> Any:
+        stopping.reach("while writing")
+        return write_data(*arguments)
 
     module.__class__ = Module
     saves = "saving" in place or "writing" in place
@@ -98,7 +103,7 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     )
     ended = ""
     try:
-        with patch.object(atomic, "write", writing):
+        with patch.object(atomic, "write", writing), patch.object(_Writer, "write_data", writing_shards):
             trainer.fit(module, data(strategy.get("data_size", 1)))
     except BaseException as error:
         if not (Path(folder) / "mark").exists():

@@ -74,12 +74,15 @@ class MatRISAdapter(Adapter):
         return {k: separate[k](v) if k in separate and isinstance(v, Tensor) else v for k, v in returned.items()}
 
 
-def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[str, Tensor]:
+def batched(
+    graphs: Sequence[Any], reference: nn.Module | None = None, angles_of: str = "line_graph"
+) -> dict[str, Tensor]:
     """Joins several ``RadiusGraph`` to one: computes all that MatRIS computes of them without a derivative.
 
     Args:
         graphs: graphs of B structures, in all with N atoms, E directed and U = E / 2 undirected edges, and A angles.
         reference: the ``AtomRef`` of the potential, if it has one.
+        angles_of: the attribute of a graph that holds its angles.
 
     Returns:
         Positions (N, 3) in Å, atomic numbers, cells and images; indices into the joined graph; and how often each index
@@ -90,7 +93,7 @@ def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[s
     num_atoms, atoms = _counts(graphs, "atomic_number")
     num_edges, edges = _counts(graphs, "atom_graph")
     num_undirected, undirected = _counts(graphs, "undirected2directed")
-    num_angles, angles = _counts(graphs, "line_graph")
+    num_angles, angles = _counts(graphs, angles_of)
 
     def spread(offset: Tensor, counts: Tensor, total: int) -> Tensor:
         """Repeats the entry of each structure for each of its rows."""
@@ -102,7 +105,7 @@ def batched(graphs: Sequence[Any], reference: nn.Module | None = None) -> dict[s
     first_atom, first_edge, first_undirected = (torch.cumsum(c, 0) - c for c in (atoms, edges, undirected))
     pairs = torch.cat([g.atom_graph.reshape(-1, 2) for g in graphs]).long()
     target, source = (pairs + spread(first_atom, edges, num_edges)[:, None]).unbind(1)
-    rows = torch.cat([g.line_graph.reshape(-1, _UNITS_OF_ANGLE) for g in graphs]).long()
+    rows = torch.cat([getattr(g, angles_of).reshape(-1, _UNITS_OF_ANGLE) for g in graphs]).long()
     offsets = torch.stack([first_atom, first_undirected, first_edge, first_undirected, first_edge], dim=1)
     angle = [c.contiguous() for c in (rows + spread(offsets, angles, num_angles)).unbind(1)]
     to_undirected = column("directed2undirected", first_undirected, edges, num_edges)
