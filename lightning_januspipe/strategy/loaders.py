@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ class LoaderHooks(StrategyState):
                 trains=trainer.training,
                 may_shuffle=not trainer.overfit_batches,
             )
+        if self._shares_samples and trainer.predicting:
+            self._require_samples_for_all(dataloader)
         seed_workers(dataloader, self.lib.seed.pl_worker_init_function, self.replica_index)
         if not trainer.training:
             self._eval_loader = dataloader
@@ -74,6 +77,19 @@ class LoaderHooks(StrategyState):
         if mesh.shape.graph == 1:
             return None
         return OwnersInLoader(mesh.shape.graph, mesh.replica_rank, len(mesh.replica_ranks))
+
+    def _require_samples_for_all(self, dataloader: Any) -> None:
+        """Refuses prediction of fewer samples than replicas: Lightning leaves out the loop where none is left.
+
+        Raises:
+            ValueError: A replica has no sample, so that the others would wait for it.
+        """
+        dataset, num_replicas = getattr(dataloader, "dataset", None), self.mesh_shape.data
+        if isinstance(dataset, Sized) and len(dataset) < num_replicas:
+            raise ValueError(
+                f"{len(dataset)} samples to predict for {num_replicas} replicas: each replica needs at least one. Use "
+                "fewer processes, or a smaller data_size"
+            )
 
     def _balance_replicas(self, loader: Any, may_change: bool) -> None:
         required = self.options.balance == "replicas"

@@ -180,7 +180,7 @@ class TestBenchmark:
         assert "Emulated:\n\n4 steps, 1 runs" in capsys.readouterr().out
         with pytest.raises(SystemExit) as exit_info:
             main(["single", "--emulate"])
-        assert exit_info.value.code == 2 and "unrecognized arguments: --emulate" in capsys.readouterr().err
+        assert exit_info.value.code == 2 and "unknown option --emulate" in capsys.readouterr().err
 
 
 def _simulated_gains(sizes: tuple[int, int, int], num_steps: int) -> list[float]:

@@ -88,7 +88,6 @@ def predictions(given: list[Atoms]) -> list[Atoms]:
     [
         (REPLICAS, 2, 5, 2, None),  # three and two structures
         pytest.param(REPLICAS, 2, 5, 8, 16, marks=pytest.mark.slow),  # batches by atoms, which mix the order
-        pytest.param(REPLICAS, 3, 2, 8, None, marks=pytest.mark.slow),  # none is left for the last replica
         pytest.param(PIPELINES, 4, 5, 1, None, marks=pytest.mark.slow),  # two pipelines
     ],
 )
@@ -103,6 +102,13 @@ def test_any_mesh(
     )
     assert_predicted(ase.io.read(output, index=":"), given)
     assert workers.leftovers(str(tmp_path)) == []
+
+
+def test_fewer_structures_than_replicas_are_refused(pool: RankPool, tmp_path) -> None:
+    file = str(tmp_path / "given.extxyz")
+    ase.io.write(file, workers.structures(1))
+    with pytest.raises(AssertionError, match="1 samples to predict for 2 replicas: each replica needs at least one"):
+        pool.run(workers.predicted, REPLICAS, file, str(tmp_path / "out.extxyz"), 1, None, world_size=2, timeout=60)
 
 
 @pytest.mark.parametrize(
