@@ -8,8 +8,6 @@ import warnings
 from typing import Any
 
 WARNINGS = (
-    # The strategy reduces what is logged over replicas by itself, and the ranks of a pipeline log the same.
-    r"It is recommended to use `self\.log\(.*sync_dist=True\)` when logging on epoch level",
     # The strategy brings the loader to where it was.
     r"You're resuming from a checkpoint that ended before the epoch ended and your dataloader is\s+not resumable",
     # What Lightning and its own dependencies say to each other, and no user can mend.
@@ -19,6 +17,9 @@ WARNINGS = (
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",
 )
 """How the warnings begin that are left out."""
+
+UNREDUCED = r"It is recommended to use `self\.log\(.*sync_dist=True\)` when logging on epoch level"
+"""How the warning begins about values that each rank logs for itself."""
 
 _CONNECTOR = "trainer.connectors.checkpoint_connector"
 
@@ -41,6 +42,19 @@ def ignore_warnings() -> None:
     """Leaves these warnings out."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def ignore_unreduced(is_ignored: bool) -> None:
+    """Leaves out Lightning's warning about values that are logged without ``sync_dist``, or lets it through again.
+
+    Args:
+        is_ignored: Whether to leave it out, as where the ranks of one pipeline log the same values. Replicas log values
+            of their own.
+    """
+    filters: Any = warnings.filters
+    warnings.filterwarnings("ignore", message=UNREDUCED)
+    if not is_ignored:
+        del filters[0]  # what was just added, and was taken away from where it stood before
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
