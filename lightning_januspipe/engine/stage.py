@@ -347,7 +347,12 @@ def _differentiated(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _for_all(gradients: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor]:
-    """Returns one gradient for each value, zeros where there is none; given are those of values that require one."""
+    """Returns a gradient for each value: zeros where it has none or requires none.
+
+    Args:
+        gradients: The gradients of the values that require one, in their order; None where there is none.
+        values: All values.
+    """
     given = iter(gradients)
     return [_or_zeros(next(given) if v.requires_grad else None, v) for v in values]
 

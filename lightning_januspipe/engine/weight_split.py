@@ -66,12 +66,18 @@ class DeferredWeights:
 def explore(
     roots: Iterable[GraphNode], leaves: Mapping[Tensor, int], entered: BackwardGraph | None = None
 ) -> BackwardGraph:
-    """Finds out what the nodes of a graph lead to, in one pass.
+    """Finds, for each node of a graph of autograd, which kinds of leaves a backward pass reaches from it.
+
+    The graph is walked once, from its roots to its leaves.
 
     Args:
-        roots: The nodes where the graph begins.
-        leaves: ``PATH`` or ``WEIGHTS`` for the leaves that matter.
-        entered: A graph explored before, where this one ends.
+        roots: The nodes where a backward pass begins.
+        leaves: The kind of each leaf whose gradient is wanted: ``PATH`` or ``WEIGHTS``. Other leaves count as none.
+        entered: A graph that was explored before. Where the present graph reaches one of its nodes, the walk stops.
+
+    Returns:
+        The kinds that each node leads to, the branches of the critical path that lead to parameters only, and the
+        nodes where the graph enters ``entered``.
     """
     known = {} if entered is None else entered.leads_to
     leads_to = dict(known)

@@ -21,7 +21,8 @@ def grouped_linear(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
 
     Args:
         x: (R, ..., I) rows.
-        weight: (K, I, O) a matrix for each group.
+        weight: (K, I, O) a matrix for each group, by which its rows are multiplied from the right: ``x @ weight[k]``.
+            ``nn.Linear`` has its weight the other way round, (O, I); give ``linear.weight.T``.
         group: (R,) integers from 0 to K - 1, the group of each row; sorted ones are fastest.
 
     Returns:

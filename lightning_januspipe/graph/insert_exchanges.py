@@ -70,10 +70,13 @@ class ShardedProgram(ShardedPotential):
 
 
 def shard_captured(captured: CapturedPotential) -> ShardedProgram:
-    """``CapturedPotential -> ShardedProgram``: copies a captured potential, and inserts exchanges between graph ranks.
+    """Returns a copy of a captured potential with exchanges between graph ranks inserted.
+
+    Args:
+        captured: The potential, which stays as it is.
 
     Raises:
-        CaptureError: an operation combines rows in a way that has no exchange here.
+        CaptureError: An operation combines rows in a way for which there is no exchange.
     """
     return _ExchangeInserter(captured).run()
 

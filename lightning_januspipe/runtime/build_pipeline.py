@@ -199,8 +199,9 @@ class PipelineBuilder:
     def _capture(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> tuple[Capture, list[Tensor]]:
         """Captures on one rank; see :meth:`_capture_in` for what it returns.
 
-        For evaluation, the module is put into training mode first: many potentials detach their forces in evaluation.
-        Some differentiate only if they are told that it is evaluation, so the module is tried as it is then.
+        For training, the module is captured as it is. For evaluation, it is put into training mode first, because many
+        potentials detach their forces in evaluation mode. If that capture fails, the module is captured in evaluation
+        mode, because some potentials compute forces only there.
         """
         try:
             return self._capture_in(not request.trains, request, mesh, planner)

@@ -84,7 +84,10 @@ class ParameterResidence:
 
     @contextmanager
     def whole_on_first_rank(self) -> Iterator[None]:
-        """Fetches all values to global rank 0 inside, into host memory; tensors taken from them stay valid."""
+        """Gives global rank 0 the values of all parameters, in host memory, until the ``with`` block ends.
+
+        Tensors that were taken from the parameters inside the block stay valid after it.
+        """
         fetched = self._fetch(keep=self._mesh.rank == 0) if self._mesh.data_rank == 0 else []
         try:
             yield
