@@ -260,6 +260,8 @@ def fit_unreduced(strategy: dict[str, Any]) -> tuple[dict[str, float], list[str]
 
 def start_of_a_fit(num_microbatches: int, batch_size: int) -> tuple[str, list[str]]:
     """Trains one step in a pipeline; returns the line at its start, and the warnings about micro-batches."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_module
+
     torch.set_default_dtype(torch.float64)
     lines: list[str] = []
 
@@ -267,7 +269,7 @@ def start_of_a_fit(num_microbatches: int, batch_size: int) -> tuple[str, list[st
         lines.append(record.getMessage())
         return True
 
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger = rank_zero_module.log  # of the Lightning that was imported last
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addFilter(keep)
@@ -299,7 +301,7 @@ def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
 
     The file is a log of records in blocks of 32 KiB, each record in one or several parts with a head of 7 bytes.
     """
-    from wandb.proto.wandb_internal_pb2 import RunRecord
+    from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = Path(folder).rglob("run-*.wandb")
     data, position, content = path.read_bytes(), 7, b""
@@ -313,7 +315,7 @@ def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
         content += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # the whole, or the last part
-            record, content = RunRecord.FromString(content), b""
+            record, content = Record.FromString(content), b""
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)
                 values.setdefault(name, []).append(json.loads(item.value_json))
