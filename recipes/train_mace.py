@@ -88,7 +88,7 @@ class Potential(lightning.LightningModule):
         with torch.enable_grad():
             predicted = self.predict(batch)
         error = (predicted["forces"] - batch.forces).detach().abs().mean()
-        self.log("val_forces_mae", error, prog_bar=True, batch_size=batch.num_graphs)
+        self.log("val_forces_mae", error, prog_bar=True, batch_size=batch.num_graphs, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns the optimizer."""

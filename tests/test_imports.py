@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"keys", "loader"},
     "calculator": {"data", "keys", "models"},
     "models": {"checkpoint", "keys"},
-    "deploy": {"__init__", "calculator", "compiled", "keys", "models"},
+    "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},
     "runtime": {
         *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "mesh", "random_state"),
         "schedule",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +54,7 @@ class Errors:
         validation: Values of the validation data outside a fit.
         test: Values of the test data.
         before_is_partial: Whether ``before`` covers the first validation batches only.
+        tested: Name of the checkpoint that was tested; empty for the weights that the module had.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Errors:
     validation: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     before_is_partial: bool = False
+    tested: str = ""
 
     def known(self) -> list[Quantity]:
         """Returns the quantities that have a value."""
@@ -104,6 +107,7 @@ class ErrorReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the errors of the test data."""
         self.errors.test = _logged(trainer, pl_module, "test_")
+        self.errors.tested = Path(trainer.ckpt_path).name if trainer.ckpt_path else ""
         self._print_once(trainer)
 
     @override
@@ -141,14 +145,8 @@ def error_table(errors: Errors) -> Table:
         if values
     }
     compares = "before" in columns and "after" in columns
-    caption = None
-    if errors.after:
-        caption = "before, after: validation data" if errors.before else "after: validation data"
-        if errors.before_is_partial:
-            caption += "\nbefore: its first batches"
-        if errors.test:
-            caption += "\ntest: test data"
-    table = Table(title="Errors before and after training" if compares else "Errors", caption=caption)
+    title = "Errors before and after training" if compares else "Errors"
+    table = Table(title=title, caption="\n".join(_explain(errors)) or None)
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -162,6 +160,19 @@ def error_table(errors: Errors) -> Table:
                 cells.append(_describe_change(_ratio(errors, quantity.metric)))
         table.add_row(f"{quantity.label} ({quantity.unit})", *cells)
     return table
+
+
+def _explain(errors: Errors) -> list[str]:
+    """Returns lines that say which data and which weights each column is of, where there are several columns."""
+    if not errors.after:
+        return []
+    both = "before, after: validation data, first and last weights"
+    lines = [both if errors.before else "after: validation data, last weights"]
+    if errors.before_is_partial:
+        lines.append("before: first batches of the validation data")
+    if errors.test:
+        lines.append(f"test: test data, {f'weights of {errors.tested}' if errors.tested else 'last weights'}")
+    return lines
 
 
 def describe_change(errors: Errors) -> str:

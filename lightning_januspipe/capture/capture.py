@@ -65,12 +65,17 @@ class Capture:
     sizes: tuple[dict[str, int], dict[str, int]]
     alternative: str = ""
 
-    def describe(self) -> str:
-        """Returns one line for a user: which potential was found, and how it is cut."""
+    def describe(self, num_ranks: int | None = None) -> str:
+        """Returns one line for a user: which potential was found, and how it is cut.
+
+        Args:
+            num_ranks: number of ranks that share the stages; it is told where it is not the number of stages.
+        """
         total = sum(s.total for s in self.costs)
         shares = " + ".join(f"{100 * s.total / total:.0f} %" for s in self.costs)
         num_stages = len(self.costs)
-        stages = f"{num_stages} stages with {shares} of the work, {summary(self.potential)}"
+        ranks = f" on {num_ranks} rank{'s' if num_ranks != 1 else ''}" if num_ranks not in (None, num_stages) else ""
+        stages = f"{num_stages} stages{ranks} with {shares} of the work, {summary(self.potential)}"
         is_plain = self.origin.startswith("captured (") and "; " not in self.origin
         return (
             f"potential {quoted(self.potential.path)}{'' if is_plain else f' {self.origin}:'} in "

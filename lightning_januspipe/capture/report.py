@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from lightning_januspipe.capture.cut.cut import Profile
@@ -140,16 +141,23 @@ def report(potential: StagedPotential, profile: Profile | None = None) -> CutRep
 
 
 def summary(potential: StagedPotential) -> str:
-    """Returns the boundaries in a few words, such as ``boundaries of 512 bytes per atom``."""
-    found = _boundaries(potential, potential.size_words())
+    """Returns the boundaries in a few words, such as ``boundaries of 512, 256 bytes per atom``; one of equal ones."""
+    return describe_boundaries(_boundaries(potential, potential.size_words()))
+
+
+def describe_boundaries(found: Sequence[Boundary]) -> str:
+    """Returns what :func:`summary` says about these boundaries."""
     if not found:
         return "no boundary"
-    kinds = [" and ".join(f"{size:,} bytes per {what}" for what, size in b.bytes_per.items()) for b in found]
-    different = list(dict.fromkeys(kinds))
-    if len(different) > 1 and all(set(b.bytes_per) == {"atom"} for b in found):
-        sizes = ", ".join(f"{b.bytes_per['atom']:,}" for b in found)
-        return f"boundaries of {sizes} bytes per atom"
-    return ("boundaries of " if len(found) > 1 else "a boundary of ") + "; ".join(different)
+    sizes = [boundary.bytes_per for boundary in found]
+    parts = []
+    for units, of_units in groupby(sizes[:1] if all(size == sizes[0] for size in sizes) else sizes, key=tuple):
+        if len(units) == 1:
+            numbers = ", ".join(f"{size[units[0]]:,}" for size in of_units)
+            parts.append(f"{numbers} bytes per {units[0]}")
+        else:
+            parts += [" + ".join(f"{size[unit]:,} bytes per {unit}" for unit in units) for size in of_units]
+    return ("boundaries of " if len(found) > 1 else "a boundary of ") + ", ".join(parts)
 
 
 def _rank(per: str) -> tuple[int, str]:

@@ -158,7 +158,7 @@ def _plan_recipe(recipe: Recipe) -> None:
     console = make_console()
     for one in measured:
         console.print()
-        console.print(stage_table(one, num_ranks))
+        console.print(stage_table(one))
         for line in cut_lines(one):
             console.print(line, soft_wrap=True)
     console.print()

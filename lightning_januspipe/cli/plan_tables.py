@@ -26,14 +26,10 @@ def make_console() -> Console:
     return Console(file=sys.stdout, width=_WIDTH, color_system=None, highlight=False)
 
 
-def stage_table(measured: Measured, num_ranks: int) -> Table:
+def stage_table(measured: Measured) -> Table:
     """Returns times, share of the work and memory of each stage."""
-    per_rank = measured.num_stages // num_ranks
-    title = f"{measured.num_stages} stages"
-    if per_rank > 1:
-        title += f", {per_rank} on each rank"
     table = _table(
-        title,
+        f"{measured.num_stages} stages{measured.on_ranks}",
         ("stage", "work"),
         ("FE", "FF", "BF", "BE"),
         ("BF'", "BE'", "WF", "WE"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import lightning_januspipe
 from lightning_januspipe import keys
 from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
+from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.compiled.torch_internals import new_size, symbolic_mode, traced_graph
 from lightning_januspipe.models import load
 
@@ -93,19 +95,21 @@ def export_potential(
         "dtype": str(floats).removeprefix("torch."),
         "device": torch.device(device).type,
         "inputs": json.dumps({name: list(shape) for name, (shape, _) in INPUTS.items()}),
+        "integers": json.dumps([name for name, (_, kind) in INPUTS.items() if kind == "int64"]),
         "outputs": json.dumps(OUTPUTS),
         "units": json.dumps({"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³", "positions": "Å"}),
         "versions": json.dumps({"torch": torch.__version__, "lightning_januspipe": lightning_januspipe.__version__}),
     }
     dynamic = [{d: torch.export.Dim.DYNAMIC for d, n in enumerate(s) if isinstance(n, str)} for s, _ in INPUTS.values()]
     program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple(dynamic),))
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / path.name
         settings = {"aot_inductor.metadata": metadata}
         torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
         for sizes in ([1], [2, 1, 3, 1]):
             _require_same(part, potential, _batch(adapter, sizes, floats, device), floats)
-        part.replace(path)
+        with atomic.replacing(path.absolute()) as target:
+            shutil.copyfile(part, target)
     return metadata
 
 

@@ -81,6 +81,12 @@ def require_samples(loader: Any) -> None:
         )
 
 
+def batch_size_of(loader: Any) -> int | None:
+    """Returns the number of samples in a whole batch of a loader; None if it is not known, or not always the same."""
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def empty(dataset: Any) -> ValueError:
     """Returns the error for an empty dataset."""
     return ValueError(

@@ -167,6 +167,14 @@ class SchedulePlan:
         """Returns how many times faster a schedule is than ``1f1b-2nd``."""
         return None if self.baseline is None else self.baseline / row.step_time
 
+    def speed_up(self, row: ScheduleRow) -> float | None:
+        """Returns how many times faster a schedule is than one rank with the same work.
+
+        It is None where that is more than the number of ranks: only unequal measurements of the same work give that.
+        """
+        found = self.one_rank / row.step_time
+        return found if found <= self.options.num_ranks * (1 + _ROUNDING) else None
+
     def per_second(self, number: float, row: ScheduleRow) -> float:
         """Returns the rate per second of training of something that every micro-batch has, such as its atoms."""
         return number * self.options.num_microbatches / row.step_time
@@ -200,8 +208,10 @@ class SchedulePlan:
                 f". {faster[0].name} would take {gain:.0f} % less, but needs {format_bytes(faster[0].needed or 0.0)} "
                 f"on a rank, more than {format_bytes(limit)}"
             )
-        ranks = self.options.num_ranks
-        return f"{text}. {ranks} ranks are {self.one_rank / chosen.step_time:.1f} times as fast as one."
+        ranks, speed_up = self.options.num_ranks, self.speed_up(chosen)
+        if speed_up is None:
+            return f"{text}. The measurement is too noisy to tell how much faster {ranks} ranks are than one."
+        return f"{text}. {ranks} ranks are {speed_up:.1f} times as fast as one."
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all numbers, in seconds and bytes, for JSON."""
@@ -247,7 +257,7 @@ class SchedulePlan:
             "messages": row.num_messages,
             "message_bytes": row.message_bytes,
             "speed": self.speed(row),
-            "speed_over_one_rank": self.one_rank / row.step_time,
+            "speed_over_one_rank": self.speed_up(row),
             "fits": row.fits,
             "needed_memory": row.needed,
         }

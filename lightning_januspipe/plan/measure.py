@@ -58,6 +58,7 @@ class Measured:
         spread: Width of the middle half of the times of a walk, as a share of the median.
         repeats: Number of walks.
         elapsed: Seconds of the capture.
+        placement: The rank of each stage.
     """
 
     potential: StagedPotential
@@ -70,11 +71,18 @@ class Measured:
     spread: float
     repeats: int
     elapsed: float
+    placement: tuple[int, ...]
 
     @property
     def num_stages(self) -> int:
         """Returns the number of stages."""
         return len(self.costs)
+
+    @property
+    def on_ranks(self) -> str:
+        """Returns the ranks of the stages, such as " on ranks 0 1 1 0"; empty with one stage on each rank."""
+        is_plain = len(set(self.placement)) == len(self.placement)
+        return "" if is_plain else f" on ranks {' '.join(map(str, self.placement))}"
 
     @property
     def uncertainty(self) -> float:
@@ -179,12 +187,18 @@ def measure_stages(
     except TooFewParts as error:
         if not or_fewer:
             raise TooManyRanks(len(placement), error.most) from error
-        found = capture(range(error.most))
-    return _measured(found, module, step, other_batch, repeats)
+        placement = range(error.most)
+        found = capture(placement)
+    return _measured(found, module, step, other_batch, repeats, placement)
 
 
 def _measured(
-    capture: Capture, module: nn.Module, step: Callable[[Any], Any], batch: Any, repeats: int | None
+    capture: Capture,
+    module: nn.Module,
+    step: Callable[[Any], Any],
+    batch: Any,
+    repeats: int | None,
+    placement: Sequence[int],
 ) -> Measured:
     captured = capture.potential
     with kept_random_state(), silent_log(module):
@@ -218,6 +232,7 @@ def _measured(
         max(_spread([sum(s.total for s in walk) for walk in found]) for found in walks.values()),
         num,
         capture.elapsed,
+        tuple(placement),
     )
 
 

@@ -45,8 +45,8 @@ def write_plan(
     content = {
         **about,
         **plan.to_dict(),
-        "stages": {str(m.num_stages): stages_dict(m) for m in measured},
-        "cuts": {str(m.num_stages): m.report.to_dict() for m in measured},
+        "stages": {f"{m.num_stages}{m.on_ranks}": stages_dict(m) for m in measured},
+        "cuts": {f"{m.num_stages}{m.on_ranks}": m.report.to_dict() for m in measured},
     }
     paths[-1].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for row in plan.rows:

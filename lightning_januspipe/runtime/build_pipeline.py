@@ -151,7 +151,9 @@ class PipelineBuilder:
             capture, to_verify = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
             self._last, self._compiler = _LastCapture(weakref.ref(request.module), _name(request.step), capture), None
             run = describe_run(planner.name, request.num_microbatches, mesh.shape)
-            news = News(f"januspipe: {capture.describe()}; {run}", f"januspipe: {capture.describe_capture()}")
+            news = News(
+                f"januspipe: {capture.describe(mesh.shape.pipeline)}; {run}", f"januspipe: {capture.describe_capture()}"
+            )
         found = self._last.capture
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_januspipe.graph import OwnersInLoader
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.replica_balance import balance_replicas
-from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
+from lightning_januspipe.loader.split import batch_size_of, require_samples, seed_workers, split_batches
 from lightning_januspipe.strategy.replica_samplers import discard_results, is_repeated, share_samples
 from lightning_januspipe.strategy.shared_state import StrategyState
 
@@ -65,11 +65,23 @@ class LoaderHooks(StrategyState):
             return dataloader
         require_samples(dataloader)
         required = self.options.num_microbatches != "auto"
+        if required:
+            self._warn_of_small_batches(batch_size_of(dataloader))
         split = split_batches(dataloader, self.num_microbatches(), required, self._choose_owners())
         self._train_loader = self._progress.tracked(split)
         if self.mesh_shape.data > 1 and self.options.balance != "microbatches":
             self._balance_replicas(self._train_loader, may_change=self._train_loader is not dataloader)
         return self._train_loader
+
+    def _warn_of_small_batches(self, batch_size: int | None) -> None:
+        """Warns if batches have fewer structures than the micro-batches that the user asked for."""
+        wanted = self.num_microbatches()
+        if batch_size is None or batch_size >= wanted:
+            return
+        has, found = f"{batch_size} structures", f"is split into {batch_size} micro-batches of one"
+        if batch_size == 1:
+            has, found = "one structure", "is one micro-batch"
+        self.lib.rank_zero.rank_zero_warn(f"num_microbatches={wanted}, but a batch has {has}: it {found}")
 
     def _choose_owners(self) -> OwnersInLoader | None:
         """Returns what chooses the owners of atoms in the loader's workers, if atoms are sharded over graph ranks."""

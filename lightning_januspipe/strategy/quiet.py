@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 WARNINGS = (
-    # The strategy reduces what is logged over replicas by itself, and the ranks of a pipeline log the same.
-    r"It is recommended to use `self\.log\(.*sync_dist=True\)` when logging on epoch level",
     # The strategy brings the loader to where it was.
     r"You're resuming from a checkpoint that ended before the epoch ended and your dataloader is\s+not resumable",
     # What Lightning and its own dependencies say to each other, and no user can mend.
@@ -26,6 +24,9 @@ NO_LAST = (r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint
 
 NOT_EMPTY = (r"Checkpoint directory .* exists and is not empty",)
 """How the warning begins that means nothing to a run that goes on from a checkpoint."""
+
+UNREDUCED = r"It is recommended to use `self\.log\(.*sync_dist=True\)` when logging on epoch level"
+"""How the warning begins about values that each rank logs for itself."""
 
 _CONNECTOR = "trainer.connectors.checkpoint_connector"
 
@@ -52,6 +53,19 @@ def ignore_warnings(messages: Sequence[str] = WARNINGS) -> None:
     """
     for message in messages:
         warnings.filterwarnings("ignore", message=message)
+
+
+def ignore_unreduced(is_ignored: bool) -> None:
+    """Leaves out Lightning's warning about values that are logged without ``sync_dist``, or lets it through again.
+
+    Args:
+        is_ignored: Whether to leave it out, as where the ranks of one pipeline log the same values. Replicas log values
+            of their own.
+    """
+    filters: Any = warnings.filters
+    warnings.filterwarnings("ignore", message=UNREDUCED)
+    if not is_ignored:
+        del filters[0]  # what was just added, and was taken away from where it stood before
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ import torch
 from typing_extensions import override
 
 from lightning_januspipe.loader.resume import LoaderProgress
+from lightning_januspipe.loader.split import batch_size_of
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.runner import Runner
@@ -86,6 +87,10 @@ class StrategyState(ParallelStrategy):
         if self.options.num_microbatches != "auto":
             return self.options.num_microbatches
         return 1 if self.mesh_shape.pipeline == 1 else 2 * self.mesh_shape.pipeline
+
+    def _usual_microbatches(self, loader: Any) -> int:
+        """Returns the number of micro-batches of a whole batch of a loader: it has at most as many as samples."""
+        return min(self.num_microbatches(), batch_size_of(loader) or self.num_microbatches())
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
 from lightning_januspipe.strategy.options import StrategyOptions, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
-from lightning_januspipe.strategy.quiet import quieten
+from lightning_januspipe.strategy.quiet import ignore_unreduced, quieten
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def setup(self, trainer: Trainer) -> None:
         """Checks that the module can be trained, then sets it up as every strategy does."""
         self._take_over_samplers(trainer)
+        ignore_unreduced(self.mesh_shape.data == 1)  # the ranks of one pipeline log the same
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
         if self.options.compile:
             check_compiler(self.root_device.type)
@@ -120,7 +121,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             check_trainer(self._trainer, is_captured=self._captures, has_parts=has_parts)
         self._give_batches_to_transfer_hooks()
         if self._captures:
-            self._capture(self._train_loader, self._module.training_step, self.num_microbatches())
+            self._capture(self._train_loader, self._module.training_step, self._usual_microbatches(self._train_loader))
             if self._shares_replicas:
                 # The ranks of a replica run the same steps, so they have to draw the same numbers.
                 with waiting("exchange of random states", self._mesh.replica_group):
@@ -253,6 +254,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def teardown(self) -> None:
         """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
+        ignore_unreduced(False)
         for stage in self._stage_optimizers.values():
             stage.release()
         module, residence = self.lightning_module, self._residence

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -190,8 +191,19 @@ class TestErrorReport:
         trainer.test(module, make_loader(1), verbose=False)
         assert report.errors.before == pytest.approx({"forces_mae": 0.6, "loss": 1.0})
         assert report.errors.after == pytest.approx({"forces_mae": 0.1, "loss": 1.0})
-        assert report.errors.test == pytest.approx({"forces_mae": 0.05})
+        assert report.errors.test == pytest.approx({"forces_mae": 0.05}) and report.errors.tested == ""
         assert not report.errors.before_is_partial
+
+    def test_knows_which_checkpoint_was_tested(self, tmp_path: Path) -> None:
+        report = ErrorReport(prints=False)
+        trainer = make_trainer(report, num_sanity_val_steps=-1)
+        module = Module([0.6, 0.3])
+        trainer.fit(module, make_loader(1), make_loader(1))
+        trainer.save_checkpoint(tmp_path / "best.ckpt")
+        trainer.test(module, make_loader(1), ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+        assert report.errors.tested == "best.ckpt"
+        trainer.test(module, make_loader(1), verbose=False)
+        assert report.errors.tested == ""
 
     def test_knows_that_the_first_batches_are_not_all(self) -> None:
         report = ErrorReport(prints=False)
@@ -290,6 +302,19 @@ class TestTable:
         values = {"forces_mae": 0.2}
         assert "first batches" in render(error_table(Errors(values, values, before_is_partial=True)))
         assert "first batches" not in render(error_table(Errors(values, values)))
+
+    def test_says_which_data_and_weights_a_column_is_of(self) -> None:
+        full = {q.metric: 1234.5 for q in callbacks.QUANTITIES}
+        lines = [
+            line.strip() for line in render(error_table(Errors(full, full, test=full, tested="best.ckpt"))).splitlines()
+        ]
+        assert lines[-2:] == [
+            "before, after: validation data, first and last weights",
+            "test: test data, weights of best.ckpt",
+        ]
+        text = render(error_table(Errors(after=full, test=full)))
+        assert "after: validation data, last weights" in text
+        assert "test: test data, last weights" in text
 
     def test_drop(self) -> None:
         assert "5.00× better" in describe_change(Errors({"forces_mae": 0.5}, {"forces_mae": 0.1}))

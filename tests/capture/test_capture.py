@@ -140,6 +140,7 @@ def test_description() -> None:
     assert re.fullmatch(
         r"potential 'potential' captured \(traced in .* s\): \d+ operations, ready after .* s", found.describe_capture()
     )
+    assert " in 2 stages with " in found.describe(2) and " in 2 stages on 1 rank with " in found.describe(1)
     shares = [int(x) for x in re.findall(r"(\d+) %", text)]
     assert len(shares) == 2 and 99 <= sum(shares) <= 101
     assert capture(Step(Potential(3)), 1).describe() == "potential 'potential' in one stage"

@@ -10,7 +10,7 @@ from cut_models import AtomNetwork, Dense, EdgeFeatures, LateReadouts, Learnable
 from explicit_models import SelfDividing
 
 from lightning_januspipe.capture import capture_module
-from lightning_januspipe.capture.report import report, summary
+from lightning_januspipe.capture.report import Boundary, Sent, describe_boundaries, report, summary
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,28 @@ def test_what_is_computed_again(shared_filters: Traced) -> None:
     assert all(parameter.stages == (0, 1, 2) for parameter in found.shared)
     assert shared["filters.0.weight"].reason == "(edges, 6) is computed where needed"
     assert shared["filters.2.weight"].reason == "used by layers of these stages"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ([{"atom": 512}], "a boundary of 512 bytes per atom"),
+        ([{"atom": 1024}] * 3, "boundaries of 1,024 bytes per atom"),
+        ([{"atom": 256}, {"atom": 768}, {"atom": 768}], "boundaries of 256, 768, 768 bytes per atom"),
+        (
+            [{"atom": 512}, {"atom": 256}, {"structure": 8}],
+            "boundaries of 512, 256 bytes per atom, 8 bytes per structure",
+        ),
+        (
+            [{"atom": 8, "edge": 4}, {"atom": 16, "edge": 4}, {"atom": 8}],
+            "boundaries of 8 bytes per atom + 4 bytes per edge, 16 bytes per atom + 4 bytes per edge, 8 bytes per atom",
+        ),
+        ([], "no boundary"),
+    ],
+)
+def test_boundaries_in_a_few_words(sizes: list[dict[str, int]], words: str) -> None:
+    boundaries = [Boundary(tuple(Sent("h", (what,), "float64", what, n) for what, n in b.items())) for b in sizes]
+    assert describe_boundaries(boundaries) == words
 
 
 def test_features_of_edges() -> None:

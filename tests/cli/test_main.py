@@ -426,6 +426,7 @@ class TestFit:
             assert f"{1000 * value['forces_mae']:.3g}" in text
         checkpoint = Path("lightning_logs/version_0/checkpoints/best.ckpt").absolute()
         assert checkpoint.is_file() and f"Checkpoint: {checkpoint}" in text
+        assert "test: test data, weights of best.ckpt" in text
 
         # The saved configuration and the checkpoint give the same test errors again, in the recipe's place.
         config = "lightning_logs/version_0/config.yaml"

@@ -157,6 +157,17 @@ class TestPlanCosts:
         assert f"3 ranks are {plan.one_rank / plan.rows[0].step_time:.1f} times as fast" in plan.reason()
         assert not notes(plan_costs(COSTS, 3, 6))
 
+    def test_no_speed_up_of_more_than_the_ranks(self) -> None:
+        """Unequal measurements of the same work would give it."""
+        quick = PhaseCosts(*(getattr(COSTS, name) / 3 for name in ("fe", "ff", "bf", "be", "wf", "we")))
+        plan = plan_cuts([CutCosts(COSTS, deferred=quick)], PlanOptions(2, 8), ["wavek", "wavek-zb"])
+        assert plan.choice is not None and plan.one_rank / plan.choice.step_time > 2
+        assert plan.speed_up(plan.choice) is None
+        assert plan.reason().endswith("The measurement is too noisy to tell how much faster 2 ranks are than one.")
+        speeds = {row["name"]: row["speed_over_one_rank"] for row in plan.to_dict()["schedules"]}
+        assert speeds["wavek-zb"] is None and 1 < speeds["wavek"] <= 2
+        assert "ranks are 1.0 times as fast as one" in plan_costs(COSTS, 1, 4).reason()
+
     def test_throughput(self) -> None:
         plan = plan_cuts([CutCosts(COSTS)], PlanOptions(4, 8), ["wavek"], structures=2, atoms=60)
         content = plan.to_dict()["schedules"][0]
@@ -360,6 +371,10 @@ class TestRecipe:
         assert (content["structures_per_microbatch"], content["atoms_per_microbatch"]) == (2, 8)
         assert "2 structures with 8 atoms" in text
 
+        titles = [
+            f"{name} stages" if name.isdigit() else name.replace(" on", " stages on") for name in content["stages"]
+        ]
+        assert len(titles) > 1 and [line.strip() for line in text.splitlines() if line.strip() in titles] == titles
         stages = content["stages"]["2"]
         assert len(stages) == 2
         assert all(value > 0 for stage in stages for value in stage["seconds"].values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 import loaders
+import logging_workers
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 from lightning_januspipe.loader import split as loading
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.loader.microbatch import MicroBatches
-from lightning_januspipe.loader.split import require_samples, seed_workers, split_batches
+from lightning_januspipe.loader.split import batch_size_of, require_samples, seed_workers, split_batches
 from lightning_januspipe.testing import RankPool
 
 
@@ -199,6 +201,27 @@ def test_no_full_batch() -> None:
         require_samples(DataLoader(sampler.dataset, sampler=sampler, batch_size=4, drop_last=True))
     require_samples(DataLoader(Samples(3), batch_size=4))
     require_samples(DataLoader(Samples(4), batch_size=4, drop_last=True))
+
+
+@pytest.mark.parametrize(("wanted", "batch_size", "found"), [(99, 8, 8), (4, 8, 4), (3, 1, 1)])
+def test_fewer_structures_than_micro_batches(pool: RankPool, wanted: int, batch_size: int, found: int) -> None:
+    """One rank warns, and the line at the start tells the true number."""
+    (line, warned), (_, of_other) = pool.run(logging_workers.start_of_a_fit, wanted, batch_size, world_size=2)
+    number = "one micro-batch" if found == 1 else f"{found} micro-batches"
+    assert re.search(rf"^januspipe: potential 'potential' in \d stages .*; wavek-zb, {number}$", line), line
+    assert not of_other
+    expected = {
+        99: ["num_microbatches=99, but a batch has 8 structures: it is split into 8 micro-batches of one"],
+        3: ["num_microbatches=3, but a batch has one structure: it is one micro-batch"],
+    }
+    assert warned == expected.get(wanted, [])
+
+
+def test_sizes_of_batches() -> None:
+    assert batch_size_of(_loader(Samples(20), 4)) == batch_size_of(_loader(Stream(20), 4)) == 4
+    assert batch_size_of(split_batches(_loader(Samples(20), 4), 2, required=True)) == 4
+    assert batch_size_of(DataLoader(Samples(4), batch_sampler=[[0], [1, 2]])) is None
+    assert batch_size_of(_loader(Samples(4), None)) is None and batch_size_of([1]) is None
 
 
 def test_empty_dataset() -> None:

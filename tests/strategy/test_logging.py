@@ -95,6 +95,19 @@ def test_replicas_log_as_in_ddp(
     check(rows(ddp[0]), rows(ranks[0]))
 
 
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (2, 1)], ids=["two replicas", "two pipelines", "one pipeline"])
+def test_warning_of_values_that_are_not_reduced(pool: RankPool, mesh: tuple[int, int]) -> None:
+    """Lightning's warning comes where ranks have unequal values, in training and validation, and only there."""
+    strategy = {"pipeline_size": mesh[0], "data_size": mesh[1], "num_microbatches": 1}
+    ranks = pool.run(workers.fit_unreduced, strategy, world_size=math.prod(mesh))
+    for name in ("train_own", "val_own"):
+        assert len({metrics[name] for metrics, _ in ranks}) == mesh[1]
+        assert any(f"self.log('{name}'" in text for text in ranks[0][1]) == (mesh[1] > 1)
+        assert len({metrics[name.replace("own", "mean")] for metrics, _ in ranks}) == 1
+    for _, texts in ranks:
+        assert not any("_mean'" in text for text in texts)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_micro_batches_weigh_their_samples(pool: RankPool, tmp_path: Path, world: int) -> None:
     """Batches of 6 and 5 samples in 4 micro-batches of 1 or 2, with a learning rate of 0: as the whole batches."""

@@ -9,13 +9,13 @@ import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_januspipe import JanusPipeStrategy
-from lightning_januspipe.strategy.quiet import ignore_warnings
+from lightning_januspipe.strategy.quiet import ignore_unreduced, ignore_warnings
 
 
 @pytest.mark.parametrize(
     ("message", "is_shown"),
     [
-        ("It is recommended to use `self.log('val_loss', ..., sync_dist=True)` when logging on epoch level in", False),
+        ("It is recommended to use `self.log('val_loss', ..., sync_dist=True)` when logging on epoch level in", True),
         (
             "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not resumable. "
             "This can cause",
@@ -31,6 +31,24 @@ def test_warnings(message: str, is_shown: bool) -> None:
         ignore_warnings()
         warnings.warn(message, stacklevel=1)
     assert bool(caught) == is_shown
+
+
+def test_values_that_are_not_reduced() -> None:
+    """A pipeline leaves the warning out; replicas, and other strategies after it, have it again."""
+    shown = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        filters = list(warnings.filters)
+        for is_ignored in (True, True, False, False):
+            ignore_unreduced(is_ignored)
+            caught.clear()
+            warnings.warn(
+                "It is recommended to use `self.log('a', ..., sync_dist=True)` when logging on epoch level",
+                stacklevel=1,
+            )
+            shown.append(bool(caught))
+        assert warnings.filters == filters
+    assert shown == [False, False, True, True]
 
 
 def test_tips(caplog: pytest.LogCaptureFixture) -> None:

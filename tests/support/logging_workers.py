@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,6 +219,66 @@ def fit_and_log(
     if loggers == "wandb":
         finish_wandb()
     return {"folder": where, "history": seen.history, "state": plain(dict(module.potential.state_dict()))}
+
+
+def fit_unreduced(strategy: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Trains two steps; returns what is logged with and without ``sync_dist``, and the warnings about it."""
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.trainer.connectors.logger_connector import result
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.potential = Potential(num_layers=3)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return self.loss_of(batch, "train")
+
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            self.loss_of(batch, "val")
+
+        def loss_of(self, batch: Batch, stage: str) -> Tensor:
+            out = self.potential(batch)
+            loss = (out["energy"] - batch["energy"]).square().mean() + out["forces"].square().mean()
+            settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(batch["energy"])}
+            self.log(f"{stage}_own", loss.detach(), **settings)
+            self.log(f"{stage}_mean", loss.detach(), sync_dist=True, **settings)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    torch.set_default_dtype(torch.float64)
+    result.warning_cache.clear()  # Lightning warns once in a process
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_of(strategy, max_epochs=1, limit_val_batches=1.0)
+        trainer.fit(Module(), loader(8, 2), loader(4, 1, 100))
+    texts = [str(w.message) for w in caught if "sync_dist=True" in str(w.message)]
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}, texts
+
+
+def start_of_a_fit(num_microbatches: int, batch_size: int) -> tuple[str, list[str]]:
+    """Trains one step in a pipeline; returns the line at its start, and the warnings about micro-batches."""
+    torch.set_default_dtype(torch.float64)
+    lines: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return True
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(keep)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_of({"num_microbatches": num_microbatches}, max_steps=1)
+        trainer.fit(module_that_logs("lightning", 1e-3, sync=False), loader(8, batch_size))
+    logger.removeFilter(keep)
+    logger.setLevel(level)
+    found = [str(w.message) for w in caught if str(w.message).startswith("num_microbatches=")]
+    return next((line for line in lines if line.startswith("januspipe: ")), ""), found
 
 
 def finish_wandb() -> None:
