@@ -19,6 +19,9 @@ from lightning_januspipe.errors import CheckpointError
 CHECKSUMS = "checksums.json"
 _CHUNK = 2**24
 _END_RECORD = 22  # bytes at the end of an archive
+_ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"
+"""How files of ``torch.save`` begin; those in its format before 1.6 are pickles."""
+
 _TO_DO = "Take another checkpoint, or copy this one again from where it is whole."
 
 Checksum = tuple[int, str]
@@ -47,12 +50,25 @@ def write_checksums(folder: Path, known: Mapping[str, Checksum], others: Iterabl
     (folder / CHECKSUMS).write_text(json.dumps(found, indent=1, sort_keys=True))
 
 
+def require_checkpoint(file: Path) -> None:
+    """Verifies by its first bytes that a file was written by ``torch.save``; an empty one may be cut off.
+
+    Raises:
+        CheckpointError: The file is something else, such as a text.
+    """
+    with open(file, "rb") as stream:
+        start = stream.read(len(_ARCHIVE))
+    if start and not start.startswith((_ARCHIVE, _PICKLE)) and not zipfile.is_zipfile(file):
+        raise CheckpointError(f"{file} is no checkpoint: torch.save has not written it. Check the path.")
+
+
 def verify_file(file: Path) -> None:
     """Verifies that a file of ``torch.save`` is whole; files in torch's format before 1.6 are only opened.
 
     Raises:
-        CheckpointError: The file is empty, cut off or changed.
+        CheckpointError: The file is empty, cut off or changed, or is no checkpoint.
     """
+    require_checkpoint(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(4)
@@ -60,7 +76,7 @@ def verify_file(file: Path) -> None:
         end = stream.read()
     if not size:
         raise CheckpointError(f"the checkpoint {file} is empty: its writing was interrupted. {_TO_DO}")
-    if start != b"PK\x03\x04" and not zipfile.is_zipfile(file):
+    if start != _ARCHIVE and not zipfile.is_zipfile(file):
         return
     try:
         if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):  # torch writes no comment behind it
@@ -73,7 +89,7 @@ def verify_file(file: Path) -> None:
         raise CheckpointError(
             f"the checkpoint {file} is cut off or damaged ({size} bytes; {error}). {_TO_DO}"
         ) from error
-    if part is not None or start != b"PK\x03\x04":
+    if part is not None or start != _ARCHIVE:
         raise CheckpointError(
             f"the checkpoint {file} is damaged: the checksum of its part {part or 'header'!r} is wrong. {_TO_DO}"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_januspipe.cli.parsers import CommandParser
+from lightning_januspipe.errors import CheckpointError
 
 
 def main(args: Sequence[str]) -> None:
@@ -33,6 +34,6 @@ def main(args: Sequence[str]) -> None:
 
     try:
         metadata = export_potential(given.checkpoint, given.file, device=given.device, dtype=given.dtype)
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         parser.error(str(error))
     print(f"wrote {given.file} for {metadata['device']} in {metadata['dtype']}, species {metadata['species']}")

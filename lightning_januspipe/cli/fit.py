@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 import lightning_januspipe  # noqa: F401  (registers the strategy's names)
@@ -19,23 +22,25 @@ from lightning_januspipe.callbacks import (
     PredictionWriter,
     StageSummary,
 )
+from lightning_januspipe.checkpoint.integrity import require_checkpoint
 from lightning_januspipe.cli.parsers import RecipeParser
 from lightning_januspipe.cli.run_config import RunConfig
 from lightning_januspipe.models import PotentialModule
 from lightning_januspipe.strategy.ending import newest_checkpoint
+from lightning_januspipe.strategy.quiet import NO_LAST, NOT_EMPTY, ignore_warnings
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar
+    from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary, RichModelSummary, RichProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 else:
     try:
         from lightning.pytorch import Trainer
-        from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, RichProgressBar
+        from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary, RichModelSummary, RichProgressBar
         from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     except ModuleNotFoundError:
         from pytorch_lightning import Trainer
-        from pytorch_lightning.callbacks import ModelSummary, RichModelSummary, RichProgressBar
+        from pytorch_lightning.callbacks import BasePredictionWriter, ModelSummary, RichModelSummary, RichProgressBar
         from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 
@@ -140,6 +145,9 @@ class PotentialCLI(LightningCLI):
         self.config = parser.parse_args([*args, *(f"--{key}={FROM_DATA[name]}" for key, name in keys.items())])
         for each in (parser, *parsers.values()):
             each.left_to_data = ()
+        path = self.arguments.get("ckpt_path")
+        if path and Path(path).is_file():
+            require_checkpoint(Path(path))
 
     @property
     def arguments(self) -> Any:
@@ -209,6 +217,7 @@ class PotentialCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the subcommand; if it is stopped, says how to go on, and prints the errors that are known."""
         began = time.time()
+        self._look_at_checkpoint(subcommand)
         try:
             super()._run_subcommand(subcommand)
         except SystemExit:  # Ctrl-C and SIGTERM
@@ -220,6 +229,19 @@ class PotentialCLI(LightningCLI):
                 if self.report.errors.known():
                     self.report.print(self.trainer)
             raise
+
+    def _look_at_checkpoint(self, subcommand: str) -> None:
+        """Says where untrained weights will be evaluated, and silences Lightning where a run is to resume."""
+        path = self.arguments.get("ckpt_path")
+        if subcommand == "fit":
+            saves_last = any(getattr(callback, "save_last", None) for callback in self.trainer.checkpoint_callbacks)
+            if path != "last" or saves_last:
+                ignore_warnings(NO_LAST)
+            if path:
+                ignore_warnings(NOT_EMPTY)
+        elif not path and isinstance(self.model, PotentialModule) and self.model.initial_weights is None:
+            text = "no --ckpt_path is given, so the weights of the potential are untrained"
+            rank_zero_only(print)(f"januspipe {subcommand}: warning: {text}", file=sys.stderr, flush=True)
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -236,6 +258,13 @@ class PotentialCLI(LightningCLI):
     def after_test(self) -> None:
         """Prints the errors."""
         self.report.print(self.trainer)
+
+    def after_predict(self) -> None:
+        """Says so if no callback has written the predictions."""
+        callbacks = vars(self.trainer)["callbacks"]
+        if not any(isinstance(callback, (PredictionWriter, BasePredictionWriter)) for callback in callbacks):
+            text = "the predictions were not written; --output FILE, such as predictions.extxyz, writes them"
+            rank_zero_only(print)(f"januspipe predict: {text}", flush=True)
 
     def _has_test_data(self) -> bool:
         if self.datamodule is None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 
+from lightning_januspipe.errors import CheckpointError
 from lightning_januspipe.strategy.quiet import ignore_warnings
 
 DEBUG = "JANUSPIPE_DEBUG"
@@ -77,12 +78,13 @@ def print_error(program: str, kind: type[BaseException], error: BaseException, t
         error: What was raised.
         trace: Its traceback.
     """
+    from lightning_januspipe.cli.explain import without_types
     from lightning_januspipe.strategy.failure import short_traceback
 
     if issubclass(kind, KeyboardInterrupt):
         print("stopped by Ctrl-C", file=sys.stderr)
-    elif issubclass(kind, (ValueError, OSError)) or kind.__name__ == "MisconfigurationException":
-        print(f"{program}: error: {error} (--debug prints where)", file=sys.stderr)
+    elif issubclass(kind, (ValueError, OSError, CheckpointError)) or kind.__name__ == "MisconfigurationException":
+        print(f"{program}: error: {without_types(str(error))} (--debug prints where)", file=sys.stderr)
     else:
         print(*short_traceback(error), sep="\n", file=sys.stderr)
     sys.stderr.flush()

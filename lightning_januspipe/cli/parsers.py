@@ -27,7 +27,8 @@ class OneLineErrors(ArgumentParser):
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
         program = self.prog.replace(" [options]", "")
-        self.exit(2, f"{program}: error: {explain_error(message, list(self._option_names()))}\n")
+        arguments = {a.dest: str(a.help) for a in self._actions if not a.option_strings and a.help}
+        self.exit(2, f"{program}: error: {explain_error(message, list(self._option_names()), arguments)}\n")
 
     def _option_names(self) -> Iterator[str]:
         """Returns the options of this parser and of its subcommands."""
@@ -62,9 +63,22 @@ class RecipeParser(OneLineErrors, LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self.left_to_data: Sequence[str] = ()
         self._is_lenient = False
+        self._file = ""
         self.add_argument(
             "-c", "--config", action=ActionConfigFile, help="A recipe: a YAML file of arguments. Later ones win."
         )
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses a file, which errors then name."""
+        before, self._file = self._file, str(path)
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            self._file = before
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message with the file that is being read, where YAML has no name for it, and exits."""
+        super().error(message.replace("<unicode string>", self._file) if self._file else message, ex)
 
     def parse_given(self, args: Sequence[str]) -> Namespace:
         """Returns what a command line and its files give: no defaults, and required arguments may be missing."""

@@ -207,13 +207,19 @@ def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Flo
     return np.asarray(positions - positions.mean(axis=0))
 
 
-def species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[np.int64]:
+def species_index(
+    atoms: Atoms,
+    species: Sequence[str],
+    source: str,
+    remedy: str = "Add it to `species`, or leave out the structure.",
+) -> NDArray[np.int64]:
     """Returns the species index (N,) of each atom.
 
     Args:
         atoms: Structure of N atoms.
         species: Chemical symbols by species index.
         source: Name of the structure in error messages.
+        remedy: What the error message tells to do about an unknown species.
 
     Raises:
         ValueError: An element is not in ``species``.
@@ -222,8 +228,5 @@ def species_index(atoms: Atoms, species: Sequence[str], source: str) -> NDArray[
     symbols = [chemical_symbols[number] for number in np.unique(atoms.numbers)]
     unknown = [symbol for symbol in symbols if symbol not in index]
     if unknown:
-        raise ValueError(
-            f"{source} holds the unknown species {', '.join(unknown)}; known: {list(species)}. Add it to `species`, or "
-            "leave out the structure."
-        )
+        raise ValueError(f"{source} holds the unknown species {', '.join(unknown)}; known: {list(species)}. {remedy}")
     return np.array([index[symbol] for symbol in atoms.symbols], dtype=np.int64)

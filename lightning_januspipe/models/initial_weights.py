@@ -134,6 +134,13 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         raise ValueError(f"frozen={list(patterns)} leaves no parameter to train; freeze less")
 
 
+def describe_frozen(module: nn.Module, patterns: Sequence[str]) -> str:
+    """Returns one line about the parameters that :func:`freeze` has excluded from training."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    frozen = sum(size for size, is_trained in sizes if not is_trained)
+    return f"frozen: {', '.join(patterns)} ({frozen:,} of {sum(size for size, _ in sizes):,} parameters)"
+
+
 def _shortened(names: Sequence[str], most: int = 5) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

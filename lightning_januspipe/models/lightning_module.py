@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -14,6 +15,7 @@ from lightning_januspipe import keys
 from lightning_januspipe.models.data_checks import check_data, check_labels
 from lightning_januspipe.models.initial_weights import (
     as_buffer,
+    describe_frozen,
     freeze,
     load_weights,
     read_checkpoint,
@@ -127,6 +129,11 @@ class PotentialModule(LightningModule):
             }
         )
 
+    @property
+    def initial_weights(self) -> str | None:
+        """Returns the checkpoint whose weights are still to be loaded; None if there is none."""
+        return self._initial_weights
+
     @override
     def forward(self, batch: Batch) -> Batch:
         """Predicts energy (B,) in eV, forces (N, 3) in eV/Å and stress (B, 3, 3) in eV/Å³."""
@@ -181,7 +188,7 @@ class PotentialModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Loads the initial weights once, and compares the data with the potential and the loss.
+        """Loads the initial weights once, says so, and compares the data with the potential and the loss.
 
         Raises:
             ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, or
@@ -194,7 +201,10 @@ class PotentialModule(LightningModule):
             self._check_dataset(data.dataset("train"), "training")
         if self._initial_weights is not None:
             self._warn(load_weights(self, self.potential, self._initial_weights))
+            rank_zero_info(f"weights of {self._initial_weights} loaded")
             self._initial_weights = None
+        if stage == "fit" and self.hparams["frozen"]:
+            rank_zero_info(describe_frozen(self.potential, self.hparams["frozen"]))
 
     @override
     def on_train_start(self) -> None:

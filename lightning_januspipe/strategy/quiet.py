@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 WARNINGS = (
@@ -17,6 +18,12 @@ WARNINGS = (
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",
 )
 """How the warnings begin that are left out."""
+
+NO_LAST = (r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint available",)
+"""How the hint begins that means nothing to a run that saves its last step, or asks for no last checkpoint."""
+
+NOT_EMPTY = (r"Checkpoint directory .* exists and is not empty",)
+"""How the warning begins that means nothing to a run that goes on from a checkpoint."""
 
 UNREDUCED = r"It is recommended to use `self\.log\(.*sync_dist=True\)` when logging on epoch level"
 """How the warning begins about values that each rank logs for itself."""
@@ -38,9 +45,13 @@ def quieten(lib: Any) -> None:
         logger.addFilter(_is_wanted)  # the same function is added once
 
 
-def ignore_warnings() -> None:
-    """Leaves these warnings out."""
-    for message in WARNINGS:
+def ignore_warnings(messages: Sequence[str] = WARNINGS) -> None:
+    """Leaves these warnings out.
+
+    Args:
+        messages: How they begin, as regular expressions.
+    """
+    for message in messages:
         warnings.filterwarnings("ignore", message=message)
 
 

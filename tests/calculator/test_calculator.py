@@ -216,7 +216,9 @@ def test_potentials_of_other_packages_have_adapters() -> None:
 def test_errors(trained: PotentialModule, tmp_path) -> None:
     water = molecule("H2O")
     water.calc = JanusPipeCalculator(trained)
-    with pytest.raises(ValueError, match=r"unknown species H, O; known: \['Al', 'Cu'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown species H, O; known: \['Al', 'Cu'\]. The potential was made and trained"
+    ):
         water.get_potential_energy()
     with pytest.raises(ValueError, match=r"OtherPotential has no attributes 'species' and 'cutoff'.*adapter="):
         JanusPipeCalculator(OtherPotential())

@@ -75,6 +75,14 @@ def test_every_flipped_byte_that_changes_what_is_read_is_found(tmp_path: Path) -
     assert found > 0.4 * len(whole) / 7
 
 
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    for content in (b"hello", b"\x89PNG\r\n", b"{}"):
+        file = tmp_path / "bad.ckpt"
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"^{file} is no checkpoint"):
+            verify_file(file)
+
+
 def test_files_of_other_settings(tmp_path: Path) -> None:
     """Files in torch's format before 1.6, and files without checksums where torch is told to write none."""
     file = tmp_path / "last.ckpt"

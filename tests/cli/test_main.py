@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import get_args
 
@@ -23,6 +25,7 @@ from lightning_januspipe.bench.command import BENCHMARKS
 from lightning_januspipe.cli.fit import FROM_DATA, POTENTIAL, PotentialCLI, arguments_from_data
 from lightning_januspipe.cli.main import main, print_error
 from lightning_januspipe.data import ASEDataModule, EMTDataModule, StructureDataModule, emt_structures
+from lightning_januspipe.errors import CheckpointError
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
 from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 
@@ -109,7 +112,8 @@ class TestHelp:
             (["fit", "--data", "lightning_januspipe.data.ASEDataModule"], "missing --data.train_file"),
             (["fit", QUICKSTART], f"did you mean --config {QUICKSTART}?"),
             (["consolidate", "."], "is no checkpoint folder"),
-            (["consolidate"], "missing folder"),
+            (["consolidate"], "missing FOLDER (checkpoint that was saved with save_distributed_checkpoint=True)"),
+            (["export", "best.ckpt"], "missing FILE (file to write; its name ends in .pt2)"),
         ],
     )
     def test_a_wrong_argument_is_an_error_of_one_line(
@@ -126,6 +130,16 @@ class TestHelp:
         [
             ({"trainer": {"max_epoch": 3}}, "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
             ({"trainr": {"max_epochs": 3}}, "unknown key trainr.max_epochs; did you mean trainer.max_epochs?"),
+            ({"trainr": {"strategy": {"class_path": "x"}}}, "unknown key trainr; did you mean trainer?"),
+            (
+                {"trainer": {"strategi": {"hel": "x"}}},
+                "unknown key trainer.strategi.hel; did you mean trainer.strategy?",
+            ),
+            (
+                {"trainer": {"strategy": {"init_args": {"schedule": "wavezk"}}}},
+                "--trainer.strategy.schedule: invalid value wavezk; expected one of 'gpipe', ",
+            ),
+            ({"trainer": {"strategy": {"init_args": {"schedule": "wavezk"}}}}, "; did you mean wavek?"),
             (
                 {"trainer": {"callbacks": [{"class_path": "ModelCheckpont"}]}},
                 "--trainer.callbacks: unknown class ModelCheckpont; did you mean ModelCheckpoint?",
@@ -143,6 +157,37 @@ class TestHelp:
             main(["fit", "--config", QUICKSTART, "--config", write_yaml("change.yaml", change)])
         text = capsys.readouterr().err
         assert said in text and text.count("\n") == 1
+
+    def test_a_file_that_is_no_yaml_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("bad.yaml").write_text("trainer:\n  max_epochs: 3\n   devices: 1\n")
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", QUICKSTART, "--config", "bad.yaml"])
+        text = capsys.readouterr().err
+        assert 'this is no YAML: mapping values are not allowed in this context in "bad.yaml", line 3' in text
+        assert text.count("\n") == 1
+
+    def test_an_error_in_a_class_is_printed_without_its_types(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(ValueError, match="Namespace") as raised:
+            main(["fit", "--config", QUICKSTART, "--data.species", "[Cu, Xx]"])
+        capsys.readouterr()
+        print_error("januspipe fit", ValueError, raised.value, None)
+        assert capsys.readouterr().err == (
+            "januspipe fit: error: --data: species ['Cu', 'Xx'] holds ['Xx']; expected chemical symbols such as 'H' "
+            "and 'Cu' (--debug prints where)\n"
+        )
+
+    def test_a_file_that_is_no_checkpoint_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("bad.ckpt").write_text("hello")
+        with pytest.raises(CheckpointError, match=r"^bad.ckpt is no checkpoint") as raised:
+            main(["test", "--config", QUICKSTART, *ONE_PROCESS, *SMALL, *SMALL_EMT, "--ckpt_path", "bad.ckpt"])
+        capsys.readouterr()
+        print_error("januspipe test", CheckpointError, raised.value, None)
+        assert capsys.readouterr().err.startswith("januspipe test: error: bad.ckpt is no checkpoint")
+        with pytest.raises(SystemExit):
+            main(["export", "bad.ckpt", "model.pt2"])
+        assert capsys.readouterr().err.startswith("januspipe export: error: bad.ckpt is no checkpoint")
+        with pytest.raises(CheckpointError, match=r"^bad.ckpt is no checkpoint"):
+            lightning_januspipe.load("bad.ckpt")
 
     def test_errors_of_users_have_no_traceback(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -340,7 +385,9 @@ class Stop(Callback):
 
 
 class TestFit:
-    def test_a_run_that_is_stopped_says_how_to_go_on(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_run_that_is_stopped_says_how_to_go_on(
+        self, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    ) -> None:
         """The user's config.yaml stays as it is, and the run's own lies beside its checkpoints."""
         Path("config.yaml").write_text("mine")
         args = ["fit", "--config", QUICKSTART, *ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--trainer.logger=false"]
@@ -349,6 +396,7 @@ class TestFit:
         sys.modules.setdefault("test_main", sys.modules[__name__])
         with pytest.raises(SystemExit):
             main(args)
+        assert not [w for w in recwarn if "no last checkpoint" in str(w.message)]
         text = capsys.readouterr().out
         assert f"To go on: januspipe {shlex.join(args)} --ckpt_path saved/on_exception.ckpt" in text
         assert "force MAE (meV/Å)" in text and Path("saved/on_exception.ckpt").is_file()
@@ -384,8 +432,8 @@ class TestFit:
         config = "lightning_logs/version_0/config.yaml"
         again = PotentialCLI(["test", "--config", config, "--ckpt_path", str(checkpoint)])
         assert again.report.errors.test == pytest.approx(errors.test)
-        text = capsys.readouterr().out
-        assert "force MAE (meV/Å)" in text and "test_forces_mae" not in text
+        text, warned = capsys.readouterr()
+        assert "force MAE (meV/Å)" in text and "test_forces_mae" not in text and "untrained" not in warned
         PotentialCLI(["validate", "--config", config, "--ckpt_path", str(checkpoint)])
         text = capsys.readouterr().out
         assert "validation" in text and "stress RMSE (meV/Å³)" in text and "val_forces_mae" not in text
@@ -397,6 +445,14 @@ class TestFit:
         assert f"{1000 * errors.test['forces_mae']:.3g} / {1000 * errors.test['forces_rmse']:.3g}" in text
         found = ase.io.read("out.extxyz", index=":")
         assert len(found) == len(cli.datamodule.dataset("test")) and "given_energy" in found[0].info
+        assert "were not written" not in text
+
+        # Without a checkpoint and without a file, it says so.
+        PotentialCLI(["predict", "--config", config])
+        text, warned = capsys.readouterr()
+        assert text.splitlines()[-1].startswith("januspipe predict: the predictions were not written; --output FILE")
+        line = "januspipe predict: warning: no --ckpt_path is given, so the weights of the potential are untrained\n"
+        assert line in warned
 
     def test_file_of_structures(self) -> None:
         ase.io.write("my.extxyz", emt_structures(12, species=["Cu", "Al"], sizes=[4]), format="extxyz")
@@ -425,12 +481,23 @@ class TestFit:
 IN_ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy.pipeline_size=1"]
 
 
-def test_finetune() -> None:
+def test_finetune(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """The recipe starts from the weights and with the potential of an earlier run, and trains its last layers."""
     args = [*IN_ONE_PROCESS, *QUIET, *SMALL_EMT, "--trainer.max_epochs=2"]
     first = PotentialCLI(["fit", "--config", QUICKSTART, *SMALL, *args])
     config = "lightning_logs/version_0/config.yaml"
+    caplog.set_level(logging.INFO)
     second = PotentialCLI(["fit", "--config", config, "--config", FINETUNE, *args, "--test_after_fit=last"])
+    parameters = dict(second.model.potential.named_parameters())
+    num_frozen = sum(p.numel() for p in parameters.values() if not p.requires_grad)
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("weights of lightning_logs/version_0/checkpoints/best.ckpt loaded") == 1
+    num = sum(p.numel() for p in parameters.values())
+    assert said.count(f"frozen: embedding, layers.0 ({num_frozen:,} of {num:,} parameters)") == 1
+    assert 0 < num_frozen < num
+    capsys.readouterr()
+    PotentialCLI(["validate", "--config", config, "--config", FINETUNE, *args])
+    assert "untrained" not in capsys.readouterr().err
 
     old = torch.load("lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)["state_dict"]
     new = second.model.state_dict()
@@ -462,11 +529,14 @@ def test_resume(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(module, batch, batch_idx)
 
     monkeypatch.setattr(PotentialModule, "training_step", stopped_once)
-    with pytest.raises(RuntimeError, match="stopped"):
-        PotentialCLI(args)
-    assert steps == {0, 1, 2, 3, 4}
-    steps.clear()
-    resumed = PotentialCLI(args)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(RuntimeError, match="stopped"):
+            PotentialCLI(args)
+        assert steps == {0, 1, 2, 3, 4}
+        steps.clear()
+        resumed = PotentialCLI(args)
+    assert not [w for w in warned if re.search("last checkpoint|not empty", str(w.message))]
     assert steps == {5, 6, 7, 8}
     assert resumed.trainer.global_step == whole.trainer.global_step == 9
     assert not Path("resumable/on_exception.ckpt").exists()
