@@ -22,7 +22,7 @@ MESHES = {
     "P2D2": {"pipeline_size": 2, "data_size": 2},
     "P2folder": {"pipeline_size": 2, "save_distributed_checkpoint": True},
 }
-DEFAULT = [("P2", 1, "before the reduction"), ("D2", 0, "before saving")]
+DEFAULT = [("P2", 1, "before the reduction")]
 REST = [
     (mesh, rank, place)
     for mesh, ranks in {"P2": (0, 1), "D2": (1,), "D2shards": (1,), "G2": (1,), "P2D2": (3,), "P2folder": (1,)}.items()

@@ -11,13 +11,14 @@ import average_workers as workers
 import pytest
 import torch
 from nested import close
+from pools import slow
 from torch import nn
 
 from lightning_januspipe.checkpoint.averages import Place, followers
 from lightning_januspipe.testing import RankPool
 
 
-@pytest.mark.parametrize("how", ["in the module and by name", "lists", "lightning"])
+@pytest.mark.parametrize("how", ["in the module and by name", slow("lists"), "lightning"])
 def test_checkpoints_are_those_of_one_process(pool: RankPool, how: str, tmp_path: Path) -> None:
     (expected,) = pool.run(workers.checkpoint, None, how, str(tmp_path / "one"), world_size=1)
     assert {"val_loss", "train_loss"} <= set(expected["metrics"])

@@ -8,6 +8,7 @@ import pytest
 from capture_models import Potential, Step, Traced, assert_parity, make_batch
 from compiled_models import factory, joint_graphs
 from parity_models import CASES
+from pools import slow
 
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
@@ -28,7 +29,7 @@ def test_parameter_gradients(name: str) -> None:
         assert_parity(captured, traced.module, make_batch(sizes, seed=1), make_stage=make, defer=defer)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("num_stages", [1, 2, slow(4)])
 def test_every_activation_and_size(num_stages: int) -> None:
     """Each activation with and without deferral, each with two of the sizes in turn."""
     plain = Traced(Step(Potential(num_stages)))

@@ -25,7 +25,7 @@ def _samples(costs: list[int]) -> list[dict[str, Any]]:
     return [{"index": i, "x": torch.zeros(c)} for i, c in enumerate(costs)]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(COSTS, st.integers(1, 9))
 def test_every_sample_once_in_order_and_balanced(costs: list[int], num_groups: int) -> None:
     groups = split_samples(_samples(costs), num_groups)

@@ -61,7 +61,7 @@ def test_parameters_whose_memory_is_not_contiguous_stay_whole() -> None:
         slow(2, GRAPH, "Adam"),
         (2, GRAPH, "Adafactor"),
         slow(4, BOTH, "SGD"),
-        (4, STAGES_AND_REPLICAS, "SGD"),
+        slow(4, STAGES_AND_REPLICAS, "SGD"),
         slow(4, STAGES_AND_REPLICAS, "Muon"),
         (4, STAGES_AND_GRAPH, "Adam"),
     ],
@@ -125,7 +125,7 @@ LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("replicas", "one process"),
+        slow("replicas", "one process"),
         ("stages and replicas, folder", "replicas"),
         ("plain", "stages and replicas, sharded"),
         slow("stages and replicas", "replicas"),

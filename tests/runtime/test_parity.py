@@ -40,15 +40,13 @@ def test_two_ranks(pool: RankPool, schedule: str, num_microbatches: int) -> None
 
 @pytest.mark.parametrize(
     ("devices", "schedule"),
-    all_but(
-        [(4, "wavek"), (4, "1f1b-2nd"), (3, "wavek-zb")], [*((4, s) for s in SCHEDULES), (3, "wavek-zb"), (3, "wavek")]
-    ),
+    all_but([(4, "wavek"), (3, "wavek-zb")], [*((4, s) for s in SCHEDULES), (3, "wavek-zb"), (3, "wavek")]),
 )
 def test_more_ranks(pool: RankPool, devices: int, schedule: str) -> None:
     check_parity(pool, devices, num_microbatches=8, schedule=schedule)
 
 
-@pytest.mark.parametrize(("devices", "num_microbatches"), all_but([(3, 1), (4, 2)], product([3, 4], [1, 2, 4])))
+@pytest.mark.parametrize(("devices", "num_microbatches"), all_but([(3, 1)], product([3, 4], [1, 2, 4])))
 def test_more_ranks_and_fewer_microbatches(pool: RankPool, devices: int, num_microbatches: int) -> None:
     """Radial basis, scale and shift are trained too on three ranks."""
     module = tiny.shared_module if devices == 3 else tiny.module
@@ -56,7 +54,7 @@ def test_more_ranks_and_fewer_microbatches(pool: RankPool, devices: int, num_mic
 
 
 @pytest.mark.parametrize(
-    ("num_microbatches", "schedule"), [slow(1, "wavek-zb"), (4, "1f1b-2nd"), slow(4, "1f1b-fold"), (8, "wavek-zb")]
+    ("num_microbatches", "schedule"), [slow(1, "wavek-zb"), slow(4, "1f1b-2nd"), slow(4, "1f1b-fold"), (8, "wavek-zb")]
 )
 def test_two_stages_and_two_replicas(pool: RankPool, num_microbatches: int, schedule: str) -> None:
     check_parity(pool, 4, pipeline_size=2, num_microbatches=num_microbatches, schedule=schedule)

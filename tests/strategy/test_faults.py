@@ -46,7 +46,7 @@ def test_replicas_with_equal_numbers_of_batches(pool: RankPool) -> None:
             assert (error, steps) == ("", 6)
 
 
-@pytest.mark.parametrize("strategy", [REPLICAS, {"pipeline_size": 2}], ids=["replicas", "pipeline"])
+@pytest.mark.parametrize("strategy", [slow(REPLICAS), {"pipeline_size": 2}], ids=["replicas", "pipeline"])
 def test_a_gradient_that_is_not_finite(pool: RankPool, strategy: dict[str, Any]) -> None:
     """It is named in its own step: rank and parameter."""
     (other, _), (own, step) = pool.run(workers.bad_gradient, strategy, 1, 1, world_size=2, timeout=150)

@@ -16,6 +16,7 @@ import pytest
 import strategy_workers
 import tiny
 import torch
+from pools import slow
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
@@ -26,7 +27,7 @@ BOTH: dict[str, Any] = {**GRAPH, "pipeline_size": 2, "schedule": "wavek"}
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["before", "sharding", "loss", "not finite", "evaluation"])
+@pytest.mark.parametrize("how", [slow("before"), slow("sharding"), "loss", slow("not finite"), "evaluation"])
 def test_a_fault_of_one_graph_rank_ends_all(pool: RankPool, how: str) -> None:
     """At once, although its process lives on."""
     (others, seconds), (own, _) = pool.run(workers.ended, how, GRAPH, world_size=2, timeout=120)
@@ -114,6 +115,7 @@ def test_rounded_messages_between_stages(pool: RankPool) -> None:
     assert 1e-6 < float((_flat(merged) - exact).norm() / exact.norm()) < 3e-2
 
 
+@pytest.mark.slow
 def test_an_overflow_on_one_graph_rank_skips_the_step_on_all(pool: RankPool) -> None:
     arguments = (1, 3, "lightning", 2.0**10, "potential.energy_model.embedding.weight")
     for record in pool.run(
@@ -196,6 +198,7 @@ def test_samples_are_logged_once(pool: RankPool, tmp_path: Path) -> None:
         logging_workers.check(replicas[rank // 2]["history"], found["history"])
 
 
+@pytest.mark.slow
 def test_monitor(pool: RankPool, tmp_path: Path) -> None:
     """Messages and memory of all graph ranks, atoms of each structure once."""
     strategy = {**BOTH, "num_microbatches": 4}

@@ -15,6 +15,7 @@ import launching_workers as workers
 import lightning
 import pytest
 from logging_workers import DDP, check
+from pools import slow
 
 import lightning_januspipe
 from lightning_januspipe.mesh import MeshShape
@@ -146,7 +147,7 @@ def started(
     return [json.loads(f.read_text()) for f in files]
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "nodes", "torchrun"])
+@pytest.mark.parametrize("launcher", [slow("slurm"), "nodes", "torchrun"])
 def test_launchers(pool: RankPool, tmp_path: Path, launcher: str) -> None:
     """Tasks of srun on two machines; a script on each of two, which starts a second process; torchrun on one.
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from pools import slow
 
 import lightning_januspipe
 from lightning_januspipe.strategy.registry import NAMESPACES
@@ -58,7 +59,7 @@ print(next(c for c in strategy.__mro__ if c.__name__ == "ParallelStrategy").__mo
     assert base.startswith("pytorch_lightning.") and module == "lightning_januspipe.pytorch_lightning"
 
 
-@pytest.mark.parametrize("comes_first", ["lightning_januspipe", "lightnings"])
+@pytest.mark.parametrize("comes_first", ["lightning_januspipe", slow("lightnings")])
 def test_names_are_registered_whatever_is_imported_first(comes_first: str) -> None:
     """The package itself imports neither torch nor a Lightning; every Trainer knows its names all the same."""
     for library in TRAINER.values():
