@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "capture": {"engine", "errors", "experts", "random_state", "schedule"},
     "compiled": {"capture", "engine", "errors", "schedule"},
     "graph": {"capture", "distributed", "engine", "errors", "loader"},
-    "data": {"keys", "loader"},
+    "data": {"checkpoint", "keys", "loader"},
     "calculator": {"data", "keys", "models"},
     "models": {"checkpoint", "keys"},
     "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},

@@ -12,6 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 from lightning_januspipe.bench import training_steps
 from lightning_januspipe.bench.compiled import compiled
+from lightning_januspipe.bench.datasets import datasets
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.replicas import balance
@@ -27,6 +28,7 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "balance": balance,
     "graph": graph,
     "compile": compiled,
+    "data": datasets,
 }
 """The benchmarks that train on this machine; each returns its tables."""
 
@@ -60,6 +62,9 @@ def main(args: Sequence[str]) -> None:
                 help="Run the simulated meshes instead, with a process for each of their 32 ranks, real messages, and "
                 "phases that sleep. Each of --steps takes more than a minute.",
             )
+        if "num_structures" in options:
+            default = options["num_structures"].default
+            own.add_argument("--num_structures", type=PositiveInt, default=default, help="Structures that are made.")
         own.add_class_arguments(Work)
         commands.add_subcommand(name, own, help=(inspect.getdoc(benchmark) or "").partition("\n")[0])
     emulate = CommandParser(description="Runs schedules with real messages between processes, and phases that sleep.")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_januspipe.bench.replicas import water_box
-from lightning_januspipe.bench.work import Work, trainer_of
+from lightning_januspipe.bench.work import Work, forget_peak, resident, trainer_of
 from lightning_januspipe.graph.partition import halo_size, partition_atoms
 from lightning_januspipe.testing import RankPool
 
@@ -68,11 +66,11 @@ def step_on_one_structure(work: Work, graph_size: int) -> Usage:
 
     class Measure(lightning.Callback):
         def on_train_batch_start(self, *_: Any) -> None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            self._before, self._began = _resident("VmRSS"), time.perf_counter()
+            forget_peak()
+            self._before, self._began = resident("VmRSS"), time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-            seconds, peak = time.perf_counter() - self._began, _resident("VmHWM") - self._before
+            seconds, peak = time.perf_counter() - self._began, resident("VmHWM") - self._before
             found.append(Usage(peak, seconds, float(outputs["loss"]), len(large[0])))
 
     shared = {"pipeline_size": 1, "graph_size": graph_size, "num_microbatches": 1}
@@ -80,13 +78,6 @@ def step_on_one_structure(work: Work, graph_size: int) -> Usage:
     loader = torch.utils.data.DataLoader(dataset, batch_size=1, sampler=[0, 0], collate_fn=collate_structures)
     trainer.fit(PotentialModule(potential), loader)
     return found[-1]
-
-
-def _resident(name: str) -> int:
-    """Returns an entry of Linux's account of this process's memory, in bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def memory_table(work: Work, runs: int) -> str:

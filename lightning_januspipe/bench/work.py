@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -73,3 +75,15 @@ def trainer_of(strategy: dict[str, Any] | None, steps: int, callback: Any, **arg
     return quiet_trainer(
         strategy, devices=world, max_steps=steps, callbacks=[callback], limit_val_batches=0, **arguments
     )
+
+
+def resident(name: str) -> int:
+    """Returns an entry of Linux's account of this process's memory: ``VmRSS``, or the peak ``VmHWM``, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def forget_peak() -> None:
+    """Lets the peak ``VmHWM`` of this process count from here."""
+    Path("/proc/self/clear_refs").write_text("5")

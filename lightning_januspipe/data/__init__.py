@@ -5,6 +5,7 @@ from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
 from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.disk_dataset import DiskDataset, open_dataset
 from lightning_januspipe.data.emt import EMTDataModule, emt_structures, label_with_emt
 from lightning_januspipe.data.neighbors import neighbor_list
 from lightning_januspipe.data.splits import split_indices
@@ -15,6 +16,7 @@ __all__ = [
     "ASEDataModule",
     "BudgetBatchSampler",
     "DatasetStatistics",
+    "DiskDataset",
     "EMTDataModule",
     "StructureDataModule",
     "StructureDataset",
@@ -24,6 +26,7 @@ __all__ = [
     "emt_structures",
     "label_with_emt",
     "neighbor_list",
+    "open_dataset",
     "read_structures",
     "split_indices",
 ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Literal
 
-from ase import Atoms
 from torch.utils.data import Subset
 from typing_extensions import override
 
 from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
+from lightning_januspipe.data.disk_dataset import open_dataset
 from lightning_januspipe.data.labels import LabelKeys
-from lightning_januspipe.data.references import References, choose_references, is_isolated_atom, isolated_energies
+from lightning_januspipe.data.references import References, choose_references, isolated_energies
 from lightning_januspipe.data.splits import Split, check_size, split_indices
 from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 from lightning_januspipe.data.structures import validate_species
@@ -61,6 +61,8 @@ class ASEDataModule(StructureDataModule):
         config_type_weights: dict[str, float] | None = None,
         weight_key: str | None = None,
         dtype: Literal["float32", "float64"] | None = None,
+        lazy: bool | Literal["auto"] = "auto",
+        cache_dir: str | None = None,
         **loader: Any,
     ) -> None:
         """Keeps the options; ``setup`` reads the files.
@@ -95,6 +97,10 @@ class ASEDataModule(StructureDataModule):
             config_type_weights: Factors of the loss by ``config_type``; ``Default`` is for structures without one.
             weight_key: Name of a further factor that structures have, such as ``config_weight``; None for none.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
+            lazy: Read structures from the disk when they are used, with neighbour lists that are made once for all
+                ranks and jobs; False keeps everything in the memory of each rank. ``"auto"`` does so for extended XYZ,
+                ASE databases, LMDB and trajectories of more than 200 MB.
+            cache_dir: Folder of these lists; None for ``~/.cache/lightning_januspipe/structures``.
             loader: Options of :class:`StructureDataModule`.
 
         Raises:
@@ -119,6 +125,7 @@ class ASEDataModule(StructureDataModule):
         self._require_labels = require_labels
         self._config_type_weights, self._weight_key = config_type_weights, weight_key
         self._dtype = dtype
+        self._lazy, self._cache_dir = lazy, cache_dir
         self._train_source: StructureDataset | None = None
 
     @property
@@ -151,7 +158,8 @@ class ASEDataModule(StructureDataModule):
         source = self._source()
         isolated = self._isolated()
         others = [index for index in range(len(source)) if index not in isolated] or list(isolated)
-        kinds = [_kind(source.atoms(index)) for index in others] if self._stratify else None
+        of_all = source.kinds() if self._stratify else None
+        kinds = None if of_all is None else [of_all[index] for index in others]
         parts = split_indices(len(others), **self._sizes, seed=self._seed, kinds=kinds)
         chosen = {others[i] for i in parts[split]}
         return Subset(source, sorted(chosen | isolated if split == "train" else chosen))
@@ -169,9 +177,7 @@ class ASEDataModule(StructureDataModule):
             ValueError: The reference energy of a species is missing, or isolated atoms contradict each other.
         """
         if self._statistics is None:
-            source, isolated = self._source(), sorted(self._isolated())
-            symbols = [source.atoms(index).symbols[0] for index in isolated]
-            known = isolated_energies(source.facts(isolated), symbols)
+            known = isolated_energies(self._source().facts(sorted(self._isolated())))
             references = choose_references(self._references, known, self.species)
             train = self.dataset("train")
             assert train is not None
@@ -180,8 +186,7 @@ class ASEDataModule(StructureDataModule):
 
     def _isolated(self) -> set[int]:
         """Returns the indices of isolated atoms in the training file, which are all trained on."""
-        source = self._source()
-        return {index for index in range(len(source)) if is_isolated_atom(source.atoms(index))}
+        return set(self._source().isolated_atoms())
 
     def _source(self) -> StructureDataset:
         if self._train_source is None:
@@ -189,8 +194,10 @@ class ASEDataModule(StructureDataModule):
         return self._train_source
 
     def _read(self, file: str, species: list[str] | None, *, require_labels: bool) -> StructureDataset:
-        return StructureDataset(
+        return open_dataset(
             file,
+            lazy=self._lazy,
+            cache_dir=self._cache_dir,
             cutoff=self._cutoff,
             species="auto" if species is None else species,
             dtype=self._dtype,
@@ -200,7 +207,3 @@ class ASEDataModule(StructureDataModule):
             weight_key=self._weight_key,
             **asdict(self._labels),
         )
-
-
-def _kind(atoms: Atoms) -> tuple[frozenset[str], bool, str]:
-    return frozenset(atoms.symbols), bool(atoms.pbc.any()), str(atoms.info.get("config_type", ""))

@@ -6,15 +6,16 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_januspipe.data.budget import BudgetBatchSampler
 from lightning_januspipe.data.collate import collate_structures
-from lightning_januspipe.data.dataset import IndexedDataset, StructureDataset
-from lightning_januspipe.data.facts import Facts, missing_kinds, num_shared, suspicions
+from lightning_januspipe.data.dataset import IndexedDataset
+from lightning_januspipe.data.facts_table import FactsTable, facts_of
 from lightning_januspipe.data.splits import Split
 from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
+from lightning_januspipe.data.suspicions import missing_kinds, num_shared, suspicions
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -125,7 +126,7 @@ class StructureDataModule(LightningDataModule):
         Raises:
             ValueError: A structure or its labels are not usable, or there is no batch to train on.
         """
-        facts: dict[str, list[Facts] | None] = {split: self._facts(split) for split in self.splits_of(stage)}
+        facts: dict[str, FactsTable | None] = {split: facts_of(self.dataset(split)) for split in self.splits_of(stage)}
         train = facts.get("train")
         if train is None:
             return
@@ -133,8 +134,10 @@ class StructureDataModule(LightningDataModule):
         for warning in suspicions(train):
             self._warn(warning)
         for split, what in (("val", "validation"), ("test", "test")):
-            other = facts.get(split) or []
-            if other and split == "val" and (lacking := missing_kinds(train, other)):
+            other = facts.get(split)
+            if other is None:
+                continue
+            if len(other) and split == "val" and (lacking := missing_kinds(train, other)):
                 self._warn(f"the validation data holds {lacking}, unlike the training data: errors there stay unseen")
             if num := num_shared(train, other):
                 self._warn(f"{num} of {len(other)} {what} structures are training data too: their errors are too low")
@@ -142,15 +145,6 @@ class StructureDataModule(LightningDataModule):
     def splits_of(self, stage: str | None) -> tuple[Split, ...]:
         """Returns the splits that ``setup`` makes and checks for a stage."""
         return _SPLITS_OF_STAGE[stage]
-
-    def _facts(self, split: Split) -> list[Facts] | None:
-        """Returns facts about the structures of a split, which checks them; None where they cannot be known."""
-        dataset: Any = self.dataset(split)
-        indices: list[int] | None = None
-        while isinstance(dataset, Subset):
-            indices = list(dataset.indices) if indices is None else [dataset.indices[i] for i in indices]
-            dataset = dataset.dataset
-        return dataset.facts(indices) if isinstance(dataset, StructureDataset) else None
 
     def _check_batches(self) -> None:
         """Refuses a replica without a full batch, where only full ones are kept."""

@@ -6,23 +6,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_januspipe import keys
-from lightning_januspipe.data.facts import Facts, LabelCounts
+from lightning_januspipe.data.facts import Facts, is_isolated_atom
+from lightning_januspipe.data.facts_table import FactsTable, frame_name
 from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.neighbors import estimate_num_edges
+from lightning_januspipe.data.sample_cache import SampleRecipe
 from lightning_januspipe.data.structures import (
-    atoms_to_sample,
     check_database_units,
     find_species,
     read_structures,
     resolve_dtype,
+    species_index,
     validate_species,
 )
+from lightning_januspipe.data.suspicions import LabelCounts
 
 
 class StructureDataset(Dataset[dict[str, Tensor]]):
@@ -73,32 +77,43 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             ValueError: The file is missing, empty or unreadable, there are no structures, or ``species`` or ``dtype``
                 is not valid. Errors of single structures (see :func:`atoms_to_sample`) are raised with their sample.
         """
-        self.labels = LabelKeys(**labels)
-        self._weights = None if config_type_weights is None else dict(config_type_weights)
-        self._weight_key = weight_key
+        self._prepare(cutoff, dtype, require_labels, config_type_weights, weight_key, labels)
         if isinstance(structures, (str, Path)):
             self._source = str(structures)
-            self._structures = read_structures(structures)
+            self._structures: Sequence[Atoms] = read_structures(structures)
             if Path(structures).suffix == ".db":
                 check_database_units(structures, self.labels)
         else:
             self._source = ""
             self._structures = list(structures)
-        if bad := {name: weight for name, weight in (self._weights or {}).items() if not 0 <= weight < float("inf")}:
-            raise ValueError(f"config_type_weights has {bad}; expected finite numbers, at least 0")
         if not self._structures:
             raise ValueError("the dataset is empty; expected at least one structure")
-        if not cutoff > 0:
-            raise ValueError(f"cutoff={cutoff!r} Å; expected a positive number")
         self.species = find_species(self._structures) if species == "auto" else validate_species(species)
-        self.cutoff = float(cutoff)
-        self.dtype = resolve_dtype(dtype)
-        self._require_labels = require_labels
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._facts: dict[int, Facts] = {}
-        self._edges: dict[int, int] = {}
+        self._table: FactsTable | None = None
         if precompute:
             self.facts()
+
+    def _prepare(
+        self,
+        cutoff: float,
+        dtype: torch.dtype | str | None,
+        require_labels: bool,
+        config_type_weights: Mapping[str, float] | None,
+        weight_key: str | None,
+        labels: Mapping[str, Any],
+    ) -> None:
+        """Keeps and checks the arguments of the constructor that do not depend on the structures."""
+        self.labels = LabelKeys(**labels)
+        self._weights = None if config_type_weights is None else dict(config_type_weights)
+        if bad := {name: weight for name, weight in (self._weights or {}).items() if not 0 <= weight < float("inf")}:
+            raise ValueError(f"config_type_weights has {bad}; expected finite numbers, at least 0")
+        if not cutoff > 0:
+            raise ValueError(f"cutoff={cutoff!r} Å; expected a positive number")
+        self.cutoff = float(cutoff)
+        self.dtype = resolve_dtype(dtype)
+        self._recipe = SampleRecipe(self.cutoff, self.labels, require_labels, weight_key)
 
     def __len__(self) -> int:
         """Returns the number of structures."""
@@ -114,51 +129,47 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             IndexError: There is no such structure.
             ValueError: The structure or its labels are not usable (see :func:`atoms_to_sample`).
         """
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"structure {index} of a dataset of {len(self)}")
-        index = int(index) % len(self)
+        index = self._position(index)
         if index not in self._samples:
-            self._samples[index] = atoms_to_sample(
-                self._structures[index],
-                species=self.species,
-                cutoff=self.cutoff,
-                dtype=self.dtype,
-                labels=self.labels,
-                require_labels=self._require_labels,
-                source=self.describe(index),
-            )
-            if self._weights is not None or self._weight_key is not None:
-                self._samples[index][keys.WEIGHT] = torch.tensor([self._weight(index)], dtype=self.dtype)
+            self._make(index)
         return dict(self._samples[index])
 
-    def _weight(self, index: int) -> float:
-        """Returns the factor of a structure's loss."""
-        info, weights = self._structures[index].info, self._weights or {}
-        own = info.get(self._weight_key, 1.0) if self._weight_key is not None else 1.0
-        try:
-            weight = float(weights.get(str(info.get("config_type", "Default")), 1.0)) * float(own)
-        except (TypeError, ValueError):
-            weight = -1.0
-        if not 0 <= weight < float("inf"):
-            raise ValueError(
-                f"{self.describe(index)} has the weight {own!r} under {self._weight_key!r}; expected a number of at "
-                "least 0"
-            )
-        return weight
+    def _position(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"structure {index} of a dataset of {len(self)}")
+        return int(index) % len(self)
 
-    def sample_sizes(self) -> tuple[list[int], list[int]]:
+    def _make(self, index: int) -> None:
+        """Makes the sample of a structure, and finds the facts about it."""
+        atoms = self._structures[index]
+        chosen = species_index(atoms, self.species, self.describe(index))
+        arrays, facts = self._recipe.arrays(atoms, index, self._source)
+        self._samples[index] = arrays.sample(chosen, self.dtype) | self._weight(facts.config_type, facts.own_weight)
+        self._facts[index] = facts
+
+    def _weight(self, config_type: str | None, own: float) -> dict[str, Tensor]:
+        """Returns the factor of a structure's loss, as far as there are any."""
+        if self._weights is None and self._recipe.weight_key is None:
+            return {}
+        factor = float((self._weights or {}).get("Default" if config_type is None else config_type, 1.0))
+        return {keys.WEIGHT: torch.tensor([factor * own], dtype=self.dtype)}
+
+    def sample_sizes(self) -> tuple[Sequence[int], Sequence[int]]:
         """Returns the numbers of atoms and of edges of all structures, the same in every process.
 
         Edges are counted in structures whose :meth:`facts` are known, as all are with ``precompute``, and estimated in
         others.
         """
+        edges = []
         for index, atoms in enumerate(self._structures):
-            if index not in self._edges:
-                estimate = estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)
-                self._edges[index] = round(estimate)
-        return [len(atoms) for atoms in self._structures], [self._edges[index] for index in range(len(self))]
+            known = self._facts.get(index)
+            if known is not None:
+                edges.append(known.num_edges)
+            else:
+                edges.append(round(estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)))
+        return [len(atoms) for atoms in self._structures], edges
 
-    def facts(self, indices: Sequence[int] | None = None) -> list[Facts]:
+    def facts(self, indices: Sequence[int] | None = None) -> FactsTable:
         """Returns facts about structures; the first call makes, and so checks, their samples.
 
         Args:
@@ -167,22 +178,34 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: A structure or its labels are not usable (see :func:`atoms_to_sample`).
         """
-        found = []
-        for index in range(len(self)) if indices is None else indices:
+        chosen = range(len(self)) if indices is None else indices
+        for index in chosen:
             if index not in self._facts:
-                name, atoms = self.describe(index), self._structures[index]
-                self._facts[index] = Facts.of(atoms, self[index], name, self.labels)
-                self._edges[index] = self._facts[index].num_edges
-            found.append(self._facts[index])
-        return found
+                self._make(index)
+        if self._table is None and len(self._facts) < len(self):
+            return FactsTable.of((self._facts[index] for index in chosen), self._source)
+        if self._table is None:
+            self._table = FactsTable.of((self._facts[index] for index in range(len(self))), self._source)
+        return self._table if indices is None else self._table.take(np.asarray(indices, dtype=np.int64))
 
     def count_labels(self, indices: Sequence[int] | None = None) -> LabelCounts:
         """Counts the labels of structures; see :meth:`facts`."""
         return LabelCounts.of(self.facts(indices), self.labels)
 
+    def isolated_atoms(self) -> list[int]:
+        """Returns the indices of isolated atoms."""
+        return [index for index, atoms in enumerate(self._structures) if is_isolated_atom(atoms)]
+
+    def kinds(self) -> list[tuple[frozenset[int], bool, str]]:
+        """Returns the elements, the periodicity and the ``config_type`` of each structure."""
+        return [
+            (frozenset(atoms.numbers.tolist()), bool(atoms.pbc.any()), str(atoms.info.get("config_type", "")))
+            for atoms in self._structures
+        ]
+
     def describe(self, index: int) -> str:
         """Returns the name of a structure in messages: its file and frame."""
-        return f"{self._source}, frame {index}" if self._source else f"structure {index}"
+        return frame_name(self._source, index)
 
     def atoms(self, index: int) -> Atoms:
         """Returns a structure as it was read."""

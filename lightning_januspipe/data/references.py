@@ -6,43 +6,39 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from ase import Atoms
+from ase.data import chemical_symbols
 
-from lightning_januspipe.data.facts import Facts
+from lightning_januspipe.data.facts_table import FactsTable
 
 References = Literal["auto", "isolated_atoms", "least_squares"]
 
 
-def is_isolated_atom(atoms: Atoms) -> bool:
-    """Returns whether a structure is a lone atom: ``config_type=IsolatedAtom``, or one atom without periodicity."""
-    said = str(atoms.info.get("config_type", "")).lower().replace("_", "") == "isolatedatom"
-    return said or (len(atoms) == 1 and not atoms.pbc.any())
-
-
-def isolated_energies(facts: Sequence[Facts], symbols: Sequence[str]) -> dict[str, float]:
+def isolated_energies(facts: FactsTable) -> dict[str, float]:
     """Returns the energies of isolated atoms in eV, by chemical symbol.
 
     Args:
-        facts: Structures of which :func:`is_isolated_atom` holds.
-        symbols: Chemical symbol of the first atom of each.
+        facts: The isolated atoms.
 
     Raises:
         ValueError: A structure has several atoms or neighbours, or an element has two different energies.
     """
-    found: dict[str, Facts] = {}
-    for one, symbol in zip(facts, symbols, strict=True):
-        if one.num_atoms > 1 or one.num_edges:
-            what = f"{one.num_atoms} atoms" if one.num_atoms > 1 else "periodic images within the cutoff"
-            raise ValueError(f"{one.name} is an isolated atom by its config_type, but has {what}; correct one of them")
-        if not np.isfinite(one.energy):
+    found: dict[str, int] = {}
+    rows = facts.rows
+    for position in range(len(facts)):
+        name, num_atoms, energy = facts.name(position), int(rows["num_atoms"][position]), rows["energy"][position]
+        if num_atoms > 1 or rows["num_edges"][position]:
+            what = f"{num_atoms} atoms" if num_atoms > 1 else "periodic images within the cutoff"
+            raise ValueError(f"{name} is an isolated atom by its config_type, but has {what}; correct one of them")
+        if not np.isfinite(energy):
             continue
-        first = found.setdefault(symbol, one)
-        if abs(first.energy - one.energy) > 1e-4:
+        symbol = chemical_symbols[next(iter(facts.composition(position)))]
+        first = found.setdefault(symbol, position)
+        if abs(rows["energy"][first] - energy) > 1e-4:
             raise ValueError(
-                f"{first.name} and {one.name} are isolated atoms of {symbol} with different energies, {first.energy} "
-                f"and {one.energy} eV; remove one of them"
+                f"{facts.name(first)} and {name} are isolated atoms of {symbol} with different energies, "
+                f"{rows['energy'][first]} and {energy} eV; remove one of them"
             )
-    return {symbol: one.energy for symbol, one in found.items()}
+    return {symbol: float(rows["energy"][position]) for symbol, position in found.items()}
 
 
 def choose_references(

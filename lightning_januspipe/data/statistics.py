@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from ase.data import atomic_numbers
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_januspipe import keys
+from lightning_januspipe.data.facts_table import facts_of
+from lightning_januspipe.data.labels import Floats
+
+_BLOCK = 65536
+"""Structures whose compositions are in memory at a time."""
 
 
 class SampleDataset(Protocol):
@@ -72,13 +78,8 @@ def dataset_statistics(
     if not len(dataset):
         raise ValueError("statistics of an empty dataset; expected at least one structure")
     num_species = num_species or _num_species(dataset)
-    lone, others = _Sums(), _Sums()
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        is_lone = sample[keys.POSITIONS].shape[0] == 1 and sample[keys.EDGE_INDEX].shape[1] == 0
-        (lone if is_lone else others).add(sample)
-    sums = others if others.counts else lone
-    largest = max(len(counts) for counts in [*lone.counts, *others.counts]) - 1
+    sums = _sums_of_facts(dataset) or _sums_of_samples(dataset)
+    largest = sums.largest
     num_species = num_species or largest + 1
     if largest >= num_species:
         raise ValueError(f"the data has species index {largest}, num_species={num_species}; expected a smaller index")
@@ -86,52 +87,127 @@ def dataset_statistics(
     known = list(reference_energies or [None] * num_species)
     if len(known) != num_species:
         raise ValueError(f"{len(known)} reference energies of {num_species} species; expected one for each, or None")
-    counts = np.stack([np.pad(one, (0, num_species - len(one))) for one in sums.counts]).astype(np.float64)
     shifts = np.array([0.0 if energy is None else energy for energy in known])
     fitted = np.array([energy is None for energy in known])
-    has_energy = np.isfinite(sums.energies)
-    counts, energies = counts[has_energy], np.array(sums.energies)[has_energy]
-    shifts[fitted] = np.linalg.lstsq(counts[:, fitted], energies - counts @ shifts, rcond=None)[0]
-    shifts[fitted & (counts.sum(axis=0) == 0)] = 0.0
-    residuals = (energies - counts @ shifts) / counts.sum(axis=1)
+    is_known = np.isfinite(sums.energies)
+    energies = sums.energies[is_known]
+
+    def blocks() -> Iterator[tuple[Floats, Floats]]:
+        """Yields the numbers of atoms of each species, and the energies, of some structures at a time."""
+        positions = np.flatnonzero(is_known)
+        for start in range(0, len(positions), _BLOCK):
+            some = positions[start : start + _BLOCK]
+            counts = np.zeros((len(some), num_species))
+            counts[:, : largest + 1] = sums.counts(some)
+            yield counts, sums.energies[some]
+
+    seen = sum((counts.sum(axis=0) for counts, _ in blocks()), np.zeros(num_species))
+    shifts[fitted] = _least_squares(
+        int(fitted.sum()), ((counts[:, fitted], left - counts @ shifts) for counts, left in blocks())
+    )
+    shifts[fitted & (seen == 0)] = 0.0
+    squares = [(((left - counts @ shifts) / counts.sum(axis=1)) ** 2).sum() for counts, left in blocks()]
     return DatasetStatistics(
         energy_shifts=tuple(shifts.tolist()),
-        energy_rms=float(np.sqrt(np.mean(residuals**2))) if len(residuals) else 0.0,
+        energy_rms=float(np.sqrt(sum(squares) / len(energies))) if len(energies) else 0.0,
         force_rms=float(np.sqrt(sums.force_square / max(sums.num_forces, 1))),
         avg_num_neighbors=sums.num_edges / sums.num_atoms,
-        num_structures=len(sums.counts),
+        num_structures=len(sums.energies),
         num_atoms=sums.num_atoms,
         num_edges=sums.num_edges,
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
-    """Sums over samples."""
+    """Holds what the statistics of n structures are computed from.
 
-    counts: list[NDArray[np.int64]] = field(default_factory=list)
-    energies: list[float] = field(default_factory=list)
-    force_square: float = 0.0
-    num_forces: int = 0
-    num_atoms: int = 0
-    num_edges: int = 0
+    Attributes:
+        energies: (n,) energies in eV.
+        counts: Function that returns the numbers of atoms of each species index up to ``largest`` in some structures.
+        largest: Largest species index, in left out lone atoms too.
+    """
 
-    def add(self, sample: dict[str, Tensor]) -> None:
+    energies: Floats
+    counts: Callable[[NDArray[np.int64]], NDArray[Any]]
+    largest: int
+    force_square: float
+    num_forces: int
+    num_atoms: int
+    num_edges: int
+
+
+def _sums_of_facts(dataset: Any) -> _Sums | None:
+    """Returns the sums of a dataset that knows facts about its structures; None for other datasets."""
+    facts = facts_of(dataset)
+    species = _species(dataset)
+    if facts is None or species is None:
+        return None
+    columns = {atomic_numbers[symbol]: column for column, symbol in enumerate(species)}
+    largest = max(columns[number] for number in facts.all_elements())
+    if not facts.rows["is_lone"].all():
+        facts = facts.take(~facts.rows["is_lone"])
+    rows = facts.rows
+    return _Sums(
+        energies=rows["energy"].copy(),
+        counts=lambda some: facts.take(some).counts(columns)[:, : largest + 1],
+        largest=largest,
+        force_square=float(rows["force_square"].sum()),
+        num_forces=int(rows["num_forces"].sum()),
+        num_atoms=int(rows["num_atoms"].sum()),
+        num_edges=int(rows["num_edges"].sum()),
+    )
+
+
+def _sums_of_samples(dataset: SampleDataset) -> _Sums:
+    """Returns the sums over all samples of a dataset."""
+    found = []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        num_atoms, num_edges = sample[keys.POSITIONS].shape[0], sample[keys.EDGE_INDEX].shape[1]
         forces = sample[keys.FORCES].double().numpy()
         forces = forces[np.isfinite(forces)]
-        self.counts.append(np.bincount(sample[keys.SPECIES].numpy()))
-        self.energies.append(float(sample[keys.ENERGY].sum()))
-        self.force_square += float((forces**2).sum())
-        self.num_forces += forces.size
-        self.num_atoms += sample[keys.POSITIONS].shape[0]
-        self.num_edges += sample[keys.EDGE_INDEX].shape[1]
+        energy = float(sample[keys.ENERGY].sum())
+        counts = np.bincount(sample[keys.SPECIES].numpy())
+        found.append((counts, energy, float((forces**2).sum()), forces.size, num_atoms, num_edges))
+    chosen = [one for one in found if one[4:] != (1, 0)] or found
+    largest = max(len(one[0]) for one in found) - 1
+    counts = np.stack([np.pad(one[0], (0, largest + 1 - len(one[0]))) for one in chosen])
+    return _Sums(
+        energies=np.array([one[1] for one in chosen]),
+        counts=lambda some: counts[some],
+        largest=largest,
+        force_square=sum(one[2] for one in chosen),
+        num_forces=sum(one[3] for one in chosen),
+        num_atoms=sum(one[4] for one in chosen),
+        num_edges=sum(one[5] for one in chosen),
+    )
 
 
-def _num_species(dataset: Any) -> int | None:
-    """Returns the length of the species list of a dataset, or of the dataset that it is a subset of."""
+def _least_squares(num_columns: int, blocks: Iterator[tuple[Floats, Floats]]) -> Floats:
+    """Returns the smallest solution of least squares over all rows, some of which are in memory at a time."""
+    rows: Any
+    values: Any
+    rows, values = next(blocks, (np.zeros((0, num_columns)), np.zeros(0)))
+    for more, right in blocks:
+        # The triangular factor of the rows so far stands for them.
+        stacked = np.column_stack([np.concatenate([rows, more]), np.concatenate([values, right])])
+        reduced = np.linalg.qr(stacked)[1]
+        rows, values = reduced[:, :-1], reduced[:, -1]
+    found: Floats = np.linalg.lstsq(rows, values, rcond=None)[0]
+    return found
+
+
+def _species(dataset: Any) -> Sequence[str] | None:
+    """Returns the species list of a dataset, or of the dataset that it is a subset of."""
     while dataset is not None:
         species = getattr(dataset, "species", None)
         if species is not None:
-            return len(species)
+            return species
         dataset = getattr(dataset, "dataset", None)
     return None
+
+
+def _num_species(dataset: Any) -> int | None:
+    species = _species(dataset)
+    return None if species is None else len(species)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import ase.io
 import numpy as np
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from lightning_januspipe import keys
 from lightning_januspipe.data.labels import Floats, LabelKeys, read_labels
+from lightning_januspipe.data.lmdb_rows import LMDB, LmdbRows
 from lightning_januspipe.data.neighbors import neighbor_list
 from lightning_januspipe.data.units import unit_factor
 
 _FAR = 100.0
 """Positions with components above this, in Å, are moved, because differences of float32 would lose digits."""
+
+ADD_SPECIES = "Add it to `species`, or leave out the structure."
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -47,8 +51,8 @@ def read_structures(path: str | Path) -> list[Atoms]:
     """Reads all frames of a file.
 
     Args:
-        path: An ASE database (``.db``), extended XYZ, or anything else that ``ase.io.read`` reads. The key-value pairs
-            and data of database rows are put in ``Atoms.info``.
+        path: An ASE database (``.db``, or ``.aselmdb`` and ``.lmdb`` for rows in LMDB), extended XYZ, or anything else
+            that ``ase.io.read`` reads. The key-value pairs and data of database rows are put in ``Atoms.info``.
 
     Returns:
         The frames in the order of the file (database rows by id); at least one.
@@ -56,14 +60,13 @@ def read_structures(path: str | Path) -> list[Atoms]:
     Raises:
         ValueError: There is no such file, it holds no structure, or ASE cannot read it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such data file: {path} (looked in {path.absolute().parent}); check the path")
-    if path.stat().st_size == 0:
-        raise ValueError(f"data file {path} is empty; expected at least one structure")
+    path = require_file(path)
     try:
         if path.suffix == ".db":
             frames = _read_database(path)
+        elif path.suffix in LMDB:
+            rows = LmdbRows(path)
+            frames = [atoms_of_row(rows.row(identity)) for identity in rows.ids()]
         else:
             # Without the flag, ASE reads the text after an "@" in a file name as a range of frames.
             read = ase.io.read(path, index=":", do_not_split_by_at_sign=True)
@@ -78,17 +81,34 @@ def read_structures(path: str | Path) -> list[Atoms]:
     return frames
 
 
+def require_file(path: str | Path) -> Path:
+    """Returns the path of a file that is there and not empty, or of the folder of an LMDB database.
+
+    Raises:
+        ValueError: There is no such file, or it is empty.
+    """
+    path = Path(path)
+    content = path / "data.mdb" if path.is_dir() and path.suffix in LMDB else path
+    if not content.is_file():
+        raise ValueError(f"no such data file: {path} (looked in {path.absolute().parent}); check the path")
+    if content.stat().st_size == 0:
+        raise ValueError(f"data file {path} is empty; expected at least one structure")
+    return path
+
+
 def _read_database(path: Path) -> list[Atoms]:
     from ase.db import connect
 
-    frames = []
     with connect(path) as database:
-        for row in database.select(sort="id"):
-            atoms = row.toatoms()
-            atoms.info.update(row.key_value_pairs)
-            atoms.info.update(row.data)
-            frames.append(atoms)
-    return frames
+        return [atoms_of_row(row) for row in database.select(sort="id")]
+
+
+def atoms_of_row(row: Any) -> Atoms:
+    """Returns the structure of a row of an ASE database, with its key-value pairs and data in ``Atoms.info``."""
+    atoms = row.toatoms()
+    atoms.info.update(row.key_value_pairs)
+    atoms.info.update(row.data)
+    return atoms
 
 
 def check_database_units(path: str | Path, labels: LabelKeys) -> None:
@@ -141,6 +161,53 @@ def find_species(structures: Sequence[Atoms]) -> list[str]:
     return [chemical_symbols[number] for number in numbers]
 
 
+class StructureArrays(NamedTuple):
+    """Holds what a sample of N atoms and E edges is made of, whatever its type and its list of species.
+
+    Attributes:
+        positions: (N, 3) positions in Å.
+        numbers: (N,) atomic numbers.
+        cell: (3, 3) cell vectors in Å as rows.
+        pbc: (3,) whether each direction is periodic.
+        edge_index: (2, E) sources and targets, sorted by target.
+        cell_shifts: (E, 3) integer multiples of the cell vectors.
+        energy: Energy in eV.
+        forces: (N, 3) forces in eV/Å.
+        stress: (3, 3) stress in eV/Å³.
+    """
+
+    positions: Floats
+    numbers: NDArray[np.int64]
+    cell: Floats
+    pbc: NDArray[np.bool_]
+    edge_index: NDArray[np.int64]
+    cell_shifts: NDArray[np.int64]
+    energy: float
+    forces: Floats
+    stress: Floats
+
+    def sample(self, index: NDArray[np.int64], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns the sample.
+
+        Args:
+            index: (N,) index of each atom's species.
+            dtype: Type of the floating-point tensors.
+        """
+        return {
+            keys.POSITIONS: torch.tensor(self.positions, dtype=dtype),
+            keys.SPECIES: torch.from_numpy(index),
+            keys.ATOMIC_NUMBERS: torch.tensor(self.numbers, dtype=torch.int64),
+            keys.EDGE_INDEX: torch.from_numpy(self.edge_index),
+            keys.CELL_SHIFTS: torch.tensor(self.cell_shifts, dtype=dtype),
+            keys.CELL: torch.tensor(self.cell, dtype=dtype).unsqueeze(0),
+            keys.BATCH: torch.zeros(len(self.numbers), dtype=torch.int64),
+            keys.ENERGY: torch.tensor(self.energy, dtype=torch.float64).reshape(1),
+            keys.FORCES: torch.tensor(self.forces, dtype=dtype),
+            keys.STRESS: torch.tensor(self.stress, dtype=dtype).unsqueeze(0),
+            keys.PBC: torch.tensor(self.pbc).unsqueeze(0),
+        }
+
+
 def atoms_to_sample(
     atoms: Atoms,
     *,
@@ -171,31 +238,36 @@ def atoms_to_sample(
             :func:`~lightning_januspipe.data.neighbors.neighbor_list`).
     """
     real = resolve_dtype(dtype)
+    index = species_index(atoms, species, source)
+    names = labels or LabelKeys()
+    return structure_arrays(atoms, cutoff, names, require_labels=require_labels, source=source).sample(index, real)
+
+
+def structure_arrays(
+    atoms: Atoms, cutoff: float, labels: LabelKeys, *, require_labels: bool, source: str
+) -> StructureArrays:
+    """Reads the labels of one structure and finds its neighbours; for arguments and errors see atoms_to_sample."""
     if len(atoms) == 0:
         raise ValueError(f"{source} has no atoms; remove it")
     pbc = np.array(atoms.pbc, dtype=bool)
     cell = np.array(atoms.cell, dtype=np.float64) if pbc.any() else np.zeros((3, 3))
-    index = species_index(atoms, species, source)
     try:
         positions = _near_origin(atoms.positions, cell, pbc)
         edge_index, cell_shifts = neighbor_list(positions, cell, pbc, cutoff)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-
-    values = read_labels(atoms, labels or LabelKeys(), required=require_labels, source=source)
-    return {
-        keys.POSITIONS: torch.tensor(positions, dtype=real),
-        keys.SPECIES: torch.from_numpy(index),
-        keys.ATOMIC_NUMBERS: torch.tensor(atoms.numbers, dtype=torch.int64),
-        keys.EDGE_INDEX: torch.from_numpy(edge_index),
-        keys.CELL_SHIFTS: torch.tensor(cell_shifts, dtype=real),
-        keys.CELL: torch.tensor(cell, dtype=real).unsqueeze(0),
-        keys.BATCH: torch.zeros(len(atoms), dtype=torch.int64),
-        keys.ENERGY: torch.tensor(values[keys.ENERGY], dtype=torch.float64).reshape(1),
-        keys.FORCES: torch.tensor(values[keys.FORCES], dtype=real),
-        keys.STRESS: torch.tensor(values[keys.STRESS], dtype=real).unsqueeze(0),
-        keys.PBC: torch.tensor(pbc).unsqueeze(0),
-    }
+    values = read_labels(atoms, labels, required=require_labels, source=source)
+    return StructureArrays(
+        positions=positions,
+        numbers=np.array(atoms.numbers, dtype=np.int64),
+        cell=cell,
+        pbc=pbc,
+        edge_index=edge_index,
+        cell_shifts=cell_shifts,
+        energy=float(values[keys.ENERGY]),
+        forces=values[keys.FORCES],
+        stress=values[keys.STRESS],
+    )
 
 
 def _near_origin(positions: Floats, cell: Floats, pbc: NDArray[np.bool_]) -> Floats:
@@ -211,7 +283,7 @@ def species_index(
     atoms: Atoms,
     species: Sequence[str],
     source: str,
-    remedy: str = "Add it to `species`, or leave out the structure.",
+    remedy: str = ADD_SPECIES,
 ) -> NDArray[np.int64]:
     """Returns the species index (N,) of each atom.
 
@@ -226,7 +298,16 @@ def species_index(
     """
     index = {symbol: number for number, symbol in enumerate(species)}
     symbols = [chemical_symbols[number] for number in np.unique(atoms.numbers)]
-    unknown = [symbol for symbol in symbols if symbol not in index]
+    require_known(symbols, species, source, remedy)
+    return np.array([index[symbol] for symbol in atoms.symbols], dtype=np.int64)
+
+
+def require_known(symbols: Sequence[str], species: Sequence[str], source: str, remedy: str = ADD_SPECIES) -> None:
+    """Refuses elements that are not among the species; for the arguments see :func:`species_index`.
+
+    Raises:
+        ValueError: An element is not in ``species``.
+    """
+    unknown = [symbol for symbol in symbols if symbol not in species]
     if unknown:
         raise ValueError(f"{source} holds the unknown species {', '.join(unknown)}; known: {list(species)}. {remedy}")
-    return np.array([index[symbol] for symbol in atoms.symbols], dtype=np.int64)

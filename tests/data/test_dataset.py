@@ -125,11 +125,11 @@ def test_default_dtype_at_construction(alloys):
 
 
 def test_samples_are_kept_and_made_lazily(monkeypatch, alloys):
-    from lightning_januspipe.data import dataset as module
+    from lightning_januspipe.data import sample_cache as module
 
     calls = []
-    make = module.atoms_to_sample
-    monkeypatch.setattr(module, "atoms_to_sample", lambda atoms, **kw: calls.append(kw["source"]) or make(atoms, **kw))
+    make = module.structure_arrays
+    monkeypatch.setattr(module, "structure_arrays", lambda *args, **kw: calls.append(kw["source"]) or make(*args, **kw))
     lazy = StructureDataset(alloys, cutoff=3.0)
     assert calls == []
     first, again = lazy[2], lazy[-3]
