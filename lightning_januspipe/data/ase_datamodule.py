@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Literal
 
-from torch.utils.data import Subset
+import numpy as np
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 from typing_extensions import override
 
 from lightning_januspipe.data.datamodule import StructureDataModule
@@ -42,6 +44,8 @@ class ASEDataModule(StructureDataModule):
         val_file: str | None = None,
         test_file: str | None = None,
         predict_file: str | None = None,
+        replay_file: str | None = None,
+        replay_ratio: float = 1.0,
         train_size: int | float | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
@@ -72,6 +76,10 @@ class ASEDataModule(StructureDataModule):
             val_file: File with validation structures.
             test_file: File with test structures.
             predict_file: File with structures to predict, which need no labels. Default: the test data.
+            replay_file: File with structures to train on beside those of ``train_file``, such as the ones that the
+                initial weights were trained on, so that a potential forgets less of them.
+            replay_ratio: How many structures of ``replay_file`` there are for each of ``train_file``. They are chosen
+                at random by ``seed``, the same in all epochs and processes, and twice only if the file has too few.
             train_size: Number (int) or fraction (float between 0 and 1) of the structures in ``train_file`` to train
                 on; None for all that the other splits leave.
             val_size: Number or fraction of the structures in ``train_file`` for validation, instead of ``val_file``.
@@ -104,9 +112,12 @@ class ASEDataModule(StructureDataModule):
             loader: Options of :class:`StructureDataModule`.
 
         Raises:
-            ValueError: A size is neither a number nor a fraction, or a file is given for the same split.
+            ValueError: A size is neither a number nor a fraction, a file is given for the same split, or
+                ``replay_ratio`` is not positive.
         """
         super().__init__(**loader)
+        if not 0 < replay_ratio < float("inf"):
+            raise ValueError(f"replay_ratio={replay_ratio!r}; expected a positive number, or replay_file=None")
         for name, file, size in (("val", val_file, val_size), ("test", test_file, test_size)):
             if file is not None and size is not None:
                 raise ValueError(f"{name}_file={file!r} and {name}_size={size} are both given; expected one of them")
@@ -115,6 +126,7 @@ class ASEDataModule(StructureDataModule):
             check_size(f"{name}_size", size)
         self._files: dict[str, str | None] = {"val": val_file, "test": test_file, "predict": predict_file}
         self._train_file = train_file
+        self._replay_file, self._replay_ratio = replay_file, replay_ratio
         self._seed = seed
         self._cutoff = cutoff
         self._species = None if species == "auto" else validate_species(species)
@@ -162,7 +174,22 @@ class ASEDataModule(StructureDataModule):
         kinds = None if of_all is None else [of_all[index] for index in others]
         parts = split_indices(len(others), **self._sizes, seed=self._seed, kinds=kinds)
         chosen = {others[i] for i in parts[split]}
-        return Subset(source, sorted(chosen | isolated if split == "train" else chosen))
+        own = Subset(source, sorted(chosen | isolated if split == "train" else chosen))
+        return self._with_replay(own) if split == "train" and self._replay_file is not None else own
+
+    def _with_replay(self, own: Subset[dict[str, Tensor]]) -> SampleDataset:
+        """Returns the training structures with those that are replayed."""
+        assert self._replay_file is not None
+        others = self._read(self._replay_file, self.species, require_labels=self._require_labels)
+        wanted, rng = round(self._replay_ratio * len(own)), np.random.default_rng([self._seed, 1])
+        if not wanted:
+            raise ValueError(
+                f"replay_ratio={self._replay_ratio} of {len(own)} training structures is less than one structure; "
+                "give a larger ratio"
+            )
+        orders = [rng.permutation(len(others)) for _ in range(-(-wanted // len(others)))]
+        chosen = np.sort(np.concatenate(orders)[:wanted])
+        return ConcatDataset([own, Subset(others, chosen.tolist())])
 
     @override
     def splits_of(self, stage: str | None) -> tuple[Split, ...]:
@@ -171,7 +198,7 @@ class ASEDataModule(StructureDataModule):
 
     @override
     def statistics(self) -> DatasetStatistics:
-        """Returns the statistics of the training data, with the reference energies that were asked for.
+        """Returns the statistics of the training data without what is replayed, with the reference energies asked for.
 
         Raises:
             ValueError: The reference energy of a species is missing, or isolated atoms contradict each other.
@@ -179,9 +206,9 @@ class ASEDataModule(StructureDataModule):
         if self._statistics is None:
             known = isolated_energies(self._source().facts(sorted(self._isolated())))
             references = choose_references(self._references, known, self.species)
-            train = self.dataset("train")
-            assert train is not None
-            self._statistics = dataset_statistics(train, len(self.species), references)
+            train: Any = self.dataset("train")
+            own: Any = train.datasets[0] if isinstance(train, ConcatDataset) else train
+            self._statistics = dataset_statistics(own, len(self.species), references)
         return self._statistics
 
     def _isolated(self) -> set[int]:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from lightning_januspipe.data.facts import QUANTITIES, Facts
 
 ROW = np.dtype(
     [
+        ("file", "<u2"),
         ("index", "<u8"),
         ("num_atoms", "<u4"),
         ("num_edges", "<u8"),
@@ -63,16 +64,16 @@ class FactsTable:
     Attributes:
         rows: (n,) of type ``ROW``. Field ``kind`` is an index into ``kinds``; ``first_element`` and ``num_elements``
             say which ``elements`` are those of the structure; ``present`` and ``missing`` have a bit for each of
-            ``QUANTITIES``.
+            ``QUANTITIES``; ``file`` is an index into ``files``, and ``index`` one into the structures of that file.
         elements: Elements of all structures, of type ``ELEMENT``.
         kinds: Kinds of structures.
-        source: File of the structures in messages, or "".
+        files: Files of the structures in messages, "" where there is none.
     """
 
     rows: NDArray[np.void]
     elements: NDArray[np.void]
     kinds: Sequence[StructureKind]
-    source: str = ""
+    files: Sequence[str] = ("",)
 
     @classmethod
     def of(cls, facts: Iterable[Facts], source: str = "") -> FactsTable:
@@ -84,6 +85,7 @@ class FactsTable:
             kind = StructureKind(one.is_periodic, one.config_type, one.electrons, one.available)
             rows.append(
                 (
+                    0,
                     one.index,
                     one.num_atoms,
                     one.num_edges,
@@ -105,20 +107,22 @@ class FactsTable:
                 )
             )
             elements += one.composition
-        return cls(np.array(rows, dtype=ROW), np.array(elements, dtype=ELEMENT), list(kinds), source)
+        return cls(np.array(rows, dtype=ROW), np.array(elements, dtype=ELEMENT), list(kinds), [source])
 
     @classmethod
-    def joined(cls, tables: Sequence[FactsTable], source: str = "") -> FactsTable:
+    def joined(cls, tables: Sequence[FactsTable]) -> FactsTable:
         """Returns one table of the structures of several tables."""
         kinds: dict[StructureKind, int] = {}
+        files: dict[str, int] = {}
         parts, start = [], 0
         for table in tables:
             rows = table.rows.copy()
             rows["kind"] = np.array([kinds.setdefault(k, len(kinds)) for k in table.kinds], dtype="<u4")[rows["kind"]]
+            rows["file"] = np.array([files.setdefault(f, len(files)) for f in table.files], dtype="<u2")[rows["file"]]
             rows["first_element"] += start
             start += len(table.elements)
             parts.append(rows)
-        return cls(np.concatenate(parts), np.concatenate([t.elements for t in tables]), list(kinds), source)
+        return cls(np.concatenate(parts), np.concatenate([t.elements for t in tables]), list(kinds), list(files))
 
     def __len__(self) -> int:
         """Returns the number of structures."""
@@ -138,7 +142,7 @@ class FactsTable:
 
     def name(self, position: int) -> str:
         """Returns the name of a structure in messages."""
-        return frame_name(self.source, int(self.rows["index"][position]))
+        return frame_name(self.files[self.rows["file"][position]], int(self.rows["index"][position]))
 
     def composition(self, position: int) -> dict[int, int]:
         """Returns the numbers of atoms of a structure by atomic number."""
@@ -183,11 +187,18 @@ def frame_name(source: str, index: int) -> str:
 
 
 def facts_of(dataset: Any) -> FactsTable | None:
-    """Returns facts about the structures of a dataset, or a ``Subset`` of one; None where they cannot be known.
+    """Returns facts about the structures of a dataset; None where they cannot be known.
+
+    Args:
+        dataset: A dataset with a method ``facts``, or a ``Subset`` or ``ConcatDataset`` of such.
 
     Raises:
         ValueError: A structure or its labels are not usable.
     """
+    if isinstance(dataset, ConcatDataset):
+        tables = [facts_of(part) for part in dataset.datasets]
+        known = [table for table in tables if table is not None]
+        return FactsTable.joined(known) if len(known) == len(tables) else None
     indices: NDArray[np.int64] | None = None
     while isinstance(dataset, Subset):
         own = np.asarray(dataset.indices, dtype=np.int64)

@@ -205,7 +205,7 @@ class SampleCache:
         sizes = [self._size(chunk) for chunk in range(self._num_chunks())]
         if sizes != info["sizes"]:
             return False
-        self.table = FactsTable(arrays["rows"], arrays["elements"], _kinds_of(info), str(self._frames.path))
+        self.table = FactsTable(arrays["rows"], arrays["elements"], _kinds_of(info), [str(self._frames.path)])
         self._records = arrays["records"]
         return True
 

@@ -22,6 +22,7 @@ from lightning_januspipe.models.initial_weights import (
     weights_only_option,
 )
 from lightning_januspipe.models.losses import MaskedError, MaskedLoss, masked_loss
+from lightning_januspipe.models.monitored import check_monitors
 from lightning_januspipe.models.saved_arguments import compare_arguments, rebuild_potential, save_arguments
 
 if TYPE_CHECKING:
@@ -191,20 +192,28 @@ class PotentialModule(LightningModule):
         """Loads the initial weights once, says so, and compares the data with the potential and the loss.
 
         Raises:
-            ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, or
-                no training structure has a label that the loss needs.
+            ValueError: The initial weights are of another model, the data has other species or a smaller cutoff, no
+                training structure has a label that the loss needs, or a callback monitors a value that is never logged.
         """
         trainer: Any = self.trainer
         data = trainer.datamodule
         check_data(self.potential, data)
         if stage == "fit" and callable(getattr(data, "dataset", None)):
             self._check_dataset(data.dataset("train"), "training")
+        if stage == "fit" and type(self) is PotentialModule:
+            scheduler = [("lr_scheduler", self.hparams["monitor"])] if self.hparams["lr_scheduler"] == "plateau" else []
+            check_monitors(trainer.callbacks, self.logged_names(), scheduler)
         if self._initial_weights is not None:
             self._warn(load_weights(self, self.potential, self._initial_weights))
             rank_zero_info(f"weights of {self._initial_weights} loaded")
             self._initial_weights = None
         if stage == "fit" and self.hparams["frozen"]:
             rank_zero_info(describe_frozen(self.potential, self.hparams["frozen"]))
+
+    def logged_names(self) -> list[str]:
+        """Returns the names of the values that a fit logs, which callbacks can monitor."""
+        errors = [name for name in self.metrics if not name.startswith("test_")]
+        return ["train_loss", "val_loss", *errors]
 
     @override
     def on_train_start(self) -> None:
