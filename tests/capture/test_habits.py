@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
+from graph_habits import Experts, LooksUpPairs, ReducesByScatter, Repeats, RotatesAll
 from habits import (
     AsksForCompiler,
     Asserts,
@@ -18,25 +19,20 @@ from habits import (
     CallableBatch,
     ChecksMask,
     DrawsAngles,
-    Experts,
     GraphBatch,
     Graphs,
     HasDropout,
     HasReference,
     Hessian,
-    LooksUpPairs,
     LoopsOverStructures,
     MakesEdges,
     MasksEdges,
     Potential,
     ReadsBuffer,
-    ReducesByScatter,
     ReferenceStep,
     RegistryBatch,
-    Repeats,
     ReturnsBatch,
     ReturnsSizes,
-    RotatesAll,
     SamplesByValue,
     SlottedBatch,
     Step,
