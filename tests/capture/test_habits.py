@@ -281,7 +281,7 @@ def test_atoms_are_sharded(potential: type[Potential]) -> None:
 def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CaptureError, match="a loop over structures"):
         traced(Step(Experts()))
-    monkeypatch.setitem(BUILT_IN, "habits", "habits:ExpertsAdapter")
+    monkeypatch.setitem(BUILT_IN, "graph_habits", "graph_habits:ExpertsAdapter")
     found = trains(Step(Experts()), stages=(2,))
     call = found.call_on(batch(*OTHER))
     captured = found.cut(2)
