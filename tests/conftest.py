@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from pools import pool_of
 
+import __main__
 from lightning_januspipe.capture.cache.store import VARIABLE
 from lightning_januspipe.testing import RankPool
 
@@ -20,6 +22,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _is_a_script() -> None:
+    """The program is a file, as ``python -m pytest`` is; the processes of pytest-xdist come from ``python -c``."""
+    if not hasattr(__main__, "__file__"):
+        __main__.__file__, sys.argv = pytest.__file__, [pytest.__file__]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_default_dtype() -> Iterator[None]:
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
@@ -27,6 +36,12 @@ def _one_thread_and_default_dtype() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64(_one_thread_and_default_dtype: None) -> None:
+    """New tensors are in float64 for the length of the test."""
+    torch.set_default_dtype(torch.float64)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from lightning_januspipe.bench.compiled import compiled
 from lightning_januspipe.bench.datasets import datasets
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.graph import graph
-from lightning_januspipe.bench.replicas import balance
+from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.work import Work
 from lightning_januspipe.cli.parsers import CommandParser
 
@@ -25,7 +25,7 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "contention": training_steps.contention,
     "simulation": training_steps.simulation,
     "messages": training_steps.messages,
-    "balance": balance,
+    "balance": unequal_structures,
     "graph": graph,
     "compile": compiled,
     "data": datasets,

@@ -343,7 +343,7 @@ def _fit(work: Work, balance: str) -> list[tuple[float, float]]:
     return times[1:]
 
 
-def balance(work: Work, runs: int | None = None, emulate: bool = False) -> str:
+def unequal_structures(work: Work, runs: int | None = None, emulate: bool = False) -> str:
     """Shows what sharing samples among replicas gains on structures of very different sizes.
 
     Micro-batches are made of each replica's own samples, or of the samples of all replicas.

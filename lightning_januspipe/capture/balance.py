@@ -41,7 +41,7 @@ def fastest(
     return best
 
 
-def balance(
+def balance_stages(
     captured: CapturedPotential,
     profile: Profile,
     potential: nn.Module,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
-from lightning_januspipe.capture.balance import StepTime, balance, balance_parts, fastest
+from lightning_januspipe.capture.balance import StepTime, balance_parts, balance_stages, fastest
 from lightning_januspipe.capture.cache.key import ProgramKey, program_key
 from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
@@ -246,7 +246,7 @@ def _cut(
         ranks = placement if len(placement) > len(set(placement)) else None
         try:
             candidate = replace(captured, cut=find_cut(program, regions, profile, len(placement), ranks))
-            measured.append(balance(candidate, profile, job.potential, job.other, job.phase_mode, placement))
+            measured.append(balance_stages(candidate, profile, job.potential, job.other, job.phase_mode, placement))
         except CaptureError:
             if not measured:
                 raise

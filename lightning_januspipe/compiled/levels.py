@@ -67,7 +67,7 @@ def without_mutations(joint: Joint) -> Joint:
     return replace(joint, graph=graph)
 
 
-def simplify(joint: Joint) -> Joint:
+def drop_repetitions(joint: Joint) -> Joint:
     """``joint -> joint``: drops operations that return their input, occur twice, or are needed by nothing."""
     graph = without_repetitions(joint.graph)
     for node in list(graph.nodes):

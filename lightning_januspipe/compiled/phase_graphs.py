@@ -15,9 +15,9 @@ from lightning_januspipe.compiled.levels import (
     ORDER,
     Levels,
     assign_phases,
+    drop_repetitions,
     returned_in,
     seeds_of_gradients,
-    simplify,
     split_sums,
     without_mutations,
 )
@@ -118,7 +118,7 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
     These are the passes, in their order:
 
     1. :func:`~.levels.without_mutations`: ``joint -> joint`` in which no operation writes to its input;
-    2. :func:`~.levels.simplify`: ``joint -> joint`` without repetitions;
+    2. :func:`~.levels.drop_repetitions`: ``joint -> joint`` without repetitions;
     3. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
     4. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
     5. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
@@ -130,7 +130,7 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
         activation: what phases keep.
         defer: leave what only parameters wait for to WF and WE.
     """
-    joint = split_sums(simplify(without_mutations(joint)))
+    joint = split_sums(drop_repetitions(without_mutations(joint)))
     levels = assign_phases(joint, defer)
     found = _Cutter(joint, levels, activation).run()
     verify_phases(joint, found)

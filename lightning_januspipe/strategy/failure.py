@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -38,6 +38,9 @@ _LOST = (
 
 _LIBRARIES = ("lightning_januspipe", "lightning", "pytorch_lightning", "lightning_fabric", "torch", "jsonargparse")
 """Packages whose frames say nothing to users about an error of their own code; Python's own are left out too."""
+
+_OF_DATACLASS = ("<string>", "__init__")
+"""File and function of a constructor that Python has made."""
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
@@ -138,12 +141,26 @@ def is_echo(error: BaseException) -> bool:
     return lost or isinstance(error, RankLostError)
 
 
+def shorten_tracebacks() -> None:
+    """Makes Python end with :func:`short_traceback` where a traceback would lead through this package."""
+    if sys.excepthook is sys.__excepthook__ and DEBUG not in os.environ:
+        sys.excepthook = _print_short
+
+
+def _print_short(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    own = _folders_of(_LIBRARIES[:1])
+    if any(frame.f_code.co_filename.startswith(own) for frame, _ in traceback.walk_tb(trace)):
+        print(*short_traceback(error), sep="\n", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def short_traceback(error: BaseException) -> Iterator[str]:
     """Yields the lines of a traceback without the frames of Lightning, torch and this package, the error last."""
     frames = traceback.extract_tb(error.__traceback__)
-    shown = [frame for frame in frames if not _is_of_library(frame.filename)]
+    shown = [f for f in frames if not _is_of_library(f.filename) and (f.filename, f.name) != _OF_DATACLASS]
     if len(shown) < len(frames):
-        yield f"({len(frames) - len(shown)} calls inside libraries are left out; {DEBUG}=1 prints all)"
+        yield f"(calls inside libraries are left out; {DEBUG}=1 prints all)"
     yield from "".join(traceback.StackSummary.from_list(shown).format()).splitlines()
     if isinstance(error.__cause__, Exception):
         yield f"caused by {_last_line(error.__cause__)}"
@@ -151,10 +168,13 @@ def short_traceback(error: BaseException) -> Iterator[str]:
 
 
 def _is_of_library(file: str) -> bool:
-    modules = (sys.modules.get(name) for name in _LIBRARIES)
-    folders = [os.path.dirname(module.__file__) for module in modules if module is not None and module.__file__]
     is_pythons = file.startswith((sysconfig.get_path("stdlib"), "<frozen")) and "-packages" not in file
-    return is_pythons or file.startswith(tuple(folder + os.sep for folder in folders))
+    return is_pythons or file.startswith(_folders_of(_LIBRARIES))
+
+
+def _folders_of(packages: Sequence[str]) -> tuple[str, ...]:
+    modules = (sys.modules.get(name) for name in packages)
+    return tuple(os.path.dirname(m.__file__) + os.sep for m in modules if m is not None and m.__file__)
 
 
 def _last_line(error: BaseException) -> str:

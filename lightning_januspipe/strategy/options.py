@@ -13,7 +13,7 @@ import itertools
 import textwrap
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -120,7 +120,7 @@ class StrategyOptions:
         self._check_compile()
         if self.wave_size != "auto" and not is_searched(self.schedule):
             warnings.warn(
-                f"wave_size={self.wave_size} has no effect: schedule={self.schedule!r} has no waves", stacklevel=4
+                f"wave_size={self.wave_size} has no effect: schedule={self.schedule!r} has no waves", stacklevel=5
             )
 
     def _check_compile(self) -> None:
@@ -177,9 +177,26 @@ def _expected(value: Any, option: Field[Any], hint: Any) -> str:
             words += map(repr, get_args(choice))
         else:
             words.append({int: "a positive integer", str: "a string", bool: "True or False"}.get(choice, "None"))
-    close = difflib.get_close_matches(str(value), names, n=1)
     listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-    return listed + (f"; did you mean {close[0]!r}?" if close else "")
+    return listed + _did_you_mean(str(value), names)
+
+
+def _did_you_mean(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def options_of(*args: Any, **kwargs: Any) -> StrategyOptions:
+    """Returns the options that a strategy was given.
+
+    Raises:
+        TypeError: An argument has no such name.
+        ValueError: An argument is of another type or out of its range.
+    """
+    known = [option.name for option in fields(StrategyOptions)]
+    for name in kwargs.keys() - known:
+        raise TypeError(f"JanusPipeStrategy has no argument {name!r}{_did_you_mean(name, known)}")
+    return StrategyOptions(*args, **kwargs)
 
 
 def takes_options(constructor: _Constructor) -> _Constructor:

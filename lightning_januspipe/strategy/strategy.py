@@ -27,11 +27,12 @@ from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_januspipe.strategy.checks import check_compiler, check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
 from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
+from lightning_januspipe.strategy.failure import shorten_tracebacks
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
-from lightning_januspipe.strategy.options import StrategyOptions, takes_options
+from lightning_januspipe.strategy.options import options_of, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
 from lightning_januspipe.strategy.quiet import ignore_unreduced, quieten
 from lightning_januspipe.strategy.shutdown import CoordinatedShutdown
@@ -50,7 +51,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
 
     @takes_options
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(StrategyOptions(*args, **kwargs))
+        shorten_tracebacks()
+        super().__init__(options_of(*args, **kwargs))
         quieten(self.lib)
         self._reduce_gradients = True
         self._metric_gather = ReplicaGather()

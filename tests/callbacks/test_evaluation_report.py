@@ -20,14 +20,6 @@ from lightning_januspipe.testing import RankPool, quiet_trainer
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
-def float64():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
-
-
 class Images(TensorBoardLogger):
     """Keeps the pictures that it gets as Weights & Biases does."""
 

@@ -28,14 +28,6 @@ class Seen(Callback):
         self.validation.append(dict(module.losses["val"].weights))
 
 
-@pytest.fixture
-def float64():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
-
-
 def test_weights_of_each_epoch_and_after_resuming(tmp_path, float64) -> None:
     expected = [
         {"energy": 1.0, "forces": 1.0, "stress": 1.0},

@@ -22,14 +22,6 @@ REPLICAS = {"pipeline_size": 1, "num_microbatches": 1}
 PIPELINES = {"pipeline_size": 2, "num_microbatches": 1}
 
 
-@pytest.fixture
-def float64():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
-
-
 def assert_predicted(found: list[Atoms], given: list[Atoms]) -> None:
     """Predictions are those of the calculator, in order; labels and errors stand beside them."""
     calculator = JanusPipeCalculator(tiny.module())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
+from graph_habits import Experts, LooksUpPairs, ReducesByScatter, Repeats, RotatesAll
 from habits import (
     AsksForCompiler,
     Asserts,
@@ -18,25 +19,20 @@ from habits import (
     CallableBatch,
     ChecksMask,
     DrawsAngles,
-    Experts,
     GraphBatch,
     Graphs,
     HasDropout,
     HasReference,
     Hessian,
-    LooksUpPairs,
     LoopsOverStructures,
     MakesEdges,
     MasksEdges,
     Potential,
     ReadsBuffer,
-    ReducesByScatter,
     ReferenceStep,
     RegistryBatch,
-    Repeats,
     ReturnsBatch,
     ReturnsSizes,
-    RotatesAll,
     SamplesByValue,
     SlottedBatch,
     Step,
@@ -285,7 +281,7 @@ def test_atoms_are_sharded(potential: type[Potential]) -> None:
 def test_loop_over_structures_that_an_adapter_removes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CaptureError, match="a loop over structures"):
         traced(Step(Experts()))
-    monkeypatch.setitem(BUILT_IN, "habits", "habits:ExpertsAdapter")
+    monkeypatch.setitem(BUILT_IN, "graph_habits", "graph_habits:ExpertsAdapter")
     found = trains(Step(Experts()), stages=(2,))
     call = found.call_on(batch(*OTHER))
     captured = found.cut(2)

@@ -17,14 +17,6 @@ from lightning_januspipe.testing import RankPool
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
-def float64():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
-
-
 def dataset(**options) -> StructureDataset:
     structures = prediction_workers.structures(5)
     structures[2].info["config_weight"] = 3.0

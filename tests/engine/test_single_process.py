@@ -250,3 +250,10 @@ def test_reference_potential(reference: Traced, num_stages: int, split_stages: t
     assert expected.keys() <= parameters.keys() and len(expected) > 20
     for name, wanted in expected.items():
         assert_close(result.gradients.get(parameters[name]), wanted, name, rtol=1e-9)
+
+
+def test_toy_stage_is_a_stage_function() -> None:
+    functions, spec = chain(CHAINS["observables in several stages"])
+    assert isinstance(functions[0], ToyStage)
+    assert spec.observable_stage == (0, 1, 2, 2)
+    assert [f.observables for f in functions] == [[0], [1], [2, 3]]

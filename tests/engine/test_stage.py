@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import CHAINS, FLOAT, ToyStage, assert_close, chain, double_backward, loss_gradients, microbatch
+from toy import CHAINS, FLOAT, assert_close, chain, double_backward, loss_gradients, microbatch
 
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_single_process
@@ -493,10 +493,3 @@ def test_deferred_phases_in_a_wrong_order_are_refused() -> None:
     stage.backward_energy(0, [], [None], defer=True)
     with pytest.raises(AssertionError, match="WF finds"):
         stage.weight_energy(0)
-
-
-def test_toy_stage_is_a_stage_function() -> None:
-    functions, spec = chain(CHAINS["observables in several stages"])
-    assert isinstance(functions[0], ToyStage)
-    assert spec.observable_stage == (0, 1, 2, 2)
-    assert [f.observables for f in functions] == [[0], [1], [2, 3]]

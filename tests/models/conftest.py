@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -16,14 +16,6 @@ CUTOFF = 3.5
 
 Batch = dict[str, Tensor]
 MakeBatch = Callable[..., Batch]
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
 
 
 def structure(index: int) -> Atoms:

@@ -56,8 +56,10 @@ def test_an_error_names_the_argument_what_was_given_and_what_is_expected(
 
 
 def test_unknown_arguments() -> None:
-    with pytest.raises(TypeError, match="num_stages"):
+    with pytest.raises(TypeError, match="JanusPipeStrategy has no argument 'num_stages'; did you mean 'stages'"):
         lightning_januspipe.JanusPipeStrategy(num_stages=2)
+    with pytest.raises(TypeError, match="no argument 'pipline_size'; did you mean 'pipeline_size'"):
+        lightning_januspipe.JanusPipeStrategy(pipline_size=2)
 
 
 def test_values_of_every_kind() -> None:

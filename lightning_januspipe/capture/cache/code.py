@@ -17,6 +17,7 @@ _FRAMEWORKS = frozenset(
         *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "builtins", ""),
         *("torch", "torchgen", "functorch", "triton", "numpy", "scipy", "sympy", "pandas", "ase", "pymatgen", "rich"),
         *("hydra", "omegaconf", "wandb", "matplotlib", "typing_extensions", "lightning_januspipe"),
+        *("pytest", "_pytest", "pluggy", "hypothesis"),  # Hypothesis counts the seconds of garbage collections
     }
 )
 """Packages whose version alone counts, as Python's does: large, and no model's own forward is there."""

@@ -37,7 +37,7 @@ def simplify(program: Program) -> Program:
     program.replace_nodes(kept)
     for names in (program.outputs, program.sizes, program.energies, program.coordinates):
         names[:] = renamed(names, same)
-    program.facts = [(same.get(name, name), fact) for name, fact in program.facts]
+    program.fixed_values = [(same.get(name, name), fixed) for name, fixed in program.fixed_values]
     drop_unread(program)
     return program
 

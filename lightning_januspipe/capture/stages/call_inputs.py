@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import adapted, adapters_of
 from lightning_januspipe.capture.find.call_format import size_carrier
-from lightning_januspipe.capture.trace.facts_and_draws import Fact
+from lightning_januspipe.capture.trace.fixed_values_and_draws import FixedValue
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.program import symbols_in
@@ -56,18 +56,18 @@ class CallInputs:
             with torch.no_grad():
                 values = step.function(tensors)
             for value, use in zip(values, step.uses, strict=True):
-                if isinstance(use, Fact):
+                if isinstance(use, FixedValue):
                     self._require(use, value.tolist())
                 else:
                     tensors[use] = size_carrier(int(value), device) if use < program.first_draw else value
         return tensors
 
-    def _require(self, fact: Fact, found: Any) -> None:
+    def _require(self, fixed: FixedValue, found: Any) -> None:
         """Compares a value that the forward reads from this batch with the value when it was traced."""
-        if found != fact.value:
+        if found != fixed.value:
             raise CaptureError(
-                f"the potential {quoted(self._captured.path)} was captured with the value {fact.value!r} at "
-                f"{fact.place}, but this batch has the value {found!r} there. A trace holds one branch only: use "
+                f"the potential {quoted(self._captured.path)} was captured with the value {fixed.value!r} at "
+                f"{fixed.place}, but this batch has the value {found!r} there. A trace holds one branch only: use "
                 "torch.where instead, choose batches in the dataset that all take this branch, or train with "
                 "pipeline_size=1 and graph_size=1."
             )
@@ -79,11 +79,11 @@ class _Evaluation:
 
     Attributes:
         function: computes the values.
-        uses: for each value the position of the input that it becomes, or the fact that it has to agree with.
+        uses: for each value the position of the input that it becomes, or the fixed value that it has to agree with.
     """
 
     function: ProgramFunction
-    uses: list[int | Fact]
+    uses: list[int | FixedValue]
 
 
 def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list[_Evaluation | int]:
@@ -92,10 +92,10 @@ def _evaluation_steps(captured: CapturedPotential, potential: nn.Module) -> list
     every = {n.name for n in program.operations}
     num_call = len(captured.call.tensors) + len(captured.call.sizes)
     first_prepared = program.first_draw + len(program.draws)
-    wanted: list[tuple[str, int | Fact]] = [
+    wanted: list[tuple[str, int | FixedValue]] = [
         *((name, num_call + i) for i, name in enumerate(program.sizes)),
         *((name, first_prepared + i) for i, name in enumerate(program.prepared)),
-        *program.facts,
+        *program.fixed_values,
     ]
     needs = [ancestors(program, [name]) & set(program.inputs) for name, _ in wanted]
     draws = list(range(program.first_draw, first_prepared))

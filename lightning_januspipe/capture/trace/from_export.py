@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lightning_januspipe.capture.trace.derivatives import merge_derivatives
-from lightning_januspipe.capture.trace.facts_and_draws import Fact
+from lightning_januspipe.capture.trace.fixed_values_and_draws import FixedValue
 from lightning_januspipe.capture.trace.graph_walks import descendants
 from lightning_januspipe.capture.trace.program import GRADIENT_OP, LARGEST_SIZE, Node, Program, Ref, refs
 from lightning_januspipe.engine.specs import TensorSpec
@@ -24,7 +24,7 @@ def program_from_export(
     num_outputs: int,
     prefix: str,
     num_sizes: int = 0,
-    facts: Sequence[Fact] = (),
+    fixed_values: Sequence[FixedValue] = (),
 ) -> Program:
     """Returns the captured program of an exported program, in which :func:`energy_gradient` stands for derivatives.
 
@@ -34,7 +34,7 @@ def program_from_export(
         num_outputs: number of tensors in that tree; they are the program's first outputs.
         prefix: what precedes the name of every parameter and buffer in the exported program.
         num_sizes: number of integers that the forward reads from tensors; they are the next outputs.
-        facts: other values that the forward reads from tensors; they are the last outputs.
+        fixed_values: other values that the forward reads from tensors; they are the last outputs.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -85,7 +85,7 @@ def program_from_export(
         outputs=user_outputs[:num_outputs],
         returned=returned,
         sizes=user_outputs[num_outputs : num_outputs + num_sizes],
-        facts=list(zip(user_outputs[num_outputs + num_sizes :], facts, strict=True)),
+        fixed_values=list(zip(user_outputs[num_outputs + num_sizes :], fixed_values, strict=True)),
         symbols=symbols,
     )
     _refuse_trained_facts(program)
@@ -98,11 +98,11 @@ def program_from_export(
 
 def _refuse_trained_facts(program: Program) -> None:
     changing = descendants(program, {*program.parameters, program.gradient})
-    for name, fact in program.facts:
+    for name, fixed in program.fixed_values:
         if name in changing:
             raise CaptureError(
-                f"the forward reads the value {fact.value!r} from a tensor that depends on parameters or on the "
-                f"derivative ({fact.place}), so that it changes in training. Use torch.where instead of a branch, or "
+                f"the forward reads the value {fixed.value!r} from a tensor that depends on parameters or on the "
+                f"derivative ({fixed.place}), so that it changes in training. Use torch.where instead of a branch, or "
                 "check such values outside of the forward."
             )
 

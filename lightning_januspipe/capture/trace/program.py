@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.capture.trace.facts_and_draws import Draw, Fact
+from lightning_januspipe.capture.trace.fixed_values_and_draws import Draw, FixedValue
 from lightning_januspipe.engine.autocast import OFF, Autocast
 from lightning_januspipe.engine.specs import TensorSpec, evaluate
 
@@ -105,7 +105,7 @@ class Program:
         outputs: names of the forward's tensor outputs, in order (a node may stand several times).
         returned: the tree that the forward returns, with :data:`SLOT` for each of its tensors.
         sizes: names of the integers that the forward reads from tensors; the last inputs carry their values.
-        facts: names of other values that the forward reads from tensors, with the value that every batch has to have.
+        fixed_values: names of the other values that the forward reads, each with the value that it always has to have.
         draws: random numbers that the forward draws; they are inputs after the sizes.
         prepared: names of operations whose results are inputs, after the random numbers.
         symbols: size symbol -> (input position, dimension) that defines it.
@@ -126,7 +126,7 @@ class Program:
     outputs: list[str]
     returned: Any
     sizes: list[str] = field(default_factory=list)
-    facts: list[tuple[str, Fact]] = field(default_factory=list)
+    fixed_values: list[tuple[str, FixedValue]] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -150,8 +150,8 @@ class Program:
 
     @property
     def of_batch(self) -> list[str]:
-        """Returns the names of sizes, index lists and facts: values computed for each batch before the stages run."""
-        return [*self.sizes, *self.prepared, *(name for name, _ in self.facts)]
+        """Returns the names of sizes, index lists and fixed values, which each batch has before the stages run."""
+        return [*self.sizes, *self.prepared, *(name for name, _ in self.fixed_values)]
 
     @property
     def first_draw(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.trace.facts_and_draws import Draw
+from lightning_januspipe.capture.trace.fixed_values_and_draws import Draw
 from lightning_januspipe.capture.trace.operators import is_random
 from lightning_januspipe.capture.trace.program import Node, Program, Ref, with_placeholders
 from lightning_januspipe.errors import CaptureError
@@ -75,7 +75,7 @@ def draw_outside(program: Program) -> Program:
         program: the captured program; it is changed.
 
     Returns:
-        The program, with a :class:`~.facts_and_draws.Draw` for each new input.
+        The program, with a :class:`~.fixed_values_and_draws.Draw` for each new input.
 
     Raises:
         CaptureError: the distribution of random numbers depends on values of tensors.

@@ -6,7 +6,7 @@ that is read from a tensor. An integer that is read becomes an input of the trac
 tensor. The tensor that it is read from becomes an output, so that the integer can be computed for every batch.
 
 Truth values (``if mask.all()``), floating-point numbers, and values of buffers are constants of the trace. They are
-recorded as :class:`Fact`: every batch has to give the same values.
+recorded as :class:`FixedValue`: every batch has to give the same values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_januspipe.capture.find.call_format import size_carrier
-from lightning_januspipe.capture.trace.facts_and_draws import Fact
+from lightning_januspipe.capture.trace.fixed_values_and_draws import FixedValue
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError
 
@@ -51,15 +51,15 @@ class ReadValues:
     Attributes:
         sizes: integers, on the batch of the first run.
         size_sources: the tensors that the integers were read from, in the last run.
-        facts: all other values.
-        fact_sources: the tensors that the other values were read from, in the last run.
+        fixed: all other values.
+        fixed_sources: the tensors that the other values were read from, in the last run.
     """
 
     def __init__(self, potential: nn.Module) -> None:
         self.sizes: list[int] = []
         self.size_sources: list[Tensor] = []
-        self.facts: list[Fact] = []
-        self.fact_sources: list[Tensor] = []
+        self.fixed: list[FixedValue] = []
+        self.fixed_sources: list[Tensor] = []
         self._carriers: Sequence[Tensor] | None = None
         self._are_sizes: list[bool] = []  # for each value read, in order
         self._num_read = 0
@@ -71,9 +71,9 @@ class ReadValues:
 
     def begin(self, carriers: Sequence[Tensor] | None) -> None:
         """Starts a run, in which values are recorded, or replaced by recorded ones if carriers are given."""
-        self.size_sources, self.fact_sources, self._carriers, self._num_read = [], [], carriers, 0
+        self.size_sources, self.fixed_sources, self._carriers, self._num_read = [], [], carriers, 0
         if carriers is None:
-            self.sizes, self.facts, self._are_sizes = [], [], []
+            self.sizes, self.fixed, self._are_sizes = [], [], []
 
     def take(self, source: Tensor) -> Any:
         """Returns the integer in a tensor with one element: a size, or a constant if a buffer holds it."""
@@ -90,7 +90,7 @@ class ReadValues:
         return self._carriers[len(self.size_sources) - 1].shape[0]
 
     def observe(self, source: Tensor) -> Any:
-        """Records the value of a tensor, or its values as nested lists, as a fact, and returns it.
+        """Records the value of a tensor, or its values as nested lists, as a fixed value, and returns it.
 
         Raises:
             CaptureError: the tensor has a value for each structure, atom or edge.
@@ -104,12 +104,12 @@ class ReadValues:
                 "torch.bmm), or write an adapter that does."
             )
         self._num_read += 1
-        self.fact_sources.append(source)
+        self.fixed_sources.append(source)
         if self._carriers is None:
             self._are_sizes.append(False)
-            self.facts.append(Fact(_read(source), place))
+            self.fixed.append(FixedValue(_read(source), place))
         self._next_is_size(-1)
-        return self.facts[len(self.fact_sources) - 1].value
+        return self.fixed[len(self.fixed_sources) - 1].value
 
     def _next_is_size(self, offset: int = 0) -> bool:
         if self._num_read + offset >= len(self._are_sizes):

@@ -117,7 +117,7 @@ class _TracedCall(nn.Module):
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
-        return [*found, *values.size_sources, *values.fact_sources]
+        return [*found, *values.size_sources, *values.fixed_sources]
 
 
 def trace_potential(
@@ -188,7 +188,7 @@ def trace_potential(
         num_outputs,
         prefix="potential.",
         num_sizes=len(values.sizes),
-        facts=values.facts,
+        fixed_values=values.fixed,
     )
     program.autocast = autocast
     # Export may choose any name of a shared parameter; named_parameters() has the first one.

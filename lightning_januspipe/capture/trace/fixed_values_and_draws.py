@@ -14,7 +14,7 @@ from lightning_januspipe.engine.specs import TensorSpec
 
 
 @dataclass(frozen=True)
-class Fact:
+class FixedValue:
     """Records a value that the forward read from a tensor when it was traced; the program is right only for this value.
 
     Attributes:
