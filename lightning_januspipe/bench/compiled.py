@@ -75,7 +75,8 @@ def time_steps(work: Work, strategy: dict[str, Any] | None, cache: str) -> StepT
             runner = getattr(trainer.strategy, "runner", None)
             if runner is not None and runner.is_staged:
                 found[:] = [runner]
-                runner.executor.annotate = _noting(kept, runner.executor) if len(times) < _WARM_UP else None
+                is_noted = runner.compile_report is not None and len(times) < _WARM_UP
+                runner.executor.annotate = _noting(kept, runner.executor) if is_noted else None
             self._began = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
@@ -84,7 +85,7 @@ def time_steps(work: Work, strategy: dict[str, Any] | None, cache: str) -> StepT
 
     trainer_of(strategy, work.steps + _WARM_UP, Clock()).fit(module, loader)
     wall, cpu = (statistics.median(column) for column in zip(*times[_WARM_UP:], strict=True))
-    if not found:
+    if not found or found[0].compile_report is None:
         return StepTimes(wall, cpu, losses[-1])
     report, eager = found[0].compile_report, found[0].schedules.planner.memory[0]
     if report.eager:
@@ -109,6 +110,7 @@ def _noting(kept: dict[str, int], executor: Any) -> Any:
 def compiled(work: Work, runs: int = 1) -> str:
     """Times compiled phases, and what they keep, with each activation against eager training in one process."""
     strategies: dict[str, dict[str, Any] | None] = {"plain Lightning": None, "januspipe, eager": {}}
+    strategies["januspipe, eager, recompute"] = {"activation": "recompute"}
     strategies |= {f"januspipe, compiled, {a}": {"compile": True, "activation": a} for a in _ACTIVATIONS}
     found: dict[str, list[StepTimes]] = {name: [] for name in strategies}
     warm: dict[str, StepTimes] = {}
@@ -116,7 +118,7 @@ def compiled(work: Work, runs: int = 1) -> str:
         for name, strategy in strategies.items():
             with tempfile.TemporaryDirectory() as cache:
                 found[name].append(_in_fresh_process(work, strategy, cache))
-                if strategy and run == 0:
+                if strategy and "compile" in strategy and run == 0:
                     warm[name] = _in_fresh_process(replace(work, steps=1), strategy, cache)
             print(f"run {run + 1} of {runs}: {name}: {found[name][-1].cpu:.3f} s of CPU time per step", flush=True)
     return _table(found, warm)

@@ -1,5 +1,6 @@
 """Turns the potential of any conservative LightningModule into stages: finds, traces, cuts and validates it."""
 
+from lightning_januspipe.capture.activations import ActivationCosts, ActivationFactories
 from lightning_januspipe.capture.adapters import Adapter
 from lightning_januspipe.capture.cache.store import ProgramCache
 from lightning_januspipe.capture.capture import Capture, StageOrigin, capture_module
@@ -10,6 +11,8 @@ from lightning_januspipe.capture.validate.against_eager import PhaseMode
 from lightning_januspipe.errors import CaptureError
 
 __all__ = [
+    "ActivationCosts",
+    "ActivationFactories",
     "Adapter",
     "Capture",
     "CaptureError",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 
+from lightning_januspipe.capture.activations import ActivationCosts, ActivationFactories, measure_activations
 from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
 from lightning_januspipe.capture.balance import StepTime, balance_parts, balance_stages, fastest
 from lightning_januspipe.capture.cache.key import ProgramKey, program_key
@@ -55,6 +56,7 @@ class Capture:
         origin: in words, where the stages come from, and what was refused before.
         sizes: values of the size symbols in the call that the stages were measured on, and in the call that was traced.
         alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
+        activations: what the stages take with each activation that was asked for, the fastest first.
     """
 
     potential: StagedPotential
@@ -64,6 +66,7 @@ class Capture:
     origin: str
     sizes: tuple[dict[str, int], dict[str, int]]
     alternative: str = ""
+    activations: dict[str, ActivationCosts] = field(default_factory=dict)
 
     def describe(self, num_ranks: int | None = None) -> str:
         """Returns one line for a user: which potential was found, and how it is cut.
@@ -102,6 +105,7 @@ def capture_module(
     evaluation_step: StepFunction | None = None,
     stages: StageOrigin = "auto",
     cache: ProgramCache | None = None,
+    activations: ActivationFactories | None = None,
 ) -> Capture:
     """Finds the potential of a module, cuts it into stages, and validates them.
 
@@ -120,6 +124,7 @@ def capture_module(
             energy itself has to differentiate the same energy as the training step.
         stages: where the stages come from; "auto" tries to trace the potential, and then takes the potential's own.
         cache: a cache of traced potentials; None to trace always.
+        activations: activations to measure too.
 
     Raises:
         CaptureError: the potential cannot be found, traced, cut or validated; the message says what to change.
@@ -151,8 +156,10 @@ def capture_module(
         with seeded(0):
             inputs = captured.inputs(job.potential)
             measured, traced = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in (job.other, job.call))
+        sizes = measured, traced
+        others = measure_activations(captured, job.potential, job.other, folded, sizes, seconds, activations or {})
     elapsed = time.perf_counter() - began
-    return Capture(captured, seconds, memory, elapsed, origin, (measured, traced), alternative)
+    return Capture(captured, seconds, memory, elapsed, origin, sizes, alternative, others)
 
 
 @dataclass(frozen=True)

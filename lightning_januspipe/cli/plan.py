@@ -15,9 +15,11 @@ from lightning_januspipe.callbacks import count_atoms, count_structures
 from lightning_januspipe.cli.parsers import CommandParser
 from lightning_januspipe.cli.plan_options import PlanArguments, add_plan_options
 from lightning_januspipe.cli.plan_tables import (
+    ACTIVATION_LEGEND,
     GRAPH_LEGEND,
     MESH_LEGEND,
     STAGE_LEGEND,
+    activation_table,
     cut_lines,
     graph_table,
     make_console,
@@ -28,12 +30,13 @@ from lightning_januspipe.cli.plan_tables import (
     schedule_table,
     stage_table,
 )
-from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, format_bytes, plan_costs, plan_cuts
+from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, plan_costs, plan_cuts
 from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 from lightning_januspipe.plan.meshes import compare_meshes
 from lightning_januspipe.plan.write_plan import write_plan
 from lightning_januspipe.runtime.planner import placements
+from lightning_januspipe.schedule.costs import format_bytes
 
 if TYPE_CHECKING:
     from lightning_januspipe.cli.recipe import Recipe
@@ -131,7 +134,8 @@ def _plan_recipe(recipe: Recipe) -> None:
     num_ranks = given.ranks or asked.num_ranks
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
-    measured = _measured_cuts(recipe, examples, num_ranks)
+    shown, allowed = asked.activations((given.memory_limit or asked.memory_limit) is not None)
+    measured = _measured_cuts(recipe, examples, num_ranks, shown)
     graph_sizes = given.graph_sizes or ((1, asked.graph_size) if asked.graph_size > 1 else ())
     batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES) if graph_sizes else []
     shares = _shares(recipe, measured[0], batches, graph_sizes) if graph_sizes else {}
@@ -139,7 +143,7 @@ def _plan_recipe(recipe: Recipe) -> None:
     if used is not None and (used.num_ranks == 1 or used.refused):
         used = None
     if used is None:
-        cuts = [one.stages(num_ranks) for one in measured]
+        cuts = [choice for one in measured for choice in one.choices(num_ranks, allowed)]
     else:
         own = [used, *(recipe.share(recipe.sharing(one, batches), used.num_ranks, used) for one in measured[1:])]
         cuts = [costs_of_share(one, num_ranks, share, link) for one, share in zip(measured, own, strict=True)]
@@ -163,6 +167,11 @@ def _plan_recipe(recipe: Recipe) -> None:
             console.print(line, soft_wrap=True)
     console.print()
     console.print(STAGE_LEGEND)
+    if shown:
+        for one in measured:
+            console.print()
+            console.print(activation_table(one))
+        console.print(ACTIVATION_LEGEND, soft_wrap=True)
     if is_extrapolated:
         console.print(
             f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "
@@ -180,7 +189,9 @@ def _plan_recipe(recipe: Recipe) -> None:
     _show(plan, given, about | {"extrapolated": is_extrapolated}, measured)
 
 
-def _measured_cuts(recipe: Recipe, examples: tuple[Any, Any], num_ranks: int) -> list[Measured]:
+def _measured_cuts(
+    recipe: Recipe, examples: tuple[Any, Any], num_ranks: int, activations: Sequence[str]
+) -> list[Measured]:
     """Returns the potential in all numbers of stages that the schedules need, one stage on each rank first."""
     given = recipe.plan_arguments
     wanted = dict.fromkeys((tuple(range(num_ranks)), *(p for s in given.schedules for p in placements(s, num_ranks))))
@@ -188,7 +199,7 @@ def _measured_cuts(recipe: Recipe, examples: tuple[Any, Any], num_ranks: int) ->
     for placement in wanted:
         or_fewer = given.extrapolate and not measured
         try:
-            measured.append(recipe.measure(examples, placement, or_fewer=or_fewer))
+            measured.append(recipe.measure(examples, placement, or_fewer=or_fewer, activations=activations))
         except TooManyRanks as error:
             if not measured:
                 fewer = f"give --ranks {error.most}" if error.most > 1 else "take a deeper model"

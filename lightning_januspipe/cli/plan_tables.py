@@ -9,10 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_januspipe.plan.compare import SchedulePlan, ScheduleRow, format_bytes
+from lightning_januspipe.plan.compare import SchedulePlan, ScheduleRow
 from lightning_januspipe.plan.graph_share import GraphShare
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.plan.meshes import Meshes
+from lightning_januspipe.schedule.costs import format_bytes
 
 _WIDTH = 120
 _UNEVEN = 1.3  # largest stage over an even one
@@ -58,6 +59,29 @@ def stage_table(measured: Measured) -> Table:
     return table
 
 
+def activation_table(measured: Measured) -> Table:
+    """Returns what each stage takes with each activation."""
+    table = _table(
+        f"What a micro-batch keeps between phases, {measured.num_stages} stages{measured.on_ranks}",
+        ("stage", "activation"),
+        ("phases", "energy", "force", "kept", "in all"),
+    )
+    table.columns[1].justify = "left"
+    for stage in range(measured.num_stages):
+        for name, (plain, _) in measured.activations.items():
+            memory = plain.memory[stage]
+            sizes = (memory.energy, memory.force, memory.kept, memory.total)
+            table.add_row(str(stage), name, _milliseconds(plain.costs[stage].total), *map(format_bytes, sizes))
+        table.add_section()
+    return table
+
+
+ACTIVATION_LEGEND = (
+    "phases: ms of all phases of a micro-batch; where they are compiled, as long as eager phases and what is computed "
+    "again. in all: what counts for memory_limit. A run with memory_limit chooses for each rank by itself."
+)
+
+
 def _repeated(measured: Measured, stage: int) -> list[str]:
     """Returns the shares of a stage's FE that are geometry, and that are computed again instead of being sent."""
     if not measured.report.repeated:  # explicit stages
@@ -99,11 +123,13 @@ def schedule_table(plan: SchedulePlan) -> Table:
     rate = ("struct/s", "atoms/s") if has_data and plan.atoms else ("struct/s",) if has_data else ("µbatch/s",)
     table = _table(
         f"{plan.options.num_ranks} ranks, {plan.options.num_microbatches} micro-batches",
-        ("", "schedule"),
+        ("", "schedule", *(("keeps",) if any(row.activation for row in plan.rows) else ())),
         ("stages", "live", "step ms", "/ideal", "bound", "gap", "bubble", *rate),
         (("peak/rank",) if has_memory else ()) + (("sent",) if has_bytes else ("messages",)) + ("speed",),
     )
     table.columns[1].justify = "left"
+    if any(row.activation for row in plan.rows):
+        table.columns[2].justify = "left"
     for row in plan.rows:
         is_choice = row is choice
         table.add_row(*_cells(plan, row, has_memory, has_bytes, is_choice), style="bold" if is_choice else None)
@@ -111,7 +137,10 @@ def schedule_table(plan: SchedulePlan) -> Table:
 
 
 def _cells(plan: SchedulePlan, row: ScheduleRow, has_memory: bool, has_bytes: bool, is_choice: bool) -> list[str]:
-    cells = ["→" if is_choice else "", row.name, str(row.schedule.num_stages), str(row.num_live)]
+    cells = ["→" if is_choice else "", row.name]
+    if any(other.activation for other in plan.rows):
+        cells.append(row.activation or "–")
+    cells += [str(row.schedule.num_stages), str(row.num_live)]
     cells += [_milliseconds(row.step_time), f"{row.over_ideal:.3f}"]
     cells += (
         ["–", "–"]

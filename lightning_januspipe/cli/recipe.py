@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lightning_januspipe.loader.split import require_samples, split_batches
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan.graph_share import GraphShare, Sharing
 from lightning_januspipe.plan.measure import Measured, measure_stages
+from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.strategy.precision import SUPPORTED
 
@@ -83,6 +85,8 @@ class StrategyArguments:
         schedule: Name of the schedule, or None where the strategy is another one.
         graph_size: Ranks that share the atoms of a micro-batch.
         num_processes: Processes of the Trainer.
+        compiles: Whether phases are compiled.
+        activation: What stages keep between phases, or "auto".
     """
 
     num_ranks: int
@@ -93,6 +97,20 @@ class StrategyArguments:
     schedule: str | None = None
     graph_size: int = 1
     num_processes: int = 1
+    compiles: bool = False
+    activation: str = "auto"
+
+    def activations(self, has_limit: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Returns the activations to measure, and those among them that the run may take, the fastest first.
+
+        Args:
+            has_limit: Whether there is a memory limit.
+        """
+        if self.compiles:
+            return ("keep", "pointwise", "recompute"), candidates(True, self.activation)
+        if not has_limit and self.activation != "recompute":
+            return (), ()
+        return ("keep", "recompute"), candidates(False, self.activation)
 
 
 def strategy_arguments(trainer: Any) -> StrategyArguments:
@@ -122,6 +140,8 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
         given.get("schedule"),
         shape.graph,
         world,
+        bool(given.get("compile", False)),
+        given.get("activation", "auto"),
     )
 
 
@@ -221,6 +241,7 @@ class Recipe:
         placement: Sequence[int],
         *,
         or_fewer: bool = False,
+        activations: Sequence[str] = (),
     ) -> Measured:
         """Captures and measures; see :func:`~lightning_januspipe.plan.measure.measure_stages`."""
         step = with_batch(self._model.training_step)
@@ -234,6 +255,7 @@ class Recipe:
                 self.asked.potential,
                 repeats=self.plan_arguments.repeats,
                 or_fewer=or_fewer,
+                activations=partial(activation_factories, self.asked.compiles, activations, self.device.type),
             )
 
     def _moved(self, batch: Any) -> Any:

@@ -15,10 +15,11 @@ from torch import Tensor, fx
 from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
 from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
-from lightning_januspipe.compiled.joint import trace_joint
+from lightning_januspipe.compiled.joint import Joint, trace_joint
 from lightning_januspipe.compiled.minimum_cut import Activation
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, StagePhases, phase_graphs
 from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.recomputing_stage import recomputing_stage
 from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
@@ -72,11 +73,14 @@ class StageCompiler:
         sizes: the values of all size symbols in two example calls, the usual one first.
         device: type of the device that the stages run on.
         activation: what phases keep for later ones.
+        activations: the same for each stage, where stages differ.
         defer: leave what only parameters wait for to WF and WE.
         trains: also compile BF and BE.
         tolerance: what rounding explains of a difference from the eager phases, relative to the scale of a value.
         cache: the folder in which inductor keeps what it compiles; None for inductor's own.
         why_eager: why no stage of this rank can be compiled, if that is known before.
+        interprets: run the graphs operation by operation instead of compiling them, to measure what they keep.
+        joints: the joint graphs of the stages, which several compilers of the same stages may share.
         compiled: the compiled stages, by index.
         refused: for each stage that runs eagerly the reason.
         seconds: how long tracing and compiling took.
@@ -86,11 +90,14 @@ class StageCompiler:
     sizes: tuple[Mapping[str, int], Mapping[str, int]]
     device: str
     activation: Activation = "pointwise"
+    activations: tuple[Activation, ...] = ()
     defer: bool = False
     trains: bool = True
     tolerance: float | None = None
     cache: Path | None = None
     why_eager: str = ""
+    interprets: bool = False
+    joints: dict[int, Joint] = field(default_factory=dict)
     compiled: dict[int, PhaseRunners] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -105,8 +112,13 @@ class StageCompiler:
             self.seconds += time.perf_counter() - began
             self.cpu_seconds += sum(os.times()[:4]) - cpu_began
         if index in self.refused:
-            return eager_stage(function, gradients, chain)
+            make_stage = recomputing_stage if self.activation_of(index) == "recompute" else eager_stage
+            return make_stage(function, gradients, chain)
         return CompiledStage(cast(TraceableStage, function), self.compiled[index], gradients, chain)
+
+    def activation_of(self, index: int) -> Activation:
+        """Returns what the phases of a stage keep."""
+        return self.activations[index] if self.activations else self.activation
 
     def report(self) -> CompileReport:
         """Returns what was compiled on this rank."""
@@ -124,9 +136,15 @@ class StageCompiler:
             self.refused[function.index] = reason
 
     def _runners(self, function: TraceableStage, chain: ChainSpec) -> PhaseRunners:
-        with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
-            joint = trace_joint(blueprint(function, chain, *self.sizes, self.device), trains=self.trains)
-        graphs = phase_graphs(joint, self.activation, self.defer and self.trains)
+        index = function.index
+        joint = self.joints.get(index)
+        if joint is None:
+            with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
+                joint = trace_joint(blueprint(function, chain, *self.sizes, self.device), trains=self.trains)
+        graphs = phase_graphs(joint, self.activation_of(index), self.defer and self.trains)
+        if self.interprets:
+            self.joints[index] = joint
+            return PhaseRunners(graphs.phases, graphs.modules)
         with torch_internals.inductor_cache(self.cache):
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
         phases = with_recorded_guards(graphs)

@@ -182,6 +182,21 @@ class Stage:
         return sent, []
 
     @autocast_as(OFF)
+    def seed_cotangents(
+        self, microbatch: int, boundary_cotangents: Sequence[Tensor], derivative_cotangents: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Returns u_out as BF does, and nothing else: no parameter gradients, and nothing for BE.
+
+        Args:
+            microbatch: Index of the micro-batch, after FF.
+            boundary_cotangents: u_in.
+            derivative_cotangents: v.
+        """
+        state = self._inflight[microbatch]
+        roots = _force_roots(state, boundary_cotangents, derivative_cotangents)
+        return _for_all(gradients_of(roots, _differentiated(state.seeds)), state.seeds)
+
+    @autocast_as(OFF)
     def backward_energy(
         self,
         microbatch: int,

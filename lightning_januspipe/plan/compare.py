@@ -10,8 +10,8 @@ from typing import Any
 from lightning_januspipe.schedule import Link, PhaseCosts, Report, Schedule, build_schedule, simulate
 from lightning_januspipe.schedule.actions import Message
 from lightning_januspipe.schedule.bounds import lower_bound
-from lightning_januspipe.schedule.build_schedule import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES
-from lightning_januspipe.schedule.costs import Costs, Memory, costs_per_stage
+from lightning_januspipe.schedule.build_schedule import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES, UNFOLDED
+from lightning_januspipe.schedule.costs import Costs, Memory, costs_per_stage, format_bytes
 from lightning_januspipe.schedule.request import Auto
 
 BASELINE = "1f1b-2nd"
@@ -34,6 +34,7 @@ class CutCosts:
         message_bytes: Bytes of a message, or a function of the message.
         typical_message: Mean bytes of a message, for the search of an order.
         chunks: Stages per rank, or "auto" where ``costs`` are those of one rank's share.
+        activation: What the stages keep between phases; empty for what unfolded schedules take too.
     """
 
     costs: Costs
@@ -43,6 +44,7 @@ class CutCosts:
     message_bytes: float | Callable[[Message], float] = 0.0
     typical_message: float = 0.0
     chunks: int | Auto = "auto"
+    activation: str = ""
 
     def costs_of(self, name: str) -> Costs:
         """Returns the costs that a schedule of this name runs with."""
@@ -78,6 +80,7 @@ class ScheduleRow:
         message_bytes: Bytes sent between ranks in a step.
         fits: Whether it keeps within the memory limit.
         needed: Bytes that a rank needs at least, where it does not fit.
+        activation: What its stages keep between phases; empty where there was no choice.
     """
 
     name: str
@@ -87,6 +90,7 @@ class ScheduleRow:
     message_bytes: float
     fits: bool = True
     needed: float | None = None
+    activation: str = ""
 
     @property
     def step_time(self) -> float:
@@ -260,6 +264,7 @@ class SchedulePlan:
             "speed_over_one_rank": self.speed_up(row),
             "fits": row.fits,
             "needed_memory": row.needed,
+            "activation": row.activation or None,
         }
 
 
@@ -312,7 +317,8 @@ def plan_cuts(
 
     Args:
         choices: The cuts, the one with a single stage on each rank first. Schedules that can have several stages on a
-            rank take the cut with the shortest step.
+            rank take the cut with the shortest step, and folded schedules the activation with the shortest step that
+            fits.
         options: Ranks, micro-batches and limits.
         schedules: Names of schedules.
         structures: Structures in a micro-batch, for the throughput.
@@ -360,12 +366,19 @@ def plan_cuts(
 def _row(name: str, choices: Sequence[CutCosts], options: PlanOptions) -> ScheduleRow:
     """Returns the prediction for one schedule with the best cut; ValueError where it cannot be built at all."""
     best: ScheduleRow | None = None
-    for stages in choices if name in SEVERAL_STAGES else choices[:1]:
+    for stages in _choices_of(name, choices):
         found = _row_of_stages(name, stages, options)
         if best is None or (found.fits, best.step_time * (1 - _LEAST_GAIN)) > (best.fits, found.step_time):
             best = found
     assert best is not None
     return best
+
+
+def _choices_of(name: str, choices: Sequence[CutCosts]) -> list[CutCosts]:
+    """Returns the cuts and activations that a schedule may have; unfolded schedules keep everything."""
+    found = [c for c in choices if name in SEVERAL_STAGES or c.chunks == choices[0].chunks]
+    folded = [c for c in found if c.activation] if name not in UNFOLDED else []
+    return folded or [c for c in found if not c.activation]
 
 
 def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> ScheduleRow:
@@ -413,12 +426,4 @@ def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> Schedul
         bound = lower_bound(
             per_stage, schedule.placement, schedule.num_microbatches, deferred=deferred, latency=options.latency
         )
-    return ScheduleRow(name, schedule, report, bound, total, needed is None, needed)
-
-
-def format_bytes(value: float) -> str:
-    """Returns bytes as text with the unit that suits them, in steps of 1000."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
+    return ScheduleRow(name, schedule, report, bound, total, needed is None, needed, stages.activation)

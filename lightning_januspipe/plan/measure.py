@@ -6,12 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
-from lightning_januspipe.capture import Capture, PhaseMode, capture_module
+from lightning_januspipe.capture import ActivationCosts, ActivationFactories, Capture, PhaseMode, capture_module
+from lightning_januspipe.capture.activations import measure_activations
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report
@@ -59,6 +60,7 @@ class Measured:
         repeats: Number of walks.
         elapsed: Seconds of the capture.
         placement: The rank of each stage.
+        activations: What all stages take with each activation, nothing deferred, and with WF and WE deferred.
     """
 
     potential: StagedPotential
@@ -72,6 +74,7 @@ class Measured:
     repeats: int
     elapsed: float
     placement: tuple[int, ...]
+    activations: Mapping[str, tuple[ActivationCosts, ActivationCosts]] = field(default_factory=dict)
 
     @property
     def num_stages(self) -> int:
@@ -106,6 +109,17 @@ class Measured:
 
     def _packed(self, specs: Parts[TensorSpec]) -> int:
         return packed_size(MessageForm(specs, self.symbols).shapes())
+
+    def choices(self, num_ranks: int, activations: Sequence[str]) -> list[CutCosts]:
+        """Returns :meth:`stages` as measured, and then with each of some activations."""
+        found = [self.stages(num_ranks)]
+        for name in activations:
+            plain, late = self.activations[name]
+            own = replace(
+                self, costs=plain.costs, memory=plain.memory, deferred=late.costs, deferred_memory=late.memory
+            )
+            found.append(replace(own.stages(num_ranks), activation=name))
+        return found
 
     def stages(self, num_ranks: int) -> CutCosts:
         """Returns the costs for schedules of a number of ranks.
@@ -159,6 +173,7 @@ def measure_stages(
     *,
     repeats: int | None = None,
     or_fewer: bool = False,
+    activations: Callable[[bool], ActivationFactories] = lambda _: {},
 ) -> Measured:
     """Captures a potential in a number of stages, and measures its phases with and without deferral.
 
@@ -171,6 +186,7 @@ def measure_stages(
         potential: Dotted name of the potential; None to search it.
         repeats: Number of walks of one micro-batch through all phases; None for at least seven, and for five seconds.
         or_fewer: Whether to take as many stages as there are cuttable parts, where these are fewer.
+        activations: Returns the activations to measure too, given whether WF and WE are deferred.
 
     Raises:
         TooManyRanks: The potential has fewer cuttable parts.
@@ -189,7 +205,7 @@ def measure_stages(
             raise TooManyRanks(len(placement), error.most) from error
         placement = range(error.most)
         found = capture(placement)
-    return _measured(found, module, step, other_batch, repeats, placement)
+    return _measured(found, module, step, other_batch, repeats, placement, activations)
 
 
 def _measured(
@@ -199,6 +215,7 @@ def _measured(
     batch: Any,
     repeats: int | None,
     placement: Sequence[int],
+    activations: Callable[[bool], ActivationFactories],
 ) -> Measured:
     captured = capture.potential
     with kept_random_state(), silent_log(module):
@@ -216,11 +233,14 @@ def _measured(
         num = len(walks[False])
         if num >= (repeats or _LEAST_REPEATS) and (repeats or time.perf_counter() - began > _SECONDS):
             break
-    memory = []
+    memory, others = [], []
     for defer in walks:
-        result = run_staged(captured, submodule, call, PhaseMode(defer=defer), measure_memory=True)[1]
+        mode = PhaseMode(defer=defer)
+        result = run_staged(captured, submodule, call, mode, measure_memory=True)[1]
         assert result.memory is not None
         memory.append(tuple(result.memory))
+        costs = _medians(walks[defer])
+        others.append(measure_activations(captured, submodule, call, mode, capture.sizes, costs, activations(defer)))
     return Measured(
         captured,
         report(captured, profile),
@@ -233,6 +253,7 @@ def _measured(
         num,
         capture.elapsed,
         tuple(placement),
+        {name: (others[0][name], others[1][name]) for name in others[0]},
     )
 
 

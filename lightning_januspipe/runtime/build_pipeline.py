@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightning_januspipe.capture import (
+    ActivationFactories,
     Capture,
     CaptureError,
     PhaseMode,
@@ -20,10 +21,20 @@ from lightning_januspipe.capture import (
 )
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
 from lightning_januspipe.distributed import on_first_rank, waiting
+from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.p2p import Links, message_latency
+from lightning_januspipe.engine.recomputing_stage import recomputing_stage
 from lightning_januspipe.engine.single_process import eager_stage
+from lightning_januspipe.engine.specs import ChainSpec, StageFunction
+from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
+from lightning_januspipe.runtime.chosen_activations import (
+    ChosenActivations,
+    activation_factories,
+    candidates,
+    choose_activations,
+)
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.user_step import with_batch
@@ -101,7 +112,8 @@ class PipelineBuilder:
         potential: Dotted name of the potential, if the user gave one.
         stages: Where stages come from.
         message_dtype: What messages between stages are rounded to.
-        activation: What compiled phases keep; None to run all phases eagerly.
+        compiles: Whether to compile the phases.
+        activation: What stages keep between their phases; "auto" chooses within the memory limit.
 
     Attributes:
         schedule: Name of the schedule.
@@ -115,13 +127,15 @@ class PipelineBuilder:
         potential: str | None,
         stages: StageOrigin,
         message_dtype: MessageDtype | None = None,
-        activation: Activation | None = None,
+        compiles: bool = False,
+        activation: Activation | Literal["auto"] = "auto",
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
         self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
-        self._activation = activation
+        self._compiles, self._activation = compiles, activation
         self._last: _LastCapture | None = None
         self._compiler: StageCompiler | None = None
+        self._activations: tuple[str, ...] = ()
 
     def pipeline(
         self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
@@ -150,6 +164,7 @@ class PipelineBuilder:
         if self._last is None or not self._last.serves(request):
             capture, to_verify = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
             self._last, self._compiler = _LastCapture(weakref.ref(request.module), _name(request.step), capture), None
+            self._activations = (self._usual_activation,) * capture.potential.num_stages
             run = describe_run(planner.name, request.num_microbatches, mesh.shape)
             news = News(
                 f"januspipe: {capture.describe(mesh.shape.pipeline)}; {run}", f"januspipe: {capture.describe_capture()}"
@@ -157,7 +172,16 @@ class PipelineBuilder:
         found = self._last.capture
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
-        make_stage = eager_stage if self._activation is None else self._stage_compiler(request, mesh, found)
+        if limit is not None and found.activations:
+            unlimited = planner
+
+            def choose() -> ChosenActivations:
+                return choose_activations(unlimited, found.activations, request.num_microbatches)
+
+            chosen = on_first_rank(choose, rank, broadcast)  # its predictions may take other ways on other machines
+            planner, self._activations = chosen.on(planner), chosen.names
+            news = replace(news, line=f"{news.line}; {chosen.describe(limit)}") if news.line else news
+        make_stage = self._stage_compiler(request, mesh, found) if self._compiles else self._eager_stage
         pipeline = Pipeline(
             request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype, make_stage
         )
@@ -177,17 +201,38 @@ class PipelineBuilder:
         """Returns the name of the schedule; a single rank has no gaps, and holds one micro-batch at a time."""
         return self.schedule if mesh.shape.ranks_per_replica > 1 else "1f1b-fold"
 
+    @property
+    def _usual_activation(self) -> str:
+        """Returns what stages keep without a memory limit."""
+        usual = "pointwise" if self._compiles else "keep"
+        return usual if self._activation == "auto" else self._activation
+
+    def _eager_stage(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
+        """Returns a stage whose phases run eagerly."""
+        is_recomputed = self._activations[function.index] == "recompute"
+        return (recomputing_stage if is_recomputed else eager_stage)(function, gradients, chain)
+
+    def _factories(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> ActivationFactories:
+        """Returns the activations that a memory limit may choose from, the fastest first."""
+        if self._memory_limit is None or not request.trains or is_unfolded(planner.name):
+            return {}
+        names = candidates(self._compiles, self._activation)
+        if self._compiles:
+            names = () if mesh.shape.graph > 1 else names
+        elif self._activation != "auto":
+            names = ()  # the capture itself has measured it
+        return activation_factories(self._compiles, names, mesh.device.type, is_deferred(planner.name))
+
     def _stage_compiler(self, request: CaptureRequest, mesh: Mesh, found: Capture) -> StageCompiler:
         """Returns what makes compiled stages; what was compiled for training serves evaluation too."""
         from lightning_januspipe.compiled.compiler import StageCompiler
 
-        assert self._activation is not None
         if self._compiler is None:
             potential = request.module.get_submodule(found.potential.path)
             self._compiler = StageCompiler(
                 found.sizes,
                 mesh.device.type,
-                self._activation,
+                activations=self._activations,
                 defer=is_deferred(self._schedule_on(mesh)),
                 trains=request.trains,
                 tolerance=rounding_tolerance(found.potential, potential),
@@ -228,11 +273,16 @@ class PipelineBuilder:
                     *examples,
                     placements(planner.name, planner.num_ranks),
                     self._potential,
-                    phase_mode=PhaseMode(defer=is_deferred(planner.name), split_stages=is_unfolded(planner.name)),
+                    phase_mode=PhaseMode(
+                        defer=is_deferred(planner.name),
+                        split_stages=is_unfolded(planner.name),
+                        recompute=not self._compiles and self._usual_activation == "recompute",
+                    ),
                     step_time=step_time,
                     evaluation_step=None if evaluation is None else with_batch(evaluation),
                     stages=self._stages,
                     cache=ProgramCache.default(),
+                    activations=self._factories(request, mesh, planner),
                 )
                 if mesh.shape.graph == 1:
                     return found, []

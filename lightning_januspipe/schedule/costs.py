@@ -70,6 +70,11 @@ class MemoryCosts:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"MemoryCosts.{field.name} is {value!r}, expected a finite number of bytes >= 0.")
 
+    @property
+    def total(self) -> float:
+        """Returns the most bytes that one micro-batch keeps: all of them, while BF runs."""
+        return self.energy + self.force + self.kept
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -175,3 +180,11 @@ def action_times(schedule: Schedule, costs: Costs) -> Callable[[Phase, int], flo
     per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
     table = [durations(entry, deferred, schedule.is_split(stage)) for stage, entry in enumerate(per_stage)]
     return lambda phase, stage: table[stage][phase]
+
+
+def format_bytes(value: float) -> str:
+    """Returns bytes as text with the unit that suits them, in steps of 1000."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

@@ -27,7 +27,8 @@ class CaptureHooks(StrategyState):
             options.potential,
             options.stages,
             options.message_dtype,
-            options.compiled_activation,
+            options.compile,
+            options.activation,
         )
 
     @override

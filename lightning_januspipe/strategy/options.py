@@ -70,9 +70,10 @@ class StrategyOptions:
     compiled, all stages with graph_size > 1 among them, run eagerly, and the start line says why."""
 
     activation: Literal["auto", "keep", "pointwise", "recompute"] = "auto"
-    """Which tensors of a micro-batch are kept between its phases. Eager phases keep all. With compile=True "keep" keeps
-    all that later phases need, "pointwise" computes cheap operations again, and "recompute" keeps only what stages send
-    each other. "auto": "pointwise" with compile=True, else "keep"."""
+    """Which tensors of a micro-batch are kept between its phases. "keep" keeps all that later phases need, "pointwise",
+    with compile=True only, computes cheap operations again, and "recompute" keeps only what stages send each other.
+    "auto": "pointwise" with compile=True, else "keep", and with memory_limit "recompute" for stages where that is the
+    faster way to keep within it."""
 
     shard: Literal["none", "optimizer"] = "none"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
@@ -94,8 +95,9 @@ class StrategyOptions:
     of a checkpoint, and whatever else one rank does alone."""
 
     memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
-    """The most bytes that saved tensors of micro-batches may take on a rank; "wavek" and "wavek-zb" hold fewer
-    micro-batches to keep within it. None: no limit."""
+    """The most bytes that saved tensors of micro-batches may take on a rank, between phases. To keep within it "wavek"
+    and "wavek-zb" hold fewer micro-batches, and activation="auto" keeps less of them; the fastest way is taken, by the
+    measured times and bytes of the stages. None: no limit."""
 
     stages: StageOrigin = "auto"
     """Where the stages come from: "captured" traces the potential, "explicit" takes the stages that the potential
@@ -124,10 +126,15 @@ class StrategyOptions:
             )
 
     def _check_compile(self) -> None:
-        if not self.compile and self.activation not in ("auto", "keep"):
+        if not self.compile and self.activation == "pointwise":
             raise ValueError(
-                f"activation={self.activation!r} needs compile=True: eager phases keep all tensors. Use it with "
-                "compile=True, or activation='auto'."
+                "activation='pointwise' needs compile=True: eager phases keep all tensors, or boundaries only. Use "
+                "compile=True, or activation='keep' or 'recompute'."
+            )
+        if self.activation == "recompute" and is_unfolded(self.schedule):
+            raise ValueError(
+                f"activation='recompute' is not available with schedule={self.schedule!r}, which runs the phases of a "
+                "stage on two ranks. Use a folded schedule, such as 'wavek-zb', or activation='keep'."
             )
         if self.compile and is_unfolded(self.schedule):
             raise ValueError(
@@ -139,13 +146,6 @@ class StrategyOptions:
                 "compile=True is not available with stages='explicit': only captured stages can be compiled. Use "
                 "stages='captured', or compile=False."
             )
-
-    @property
-    def compiled_activation(self) -> Literal["keep", "pointwise", "recompute"] | None:
-        """Returns what compiled phases keep; None if phases run eagerly."""
-        if not self.compile:
-            return None
-        return "pointwise" if self.activation == "auto" else self.activation
 
     @property
     def message_timeout(self) -> timedelta:

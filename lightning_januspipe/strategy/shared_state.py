@@ -126,8 +126,8 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Tells whether to capture the potential: several ranks share a replica's samples, or phases compile."""
-        return self._shares_replicas or self.options.compile
+        """Tells whether to capture the potential: several ranks share a replica's samples, or phases are not plain."""
+        return self._shares_replicas or self.options.compile or self.options.activation == "recompute"
 
     @property
     def _shares_replicas(self) -> bool:

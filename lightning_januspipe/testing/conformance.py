@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning_januspipe.loader.sample_fields import sample_cost
+from lightning_januspipe.testing.interpreted import train_interpreted
 from lightning_januspipe.testing.parity import compare_records
 from lightning_januspipe.testing.pool import RankPool
 from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline, train_reference
@@ -34,6 +35,10 @@ class PotentialConformance:
         strategies: Arguments of :class:`~lightning_januspipe.JanusPipeStrategy`, by a name for each test. Mesh sizes
             are 1 where they are left out; ``num_microbatches`` has to be there. Add strategies with
             ``{**PotentialConformance.strategies, "three-stages": {"pipeline_size": 3, "num_microbatches": 4}}``.
+        interprets: Runs the phases of strategies with ``compile=True`` operation by operation, which tests the same
+            graphs without the minutes that compiling takes. False compiles them.
+        eager_reason: A part of the reason for which no stage of this model can be compiled; with it, stages have to run
+            eagerly with ``compile=True``, and without it, they must not.
         steps: Optimizer steps of each run.
         rtol: The largest difference, relative to the largest entry of the same tensor.
         trainer: Further arguments of the Trainers, such as ``{"gradient_clip_val": 1.0}``.
@@ -58,7 +63,11 @@ class PotentialConformance:
         "two-replicas": {"data_size": 2, "num_microbatches": 2},
         "two-graph-ranks": {"graph_size": 2, "num_microbatches": 1},
         "two-stages-of-two-graph-ranks": {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4},
+        "one-stage-compiled": {"num_microbatches": 1, "compile": True},
+        "two-stages-compiled": {"pipeline_size": 2, "num_microbatches": 4, "compile": True},
     }
+    interprets: ClassVar[bool] = True
+    eager_reason: ClassVar[str] = ""
     steps: ClassVar[int] = 2
     rtol: ClassVar[float] = 1e-9
     trainer: ClassVar[Mapping[str, Any]] = {}
@@ -115,14 +124,31 @@ class PotentialConformance:
         cls = type(self)
         arguments = _complete(cls.strategies[strategy])
         devices = _devices(arguments)
+        is_compiled = bool(arguments.get("compile"))
+        train = train_interpreted if is_compiled and cls.interprets else train_in_pipeline
         try:
-            found = self._run(devices, train_in_pipeline, *self._run_of(structures, arguments))
+            found = self._run(devices, train, *self._run_of(structures, arguments))
             compare_records(self._reference(structures, arguments), found, cls.rtol)
         except AssertionError as error:
             raise AssertionError(
                 f"{cls.__name__} on {structures}: JanusPipeStrategy({_written(arguments)}) on {devices} rank(s) does "
                 f"not train as a plain Trainer does: {error}"
             ) from None
+        if is_compiled:
+            self._require_compiled([reason for record in found for reason in record.eager])
+
+    def _require_compiled(self, reasons: Sequence[str]) -> None:
+        """Compares the reasons for which stages ran eagerly with the reason that the class gives."""
+        name, expected = type(self).__name__, type(self).eager_reason
+        if not expected:
+            assert not reasons, (
+                f"{name}: not all stages could be compiled: {'; '.join(reasons)}. If nothing can be done about it, set "
+                f"{name}.eager_reason to a part of that"
+            )
+        else:
+            assert reasons, f"{name}: all stages could be compiled, though eager_reason = {expected!r}: remove it"
+            others = [reason for reason in reasons if expected not in reason]
+            assert not others, f"{name}: expected that stages run eagerly for {expected!r}: {'; '.join(others)}"
 
     def _reference(self, structures: str, arguments: Mapping[str, Any]) -> RunRecord:
         """Returns the record of a plain Trainer, which runs once for all strategies of the same micro-batches."""

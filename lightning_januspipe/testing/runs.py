@@ -27,12 +27,16 @@ class RunRecord:
         losses: The loss of each batch.
         gradients: The gradients of each optimizer step, by parameter name; None where a parameter has none.
         parameters: Trained parameters, by name.
+        eager: With ``compile=True``, the reasons why stages of the rank run eagerly.
+        misfits: With ``compile=True``, the reasons why single micro-batches ran eagerly in compiled stages.
     """
 
     initial: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor | None]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    eager: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
 
 
 def train_in_pipeline(
@@ -61,6 +65,10 @@ def train_in_pipeline(
     replica = bound.mesh_shape.coordinates(int(os.environ["RANK"]))[1]
     trainer.fit(module, _ordered_loader(_train_loader(data), bound.mesh_shape.data, replica))
     recorder.record.parameters = _copies(module)
+    report = getattr(bound.runner, "compile_report", None)
+    if report is not None:
+        recorder.record.eager = list(report.eager)
+        recorder.record.misfits = [m for s in bound.runner.executor.stages.values() if (m := getattr(s, "misfit", ""))]
     return recorder.record
 
 

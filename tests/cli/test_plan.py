@@ -398,11 +398,25 @@ class TestRecipe:
             schedule = Schedule.from_csv((tmp_path / "out" / f"schedule-{name}.csv").read_text())
             validate_schedule(schedule)
             assert row["atoms_per_second"] == pytest.approx(4 * 8 / row["step_time"])
+        keeps = {name: row["activation"] for name, row in rows.items()}
+        assert keeps["wavek"] == "keep" and keeps["1f1b-2nd"] is None  # all fits; unfolded schedules have no choice
+        assert len(re.findall(r"^ *\d +recompute ", text, re.MULTILINE)) >= 2
         # Nothing was trained, and nothing was logged.
         assert not Path("lightning_logs").exists()
         assert text.startswith("→ ")
         marked = sum(line.strip().startswith("→") for line in text.splitlines())
         assert marked == (1 if text.startswith("→ No verdict: ") else 2)  # in words, and in the table
+
+    @pytest.mark.slow
+    def test_compiled_phases(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """What does not fit with cheap operations computed again fits with all of them."""
+        strategy = "--trainer.strategy.init_args"
+        args = ["plan", "--config", write_recipe(), "--repeats", "1", "--schedules", "1f1b-fold", "--output", "out"]
+        main([*args, f"{strategy}.compile=true", "--memory_limit", "30kB"])
+        text = capsys.readouterr().out
+        (row,) = json.loads(Path("out/plan.json").read_text())["schedules"]
+        assert row["activation"] == "recompute" and row["fits"]
+        assert text.count(" pointwise ") == text.count(" keep ") == 2, "one row for each stage"
 
     def test_more_ranks_than_parts(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = ["plan", "--config", write_recipe(), "--model.potential.num_layers=1", "--ranks", "60"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
 import torch
-from capture_models import OTHER, TRACED, Potential, Step, Traced, assert_parity, make_batch
+from capture_models import DTYPE, OTHER, TRACED, Batch, Potential, Step, Traced, assert_parity, make_batch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from lightning_januspipe.compiled import compiler as compiler_module
@@ -22,12 +24,41 @@ SIZES = [(2, 5, 1, 3), (1,), (1, 1, 1)]
 """Other sizes than traced; one atom; no edges."""
 
 
-@pytest.mark.slow  # half a minute of CPU time, most of it in the C++ compiler
-@pytest.mark.timeout(1800)
+class Springs(nn.Module):
+    """The smallest potential whose four phases all have work: the C++ compiler takes its time for each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.energies = nn.Embedding(3, 1, dtype=DTYPE)
+        self.stiffness = nn.Parameter(torch.tensor(0.7, dtype=DTYPE))
+
+    def forward(self, batch: Batch) -> Batch:
+        """Returns energies and forces of springs between all atoms of a structure, and of the atoms themselves."""
+        positions = batch["positions"].detach().requires_grad_()
+        source, target = batch["edges"]
+        vectors = positions[target] - positions[source]
+        of_edges = torch.exp(-self.stiffness * (vectors * vectors).sum(-1))
+        of_atoms = self.energies(batch["species"])[:, 0].index_add(0, target, of_edges)
+        energy = of_atoms.new_zeros(batch["cell"].shape[0]).index_add(0, batch["index"], of_atoms)
+        (derivative,) = torch.autograd.grad([energy.sum()], [positions], create_graph=self.training)
+        return {"energy": energy, "forces": -derivative}
+
+
+class SpringStep(Step):
+    """A loss without stresses."""
+
+    def training_step(self, batch: Batch) -> Any:
+        """Returns the loss."""
+        out = self.potential(batch)
+        return ((out["energy"] - batch["energy"]) ** 2).mean() + ((out["forces"] - batch["forces"]) ** 2).mean()
+
+
+@pytest.mark.slow  # most of it in the C++ compiler
 @pytest.mark.skipif(torch.version.cuda is not None, reason="compiles for the CPU")
 def test_a_stage_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    traced = Traced(Step(Potential(1)))
+    traced = Traced(SpringStep(Springs()))
     captured = traced.cut(1)
     inputs = captured.inputs(traced.potential)
     calls = [traced.call_on(make_batch(sizes)) for sizes in (TRACED, OTHER)]

@@ -71,19 +71,18 @@ def test_unfolded_ranks_hold_second_copies(pool: RankPool) -> None:
 
 def test_memory_limit(pool: RankPool) -> None:
     """A limit lowers the live micro-batches; one that nothing fits in is an error on every rank."""
+    kept = {"schedule": "wavek-zb", "num_microbatches": 8, "activation": "keep"}
     from lightning_januspipe.schedule.step_report import peak_live
 
-    free = pool.run(pipeline_workers.fit, {"schedule": "wavek-zb", "num_microbatches": 8}, world_size=2)
+    free = pool.run(pipeline_workers.fit, kept, world_size=2)
     plan = Schedule.parse(free[0]["schedule"])
     of_ranks = [sum(free[0]["memory"][s].energy + free[0]["memory"][s].force for s in r["stages"]) for r in free]
     limit = 2.5 * max(of_ranks)
-    tight = pool.run(
-        pipeline_workers.fit, {"schedule": "wavek-zb", "num_microbatches": 8, "memory_limit": limit}, world_size=2
-    )
+    tight = pool.run(pipeline_workers.fit, {**kept, "memory_limit": limit}, world_size=2)
     assert max(peak_live(Schedule.parse(tight[0]["schedule"]))) < max(peak_live(plan))
 
-    errors = pool.run(pipeline_workers.fit_with_error, {"memory_limit": 1000.0}, world_size=2)
-    assert all("memory_limit=1000 bytes per rank" in e and "raise the limit" in e for e in errors), errors
+    errors = pool.run(pipeline_workers.fit_with_error, {"memory_limit": 100.0}, world_size=2)
+    assert all("memory_limit=100 bytes per rank" in e and "raise the limit" in e for e in errors), errors
 
 
 def test_timeline_of_a_real_step(pool: RankPool, tmp_path: Path) -> None:

@@ -33,7 +33,11 @@ from lightning_januspipe.strategy.registry import NAMESPACES
         ({"potential": 3}, "potential=3; expected a string or None"),
         ({"compile": "auto"}, "compile='auto'; expected True or False"),
         ({"activation": "offload"}, "activation='offload'; expected 'auto', 'keep', 'pointwise' or 'recompute'"),
-        ({"activation": "recompute"}, "activation='recompute' needs compile=True: eager phases keep all tensors"),
+        ({"activation": "pointwise"}, "activation='pointwise' needs compile=True: eager phases keep all tensors"),
+        (
+            {"activation": "recompute", "schedule": "1f1b-2nd"},
+            "activation='recompute' is not available with schedule='1f1b-2nd'",
+        ),
         (
             {"compile": True, "schedule": "1f1b-2nd"},
             "compile=True is not available with schedule='1f1b-2nd', which runs the phases of a stage on two ranks",

@@ -6,28 +6,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from torch import fx
 
-from lightning_januspipe.compiled import compiler
-from lightning_januspipe.testing import RunRecord, train_in_pipeline
+from lightning_januspipe.testing import RunRecord, interpreted_phases, train_in_pipeline
 
 
 @contextmanager
 def interpreted(change: Any = None) -> Iterator[list[fx.GraphModule]]:
-    """Inside, phase graphs are not compiled but interpreted; yields the list of them.
-
-    Args:
-        change: maps the graph of a phase, as a function, to what runs in its place.
-    """
-    graphs: list[fx.GraphModule] = []
-
-    def run(graph: fx.GraphModule, mode: Any) -> Any:
-        graphs.append(graph)
-        return graph if change is None else change(graph)
-
-    with mock.patch.object(compiler, "compile_graph", run), warnings.catch_warnings():
+    """Interprets phase graphs inside; a micro-batch that runs eagerly is an error there."""
+    with interpreted_phases(change) as graphs, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs eagerly")
         yield graphs
 

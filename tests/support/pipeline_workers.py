@@ -86,6 +86,7 @@ def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | N
         found["schedule"] = str(runner.schedules.schedule(found["num_microbatches"]))
         found["placement"], found["force_placement"] = runner.placement, runner.force_placement
         found["stages"] = sorted(runner.executor.stages)
+        found["kinds"] = [type(stage).__name__ for stage in runner.executor.stages.values()]
         found["holds"] = sorted(n for n, p in module.named_parameters() if runner.parameters.holds(p))
         planner = runner.schedules.planner
         found["latency"], found["memory"] = planner.latency, planner.memory

@@ -20,7 +20,8 @@ from lightning_januspipe.capture.validate.probe_loss import probe_loss, probe_ta
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.loss import LossLeaves
-from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
+from lightning_januspipe.engine.recomputing_stage import recomputing_stage
+from lightning_januspipe.engine.single_process import SingleProcessResult, StageFactory, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, StageFunction, StageOutput
 from lightning_januspipe.errors import CaptureError, quoted
 from lightning_januspipe.random_state import seeded
@@ -165,10 +166,12 @@ class PhaseMode:
     Attributes:
         defer: leave weight gradients to WF and WE.
         split_stages: run FF and BF of every stage as on another rank than its FE and BE.
+        recompute: keep only boundaries between phases, and compute the rest again.
     """
 
     defer: bool = False
     split_stages: bool = False
+    recompute: bool = False
 
 
 DEFAULT_MODE = PhaseMode()
@@ -202,6 +205,7 @@ def run_staged(
     phase_mode: PhaseMode = DEFAULT_MODE,
     measure_memory: bool = False,
     num_runs: int = 1,
+    make_stage: StageFactory | None = None,
 ) -> tuple[ProbeResult, SingleProcessResult]:
     """Runs one call through the phases of all stages in this process, with the loss of :func:`run_eager`.
 
@@ -214,13 +218,16 @@ def run_staged(
         phase_mode: how the phases are run.
         measure_memory: measure the memory of each stage.
         num_runs: how often the phases run; times and memory are those of the last run.
+        make_stage: makes what runs the phases; None for stages that run eagerly.
     """
     epilogue = staged.return_value(potential)
     with seeded(_SEED):  # the forward draws the same numbers as that of the module
         tensors = staged.inputs(potential)(call.args, call.kwargs)
     symbols = staged.bind_sizes(tensors)
-    functions = (staged.stage(i, potential) for i in range(staged.num_stages))
-    stages = [_CheckedStage(function, symbols, staged.path) for function in functions]
+    stages: list[Any] = [staged.stage(i, potential) for i in range(staged.num_stages)]
+    if make_stage is None:
+        stages = [_CheckedStage(function, symbols, staged.path) for function in stages]
+        make_stage = recomputing_stage if phase_mode.recompute else None
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         from_loss = LossLeaves(observables, derivatives)
@@ -247,6 +254,7 @@ def run_staged(
             defer=phase_mode.defer,
             split_stages=range(len(stages)) if phase_mode.split_stages else (),
             measure_memory=measure_memory,
+            make_stage=make_stage,
         )
         if probe is None:
             parts = [
