@@ -127,6 +127,20 @@ def test_faulty_models_are_told(
         Faulty().test_trains_as_plain_lightning("molecules", strategy)
 
 
+def test_stages_that_run_eagerly_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compile=True, unless the class says why none of its stages can be compiled."""
+    reason = "stage 0 runs eagerly: CaptureError: an operation writes to a tensor"
+    Faulty()._require_compiled([])
+    with pytest.raises(AssertionError, match=f"Faulty: not all stages could be compiled: {reason}. If nothing"):
+        Faulty()._require_compiled([reason])
+    monkeypatch.setattr(Faulty, "eager_reason", "writes to a tensor")
+    Faulty()._require_compiled([reason, reason])
+    with pytest.raises(AssertionError, match="all stages could be compiled, though eager_reason = 'writes to a tens"):
+        Faulty()._require_compiled([])
+    with pytest.raises(AssertionError, match="expected that stages run eagerly for 'writes to a tensor': another"):
+        Faulty()._require_compiled([reason, "another"])
+
+
 def test_single_precision_is_told() -> None:
     def record(dtype: torch.dtype, change: float) -> RunRecord:
         weight = torch.ones(3, dtype=dtype)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
@@ -232,7 +232,7 @@ class PipelineBuilder:
             self._compiler = StageCompiler(
                 found.sizes,
                 mesh.device.type,
-                activations=self._activations,
+                activations=cast("tuple[Activation, ...]", self._activations),
                 defer=is_deferred(self._schedule_on(mesh)),
                 trains=request.trains,
                 tolerance=rounding_tolerance(found.potential, potential),
