@@ -118,6 +118,7 @@ class IndexAnalysis:
         for name in nodes:
             self._join_broadcast(program.by_name[name])
             self._join_written(program.by_name[name])
+            self._join_sliced(program.by_name[name])
         targets: dict[IndexSource, str] = {}
         for use in self.uses:
             if use.source is not None:
@@ -262,6 +263,18 @@ class IndexAnalysis:
         else:
             for a, b in zip(index.shape, rows.shape, strict=True):
                 self._join_sizes(a, b)
+
+    def _join_sliced(self, node: Node) -> None:
+        """Joins the size of a slice that ends at another tensor's size: species of as many atoms as have positions."""
+        if operator_of(node) != "aten.slice" or node.spec is None or argument(node, 2) not in (None, 0):
+            return
+        end, whole = argument(node, 3), self._program.by_name[node.args[0].name].spec
+        size = self._program.by_name[end.name] if isinstance(end, Ref) else None
+        if size is None or whole is None or operator_of(size) != "aten.sym_size":
+            return
+        measured = self._program.by_name[size.args[0].name].spec
+        if measured is not None:
+            self._join_sizes(measured.shape[size.args[1]], whole.shape[argument(node, 1, 0)])
 
     def _join_sizes(self, a: int | str, b: int | str) -> None:
         if isinstance(a, str) and isinstance(b, str) and a != b and self._example.get(a, 0) == self._example.get(b, 1):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.function import ProgramFunction
-from lightning_januspipe.capture.trace.graph_walks import ancestors, descendants, operations, readers
+from lightning_januspipe.capture.trace.graph_walks import ancestors, descendants, differentiable, operations, readers
 from lightning_januspipe.capture.trace.operators import (
     CREATES,
     GATHERS,
@@ -37,7 +37,7 @@ from lightning_januspipe.graph import exchange_ops
 from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexUse
 from lightning_januspipe.graph.placement import PARTIAL_GRADIENT, REPLICATE, Placement, PlacementKind, no_exchange
 from lightning_januspipe.graph.rewrite import Rewrite, exchange_name, extended_name
-from lightning_januspipe.graph.row_classes import find_row_classes, refuse_index_arithmetic
+from lightning_januspipe.graph.row_classes import find_row_classes, values_of_indices
 from lightning_januspipe.graph.sharded_potential import IndexFunction, ShardedPotential
 from lightning_januspipe.graph.verify_captured import compare_in_lock_step
 
@@ -55,10 +55,10 @@ class ShardedProgram(ShardedPotential):
     captured: CapturedPotential
 
     def index_function(self, potential: nn.Module) -> IndexFunction:
-        """Returns the function that computes the program's :attr:`computed` indices."""
-        if not self.computed:
+        """Returns the function that computes the program's :attr:`computed` indices and :attr:`values`."""
+        if not self.computed and not self.values:
             return super().index_function(potential)
-        names = [n.source.node for n in self.computed]
+        names = [*(n.source.node for n in self.computed), *self.values]
         forward = {*self.captured.regions.geometry, *self.captured.regions.body}
         function = ProgramFunction(self.captured.program, potential, forward, names)
         return lambda tensors: dict(zip(names, function(tensors), strict=True))
@@ -91,37 +91,44 @@ class _ExchangeInserter:
         self._found.sharded = set(self._classes.names)
         self._indices = [n for n in self._found.row_indices if n.target in self._found.sharded]
         self._computed = [n.source.node for n in self._indices if n.source.node]
-        # Indices that operations compute become inputs; what only they need is not run.
+        self._on_parameter = descendants(program, program.parameters)
+        self._differentiable = self._on_parameter | differentiable(program, program.coordinates)
+        # Indices that operations compute, and values of indices, become inputs; what only they need is not run.
         results = [*program.energies, *program.coordinates, *regions.observables]
         needed = ancestors(program, results, given=set(self._computed))
+        read = [name for name in forward if name in needed]
+        values = values_of_indices(program, self._found, self._classes, read, self._differentiable)
+        self._gone = [*self._computed, *values]
+        needed = ancestors(program, results, given=set(self._gone))
         self._forward = [name for name in forward if name in needed]
-        refuse_index_arithmetic(program, self._found, self._classes, self._forward)
+        self._readers = readers(program)
+        self._values = [n for n in values if n in results or needed.intersection(self._readers[n])]
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
         self._known = {n.source for n in self._found.row_indices}
         self._owners = {n.source for n in self._classes.owner.values()}
-        self._on_parameter = descendants(program, program.parameters)
-        self._differentiable = self._on_parameter | descendants(program, program.coordinates)
-        self._readers = readers(program)
         self._placements: dict[str, Placement] = {}
         self._sizes: set[str] = set()
         self._extended: dict[str, int] = {}
-        self._rewrite = Rewrite(program, self._computed)
+        self._rewrite = Rewrite(program, self._gone)
 
     def run(self) -> ShardedProgram:
         """Visits all operations in order; returns the program with what was inserted."""
         program, placements = self._program, self._placements
         forward = set(self._forward)
         for node in program.nodes:
-            if node.is_placeholder or node.name in self._computed:
-                is_input = node.name in program.inputs or node.name in self._computed
+            if node.is_placeholder or node.name in self._gone:
+                is_input = node.name in program.inputs or node.name in self._gone
                 placements[node.name] = self._by_shape(node) if is_input else PARTIAL_GRADIENT
+                if node.name in self._values and placements[node.name].times > 1:
+                    raise no_exchange(node, "computes several values for each atom or edge, in one dimension")
             elif node.name in forward:
                 placements[node.name] = self._visit(self._rewrite.nodes[node.name])
             if node.name in program.coordinates and placements[node.name] == PARTIAL_GRADIENT:
                 placements[node.name] = REPLICATE
         for name in self._captured.regions.observables:
             if placements[name] == PARTIAL_GRADIENT:
-                self._rewrite.follow(name, exchange_ops.count_once, self._classes.root)
+                if name not in self._gone:
+                    self._rewrite.follow(name, exchange_ops.count_once, self._classes.root)
                 placements[name] = REPLICATE
         return self._result()
 
@@ -252,10 +259,16 @@ class _ExchangeInserter:
                 return None
             if not sums_into_rows(node):
                 raise no_exchange(node, "combines all atoms or edges, but does not sum")
-            if not is_zero(self._program, name):
-                raise no_exchange(node, "sums atoms or edges into values that do not start at zero")
-            self._replicate(node, given)
-            return self._summed(node)
+            if is_zero(self._program, name):
+                self._replicate(node, given)
+                return self._summed(node)
+            if operator_of(node) == "aten.scatter_reduce" and not node.kwargs.get("include_self", True):
+                raise no_exchange(node, "replaces values that do not start at zero by sums of atoms or edges")
+            self._replicate(node, [n for n in given if n != name])
+            added = self._rewrite.add_after(node.name, exchange_ops.sum_over_ranks, self._classes.root)
+            if placement == PARTIAL_GRADIENT and name in self._on_parameter:
+                self._rewrite.give(added, name, exchange_ops.count_once, self._classes.root)
+            return REPLICATE if node.name in self._differentiable else PARTIAL_GRADIENT
         use = self._use(node, placement)
         if use is None:
             return None
@@ -301,7 +314,7 @@ class _ExchangeInserter:
         program, regions = self._program, self._captured.regions
         exchanges, extended = map(exchange_name, self._classes.names), map(extended_name, self._extended)
         placed = [self._placements[name] for name in program.inputs]
-        potential = self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed])
+        potential = self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed, *self._values])
         return ShardedProgram(
             potential=potential,
             captured=self._captured,
@@ -310,6 +323,7 @@ class _ExchangeInserter:
             rows={(position, p.dim): p.rows for position, p in enumerate(placed) if p.is_sharded},
             localized={n.source: n.target for n in self._indices if not n.source.node},
             computed=tuple(n for n in self._indices if n.source.node),
+            values={name: self._placements[name] for name in self._values},
             observables=tuple(self._placements[n] for n in regions.observables),
             derivatives=tuple(self._placements[n] for n in program.coordinates),
             positions=self._positions(),

@@ -68,6 +68,30 @@ class Rewrite:
         self._new.setdefault(name, []).append(raw)
         self._with.setdefault(name, []).append(part)
 
+    def add_after(self, name: str, function: Callable[..., Any], rows: str) -> Node:
+        """Lets an operation sum into zeros, and adds what it summed into to the result of an exchange.
+
+        Args:
+            name: the operation, whose first operand is what it sums into.
+            function: the exchange.
+            rows: the class of rows whose exchange it is.
+
+        Returns:
+            The addition, which has taken the place of the operation.
+        """
+        node = self.nodes[name]
+        zeros, part, total = (f"{name}__{what}" for what in ("zeros", "part", "total"))
+        self.nodes[name] = Node(name, "call_function", "aten.add.Tensor", (node.args[0], Ref(total)), {}, node.spec)
+        self._new.setdefault(name, []).extend(
+            (
+                Node(zeros, "call_function", "aten.zeros_like.default", (node.args[0],), {}, node.spec),
+                replace(node, name=part, args=(Ref(zeros), *node.args[1:])),
+                Node(total, "call_function", function, (Ref(part), Ref(exchange_name(rows)), 0), {}, node.spec),
+            )
+        )
+        self._with.setdefault(name, []).extend((zeros, part, total))
+        return self.nodes[name]
+
     def potential(self, captured: CapturedPotential, more: Sequence[str]) -> CapturedPotential:
         """Returns a captured potential with all changes.
 

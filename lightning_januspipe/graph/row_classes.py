@@ -1,11 +1,11 @@
-"""Decides which classes of rows are sharded over the graph ranks, and refuses programs that forbid it."""
+"""Decides which classes of rows are sharded over the graph ranks, and what is computed before rows are sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
+from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, is_of_package, operator_of
 from lightning_januspipe.capture.trace.program import Program
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexSource, RowIndex, symbolic
@@ -73,30 +73,45 @@ def find_row_classes(program: Program, found: IndexAnalysis) -> RowClasses:
     return RowClasses(root, owner, readers)
 
 
-def refuse_index_arithmetic(program: Program, found: IndexAnalysis, classes: RowClasses, nodes: Sequence[str]) -> None:
-    """Refuses programs that compute with indices of sharded rows: each rank has indices of its own.
+def values_of_indices(
+    program: Program, found: IndexAnalysis, classes: RowClasses, nodes: Sequence[str], changing: Collection[str]
+) -> list[str]:
+    """Returns the operations that compute with indices of sharded rows, such as a comparison of both atoms of an edge.
+
+    Each rank has indices of its own, so these operations are run for the whole micro-batch before its stages.
+
+    Args:
+        program: the captured program.
+        found: its index operations.
+        classes: the classes of rows that are sharded.
+        nodes: its operations, in execution order.
+        changing: values that depend on parameters or on what the energy is differentiated by.
 
     Raises:
-        CaptureError: such indices are compared, added, or looked up themselves.
+        CaptureError: an operation computes with indices and with such values, or is an operation of a package.
     """
     localized = [n.source for n in found.row_indices if n.target in classes.names]
     indexed = {(u.node.name, u.index) for u in found.uses}
+    values: dict[str, None] = {}
     for name in nodes:
         node = program.by_name[name]
-        own = found.source(name)
-        if node.spec is None or (own is not None and own.node != name):  # the same indices, or a part of them
+        own, of_package = found.source(name), is_of_package(node)
+        if own is not None and own.node != name:  # the same indices, or a part of them
             continue
-        if operator_of(node) in SHAPE_ONLY or operator_of(node) == "aten.unbind":
+        if not of_package and (node.spec is None or operator_of(node) in SHAPE_ONLY):
             continue
-        for given in node.inputs():
-            source = found.source(given)
-            if source is None or (name, given) in indexed:
-                continue
-            if any(_overlap(source, other) for other in localized):
-                raise CaptureError(
-                    f"graph_size > 1 is not possible: the potential computes {node.target} of the indices of atoms or "
-                    "edges in one of its inputs, but each graph rank indexes its own rows. Use graph_size=1."
-                )
+        sources = [found.source(given) for given in node.inputs() if (name, given) not in indexed]
+        of_indices = any(_overlap(source, other) for source in sources if source is not None for other in localized)
+        reads_values = not values.keys().isdisjoint(node.inputs())
+        if (of_indices and name in changing) or ((of_indices or reads_values) and of_package):
+            raise CaptureError(
+                f"graph_size > 1 is not possible: the potential computes {node.target} of the indices of atoms or "
+                "edges in one of its inputs, together with features or by an operation of a package, but each graph "
+                "rank indexes its own rows. Use graph_size=1."
+            )
+        if of_indices:
+            values[name] = None
+    return list(values)
 
 
 def _overlap(a: IndexSource, b: IndexSource) -> bool:

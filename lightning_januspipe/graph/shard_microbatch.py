@@ -24,7 +24,7 @@ class ShardedInputs:
         symbols: values of its size symbols on this rank.
         shards: the rank's shard of each class.
         extended: the last inputs of the sharded potential: inputs with own rows and then those of the halo, and
-            indices that were computed for the whole micro-batch.
+            indices and values of indices that were computed for the whole micro-batch.
     """
 
     tensors: list[Tensor]
@@ -39,7 +39,7 @@ class ShardPlan:
 
     Attributes:
         shards: for each class the shards of all ranks.
-        computed: indices that the potential computes, of the whole micro-batch.
+        computed: indices that the potential computes, and values of indices, of the whole micro-batch.
     """
 
     shards: dict[str, list[Shard]]
@@ -53,7 +53,7 @@ class MicrobatchIndices:
     Attributes:
         values: the indices, on the CPU.
         sizes: number of rows of each class.
-        computed: indices that the potential computes, of the whole micro-batch.
+        computed: indices that the potential computes, and values of indices, of the whole micro-batch.
     """
 
     values: Mapping[RowIndex, Tensor]
@@ -182,6 +182,11 @@ class MicrobatchSharder:
             value, shard = plan.computed[index.source.node], mine[index.holder]
             dim = next(d for d, size in enumerate(value.shape) if size == shard.num_rows)
             extended.append(mine[index.target].local(value.index_select(dim, shard.own)).to(value.dtype))
+        for name, placement in self._sharded.values.items():
+            value = plan.computed[name]
+            extended.append(
+                value.index_select(placement.dim, mine[placement.rows].own) if placement.is_sharded else value
+            )
         return ShardedInputs(own, self._sharded.bind(own), mine, extended)
 
     def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:

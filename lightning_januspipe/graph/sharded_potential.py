@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.row_classes import RowClasses
 
 IndexFunction = Callable[[Sequence[Tensor]], dict[str, Tensor]]
-"""From the inputs of a whole micro-batch to the indices that the potential computes, by the operation's name."""
+"""From the inputs of a whole micro-batch to the indices that the potential computes, and to values of indices, by the
+operation's name."""
 
 
 class RankPotential(Protocol):
@@ -46,7 +47,9 @@ class ShardedPotential:
         derivatives: placements of the differentiation inputs, and so of the derivative.
         positions: which input has the positions (N, 3), if one has.
         computed: row indices that operations compute from inputs. They are computed for the whole micro-batch, and
-            are the last inputs.
+            are inputs after the extended ones.
+        values: other values that operations compute from row indices, with their placements: which edges join an atom
+            with itself, say. They are computed for the whole micro-batch too, and are the last inputs.
         extended: (position, dimension) of inputs whose rows the potential takes with the halo too, after the
             exchanges: every rank has these rows, so nothing has to be sent.
     """
@@ -60,15 +63,16 @@ class ShardedPotential:
     derivatives: tuple[Placement, ...]
     positions: int | None
     computed: tuple[RowIndex, ...] = ()
+    values: Mapping[str, Placement] = field(default_factory=dict)
     extended: tuple[tuple[int, int], ...] = ()
 
     def index_function(self, potential: nn.Module) -> IndexFunction:
-        """Returns the function that computes the :attr:`computed` indices.
+        """Returns the function that computes the :attr:`computed` indices and the :attr:`values`.
 
         Args:
             potential: the live potential.
         """
-        assert not self.computed
+        assert not self.computed and not self.values
         return lambda _: {}
 
     def verify(self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
-from graph_habits import Experts, LooksUpPairs, ReducesByScatter, Repeats, RotatesAll
+from graph_habits import Experts, FindsPairs, LooksUpPairs, ReducesByScatter, Repeats, RotatesAll
 from habits import (
     AsksForCompiler,
     Asserts,
@@ -249,7 +249,9 @@ def test_random_numbers_that_depend_on_values_are_refused() -> None:
         traced(Step(SamplesByValue()))
 
 
-@pytest.mark.parametrize("potential", [MakesEdges, MasksEdges, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs])
+@pytest.mark.parametrize(
+    "potential", [MakesEdges, MasksEdges, FindsPairs, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs]
+)
 def test_lengths_that_depend_on_values(potential: type[Potential]) -> None:
     trains(Step(potential()))
 
@@ -268,7 +270,7 @@ def test_messages_have_lengths_that_every_rank_knows() -> None:
 
 
 @pytest.mark.parametrize(
-    "potential", [Potential, DrawsAngles, HasDropout, MakesEdges, Repeats, ReducesByScatter, LooksUpPairs]
+    "potential", [Potential, DrawsAngles, HasDropout, MakesEdges, FindsPairs, Repeats, ReducesByScatter, LooksUpPairs]
 )
 def test_atoms_are_sharded(potential: type[Potential]) -> None:
     found = traced(Step(potential()))

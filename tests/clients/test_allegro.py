@@ -1,4 +1,4 @@
-"""Allegro in NequIP's own LightningModule, on pipelines. Its slices of atoms cannot be sharded over graph ranks.
+"""Allegro in NequIP's own LightningModule, on pipelines and graph ranks.
 
 Slow, and skipped where nequip-allegro is absent:
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from factories import factory
 
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,10 +27,8 @@ pytestmark = [
 class TestAllegro(ModelConformance):
     make_module = factory("allegro_models", "make_module")
     datamodules = {"crystals": factory("allegro_models", "crystals")}
-    strategies = PIPELINES
 
 
 class TestAllegroWithoutCells(ModelConformance):
     make_module = factory("allegro_models", "make_without_stress")
     datamodules = {"molecules": factory("allegro_models", "molecules")}
-    strategies = PIPELINES

@@ -1,4 +1,4 @@
-"""PyTorch Geometric's ViSNet in an ordinary LightningModule, on pipelines. Its masked lengths cannot be sharded.
+"""PyTorch Geometric's ViSNet in an ordinary LightningModule, on pipelines and graph ranks.
 
 Slow, and skipped where torch-geometric is absent:
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from factories import factory
 
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,4 +27,3 @@ pytestmark = [
 class TestViSNet(ModelConformance):
     make_module = factory("pyg_models", "make_visnet")
     datamodules = {"molecules": factory("pyg_models", "molecules")}
-    strategies = PIPELINES

@@ -1,4 +1,4 @@
-"""TorchMD-Net's models in its own LightningModule, on pipelines; its operation that finds edges cannot be sharded.
+"""TorchMD-Net's models in its own LightningModule, on pipelines and graph ranks.
 
 Slow, and skipped where torchmd-net is absent:
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from factories import factory
 
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,10 +27,13 @@ pytestmark = [
 class TestGraphNetwork(ModelConformance):
     make_module = factory("torchmdnet_models", "make_gn")
     datamodules = {"molecules": factory("torchmdnet_models", "molecules")}
-    strategies = PIPELINES
 
 
 class TestTensorNet(ModelConformance):
     make_module = factory("torchmdnet_models", "make_tensornet")
     datamodules = {"molecules": factory("torchmdnet_models", "molecules")}
-    strategies = PIPELINES
+
+
+class TestEquivariantTransformer(ModelConformance):
+    make_module = factory("torchmdnet_models", "make_et")
+    datamodules = {"molecules": factory("torchmdnet_models", "molecules")}

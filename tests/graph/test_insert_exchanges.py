@@ -16,6 +16,10 @@ from lightning_januspipe.graph.insert_exchanges import ShardedProgram, shard_cap
 from lightning_januspipe.graph.placement import PlacementKind
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder
 
+KINDS = (
+    *(Potential, models.BothWays, models.States, models.Angles, models.Attention, models.Peaks, models.Composed),
+    *(models.Numbered, models.Masked, models.Started, models.Sliced, Values),
+)
 BATCH = models.angles_of(make_batch((9, 4, 3)))
 
 
@@ -39,9 +43,7 @@ def exchanges(found: ShardedProgram) -> Counter[str]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
-@pytest.mark.parametrize(
-    "kind", [Potential, models.BothWays, models.States, models.Angles, models.Attention, models.Peaks, models.Composed]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_batch_is_the_whole_one(kind: type[Potential], num_ranks: int) -> None:
     source, found = with_exchanges(kind)
     captured = source.cut(2)
@@ -105,10 +107,9 @@ def test_stages_have_the_exchanges_of_what_they_run() -> None:
     ("kind", "reason"),
     [
         (models.MeanField, "combines all atoms or edges"),
-        (models.Numbered, "computes aten.lt.Tensor of the indices of atoms or edges"),
+        (models.Weighted, "computes aten.mul.Tensor of the indices of atoms or edges"),
         (models.Shifted, "combines all atoms or edges"),
         (models.Counted, "uses the number of atoms or edges as a value"),
-        (Values, "computes aten.mul.Tensor of the indices of atoms or edges"),
         (models.Looked, "looks atoms or edges up by indices that it computes"),
     ],
 )

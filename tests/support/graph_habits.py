@@ -14,6 +14,40 @@ from lightning_januspipe.capture.adapters import Adapter
 from lightning_januspipe.experts.grouped import grouped_linear
 
 
+@torch.library.custom_op("habits::pairs", mutates_args=())
+def pairs(pos: Tensor, batch: Tensor) -> Tensor:
+    """Finds the pairs of atoms (2, 8 N), padded with -1, in another order at every second call."""
+    near = (batch[:, None] == batch[None]) & (torch.cdist(pos, pos) < 1.8)
+    found = near.fill_diagonal_(False).nonzero().T
+    CALLS.append(len(CALLS))
+    padded = torch.full((2, 8 * len(pos)), -1)
+    padded[:, : found.shape[1]] = found.flip(1) if CALLS[-1] % 2 else found
+    return padded
+
+
+@pairs.register_fake
+def _(pos: Tensor, batch: Tensor) -> Tensor:
+    return batch.new_empty(2, 8 * pos.shape[0])
+
+
+CALLS: list[int] = []
+
+
+class FindsPairs(Potential):
+    """Finds edges by an operation of the package's own, and gives edges features that stages send."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        edges = torch.ops.habits.pairs(pos.detach(), b["batch"])
+        edges = edges[:, edges[0] != -1]
+        r = (pos[edges[0]] - pos[edges[1]]).pow(2).sum(1).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        e = torch.zeros(edges.shape[1], h.shape[1], dtype=DTYPE)
+        for layer in self.layers:
+            e = e + layer.messages(h, r, edges)
+            h = h + torch.zeros_like(h).index_add(0, edges[1], layer.b(e))
+        return per_structure(b, self.readout(h)[:, 0])
+
+
 class Repeats(Potential):
     """Repeats values of structures for their edges, with and without the number of edges."""
 

@@ -187,6 +187,45 @@ class Numbered(Potential):
         return super().features(batch, vectors * once[:, None] + vectors)
 
 
+class Masked(Potential):
+    """Lengths and unit vectors are written for some of the edges, by a mask that compares the numbers of atoms."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        mask = batch["edges"][0] % 3 != batch["edges"][1] % 3
+        lengths = torch.zeros(vectors.size(0), dtype=vectors.dtype)
+        lengths[mask] = torch.norm(vectors[mask], dim=-1)
+        units = vectors.clone()
+        units[mask] = vectors[mask] / torch.norm(vectors[mask], dim=1).unsqueeze(1)
+        lengths[~mask] = 0.5
+        return super().features(batch, vectors + 0.3 * units * torch.cos(lengths)[:, None])
+
+
+class Started(States):
+    """Energies of atoms are summed into values that each structure starts with, one of them trained."""
+
+    def energy(self, batch: Batch, positions: Tensor, strain: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        energy, extra = super().energy(batch, positions, strain)
+        of_atoms = positions.square().sum(1) * self.scale
+        start = self.shift.expand(len(energy)).index_add(0, batch["index"], of_atoms)
+        return energy.index_add(0, batch["index"], of_atoms.sin()) + start, extra
+
+
+class Sliced(Potential):
+    """As many species are taken as there are positions, so that a package may append those of other atoms."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        species = batch["species"][: batch["positions"].shape[0]]
+        return h * (1 + 0.1 * self.embedding(species))
+
+
+class Weighted(Potential):
+    """Vectors are weighted with the numbers of atoms."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        return super().features(batch, vectors * batch["edges"][0][:, None])
+
+
 class Shifted(Potential):
     """The neighbor in the list, which is on another rank for the last atom of each."""
 

@@ -34,6 +34,16 @@ def descendants(program: Program, names: Iterable[str]) -> set[str]:
     return found
 
 
+def differentiable(program: Program, names: Iterable[str]) -> set[str]:
+    """Returns some values, and all values with a derivative by them: those that follow from them in real numbers."""
+    found = set(names)
+    for node in program.operations:
+        is_real = node.spec is None or node.spec.dtype.is_floating_point or node.spec.dtype.is_complex
+        if is_real and any(i in found for i in node.inputs()):
+            found.add(node.name)
+    return found
+
+
 def ancestors_of_each(program: Program, names: Iterable[str]) -> dict[str, frozenset[str]]:
     """Returns for each of some operations those among them that it takes to compute it, itself included.
 

@@ -1,21 +1,22 @@
 """Turns lists of indices whose length depends on values into inputs, computed once for each batch before the stages.
 
-The length of the result of ``nonzero``, of a mask as index, and of ``repeat_interleave`` depends on values. If these
-values depend on no parameter (a neighbour list made in the forward, for example), the result becomes an input
-of the program, and the operations that compute it run outside of the stages. So every rank knows all sizes before it
-receives a message, and the rows of these inputs can be sharded like rows of other inputs.
+The length of the result of ``nonzero``, of a mask as index (to read or to write rows), and of ``repeat_interleave``
+depends on values. If these values depend on no parameter (a neighbour list made in the forward, for example), the
+result becomes an input of the program, and the operations that compute it run outside of the stages. So every rank
+knows all sizes before it receives a message, and the rows of these inputs can be sharded like rows of other inputs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lightning_januspipe.capture.trace.graph_walks import descendants
+from lightning_januspipe.capture.trace.graph_walks import descendants, differentiable
+from lightning_januspipe.capture.trace.operators import is_of_package
 from lightning_januspipe.capture.trace.program import Node, Program, Ref, with_placeholders
 from lightning_januspipe.engine.specs import TensorSpec
 
@@ -84,6 +85,21 @@ class _Masks:
         columns = self._columns(mask, node.spec.shape[place])
         node.target, node.args = "aten.index.Tensor", (node.args[0], [*[None] * place, *map(Ref, columns)])
 
+    def _put(self, node: Node, changing: set[str]) -> None:
+        source, given, values = node.args[:3]
+        places = [i for i, x in enumerate(given) if x is not None]
+        if len(places) != 1 or self._spec(given[places[0]]).dtype != torch.bool or given[places[0]].name in changing:
+            return
+        ((place, mask),) = ((i, given[i]) for i in places)
+        num_after = len(self._spec(source).shape) - place - len(self._spec(mask).shape)
+        written = self._spec(values).shape
+        length = written[-1 - num_after] if len(written) > num_after else 1
+        known = self._lists.get(("nonzero", mask.name))
+        if not isinstance(length, str):  # the same value for all of them
+            length = f"{mask.name}__count" if known is None else known[1]
+        columns = self._columns(mask, length)
+        node.args = (source, [*[None] * place, *map(Ref, columns)], *node.args[2:])
+
     def _columns(self, mask: Ref, length: int | str) -> list[str]:
         key = ("nonzero", mask.name)
         if key in self._lists:
@@ -135,23 +151,26 @@ class _Masks:
 
 _LISTS: dict[Any, Callable[[_Masks, Node, set[str]], None]] = {
     "aten.index.Tensor": _Masks._index,
+    "aten.index_put.default": _Masks._put,
     "aten.masked_select.default": _Masks._select,
     "aten.repeat_interleave.self_Tensor": _Masks._repeat,
 }
-"""For each operation with a list of indices, or a mask, inside: what replaces it."""
+"""For each operation with a list of indices, or a mask, inside: the function that replaces it."""
 
 
 def _make_inputs(program: Program) -> None:
     changing = descendants(program, {*program.parameters, program.gradient})
-    differentiable = descendants(program, program.coordinates)
-    known = set(program.symbols)
+    has_derivative = changing | differentiable(program, program.coordinates)
+    of_packages = descendants(program, [n.name for n in program.operations if is_of_package(n)])
+    given, known = set(program.symbols), set(program.symbols)
     nodes: list[Node] = []
     made: list[Node] = []
     for node in program.nodes:
         new = _new_symbols(node, known)
-        is_float = node.spec is not None and node.spec.dtype.is_floating_point
-        has_derivative = node.name in changing or (is_float and node.name in differentiable)
-        if node.is_placeholder or node.spec is None or has_derivative or not (new or node.target in _ALWAYS):
+        # An operation of a package, which may find edges in another order each time, runs once for each batch.
+        is_found = node.name in of_packages and not (known - given).isdisjoint(_shape(node))
+        is_list = bool(new) or is_found or node.target in _ALWAYS
+        if node.is_placeholder or node.spec is None or node.name in has_derivative or not is_list:
             nodes.append(node)
         else:
             nodes.append(replace(node, name=f"{node.name}__made"))
@@ -165,10 +184,13 @@ def _make_inputs(program: Program) -> None:
     program.replace_nodes(with_placeholders(nodes, made))
 
 
+def _shape(node: Node) -> tuple[int | str, ...]:
+    return node.spec.shape if node.spec is not None else ()
+
+
 def _new_symbols(node: Node, known: set[str]) -> set[int | str]:
     """Returns the sizes of a node that are symbols without an input that defines them."""
-    shape: Iterable[int | str] = node.spec.shape if node.spec is not None else ()
-    return {s for s in shape if isinstance(s, str) and s.isidentifier() and s not in known}
+    return {s for s in _shape(node) if isinstance(s, str) and s.isidentifier() and s not in known}
 
 
 def _rename(program: Program, names: dict[str, str]) -> None:

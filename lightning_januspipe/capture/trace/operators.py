@@ -133,6 +133,14 @@ def _copy(source: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
     return value.to(source.dtype).expand(source.shape)
 
 
+def is_of_package(node: Node) -> bool:
+    """Tells whether neither torch nor this project defines an operation, but a package that a model is made with."""
+    return not node.is_placeholder and isinstance(node.target, str) and not node.target.startswith(_KNOWN)
+
+
+_KNOWN = ("aten.", "januspipe.")
+
+
 def is_view(node: Node) -> bool:
     """Tells whether an operation's value shares memory with an operand, or is one of several results."""
     return node.target is getitem or getattr(target_function(node.target), "is_view", False)

@@ -59,7 +59,14 @@ def _look_up(program: Program, view: Node) -> tuple[Node, Node] | None:
     pairs = _reshaped(program, program.by_name[index])
     if pairs is None or pairs.spec is None or pairs.spec.dtype.is_floating_point or len(pairs.spec.shape) != 2:
         return None
-    return (lookup, pairs) if view.spec.shape == (*pairs.spec.shape, *lookup.spec.shape[1:]) else None
+    own, viewed = (*pairs.spec.shape, *lookup.spec.shape[1:]), view.spec.shape
+    if viewed == own:
+        return lookup, pairs
+    if viewed[0] == 2 and own[0] in program.symbols and viewed[2:] == own[2:]:
+        # The trace has a symbol for the 2 of (2, E) where nothing else that reads the pairs forbids another number.
+        program.conditions = list(dict.fromkeys((*program.conditions, f"Eq({own[0]}, 2)")))
+        return lookup, pairs
+    return None
 
 
 def _reshaped(program: Program, node: Node) -> Node | None:

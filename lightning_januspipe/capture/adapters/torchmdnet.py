@@ -1,0 +1,98 @@
+"""Helps TorchMD-Net's models through capture: edges and messages are computed by operations of torch.
+
+``OptimizedDistance`` finds edges, their vectors and their lengths in one operation of the package, which a graph rank
+cannot run for its own rows. The adapter keeps the pairs of atoms that it finds, and computes the rest from positions.
+TensorNet gets the operations of torch that it has itself where the package's kernels are not installed. The gated
+output of the equivariant transformer branches on features, to leave out atoms whose features are zero.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_januspipe.capture.adapters.capture_adapter import Adapter
+from lightning_januspipe.capture.patches import patched
+
+
+class TorchMDNetAdapter(Adapter):
+    """Adapts models with ``OptimizedDistance``, of TorchMD-Net 3.1."""
+
+    def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
+        """Returns a context in which the models run operations of torch, without branches and without padded edges."""
+        return _plain_operations(potential)
+
+
+_KERNELS = ("compose_tensor", "decompose_tensor", "tensor_matmul_o3", "tensor_matmul_so3")
+
+
+@contextmanager
+def _plain_operations(potential: nn.Module) -> Iterator[None]:
+    from torchmdnet.models import tensornet
+    from torchmdnet.models.utils import GatedEquivariantBlock, OptimizedDistance
+
+    owners = [m for n, m in list(sys.modules.items()) if n.startswith("torchmdnet.models.tensornet")]
+    with ExitStack() as stack:
+        for owner in owners:
+            for name in _KERNELS:
+                if hasattr(owner, name):
+                    stack.enter_context(patched(owner, name, getattr(tensornet, f"_{name}")))
+        for part in potential.modules():
+            if hasattr(part, "opt"):
+                stack.enter_context(patched(part, "opt", False))
+            if isinstance(part, GatedEquivariantBlock):
+                stack.enter_context(patched(part, "forward", partial(_gated, part)))
+            if hasattr(part, "static_shapes"):  # pads edges, for CUDA graphs, with those of an additional atom
+                stack.enter_context(patched(part, "static_shapes", False))
+            if isinstance(part, OptimizedDistance):
+                stack.enter_context(patched(part, "resize_to_fit", True))
+                stack.enter_context(patched(part, "forward", partial(_edges, part)))
+        yield
+
+
+def _edges(
+    part: Any, pos: Tensor, batch: Tensor | None = None, box: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns (2, E) the atoms of each edge, (E,) its length, and (E, 3) its vector if the part returns vectors."""
+    pairs, _, _ = type(part).forward(part, pos.detach(), batch, box)
+    # The operation finds them in any order, and all ranks need the same one.
+    pairs = pairs[:, torch.argsort(pairs[0].long() * pos.shape[0] + pairs[1])]
+    first, second = pairs.long()
+    vectors = pos[first] - pos[second]
+    if box is not None or part.use_periodic:
+        cell = (part.box if box is None else box).to(pos)
+        if cell.dim() == 3:
+            cell = cell[0] if batch is None or cell.shape[0] == 1 else cell[batch[first]]
+        vectors = _nearest_image(vectors, cell)
+    squares = vectors.square().sum(-1)
+    is_zero = squares == 0  # as the operation, atoms at one place have no derivative
+    lengths = torch.where(is_zero, 1.0, squares).sqrt().masked_fill(is_zero, 0.0)
+    return pairs, lengths, vectors if part.return_vecs else None
+
+
+def _nearest_image(vectors: Tensor, cell: Tensor) -> Tensor:
+    """Returns (E, 3) vectors to the nearest periodic image.
+
+    Args:
+        vectors: (E, 3).
+        cell: (3, 3) or (E, 3, 3), rows are lower-triangular cell vectors.
+    """
+    for axis in (2, 1, 0):
+        repeats = torch.round(vectors[:, axis] / cell[..., axis, axis])
+        vectors = vectors - repeats[:, None] * cell[..., axis, :]
+    return vectors
+
+
+def _gated(part: Any, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the scalars and vectors of a gated block; vectors that are zero have no derivative by their length."""
+    vectors = part.vec1_proj(v)
+    is_zero = (vectors == 0).flatten(1).all(1)
+    lengths = torch.norm(torch.where(is_zero[:, None, None], 1.0, vectors), dim=-2).masked_fill(is_zero[:, None], 0.0)
+    scalars, gates = torch.split(part.update_net(torch.cat([x, lengths], -1)), part.out_channels, -1)
+    return scalars if part.act is None else part.act(scalars), gates.unsqueeze(1) * part.vec2_proj(v)
