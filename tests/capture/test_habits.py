@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
-from graph_habits import Experts, FindsPairs, LooksUpPairs, ReducesByScatter, Repeats, RotatesAll
+from graph_habits import (
+    Experts,
+    FindsPairs,
+    LooksUpPairs,
+    ReducesByScatter,
+    Repeats,
+    RotatesAll,
+    Stacked,
+    stacked,
+)
 from habits import (
     AsksForCompiler,
     Asserts,
@@ -29,6 +38,8 @@ from habits import (
     MasksEdges,
     Potential,
     ReadsBuffer,
+    ReadsConstants,
+    ReadsOwnSizes,
     ReferenceStep,
     RegistryBatch,
     ReturnsBatch,
@@ -83,9 +94,10 @@ def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Se
         (WritesOnce, RegistryBatch, lambda b: b),
         (Potential, SlottedBatch, lambda b: b),
         (WritesVectors, lambda b: Graphs(b, {}), lambda g: g.nodes),
+        (Stacked, stacked, lambda b: b),
     ],
 )
-def test_containers_are_copied_whole(potential: Any, make: Any, labels: Any) -> None:
+def test_batches_of_any_form(potential: Any, make: Any, labels: Any) -> None:
     trains(Step(potential(), labels), make)
 
 
@@ -110,9 +122,25 @@ class Cell:
         self.me, self.tensor, self.names = self, torch.ones(2), {"a"}
 
 
-@pytest.mark.parametrize("potential", [ReturnsSizes, ChecksMask, Asserts, ReadsBuffer, AsksForCompiler])
+@pytest.mark.parametrize(
+    "potential", [ReturnsSizes, ChecksMask, Asserts, ReadsBuffer, AsksForCompiler, ReadsConstants, ReadsOwnSizes]
+)
 def test_values_that_are_read(potential: type[Potential]) -> None:
     trains(Step(potential()))
+
+
+def test_integers_that_are_the_same_for_every_batch() -> None:
+    """No input carries them; the ones that are computed from a buffer are compared for each batch."""
+    found = traced(Step(ReadsConstants()))
+    program = found.program
+    assert not program.sizes and len(program.inputs) == len(found.format.tensors)
+    assert sorted(fixed.value for _, fixed in program.fixed_values) == [0.5, 3, 3, 5]
+    assert found.cut(2).parameter_stages()["factor"] == {0, 1}
+    assert len(traced(Step(ReadsOwnSizes())).program.sizes) == 2
+    found.potential.widths += 1
+    call = found.call_on(batch(*OTHER))
+    with pytest.raises(CaptureError, match=r"captured with the value 3 at .*self.widths\[1\].*has the value 4 there"):
+        found.cut(2).inputs(found.potential)(call.args, call.kwargs)
 
 
 def test_returned_sizes_are_those_of_the_batch() -> None:

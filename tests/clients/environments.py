@@ -77,6 +77,8 @@ CLIENTS = {
     "orb": Client(("orb-models==0.5.5",)),
     "allegro": Client(("nequip-allegro==0.8.3", "nequip==0.19.1")),
     "torchmdnet": Client(("torchmd-net==3.1.0",)),
+    "aimnet": Client(("aimnet==0.2.5", "nvalchemi-toolkit-ops==0.5.0", "warp-lang==1.19.0")),
+    "pet": Client(("metatrain==2026.4.1",)),
     "pyg": Client(("torch-geometric==2.8.1",)),
     "chgnet": Client(("pymatgen==2026.10.24", "nvidia-ml-py3==7.352.0"), alone=("chgnet==0.4.2",)),
     # It pins packages for phonons and for clouds; these are its other dependencies.

@@ -1,4 +1,4 @@
-"""PyTorch Geometric's ViSNet in an ordinary LightningModule, on pipelines and graph ranks.
+"""PyTorch Geometric's ViSNet and DimeNet++ in an ordinary LightningModule, on pipelines and graph ranks.
 
 Slow, and skipped where torch-geometric is absent:
 
@@ -26,4 +26,9 @@ pytestmark = [
 
 class TestViSNet(ModelConformance):
     make_module = factory("pyg_models", "make_visnet")
+    datamodules = {"molecules": factory("pyg_models", "molecules")}
+
+
+class TestDimeNet(ModelConformance):
+    make_module = factory("pyg_models", "make_dimenet")
     datamodules = {"molecules": factory("pyg_models", "molecules")}

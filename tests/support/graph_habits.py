@@ -1,4 +1,4 @@
-"""Holds potentials with habits that matter to graph ranks: look-ups and sums across structures and pairs."""
+"""Holds potentials whose habits matter to graph ranks: look-ups and sums across structures, and stacked structures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,32 @@ from typing import Any
 from unittest import mock
 
 import torch
-from habits import DTYPE, Potential, of_edges, per_structure, squares
+from habits import DTYPE, Batch, Potential, of_edges, per_structure, sample, squares
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import Adapter
 from lightning_januspipe.experts.grouped import grouped_linear
+
+
+class Stacked(Potential):
+    """Takes structures of one size, stacked to (B, N, 3), and sums over all pairs of atoms."""
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        closeness = torch.exp(-(pos[:, :, None] - pos[:, None]).pow(2).sum(-1).add(1e-6).sqrt())
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            h = h + layer.b(torch.tanh((closeness[..., None] * h[:, None]).sum(2)))
+        energy = self.readout(h).sum((1, 2))
+        return {"energy": energy, "forces": -torch.autograd.grad(energy.sum(), pos, create_graph=True)[0]}
+
+
+def stacked(b: Batch) -> Batch:
+    """Returns as many structures as a batch has, each with so many and three more atoms."""
+    num = len(b["n"])
+    samples = [sample(seed, num + 3) for seed in range(num)]
+    found = {name: torch.stack([s[name] for s in samples]) for name in ("pos", "z", "forces")}
+    return found | {"energy": b["energy"]}
 
 
 @torch.library.custom_op("habits::pairs", mutates_args=())

@@ -304,6 +304,31 @@ class ReadsBuffer(Potential):
         return self.energy(b, pos) * (scale if self.flag else 1.0)
 
 
+class ReadsConstants(Potential):
+    """Reads numbers that are the same for every batch, of tensors that it makes, of a buffer, of a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5, dtype=DTYPE), requires_grad=False)
+        self.register_buffer("widths", torch.tensor([2, 3]))
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        kind, largest = torch.tensor(0), self.widths.max()
+        h = self.embedding(b["z"])[:, : largest.item()] if kind.item() == 0 else self.embedding(b["z"])
+        folded = torch.zeros(len(h), int(self.widths.sum()) - 2, dtype=DTYPE) + h[:, : self.widths[1]]
+        return self.energy(b, pos) + per_structure(b, self.factor.item() * (folded * pos).sum(1))
+
+
+class ReadsOwnSizes(Potential):
+    """Reads integers that it has put into tensors itself, and that change from batch to batch."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        atoms, written = torch.tensor(len(pos)), torch.zeros(2, dtype=torch.int64)
+        written[0] = b["n_edge"].sum()
+        lengths = torch.zeros(int(written.sum()), dtype=DTYPE) + squares(b, pos)
+        return self.energy(b, pos) + of_edges(b, lengths) + per_structure(b, torch.ones(atoms.item(), dtype=DTYPE))
+
+
 class AsksForCompiler(Potential):
     """Counts structures only where nothing compiles."""
 

@@ -18,6 +18,7 @@ GROUP = "lightning_januspipe.adapters"
 """The group of entry points that name a package (``my_package``, ``my_package.models``) and its adapter's class."""
 
 BUILT_IN = {
+    "aimnet": "lightning_januspipe.capture.adapters.aimnet:AIMNetAdapter",
     "chgnet": "lightning_januspipe.capture.adapters.chgnet:CHGNetAdapter",
     "fairchem": "lightning_januspipe.capture.adapters.fairchem:FairchemAdapter",
     "matgl": "lightning_januspipe.capture.adapters.matgl:MatGLAdapter",

@@ -234,14 +234,16 @@ class CapturedPotential:
     def parameter_stages(self) -> dict[str, set[int]]:
         """Returns for each parameter, by its name inside the potential, the stages that read it.
 
-        Parameters that the epilogue, or the user's step by itself, reads are read by every stage.
+        Parameters that the epilogue, the values computed for each batch, or the user's step by itself read are read by
+        every stage.
         """
         program, everywhere = self.program, set(range(self.num_stages))
         stages: dict[str, set[int]] = {name: set() for name in program.parameters.values()}
         for stage in everywhere:
             for placeholder in self.needed(stage) & program.parameters.keys():
                 stages[program.parameters[placeholder]].add(stage)
-        for placeholder in self.regions.epilogue_parameters:
+        of_batch = ancestors(program, program.of_batch) & program.parameters.keys()
+        for placeholder in (*self.regions.epilogue_parameters, *of_batch):
             stages[program.parameters[placeholder]] |= everywhere
         for name in self.step_parameters:
             if stages.get(name):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def program_from_export(
     prefix: str,
     num_sizes: int = 0,
     fixed_values: Sequence[FixedValue] = (),
+    constant_sizes: Mapping[int, FixedValue] = MappingProxyType({}),
+    frozen: Collection[str] = (),
 ) -> Program:
     """Returns the captured program of an exported program, in which :func:`energy_gradient` stands for derivatives.
 
@@ -33,8 +36,12 @@ def program_from_export(
         returned: the tree that the traced forward returns, with :data:`SLOT` for its tensors.
         num_outputs: number of tensors in that tree; they are the program's first outputs.
         prefix: what precedes the name of every parameter and buffer in the exported program.
-        num_sizes: number of integers that the forward reads from tensors; they are the next outputs.
-        fixed_values: other values that the forward reads from tensors; they are the last outputs.
+        num_sizes: number of integers that the forward reads from tensors; the last inputs carry them. The next outputs
+            are those that change from batch to batch.
+        fixed_values: other values that the forward reads from tensors; they are the next outputs.
+        constant_sizes: position among the integers -> fixed value, for those that are the same for every batch; they
+            are the last outputs. Their inputs are left out, as no operation reads them.
+        frozen: names of parameters that are not trained.
 
     Raises:
         CaptureError: the graph holds an operation that cannot be replayed, or not exactly one derivative.
@@ -58,8 +65,10 @@ def program_from_export(
             inputs.append(name)
         else:
             raise CaptureError(f"the traced potential has an input of kind {spec.kind} ({name}), which is not handled")
+    without_use = {inputs[len(inputs) - num_sizes + i] for i in constant_sizes}
+    inputs = [name for name in inputs if name not in without_use]
     nodes = [_node(n) for n in exported.graph.nodes if n.op in ("placeholder", "call_function")]
-    nodes = [n for n in nodes if not _is_assertion(n)]
+    nodes = [n for n in nodes if not _is_assertion(n) and n.name not in without_use]
     marks = [n for n in nodes if n.target == GRADIENT_OP]
     if not marks:
         raise CaptureError("the traced potential does not differentiate an energy; one torch.autograd.grad is expected")
@@ -73,6 +82,8 @@ def program_from_export(
         for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if isinstance(size, torch.SymInt) and str(size.node.expr).isidentifier():
                 symbols.setdefault(str(size.node.expr), (position, dim))
+    first_fixed = num_outputs + num_sizes - len(constant_sizes)
+    of_fixed = zip(user_outputs[first_fixed:], [*fixed_values, *constant_sizes.values()], strict=True)
     program = Program(
         nodes=nodes,
         parameters=parameters,
@@ -84,11 +95,12 @@ def program_from_export(
         gradient=marks[0].name,
         outputs=user_outputs[:num_outputs],
         returned=returned,
-        sizes=user_outputs[num_outputs : num_outputs + num_sizes],
-        fixed_values=list(zip(user_outputs[num_outputs + num_sizes :], fixed_values, strict=True)),
+        sizes=user_outputs[num_outputs:first_fixed],
+        fixed_values=list(of_fixed),
         symbols=symbols,
     )
-    _refuse_trained_facts(program)
+    _refuse_trained_facts(program, frozen)
+    _leave_out_constants(program)
     program.limits = _limits(program, exported)
     if inputs:
         shape_env = placeholders[inputs[0]].meta["val"].fake_mode.shape_env
@@ -96,8 +108,9 @@ def program_from_export(
     return program
 
 
-def _refuse_trained_facts(program: Program) -> None:
-    changing = descendants(program, {*program.parameters, program.gradient})
+def _refuse_trained_facts(program: Program, frozen: Collection[str]) -> None:
+    trained = {placeholder for placeholder, name in program.parameters.items() if name not in frozen}
+    changing = descendants(program, {*trained, program.gradient})
     for name, fixed in program.fixed_values:
         if name in changing:
             raise CaptureError(
@@ -105,6 +118,12 @@ def _refuse_trained_facts(program: Program) -> None:
                 f"derivative ({fixed.place}), so that it changes in training. Use torch.where instead of a branch, or "
                 "check such values outside of the forward."
             )
+
+
+def _leave_out_constants(program: Program) -> None:
+    """Leaves out values that are computed from nothing that can change."""
+    changing = descendants(program, {*program.parameters, *program.buffers, *program.inputs, program.gradient})
+    program.fixed_values = [(name, fixed) for name, fixed in program.fixed_values if name in changing]
 
 
 def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int], tuple[int, int]]:

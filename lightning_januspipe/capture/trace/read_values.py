@@ -5,8 +5,9 @@ A trace would make ``int(index.max()) + 1`` a constant, and ``len(features)`` to
 that is read from a tensor. An integer that is read becomes an input of the traced program, as the length of an empty
 tensor. The tensor that it is read from becomes an output, so that the integer can be computed for every batch.
 
-Truth values (``if mask.all()``), floating-point numbers, and values of buffers are constants of the trace. They are
-recorded as :class:`FixedValue`: every batch has to give the same values.
+Truth values (``if mask.all()``), floating-point numbers, and integers that depend on no tensor of the call, such as
+those in buffers, are constants of the trace. They are recorded as :class:`FixedValue`: every batch has to give the same
+values.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_januspipe.capture.find.call_format import size_carrier
 from lightning_januspipe.capture.trace.fixed_values_and_draws import FixedValue
+from lightning_januspipe.capture.trace.trace_in_progress import depends_on
 from lightning_januspipe.capture.trees import children
 from lightning_januspipe.errors import CaptureError
 
@@ -50,9 +52,12 @@ class ReadValues:
 
     Attributes:
         sizes: integers, on the batch of the first run.
-        size_sources: the tensors that the integers were read from, in the last run.
+        size_sources: the tensors that the integers were read from, in the last run, without the constants.
         fixed: all other values.
         fixed_sources: the tensors that the other values were read from, in the last run.
+        constants: position among the sizes -> fixed value, for the integers that are the same for every batch, as the
+            trace tells: it shows what each value is computed from.
+        constant_sources: the tensors that the constants were read from, in the trace.
     """
 
     def __init__(self, potential: nn.Module) -> None:
@@ -60,6 +65,9 @@ class ReadValues:
         self.size_sources: list[Tensor] = []
         self.fixed: list[FixedValue] = []
         self.fixed_sources: list[Tensor] = []
+        self.constants: dict[int, FixedValue] = {}
+        self.constant_sources: list[Tensor] = []
+        self._inputs: Sequence[Tensor] = ()
         self._carriers: Sequence[Tensor] | None = None
         self._are_sizes: list[bool] = []  # for each value read, in order
         self._num_read = 0
@@ -69,25 +77,38 @@ class ReadValues:
         """Returns inputs that carry the sizes."""
         return [size_carrier(v, device) for v in self.sizes]
 
-    def begin(self, carriers: Sequence[Tensor] | None) -> None:
-        """Starts a run, in which values are recorded, or replaced by recorded ones if carriers are given."""
-        self.size_sources, self.fixed_sources, self._carriers, self._num_read = [], [], carriers, 0
-        if carriers is None:
-            self.sizes, self.fixed, self._are_sizes = [], [], []
+    def begin(self, inputs: Sequence[Tensor] | None) -> None:
+        """Starts a run, in which values are recorded, or replaced by recorded ones.
+
+        Args:
+            inputs: the inputs of the trace, of which the last ones carry sizes; None to record values.
+        """
+        self.size_sources, self.fixed_sources, self._num_read = [], [], 0
+        self.constants, self.constant_sources = {}, []
+        if inputs is None:
+            self.sizes, self.fixed, self._are_sizes, self._inputs, self._carriers = [], [], [], (), None
+        else:
+            self._inputs, self._carriers = inputs, inputs[len(inputs) - len(self.sizes) :]
 
     def take(self, source: Tensor) -> Any:
-        """Returns the integer in a tensor with one element: a size, or a constant if a buffer holds it."""
+        """Returns the integer in a tensor with one element: a size, or a constant if it depends on no input."""
         if self._carriers is None and source.untyped_storage().data_ptr() in self._buffers:
             return self.observe(source)
         if self._carriers is not None and not self._next_is_size():
             return self.observe(source)
         self._num_read += 1
-        self.size_sources.append(source)
+        source = source.reshape(())
         if self._carriers is None:
             self._are_sizes.append(True)
             self.sizes.append(_read(source))
             return self.sizes[-1]
-        return self._carriers[len(self.size_sources) - 1].shape[0]
+        position = len(self.size_sources) + len(self.constants)
+        if depends_on(source, self._inputs):
+            self.size_sources.append(source)
+            return self._carriers[position].shape[0]
+        self.constants[position] = FixedValue(self.sizes[position], _place())
+        self.constant_sources.append(source)
+        return self.sizes[position]
 
     def observe(self, source: Tensor) -> Any:
         """Records the value of a tensor, or its values as nested lists, as a fixed value, and returns it.
@@ -155,12 +176,25 @@ class TensorReads(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.item and _is_integer(args[0]):
             return self._values.take(args[0])
+        if func is Tensor.__getitem__:
+            return func(args[0], self._read_index(args[1]))
         if func in _SINGLE and args[0].numel() == 1:
             found = self._values.observe(args[0].reshape(()))
             return found if func is Tensor.item else float(found) if func is Tensor.__float__ else bool(found)
         if func in _COMPARISONS and args[0].dim() == args[1].dim():
             return bool(self._values.observe(_COMPARISONS[func](*args, **kwargs).all()))
         return func(*args, **kwargs)
+
+    def _read_index(self, index: Any) -> Any:
+        """Returns an index with integers in the place of tensors of one integer, which export reads in this order."""
+
+        def read(item: Any) -> Any:
+            if isinstance(item, slice):
+                return slice(read(item.start), read(item.stop), read(item.step))
+            is_read = isinstance(item, Tensor) and item.dim() == 0 and _is_integer(item)
+            return self._values.take(item) if is_read else item
+
+        return tuple(map(read, index)) if isinstance(index, tuple) else read(index)
 
 
 @contextmanager

@@ -112,12 +112,12 @@ class _TracedCall(nn.Module):
         call, form, adapters, values, record = self._given
         num_own = len(tensors) - len(values.sizes)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
-        values.begin(tensors[num_own:])
+        values.begin(tensors)
         with ShownDropout(), _MarkGrad() as mark:
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)
-        return [*found, *values.size_sources, *values.fixed_sources]
+        return [*found, *values.size_sources, *values.fixed_sources, *values.constant_sources]
 
 
 def trace_potential(
@@ -189,6 +189,8 @@ def trace_potential(
         prefix="potential.",
         num_sizes=len(values.sizes),
         fixed_values=values.fixed,
+        constant_sizes=values.constants,
+        frozen={n for n, p in potential.named_parameters(remove_duplicate=False) if not p.requires_grad},
     )
     program.autocast = autocast
     # Export may choose any name of a shared parameter; named_parameters() has the first one.

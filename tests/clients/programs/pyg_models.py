@@ -1,4 +1,4 @@
-"""PyTorch Geometric's ViSNet; edges within the cutoff are found without its compiled package."""
+"""PyTorch Geometric's ViSNet and DimeNet++; edges and pairs of edges are found without its compiled packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from client_parts import CUTOFF, Structures, Training, labels_of, seeded_model
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
-from torch_geometric.nn.models import ViSNet, visnet
+from torch_geometric.nn.models import DimeNetPlusPlus, ViSNet, dimenet, visnet
 
 
 def radius_graph(pos: Tensor, r: float, batch: Tensor, loop: bool = False, **_: Any) -> Tensor:
@@ -22,8 +22,17 @@ def radius_graph(pos: Tensor, r: float, batch: Tensor, loop: bool = False, **_: 
     return near.nonzero().T
 
 
+def triplets(edges: Tensor, num_nodes: int) -> tuple[Tensor, ...]:
+    """Returns pairs of edges k -> j -> i with k other than i, as DimeNet's function of the same name."""
+    source, target = edges
+    follows = (target[None] == source[:, None]) & (source[None] != target[:, None])
+    second, first = follows.nonzero().T
+    return target, source, target[second], source[second], source[first], first, second
+
+
 torch.set_default_dtype(torch.float64)  # ViSNet makes lengths of it
-visnet.radius_graph = radius_graph
+visnet.radius_graph = dimenet.radius_graph = radius_graph
+dimenet.triplets = triplets
 
 
 def sample(atoms: Atoms) -> Data:
@@ -37,7 +46,7 @@ def sample(atoms: Atoms) -> Data:
     )
 
 
-def of_visnet(model: nn.Module, batch: Any) -> list[Tensor]:
+def predict(model: nn.Module, batch: Any) -> list[Tensor]:
     """Energies and forces."""
     return list(model(batch.z, batch.pos, batch.batch))
 
@@ -45,7 +54,31 @@ def of_visnet(model: nn.Module, batch: Any) -> list[Tensor]:
 def make_visnet() -> Training:
     """A small ViSNet."""
     sizes: dict[str, Any] = {"num_layers": 2, "hidden_channels": 8, "num_heads": 2, "num_rbf": 4, "max_z": 40}
-    return Training(seeded_model(lambda: ViSNet(**sizes, cutoff=CUTOFF, derivative=True)), of_visnet, lambda b: b)
+    return Training(seeded_model(lambda: ViSNet(**sizes, cutoff=CUTOFF, derivative=True)), predict, lambda b: b)
+
+
+class Conservative(nn.Module):
+    """Adds forces to a model of energies."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, z: Tensor, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        pos = pos.requires_grad_()
+        energy = self.model(z, pos, batch)
+        return energy, -torch.autograd.grad(energy.sum(), pos, create_graph=self.training)[0]
+
+
+def make_dimenet() -> Training:
+    """A small DimeNet++."""
+    sizes: dict[str, Any] = {"hidden_channels": 8, "out_channels": 1, "num_blocks": 2, "int_emb_size": 4}
+    sizes |= {"basis_emb_size": 4, "out_emb_channels": 8, "num_spherical": 3, "num_radial": 3, "cutoff": CUTOFF}
+
+    def made() -> nn.Module:
+        return Conservative(DimeNetPlusPlus(**sizes, output_initializer="glorot_orthogonal"))
+
+    return Training(seeded_model(made), predict, lambda b: b)
 
 
 molecules = partial(Structures, "molecules", sample, loader=DataLoader)

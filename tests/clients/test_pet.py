@@ -1,0 +1,36 @@
+"""The backend of metatrain's PET in an ordinary LightningModule, on pipelines. Its grids of edges cannot be sharded.
+
+Slow, and skipped where metatrain is absent:
+
+    python tests/clients/environments.py pet --folder /some/folder --run
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+from factories import factory
+
+from .compare import PIPELINES, ModelConformance
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("metatrain") is None, reason="metatrain is not installed"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+class TestCrystals(ModelConformance):
+    make_module = factory("pet_models", "make_of_crystals")
+    datamodules = {"crystals": factory("pet_models", "crystals")}
+    strategies = PIPELINES
+
+
+class TestMolecules(ModelConformance):
+    make_module = factory("pet_models", "make_of_molecules")
+    datamodules = {"molecules": factory("pet_models", "molecules")}
+    strategies = PIPELINES
