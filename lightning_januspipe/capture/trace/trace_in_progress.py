@@ -39,8 +39,7 @@ def depends_on(value: Tensor, inputs: Sequence[Tensor]) -> bool:
 def _node_of(value: Tensor) -> fx.Node | None:
     with torch._C.DisableTorchFunction():
         if isinstance(value, FunctionalTensor):
-            torch._sync(value)
-            value = torch._from_functional_tensor(value.elem)
+            value = value.from_functional()
         mode = get_proxy_mode()
         assert mode is not None, "no trace is in progress"
         slot: Any = get_proxy_slot(value, mode.tracer, None)
