@@ -14,6 +14,7 @@ from lightning_januspipe.bench import training_steps
 from lightning_januspipe.bench.compiled import compiled
 from lightning_januspipe.bench.datasets import datasets
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
+from lightning_januspipe.bench.emulate.sharded_steps import emulate_sharded
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.work import Work
@@ -70,6 +71,9 @@ def main(args: Sequence[str]) -> None:
     emulate = CommandParser(description="Runs schedules with real messages between processes, and phases that sleep.")
     emulate.add_function_arguments(emulate_schedules)
     commands.add_subcommand("emulate", emulate, help=emulate.description)
+    shard = CommandParser(description="Runs steps with sharded state, whose phases sleep, against their simulation.")
+    shard.add_function_arguments(emulate_sharded, skip={"pool"})
+    commands.add_subcommand("shard", shard, help=shard.description)
     words = ["emulate", *args[1:]] if args[:1] == ["--emulate"] else list(args)
     given = parser.parse_args(words or ["--help"])
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -77,6 +81,8 @@ def main(args: Sequence[str]) -> None:
     try:
         if given.name == "emulate":
             text = emulate_schedules(**values)
+        elif given.name == "shard":
+            text = emulate_sharded(**values)
         else:
             work = Work(**{field.name: values.pop(field.name) for field in fields(Work)})
             text = BENCHMARKS[given.name](work, **values)

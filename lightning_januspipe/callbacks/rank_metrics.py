@@ -13,10 +13,11 @@ from lightning_januspipe.distributed import waiting
 from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.runtime.step_recorder import RankStep
 from lightning_januspipe.schedule import Phase
+from lightning_januspipe.schedule.actions import COMPUTED_PHASES
 
 PREFIX = "januspipe/"
 
-_PHASES = tuple(Phase)
+_PHASES = COMPUTED_PHASES
 _NUM_SCALARS = 8
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -35,9 +35,11 @@ from typing_extensions import override
 from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.checkpoint.index import INDEX, read_index
 from lightning_januspipe.checkpoint.integrity import CHECKSUMS, Checksum, checksum, verify_folder, write_checksums
+from lightning_januspipe.checkpoint.parts import Part, restore_shapes
 
 META = "meta.pt"
 _AVERAGES = "januspipe_averages"
+_SHAPES = "januspipe_shapes"
 
 
 def is_folder(path: Path) -> bool:
@@ -103,11 +105,11 @@ def _without_sharded(
 def write_shards(
     folder: Path, entries: dict[str, Any], writes: Callable[[str, Any], bool], group: dist.ProcessGroup | None
 ) -> dict[str, Checksum]:
-    """Writes the entries of a checkpoint from all ranks of a pipeline; all of them have to call it.
+    """Writes the entries of a checkpoint from all ranks of a group; all of them have to call it.
 
     Args:
         folder: An empty folder.
-        entries: Nested dicts and lists, with the same structure on every rank.
+        entries: Nested dicts and lists, with the same structure on every rank but for optimizer states and parts.
         writes: Whether this rank writes a value, given its dotted key and the value; one rank has to.
         group: The ranks that write, with a backend for the CPU; None in one process.
 
@@ -128,15 +130,21 @@ def write_shards(
     return {file.name: checksum(file) for file in folder.glob(f"__{rank}_*")}
 
 
-def finish_folder(folder: Path, rest: dict[str, Any], shards: dict[str, Checksum]) -> None:
+def finish_folder(
+    folder: Path,
+    rest: dict[str, Any],
+    shards: dict[str, Checksum],
+    shapes: Sequence[tuple[list[str], list[int]]] = (),
+) -> None:
     """Writes what a folder holds beside its shards and their index; one rank calls this after all shards are written.
 
     Args:
         folder: The folder that the ranks have written their shards to.
         rest: The entries of ``meta.pt``.
         shards: Size and checksum of each shard, of all ranks.
+        shapes: The shapes of tensors that were written in parts, of all ranks; see :func:`.parts.shapes`.
     """
-    atomic.write(rest, folder / META)
+    atomic.write({**rest, _SHAPES: list(shapes)} if shapes else rest, folder / META)
     write_checksums(folder, shards, (META, INDEX))
 
 
@@ -164,7 +172,9 @@ def read_folder(folder: Path, weights_only: bool | None = None) -> dict[str, Any
         warnings.filterwarnings("ignore", category=FutureWarning)
         with _own_errors():
             _load_state_dict(shards, storage_reader=reader, planner=planner, no_dist=True)
-    return join_entries(shards, torch.load(folder / META, map_location="cpu", weights_only=weights_only))
+    rest = torch.load(folder / META, map_location="cpu", weights_only=weights_only)
+    restore_shapes(shards, rest.pop(_SHAPES, []))
+    return join_entries(shards, rest)
 
 
 def consolidate(folder: str | Path, file: str | Path, weights_only: bool = False) -> None:
@@ -253,6 +263,10 @@ class _OwnedPlanner(DefaultSavePlanner):
     def set_up_planner(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
         super().set_up_planner(state_dict, *args, **kwargs)
         self.state_dict = {key: value for key, value in self.state_dict.items() if self._writes(key, value)}
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.values if isinstance(value, Part) else super().lookup_object(index)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from lightning_januspipe.cli.plan_tables import (
     GRAPH_LEGEND,
     MESH_LEGEND,
     STAGE_LEGEND,
+    STATE_LEGEND,
     activation_table,
     cut_lines,
     graph_table,
@@ -29,11 +30,12 @@ from lightning_januspipe.cli.plan_tables import (
     schedule_legend,
     schedule_table,
     stage_table,
+    state_table,
 )
 from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, plan_costs, plan_cuts
 from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
-from lightning_januspipe.plan.meshes import compare_meshes
+from lightning_januspipe.plan.meshes import compare_meshes, largest_weights
 from lightning_januspipe.plan.write_plan import write_plan
 from lightning_januspipe.runtime.planner import placements
 from lightning_januspipe.schedule.costs import format_bytes
@@ -172,6 +174,9 @@ def _plan_recipe(recipe: Recipe) -> None:
             console.print()
             console.print(activation_table(one))
         console.print(ACTIVATION_LEGEND, soft_wrap=True)
+    console.print()
+    console.print(state_table(largest_weights(measured[0], recipe.potential(measured[0]))))
+    console.print(STATE_LEGEND)
     if is_extrapolated:
         console.print(
             f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "

@@ -13,9 +13,11 @@ from lightning_januspipe.plan.compare import SchedulePlan, ScheduleRow
 from lightning_januspipe.plan.graph_share import GraphShare
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.plan.meshes import Meshes
+from lightning_januspipe.plan.state_share import LEVELS, state_share
 from lightning_januspipe.schedule.costs import format_bytes
 
 _WIDTH = 120
+_SHARING = (2, 4, 8)
 _UNEVEN = 1.3  # largest stage over an even one
 _MOST_TENSORS, _MOST_PARAMETERS = 4, 3  # that are named in a line
 
@@ -279,6 +281,34 @@ MESH_LEGEND = (
     "graph ranks, which the step includes. structures: in a step of all replicas. peak/rank: saved tensors. weights: "
     "parameters of the largest stage, without gradients and optimizer. Among meshes that are about as fast, the one "
     "that exchanges least is chosen: replicas before stages, stages before graph ranks."
+)
+
+
+def state_table(parameters: float) -> Table:
+    """Returns what each level of ``shard`` takes on a rank, for several numbers of ranks that hold a stage.
+
+    Args:
+        parameters: Bytes of the parameters of the largest rank.
+    """
+    table = _table(
+        f"State of the largest rank: {format_bytes(parameters)} of parameters, with Adam",
+        ("shard",),
+        *((f"D·G={size}", "optimizer", "sent", "mess.") for size in _SHARING),
+    )
+    for level in LEVELS:
+        cells: list[str] = []
+        for size in _SHARING:
+            share = state_share(level, size, parameters, 2 * parameters)
+            cells += [format_bytes(share.in_phases), format_bytes(share.between)]
+            cells += [format_bytes(share.sent), str(share.num_messages)]
+        table.add_row(level, *cells)
+    return table
+
+
+STATE_LEGEND = (
+    "D·G: replicas times graph ranks, which hold the same stages. Bytes of parameters, gradients and optimizer state "
+    "while phases run, and while the optimizer steps; Adam has two values for each parameter. sent, mess.: bytes and "
+    "messages of a rank in a step, if collectives pass parts on in a ring."
 )
 
 

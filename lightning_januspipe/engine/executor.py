@@ -22,8 +22,9 @@ from lightning_januspipe.engine.phases import Passed, StepPhases
 from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import ChainSpec, LossFunction, MicrobatchInput
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.engine.stage_state import Collective, StageState
 from lightning_januspipe.engine.timeline import ActionRecorder
-from lightning_januspipe.schedule import Action, Schedule
+from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.actions import Message
 
 _RECEIVES_AHEAD = 2
@@ -43,6 +44,7 @@ class Executor:
 
     Attributes:
         recorder: Notes when each action starts and ends, if set.
+        state: The sharded state of this rank's stages, for schedules that change it.
         annotate: Returns the context that an action runs in, given the action's name, as profilers do, if set. Without
             it, actions are named to torch's own profiler if that is on.
     """
@@ -59,6 +61,7 @@ class Executor:
         self.rank, self.stages, self.chain = rank, dict(stages), chain
         self.recorder: ActionRecorder | None = None
         self.annotate: Callable[[str], AbstractContextManager[Any]] | None = None
+        self.state: StageState | None = None
         self._links, self._timeout, self._sent_as = links, timeout, sent_as
         self._routes: dict[int, tuple[Schedule, Route]] = {}
 
@@ -139,11 +142,33 @@ class _Step:
 
     def run(self, action: Action) -> None:
         """Runs one action, with its messages."""
+        state = self._executor.state
+        if action.changes_state:
+            assert state is not None, "a schedule that changes sharded state needs this state"
+            self._change(state, action)
+            return
         came = self._messages_in(action)
+        if state is not None:
+            state.wait_for_parameters(action.stage)
         with self._observed(action):
             made = self.phases.run(action, came)
         for message in self.route.outputs(action):
             self._hand_on(message, made.chain if message.target.phase is action.phase else made.own)
+
+    def _change(self, state: StageState, action: Action) -> None:
+        """Changes sharded state; what takes its time runs beside the phases that follow."""
+        recorder = self._executor.recorder
+        started: Sequence[Collective] = ()
+        with self._annotated(action):
+            began = None if recorder is None else recorder.mark()
+            if action.phase is Phase.UNSHARD:
+                started = state.unshard(action.stage)
+            elif action.phase is Phase.RESHARD:
+                state.reshard(action.stage)
+            else:
+                started = state.reduce(action.stage)
+        if recorder is not None and began is not None:
+            recorder.follow(action, began, started)
 
     def finish(self) -> None:
         """Waits until every message has left."""
@@ -172,8 +197,8 @@ class _Step:
     @contextmanager
     def _observed(self, action: Action) -> Iterator[None]:
         """Names the action to a profiler that is on, and marks its start and end if there is a recorder."""
-        recorder, annotate = self._executor.recorder, self._annotate
-        with annotate(f"[JanusPipe]{action.phase.value} stage {action.stage}") if annotate else nullcontext():
+        recorder = self._executor.recorder
+        with self._annotated(action):
             if recorder is not None:
                 recorder.start(action)
             try:
@@ -181,6 +206,10 @@ class _Step:
             finally:
                 if recorder is not None:
                     recorder.end(action)
+
+    def _annotated(self, action: Action) -> AbstractContextManager[Any]:
+        annotate = self._annotate
+        return annotate(f"[JanusPipe]{action.phase.value} stage {action.stage}") if annotate else nullcontext()
 
     def _messages_in(self, action: Action) -> Passed:
         chain: Parts[Tensor] = Parts()

@@ -6,7 +6,7 @@ Lightning calls ``zero_grad`` between ``training_step`` and ``backward``, so ``p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,16 +38,31 @@ class GradientBuffers:
         """Returns a parameter's sum so far, None if there is none."""
         return self._sums.get(parameter)
 
+    def take(self, parameter: nn.Parameter) -> Tensor | None:
+        """Returns a parameter's sum, None if there is none, and forgets it."""
+        self._owned.discard(parameter)
+        return self._sums.pop(parameter, None)
+
+    def items(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Returns all parameters that have a sum, with their sums."""
+        return list(self._sums.items())
+
     def sums(self) -> list[Tensor]:
         """Returns all sums so far."""
         return list(self._sums.values())
 
-    def accumulate_into_grad(self, scale: float) -> None:
-        """Adds the sums, times ``scale``, to ``p.grad``, and forgets them."""
-        for parameter, total in self._sums.items():
+    def accumulate_into_grad(self, scale: float, but: Collection[nn.Parameter] = ()) -> None:
+        """Adds the sums, times ``scale``, to ``p.grad``, and forgets them.
+
+        Args:
+            scale: The factor.
+            but: Parameters whose sums stay here, because they are reduced from here.
+        """
+        for parameter in [p for p in self._sums if p not in but]:
+            total = self.take(parameter)
+            assert total is not None
             scaled = (total * scale).to(parameter.dtype)
             parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
-        self.clear()
 
     def clear(self) -> None:
         """Forgets all sums."""
@@ -59,21 +74,22 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def require_finite_gradients(named: Iterable[tuple[str, nn.Parameter]], rank: int) -> None:
+def require_finite_gradients(named: Iterable[tuple[str, Tensor | None]], rank: int) -> None:
     """Refuses gradients that are NaN or infinite, before they are reduced and spread to all ranks.
 
     Args:
-        named: The parameters with their names.
+        named: Gradients, or parts of them, with the names of their parameters.
         rank: This global rank.
 
     Raises:
         FloatingPointError: A gradient of this rank is not finite.
     """
-    found = [(n, p.grad) for n, p in named if p.grad is not None and not p.grad.is_sparse and p.grad.numel()]
+    found = [(n, g) for n, g in named if g is not None and not g.is_sparse and g.numel()]
     if not found:
         return
     largest = torch.stack([m.double() for m in torch._foreach_norm([g for _, g in found], math.inf)])
-    bad = [n for (n, _), is_finite in zip(found, torch.isfinite(largest).tolist(), strict=True) if not is_finite]
+    are_finite = torch.isfinite(largest).tolist()
+    bad = list(dict.fromkeys(n for (n, _), is_finite in zip(found, are_finite, strict=True) if not is_finite))
     if bad:
         more = f" and of {len(bad) - 3} more parameters" if len(bad) > 3 else ""
         raise FloatingPointError(

@@ -32,8 +32,9 @@ class Route:
                 peers.add(target)
         self._indices = {message: i for messages in self.incoming.values() for i, message in enumerate(messages)}
         self._positions = {action: i for peer in peers for i, action in enumerate(schedule.actions[peer])}
-        self._inputs = {action: self._all_inputs(action) for action in self.order}
-        self._outputs = {action: self._all_outputs(action) for action in self.order}
+        phases = [action for action in self.order if not action.changes_state]
+        self._inputs = {action: self._all_inputs(action) for action in phases}
+        self._outputs = {action: self._all_outputs(action) for action in phases}
 
     def _all_inputs(self, action: Action) -> tuple[Message, ...]:
         before = predecessor(action, self.num_stages)

@@ -18,6 +18,7 @@ from lightning_januspipe.engine.phases import Passed, StepPhases
 from lightning_januspipe.engine.specs import ChainSpec, LossGradients, MicrobatchInput, StageFunction
 from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
+from lightning_januspipe.schedule.actions import COMPUTED_PHASES
 
 _Result = TypeVar("_Result")
 
@@ -156,7 +157,7 @@ class _MeasuredPhases(StepPhases):
         def spent(stage: int, phase: Phase) -> float:
             return max(self._spent.get((stage, phase), 0.0), 0.0 if phase in (Phase.WF, Phase.WE) else SHORTEST)
 
-        return [PhaseCosts(*(spent(stage, phase) for phase in Phase)) for stage in self._stages]
+        return [PhaseCosts(*(spent(stage, phase) for phase in COMPUTED_PHASES)) for stage in self._stages]
 
     def memory(self, split_stages: Collection[int]) -> list[MemoryCosts]:
         """Returns the bytes that a micro-batch holds in each stage."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
+from lightning_januspipe.engine.stage_state import Collective
 from lightning_januspipe.schedule import Action, Phase, Report, Schedule
 from lightning_januspipe.schedule.step_report import peak_live
+
+Mark: TypeAlias = "float | torch.cuda.Event"
+"""A time: that of ``time.perf_counter()``, or an event of a CUDA stream."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,27 @@ class Span:
     end: float
 
 
+class _Follower:
+    """Waits for collectives in a thread of its own, and notes when they have ended."""
+
+    def __init__(self, action: Action, began: Mark, collectives: Sequence[Collective]) -> None:
+        self._action, self._began, self._collectives = action, began, collectives
+        self._ended = 0.0
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        with suppress(RuntimeError):  # the rank's own wait raises it too
+            for collective in self._collectives:
+                collective.wait()
+        self._ended = time.perf_counter()
+
+    def marks(self) -> tuple[Action, Mark, Mark]:
+        """Returns the action with its start and end, when it has ended."""
+        self._thread.join()
+        return self._action, self._began, self._ended
+
+
 class ActionRecorder:
     """Measures the times of one rank's actions; waiting for messages does not count.
 
@@ -40,31 +68,53 @@ class ActionRecorder:
         self._is_cuda = device.type == "cuda"
         self._began: float = 0.0
         self._origin: torch.cuda.Event | None = None
-        self._marks: list[tuple[Action, float | torch.cuda.Event, float | torch.cuda.Event]] = []
-        self._open: float | torch.cuda.Event | None = None
+        self._marks: list[tuple[Action, Mark, Mark]] = []
+        self._followed: list[_Follower] = []
+        self._open: Mark | None = None
         self.reset()
 
     def reset(self) -> None:
         """Starts a step: forgets all actions and sets the time to zero."""
         self._marks.clear()
+        self._followed.clear()
         self._began = time.perf_counter()
         if self._is_cuda:
-            self._origin = self._mark()  # type: ignore[assignment]
+            self._origin = self.mark()  # type: ignore[assignment]
 
     def start(self, action: Action) -> None:
         """Notes that an action starts to compute."""
-        self._open = self._mark()
+        self._open = self.mark()
 
     def end(self, action: Action) -> None:
         """Notes that the action that started last has ended."""
         assert self._open is not None
-        self._marks.append((action, self._open, self._mark()))
+        self._marks.append((action, self._open, self.mark()))
         self._open = None
 
+    def follow(self, action: Action, began: Mark, collectives: Sequence[Collective]) -> None:
+        """Notes an action that runs beside others, until its collectives have ended.
+
+        Args:
+            action: The action.
+            began: When it began; see :meth:`mark`.
+            collectives: What it has started.
+        """
+        if not collectives:
+            self._marks.append((action, began, self.mark()))
+        elif self._is_cuda:
+            with torch.cuda.stream(torch.cuda.Stream()):  # this stream waits, and not the one that computes
+                for collective in collectives:
+                    collective.wait()
+                self._marks.append((action, began, self.mark()))
+        else:
+            self._followed.append(_Follower(action, began, collectives))
+
     def spans(self) -> list[Span]:
-        """Returns all actions since :meth:`reset`; waits for the device."""
+        """Returns all actions since :meth:`reset`; waits for the device, and for what was followed."""
         if self._is_cuda:
             torch.cuda.synchronize()
+        self._marks += [follower.marks() for follower in self._followed]
+        self._followed.clear()
         return [Span(action, self._seconds(a), self._seconds(b)) for action, a, b in self._marks]
 
     @property
@@ -72,14 +122,15 @@ class ActionRecorder:
         """Returns ``time.perf_counter()`` at the start of the step."""
         return self._began
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def mark(self) -> Mark:
+        """Returns the time now, or an event of the current stream."""
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _seconds(self, mark: float | torch.cuda.Event) -> float:
+    def _seconds(self, mark: Mark) -> float:
         if isinstance(mark, float):
             return mark - self._began
         assert self._origin is not None
@@ -96,7 +147,8 @@ def recorded_report(schedule: Schedule, spans: Mapping[int, Sequence[Span]]) -> 
     first = min(span.start for of_rank in spans.values() for span in of_rank)
     start = {s.action: s.start - first for of_rank in spans.values() for s in of_rank}
     end = {s.action: s.end - first for of_rank in spans.values() for s in of_rank}
-    busy = tuple(sum(s.end - s.start for s in spans[rank]) for rank in range(schedule.num_ranks))
+    computed = {rank: [s for s in of_rank if not s.action.changes_state] for rank, of_rank in spans.items()}
+    busy = tuple(sum(s.end - s.start for s in computed[rank]) for rank in range(schedule.num_ranks))
     return Report(max(end.values()), max(busy), peak_live(schedule), start, end, busy)
 
 

@@ -181,7 +181,7 @@ def compare_meshes(
             structures=structures,
             atoms=atoms,
         )
-        weights = _largest_weights(measured, potential)
+        weights = largest_weights(measured, potential)
         sharing = shape.data * shape.graph
         summed = link.seconds(2 * weights * (sharing - 1) / sharing, 1) if sharing > 1 else 0.0
         rows.append(MeshRow(shape, plan, summed, weights))
@@ -189,7 +189,7 @@ def compare_meshes(
     return Meshes(tuple(rows), tuple(left_out))
 
 
-def _largest_weights(measured: Measured, potential: nn.Module) -> int:
+def largest_weights(measured: Measured, potential: nn.Module) -> int:
     """Returns the bytes of the parameters of the stage that has most."""
     sizes = {name: p.nbytes for name, p in potential.named_parameters()}
     of_stage = [0] * measured.num_stages

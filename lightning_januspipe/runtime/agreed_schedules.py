@@ -12,7 +12,8 @@ from lightning_januspipe.distributed import on_first_rank, waiting
 from lightning_januspipe.engine.timeline import MeanPhaseTimes, Span
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.planner import Planner, is_searched, measured_costs
-from lightning_januspipe.schedule import PhaseCosts, Report, Schedule
+from lightning_januspipe.schedule import PhaseCosts, Report, Schedule, validate_schedule
+from lightning_januspipe.schedule.state_actions import ShardLevel, with_state_changes
 
 _Result = TypeVar("_Result")
 
@@ -43,13 +44,32 @@ class AgreedSchedules:
         self.costs: tuple[PhaseCosts, ...] = planner.costs
         self.first = self._agreed(lambda: planner.schedule(num_microbatches))
         self._schedules = {num_microbatches: self.first}
+        self._with_changes: dict[tuple[int, ShardLevel, bool], tuple[Schedule, Schedule]] = {}
         self.planner = replace(planner, placement=self.first.placement)
         self._times = MeanPhaseTimes()
         self._num_steps = 0
         self.before_meeting: Callable[[], None] = lambda: None
 
-    def schedule(self, num_microbatches: int) -> Schedule:
-        """Returns the schedule for a number of micro-batches; all ranks of the pipeline have to ask for it."""
+    def schedule(self, num_microbatches: int, level: ShardLevel = "none", reduces: bool = True) -> Schedule:
+        """Returns the schedule for a number of micro-batches; all ranks of the pipeline have to ask for it.
+
+        Args:
+            num_microbatches: Micro-batches of the step.
+            level: What the ranks that hold the same stages share.
+            reduces: Whether the optimizer steps after the step.
+        """
+        schedule = self._phases(num_microbatches)
+        key = num_microbatches, level, reduces
+        known = self._with_changes.get(key)
+        if known is None or known[0] is not schedule:
+            changed = with_state_changes(schedule, level, reduces=reduces)
+            if changed is not schedule:
+                validate_schedule(changed)
+            known = self._with_changes[key] = schedule, changed
+        return known[1]
+
+    def _phases(self, num_microbatches: int) -> Schedule:
+        """Returns the phases of the schedule, without changes of sharded state."""
         if num_microbatches not in self._schedules:
             found = self._agreed(lambda: self.planner.schedule(num_microbatches))
             places = found.placement, found.force_placement
@@ -75,7 +95,7 @@ class AgreedSchedules:
         """
         self._times.add(spans)
         if self._num_steps == _MEASURED_STEPS[-1]:
-            self._plan_anew(schedule)
+            self._plan_anew(self._schedules[schedule.num_microbatches])
         self._num_steps += 1
 
     def _plan_anew(self, schedule: Schedule) -> None:

@@ -33,6 +33,7 @@ class BatchChecks:
         module: The LightningModule.
 
     Attributes:
+        before: Called before a comparison.
         whole: A context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
     """
 
@@ -40,6 +41,7 @@ class BatchChecks:
         self._staged, self._module = staged, module
         self._validated: set[frozenset[str]] = set()
         self._noted: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
+        self.before: Callable[[], None] = lambda: None
         self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def note(
@@ -69,6 +71,7 @@ class BatchChecks:
         if not self._noted:
             return
         noted, self._noted = self._noted, {}
+        self.before()
         with self.whole(), unchanged(self._module), capturing(self._module):
             for kinds, (potential, call) in noted.items():
                 self._validate(kinds, potential, call)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from lightning_januspipe.checkpoint.averages import followers, held_by_all
 from lightning_januspipe.distributed import waiting
-from lightning_januspipe.engine.gradients import reduce_gradients
+from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
+from lightning_januspipe.engine.stage_state import Collective
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
+from lightning_januspipe.runtime.state_units import StateUnit
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 
 class PlacedParameters:
@@ -32,6 +36,7 @@ class PlacedParameters:
         stages_of: The stages that read each parameter.
         ranks_of: The ranks of the pipeline that train each parameter.
         shards: The shards of each optimizer's parameters, if optimizer state is sharded.
+        sums: The parameter gradients of the present step, before they are accumulated into ``.grad`` or reduced.
     """
 
     def __init__(
@@ -41,7 +46,8 @@ class PlacedParameters:
         stages: Mapping[nn.Parameter, set[int]],
         placements: Sequence[Sequence[int]] = ((0,),),
     ) -> None:
-        self._module, self._mesh = module, mesh
+        self._module, self._mesh, self._read = module, mesh, stages
+        self.sums = GradientBuffers()
         every_stage = frozenset(range(len(placements[0])))
         self._every_rank = frozenset(range(mesh.shape.pipeline))
         self.stages_of: dict[nn.Parameter, frozenset[int]] = {}
@@ -64,12 +70,91 @@ class PlacedParameters:
         """Returns the first rank of the pipeline that trains a parameter."""
         return min(self._ranks(parameter))
 
+    def stage_of(self, parameter: nn.Parameter) -> int | None:
+        """Returns the stage that reads a parameter, if no other stage, no other rank and no user's step does."""
+        if not self._read:  # the whole module is one stage
+            return 0
+        found = self._read.get(parameter, ())
+        return next(iter(found)) if len(found) == len(self._ranks(parameter)) == 1 else None
+
     def gradients(self) -> dict[nn.Parameter, Tensor | None]:
         """Returns the reduced gradients of the parameters that this rank trains; all ranks have to call this."""
         found = {p: p.grad for p in self._module.parameters() if p.requires_grad and self.holds(p)}
         for shards in self.shards:
             found |= shards.gradients()
         return found
+
+    def local_gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Yields the gradients of this rank before they are reduced, some of them in parts, with their names."""
+        names = {p: n for n, p in self._module.named_parameters()}
+        yield from ((n, p.grad) for p, n in names.items())
+        yield from ((names[p], g) for unit in self._units() for p, g in unit.local_gradients())
+        yield from ((names[p], g) for p, g in self.sums.items())
+
+    # -- sharded state, as the executor changes it (see engine/stage_state.py) -----------------------------------------
+
+    def unshard(self, stage: int | None = None) -> list[Collective]:
+        """Starts to gather the parameters of a stage, by default of all stages of this rank."""
+        for unit in self._units(stage):
+            unit.start_gathering()
+        return [work for unit in self._units(stage) for work in unit.gathering]
+
+    def wait_for_parameters(self, stage: int | None = None) -> None:
+        """Waits until the parameters of a stage are there, by default those of all stages of this rank."""
+        for unit in self._units(stage):
+            unit.wait_for_parameters()
+
+    def reshard(self, stage: int | None = None) -> None:
+        """Releases the parameters of a stage, by default those of all stages of this rank."""
+        for unit in self._units(stage):
+            unit.release()
+
+    def reduce(self, stage: int) -> list[Collective]:
+        """Starts to reduce the gradients of a stage."""
+        for unit in self._units(stage):
+            unit.start_reduction(self.sums.take)
+        return [work for unit in self._units(stage) for work in unit.reduction]
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """Returns the gradients that are kept beside ``.grad``."""
+        return [*self.sums.sums(), *(tensor for unit in self._units() for tensor in unit.reduced_tensors)]
+
+    def make_whole(self) -> None:
+        """Gathers all parameters of this rank's stages until they are released; all ranks have to call this."""
+        self.unshard()
+        self.wait_for_parameters()
+
+    def describe_shards(self, level: ShardLevel) -> str:
+        """Returns in words what the ranks that hold this rank's stages share, and what that costs."""
+        size = self._mesh.shape.data * self._mesh.shape.graph
+        units = list(self._units())
+        whole = sum(p.numel() * p.element_size() for unit in units for p in unit.parameters)
+        gathered = sum(p.numel() * p.element_size() for unit in units if unit.releases for p in unit.parameters)
+        words = f"{size} ranks hold the stages of rank 0, and each has 1/{size} of their optimizer state"
+        if level == "parameters":
+            words += f", and of {gathered / 1e6:.3g} MB of parameters between steps"
+        passes = size - 1
+        return (
+            f"{words}; in a step a rank sends 2 × {whole * passes / size / 1e6:.3g} MB in {2 * passes * len(units)} "
+            f"messages, to reduce gradients and to gather {'parameters' if gathered else 'updated parameters'}"
+        )
+
+    def in_parts(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns a state of the module with this rank's parts in the place of parameters that are in shards."""
+        parts = {p: part for shards in self.shards for p, part in shards.own_parameters().items()}
+        names = {n: p for n, p in self._module.named_parameters() if p in parts}
+        found = {n: parts[names[n]] if n in names else value for n, value in state.items()}
+        found = {n: value for n, value in found.items() if value is not None or n not in names}
+        return {n: v.detach() if isinstance(v, nn.Parameter) else v for n, v in found.items()}
+
+    def shares_memory(self, tensor: Tensor) -> bool:
+        """Returns whether the memory of a tensor is released when parameters are."""
+        return any(unit.holds(tensor) for unit in self._units())
+
+    def _units(self, stage: int | None = None) -> Iterator[StateUnit]:
+        """Yields the units of sharded state of a stage, or all, in the order of stages."""
+        every = [unit for shards in self.shards for unit in shards.units if stage is None or unit.stage == stage]
+        yield from sorted(every, key=lambda unit: (unit.stage is None, unit.stage or 0))
 
     def _ranks(self, parameter: nn.Parameter) -> frozenset[int]:
         for shards in self.shards:
@@ -80,10 +165,23 @@ class PlacedParameters:
         """Returns the parameters that only some ranks of the pipeline train."""
         return [p for p, ranks in self.ranks_of.items() if len(ranks) < self._mesh.shape.pipeline]
 
-    def reduce_gradients(self) -> None:
+    def accumulate_gradients(self, factor: float) -> None:
+        """Adds the sums of this step to ``.grad``, but for those that are reduced from where they are.
+
+        Args:
+            factor: What gradients are multiplied by.
+        """
+        self.sums.accumulate_into_grad(
+            factor, {p for unit in self._units() if unit.stage is not None for p in unit.parameters}
+        )
+
+    def reduce_gradients(self, factor: float = 1.0) -> None:
         """Sums ``.grad`` over the ranks of the pipeline that train a parameter and over graph ranks.
 
         Over replicas the gradients are averaged. Of a parameter in shards, this rank's leaves get their part.
+
+        Args:
+            factor: What gradients that were not added to ``.grad`` are multiplied by.
         """
         mesh = self._mesh
         every = list(self._module.parameters())
@@ -95,7 +193,7 @@ class PlacedParameters:
             for parameter in shared:
                 if not self.holds(parameter):
                     parameter.grad = None
-        sharded = set().union(*(shards.parameters for shards in self.shards))
+        sharded: set[nn.Parameter] = set().union(*(shards.parameters for shards in self.shards))
         held = [p for p in every if self.holds(p) and p not in sharded]
         if mesh.graph_group is not None:
             with waiting("reduction of gradients over graph ranks", mesh.graph_group, mixed=True):
@@ -104,8 +202,20 @@ class PlacedParameters:
             assert mesh.data_group is not None
             with waiting("reduction of gradients over replicas", mesh.data_group, mixed=True):
                 reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
-        for shards in self.shards:
-            shards.reduce_gradients()
+        self._finish_reductions(factor)
+
+    def _finish_reductions(self, factor: float) -> None:
+        """Waits for the reductions of shards; starts those that no phase has started."""
+        units = list(self._units())
+        for unit in reversed(units):
+            if unit.stage is None:
+                unit.start_reduction(lambda parameter: parameter.grad)
+                for parameter in unit.parameters:
+                    parameter.grad = None
+            else:
+                unit.start_reduction(self.sums.take)
+        for unit in units:
+            unit.finish_reduction((1.0 if unit.stage is None else factor) / self._mesh.shape.data)
 
     def synchronize(self, holders: Sequence[object] = (), averages_only: bool = False) -> None:
         """Copies all parameters, and averages of them, from their owners to every rank of the pipeline.
@@ -115,6 +225,8 @@ class PlacedParameters:
             averages_only: Leave the parameters themselves as they are.
         """
         mesh = self._mesh
+        if not averages_only:
+            self.make_whole()
         if mesh.shape.pipeline == 1:
             return
         owners: dict[Tensor, int] = {} if averages_only else {p: self.owner(p) for p in self.ranks_of}

@@ -32,6 +32,7 @@ from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.step_recorder import RecordedStep
 from lightning_januspipe.runtime.user_step import CapturedStep
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 if TYPE_CHECKING:
     from lightning_januspipe.compiled.compiler import CompileReport
@@ -114,12 +115,17 @@ class Pipeline(Runner):
         batches: Sequence[Any],
         loss_scale: float = 1.0,
         owners: Sequence[Tensor | None] = (),
+        reduces: bool = True,
     ) -> list[Any]:
         """Runs all phases of all micro-batches; see :meth:`.Runner.train_step`."""
         self._refuse_unfreezing()
         with self._abort_on_error():
+            if self.shard_level == "parameters":
+                # Any replica may have a batch of a new kind, whose check needs parameters: they are on their way then.
+                self.schedules.before_meeting()
+                self.parameters.unshard()
             inputs = self._inputs(steps, batches, owners)
-            schedule = self.schedules.schedule(len(batches))
+            schedule = self.schedules.schedule(len(batches), self.shard_level, reduces)
             outputs, weight = [None] * len(batches), loss_scale / len(batches)
 
             group = self._mesh.data_group
@@ -140,6 +146,12 @@ class Pipeline(Runner):
             self.executor.recorder = None
             self.schedules.step_ran(schedule, recorder.spans() if is_measuring and recorder is not None else ())
         return outputs
+
+    def share_state(self, level: ShardLevel) -> None:
+        """Lets schedules change the sharded state of stages; see :meth:`.Runner.share_state`."""
+        super().share_state(level)
+        self.executor.state = self.parameters
+        self._batch_checks.before = self.parameters.wait_for_parameters
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
         """Runs FE and FF of one batch, then the user's step on every rank."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning_januspipe.engine.single_process import SHORTEST
 from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, Report, Schedule, build_schedule, simulate
+from lightning_januspipe.schedule.actions import COMPUTED_PHASES
 from lightning_januspipe.schedule.build_schedule import CHOOSES_PLACEMENT, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
 from lightning_januspipe.schedule.stage_placement import layouts, snake
 
@@ -94,7 +95,7 @@ def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedul
     """
     found = []
     for stage in range(schedule.num_stages):
-        fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in Phase)
+        fe, ff, bf, be, wf, we = (seconds.get((stage, phase), 0.0) for phase in COMPUTED_PHASES)
         if schedule.is_split(stage):
             ff, bf = ff - fe, bf - be
         fe, ff, bf, be = (max(t, SHORTEST) for t in (fe, ff, bf, be))

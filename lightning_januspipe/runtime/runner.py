@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_januspipe.capture.find.grad_call import StepFunction
-from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.step_recorder import RecordedStep, StepRecorder
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 
 class Runner(ABC):
@@ -29,6 +29,7 @@ class Runner(ABC):
     Attributes:
         parameters: See above.
         gradients: The parameter gradients of the present step, before they are accumulated into ``.grad``.
+        shard_level: What the ranks that hold the same stages share in training; see :meth:`share_state`.
         step_recorder: Records times and memory of single steps.
         is_staged: Whether the potential is cut into stages, so that phases are known. If not, a micro-batch is one
             action.
@@ -40,8 +41,9 @@ class Runner(ABC):
 
     def __init__(self, parameters: PlacedParameters, mesh: Mesh) -> None:
         self.parameters = parameters
-        self.gradients = GradientBuffers()
-        self.step_recorder = StepRecorder(mesh.device, self.gradients)
+        self.gradients = parameters.sums
+        self.shard_level: ShardLevel = "none"
+        self.step_recorder = StepRecorder(mesh.device, parameters.gradient_tensors)
 
     @property
     def num_stages(self) -> int:
@@ -60,6 +62,7 @@ class Runner(ABC):
         batches: Sequence[Any],
         loss_scale: float = 1.0,
         owners: Sequence[Tensor | None] = (),
+        reduces: bool = True,
     ) -> list[Any]:
         """Runs the forward and backward passes of all micro-batches; the gradients end in :attr:`gradients`.
 
@@ -68,6 +71,7 @@ class Runner(ABC):
             batches: The micro-batches.
             loss_scale: The factor of a gradient scaler, which multiplies every loss.
             owners: For graph ranks, the rank that owns each atom of each micro-batch, where the loader chose it.
+            reduces: Whether the optimizer steps after this step; if not, gradients are accumulated.
 
         Returns:
             What the steps returned.
@@ -76,6 +80,10 @@ class Runner(ABC):
             FloatingPointError: A loss is not finite, before it is scaled.
             PipelineError: The ranks of a pipeline hold different batches, or one of them has ended.
         """
+
+    def share_state(self, level: ShardLevel) -> None:
+        """Lets steps change the state that the ranks that hold the same stages share, once optimizers are in shards."""
+        self.shard_level = level
 
     @abstractmethod
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:

@@ -39,9 +39,11 @@ class SingleStage(Runner):
         batches: Sequence[Any],
         loss_scale: float = 1.0,
         owners: Sequence[Tensor | None] = (),
+        reduces: bool = True,
     ) -> list[Any]:
         """Runs the user's step on every micro-batch, one after the other; see :meth:`.Runner.train_step`."""
         outputs = []
+        self.parameters.make_whole()
         with self.step_recorder.step() as recorder:
             for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
                 whole = Action(Phase.FE, 0, index)
@@ -50,6 +52,9 @@ class SingleStage(Runner):
                 outputs.append(self._microbatch(index, step, batch, loss_scale / len(batches)))
                 if recorder is not None:
                     recorder.end(whole)
+        if reduces and self.shard_level != "none":
+            self.parameters.reshard()
+            self.parameters.reduce(0)
         return outputs
 
     def _microbatch(self, index: int, step: StepFunction, batch: Any, scale: float) -> Any:

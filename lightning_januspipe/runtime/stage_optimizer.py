@@ -18,6 +18,7 @@ from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards, to_cpu
 from lightning_januspipe.runtime.parameters import PlacedParameters
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 
 class StageOptimizer:
@@ -30,6 +31,7 @@ class StageOptimizer:
         state: State of a checkpoint, by the indices of the optimizer over the whole module; by default the optimizer
             keeps its own.
         mesh: This rank's process groups, if the state is sharded over the ranks that hold the same stages.
+        level: What these ranks share.
 
     Raises:
         ValueError: The optimizer holds parameters that the module does not have.
@@ -42,6 +44,7 @@ class StageOptimizer:
         names: Mapping[nn.Parameter, str],
         state: Mapping[int, Any] | None = None,
         mesh: Mesh | None = None,
+        level: ShardLevel = "none",
     ) -> None:
         self.optimizer, self._parameters, self._names = optimizer, parameters, names
         self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
@@ -56,9 +59,10 @@ class StageOptimizer:
         self._shards: OptimizerShards | None = None
         if mesh is not None:
             held = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
-            self._shards = OptimizerShards(held, optimizer, mesh)
+            releases = level == "parameters"
+            self._shards = OptimizerShards(held, optimizer, mesh, parameters.stage_of, releases, names)
             parameters.shards.append(self._shards)
-            self._gather = optimizer.register_step_post_hook(self._gather_updates)
+            self._hook = optimizer.register_step_post_hook(self._spread_updates)
         self._prune()
         if state is not None:
             self._load_held(state)
@@ -72,18 +76,25 @@ class StageOptimizer:
             group.update({k: v for k, v in other.items() if k != "params"})
         self._load_held(saved["state"])
 
-    def release(self) -> None:
-        """Leaves the optimizer as the user made it; it keeps the state of what this rank has trained as a whole."""
+    def release(self) -> bool:
+        """Leaves the optimizer as the user made it; it keeps the state of what this rank has trained as a whole.
+
+        Returns:
+            Whether all parameters are there, as they are unless an error has ended the run between two steps.
+        """
         self.make_whole()
         if self._shards is not None:
-            self._gather.remove()
-            for leaf in self._shards.parameter_of:
-                if leaf not in self._known:
-                    self.optimizer.state.pop(leaf, None)
+            self._hook.remove()
+            for leaf, parameter in self._shards.parameter_of.items():
+                state = None if leaf in self._known else self.optimizer.state.pop(leaf, None)
+                if state is not None and leaf.shape == parameter.shape:
+                    self.optimizer.state[parameter] = state
+            return self._shards.dissolve()
+        return True
 
-    def _gather_updates(self, *_: Any) -> None:
+    def _spread_updates(self, *_: Any) -> None:
         assert self._shards is not None
-        self._shards.gather()
+        self._shards.spread_updates()
 
     def make_whole(self) -> None:
         """Gives the optimizer its own parameter groups back, as the user made them."""
@@ -119,9 +130,11 @@ class StageOptimizer:
     def own_state_dict(self) -> dict[str, Any]:
         """Returns what this rank writes into a folder: the state of parameters that it owns and all groups, by name.
 
-        If the state is sharded, all ranks that hold the stage take part, and the first of them gets it.
+        If the state is sharded, each rank that holds the stage has a part of it.
         """
-        state = {self._names[p]: state for p, state in self._owned_states().items()}
+        self._require_same_groups()
+        owned = self._owned_states() if self._shards is None else self._shards.own_states(self.optimizer)
+        state = {self._names[p]: state for p, state in owned.items() if self._parameters.owns(p)}
         names = [[self._names[p] for p in parameters] for parameters in self._groups]
         return {"state": state, "param_groups": _groups(self.optimizer, names)}
 

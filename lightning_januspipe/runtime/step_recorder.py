@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.memory import MemoryRecorder
 from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.schedule import Report, Schedule
@@ -50,7 +50,7 @@ class StepRecorder:
 
     Args:
         device: The device that the stages run on.
-        gradients: Sums of this rank's parameter gradients.
+        gradients: Returns the gradients of parameters that this rank keeps.
 
     Attributes:
         rank_step: The last step whose times were asked for.
@@ -60,7 +60,7 @@ class StepRecorder:
         wants_memory: Whether the memory of the next step is asked for.
     """
 
-    def __init__(self, device: torch.device, gradients: GradientBuffers) -> None:
+    def __init__(self, device: torch.device, gradients: Callable[[], list[Tensor]]) -> None:
         self.rank_step: RankStep | None = None
         self.held: int | None = None
         self._recorder = ActionRecorder(device)
@@ -91,7 +91,7 @@ class StepRecorder:
         times, memory = self.wants_times, self.wants_memory
         self.wants_times = self.wants_memory = False
         if memory and not times and not always:
-            with MemoryRecorder(self._gradients.sums) as held:
+            with MemoryRecorder(self._gradients) as held:
                 yield held
             self.held = held.peak
         elif times or always:

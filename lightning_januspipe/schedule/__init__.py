@@ -2,7 +2,7 @@
 
 from lightning_januspipe.schedule.actions import Action, Phase, Schedule
 from lightning_januspipe.schedule.build_schedule import build_schedule
-from lightning_januspipe.schedule.costs import Link, MemoryCosts, PhaseCosts
+from lightning_januspipe.schedule.costs import Link, MemoryCosts, PhaseCosts, StateCosts
 from lightning_januspipe.schedule.simulate import simulate
 from lightning_januspipe.schedule.step_report import Report
 from lightning_januspipe.schedule.validate import ScheduleError, validate_schedule
@@ -16,6 +16,7 @@ __all__ = [
     "Report",
     "Schedule",
     "ScheduleError",
+    "StateCosts",
     "build_schedule",
     "simulate",
     "validate_schedule",

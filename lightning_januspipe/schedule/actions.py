@@ -11,6 +11,13 @@ In a folded schedule all four phases of a stage run on one rank, so each phase s
 stage, or, at the two folds, to the next phase of the same stage. In an unfolded schedule a stage can be split: its FF
 and BF run on another rank than its FE and BE, and that rank computes FE once more. ``WF`` and ``WE`` are the parts of
 ``BF`` and ``BE`` that only weight gradients need; no other rank waits for them.
+
+Where the ranks that hold the same stage (replicas and graph ranks) share its state, three more actions are of the whole
+step, and not of a micro-batch (see :mod:`~lightning_januspipe.schedule.state_actions`)::
+
+    UNSHARD  gathers the parameters of a stage
+    RESHARD  releases them
+    REDUCE   sums the gradients of a stage over the ranks that hold it
 """
 
 from __future__ import annotations
@@ -24,7 +31,10 @@ from typing import NamedTuple
 
 
 class Phase(str, Enum):
-    """Names one pass over a stage. ``WF`` and ``WE`` are the deferred weight gradients of ``BF`` and ``BE``."""
+    """Names one pass over a stage, or a change of its sharded state.
+
+    ``WF`` and ``WE`` are the deferred weight gradients of ``BF`` and ``BE``.
+    """
 
     FE = "FE"
     FF = "FF"
@@ -32,6 +42,9 @@ class Phase(str, Enum):
     BE = "BE"
     WF = "WF"
     WE = "WE"
+    UNSHARD = "UNSHARD"
+    RESHARD = "RESHARD"
+    REDUCE = "REDUCE"
 
     __hash__ = str.__hash__  # that of Enum is many times slower, and actions are keys everywhere
 
@@ -42,6 +55,14 @@ CRITICAL_PHASES = (Phase.FE, Phase.FF, Phase.BF, Phase.BE)
 DEFERRED_PHASES = {Phase.WF: Phase.BF, Phase.WE: Phase.BE}
 """The phases that no other rank waits for, each with the phase that they are a part of."""
 
+COMPUTED_PHASES = (*CRITICAL_PHASES, *DEFERRED_PHASES)
+"""The phases of a micro-batch."""
+
+STATE_CHANGES = (Phase.UNSHARD, Phase.RESHARD, Phase.REDUCE)
+"""The changes of a stage's sharded state, which are of the whole step. Their micro-batch is :data:`WHOLE_STEP`."""
+
+WHOLE_STEP = -1
+
 _DOWNWARD = (Phase.FE, Phase.BF)
 _PREVIOUS = {Phase.FF: Phase.FE, Phase.BF: Phase.FF, Phase.BE: Phase.BF}
 _NEXT = {before: phase for phase, before in _PREVIOUS.items()}
@@ -49,31 +70,43 @@ _FORCE_PHASES = (Phase.FF, Phase.BF, Phase.WF)
 _HEAD_PATTERN = re.compile(
     r"([^:]+): (\d+) micro-batches, stages on ranks (\d+(?: \d+)*)(?:, forces on ranks (\d+(?: \d+)*))?"
 )
-_ACTION_PATTERN = re.compile(r"([A-Z]{2})(\d+)\.(\d+)")
+_ACTION_PATTERN = re.compile(r"([A-Z]{2})(\d+)\.(\d+)|(UNSHARD|RESHARD|REDUCE)(\d+)")
 
 
 class Action(NamedTuple):
-    """Names one phase of one stage for one micro-batch; it is written ``FE0.3`` (phase, stage, micro-batch)."""
+    """Names one phase of one stage for one micro-batch; it is written ``FE0.3`` (phase, stage, micro-batch).
+
+    A change of the state of stage 0 is written ``REDUCE0``.
+    """
 
     phase: Phase
     stage: int
     microbatch: int
 
     def __str__(self) -> str:
-        return f"{self.phase.value}{self.stage}.{self.microbatch}"
+        return f"{self.phase.value}{self.stage}" + ("" if self.changes_state else f".{self.microbatch}")
+
+    @property
+    def changes_state(self) -> bool:
+        """Tells whether this is a change of a stage's sharded state, and not a phase of a micro-batch."""
+        return self.phase in STATE_CHANGES
 
     @classmethod
     def parse(cls, text: str) -> Action:
         """Reads an action from its text form.
 
         Raises:
-            ValueError: The text is not a phase, a stage and a micro-batch as in ``FE0.3``.
+            ValueError: The text is not a phase, a stage and a micro-batch as in ``FE0.3``, or a change of the state of
+                a stage as in ``REDUCE0``.
         """
         match = _ACTION_PATTERN.fullmatch(text.strip())
+        if match is not None and match[4]:
+            return cls(Phase[match[4]], int(match[5]), WHOLE_STEP)
         if match is None or match[1] not in Phase.__members__:
+            phases, changes = (", ".join(p.value for p in some) for some in (COMPUTED_PHASES, STATE_CHANGES))
             raise ValueError(
-                f"{text!r} is not an action: write phase, stage and micro-batch like 'FE0.3', "
-                f"where the phase is one of {', '.join(Phase.__members__)}."
+                f"{text!r} is not an action: write phase, stage and micro-batch like 'FE0.3', where the phase is one "
+                f"of {phases}, or a change of a stage's state like 'REDUCE0', one of {changes}."
             )
         return cls(Phase[match[1]], int(match[2]), int(match[3]))
 
@@ -81,7 +114,7 @@ class Action(NamedTuple):
 def predecessor(action: Action, num_stages: int) -> Action | None:
     """Returns the action whose output an action reads; None for a micro-batch's first action, WF and WE."""
     phase, stage, microbatch = action
-    if phase in DEFERRED_PHASES:
+    if phase in DEFERRED_PHASES or action.changes_state:
         return None
     previous_stage = stage - 1 if phase in _DOWNWARD else stage + 1
     if 0 <= previous_stage < num_stages:
@@ -93,7 +126,7 @@ def predecessor(action: Action, num_stages: int) -> Action | None:
 def successor(action: Action, num_stages: int) -> Action | None:
     """Returns the action that reads the output of an action; None for a micro-batch's last action, WF and WE."""
     phase, stage, microbatch = action
-    if phase in DEFERRED_PHASES:
+    if phase in DEFERRED_PHASES or action.changes_state:
         return None
     next_stage = stage + 1 if phase in _DOWNWARD else stage - 1
     if 0 <= next_stage < num_stages:

@@ -24,8 +24,12 @@ COLOUR_NAMES: Mapping[Phase, str] = {
     Phase.BE: "rail_idle",
     Phase.WF: "cq_build_failed",
     Phase.WE: "cq_build_running",
+    Phase.UNSHARD: "good",
+    Phase.RESHARD: "generic_work",
+    Phase.REDUCE: "vsync_highlight_color",
 }
-"""The reserved colours of chrome://tracing that are nearest to those of `draw`: blues, red and orange, paler ones."""
+"""The reserved colours of chrome://tracing that are nearest to those of `draw`: blues, red and orange, paler ones, and
+green, grey and purple for changes of sharded state."""
 
 _NANOSECONDS = 1e9  # per second
 _PER_MICROSECOND = 1e3  # nanoseconds; the format counts microseconds, and viewers keep three decimals of them
@@ -35,7 +39,8 @@ def chrome_trace(rows: Sequence[Panel], *, seconds_per_unit: float = 1.0) -> dic
     """Returns timed schedules as a trace.
 
     An action is a complete event named like ``FE0.3``. A message is a flow from the action that sends it to the action
-    that waits for it. The memory of a rank, where the report has it, is a counter of bytes.
+    that waits for it. Changes of sharded state, which run beside the work, are in a thread of their own. The memory of
+    a rank, where the report has it, is a counter of bytes.
 
     Args:
         rows: Label, schedule and report of every process.
@@ -54,7 +59,7 @@ def chrome_trace(rows: Sequence[Panel], *, seconds_per_unit: float = 1.0) -> dic
     flow = 0
     for process, (label, schedule, report) in enumerate(rows):
         clock = _Clock(first_start(report), seconds_per_unit)
-        events += _names(process, label, schedule.num_ranks)
+        events += _names(process, label, schedule)
         events += _boxes(process, schedule, report, clock)
         for pair in _messages(process, schedule, report, clock):
             events += [{**event, "name": "message", "cat": "message", "id": flow} for event in pair]
@@ -92,7 +97,7 @@ class _Clock:
         return round((time - self.origin) * self.seconds_per_unit * _NANOSECONDS)
 
 
-def _names(process: int, label: str, num_ranks: int) -> Iterator[dict[str, Any]]:
+def _names(process: int, label: str, schedule: Schedule) -> Iterator[dict[str, Any]]:
     """Yields the events that name a process and its threads."""
 
     def metadata(kind: str, thread: int, **values: object) -> dict[str, Any]:
@@ -100,9 +105,13 @@ def _names(process: int, label: str, num_ranks: int) -> Iterator[dict[str, Any]]
 
     yield metadata("process_name", 0, name=label)
     yield metadata("process_sort_index", 0, sort_index=process)
-    for rank in range(num_ranks):
-        yield metadata("thread_name", rank, name=f"rank {rank}")
-        yield metadata("thread_sort_index", rank, sort_index=rank)
+    threads = {rank: f"rank {rank}" for rank in range(schedule.num_ranks)}
+    for rank, order in enumerate(schedule.actions):
+        if any(action.changes_state for action in order):
+            threads[schedule.num_ranks + rank] = f"rank {rank} state"
+    for place, (thread, name) in enumerate(sorted(threads.items(), key=lambda item: item[0] % schedule.num_ranks)):
+        yield metadata("thread_name", thread, name=name)
+        yield metadata("thread_sort_index", thread, sort_index=place)
 
 
 def _boxes(process: int, schedule: Schedule, report: Report, clock: _Clock) -> Iterator[dict[str, Any]]:
@@ -114,11 +123,11 @@ def _boxes(process: int, schedule: Schedule, report: Report, clock: _Clock) -> I
                 "name": str(action),
                 "cat": action.phase.value,
                 "pid": process,
-                "tid": rank,
+                "tid": rank + (schedule.num_ranks if action.changes_state else 0),
                 "ts": start / _PER_MICROSECOND,
                 "dur": (end - start) / _PER_MICROSECOND,
                 "cname": COLOUR_NAMES[action.phase],
-                "args": {"stage": action.stage, "microbatch": action.microbatch},
+                "args": {"stage": action.stage, "microbatch": None if action.changes_state else action.microbatch},
             }
 
 

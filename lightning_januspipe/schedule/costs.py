@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypeVar
 
-from lightning_januspipe.schedule.actions import DEFERRED_PHASES, Phase, Schedule
+from lightning_januspipe.schedule.actions import COMPUTED_PHASES, DEFERRED_PHASES, Phase, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,41 @@ class MemoryCosts:
 
 
 @dataclass(frozen=True, slots=True)
+class StateCosts:
+    """Holds what the sharded state of a stage costs on one of the ranks that hold it.
+
+    Args:
+        gather: Time from the start of UNSHARD until the parameters are there.
+        reduce: Time from the start of REDUCE until the rank has its shard of the gradients.
+        parameters: Bytes that UNSHARD allocates and RESHARD frees.
+        gradients: Bytes of the gradients, held from the first BF or BE until REDUCE has ended.
+    """
+
+    gather: float = 0.0
+    reduce: float = 0.0
+    parameters: float = 0.0
+    gradients: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"StateCosts.{field.name} is {value!r}, expected a finite number >= 0.")
+
+    @classmethod
+    def of(cls, num_ranks: int, num_bytes: float, link: Link) -> StateCosts:
+        """Returns the costs of a stage whose ranks pass shards on in a ring.
+
+        Args:
+            num_ranks: Ranks that hold the stage.
+            num_bytes: Bytes of its parameters.
+            link: Latency and bandwidth of a message between two of these ranks.
+        """
+        time = (num_ranks - 1) * (link.latency + num_bytes / num_ranks / link.bandwidth)
+        return cls(time, time, num_bytes, num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """Holds the costs of a message between two ranks, in the unit of time of the phases.
 
@@ -110,7 +145,10 @@ Costs: TypeAlias = PhaseCosts | Sequence[PhaseCosts]
 Memory: TypeAlias = MemoryCosts | Sequence[MemoryCosts]
 """As `Costs`, of bytes."""
 
-_Entry = TypeVar("_Entry", PhaseCosts, MemoryCosts)
+State: TypeAlias = StateCosts | Sequence[StateCosts]
+"""As `Costs`, of sharded state."""
+
+_Entry = TypeVar("_Entry", PhaseCosts, MemoryCosts, StateCosts)
 
 
 def costs_per_stage(costs: Costs, num_ranks: int, num_stages: int) -> tuple[PhaseCosts, ...]:
@@ -128,6 +166,11 @@ def costs_per_stage(costs: Costs, num_ranks: int, num_stages: int) -> tuple[Phas
 def memory_per_stage(memory: Memory, num_ranks: int, num_stages: int) -> tuple[MemoryCosts, ...]:
     """Returns the bytes of every stage, as `costs_per_stage` does its times."""
     return _per_stage(MemoryCosts, "memory", memory, num_ranks, num_stages)
+
+
+def state_per_stage(state: State, num_ranks: int, num_stages: int) -> tuple[StateCosts, ...]:
+    """Returns the costs of the sharded state of every stage, as `costs_per_stage` does its times."""
+    return _per_stage(StateCosts, "state", state, num_ranks, num_stages)
 
 
 def _per_stage(kind: type[_Entry], name: str, given: Any, num_ranks: int, num_stages: int) -> tuple[_Entry, ...]:
@@ -164,7 +207,7 @@ def durations(costs: PhaseCosts, deferred: bool, split: bool) -> Mapping[Phase, 
         deferred: Whether WF and WE are actions of their own.
         split: Whether the stage is split: FF and BF on another rank than FE and BE.
     """
-    times = {phase: costs.of(phase) for phase in Phase}
+    times = {phase: costs.of(phase) for phase in COMPUTED_PHASES}
     if not deferred:
         for phase, origin in DEFERRED_PHASES.items():
             times[origin] += times[phase]

@@ -36,8 +36,12 @@ PHASE_COLOURS: Mapping[Phase, str] = {
     Phase.BE: "#F2A01E",
     Phase.WF: "#EDBBA0",
     Phase.WE: "#FAE3A6",
+    Phase.UNSHARD: "#1B7F5C",
+    Phase.RESHARD: "#888888",
+    Phase.REDUCE: "#7B3FA0",
 }
-"""Forward phases are blue, backward ones red and orange (after Okabe and Ito), and their weight gradients paler."""
+"""Forward phases are blue, backward ones red and orange (after Okabe and Ito), and their weight gradients paler; what
+changes sharded state is green, grey and purple."""
 
 PHASE_NAMES: Mapping[Phase, str] = {
     Phase.FE: "FE forward energy",
@@ -46,6 +50,9 @@ PHASE_NAMES: Mapping[Phase, str] = {
     Phase.BE: "BE backward energy",
     Phase.WF: "WF weights of BF",
     Phase.WE: "WE weights of BE",
+    Phase.UNSHARD: "parameters gathered",
+    Phase.RESHARD: "parameters released",
+    Phase.REDUCE: "gradients reduced",
 }
 
 _WHITE_NUMBERS = (Phase.FF, Phase.BF)
@@ -56,6 +63,7 @@ _DASHES = (0, (4, 2))
 _BOX_HEIGHT = 0.88  # of a rank's row
 _BAR_HEIGHT = 0.16  # of a rank's row, under the boxes of its last stage
 _BAR_COLOUR = "#00000090"
+_STATE_HEIGHT = 0.2  # of a rank's row, above its boxes
 _DIGIT_WIDTH = 0.64  # of the font size, in matplotlib's own font
 _LEAST_FONT, _LARGEST_FONT = 5.0, 8.0  # points
 _POINTS = 72.0  # per inch
@@ -72,8 +80,9 @@ def gantt(
     """Draws when each rank runs which action, one panel per row.
 
     A box is an action, in the colour of its phase and, where there is room, with the index of its micro-batch. Where a
-    rank has several stages, the boxes of all but the first have a bar at the bottom, higher from stage to stage. The
-    light ground behind the boxes is a bubble, the dashed line the ideal time.
+    rank has several stages, the boxes of all but the first have a bar at the bottom, higher from stage to stage.
+    Changes of sharded state, which run beside the work, are flat boxes over it. The light ground behind the boxes is a
+    bubble, the dashed line the ideal time.
 
     Args:
         rows: Label, schedule and report of every panel, from top to bottom.
@@ -247,7 +256,7 @@ def _chunks(schedule: Schedule) -> list[dict[int, int]]:
     return [{stage: chunk for chunk, stage in enumerate(of_rank)} for of_rank in stages]
 
 
-def _box(start: float, end: float, rank: int, height: float = _BOX_HEIGHT) -> list[tuple[float, float]]:
+def _box(start: float, end: float, rank: float, height: float = _BOX_HEIGHT) -> list[tuple[float, float]]:
     """Returns the corners of a box in a rank's row; all boxes of a row stand on one line, and ranks count downwards."""
     bottom = rank + _BOX_HEIGHT / 2
     return [(start, bottom), (start, bottom - height), (end, bottom - height), (end, bottom)]
@@ -264,11 +273,15 @@ def _draw_boxes(axes: Axes, schedule: Schedule, report: Report, panel: str) -> N
     for rank, order in enumerate(schedule.actions):
         for action in order:
             start, end = report.start[action] - origin, report.end[action] - origin
+            if action.changes_state:
+                top = rank - _BOX_HEIGHT + _STATE_HEIGHT
+                boxes[action.phase].append(_box(start, end, top, _STATE_HEIGHT))
+                continue
             boxes[action.phase].append(_box(start, end, rank))
             if chunk := chunks[rank][action.stage]:
                 bars.append(_box(start, end, rank, chunk * bar))
     # A white edge parts neighbours of one colour; among very narrow boxes it would cover them.
-    width = _points_per_unit(axes) * statistics.median(end - report.start[action] for action, end in report.end.items())
+    width = _points_per_unit(axes) * statistics.median(_lengths(report))
     edge = min(0.5, 0.06 * width)
     ground = [_box(0.0, report.makespan, rank) for rank in range(schedule.num_ranks)]
     collections = [PolyCollection(ground, facecolors=_BUBBLE_COLOUR, linewidths=0.0, gid=f"{panel}-bubbles")]
@@ -294,7 +307,7 @@ def _number_boxes(axes: Axes, schedule: Schedule, report: Report, height: float)
     least = _number_width(schedule, font) / scale * (1.0 - 1e-9)
     raised = _BAR_HEIGHT / 2 if any(len(stages) > 1 for stages in _chunks(schedule)) else 0.0
     for rank, order in enumerate(schedule.actions):
-        for run in _runs(order, report):
+        for run in _runs([action for action in order if not action.changes_state], report):
             spans = [(report.start[action], report.end[action]) for action in run]
             if any(end - start < least for start, end in spans):
                 spans = [(spans[0][0], spans[-1][1])]
@@ -333,8 +346,12 @@ def _number_width(schedule: Schedule, font: float) -> float:
 
 def _short_time(report: Report) -> float:
     """Returns the time that four of five actions take at least."""
-    times = sorted(end - report.start[action] for action, end in report.end.items())
+    times = sorted(_lengths(report))
     return times[len(times) // 5]
+
+
+def _lengths(report: Report) -> list[float]:
+    return [end - report.start[action] for action, end in report.end.items() if not action.changes_state]
 
 
 def _last_time(rows: Sequence[Panel]) -> float:

@@ -24,7 +24,8 @@ def render(
 
     Without a report the columns count the actions of each rank; this works for invalid schedules too. With the report
     of a simulation a column is as long as the shortest action: an action is written where it starts, ``-`` goes on for
-    as long as it runs, and ``.`` is a bubble.
+    as long as it runs, and ``.`` is a bubble. Changes of sharded state, which run beside the work, are in rows of their
+    own then.
 
     Args:
         schedule: The schedule to draw.
@@ -44,10 +45,14 @@ def render(
     header = [str(number) for number in range(first, last)]
     cells = [[*row[first:last], *[""] * (last - max(first, len(row)))] for row in rows]
     width = max((len(cell) for row in [header, *cells] for cell in row), default=1)
-    label = len(f"rank {schedule.num_ranks - 1}")
+    labels = [f"rank {rank}" for rank in range(schedule.num_ranks)]
+    if len(rows) > schedule.num_ranks:
+        labels = [label for rank in labels for label in (rank, f"{rank} state")]
+    label = max(map(len, labels))
     lines = [" ".join([" " * label, *(cell.rjust(width) for cell in header)])]
     lines += [
-        " ".join([f"rank {rank}".ljust(label), *(cell.rjust(width) for cell in row)]) for rank, row in enumerate(cells)
+        " ".join([name.ljust(label), *(cell.rjust(width) for cell in row)])
+        for name, row in zip(labels, cells, strict=True)
     ]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -57,10 +62,16 @@ def _orders(schedule: Schedule) -> list[list[str]]:
 
 
 def _time_slots(schedule: Schedule, report: Report) -> list[list[str]]:
-    slot = min(report.end[action] - report.start[action] for action in report.end if report.end[action])
+    slot = min(end - report.start[action] for action, end in report.end.items() if end and not action.changes_state)
     num_slots = max(1, round(report.makespan / slot))
     rows = []
-    for order in schedule.actions:
+    has_state = any(action.changes_state for order in schedule.actions for action in order)
+    orders = [
+        [action for action in order if action.changes_state == is_state]
+        for order in schedule.actions
+        for is_state in ((False, True) if has_state else (False,))
+    ]
+    for order in orders:
         row = [IDLE] * num_slots
         free = 0
         for action in order:

@@ -10,9 +10,12 @@ from lightning_januspipe.schedule.costs import (
     Costs,
     Link,
     Memory,
+    State,
+    StateCosts,
     action_times,
     costs_per_stage,
     memory_per_stage,
+    state_per_stage,
 )
 from lightning_januspipe.schedule.dependency_table import dependency_table
 from lightning_januspipe.schedule.step_report import MemoryCurve, Report, peak_live
@@ -26,11 +29,13 @@ def simulate(
     comm: float | Link = 0.0,
     memory: Memory | None = None,
     weights: Sequence[float] | None = None,
+    state: State | None = None,
 ) -> Report:
     """Runs a schedule in simulated time.
 
     Every action starts as soon as its rank has ended the action before and its messages have arrived. Messages travel
-    beside the computation. Where the schedule lacks WF and WE, their times are spent inside BF and BE.
+    beside the computation, as gathered parameters and reduced gradients do, one after the other on a rank. Where the
+    schedule lacks WF and WE, their times are spent inside BF and BE.
 
     Args:
         schedule: The schedule to time.
@@ -39,10 +44,12 @@ def simulate(
         comm: Cost of a message between two ranks: its latency, or a `Link`.
         memory: Bytes that a micro-batch holds between its phases, for the memory over time; given like ``costs``.
         weights: Factor of the times of each micro-batch; 1 for all by default.
+        state: Costs of the changes of sharded state, given like ``costs``; none by default.
 
     Raises:
         ScheduleError: The schedule cannot run to its end.
-        ValueError: ``comm`` is negative or not finite, or ``costs``, ``memory`` or ``weights`` do not fit the schedule.
+        ValueError: ``comm`` is negative or not finite, or ``costs``, ``memory``, ``weights`` or ``state`` do not fit
+            the schedule.
     """
     factors = [1.0] * schedule.num_microbatches if weights is None else list(weights)
     if len(factors) != schedule.num_microbatches or not all(math.isfinite(f) and f > 0 for f in factors):
@@ -52,6 +59,9 @@ def simulate(
             raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
         comm = Link(latency=comm)
     times = action_times(schedule, costs)
+    states = state_per_stage(state or StateCosts(), schedule.num_ranks, schedule.num_stages)
+    gathered: dict[tuple[int, int], float] = {}
+    collectives_end = [0.0] * schedule.num_ranks
     table, num_dependencies = dependency_table(schedule)
     needs = {phase: [entry.needs for entry in of_phase] for phase, of_phase in table.items()}
     start: dict[Action, float] = {}
@@ -75,7 +85,17 @@ def simulate(
             entry, first = table[phase][stage], microbatch * num_dependencies
             if entry.rank != rank:
                 break
-            ready = clock[rank]
+            if action.changes_state:
+                start[action] = end[action] = clock[rank]
+                if phase is not Phase.RESHARD:
+                    start[action] = max(clock[rank], collectives_end[rank])
+                    lasts = states[stage].gather if phase is Phase.UNSHARD else states[stage].reduce
+                    end[action] = collectives_end[rank] = start[action] + lasts
+                if phase is Phase.UNSHARD:
+                    gathered[rank, stage] = end[action]
+                position[rank] += 1
+                continue
+            ready = max(clock[rank], gathered.get((rank, stage), 0.0))
             missing = None
             for index in needs[phase][stage]:
                 time = met.get(first + index)
@@ -102,7 +122,7 @@ def simulate(
     if not end or len(end) != sum(map(len, schedule.actions)):
         validate_schedule(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")
-    curves = () if memory is None else memory_over_time(schedule, start, end, memory)
+    curves = () if memory is None else memory_over_time(schedule, start, end, memory, state)
     ideal = ideal_time(schedule, costs) * sum(factors) / len(factors)
     return Report(max(end.values()), ideal, peak_live(schedule), start, end, tuple(busy), curves)
 
@@ -122,16 +142,22 @@ def ideal_time(schedule: Schedule, costs: Costs) -> float:
 
 
 def memory_over_time(
-    schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float], memory: Memory
+    schedule: Schedule,
+    start: Mapping[Action, float],
+    end: Mapping[Action, float],
+    memory: Memory,
+    state: State | None = None,
 ) -> tuple[MemoryCurve, ...]:
-    """Returns for each rank the bytes that its micro-batches hold over time.
+    """Returns for each rank the bytes that its micro-batches, and gathered or unreduced state, hold over time.
 
     Args:
         schedule: The schedule that was simulated or run.
         start: Start time of every action, from which the bytes that it allocates count.
         end: End time of every action, until which the bytes that it frees count.
         memory: Bytes of one micro-batch, given like the costs.
+        state: Bytes of sharded state, given like the costs; they count where the schedule changes it.
     """
+    states = state_per_stage(state or StateCosts(), schedule.num_ranks, schedule.num_stages)
     per_stage = memory_per_stage(memory, schedule.num_ranks, schedule.num_stages)
     deferred = not schedule.phases.isdisjoint(DEFERRED_PHASES)
     last_force = Phase.WF if deferred else Phase.BF
@@ -139,10 +165,18 @@ def memory_over_time(
     curves = []
     for order in schedule.actions:
         changes: list[tuple[float, float]] = []
+        # A stage has gradients from the first backward phase on.
+        reduced = {action.stage for action in order if action.phase is Phase.REDUCE}
         for action in order:
             entry, is_split = per_stage[action.stage], schedule.is_split(action.stage)
             allocated = freed = 0.0
-            if action.phase is Phase.FE:
+            if action.phase is Phase.UNSHARD:
+                allocated = states[action.stage].parameters
+            elif action.phase is Phase.RESHARD:
+                freed = states[action.stage].parameters
+            elif action.phase is Phase.REDUCE:
+                freed = states[action.stage].gradients
+            elif action.phase is Phase.FE:
                 allocated = entry.energy
             elif action.phase is Phase.FF:
                 allocated = entry.force + (entry.energy if is_split else 0.0)
@@ -152,11 +186,15 @@ def memory_over_time(
                 freed = entry.force + (entry.energy if is_split else 0.0)
             elif action.phase is last_energy:
                 freed = entry.energy + (0.0 if is_split else entry.kept)
+            if action.stage in reduced and action.phase in (Phase.BF, Phase.BE):
+                allocated += states[action.stage].gradients
+                reduced.remove(action.stage)
             changes += [(start[action], allocated), (end[action], -freed)]
         curve: list[tuple[float, float]] = [(0.0, 0.0)]
         held = 0.0
-        # A rank runs one action at a time: each frees its bytes before the next one allocates.
-        for time, change in changes:
+        # A rank computes one phase at a time, which frees its bytes before the next one allocates; what runs beside it
+        # ends at any time.
+        for time, change in sorted(changes, key=lambda change: change[0]):
             if change:
                 held += change
                 curve.append((time, max(held, 0.0)))

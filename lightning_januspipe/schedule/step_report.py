@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_januspipe.schedule.actions import Action, Schedule
+from lightning_januspipe.schedule.actions import Action, Phase, Schedule
 
 MemoryCurve = tuple[tuple[float, float], ...]
 """A step function: (time, value from then on) in the order of time."""
@@ -22,7 +22,8 @@ class Report:
         peak_live: Per rank, the most live micro-batches; one is live from its first to its last action on the rank.
         start: Start time of every action.
         end: End time of every action.
-        busy: Per rank, the time that it works; more than its share where FE is computed twice.
+        busy: Per rank, the time that it works; more than its share where FE is computed twice. Changes of sharded
+            state run beside the work and do not count.
         memory: Per rank, the bytes held by micro-batches over time; empty where no memory costs were given.
     """
 
@@ -58,6 +59,14 @@ class Report:
         )
 
     @property
+    def hidden_reduction(self) -> float | None:
+        """Returns the share of the time of all REDUCE that passes before the last phase ends; None without REDUCE."""
+        last = max(end for action, end in self.end.items() if not action.changes_state)
+        spans = [(self.start[a], end) for a, end in self.end.items() if a.phase is Phase.REDUCE]
+        total = sum(end - start for start, end in spans)
+        return 1.0 - sum(max(0.0, end - max(start, last)) for start, end in spans) / total if total else None
+
+    @property
     def peak_memory(self) -> tuple[float, ...]:
         """Returns for each rank the most bytes that its micro-batches hold at once; empty without memory costs."""
         return tuple(max((held for _, held in curve), default=0.0) for curve in self.memory)
@@ -67,10 +76,11 @@ def peak_live(schedule: Schedule) -> tuple[int, ...]:
     """Returns the most live micro-batches of each rank; a rank runs one action at a time, so its order decides."""
     peaks = []
     for order in schedule.actions:
-        left = Counter(action.microbatch for action in order)
+        phases = [action for action in order if not action.changes_state]
+        left = Counter(action.microbatch for action in phases)
         live: set[int] = set()
         peak = 0
-        for action in order:
+        for action in phases:
             live.add(action.microbatch)
             peak = max(peak, len(live))
             left[action.microbatch] -= 1

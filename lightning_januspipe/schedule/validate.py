@@ -26,9 +26,16 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
-from lightning_januspipe.schedule.actions import CRITICAL_PHASES, DEFERRED_PHASES, Action, Schedule
+from lightning_januspipe.schedule.actions import (
+    CRITICAL_PHASES,
+    DEFERRED_PHASES,
+    WHOLE_STEP,
+    Action,
+    Schedule,
+)
 from lightning_januspipe.schedule.dependency_table import dependency_table
 from lightning_januspipe.schedule.render import render
+from lightning_januspipe.schedule.state_actions import mistake_in_state
 
 _GRID_COLUMNS = 15
 
@@ -67,13 +74,17 @@ def validate_schedule(schedule: Schedule, *, max_pending_sends: int | None = Non
             goes on; None for no limit, 0 for blocking sends.
 
     Raises:
-        ScheduleError: An action is missing, repeated or on the wrong rank, comes before one that it depends on, or
-            waits in a cycle. The error names the action and draws the grid.
+        ScheduleError: An action is missing, repeated or on the wrong rank, comes before one that it depends on, waits
+            in a cycle, or computes with parameters that are not there. The error names the action and draws the grid.
     """
     if max_pending_sends is not None and max_pending_sends < 0:
         raise ValueError(f"max_pending_sends is {max_pending_sends}, expected None or a number >= 0.")
     _check_complete(schedule)
     _check_local_order(schedule)
+    mistake = mistake_in_state(schedule)
+    if mistake is not None:
+        message, rank, index = mistake
+        raise ScheduleError(message, schedule, rank, index)
     _check_progress(schedule, max_pending_sends)
 
 
@@ -84,7 +95,9 @@ def _check_complete(schedule: Schedule) -> None:
         for index, action in enumerate(order):
             if not 0 <= action.stage < schedule.num_stages:
                 message = f"{action} on rank {rank} is of a stage outside 0 to {schedule.num_stages - 1}."
-            elif not 0 <= action.microbatch < schedule.num_microbatches:
+            elif action.changes_state and action.microbatch != WHOLE_STEP:
+                message = f"{action} on rank {rank} is of micro-batch {action.microbatch}, expected {WHOLE_STEP}."
+            elif not (action.changes_state or 0 <= action.microbatch < schedule.num_microbatches):
                 message = f"{action} on rank {rank} is of a micro-batch outside 0 to {schedule.num_microbatches - 1}."
             elif schedule.rank_of(action) != rank:
                 message = f"{action} is on rank {rank}, but its stage lives on rank {schedule.rank_of(action)}."
@@ -93,6 +106,8 @@ def _check_complete(schedule: Schedule) -> None:
                     f"{action} on rank {rank} is a weight gradient of its own, but the forces of stage {action.stage} "
                     "are on another rank than its energies: only folded stages can defer."
                 )
+            elif action.changes_state:
+                continue
             elif action in seen:
                 message = f"{action} on rank {rank} is there twice."
             else:

@@ -35,6 +35,8 @@ class CaptureHooks(StrategyState):
     def on_validation_start(self) -> None:
         """Captures the potential from the evaluation step, unless training captures it."""
         self._capture_for_evaluation("validation_step")
+        if self.runner is not None:  # replicas may have unequal numbers of batches, and cannot meet in steps
+            self.runner.parameters.make_whole()
 
     @override
     def on_test_start(self) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_januspipe.checkpoint import atomic, sharded
 from lightning_januspipe.checkpoint.averages import followers
 from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
+from lightning_januspipe.checkpoint.parts import Part, shapes
 from lightning_januspipe.distributed import on_every_rank, on_first_rank, portable, waiting
 from lightning_januspipe.errors import PipelineError, RankLostError
 from lightning_januspipe.loader.resume import KEY
@@ -50,14 +51,24 @@ class CheckpointHooks(StrategyState):
         self._require_all_ranks()
         if runner is None:  # after training everything is whole
             return module.state_dict()
-        if self.options.save_distributed_checkpoint and _has_own_tensors(module):
+        if self.options.save_distributed_checkpoint and self._has_own_tensors():
             runner.parameters.synchronize(self._trainer.callbacks, averages_only=True)
-            return module.state_dict()
+            return runner.parameters.in_parts(module.state_dict(keep_vars=True))
+        runner.parameters.make_whole()
         if self._residence is not None and self._residence.is_partial:
             with self._residence.whole_on_first_rank():
-                return module.state_dict()
+                return self._state_to_keep()
         runner.parameters.synchronize(self._trainer.callbacks)
-        return module.state_dict()
+        return self._state_to_keep()
+
+    def _state_to_keep(self) -> dict[str, Any]:
+        """Returns the module's state, which stays valid when parameters are released."""
+        assert self.runner is not None
+        state: dict[str, Any] = self._module.state_dict()
+        if self.is_global_zero:
+            shares = self.runner.parameters.shares_memory
+            state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor) and shares(v)})
+        return state
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -100,6 +111,8 @@ class CheckpointHooks(StrategyState):
             )
         path, mesh = Path(filepath).absolute(), self._mesh
         owners = self._owners()
+        is_writer = mesh.data_rank == mesh.graph_rank == 0
+        every_rank_writes = bool(self.runner is not None and self.runner.parameters.shards)
 
         def make() -> Path:
             part = atomic.prepare(path)
@@ -108,43 +121,55 @@ class CheckpointHooks(StrategyState):
             return part
 
         def writes(key: str, value: Any) -> bool:
-            if key.startswith("optimizer_") and ".state." in key:
+            if isinstance(value, Part) or (key.startswith("optimizer_") and ".state." in key):
                 return True  # this rank lists only the states that it owns
             rank = owners.get(_storage(value), 0) if isinstance(value, Tensor) else 0
-            return rank == mesh.pipeline_rank and not (isinstance(value, Tensor) and value.is_meta)
+            return is_writer and rank == mesh.pipeline_rank and not (isinstance(value, Tensor) and value.is_meta)
 
         part = self._on_first_rank(make)
         shards, rest = sharded.split_entries(checkpoint, lambda t: _storage(t) in owners)
         written: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            if mesh.data_rank == mesh.graph_rank == 0:
+            if is_writer or every_rank_writes:
+                group = mesh.host_group if every_rank_writes else mesh.control_group
                 with (
                     atomic.telling(f"{path} could not be saved"),
-                    waiting(f"writing of {path}", mesh.control_group, mixed=True),
+                    waiting(f"writing of {path}", group, mixed=True),
                 ):
-                    written = sharded.write_shards(part, shards, writes, mesh.control_group)
+                    written = sharded.write_shards(part, shards, writes, group)
         except RankLostError:
             if self.is_global_zero:
                 atomic.discard(part)
             raise
         except Exception as caught:  # raised on every rank
             error = caught
-        of_ranks = self._gathered_on_first_rank((written, error and portable(error)))
+        of_ranks = self._gathered_on_first_rank((written, error and portable(error), shapes(shards)))
 
         def finish() -> None:
             with atomic.committing(part, path):
-                for _, failure in of_ranks:
+                for _, failure, _ in of_ranks:
                     if failure is not None:
                         raise failure
-                sharded.finish_folder(part, rest, {n: c for names, _ in of_ranks for n, c in names.items()})
+                names = {n: c for found, _, _ in of_ranks for n, c in found.items()}
+                sharded.finish_folder(part, rest, names, [shape for _, _, found in of_ranks for shape in found])
 
         self._on_first_rank(finish)
 
+    def _has_own_tensors(self) -> bool:
+        """Returns whether the module's state holds its parameters themselves: a custom ``state_dict`` may hold copies.
+
+        Parameters that are in shards have to be there the first time.
+        """
+        if self._is_own_state is None:
+            assert self.runner is not None
+            self._is_own_state = _is_state_of(self._module, self._module.state_dict())
+        return self._is_own_state
+
     def _owners(self) -> dict[Any, int]:
         """Returns the pipeline rank that owns each tensor that only some ranks train, by its storage."""
-        runner, module = self.runner, self._module
-        if runner is None or not _has_own_tensors(module):
+        runner = self.runner
+        if runner is None or not self._has_own_tensors():
             return {}
         parameters = runner.parameters
         owned = {_storage(p): parameters.owner(p) for p in parameters.partly_held()}
@@ -248,18 +273,34 @@ class CheckpointHooks(StrategyState):
         """Keeps only this rank's part of all optimizers, and of the states that were loaded for them."""
         assert self.runner is not None
         names, mesh = _names(self._module), None
-        if self._shards_optimizers:
+        level = self._shard_level
+        if level != "none":
             mesh = self._mesh
             mesh.join_stage_ranks()
-            size = mesh.shape.data * mesh.shape.graph
-            self.lib.rank_zero.rank_zero_info(
-                f"januspipe: each of the {size} ranks that hold the same stages has the optimizer state of 1/{size} of "
-                "their parameters"
-            )
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
-            stage = StageOptimizer(optimizer, self.runner.parameters, names, state, mesh)
+            stage = StageOptimizer(optimizer, self.runner.parameters, names, state, mesh, level)
             self._stage_optimizers[id(optimizer)] = stage
+        if level != "none":
+            self.lib.rank_zero.rank_zero_info(f"januspipe: {self.runner.parameters.describe_shards(level)}")
+        self._is_own_state = None
+        if level == "parameters":
+            self._has_own_tensors()
+        self.runner.share_state(level)
+        if level == "parameters":
+            self._keep_followed()
+
+    def _keep_followed(self) -> None:
+        """Keeps parameters whole between steps if any rank keeps averages of them, which read them then."""
+        assert self.runner is not None
+        every = self.runner.parameters.shards
+        sharded = {p for shards in every for p in shards.parameters}
+        if any(self._gathered(bool(followers(self._module, self._trainer.callbacks, sharded)))):
+            self.lib.rank_zero.rank_zero_info(
+                "januspipe: parameters are whole between steps, because averages of them are kept"
+            )
+            for shards in every:
+                shards.keeps_whole = True
 
     def _free_other_stages(self) -> None:
         """Frees the parameters of other stages, if the module is made in ``configure_model``."""
@@ -287,7 +328,5 @@ def _storage(tensor: Tensor) -> Any:
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
-def _has_own_tensors(module: nn.Module) -> bool:
-    """Returns whether the module's state holds its parameters themselves: a custom ``state_dict`` may hold copies."""
-    state = module.state_dict()
+def _is_state_of(module: nn.Module, state: Mapping[str, Any]) -> bool:
     return all(n in state and _storage(state[n]) == _storage(p) for n, p in module.named_parameters())

@@ -24,6 +24,7 @@ from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import MessageDtype
 from lightning_januspipe.runtime.planner import is_searched, is_unfolded
 from lightning_januspipe.schedule.build_schedule import ScheduleName
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
@@ -75,10 +76,10 @@ class StrategyOptions:
     "auto": "pointwise" with compile=True, else "keep", and with memory_limit "recompute" for stages where that is the
     faster way to keep within it."""
 
-    shard: Literal["none", "optimizer"] = "none"
+    shard: ShardLevel = "none"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
-    "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "none": nothing
-    is shared."""
+    "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "parameters":
+    each also keeps this part of the parameters only, and they are gathered for each step. "none": nothing is shared."""
 
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,

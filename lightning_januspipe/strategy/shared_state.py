@@ -13,6 +13,7 @@ from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
+from lightning_januspipe.schedule.state_actions import ShardLevel
 from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.library import Library
 from lightning_januspipe.strategy.options import StrategyOptions
@@ -54,6 +55,7 @@ class StrategyState(ParallelStrategy):
         self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
+        self._is_own_state: bool | None = None  # whether the state of the module has its parameters themselves
         self._shares_samples = False
         self._train_loader: Any = None
         self._eval_loader: Any = None
@@ -135,9 +137,9 @@ class StrategyState(ParallelStrategy):
         return self.mesh_shape.ranks_per_replica > 1
 
     @property
-    def _shards_optimizers(self) -> bool:
-        """Tells whether several ranks hold the same stages and share their optimizer state."""
-        return self.options.shard == "optimizer" and self.mesh_shape.data * self.mesh_shape.graph > 1
+    def _shard_level(self) -> ShardLevel:
+        """Returns what the ranks that hold the same stages share: nothing if there is one such rank."""
+        return self.options.shard if self.mesh_shape.data * self.mesh_shape.graph > 1 else "none"
 
     @property
     def replica_index(self) -> int:

@@ -118,7 +118,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        has_parts = self._shares_replicas or self._shards_optimizers
+        has_parts = self._shares_replicas or self._shard_level != "none"
         if self.num_microbatches() > 1 or self._captures or has_parts:
             check_trainer(self._trainer, is_captured=self._captures, has_parts=has_parts)
         self._give_batches_to_transfer_hooks()
@@ -163,7 +163,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         with self.precision_plugin.train_step_context(), patched(module, "log", recorder):
             steps = [step_of(n) for n in sizes]
             owners = batch.owners if split else ()
-            outputs = self.runner.train_step(steps, batches, loss_scale(self.precision_plugin), owners)
+            scale, reduces = loss_scale(self.precision_plugin), self._reduce_gradients
+            outputs = self.runner.train_step(steps, batches, scale, owners, reduces)
         recorder.replay(module.log)
         return merge_outputs(outputs, type(module).__name__)
 
@@ -177,13 +178,14 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         module = self._module
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        self.runner.gradients.accumulate_into_grad(1 / self._trainer.accumulate_grad_batches)
+        factor = 1 / self._trainer.accumulate_grad_batches
+        self.runner.parameters.accumulate_gradients(factor)
         if self._shutdown is not None:
             self._shutdown.hear()  # before the reduction, in which replicas would wait for one without a batch
         if loss_scale(self.precision_plugin) == 1.0:  # a gradient scaler looks for overflows itself
-            require_finite_gradients(module.named_parameters(), self.global_rank)
+            require_finite_gradients(self.runner.parameters.local_gradients(), self.global_rank)
         if self._reduce_gradients:
-            self.runner.parameters.reduce_gradients()
+            self.runner.parameters.reduce_gradients(factor)
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -203,6 +205,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Leaves the whole trained module on every rank."""
         if self._shutdown is not None:
             self._shutdown.hear()
+        if self.runner is not None:
+            self.runner.parameters.make_whole()
         if self._residence is not None and self._residence.is_partial:
             self._residence.restore()
         elif self.runner is not None:
@@ -257,8 +261,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def teardown(self) -> None:
         """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
         ignore_unreduced(False)
-        for stage in self._stage_optimizers.values():
-            stage.release()
+        are_there = [stage.release() for stage in self._stage_optimizers.values()]
         module, residence = self.lightning_module, self._residence
         if module is not None:
             module.__dict__.pop("_on_before_batch_transfer", None)
@@ -270,8 +273,9 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None
         self._shutdown = self._residence = None
-        if residence is not None and residence.is_partial:  # after an exception
+        if residence is not None and residence.is_partial and all(are_there):  # after an exception
             residence.leave_device()
-            self._lightning_module = None
+        if (residence is not None and residence.is_partial) or not all(are_there):
+            self._lightning_module = None  # what is not there cannot be moved
         super().teardown()
         self._lightning_module = module

@@ -59,17 +59,18 @@ def train_in_pipeline(
     namespace = _namespace(module)
     bound = strategy_class(namespace)(**strategy)
     world = int(os.environ["WORLD_SIZE"])
-    recorder = _recorder(module, lambda: bound.runner.parameters.gradients())
+    record = RunRecord(initial=_copies(module))
+    recorder = _recorder(record, module, lambda: bound.runner.parameters.gradients())
     trainer = _trainer(namespace, steps, trainer_arguments, strategy=bound, devices=world)
     trainer.callbacks.insert(0, recorder)
     replica = bound.mesh_shape.coordinates(int(os.environ["RANK"]))[1]
     trainer.fit(module, _ordered_loader(_train_loader(data), bound.mesh_shape.data, replica))
-    recorder.record.parameters = _copies(module)
+    record.parameters = _copies(module)
     report = getattr(bound.runner, "compile_report", None)
     if report is not None:
-        recorder.record.eager = list(report.eager)
-        recorder.record.misfits = [m for s in bound.runner.executor.stages.values() if (m := getattr(s, "misfit", ""))]
-    return recorder.record
+        record.eager = list(report.eager)
+        record.misfits = [m for s in bound.runner.executor.stages.values() if (m := getattr(s, "misfit", ""))]
+    return record
 
 
 def train_reference(
@@ -127,11 +128,12 @@ def train_reference(
     module.log = lambda *_, **__: None
     plain = "auto" if world == 1 else "ddp_find_unused_parameters_true"
     trainer = _trainer(namespace, steps, trainer_arguments, strategy=plain, devices=world)
-    recorder = _recorder(module, lambda: {p: p.grad for p in module.parameters() if p.requires_grad})
+    record = RunRecord(initial=_copies(module))
+    recorder = _recorder(record, module, lambda: {p: p.grad for p in module.parameters() if p.requires_grad})
     trainer.callbacks.insert(0, recorder)
     trainer.fit(module, _Zipped(loaders))
-    recorder.record.parameters = _copies(module)
-    return recorder.record
+    record.parameters = _copies(module)
+    return record
 
 
 class _Zipped:
@@ -174,21 +176,21 @@ def _trainer(namespace: str, steps: int, arguments: dict[str, Any], **fixed: Any
     return quiet_trainer(namespace=namespace, **{"max_steps": steps, "limit_val_batches": 0, **arguments, **fixed})
 
 
-def _recorder(module: Any, gradients: Callable[[], dict[nn.Parameter, Tensor | None]]) -> Any:
+def _recorder(record: RunRecord, module: Any, gradients: Callable[[], dict[nn.Parameter, Tensor | None]]) -> Any:
     class Recorder(library(_namespace(module)).Callback):  # type: ignore[misc]
-        """Keeps losses and the gradients that the optimizer sees."""
+        """Keeps losses and the gradients that the optimizer sees.
 
-        def __init__(self) -> None:
-            self.record = RunRecord(initial=_copies(module))
+        The record is no attribute: tensors by the names of parameters would be taken for averages of these.
+        """
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             names = {p: n for n, p in pl_module.named_parameters()}
-            self.record.gradients.append(
+            record.gradients.append(
                 {names[p]: None if g is None else g.detach().cpu().clone() for p, g in gradients().items()}
             )
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self.record.losses.append(float(trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")))
+            record.losses.append(float(trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")))
 
     return Recorder()

@@ -19,7 +19,9 @@ from lightning_januspipe.testing import RankPool
         slow(2, {"schedule": "gpipe", "num_microbatches": 2, "activation": "recompute"}),
         slow(2, {"schedule": "1f1b-fold", "num_microbatches": 8}),
         slow(2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}),
-        (2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "optimizer"}),
+        slow(2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "optimizer"}),
+        (2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "parameters"}),
+        slow(4, {"pipeline_size": 2, "data_size": 2, "num_microbatches": 4, "shard": "parameters"}),
         slow(4, {"pipeline_size": 2, "schedule": "wavek-zb", "num_microbatches": 4}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,23 @@ import pytest
 import shard_workers as workers
 import torch
 from parity_check import check_parity
-from pools import slow
+from pools import pool_of, slow
 from torch import nn
 
-from lightning_januspipe.runtime import optimizer_shards
-from lightning_januspipe.runtime.optimizer_shards import segments
+from lightning_januspipe.runtime.state_units import Segment, segments
 from lightning_januspipe.testing import RankError, RankPool
 
 SHARDED = {"shard": "optimizer"}
+FULLY = {"shard": "parameters"}
 REPLICAS = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
 GRAPH = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2}
 BOTH = {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "num_microbatches": 2}
 STAGES_AND_REPLICAS = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
 STAGES_AND_GRAPH = {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 2}
+ALL_AXES = {"pipeline_size": 2, "data_size": 2, "graph_size": 2, "num_microbatches": 2}
 
 
-def _lengths(shards: list[list[optimizer_shards.Segment]]) -> list[int]:
+def _lengths(shards: list[list[Segment]]) -> list[int]:
     return [sum(s.end - s.start for s in shard) for shard in shards]
 
 
@@ -39,7 +41,7 @@ def test_segments_cover_every_entry_once(num_shards: int, may_cut: bool) -> None
     covered = [(id(s.parameter), i) for shard in shards for s in shard for i in range(s.start, s.end)]
     assert sorted(covered) == sorted((id(p), i) for p in parameters for i in range(p.numel()))
     if may_cut:
-        assert max(_lengths(shards)) - min(_lengths(shards)) <= 1
+        assert max(_lengths(shards)) == -(-len(covered) // num_shards)
     else:
         assert all(s.is_whole for shard in shards for s in shard)
 
@@ -52,55 +54,88 @@ def test_parameters_whose_memory_is_not_contiguous_stay_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "mesh", "optimizer"),
+    ("devices", "mesh", "optimizer", "level"),
     [
-        (2, REPLICAS, "Adam"),
-        (2, REPLICAS, "Muon"),
-        slow(2, REPLICAS, "SGD"),
-        slow(2, REPLICAS, "Adafactor"),
-        slow(2, GRAPH, "Adam"),
-        (2, GRAPH, "Adafactor"),
-        slow(4, BOTH, "SGD"),
-        slow(4, STAGES_AND_REPLICAS, "SGD"),
-        slow(4, STAGES_AND_REPLICAS, "Muon"),
-        (4, STAGES_AND_GRAPH, "Adam"),
+        (2, REPLICAS, "Adam", SHARDED),
+        (2, REPLICAS, "Muon", FULLY),
+        (2, GRAPH, "Adafactor", SHARDED),
+        (4, STAGES_AND_REPLICAS, "Adam", FULLY),
+        (4, STAGES_AND_GRAPH, "Adam", SHARDED),
+        *(
+            slow(devices, mesh, optimizer, level)
+            for devices, mesh in (
+                *((2, REPLICAS), (2, GRAPH), (4, BOTH), (4, STAGES_AND_REPLICAS), (4, STAGES_AND_GRAPH)),
+                (8, ALL_AXES),
+            )
+            for optimizer in ("Adam", "SGD", "Adafactor", "Muon")
+            for level in (SHARDED, FULLY)
+        ),
     ],
 )
-def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], optimizer: str) -> None:
+def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], optimizer: str, level: dict[str, Any]) -> None:
     module = partial(workers.module, optimizer)
     trainer = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
-    check_parity(pool, devices, workers.data, module, trainer, 5, **mesh, **SHARDED)
+    check_parity(pool, devices, workers.data, module, trainer, 5, **mesh, **level)
 
 
-def test_more_ranks_than_parameters(pool: RankPool) -> None:
+@pytest.mark.parametrize("level", [pytest.param(SHARDED, marks=pytest.mark.slow), FULLY])
+def test_more_ranks_than_parameters(pool: RankPool, level: dict[str, Any]) -> None:
     """Some ranks have nothing to update."""
-    check_parity(pool, 4, workers.data, workers.few_parameters, pipeline_size=1, data_size=4, **SHARDED)
+    check_parity(pool, 4, workers.data, workers.few_parameters, pipeline_size=1, data_size=4, **level)
 
 
-def test_each_rank_has_its_part_of_the_state(pool: RankPool) -> None:
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_each_rank_has_its_part_of_the_state(pool: RankPool, size: int) -> None:
+    """The table of docs/sharded-state.md, between the phases of a step and its optimizer."""
     (alone,) = pool.run(workers.state_bytes, {"pipeline_size": 1}, world_size=1)
     assert alone["state"] > 2 * alone["parameters"] - 100
-    for size in (2, 4):
-        found = pool.run(workers.state_bytes, {"pipeline_size": 1, "data_size": size, **SHARDED}, world_size=size)
+    # Segments end at whole entries, and the three entries that no loss depends on have no state.
+    rest = (size + 3) * 8
+    for level in (SHARDED, FULLY):
+        found = pool.run(workers.state_bytes, {"pipeline_size": 1, "data_size": size, **level}, world_size=size)
         assert sum(f["moments"] for f in found) == alone["moments"]
-        # Segments differ by an entry, and the three entries that no loss depends on have no state.
-        assert max(f["moments"] for f in found) - min(f["moments"] for f in found) <= (1 + 3) * 2 * 8
-        assert all(f["gradients"] <= alone["parameters"] / size + (1 + 3) * 8 for f in found)
+        assert max(f["moments"] for f in found) - min(f["moments"] for f in found) <= 2 * rest
+        assert all(f["gradients"] <= alone["parameters"] / size + rest for f in found)
+        part = alone["parameters"] / size + rest if level is FULLY else alone["parameters"] + 3 * 8
+        assert all(alone["parameters"] / size - rest <= f["held"] <= part for f in found)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "level"),
     [
-        ("updates not gathered", "differs by"),
-        ("sum instead of mean over replicas", "the gradient of .* differs by"),
-        ("shards exchanged", "the gradient of .* differs by"),
+        ("updates not gathered", "differs by", SHARDED),
+        ("gathering skipped", "differs by", FULLY),
+        ("reduction without its factor", "the gradient of .* differs by", FULLY),
+        ("shards exchanged", "the gradient of .* differs by", SHARDED),
     ],
 )
-def test_faults_are_found(pool: RankPool, name: str, message: str) -> None:
+def test_faults_are_found(pool: RankPool, name: str, message: str, level: dict[str, Any]) -> None:
     module = partial(workers.broken, name)
     with pytest.raises(AssertionError, match=message) as error:
-        check_parity(pool, 2, workers.data, module, reference=partial(workers.module, "Adam"), **REPLICAS, **SHARDED)
+        check_parity(pool, 2, workers.data, module, reference=partial(workers.module, "Adam"), **REPLICAS, **level)
     assert not isinstance(error.value, RankError)
+
+
+def test_parameters_between_steps(pool: RankPool) -> None:
+    """They have no values then, and an error says so; a block gives their values, and keeps what it changes."""
+    ((none, expected),) = pool.run(workers.read_between_steps, {"pipeline_size": 1}, world_size=1)
+    assert none == set()
+    graph = {"pipeline_size": 1, "graph_size": 2, **FULLY}
+    for errors, found in pool.run(workers.read_between_steps, graph, world_size=2):
+        (error,) = errors
+        assert error.startswith("potential.energy_model.embedding.weight has no values between two steps")
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_averages_of_parameters(pool: RankPool, tmp_path: Path) -> None:
+    """A callback of Lightning averages parameters between steps, which are whole then."""
+    averaging = {"callbacks": ("average",)}
+    (expected,) = pool.run(checkpoint_workers.train, None, str(tmp_path), averaging, world_size=1)
+    strategy = {**REPLICAS, **FULLY, "num_microbatches": 1}
+    for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), averaging, world_size=2):
+        assert found["ended"] == ""
+        for name, values in expected["state"].items():
+            torch.testing.assert_close(found["state"][name], values, rtol=1e-9, atol=1e-11)
 
 
 def test_norms_of_gradients(pool: RankPool) -> None:
@@ -119,6 +154,12 @@ LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
         {**STAGES_AND_REPLICAS, **SHARDED, "num_microbatches": 1, "save_distributed_checkpoint": True},
         4,
     ),
+    "replicas, fully": ({**REPLICAS, **FULLY, "num_microbatches": 1}, 2),
+    "stages and replicas, fully": ({**STAGES_AND_REPLICAS, **FULLY, "num_microbatches": 1}, 4),
+    "stages and replicas, fully, folder": (
+        {**STAGES_AND_REPLICAS, **FULLY, "num_microbatches": 1, "save_distributed_checkpoint": True},
+        4,
+    ),
 }
 
 
@@ -131,6 +172,13 @@ LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
         slow("stages and replicas", "replicas"),
         slow("stages and replicas, sharded", "stages and replicas"),
         slow("replicas", "stages and replicas, folder"),
+        ("stages and replicas, fully, folder", "replicas, fully"),
+        slow("replicas, fully", "plain"),
+        slow("plain", "stages and replicas, fully"),
+        slow("stages and replicas", "replicas, fully"),
+        slow("replicas", "stages and replicas, fully"),
+        slow("stages and replicas, fully", "replicas"),
+        slow("stages and replicas, fully", "stages and replicas"),
     ],
 )
 def test_goes_on_from_a_checkpoint(
@@ -139,12 +187,41 @@ def test_goes_on_from_a_checkpoint(
     """A checkpoint of one level is read by every other one."""
     saving = {"callbacks": ("every step",), "stop": ("exception", 4, None)}
     strategy, devices = LEVELS[before]
-    pool.run(checkpoint_workers.train, strategy, str(tmp_path), saving, world_size=devices)
+    for stopped in pool.run(checkpoint_workers.train, strategy, str(tmp_path), saving, world_size=devices):
+        assert stopped["ended"] == "RuntimeError: a callback has failed"
     strategy, devices = LEVELS[after]
     for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"resume": "last"}, world_size=devices):
         assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
         for name, expected in uninterrupted["state"].items():
             torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("after", ["plain", "replicas", "stages and replicas, fully"])
+def test_killed_at_a_random_step(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, seed: int, after: str
+) -> None:
+    """All ranks of parameters in shards are killed, and training goes on elsewhere."""
+    chosen = random.Random(seed)
+    strategy, devices = LEVELS[chosen.choice(["stages and replicas, fully", "stages and replicas, fully, folder"])]
+    stop = {"stop": ("sigkill", chosen.randrange(2, 8), None)}
+    with pool_of(devices) as mortal, pytest.raises(RankError):
+        mortal.run(checkpoint_workers.train, strategy, str(tmp_path), stop, world_size=devices)
+    strategy, devices = LEVELS[after]
+    for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"resume": "last"}, world_size=devices):
+        assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
+        for name, expected in uninterrupted["state"].items():
+            torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_nothing_is_gathered_for_a_folder(pool: RankPool, tmp_path: Path) -> None:
+    """Each rank writes its part of parameters and optimizer state."""
+    strategy, devices = LEVELS["stages and replicas, fully, folder"]
+    gathered = pool.run(workers.train_without_gathering, strategy, str(tmp_path), world_size=devices)
+    assert gathered == [0] * devices
+    names = {path.name for path in (tmp_path / "last.ckpt").iterdir()}
+    assert {f"__{rank}_0.distcp" for rank in range(devices)} <= names
 
 
 def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) -> None:

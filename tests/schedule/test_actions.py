@@ -6,9 +6,20 @@ from hypothesis import strategies as st
 from schedule_models import actions, messages_from, schedule_of
 
 from lightning_januspipe.schedule import Action, Phase, Schedule
-from lightning_januspipe.schedule.actions import CRITICAL_PHASES, Message, dependencies, predecessor, successor
+from lightning_januspipe.schedule.actions import (
+    COMPUTED_PHASES,
+    CRITICAL_PHASES,
+    STATE_CHANGES,
+    WHOLE_STEP,
+    Message,
+    dependencies,
+    predecessor,
+    successor,
+)
 
-ACTIONS = st.builds(Action, st.sampled_from(Phase), st.integers(0, 40), st.integers(0, 200))
+ACTIONS = st.builds(Action, st.sampled_from(COMPUTED_PHASES), st.integers(0, 40), st.integers(0, 200)) | st.builds(
+    Action, st.sampled_from(STATE_CHANGES), st.integers(0, 40), st.just(WHOLE_STEP)
+)
 
 
 @st.composite
@@ -30,9 +41,12 @@ def test_action_text_round_trips(action):
 def test_action_text_is_compact():
     assert str(Action(Phase.FE, 0, 3)) == "FE0.3"
     assert Action.parse(" WE12.30 ") == Action(Phase.WE, 12, 30)
+    assert str(Action(Phase.REDUCE, 3, WHOLE_STEP)) == "REDUCE3"
 
 
-@pytest.mark.parametrize("text", ["", "FE", "FE0", "FE0.", "XX0.1", "FE-1.0", "fe0.1", "FE0.1.2", "FE 0.1"])
+@pytest.mark.parametrize(
+    "text", ["", "FE", "FE0", "FE0.", "XX0.1", "FE-1.0", "fe0.1", "FE0.1.2", "FE 0.1", "REDUCE0.1", "REDUCE"]
+)
 def test_action_parse_refuses_other_text(text):
     with pytest.raises(ValueError, match=r"FE0\.3"):
         Action.parse(text)

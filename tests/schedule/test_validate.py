@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_models import COSTS, MEASURED, NAMES, actions, can_execute, schedule_of, waits_for
 
-from lightning_januspipe.schedule import Action, Phase, ScheduleError, build_schedule, simulate, validate_schedule
-from lightning_januspipe.schedule.actions import predecessor
+from lightning_januspipe.schedule import Action, ScheduleError, build_schedule, simulate, validate_schedule
+from lightning_januspipe.schedule.actions import COMPUTED_PHASES, predecessor
 
 VERDICTS = settings(max_examples=250, deadline=None)
 
@@ -64,7 +64,7 @@ def _corrupted(draw):
         changed = draw(
             st.sampled_from(
                 [
-                    action._replace(phase=draw(st.sampled_from(Phase))),
+                    action._replace(phase=draw(st.sampled_from(COMPUTED_PHASES))),
                     action._replace(stage=draw(st.integers(-1, schedule.num_stages))),
                     action._replace(microbatch=draw(st.integers(-1, schedule.num_microbatches))),
                 ]

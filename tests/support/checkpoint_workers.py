@@ -167,7 +167,7 @@ def _train(
     chosen = [CALLBACKS[name](folder) for name in callbacks]
     chosen += [Stop(*stop)] if stop else []
     num_replicas = 1 if strategy is None else strategy.get("data_size", 1)
-    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60, **(strategy or {})}
+    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60, "shard": "none", **(strategy or {})}
     residents = Residents()
     lightning.seed_everything(1, verbose=False)
     trainer = quiet_trainer(
@@ -193,7 +193,10 @@ def _train(
         "bytes": residents.bytes,
         "resumed": str(trainer.ckpt_path or ""),
         "metrics": plain(trainer.callback_metrics),
-        "state": {k: v.clone() for k, v in module.state_dict().items()},
+        # After an exception parameters in shards stay there.
+        "state": {}
+        if ended and given["shard"] == "parameters"
+        else {k: v.clone() for k, v in module.state_dict().items()},
     }
 
 

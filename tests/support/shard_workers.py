@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import checkpoint_workers
 import tiny
 import torch
 from lightning.pytorch import LightningModule
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from lightning_januspipe import JanusPipeStrategy
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
+from lightning_januspipe.runtime.state_units import StateUnit
+from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_januspipe.strategy.gradient_norm import grad_norm
+from lightning_januspipe.strategy.whole_parameters import whole_parameters
 from lightning_januspipe.testing import quiet_trainer
 
 
@@ -86,7 +90,10 @@ def _look_at(strategy: dict[str, Any], look: Callable[[Any, Any], dict[str, floa
 
 
 def state_bytes(strategy: dict[str, Any]) -> dict[str, float]:
-    """Returns bytes of trained parameters, and of this rank's gradients and optimizer state, in the second step."""
+    """Returns bytes of trained parameters, and of what this rank has of them, their gradients and optimizer state.
+
+    They are counted in the second step, before the optimizer steps. Parameters count with the memory that they have.
+    """
 
     def look(pl_module: Any, optimizer: Any) -> dict[str, float]:
         states = [t for s in optimizer.state.values() for t in s.values()]
@@ -96,12 +103,71 @@ def state_bytes(strategy: dict[str, Any]) -> dict[str, float]:
         gradients += [g for g in of_parameters if not any(g is other for other in gradients)]
         return {
             "parameters": _bytes(used),
+            "held": _storages([*used, *(p for g in optimizer.param_groups for p in g["params"])]),
             "state": _bytes(states),
             "moments": _bytes([t for s in optimizer.state.values() for k, t in s.items() if k != "step"]),
             "gradients": _bytes(gradients),
         }
 
     return _look_at(strategy, look)
+
+
+class _Reader(Callback):
+    """Reads and changes a parameter between steps, and tries to do so without asking for it."""
+
+    def __init__(self) -> None:
+        self.errors: set[str] = set()
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        weight = pl_module.potential.energy_model.embedding.weight
+        assert isinstance(weight, nn.Parameter) and weight.shape[0] > 1 and weight.requires_grad
+        for read in (weight.sum, weight.detach, lambda: weight * 2, lambda: weight.data):
+            try:
+                read()
+            except RuntimeError as error:
+                self.errors.add(str(error))
+        with whole_parameters(pl_module), torch.no_grad():
+            weight.clamp_(-0.5, 0.5)
+            self.values.append(float(weight.sum()))
+
+
+def read_between_steps(strategy: dict[str, Any]) -> tuple[set[str], list[float]]:
+    """Returns the errors of reading parameters between steps, and values that were read in a block for it."""
+    reader = _Reader()
+    shape = int(strategy.get("data_size", 1)) * int(strategy.get("graph_size", 1))
+    trainer = quiet_trainer(
+        strategy=JanusPipeStrategy(**strategy), devices=shape, max_steps=4, limit_val_batches=0, callbacks=[reader]
+    )
+    made = module("Adam")
+    trainer.fit(made, data())
+    reader.values.append(float(made.potential.energy_model.embedding.weight.detach().sum()))
+    return reader.errors, reader.values
+
+
+def train_without_gathering(strategy: dict[str, Any], folder: str) -> int:
+    """Trains and saves a folder after each step; returns how often a whole state was gathered for that."""
+    calls = []
+    whole, gather = OptimizerShards.whole_states, CheckpointHooks.lightning_module_state_dict
+
+    def counted(self: OptimizerShards, optimizer: Any) -> Any:
+        calls.append("states")
+        return whole(self, optimizer)
+
+    def watched(self: Any) -> Any:
+        before = [p.untyped_storage().nbytes() for p in self.lightning_module.parameters()]
+        state = gather(self)
+        if [p.untyped_storage().nbytes() for p in self.lightning_module.parameters()] != before:
+            calls.append("parameters")
+        return state
+
+    with (
+        patch.object(OptimizerShards, "whole_states", counted),
+        patch.object(CheckpointHooks, "lightning_module_state_dict", watched),
+    ):
+        ended = checkpoint_workers.train(strategy, folder, {"num_steps": 2})["ended"]
+    assert not ended, ended
+    return len(calls)
 
 
 def norms(strategy: dict[str, Any]) -> dict[str, float]:
@@ -113,29 +179,55 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _without_updates(self: StateUnit, keep: bool) -> None:
+    """Lets the optimizer's updates stay on their ranks."""
+
+
+def _stale_gathering(self: StateUnit) -> None:
+    """Takes the memory of parameters back, but not the values of other ranks."""
+    memory = self._memory
+    if memory is not None and not memory.is_there:
+        memory._whole.untyped_storage().resize_(memory._num_bytes)
+        memory._own_part().copy_(memory.own)
+        memory.work = Mock()
+
+
+def _without_factor(self: StateUnit, scale: float) -> None:
+    _FINISH(self, 1.0)
+
+
+def _exchanged(self: StateUnit, scale: float) -> None:
+    _FINISH(self, scale)
+    for leaf in self.leaves.values():
+        if leaf.grad is not None:
+            leaf.grad = leaf.grad.reshape(-1).flip(0).view_as(leaf)
+
+
+def _shifted(self: OptimizerShards, parameter: nn.Parameter, state: Any) -> Any:
+    return {k: v.roll(1) if v.dim() else v for k, v in _PART_OF_STATE(self, parameter, state).items()}
+
+
+_FINISH, _PART_OF_STATE = StateUnit.finish_reduction, OptimizerShards.part_of_state
+
+FAULTS: dict[str, tuple[type, str, Any]] = {
+    "updates not gathered": (StateUnit, "spread_updates", _without_updates),
+    "gathering skipped": (StateUnit, "start_gathering", _stale_gathering),
+    "reduction without its factor": (StateUnit, "finish_reduction", _without_factor),
+    "shards exchanged": (StateUnit, "finish_reduction", _exchanged),
+    "shard loaded in the wrong place": (OptimizerShards, "part_of_state", _shifted),
+}
+
+
+def _storages(tensors: list[Tensor]) -> int:
+    """Returns the bytes of the memory of tensors, that of views once."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
 def broken(name: str) -> Any:
     """Returns a module that trains with one fault of the shards."""
     made = module("Adam")
-    if name == "updates not gathered":
-        fault = patch.object(OptimizerShards, "gather", lambda self: None)
-    elif name == "sum instead of mean over replicas":
-        reduce = OptimizerShards.reduce_gradients
-
-        def summed(self: OptimizerShards) -> None:
-            reduce(self)
-            for leaf in self.leaves.values():
-                if leaf.grad is not None:
-                    leaf.grad *= 2
-
-        fault = patch.object(OptimizerShards, "reduce_gradients", summed)
-    else:
-        scattered = OptimizerShards._scattered
-
-        def exchanged(self: OptimizerShards, shards: Any, value: Any) -> Any:
-            found = scattered(self, shards, value)
-            return [(s, v.flip(0)) for s, v in found]
-
-        fault = patch.object(OptimizerShards, "_scattered", exchanged)
+    fault = patch.object(*FAULTS[name])
     made.on_train_epoch_start = lambda: fault.start()
     made.teardown = lambda stage: fault.stop()
     return made

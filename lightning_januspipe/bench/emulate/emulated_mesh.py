@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 
 from lightning_januspipe.bench.emulate.mesh_rank import MeshRecord, MeshWork, emulate_mesh_rank
 from lightning_januspipe.engine.timeline import Span, recorded_report
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.schedule import PhaseCosts, Report, Schedule, simulate
-from lightning_januspipe.schedule.costs import Costs, action_times
+from lightning_januspipe.schedule import PhaseCosts, Report, Schedule, StateCosts, simulate
+from lightning_januspipe.schedule.costs import Costs, State, action_times, state_per_stage
 from lightning_januspipe.testing import RankPool
 
 
@@ -77,6 +77,7 @@ def emulate_mesh(
     seconds_per_unit: float,
     message_bytes: int = 1024,
     pool: RankPool | None = None,
+    state: State | None = None,
 ) -> EmulatedMesh:
     """Runs steps on an emulated mesh, one process for each rank.
 
@@ -94,6 +95,8 @@ def emulate_mesh(
         seconds_per_unit: Seconds in one unit of the costs.
         message_bytes: Bytes of the boundary between two stages.
         pool: The processes; None starts some for this call.
+        state: Costs of the changes of sharded state, if the schedule has any. They are real collectives of a few bytes
+            that take the given time beside the phases, and take the place of the reduction at the end.
 
     Raises:
         ValueError: An argument is not positive, the work does not fit the mesh and the schedule, or the pool has too
@@ -112,7 +115,8 @@ def emulate_mesh(
     for work in steps:
         _check(work, shape, schedule)
     seconds = in_seconds(costs, seconds_per_unit)
-    simulated = [_simulated(schedule, seconds, work) for work in steps]
+    changes = None if state is None else state_in_seconds(schedule, state, seconds_per_unit)
+    simulated = [_simulated(schedule, seconds, work, changes) for work in steps]
     # A rank may have to wait for a whole step; the rest is for what else the machine does.
     timeout = 60 + 3 * max(simulated)
     with nullcontext(pool) if pool is not None else device_pool(shape.size) as ranks:
@@ -124,6 +128,7 @@ def emulate_mesh(
             list(steps),
             message_bytes,
             timedelta(seconds=timeout),
+            changes,
             world_size=shape.size,
             timeout=120 + timeout + 3 * sum(simulated),
         )
@@ -143,8 +148,9 @@ def _check(work: MeshWork, shape: MeshShape, schedule: Schedule) -> None:
             raise ValueError("a micro-batch is sharded, but there is one graph rank")
 
 
-def _simulated(schedule: Schedule, costs: Costs, work: MeshWork) -> float:
-    return max(simulate(schedule, costs, weights=[max(entry.loads) for entry in mine]).makespan for mine in work)
+def _simulated(schedule: Schedule, costs: Costs, work: MeshWork, state: State | None) -> float:
+    loads = [[max(entry.loads) for entry in mine] for mine in work]
+    return max(simulate(schedule, costs, weights=weights, state=state).makespan for weights in loads)
 
 
 def _evaluated(
@@ -170,7 +176,7 @@ def _evaluated(
         for rank, spans in enumerate(step.actions):
             _, data, graph = shape.coordinates(rank)
             met = {span.action: span.end - span.start for span in step.exchanges[rank]}
-            for span in spans:
+            for span in (span for span in spans if not span.action.changes_state):
                 load = work[data][span.action.microbatch].loads[graph]
                 sleep = load * asked(span.action.phase, span.action.stage)
                 oversleeps.append(span.end - span.start - met.get(span.action, 0.0) - sleep)
@@ -226,12 +232,18 @@ def in_seconds(costs: Costs, seconds_per_unit: float) -> PhaseCosts | list[Phase
     return scaled(costs) if isinstance(costs, PhaseCosts) else [scaled(entry) for entry in costs]
 
 
+def state_in_seconds(schedule: Schedule, state: State, seconds_per_unit: float) -> list[StateCosts]:
+    """Returns the costs of the sharded state of every stage, in seconds."""
+    entries = state_per_stage(state, schedule.num_ranks, schedule.num_stages)
+    return [replace(e, gather=e.gather * seconds_per_unit, reduce=e.reduce * seconds_per_unit) for e in entries]
+
+
 def pauses(schedule: Schedule, report: Report) -> tuple[list[float], list[float]]:
     """Returns the times from the end of an action to the next start: on another rank that waited, and on the same."""
     handovers, turnarounds = [], []
     for order in schedule.actions:
         free: float | None = None
-        for action in order:
+        for action in (action for action in order if not action.changes_state):
             came = max((report.end[m.source] for m in schedule.received(action)), default=None)
             if came is not None and (free is None or came > free):
                 handovers.append(report.start[action] - came)

@@ -17,6 +17,7 @@ from lightning_januspipe.bench.emulate.emulated_stage import (
     EmulationError,
     emulated_stages,
 )
+from lightning_januspipe.bench.emulate.emulated_state import EmulatedState
 from lightning_januspipe.bench.emulate.rank import (
     check_order,
     common_start,
@@ -31,7 +32,8 @@ from lightning_januspipe.engine.timeline import ActionRecorder, Span
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.build_pipeline import pipeline_links
 from lightning_januspipe.schedule import Action, Phase, Schedule
-from lightning_januspipe.schedule.costs import Costs, action_times
+from lightning_januspipe.schedule.actions import COMPUTED_PHASES
+from lightning_januspipe.schedule.costs import Costs, State, action_times, state_per_stage
 
 _CPU = torch.device("cpu")
 _GRADIENT = 64  # entries
@@ -129,6 +131,7 @@ def emulate_mesh_rank(
     steps: Sequence[MeshWork],
     message_bytes: int,
     timeout: timedelta,
+    state: State | None = None,
 ) -> MeshRecord:
     """Connects a rank, runs the first step without sleeping, then all steps with it.
 
@@ -139,10 +142,11 @@ def emulate_mesh_rank(
         steps: For every step, the micro-batches of all replicas.
         message_bytes: Bytes of the boundary between two stages.
         timeout: Longest wait for another rank.
+        state: Times of the changes of sharded state in seconds, if the schedule has any.
     """
     dist.init_process_group("gloo", timeout=timeout)
     mesh = Mesh(shape, dist.get_rank(), _CPU, timeout)
-    rank = _MeshRank(mesh, schedule, costs, message_bytes, timeout)
+    rank = _MeshRank(mesh, schedule, costs, message_bytes, timeout, state)
     try:
         return rank.run(steps)
     except BaseException:
@@ -154,20 +158,33 @@ def emulate_mesh_rank(
 class _MeshRank:
     """Holds the executor of one rank, with its stages and its groups."""
 
-    def __init__(self, mesh: Mesh, schedule: Schedule, costs: Costs, message_bytes: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        schedule: Schedule,
+        costs: Costs,
+        message_bytes: int,
+        timeout: timedelta,
+        state: State | None,
+    ) -> None:
         self._mesh, self._schedule = mesh, schedule
         spec, functions = emulated_stages(schedule.num_stages, message_bytes)
         times = action_times(schedule, costs)
         self._ran: list[Action] = []
         self._stages: dict[int, EmulatedStage] = {}
         for s in schedule.stages_of(mesh.pipeline_rank):
-            seconds = {phase: times(phase, s) for phase in Phase}
+            seconds = {phase: times(phase, s) for phase in COMPUTED_PHASES}
             kind = EmulatedSplitStage if schedule.is_split(s) else EmulatedStage
             self._stages[s] = kind(functions[s], schedule.num_stages, seconds, self._ran)
         self._message_bytes, self._timeout = message_bytes, timeout
         self._links = pipeline_links(mesh) if mesh.shape.size > 1 else None
         self._executor = Executor(mesh.pipeline_rank, self._stages, spec, self._links, timeout)
         self._executor.recorder = self._recorder = ActionRecorder(_CPU)
+        self._state: EmulatedState | None = None
+        if state is not None:
+            of_stages = state_per_stage(state, schedule.num_ranks, schedule.num_stages)
+            self._state = EmulatedState(mesh, dict(enumerate(of_stages)))
+            self._executor.state = self._state
         self._exchange = None if mesh.graph_group is None else GraphExchange(mesh.graph_group)
         self._gradient = nn.Parameter(torch.zeros(_GRADIENT, dtype=torch.float64))
         for stage in self._stages.values():
@@ -178,6 +195,8 @@ class _MeshRank:
         self._executor.close()
         if self._exchange is not None:
             self._exchange.close()
+        if self._state is not None:
+            self._state.close()
 
     def run(self, steps: Sequence[MeshWork]) -> MeshRecord:
         """Runs all steps, after the first one without sleeping."""
@@ -205,6 +224,8 @@ class _MeshRank:
             self._exchange.work, self._exchange.spans = mine, (spans := [])
         inputs, loss = step_data(self._schedule, number * mesh.shape.data + mesh.data_rank)
         self._ran.clear()
+        if self._state is not None:
+            self._state.step, self._state.factor = number, float(number > 0)
         self._gradient.grad = self._own_gradient(number, mesh.rank)
         start = common_start()
         self._recorder.reset()
@@ -213,11 +234,13 @@ class _MeshRank:
         began = time.perf_counter()
         self._reduce()
         ended, used = time.perf_counter(), time.process_time() - before
-        self._check_gradient(number)
+        if self._state is None:
+            self._check_gradient(number)
         shift = self._recorder.began - start
         ran = [Span(span.action, span.start + shift, span.end + shift) for span in self._recorder.spans()]
-        check_order(mesh.rank, self._ran, self._schedule.actions[mesh.pipeline_rank])
-        check_order(mesh.rank, [span.action for span in ran], self._ran)
+        order = self._schedule.actions[mesh.pipeline_rank]
+        check_order(mesh.rank, self._ran, [action for action in order if not action.changes_state])
+        check_order(mesh.rank, [s.action for s in ran if not s.action.changes_state], self._ran)
         if number:
             record.actions.append(ran)
             record.exchanges.append([Span(s.action, s.start - start, s.end - start) for s in spans])
@@ -225,7 +248,13 @@ class _MeshRank:
             record.cpu.append(used)
 
     def _reduce(self) -> None:
-        """Reduces the gradient as in training: the sum over graph ranks, the mean over replicas."""
+        """Reduces the gradient as in training: the sum over graph ranks, the mean over replicas.
+
+        If state is sharded, reductions are under way already, and it waits for them.
+        """
+        if self._state is not None:
+            self._state.finish()
+            return
         if self._mesh.graph_group is not None:
             reduce_gradients([self._gradient], self._mesh.graph_group)
         if self._mesh.shape.data > 1:

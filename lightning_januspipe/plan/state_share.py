@@ -1,0 +1,50 @@
+"""Predicts what each level of sharded state takes on a rank, in bytes and in messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from lightning_januspipe.schedule.state_actions import ShardLevel
+
+LEVELS: tuple[ShardLevel, ...] = get_args(ShardLevel)
+
+
+@dataclass(frozen=True)
+class StateShare:
+    """Holds the bytes of the state of one stage on one of the ranks that hold it.
+
+    Attributes:
+        level: What these ranks share.
+        num_ranks: Their number, D·G.
+        in_phases: Parameters, gradients and optimizer state while phases run.
+        between: The same while the optimizer steps.
+        sent: Bytes that the rank sends in a step.
+        num_messages: Messages that the rank sends in a step, if collectives pass shards on in a ring.
+    """
+
+    level: ShardLevel
+    num_ranks: int
+    in_phases: float
+    between: float
+    sent: float
+    num_messages: int
+
+
+def state_share(level: ShardLevel, num_ranks: int, parameters: float, state: float) -> StateShare:
+    """Returns what a level takes on a rank.
+
+    Args:
+        level: What the ranks that hold a stage share.
+        num_ranks: The number of these ranks.
+        parameters: Bytes of the stage's parameters; its gradients are as many.
+        state: Bytes of the optimizer state of the whole stage.
+    """
+    part = 1 / num_ranks
+    kept = state if level == "none" else state * part
+    own = parameters * part if level == "parameters" else 0.0  # the rank's own part, beside the gathered parameters
+    between = own or parameters
+    between += parameters if level == "none" else parameters * part
+    # An all-reduce is a reduce-scatter and an all-gather; so each level sends the same.
+    passes = 2 * (num_ranks - 1)
+    return StateShare(level, num_ranks, 2 * parameters + own + kept, between + kept, passes * parameters * part, passes)
