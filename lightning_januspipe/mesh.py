@@ -174,6 +174,15 @@ class Mesh:
             dist.all_gather_object(found, mine, group=self.control_group)
         return found
 
+    def gathered_over_graph(self, mine: _T, what: str) -> list[_T]:
+        """Returns an object of every graph rank of this rank's stages, on all of these ranks; arguments as above."""
+        if self.graph_group is None:
+            return [mine]
+        found: list[Any] = [None] * self.shape.graph
+        with waiting(what, self.graph_group):
+            dist.all_gather_object(found, mine, group=self.graph_group)
+        return found
+
     def abort(self) -> None:
         """Closes this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True

@@ -18,6 +18,16 @@ Body = Callable[[Sequence[Any], Sequence[Tensor]], StageOutput]
 """A stage as a pure function of the values that it reads and of its boundary."""
 
 
+class TracedExchangeSpec(Protocol):
+    """Describes an exchange between graph ranks among the values of a stage: graphs take it as sizes."""
+
+    def example(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """Returns the sizes that it adds to those of an example call, by their symbols."""
+
+    def traced(self, sizes: Mapping[str, Any]) -> Any:
+        """Returns what a trace takes in its place, made of symbolic sizes."""
+
+
 class TraceableStage(StageFunction, Protocol):
     """Has phases that can be traced, and says which tensors it reads beside its boundary."""
 
@@ -34,8 +44,19 @@ class TraceableStage(StageFunction, Protocol):
         """Maps each size symbol to the (position, dimension) of the call's tensor that defines it."""
 
     @property
-    def value_specs(self) -> Sequence[TensorSpec]:
+    def rows_of_symbols(self) -> Mapping[str, str]:
+        """Maps each size symbol that counts rows of which a graph rank has its own to the class of these rows."""
+
+    @property
+    def value_specs(self) -> Sequence[TensorSpec | TracedExchangeSpec]:
         """Returns the specs of :meth:`values`, in the size symbols."""
+
+    def sizes(self, tensors: Sequence[Any]) -> Sequence[Mapping[str, int]]:
+        """Returns the values of all size symbols for one call's tensors: on this rank, then on the other graph ranks.
+
+        Args:
+            tensors: the potential call's tensors.
+        """
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """Returns all tensors that the stage reads: parameters, buffers, constants and those of the batch.
@@ -52,7 +73,7 @@ class StageBlueprint:
     Attributes:
         body: the stage's operations.
         values: specs of the values that the joint graph takes, each once.
-        sources: for each of the stage's values its position among those taken.
+        sources: for each of the stage's values its position among those taken, or the exchange that it is.
         trained: positions of the trainable parameters among those taken, in the stage's order.
         boundary_in: specs of the boundary received.
         boundary_out: specs of the boundary sent.
@@ -68,7 +89,7 @@ class StageBlueprint:
 
     body: Body
     values: tuple[TensorSpec, ...]
-    sources: tuple[int, ...]
+    sources: tuple[int | TracedExchangeSpec, ...]
     trained: tuple[int, ...]
     boundary_in: tuple[TensorSpec, ...]
     boundary_out: tuple[TensorSpec, ...]
@@ -80,6 +101,12 @@ class StageBlueprint:
     groups: tuple[tuple[str, ...], ...]
     constants: Mapping[str, int]
     hints: tuple[int, ...]
+
+    @property
+    def example(self) -> dict[str, int]:
+        """Returns the values of all size symbols in the example call."""
+        sizes = {symbol: hint for group, hint in zip(self.groups, self.hints, strict=True) for symbol in group}
+        return {**sizes, **self.constants}
 
     def digest(self) -> str | None:
         """Returns 64 hexadecimal digits that tell this stage from all others; None where its operations have no text.
@@ -106,18 +133,28 @@ def blueprint(
         second: the same in a call with other sizes.
         device: type of the device that the stage runs on.
     """
-    groups, constants = agree(first, second, {s: d == 0 for s, (_, d) in function.symbols.items()})
+    specs = function.value_specs
+    added: dict[str, int] = {}
+    for spec in specs:
+        if not isinstance(spec, TensorSpec):
+            added |= spec.example(first)
+    leading = {**{s: d == 0 for s, (_, d) in function.symbols.items()}, **dict.fromkeys(added, True)}
+    first = {**first, **added}
+    groups, constants = agree(first, {**second, **added}, leading, function.rows_of_symbols)
     values = function.values([None] * function.num_tensors)  # parameters tell by themselves which are the same
-    places = first_places(values)
+    places = first_places(values, specs)
     of_parameter = {id(values[place]): i for i, place in enumerate(places) if isinstance(values[place], nn.Parameter)}
     of_place = {place: i for i, place in enumerate(places)}
+    sources = [
+        of_parameter.get(id(v), of_place.get(i, -1)) if isinstance(spec, TensorSpec) else spec
+        for i, (v, spec) in enumerate(zip(values, specs, strict=True))
+    ]
     num_out = len(function.boundary_out)
     dependence = chain.dependence[function.index] if chain.dependence and num_out else None
-    specs = function.value_specs
     return StageBlueprint(
         body=function.body,
-        values=tuple(specs[i] for i in places),
-        sources=tuple(of_parameter.get(id(v), of_place.get(i, -1)) for i, v in enumerate(values)),
+        values=tuple(spec for spec in (specs[i] for i in places) if isinstance(spec, TensorSpec)),
+        sources=tuple(sources),
         trained=tuple(of_parameter[id(p)] for p in function.parameters),
         boundary_in=tuple(function.boundary_in),
         boundary_out=tuple(function.boundary_out),
@@ -132,15 +169,14 @@ def blueprint(
     )
 
 
-def first_places(values: Sequence[Any]) -> tuple[int, ...]:
-    """Returns the positions of the values that graphs take: a parameter that is read under several names is one."""
+def first_places(values: Sequence[Any], specs: Sequence[TensorSpec | TracedExchangeSpec]) -> tuple[int, ...]:
+    """Returns the positions of the tensors that graphs take: a parameter that is read under several names is one."""
     first = {id(v): i for i, v in reversed(list(enumerate(values)))}
-    return tuple(i for i, v in enumerate(values) if not isinstance(v, nn.Parameter) or first[id(v)] == i)
-
-
-def bind(function: TraceableStage, tensors: Sequence[Any]) -> dict[str, int]:
-    """Returns the values of a stage's size symbols for one call's tensors."""
-    return {s: tensors[i].shape[d] for s, (i, d) in function.symbols.items()}
+    return tuple(
+        i
+        for i, (v, spec) in enumerate(zip(values, specs, strict=True))
+        if isinstance(spec, TensorSpec) and (not isinstance(v, nn.Parameter) or first[id(v)] == i)
+    )
 
 
 def fake_device(kind: str) -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_januspipe.compiled.blueprint import TraceableStage, bind, first_places
+from lightning_januspipe.compiled.blueprint import TraceableStage, first_places
 from lightning_januspipe.compiled.joint import shape_of
 from lightning_januspipe.compiled.phase_graphs import PhaseSignature, StagePhases
 from lightning_januspipe.compiled.ports import Kind, Port
@@ -34,12 +34,14 @@ class _Inflight:
     Attributes:
         sizes: values of the size symbols.
         known: values by their names in the joint graph: sizes, parameters, the batch, what arrived, and what was kept.
+        values: what the stage reads; exchanges, of which graphs know the handles only, exist as long as they are here.
         done: the phases that have run.
         absent: cotangents that the loss does not depend on, for which zeros were taken.
     """
 
     sizes: Mapping[str, int]
     known: dict[str, Any]
+    values: Sequence[Any]
     done: set[Phase] = field(default_factory=set)
     absent: set[Port] = field(default_factory=set)
 
@@ -121,19 +123,21 @@ class CompiledStage(Stage):
         self, microbatch: int, tensors: Sequence[Any], boundary: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs FE; see :meth:`~lightning_januspipe.engine.stage.Stage.forward_energy`."""
-        sizes = bind(self._traceable, tensors)
-        reason = self._phases.sizes.misfit(sizes)
+        sizes, *of_others = self._traceable.sizes(tensors)
+        # Graph ranks run the same exchanges only if a micro-batch that does not fit on one is eager on all of them.
+        misfits = (self._phases.sizes.misfit(s) for s in (sizes, *of_others))
+        reason = next((r for r in misfits if r is not None), None)
         if reason is not None:
             self._note_misfit(reason)
             self._eagerly.add(microbatch)
             return super().forward_energy(microbatch, tensors, boundary)
         values = self._traceable.values(tensors)
-        self._places = self._places or first_places(values)
+        self._places = self._places or first_places(values, self._traceable.value_specs)
         names = self._names.get(Kind.VALUE, ())
         known: dict[str, Any] = {name: values[self._places[i]].detach().contiguous() for i, name in names}
         of_graphs = self._phases.sizes.values(sizes)
         known |= {name: of_graphs[i] for i, name in self._names.get(Kind.SIZE, ())}
-        self._running[microbatch] = _Inflight(sizes, known)
+        self._running[microbatch] = _Inflight(sizes, known, values)
         if not self._runnable.is_verified and not self._twins:
             assert self._runnable.tolerance is not None
             self._twins[microbatch] = EagerTwin(self.function, self._autocast, self._runnable.tolerance)

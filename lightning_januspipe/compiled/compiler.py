@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
 from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
+from lightning_januspipe.compiled.exchanges import exchange_order, first_difference
 from lightning_januspipe.compiled.joint import Joint, trace_joint
 from lightning_januspipe.compiled.minimum_cut import Activation
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, StagePhases, phase_graphs
@@ -62,12 +63,25 @@ class CompileReport:
     eager: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """Says how a rank has compiled a stage.
+
+    Attributes:
+        refused: why it runs eagerly; empty where it is compiled.
+        order: the exchanges of each phase; see :func:`~.exchanges.exchange_order`.
+    """
+
+    refused: str
+    order: dict[str, list[str]]
+
+
 @dataclass
 class StageCompiler:
     """Makes the stages of one rank (a :data:`~lightning_januspipe.engine.single_process.StageFactory`).
 
-    A stage that cannot be compiled runs eagerly. Compiled phases are kept, so that a later pipeline of the same capture
-    compiles nothing.
+    A stage that cannot be compiled runs eagerly, on all of its graph ranks if one of them cannot. Compiled phases are
+    kept, so that a later pipeline of the same capture compiles nothing.
 
     Attributes:
         sizes: the values of all size symbols in two example calls, the usual one first.
@@ -78,7 +92,7 @@ class StageCompiler:
         trains: also compile BF and BE.
         tolerance: what rounding explains of a difference from the eager phases, relative to the scale of a value.
         cache: the folder in which inductor keeps what it compiles; None for inductor's own.
-        why_eager: why no stage of this rank can be compiled, if that is known before.
+        over_ranks: returns an object of every graph rank of this rank's stages, on all of them.
         interprets: run the graphs operation by operation instead of compiling them, to measure what they keep.
         joints: the joint graphs of the stages, which several compilers of the same stages may share.
         compiled: the compiled stages, by index.
@@ -95,7 +109,7 @@ class StageCompiler:
     trains: bool = True
     tolerance: float | None = None
     cache: Path | None = None
-    why_eager: str = ""
+    over_ranks: Callable[[_Compiled], list[_Compiled]] = lambda mine: [mine]
     interprets: bool = False
     joints: dict[int, Joint] = field(default_factory=dict)
     compiled: dict[int, PhaseRunners] = field(default_factory=dict)
@@ -126,32 +140,50 @@ class StageCompiler:
         return CompileReport(len(self.compiled), self.seconds, self.cpu_seconds, tuple(eager))
 
     def _compile(self, function: StageFunction, chain: ChainSpec) -> None:
-        reason = self.why_eager or ("" if hasattr(function, "body") else "it is made of Python code, not of a trace")
+        """Compiles a stage, on all of its graph ranks or on none.
+
+        Raises:
+            CaptureError: the graph ranks have other exchanges, or another order of them.
+        """
+        index = function.index
+        order: dict[str, list[str]] = {}
+        reason = "" if hasattr(function, "body") else "it is made of Python code, not of a trace"
         if not reason:
             try:
-                self.compiled[function.index] = self._runners(cast(TraceableStage, function), chain)
+                self.compiled[index], order = self._runners(cast(TraceableStage, function), chain)
             except Exception as error:  # torch's tracing and compiling may fail in any way
                 reason = f"{type(error).__name__}: {_first_line(error)}"
-        if reason:
-            self.refused[function.index] = reason
+        of_ranks = self.over_ranks(_Compiled(reason, order))
+        found = [f"on graph rank {r}, {c.refused}" for r, c in enumerate(of_ranks) if c.refused]
+        if reason or found:
+            self.compiled.pop(index, None)
+            self.refused[index] = reason or found[0]
+            return
+        difference = first_difference([c.order for c in of_ranks])
+        if difference is not None:
+            raise CaptureError(
+                f"stage {index}, compiled, exchanges rows between graph ranks in another order on each of them: "
+                f"{difference}. Run the same versions of torch and of the model on all ranks, or use compile=False."
+            )
 
-    def _runners(self, function: TraceableStage, chain: ChainSpec) -> PhaseRunners:
+    def _runners(self, function: TraceableStage, chain: ChainSpec) -> tuple[PhaseRunners, dict[str, list[str]]]:
+        """Returns the compiled phases of a stage, and its exchanges in their order."""
         index = function.index
-        joint = self.joints.get(index)
-        if joint is None:
-            with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
-                joint = trace_joint(blueprint(function, chain, *self.sizes, self.device), trains=self.trains)
+        with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
+            plan = blueprint(function, chain, *self.sizes, self.device)
+            joint = self.joints.get(index) or trace_joint(plan, trains=self.trains)
         graphs = phase_graphs(joint, self.activation_of(index), self.defer and self.trains)
+        order = exchange_order(graphs.modules)
         if self.interprets:
             self.joints[index] = joint
-            return PhaseRunners(graphs.phases, graphs.modules)
+            return PhaseRunners(graphs.phases, graphs.modules), order
         with torch_internals.inductor_cache(self.cache):
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
         phases = with_recorded_guards(graphs)
-        misfit = phases.sizes.misfit(self.sizes[0])  # also tells whether all conditions can be evaluated
+        misfit = phases.sizes.misfit(plan.example)  # also tells whether all conditions can be evaluated
         if misfit is not None:
             raise CaptureError(f"the compiled phases are not right for the example batch: {misfit}")
-        return PhaseRunners(phases, runners, self.tolerance)
+        return PhaseRunners(phases, runners, self.tolerance), order
 
 
 def with_recorded_guards(graphs: PhaseGraphs) -> StagePhases:

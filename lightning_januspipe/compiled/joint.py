@@ -103,7 +103,11 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
 
     def joint(*flat: Any) -> list[Tensor]:
         rest = iter(flat)
-        found = _all_phases(stage, {kind: [next(rest) for _ in members] for kind, members in given.items()})
+        inputs = {kind: [next(rest) for _ in members] for kind, members in given.items()}
+        sizes = dict(stage.constants)  # as inputs of the graph, for exchanges
+        for group, size in zip(stage.groups, inputs[Kind.SIZE], strict=True):
+            sizes.update(dict.fromkeys(group, size))
+        found = _all_phases(stage, inputs, sizes)
         outputs[:] = [port for port, _ in found]
         # Inductor asserts strides, so messages are contiguous.
         is_message = [port.kind is not Kind.PARAMETER_GRADIENT for port, _ in found]
@@ -127,14 +131,17 @@ def shape_of(spec: TensorSpec, sizes: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def _all_phases(stage: StageBlueprint, given: Mapping[Kind, Sequence[Tensor]]) -> list[tuple[Port, Tensor]]:
+def _all_phases(
+    stage: StageBlueprint, given: Mapping[Kind, Sequence[Any]], sizes: Mapping[str, Any]
+) -> list[tuple[Port, Tensor]]:
     """Returns all results of all phases, with what they are; parameter gradients that do not exist are left out."""
     values = [_leaf(t, i in stage.trained) for i, t in enumerate(given[Kind.VALUE])]
     parameters = [values[i] for i in stage.trained]
     boundary = [_leaf(t) for t in given[Kind.BOUNDARY_IN]]
     seeds = [_leaf(t) for t in given[Kind.FORCE_SEED]]
     with torch.enable_grad(), autocast_as(OFF):
-        out = stage.body([values[i] for i in stage.sources], boundary)
+        read = [values[s] if isinstance(s, int) else s.traced(sizes) for s in stage.sources]
+        out = stage.body(read, boundary)
     roots = [(e, torch.ones_like(e)) for e in out.energies if e.requires_grad]
     sent = zip(out.boundary, seeds, stage.to_energy, strict=True)
     roots += [(h, seed) for h, seed, leads_to_energy in sent if h.requires_grad and leads_to_energy]

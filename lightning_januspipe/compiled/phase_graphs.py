@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from lightning_januspipe.compiled import graphs
+from lightning_januspipe.compiled.exchanges import chain_exchanges, exchanges_of
 from lightning_januspipe.compiled.joint import Joint
-from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.levels import (
     BEFORE,
     ORDER,
@@ -123,7 +123,8 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
     4. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
     5. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
     6. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
-    7. :func:`verify_phases`: refuses phases that repeat what must not be repeated.
+    7. :func:`verify_phases`: refuses phases that repeat or leave out what must run once;
+    8. :func:`~.exchanges.chain_exchanges`, for each phase: exchanges keep their order whatever a compiler does.
 
     Args:
         joint: the joint graph, which stays as it is.
@@ -134,6 +135,8 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
     levels = assign_phases(joint, defer)
     found = _Cutter(joint, levels, activation).run()
     verify_phases(joint, found)
+    for module in found.modules.values():
+        chain_exchanges(module)
     return found
 
 
@@ -214,7 +217,7 @@ class _Cutter:
 
 
 def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
-    """Asserts that every phase has its inputs, and that exchanges run once.
+    """Asserts that every phase has its inputs, and that every exchange runs once.
 
     Graph ranks have to run the same exchanges in the same order, so each phase has to have them in the joint graph's.
     """
@@ -226,8 +229,9 @@ def verify_phases(joint: Joint, found: PhaseGraphs) -> None:
         known |= {name for p in BEFORE[phase] if p in phases.signatures for name in phases.signatures[p].kept}
         missing = [name for name in signature.inputs if name not in known]
         assert not missing, f"{phase.value} reads {missing[:3]}, which no earlier phase keeps"
-        nodes = found.modules[phase].graph.nodes
-        own = [n.name for n in nodes if n.op == "call_function" and work_of(n) is KindOfWork.EXCHANGE]
+        own = [n.name for n in exchanges_of(found.modules[phase].graph)]
         assert own == sorted(own, key=order.__getitem__), f"{phase.value} has its exchanges in another order"
         exchanges += own
     assert len(exchanges) == len(set(exchanges)), "an exchange between graph ranks runs in two phases"
+    missing = [n.name for n in exchanges_of(joint.graph) if n.name not in exchanges]
+    assert not missing, f"no phase runs the exchanges {missing[:3]} between graph ranks"

@@ -80,7 +80,7 @@ class StageSizes:
 
 
 def agree(
-    first: Mapping[str, int], second: Mapping[str, int], leading: Mapping[str, bool]
+    first: Mapping[str, int], second: Mapping[str, int], leading: Mapping[str, bool], rows: Mapping[str, str]
 ) -> tuple[list[tuple[str, ...]], dict[str, int]]:
     """Finds the symbols that have one size, from their values in two example calls.
 
@@ -91,21 +91,22 @@ def agree(
         first: values of the size symbols in the call whose sizes are the examples of the graphs.
         second: their values in a call with other sizes.
         leading: whether a symbol is the first dimension of an input.
+        rows: for symbols that count rows of which a graph rank has its own, the class of these rows: other symbols
+            may have the same values in the whole calls, but not on a rank.
 
     Returns:
         Groups of symbols that have the same values, and the constants.
     """
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[tuple[int, int, str], list[str]] = {}
     alone: list[tuple[str, ...]] = []
     constants: dict[str, int] = {}
     for symbol in first:
-        pair = first[symbol], second[symbol]
-        if pair[0] != pair[1]:
-            groups.setdefault(pair, []).append(symbol)
-        elif leading.get(symbol, False):
+        if first[symbol] != second[symbol]:
+            groups.setdefault((first[symbol], second[symbol], rows.get(symbol, "")), []).append(symbol)
+        elif leading.get(symbol, False) or symbol in rows:
             alone.append((symbol,))
         else:
-            constants[symbol] = pair[0]
+            constants[symbol] = first[symbol]
     return [*(tuple(g) for g in groups.values()), *alone], constants
 
 

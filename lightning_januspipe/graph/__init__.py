@@ -2,7 +2,6 @@
 
 from lightning_januspipe.graph.axis import GraphAxis, GraphGroup, Replica
 from lightning_januspipe.graph.collectives import (
-    Exchange,
     collect_rows,
     count_once,
     gather_halo,
@@ -10,6 +9,7 @@ from lightning_januspipe.graph.collectives import (
     sum_halo,
     sum_over_ranks,
 )
+from lightning_januspipe.graph.exchange import Exchange
 from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.graph.owners_in_loader import OwnersInLoader
 from lightning_januspipe.graph.partition import halo_size, partition_atoms

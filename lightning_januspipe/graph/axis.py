@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
-from lightning_januspipe.graph.collectives import Exchange, collect_rows
+from lightning_januspipe.graph.collectives import collect_rows
+from lightning_januspipe.graph.exchange import Exchange
 from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder, ShardPlan
 from lightning_januspipe.graph.sharded_potential import RankPotential

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_januspipe.graph import collectives
-from lightning_januspipe.graph.collectives import Exchange
+from lightning_januspipe.graph.exchange import Exchange
 
 
 def gather_halo(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
@@ -29,14 +29,14 @@ def max_halo(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
 
 def with_low_room(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
     """Returns the own rows, and then a row of -inf for each halo row, to keep the largest in for :func:`max_halo`."""
-    num = exchange.shard.num_halo
+    num = exchange.num_halo
     shape = [num if d == dim else size for d, size in enumerate(x.shape)]
     return torch.cat([x, x.new_full(shape, -math.inf)], dim)
 
 
 def with_room(x: Tensor, exchange: Exchange, dim: int) -> Tensor:
     """Returns the own rows, and then a row of zeros for each halo row, to sum into for :func:`sum_halo`."""
-    num = exchange.shard.num_halo
+    num = exchange.num_halo
     shape = [num if d == dim else size for d, size in enumerate(x.shape)]
     return torch.cat([x, x.new_zeros(shape)], dim)
 

@@ -10,7 +10,7 @@ a linear map whose backward pass is its transpose, so that it is right in all fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ from lightning_januspipe.graph.placement import PARTIAL_GRADIENT, REPLICATE, Pla
 from lightning_januspipe.graph.rewrite import Rewrite, exchange_name, extended_name
 from lightning_januspipe.graph.row_classes import find_row_classes, values_of_indices
 from lightning_januspipe.graph.sharded_potential import IndexFunction, ShardedPotential
+from lightning_januspipe.graph.sharded_stage import ExchangeSpec, PotentialWithExchanges
 from lightning_januspipe.graph.verify_captured import compare_in_lock_step
 
 
@@ -312,15 +313,20 @@ class _ExchangeInserter:
 
     def _result(self) -> ShardedProgram:
         program, regions = self._program, self._captured.regions
-        exchanges, extended = map(exchange_name, self._classes.names), map(extended_name, self._extended)
         placed = [self._placements[name] for name in program.inputs]
-        potential = self._rewrite.potential(self._captured, [*exchanges, *extended, *self._computed, *self._values])
+        rows = {(position, p.dim): p.rows for position, p in enumerate(placed) if p.is_sharded}
+        added = self._added()
+        potential = PotentialWithExchanges(
+            **vars(self._rewrite.potential(self._captured, list(added))),
+            added=added,
+            rows_of_symbols={s: rows[place] for s, place in program.symbols.items() if place in rows},
+        )
         return ShardedProgram(
             potential=potential,
             captured=self._captured,
             bind=potential.program.bind,
             classes=self._classes,
-            rows={(position, p.dim): p.rows for position, p in enumerate(placed) if p.is_sharded},
+            rows=rows,
             localized={n.source: n.target for n in self._indices if not n.source.node},
             computed=tuple(n for n in self._indices if n.source.node),
             values={name: self._placements[name] for name in self._values},
@@ -329,6 +335,16 @@ class _ExchangeInserter:
             positions=self._positions(),
             extended=tuple((program.inputs.index(name), dim) for name, dim in self._extended.items()),
         )
+
+    def _added(self) -> dict[str, TensorSpec | ExchangeSpec]:
+        """Returns the inputs that follow the potential's own: exchanges, extended inputs, precomputed values."""
+        exchanges = {rows: ExchangeSpec(rows) for rows in self._classes.names}
+        added: dict[str, TensorSpec | ExchangeSpec] = {exchange_name(rows): spec for rows, spec in exchanges.items()}
+        for name, dim in self._extended.items():
+            spec, rows = self._program.spec(name), self._placements[name].rows
+            shape = [f"{s} + {exchanges[rows].halo}" if d == dim else s for d, s in enumerate(spec.shape)]
+            added[extended_name(name)] = replace(spec, shape=tuple(shape))
+        return added | {name: self._program.spec(name) for name in (*self._computed, *self._values)}
 
     def _positions(self) -> int | None:
         """Returns the input that the first differentiation input of atoms is made from, if it has its shape."""

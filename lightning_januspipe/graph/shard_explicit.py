@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential, ExplicitStage, Tensors
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.errors import CaptureError, quoted
-from lightning_januspipe.graph.collectives import Exchange, gather_halo, replicate, sum_over_ranks
+from lightning_januspipe.graph.collectives import gather_halo, replicate, sum_over_ranks
+from lightning_januspipe.graph.exchange import Exchange
 from lightning_januspipe.graph.index_analysis import IndexSource, RowIndex
 from lightning_januspipe.graph.placement import REPLICATE, Placement, PlacementKind
 from lightning_januspipe.graph.row_classes import RowClasses

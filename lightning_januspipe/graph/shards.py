@@ -29,6 +29,7 @@ class Shard:
         send_counts: (G,) number of rows to send to each rank.
         receive_counts: (G,) number of halo rows from each rank.
         counts: (G,) number of own rows of each rank.
+        halo_counts: (G,) number of halo rows of each rank.
         order: (num_rows,) indices such that ``cat(own rows of all ranks)[order]`` is in global order.
         is_free: whether no rank has a halo, so that nothing has to be exchanged.
     """
@@ -41,6 +42,7 @@ class Shard:
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
     counts: tuple[int, ...]
+    halo_counts: tuple[int, ...]
     order: Tensor
     is_free: bool
 
@@ -57,7 +59,7 @@ class Shard:
     @property
     def num_halo(self) -> int:
         """Returns the number of rows of other ranks that this rank reads."""
-        return sum(self.receive_counts)
+        return self.halo_counts[self.rank]
 
     @cached_property
     def local_indices(self) -> Tensor:
@@ -94,7 +96,7 @@ class Shard:
 def whole(num_rows: int) -> Shard:
     """Returns the shard of a single rank, which holds all rows."""
     rows, none = torch.arange(num_rows), torch.empty(0, dtype=torch.int64)
-    return Shard(0, num_rows, rows, none, none, (0,), (0,), (num_rows,), rows, True)
+    return Shard(0, num_rows, rows, none, none, (0,), (0,), (num_rows,), (0,), rows, True)
 
 
 def make_shards(owner: Tensor, needed: Sequence[Tensor], num_ranks: int) -> list[Shard]:
@@ -147,6 +149,7 @@ def make_shards(owner: Tensor, needed: Sequence[Tensor], num_ranks: int) -> list
             send_counts=tuple(received[other][rank] for other in range(num_ranks)),
             receive_counts=tuple(received[rank]),
             counts=tuple(counts),
+            halo_counts=tuple(map(len, halos)),
             order=order,
             is_free=is_free,
         )

@@ -237,7 +237,7 @@ class PipelineBuilder:
                 trains=request.trains,
                 tolerance=rounding_tolerance(found.potential, potential),
                 cache=ProgramCache.default().subfolder("inductor"),
-                why_eager="exchanges between graph ranks are not compiled" if mesh.shape.graph > 1 else "",
+                over_ranks=lambda mine: mesh.gathered_over_graph(mine, "agreement on what is compiled"),
             )
         return self._compiler
 

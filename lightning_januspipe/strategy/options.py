@@ -68,13 +68,13 @@ class StrategyOptions:
     compile: bool = False
     """Whether to compile the phases of stages with torch's inductor when training starts, which takes minutes for a new
     model. In one process and in replicas without a pipeline the potential is captured then too. Stages that cannot be
-    compiled, all stages with graph_size > 1 among them, run eagerly, and the start line says why."""
+    compiled run eagerly, and the start line says why."""
 
     activation: Literal["auto", "keep", "pointwise", "recompute"] = "auto"
     """Which tensors of a micro-batch are kept between its phases. "keep" keeps all that later phases need, "pointwise",
-    with compile=True only, computes cheap operations again, and "recompute" keeps only what stages send each other.
-    "auto": "pointwise" with compile=True, else "keep", and with memory_limit "recompute" for stages where that is the
-    faster way to keep within it."""
+    with compile=True only, computes cheap operations again, and "recompute" keeps only what stages send each other
+    (compiled, also what graph ranks do). "auto": "pointwise" with compile=True, else "keep", and with memory_limit
+    "recompute" for stages where that is the faster way to keep within it."""
 
     shard: ShardLevel = "none"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.

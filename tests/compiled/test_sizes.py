@@ -10,14 +10,25 @@ from lightning_januspipe.compiled.sizes import StageSizes, agree, compiled_expre
 def test_symbols_that_agree_are_one_size() -> None:
     first = {"atoms": 12, "same_atoms": 12, "edges": 40, "structures": 3, "dims": 3}
     second = {"atoms": 7, "same_atoms": 7, "edges": 20, "structures": 3, "dims": 3}
-    groups, constants = agree(first, second, {"atoms": True, "structures": True})
+    groups, constants = agree(first, second, {"atoms": True, "structures": True}, {})
     assert groups == [("atoms", "same_atoms"), ("edges",), ("structures",)]
     assert constants == {"dims": 3}
 
 
 def test_equal_numbers_of_structures_in_both_batches_are_no_constant() -> None:
-    groups, constants = agree({"b": 2, "c": 2}, {"b": 2, "c": 2}, {"b": True, "c": True})
+    groups, constants = agree({"b": 2, "c": 2}, {"b": 2, "c": 2}, {"b": True, "c": True}, {})
     assert groups == [("b",), ("c",)], "two sizes that agree by chance stay apart"
+    assert not constants
+
+
+def test_sizes_of_a_rank_are_no_sizes_of_the_whole() -> None:
+    """Atoms of which a graph rank has its own, and labels of all atoms, which it holds whole."""
+    first, second = (
+        {"atoms": 12, "labels": 12, "same": 12, "edges": 9},
+        {"atoms": 7, "labels": 7, "same": 7, "edges": 9},
+    )
+    groups, constants = agree(first, second, {}, {"atoms": "atoms", "same": "atoms", "edges": "edges"})
+    assert groups == [("atoms", "same"), ("labels",), ("edges",)]
     assert not constants
 
 

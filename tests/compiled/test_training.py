@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import graph_models
 import pytest
-from compiled_workers import train_interpreted, train_on_graph_ranks
+from compiled_workers import train_interpreted, train_with_a_misfit_on_one_rank, train_without_an_exchange
 from parity_check import check_parity
 from pools import slow
 
-from lightning_januspipe.testing import RankPool
+from lightning_januspipe.testing import RankError, RankPool
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,42 @@ def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> No
     check_parity(pool, devices, train=train_interpreted, compile=True, **strategy)
 
 
-def test_stages_of_graph_ranks_run_eagerly(pool: RankPool) -> None:
-    """Their exchanges are not part of the graphs, and nothing is compiled."""
-    check_parity(pool, 2, train=train_on_graph_ranks, compile=True, graph_size=2, num_microbatches=2)
+@pytest.mark.parametrize(
+    ("devices", "module", "strategy"),
+    [
+        (2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
+        slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "keep"}),
+        slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "pointwise"}),
+        (4, None, {"schedule": "wavek-zb", "num_microbatches": 4}),
+        slow(4, None, {"schedule": "wavek", "num_microbatches": 4, "activation": "recompute"}),
+        slow(4, None, {"schedule": "wavek", "num_microbatches": 4, "activation": "keep"}),
+        slow(4, None, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "recompute"}),
+        (2, graph_models.states, {"pipeline_size": 1, "num_microbatches": 2}),
+        slow(2, graph_models.attention, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
+        slow(4, graph_models.angles, {"num_microbatches": 1}),
+        slow(2, graph_models.composed, {"pipeline_size": 1, "num_microbatches": 2}),
+    ],
+)
+def test_parity_of_graph_ranks(pool: RankPool, devices: int, module: Any, strategy: dict[str, object]) -> None:
+    own = {} if module is None else {"module": module, "data": graph_models.Data}
+    check_parity(pool, devices, train=train_interpreted, compile=True, graph_size=2, **own, **strategy)
+
+
+def test_an_exchange_that_is_lost_ends_training_before_the_first_optimizer_step(pool: RankPool) -> None:
+    strategy = {"compile": True, "graph_size": 2, "pipeline_size": 1, "num_microbatches": 2}
+    with pytest.raises(RankError, match="stage 0, compiled, computes something else"):
+        pool.run(train_without_an_exchange, graph_models.states, graph_models.Data, strategy, 1, {}, world_size=2)
+
+
+def test_a_micro_batch_that_does_not_fit_on_one_rank_is_eager_on_all(pool: RankPool) -> None:
+    check_parity(
+        pool,
+        2,
+        module=graph_models.states,
+        data=graph_models.Data,
+        train=train_with_a_misfit_on_one_rank,
+        compile=True,
+        graph_size=2,
+        pipeline_size=1,
+        num_microbatches=2,
+    )

@@ -20,11 +20,18 @@ def joint_graphs(
     traced: Traced, captured: CapturedPotential, batches: tuple[Batch, Batch] | None = None
 ) -> list[Joint]:
     """The joint graphs of all stages."""
-    calls = [traced.call_on(b) for b in batches or (make_batch(TRACED), make_batch(OTHER))]
+    return graphs_of(traced, captured, captured, batches or (make_batch(TRACED), make_batch(OTHER)))
+
+
+def graphs_of(
+    traced: Traced, captured: CapturedPotential, with_stages: CapturedPotential, batches: Sequence[Batch]
+) -> list[Joint]:
+    """The joint graphs of the stages of a potential, which may have exchanges, for two batches of the whole one."""
+    calls = [traced.call_on(b) for b in batches]
     inputs = captured.inputs(traced.potential)
     first, second = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in calls)
-    stages = [captured.stage(i, traced.potential) for i in range(captured.num_stages)]
-    return [trace_joint(blueprint(stage, captured.chain, first, second, "cpu")) for stage in stages]
+    stages = [with_stages.stage(i, traced.potential) for i in range(captured.num_stages)]
+    return [trace_joint(blueprint(stage, with_stages.chain, first, second, "cpu")) for stage in stages]
 
 
 def factory(graphs: Sequence[PhaseGraphs], made: list[CompiledStage] | None = None) -> Callable[..., CompiledStage]:

@@ -341,9 +341,18 @@ class CapturedStage:
         return self._captured.program.symbols
 
     @property
+    def rows_of_symbols(self) -> Mapping[str, str]:
+        """Maps size symbols that count sharded rows to the class of these; there are none without graph ranks."""
+        return {}
+
+    @property
     def value_specs(self) -> list[TensorSpec]:
         """Returns the specs of :meth:`values`."""
         return [self._captured.program.spec(n) for n in self.function.names]
+
+    def sizes(self, tensors: Sequence[Any]) -> list[dict[str, int]]:
+        """Returns the values of the size symbols for one call's tensors; on graph ranks for each of them."""
+        return [self._captured.program.bind(tensors)]
 
     def values(self, tensors: Sequence[Any]) -> list[Any]:
         """Returns all that the stage reads beside its boundary: parameters, buffers, constants, the batch's tensors."""
