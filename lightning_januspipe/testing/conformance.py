@@ -136,6 +136,11 @@ class PotentialConformance:
             ) from None
         if is_compiled:
             self._require_compiled([reason for record in found for reason in record.eager])
+            num = len(found[0].losses) * arguments["num_microbatches"]
+            assert max(record.num_misfits for record in found) < num, (
+                f"{cls.__name__} on {structures}: all {num} micro-batches ran eagerly in a compiled stage, whose "
+                "graphs are right for other sizes only, so that nothing was tested: give structures of more sizes"
+            )
 
     def _require_compiled(self, reasons: Sequence[str]) -> None:
         """Compares the reasons for which stages ran eagerly with the reason that the class gives."""

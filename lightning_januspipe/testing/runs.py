@@ -28,7 +28,7 @@ class RunRecord:
         gradients: The gradients of each optimizer step, by parameter name; None where a parameter has none.
         parameters: Trained parameters, by name.
         eager: With ``compile=True``, the reasons why stages of the rank run eagerly.
-        misfits: With ``compile=True``, the reasons why single micro-batches ran eagerly in compiled stages.
+        num_misfits: With ``compile=True``, the most micro-batches that ran eagerly in a compiled stage of the rank.
     """
 
     initial: dict[str, Tensor] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class RunRecord:
     gradients: list[dict[str, Tensor | None]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     eager: list[str] = field(default_factory=list)
-    misfits: list[str] = field(default_factory=list)
+    num_misfits: int = 0
 
 
 def train_in_pipeline(
@@ -69,7 +69,8 @@ def train_in_pipeline(
     report = getattr(bound.runner, "compile_report", None)
     if report is not None:
         record.eager = list(report.eager)
-        record.misfits = [m for s in bound.runner.executor.stages.values() if (m := getattr(s, "misfit", ""))]
+        stages = bound.runner.executor.stages.values()
+        record.num_misfits = max(getattr(stage, "num_misfits", 0) for stage in stages)
     return record
 
 
