@@ -22,10 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"distributed", "errors", "schedule"},
     "loader": {"keys", "random_state"},
     "capture": {"engine", "errors", "experts", "random_state", "schedule"},
-    "compiled": {"capture", "engine", "errors", "schedule"},
+    "compiled": {"capture", "engine", "errors", "keys", "schedule"},
     "graph": {"capture", "distributed", "engine", "errors", "loader"},
     "data": {"checkpoint", "keys", "loader"},
-    "calculator": {"data", "keys", "models"},
+    "calculator": {"compiled", "data", "keys", "models"},
     "models": {"checkpoint", "keys"},
     "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},
     "runtime": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,18 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_januspipe import keys
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
 from lightning_januspipe.calculator.skin import SkinNeighborList
+from lightning_januspipe.compiled.compiled_potential import CompiledPotential
+from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.models import load
+
+_FIRST_COMPILED = 50
+"""The evaluation at which ``compile="auto"`` compiles: before it, compiling costs more than it gives."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class JanusPipeCalculator(Calculator):
@@ -37,6 +46,10 @@ class JanusPipeCalculator(Calculator):
             :mod:`lightning_januspipe.keys` and have attributes ``species`` and ``cutoff``, as those of this package do.
         skin: How far the neighbour list reaches beyond the cutoff in Å, so that it serves for several steps; 0 makes a
             new one at every step.
+        compile: Evaluate by code that torch's inductor compiles from the potential and its derivatives, once for all
+            numbers of atoms and edges. True compiles at the first evaluation, ``"auto"`` at the 50th, and stays with
+            the eager potential, with a warning, where it cannot be compiled. Structures without pairs of neighbours
+            are evaluated eagerly.
 
     Attributes:
         potential: The copy of the potential, in evaluation mode.
@@ -68,8 +81,11 @@ class JanusPipeCalculator(Calculator):
         dtype: Literal["float32", "float64"] | torch.dtype | None = None,
         adapter: AtomsAdapter | None = None,
         skin: float = 1.0,
+        compile: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile={compile!r}; expected True, False or 'auto'")
         module = load(model) if isinstance(model, (str, Path)) else model
         potential = getattr(module, "potential", None)
         potential = potential if adapter is None and isinstance(potential, nn.Module) else module
@@ -81,6 +97,11 @@ class JanusPipeCalculator(Calculator):
         self.dtype = _dtype_of(self.potential)
         self.neighbors = SkinNeighborList(self.adapter.cutoff, skin)
         self.parameters |= {"skin": skin, "dtype": str(self.dtype), "device": str(self.device)}
+        if compile is True and (problem := self._why_not()):
+            raise ValueError(f"compile=True, but {problem}")
+        self._compile: bool | str = compile
+        self._num_evaluations = 0
+        self._compiled: CompiledPotential | None = None
 
     @override
     def calculate(
@@ -105,8 +126,7 @@ class JanusPipeCalculator(Calculator):
         assert structure is not None, "ASE keeps a copy of the structure"
         batch = self.adapter.batch_from_atoms(structure, self.neighbors.edges(structure), self.dtype)
         batch = _moved(batch, self.device)
-        with torch.inference_mode(False), torch.enable_grad():
-            found = self.adapter.results(self.potential, batch, self.adapter.call(self.potential, batch))
+        found = self._evaluate(batch)
         if "energies" in properties and "energies" not in found:
             with torch.inference_mode(False), torch.no_grad():
                 energies = self.adapter.energies_of_atoms(self.potential, batch)
@@ -124,6 +144,61 @@ class JanusPipeCalculator(Calculator):
             self.results["energies"] = arrays["energies"].reshape(len(structure))
         if "stress" in arrays and structure.pbc.any() and structure.cell.rank == 3:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"].reshape(3, 3))
+
+    def _evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Returns the results of a batch, by compiled code where there is some that fits."""
+        self._num_evaluations += 1
+        if self._compile is True or (self._compile == "auto" and self._num_evaluations >= _FIRST_COMPILED):
+            self._compile_once(batch)
+        if self._compiled is not None and self._compiled.misfit(batch) is None:
+            return self._compiled(batch)
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.adapter.results(self.potential, batch, self.adapter.call(self.potential, batch))
+
+    def _compile_once(self, batch: Any) -> None:
+        """Compiles the potential, and compares the compiled code with it on a batch.
+
+        Raises:
+            ValueError: The potential cannot be compiled, or its code gives other results, and ``compile`` is True.
+        """
+        if self._compiled is not None or len(batch[keys.EDGE_INDEX][0]) < 2:
+            return
+        always = self._compile is True
+        self._compile = always  # "auto" tries once
+        problem = self._why_not()
+        if not problem:
+            try:
+                compiled = CompiledPotential(self.potential, self.dtype, self.device)
+                problem = compiled.misfit(batch) or self._difference(compiled, batch)
+            except Exception as error:  # torch's tracing and compiling may fail in any way
+                problem = f"{type(self.potential).__name__} cannot be compiled ({type(error).__name__}: {error})"
+                if always:
+                    raise ValueError(f"compile=True, but {problem}. Use compile=False") from error
+        if not problem:
+            self._compiled = compiled
+        elif always:
+            raise ValueError(f"compile=True, but {problem}. Use compile=False")
+        else:
+            warnings.warn(f"JanusPipeCalculator stays eager: {problem}", stacklevel=4)
+
+    def _why_not(self) -> str | None:
+        """Returns in words why nothing can be compiled; None where nothing is known against it."""
+        if type(self.adapter) is not StructureAdapter:
+            return (
+                f"{type(self.adapter).__name__} makes the batches; expected a potential without an adapter of its own"
+            )
+        return missing_compiler(self.device.type)
+
+    def _difference(self, compiled: CompiledPotential, batch: Any) -> str | None:
+        """Returns in words what compiled code gives else than the potential; None where they agree."""
+        with torch.inference_mode(False), torch.enable_grad():
+            expected = self.potential(batch)
+        for name, value in compiled(batch).items():
+            scale = max(1.0, float(expected[name].abs().max()))
+            error = float((value - expected[name]).abs().max())
+            if not error <= _TOLERANCE[self.dtype] * scale:
+                return f"its {name} result differs by {error:.2e} from that of the potential, at a scale of {scale:.2e}"
+        return None
 
 
 def _adapter_of(potential: nn.Module) -> StructureAdapter:

@@ -24,21 +24,8 @@ import lightning_januspipe
 from lightning_januspipe import keys
 from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
 from lightning_januspipe.checkpoint import atomic
-from lightning_januspipe.compiled.torch_internals import new_size, symbolic_mode, traced_graph
+from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS, trace_evaluation
 from lightning_januspipe.models import load
-
-INPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
-    keys.POSITIONS: (("N", 3), "float"),
-    keys.SPECIES: (("N",), "int64"),
-    keys.EDGE_INDEX: ((2, "E"), "int64"),
-    keys.CELL_SHIFTS: (("E", 3), "float"),
-    keys.CELL: (("B", 3, 3), "float"),
-    keys.BATCH: (("N",), "int64"),
-}
-"""The arguments of an exported file in their order, with shapes for N atoms, E edges and B structures."""
-
-OUTPUTS = (keys.ENERGY, keys.FORCES, keys.STRESS)
-"""The results of an exported file in their order."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -87,7 +74,7 @@ def export_potential(
         potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     floats = next(p.dtype for p in [*potential.parameters(), *potential.buffers()] if p.is_floating_point())
     adapter = StructureAdapter(species, cutoff)
-    graph = _traced(potential, floats, torch.device(device))
+    graph = _Positional(trace_evaluation(potential, floats, torch.device(device))[0])
     example = _batch(adapter, [3, 2, 4], floats, device)
     metadata = {
         "species": json.dumps(species),
@@ -136,28 +123,6 @@ class _Positional(nn.Module):
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.traced(*arguments))
-
-
-def _traced(potential: nn.Module, floats: torch.dtype, device: torch.device) -> nn.Module:
-    mode = symbolic_mode()
-    sizes = {name: new_size(mode, name, hint) for name, hint in (("N", 23), ("E", 417), ("B", 5))}
-    with mode:
-        arguments = [
-            torch.empty(
-                [sizes[n] if isinstance(n, str) else n for n in shape], dtype=_dtype(kind, floats), device=device
-            )
-            for shape, kind in INPUTS.values()
-        ]
-
-    def forward(*given: Tensor) -> list[Tensor]:
-        found = potential(dict(zip(INPUTS, given, strict=True)))
-        return [found[name].contiguous() for name in OUTPUTS]
-
-    return _Positional(traced_graph(forward, arguments))
-
-
-def _dtype(kind: str, floats: torch.dtype) -> torch.dtype:
-    return floats if kind == "float" else torch.int64
 
 
 def _batch(adapter: StructureAdapter, sizes: Sequence[int], floats: torch.dtype, device: Any) -> list[Tensor]:

@@ -15,9 +15,9 @@ from ase.build import bulk, molecule
 from lightning_januspipe import keys
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.cli.main import main
+from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS
 from lightning_januspipe.data import StructureDataset, collate_structures
 from lightning_januspipe.deploy import export_potential
-from lightning_januspipe.deploy.standalone import INPUTS, OUTPUTS
 from lightning_januspipe.models import EquivariantPotential
 
 SPECIES = ["H", "O", "Cu"]

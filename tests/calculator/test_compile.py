@@ -1,0 +1,162 @@
+"""Compiled evaluations give what the potential gives, along trajectories, without being compiled again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import bulk
+from ase.filters import FrechetCellFilter
+from ase.md.langevin import Langevin
+from ase.md.nose_hoover_chain import IsotropicMTKNPT
+from ase.md.velocitydistribution import thermalize_momenta
+from ase.optimize import BFGS
+from torch import nn
+
+from lightning_januspipe.calculator import AtomsAdapter, JanusPipeCalculator
+from lightning_januspipe.calculator import calculator as module
+from lightning_januspipe.compiled import torch_internals
+from lightning_januspipe.models import EquivariantPotential, PotentialModule
+
+from .conftest import crystal
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What inductor was asked to compile in a test."""
+    found: list[str] = []
+    compiled = torch_internals.compiled
+    monkeypatch.setattr(torch_internals, "compiled", lambda *given: found.append("graph") or compiled(*given))
+    return found
+
+
+def hot(repeat: int = 2) -> Atoms:
+    atoms = bulk("Cu", a=3.6, cubic=True) * repeat
+    atoms.symbols[::5] = "Al"
+    thermalize_momenta(atoms, temperature_K=900, rng=np.random.default_rng(0))
+    return atoms
+
+
+class Both:
+    """Compares each evaluation of a compiled calculator with that of an eager one."""
+
+    def __init__(self, trained: nn.Module, atoms: Atoms, **options) -> None:
+        self.atoms, self.eager = atoms, JanusPipeCalculator(trained)
+        atoms.calc = JanusPipeCalculator(trained, compile=True, **options)
+        self.num_edges: set[int] = set()
+
+    def __call__(self) -> None:
+        other = self.atoms.copy()
+        other.calc = self.eager
+        assert self.atoms.get_potential_energy() == pytest.approx(other.get_potential_energy(), rel=0, abs=1e-10)
+        np.testing.assert_allclose(self.atoms.get_forces(), other.get_forces(), rtol=0, atol=1e-10)
+        if self.atoms.pbc.any():
+            np.testing.assert_allclose(self.atoms.get_stress(), other.get_stress(), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(self.atoms.get_potential_energies(), other.get_potential_energies(), atol=1e-10)
+        self.num_edges.add(self.eager.neighbors.edges(other).edge_index.shape[1])
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_structures(trained: PotentialModule, compilations: list[str]) -> None:
+    atoms = hot()
+    both = Both(trained, atoms)
+    both()
+    dynamics = Langevin(atoms, 2 * units.fs, temperature_K=900, friction=0.02 / units.fs, rng=np.random.default_rng(1))
+    dynamics.attach(both)
+    dynamics.run(20)
+    barostat = IsotropicMTKNPT(
+        atoms, timestep=2 * units.fs, temperature_K=900, pressure_au=0.0, tdamp=100 * units.fs, pdamp=1000 * units.fs
+    )
+    barostat.attach(both)
+    barostat.run(10)
+    assert len(both.num_edges) > 2
+    relaxing = BFGS(FrechetCellFilter(atoms), logfile=None)
+    relaxing.attach(both)
+    relaxing.run(fmax=0.01, steps=5)
+    shared = atoms.calc
+    for other in (crystal(1), bulk("Cu", a=3.7), Atoms("AlCu", [[0, 0, 0], [0, 0, 2.5]]), Atoms("Cu"), crystal(2)):
+        other.calc = shared
+        alone = other.copy()
+        alone.calc = JanusPipeCalculator(trained)
+        np.testing.assert_allclose(other.get_forces(), alone.get_forces(), rtol=0, atol=1e-10)
+        assert other.get_potential_energy() == pytest.approx(alone.get_potential_energy(), rel=0, abs=1e-10)
+    assert compilations == ["graph"]
+
+
+@pytest.mark.slow
+def test_auto_compiles_after_some_evaluations(
+    trained: PotentialModule, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_COMPILED", 3)
+    atoms, alone = crystal(2), crystal(2)
+    atoms.calc, alone.calc = JanusPipeCalculator(trained, compile="auto"), JanusPipeCalculator(trained)
+    for step in range(5):
+        assert len(compilations) == (step > 2)
+        for one in (atoms, alone):
+            one.positions += 0.01
+        np.testing.assert_allclose(atoms.get_forces(), alone.get_forces(), rtol=0, atol=1e-10)
+        if step == 1:
+            assert not compilations
+            atoms.get_forces()  # the same structure is no evaluation
+    assert len(compilations) == 1
+
+
+class Branching(EquivariantPotential):
+    """A potential whose forward depends on a value, which no trace can follow."""
+
+    def forward(self, batch):
+        found = super().forward(batch)
+        return found if float(found["energy"].sum()) < 1e9 else {}
+
+
+@pytest.fixture
+def branching() -> Branching:
+    torch.manual_seed(0)
+    return Branching(["Al", "Cu"], 4.0, num_layers=1, num_features=4).double()
+
+
+def test_what_cannot_be_compiled(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
+    atoms, alone = crystal(1), crystal(1)
+    alone.calc = JanusPipeCalculator(branching)
+    atoms.calc = JanusPipeCalculator(branching, compile=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"compile=True, but Branching cannot be compiled \(.*Use compile=F"):
+            atoms.get_forces()
+    monkeypatch.setattr(module, "_FIRST_COMPILED", 2)
+    atoms.calc = JanusPipeCalculator(branching, compile="auto")
+    atoms.get_forces()
+    for one in (atoms, alone):
+        one.positions[0] += 0.1
+    with pytest.warns(UserWarning, match="JanusPipeCalculator stays eager: Branching cannot be compiled"):
+        np.testing.assert_array_equal(atoms.get_forces(), alone.get_forces())
+    atoms.positions[0] += 0.1
+    atoms.get_forces()  # without another warning
+
+
+def test_code_that_gives_other_results_is_not_used(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def __init__(self, potential, *_: object) -> None:
+            self.potential = potential
+
+        def misfit(self, batch) -> None:
+            return None
+
+        def __call__(self, batch):
+            return {name: value.detach() + 1e-6 for name, value in self.potential(batch).items() if name == "forces"}
+
+    monkeypatch.setattr(module, "CompiledPotential", Wrong)
+    atoms = crystal(1)
+    atoms.calc = JanusPipeCalculator(branching, compile=True)
+    with pytest.raises(ValueError, match=r"compile=True, but its forces result differs by 1.00e-06 from that"):
+        atoms.get_forces()
+
+
+def test_errors(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="compile='yes'; expected True, False or 'auto'"):
+        JanusPipeCalculator(branching, compile="yes")
+    with pytest.raises(ValueError, match="compile=True, but AtomsAdapter makes the batches; expected a"):
+        JanusPipeCalculator(branching, compile=True, adapter=AtomsAdapter(4.0))
+    monkeypatch.setattr(module, "missing_compiler", lambda device: f"there is no compiler for {device}")
+    with pytest.raises(ValueError, match="compile=True, but there is no compiler for cpu"):
+        JanusPipeCalculator(branching, compile=True, device="cpu")
