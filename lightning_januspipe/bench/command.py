@@ -16,6 +16,7 @@ from lightning_januspipe.bench.datasets import datasets
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.emulate.sharded_steps import emulate_sharded
 from lightning_januspipe.bench.graph import graph
+from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
 from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.work import Work
 from lightning_januspipe.cli.parsers import CommandParser
@@ -30,6 +31,7 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "graph": graph,
     "compile": compiled,
     "data": datasets,
+    "md": molecular_dynamics,
 }
 """The benchmarks that train on this machine; each returns its tables."""
 
