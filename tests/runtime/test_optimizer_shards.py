@@ -175,7 +175,7 @@ LEVELS: dict[str, tuple[dict[str, Any] | None, int]] = {
         slow("stages and replicas, sharded", "stages and replicas"),
         slow("replicas", "stages and replicas, folder"),
         ("stages and replicas, fully, folder", "replicas, fully"),
-        slow("replicas, fully", "plain"),
+        slow("replicas, fully", "one process"),
         slow("plain", "stages and replicas, fully"),
         slow("stages and replicas", "replicas, fully"),
         slow("replicas", "stages and replicas, fully"),
