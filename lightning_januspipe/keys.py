@@ -38,3 +38,12 @@ SAMPLE_INDEX = "sample_index"
 
 WEIGHT = "weight"
 """(B,) float: factor of each structure's terms in the loss; in the batches of data that has such weights only."""
+
+TASK = "task"
+"""(B,) int64: index of the task (data set, level of theory) of each structure; in the batches of data with tasks."""
+
+CHARGE = "charge"
+"""(B,) int64: total charge of each structure in elementary charges; in the batches of data with tasks."""
+
+SPIN = "spin"
+"""(B,) int64: number of unpaired electrons of each structure; in the batches of data with tasks."""

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"capture", "distributed", "engine", "errors", "loader"},
     "data": {"checkpoint", "keys", "loader"},
     "calculator": {"compiled", "data", "keys", "models"},
-    "models": {"checkpoint", "keys"},
+    "models": {"checkpoint", "experts", "keys"},
     "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},
     "runtime": {
         *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "mesh", "random_state"),

@@ -15,6 +15,7 @@ from lightning_januspipe import keys
 from lightning_januspipe.calculator.skin import Edges
 from lightning_januspipe.data.neighbors import Bools, Floats, Ints
 from lightning_januspipe.data.structures import species_index
+from lightning_januspipe.data.tasks import read_task
 
 _TRAINED = (
     "The potential was made and trained for these species, and cannot be given others: train one with all of them."
@@ -96,17 +97,19 @@ class StructureAdapter(AtomsAdapter):
     Args:
         species: Chemical symbols in the order of the potential.
         cutoff: Cutoff of the neighbour list in Å.
+        tasks: Names of the tasks that the potential was trained on, if it tells tasks apart: ``Atoms.info`` then has
+            the name of the ``task``, which may be missing where there is one task, ``charge`` and ``spin``.
     """
 
-    def __init__(self, species: Sequence[str], cutoff: float) -> None:
+    def __init__(self, species: Sequence[str], cutoff: float, tasks: Sequence[str] = ()) -> None:
         super().__init__(cutoff)
-        self.species = list(species)
+        self.species, self.tasks = list(species), list(tasks)
 
     def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the batch of one structure.
 
         Raises:
-            ValueError: There are no atoms, or an element is not among the species.
+            ValueError: There are no atoms, an element is not among the species, or the task is not known.
         """
         if len(atoms) == 0:
             raise ValueError("the structure has no atoms; expected at least one")
@@ -122,6 +125,7 @@ class StructureAdapter(AtomsAdapter):
             keys.CELL: torch.tensor(cell, dtype=dtype).unsqueeze(0),
             keys.BATCH: torch.zeros(len(atoms), dtype=torch.int64),
             keys.PBC: torch.tensor(pbc).unsqueeze(0),
+            **(read_task(atoms, self.tasks, "the structure") if self.tasks else {}),
         }
 
     def energies_of_atoms(self, potential: nn.Module, batch: dict[str, Tensor]) -> Tensor | None:

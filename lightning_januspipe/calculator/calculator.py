@@ -21,6 +21,7 @@ from lightning_januspipe.calculator.skin import SkinNeighborList
 from lightning_januspipe.compiled.compiled_potential import CompiledPotential
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
+from lightning_januspipe.data.tasks import NAMES
 from lightning_januspipe.models import load
 
 _FIRST_COMPILED = 50
@@ -102,6 +103,14 @@ class JanusPipeCalculator(Calculator):
         self._compile: bool | str = compile
         self._num_evaluations = 0
         self._compiled: CompiledPotential | None = None
+
+    @override
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Returns what has changed since the last call: also task, charge and spin, which ASE does not compare."""
+        changes: list[str] = super().check_state(atoms, tol)
+        if self.atoms is not None and any(atoms.info.get(name) != self.atoms.info.get(name) for name in NAMES):
+            changes.append("info")
+        return changes
 
     @override
     def calculate(
@@ -208,7 +217,7 @@ def _adapter_of(potential: nn.Module) -> StructureAdapter:
             f"{type(potential).__name__} has no attributes 'species' and 'cutoff', which tell how to make its batches; "
             "give an adapter=..., see lightning_januspipe.calculator.AtomsAdapter"
         )
-    return StructureAdapter(species, float(cutoff))
+    return StructureAdapter(species, float(cutoff), getattr(potential, "tasks", ()))
 
 
 def _first_device() -> str:

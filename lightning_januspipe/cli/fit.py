@@ -50,6 +50,7 @@ POTENTIAL = "model.init_args.potential.init_args"
 FROM_DATA: dict[str, Any] = {
     "species": [],
     "cutoff": 1.0,
+    "tasks": ["default"],
     "avg_num_neighbors": 1.0,
     "per_species_scale": 1.0,
     "per_species_shift": 0.0,
@@ -297,8 +298,9 @@ def arguments_from_data(data: Any, cutoff: float | None, names: Sequence[str]) -
         names: The wanted names out of :data:`FROM_DATA`.
 
     Returns:
-        Value by name: the species, the cutoff (Å), the edges per atom of the training data, the root mean square of
-        its force components in eV/Å as the scale of atomic energies, and the energy per atom of each species (eV).
+        Value by name: the species, the cutoff (Å), the names of the tasks, the edges per atom of the training data, the
+        root mean square of its force components in eV/Å as the scale of atomic energies, and the energy per atom of
+        each species (eV).
 
     Raises:
         ValueError: The data module lacks one of them.
@@ -310,7 +312,11 @@ def arguments_from_data(data: Any, cutoff: float | None, names: Sequence[str]) -
         )
     if "cutoff" in names and cutoff is None:
         raise ValueError(f"{type(data).__name__} has no argument cutoff; give it under {POTENTIAL}")
-    values: dict[str, Any] = {"species": list(data.species), "cutoff": cutoff}
+    values: dict[str, Any] = {
+        "species": list(data.species),
+        "cutoff": cutoff,
+        "tasks": list(getattr(data, "tasks", ())) or FROM_DATA["tasks"],
+    }
     if set(names) - set(values):
         statistics = data.statistics()
         values["avg_num_neighbors"] = statistics.avg_num_neighbors or 1.0

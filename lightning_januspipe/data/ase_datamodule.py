@@ -18,6 +18,7 @@ from lightning_januspipe.data.references import References, choose_references, i
 from lightning_januspipe.data.splits import Split, check_size, split_indices
 from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 from lightning_januspipe.data.structures import validate_species
+from lightning_januspipe.data.tasks import validate_tasks
 
 
 class ASEDataModule(StructureDataModule):
@@ -64,6 +65,7 @@ class ASEDataModule(StructureDataModule):
         require_labels: bool = True,
         config_type_weights: dict[str, float] | None = None,
         weight_key: str | None = None,
+        tasks: list[str] | None = None,
         dtype: Literal["float32", "float64"] | None = None,
         lazy: bool | Literal["auto"] = "auto",
         cache_dir: str | None = None,
@@ -104,6 +106,8 @@ class ASEDataModule(StructureDataModule):
             require_labels: Refuse structures without energy or forces; False leaves missing labels out of the loss.
             config_type_weights: Factors of the loss by ``config_type``; ``Default`` is for structures without one.
             weight_key: Name of a further factor that structures have, such as ``config_weight``; None for none.
+            tasks: Names of tasks, such as data sets, in the order of the task index: ``Atoms.info`` then has the
+                ``task`` of each structure, and ``charge`` and ``spin`` where they are not 0. None for no tasks.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
             lazy: Read structures from the disk when they are used, with neighbour lists that are made once for all
                 ranks and jobs; False keeps everything in the memory of each rank. ``"auto"`` does so for extended XYZ,
@@ -136,7 +140,7 @@ class ASEDataModule(StructureDataModule):
         self._labels = LabelKeys(energy_key, forces_key, stress_key, virial_key, energy_unit, forces_unit, stress_unit)
         self._require_labels = require_labels
         self._config_type_weights, self._weight_key = config_type_weights, weight_key
-        self._dtype = dtype
+        self._dtype, self._tasks = dtype, validate_tasks(tasks)
         self._lazy, self._cache_dir = lazy, cache_dir
         self._train_source: StructureDataset | None = None
 
@@ -151,6 +155,12 @@ class ASEDataModule(StructureDataModule):
     def cutoff(self) -> float:
         """Returns the cutoff of the neighbour lists in Å."""
         return self._cutoff
+
+    @property
+    @override
+    def tasks(self) -> list[str]:
+        """Returns the names of the tasks in the order of the task index."""
+        return list(self._tasks)
 
     @override
     def build_dataset(self, split: Split) -> SampleDataset | None:
@@ -232,5 +242,6 @@ class ASEDataModule(StructureDataModule):
             precompute=self._precompute,
             config_type_weights=self._config_type_weights,
             weight_key=self._weight_key,
+            tasks=self._tasks,
             **asdict(self._labels),
         )

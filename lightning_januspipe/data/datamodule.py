@@ -97,6 +97,11 @@ class StructureDataModule(LightningDataModule):
         """Returns the cutoff of the neighbour lists in Å; None where it is not known."""
         return None
 
+    @property
+    def tasks(self) -> list[str]:
+        """Returns the names of the tasks in the order of the task index; none where structures have no tasks."""
+        return []
+
     def build_dataset(self, split: Split) -> SampleDataset | None:
         """Makes the dataset of one split; returns None where there is none."""
         raise NotImplementedError

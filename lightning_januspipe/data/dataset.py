@@ -27,6 +27,7 @@ from lightning_januspipe.data.structures import (
     validate_species,
 )
 from lightning_januspipe.data.suspicions import LabelCounts
+from lightning_januspipe.data.tasks import read_task, validate_tasks
 
 
 class StructureDataset(Dataset[dict[str, Tensor]]):
@@ -54,6 +55,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         precompute: bool = False,
         config_type_weights: Mapping[str, float] | None = None,
         weight_key: str | None = None,
+        tasks: Sequence[str] | None = None,
         **labels: Any,
     ) -> None:
         """Reads the structures.
@@ -70,6 +72,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             config_type_weights: Factors of the structures' losses by ``config_type`` in ``Atoms.info``, which is
                 ``"Default"`` where a structure has none; 1 for other types. None for no weights.
             weight_key: Name in ``Atoms.info`` of a further factor, 1 where a structure has none. None for no weights.
+            tasks: Names of tasks in the order of the task index: samples then have ``task``, ``charge`` and ``spin``,
+                read from ``Atoms.info`` (see :func:`~lightning_januspipe.data.tasks.read_task`). None for no tasks.
             labels: Names and units of the labels, as the attributes of
                 :class:`~lightning_januspipe.data.labels.LabelKeys`.
 
@@ -77,6 +81,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             ValueError: The file is missing, empty or unreadable, there are no structures, or ``species`` or ``dtype``
                 is not valid. Errors of single structures (see :func:`atoms_to_sample`) are raised with their sample.
         """
+        self.tasks = validate_tasks(tasks)
         self._prepare(cutoff, dtype, require_labels, config_type_weights, weight_key, labels)
         if isinstance(structures, (str, Path)):
             self._source = str(structures)
@@ -145,6 +150,8 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         chosen = species_index(atoms, self.species, self.describe(index))
         arrays, facts = self._recipe.arrays(atoms, index, self._source)
         self._samples[index] = arrays.sample(chosen, self.dtype) | self._weight(facts.config_type, facts.own_weight)
+        if self.tasks:
+            self._samples[index] |= read_task(atoms, self.tasks, self.describe(index))
         self._facts[index] = facts
 
     def _weight(self, config_type: str | None, own: float) -> dict[str, Tensor]:

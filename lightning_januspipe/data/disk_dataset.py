@@ -142,6 +142,7 @@ def open_dataset(
     lazy: bool | Literal["auto"] = "auto",
     cache_dir: str | Path | None = None,
     precompute: bool = False,
+    tasks: Sequence[str] = (),
     **options: Any,
 ) -> StructureDataset:
     """Returns a dataset of the structures in a file, which are read from the disk or held in memory.
@@ -149,15 +150,26 @@ def open_dataset(
     Args:
         file: The file.
         lazy: True for a :class:`DiskDataset`, False for a :class:`StructureDataset` in memory; ``"auto"`` for a
-            ``DiskDataset`` if the format allows it and the file is larger than 200 MB.
+            ``DiskDataset`` if the format allows it, the file is larger than 200 MB, and there are no tasks.
         cache_dir: See :class:`DiskDataset`.
         precompute: See :class:`StructureDataset`.
+        tasks: See :class:`StructureDataset`; structures with tasks are held in memory.
         options: Further options that both have.
+
+    Raises:
+        ValueError: Structures with tasks are to be read from the disk.
     """
+    if tasks and lazy is True:
+        raise ValueError(
+            f"lazy=True with tasks={list(tasks)}: structures with tasks are held in memory. Use lazy=False, or leave "
+            "out tasks"
+        )
     path = Path(file)
-    if lazy == "auto":
+    if lazy == "auto" and tasks:
+        lazy = False
+    elif lazy == "auto":
         content = path / "data.mdb" if path.is_dir() else path
         lazy = path.suffix in FORMATS and content.is_file() and content.stat().st_size >= LARGE
     if lazy:
         return DiskDataset(file, cache_dir=cache_dir, **options)
-    return StructureDataset(file, precompute=precompute, **options)
+    return StructureDataset(file, precompute=precompute, tasks=tasks, **options)

@@ -6,7 +6,8 @@ is good for tests, examples and measurements of throughput, but not for science.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.morse import MorsePotential
 from ase.calculators.singlepoint import SinglePointCalculator
 from typing_extensions import override
 
@@ -22,6 +24,7 @@ from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.splits import Split
 from lightning_januspipe.data.statistics import SampleDataset
 from lightning_januspipe.data.structures import validate_species
+from lightning_januspipe.data.tasks import validate_tasks
 
 EMT_METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
 
@@ -30,14 +33,25 @@ _LATTICE_CONSTANTS = {"Al": 4.05, "Ni": 3.52, "Cu": 3.61, "Pd": 3.89, "Ag": 4.09
 
 _ATOMS_PER_CELL = 4  # of the cubic fcc cell
 
+TASKS: dict[str, Callable[[], Any]] = {
+    "emt": EMT,
+    # A pair potential with about the bond length of these metals: data of another kind and with other energies.
+    "morse": lambda: MorsePotential(epsilon=0.35, r0=2.7, rho0=3.9, rcut1=1.7, rcut2=2.2),
+}
+"""What labels the structures of each task."""
+
 
 def label_with_emt(atoms: Atoms) -> Atoms:
     """Returns a copy of a structure with the energy (eV), forces (eV/Å) and stress (eV/Å³) of EMT.
 
     Stress is left out where the structure is not periodic in all directions.
     """
+    return _labelled(atoms, EMT())
+
+
+def _labelled(atoms: Atoms, calculator: Any) -> Atoms:
     labelled = atoms.copy()
-    labelled.calc = EMT()
+    labelled.calc = calculator
     results = {"energy": labelled.get_potential_energy(), "forces": labelled.get_forces()}
     if labelled.pbc.all():
         results["stress"] = labelled.get_stress()
@@ -173,6 +187,7 @@ class EMTDataModule(StructureDataModule):
         cutoff: float = 5.0,
         dtype: Literal["float32", "float64"] | None = None,
         save_dir: str | None = None,
+        tasks: Sequence[Literal["emt", "morse"]] = (),
         **loader: Any,
     ) -> None:
         """Keeps the options; ``setup`` makes the structures.
@@ -190,6 +205,8 @@ class EMTDataModule(StructureDataModule):
             cutoff: Cutoff of the neighbour lists in Å.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
             save_dir: Folder for ``train.extxyz``, ``val.extxyz`` and ``test.extxyz``; None to write nothing.
+            tasks: What labels the structures, in turns: EMT, or a pair potential with the same bond length for all
+                elements. Samples then have ``task``, ``charge`` and ``spin``. Nothing: EMT labels all.
             loader: Options of :class:`StructureDataModule`.
 
         Raises:
@@ -201,7 +218,9 @@ class EMTDataModule(StructureDataModule):
                 f"num_train={num_train}, num_val={num_val}, num_test={num_test}; expected at least one training "
                 "structure and no negative number"
             )
-        self._species = validate_species(species)
+        self._species, self._tasks = validate_species(species), validate_tasks(tasks)
+        if unknown := [task for task in self._tasks if task not in TASKS]:
+            raise ValueError(f"tasks={list(tasks)} holds {unknown}; expected names in {list(TASKS)}")
         _check_options(self._species, sizes, num_train, rattle, strain, vacancy_probability)
         self._numbers = {"train": num_train, "val": num_val, "test": num_test}
         self._sizes = tuple(sizes)
@@ -225,6 +244,12 @@ class EMTDataModule(StructureDataModule):
         """Returns the cutoff of the neighbour lists in Å."""
         return self._cutoff
 
+    @property
+    @override
+    def tasks(self) -> list[str]:
+        """Returns the names of the tasks in the order of the task index."""
+        return list(self._tasks)
+
     @override
     def prepare_data(self) -> None:
         """Writes the structures to ``save_dir``, if it is given."""
@@ -239,7 +264,7 @@ class EMTDataModule(StructureDataModule):
 
     def structures(self, split: str) -> list[Atoms]:
         """Makes the labelled structures of ``"train"``, ``"val"`` or ``"test"``."""
-        return emt_structures(
+        made = emt_structures(
             self._numbers[split],
             species=self._species,
             sizes=self._sizes,
@@ -249,6 +274,10 @@ class EMTDataModule(StructureDataModule):
             seed=self._seed,
             stream=list(self._numbers).index(split),  # changing the size of one split changes no other
         )
+        for number, name in zip(range(len(made)), itertools.cycle(self._tasks)):
+            made[number] = made[number] if name == "emt" else _labelled(made[number], TASKS[name]())
+            made[number].info["task"] = name
+        return made
 
     @override
     def build_dataset(self, split: Split) -> SampleDataset | None:
@@ -263,4 +292,5 @@ class EMTDataModule(StructureDataModule):
             species=self._species,
             dtype=self._dtype,
             precompute=self._precompute,
+            tasks=self._tasks,
         )

@@ -49,10 +49,11 @@ class GroupedLinear(nn.Module):
 class ElementExperts(nn.Module):
     """Computes each row by the experts of its element, weighted by the element's gates.
 
-    An expert is a gated perceptron, SiLU(core) · sigmoid(gate), as in MatRIS. The experts of an element are the
-    ``top_k`` with the largest learned logits, and their gates are the softmax of these logits. They depend on no
-    position: along a trajectory the same experts are active, and the energy stays smooth. (That the MatRIS-MoE of
-    Janus, arXiv 2604.15821, routes by element is published; gates and shared expert are a choice of this package.)
+    An expert is a gated perceptron, SiLU(core) · sigmoid(gate), as in MatRIS, and a linear map after it where
+    ``hidden_features`` is given. The experts of an element are the ``top_k`` with the largest learned logits, and their
+    gates are the softmax of these logits. They depend on no position: along a trajectory the same experts are active,
+    and the energy stays smooth. (That the MatRIS-MoE of Janus, arXiv 2604.15821, routes by element is published; gates
+    and shared expert are a choice of this package.)
 
     Args:
         num_elements: Number of elements.
@@ -60,7 +61,11 @@ class ElementExperts(nn.Module):
         in_features: Width of the rows.
         out_features: Width of the results.
         top_k: Number of experts of each element.
-        has_shared: Whether one more expert computes all rows, with a weight of 1.
+        has_shared: Whether one more expert, a gated perceptron without a hidden width, computes all rows, with a weight
+            of 1.
+        hidden_features: Width of each expert's gated perceptron, whose results a linear map then takes to
+            ``out_features``; None for experts without this map.
+        bias: Whether the maps of the experts have biases.
 
     Raises:
         ValueError: A number is out of its range.
@@ -79,6 +84,8 @@ class ElementExperts(nn.Module):
         out_features: int,
         top_k: int = 2,
         has_shared: bool = False,
+        hidden_features: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if num_elements < 1:
@@ -87,8 +94,10 @@ class ElementExperts(nn.Module):
             raise ValueError(f"top_k={top_k}; expected 1 to num_experts={num_experts}")
         self.top_k = top_k
         self.logits = nn.Parameter(torch.randn(num_elements, num_experts))
-        self.core = GroupedLinear(num_experts, in_features, out_features)
-        self.gate = GroupedLinear(num_experts, in_features, out_features)
+        width = out_features if hidden_features is None else hidden_features
+        self.core = GroupedLinear(num_experts, in_features, width, bias)
+        self.gate = GroupedLinear(num_experts, in_features, width, bias)
+        self.out = None if hidden_features is None else GroupedLinear(num_experts, width, out_features, bias)
         self.shared_core = nn.Linear(in_features, out_features) if has_shared else None
         self.shared_gate = nn.Linear(in_features, out_features) if has_shared else None
 
@@ -96,6 +105,12 @@ class ElementExperts(nn.Module):
         """Returns the gates and the experts of each element, both (num_elements, top_k)."""
         logits, experts = self.logits.topk(self.top_k, dim=1)
         return logits.softmax(dim=1), experts
+
+    def num_inactive(self) -> int:
+        """Returns the number of parameters of the experts that no row of one element reads."""
+        num_experts = self.logits.shape[1]
+        of_experts = [p for part in (self.core, self.gate, self.out) if part is not None for p in part.parameters()]
+        return sum(p.numel() for p in of_experts) // num_experts * (num_experts - self.top_k)
 
     def forward(self, x: Tensor, element: Tensor) -> Tensor:
         """Computes rows.
@@ -116,4 +131,5 @@ class ElementExperts(nn.Module):
         return torch.stack(parts).sum(0)
 
     def _expert(self, x: Tensor, expert: Tensor) -> Tensor:
-        return nn.functional.silu(self.core(x, expert)) * self.gate(x, expert).sigmoid()
+        gated = nn.functional.silu(self.core(x, expert)) * self.gate(x, expert).sigmoid()
+        return gated if self.out is None else self.out(gated, expert)

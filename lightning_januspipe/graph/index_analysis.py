@@ -100,6 +100,7 @@ class IndexAnalysis:
         program: the captured program.
         nodes: names of the operations of its forward pass, in execution order.
         sizes: values of the size expressions in shapes, on an example batch.
+        used: the operations whose indices count; None for all.
 
     Attributes:
         uses: index operations along dimensions with symbolic sizes.
@@ -107,14 +108,16 @@ class IndexAnalysis:
         sharded: the classes whose rows are sharded over the ranks, once they are known.
     """
 
-    def __init__(self, program: Program, nodes: Sequence[str], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, program: Program, nodes: Sequence[str], sizes: Mapping[str, int], used: Sequence[str] | None = None
+    ) -> None:
         self._program, self._example = program, sizes
         self._positions = {name: i for i, name in enumerate(program.inputs)}
         self._on_parameter = descendants(program, program.parameters)
         self._sources: dict[str, IndexSource | None] = {}
         self._same: dict[str, str] = {}
         self.sharded: set[str] = set()
-        self.uses = [use for name in nodes for use in self._uses(program.by_name[name])]
+        self.uses = [use for name in (nodes if used is None else used) for use in self._uses(program.by_name[name])]
         for name in nodes:
             self._join_broadcast(program.by_name[name])
             self._join_written(program.by_name[name])

@@ -87,21 +87,25 @@ class _ExchangeInserter:
         self._captured, self._program = captured, captured.program
         program, regions = captured.program, captured.regions
         forward = operations(program, {*regions.geometry, *regions.body})
-        self._found = IndexAnalysis(program, forward, captured.cut.sizes)
-        self._classes = find_row_classes(program, self._found)
-        self._found.sharded = set(self._classes.names)
-        self._indices = [n for n in self._found.row_indices if n.target in self._found.sharded]
-        self._computed = [n.source.node for n in self._indices if n.source.node]
+        results = [*program.energies, *program.coordinates, *regions.observables]
         self._on_parameter = descendants(program, program.parameters)
         self._differentiable = self._on_parameter | differentiable(program, program.coordinates)
-        # Indices that operations compute, and values of indices, become inputs; what only they need is not run.
-        results = [*program.energies, *program.coordinates, *regions.observables]
-        needed = ancestors(program, results, given=set(self._computed))
-        read = [name for name in forward if name in needed]
-        values = values_of_indices(program, self._found, self._classes, read, self._differentiable)
+        self._forward, before = forward, len(forward) + 1
+        # Indices that operations compute become inputs; what only they need is not run, and its indices do not count.
+        while len(self._forward) < before:
+            before = len(self._forward)
+            self._found = IndexAnalysis(program, forward, captured.cut.sizes, self._forward)
+            self._classes = find_row_classes(program, self._found)
+            self._found.sharded = set(self._classes.names)
+            self._indices = [n for n in self._found.row_indices if n.target in self._found.sharded]
+            self._computed = [n.source.node for n in self._indices if n.source.node]
+            needed = ancestors(program, results, given=set(self._computed))
+            self._forward = [name for name in self._forward if name in needed]
+        # Values of indices become inputs too.
+        values = values_of_indices(program, self._found, self._classes, self._forward, self._differentiable)
         self._gone = [*self._computed, *values]
         needed = ancestors(program, results, given=set(self._gone))
-        self._forward = [name for name in forward if name in needed]
+        self._forward = [name for name in self._forward if name in needed]
         self._readers = readers(program)
         self._values = [n for n in values if n in results or needed.intersection(self._readers[n])]
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential, independent_coordinates
 from lightning_januspipe.capture.trace.function import PlaceholderValues, new_leaf
+from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.operators import target_function
 from lightning_januspipe.capture.trace.program import Node, replace_refs
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
@@ -132,7 +133,8 @@ class _LockStep:
         common = dict(zip(names, PlaceholderValues(program, potential, names).values([]), strict=True))
         self._values: list[dict[str, Any]] = [{**common, **of_rank} for of_rank in inputs]
         self._leaves: list[list[Tensor]] = [[] for _ in program.coordinates]
-        forward = {*captured.regions.geometry, *captured.regions.body}
+        results = [*program.energies, *program.coordinates, *captured.regions.observables]
+        forward = ancestors(program, results) & {*captured.regions.geometry, *captured.regions.body}
         independent = set(independent_coordinates(program))
         with torch.enable_grad(), autocast_as(OFF):
             for node in program.nodes:

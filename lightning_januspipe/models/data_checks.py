@@ -12,15 +12,15 @@ _OPTIONS = {keys.ENERGY: "energy_weight", keys.FORCES: "force_weight", keys.STRE
 
 
 def check_data(potential: nn.Module, data: Any) -> None:
-    """Refuses data whose species indices or neighbour lists do not fit the potential.
+    """Refuses data whose species or task indices, or neighbour lists do not fit the potential.
 
     Args:
-        potential: Its attributes ``species``, chemical symbols by species index, and ``cutoff`` in Å are compared, if
-            they exist.
+        potential: Its attributes ``species``, chemical symbols by species index, ``tasks``, names by task index, and
+            ``cutoff`` in Å are compared, if they exist.
         data: A data module or dataset with the same attributes; a ``Subset`` or ``ConcatDataset`` of such datasets.
 
     Raises:
-        ValueError: The species of the data are not the first species of the potential, or its cutoff is smaller.
+        ValueError: The species or tasks of the data are not the first ones of the potential, or its cutoff is smaller.
     """
     for part, _ in _parts(data):
         own, given = getattr(potential, "species", None), getattr(part, "species", None)
@@ -28,6 +28,12 @@ def check_data(potential: nn.Module, data: Any) -> None:
             raise ValueError(
                 f"the data has the species {list(given)} and the potential {list(own)}: a species must have the same "
                 f"index in both. Give the data species={list(own)}, or train a potential for those of the data"
+            )
+        own, given = getattr(potential, "tasks", None), getattr(part, "tasks", None)
+        if own is not None and given and list(own)[: len(given)] != list(given):
+            raise ValueError(
+                f"the data has the tasks {list(given)} and the potential {list(own)}: a task must have the same index "
+                f"in both. Give the data tasks={list(own)}, or train a potential for those of the data"
             )
         own, given = getattr(potential, "cutoff", None), getattr(part, "cutoff", None)
         if own is not None and given is not None and _as_number(given) < _as_number(own) * (1 - 1e-6):

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_januspipe.models.e3nn_compat import second_moment_gain
-
 
 class PolynomialCutoff(nn.Module):
     """Evaluates the polynomial envelope of DimeNet (arXiv 2003.03123, eq. 8): 1 at r = 0, and 0 from the cutoff on.
@@ -99,6 +97,8 @@ class RadialNetwork(nn.Module):
     """
 
     def __init__(self, num_inputs: int, hidden: Sequence[int], num_outputs: int) -> None:
+        from lightning_januspipe.models.e3nn_compat import second_moment_gain
+
         super().__init__()
         widths = [num_inputs, *hidden, num_outputs]
         if min(widths) < 1:

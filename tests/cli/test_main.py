@@ -21,6 +21,9 @@ from lightning_januspipe.errors import CheckpointError
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
 from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 
+OF_EQUIVARIANT = [name for name in FROM_DATA if name != "tasks"]
+"""The arguments that the potential of the quickstart takes from the data."""
+
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +216,7 @@ class TestHelp:
             assert not set(FROM_DATA) & set(potential) and potential["num_features"] == 16
             assert f"# {POTENTIAL}.cutoff: taken from the data" in text
             assert yaml.safe_load(text)["data"]["init_args"]["cutoff"] == 4.5
-            assert missing_arguments(["fit", "--config", "printed.yaml"]) == list(FROM_DATA)
+            assert missing_arguments(["fit", "--config", "printed.yaml"]) == OF_EQUIVARIANT
 
 
 def explained(cls: type) -> None:
@@ -234,7 +237,7 @@ class TestMissingArguments:
     """Which arguments of the potential are left to the data."""
 
     def test_all_of_the_quickstart(self) -> None:
-        assert missing_arguments(["fit", "--config", QUICKSTART]) == list(FROM_DATA)
+        assert missing_arguments(["fit", "--config", QUICKSTART]) == OF_EQUIVARIANT
 
     @pytest.mark.parametrize(
         "args",
@@ -247,7 +250,7 @@ class TestMissingArguments:
     )
     def test_those_on_the_command_line_are_given(self, args: list[str]) -> None:
         missing = missing_arguments(["fit", "--config", QUICKSTART, *args])
-        assert missing == [name for name in FROM_DATA if name != "species"]
+        assert missing == [name for name in OF_EQUIVARIANT if name != "species"]
 
     @pytest.mark.parametrize("nested", [False, True])
     def test_those_in_a_second_file_are_given(self, nested: bool) -> None:
@@ -258,13 +261,13 @@ class TestMissingArguments:
             args = ["--config", write_yaml("whole.yaml", {"fit": whole}), "fit"]
         else:
             args = ["fit", "-c", QUICKSTART, f"--config={write_yaml('more.yaml', content)}"]
-        assert missing_arguments(args) == [name for name in FROM_DATA if name != "per_species_shift"]
+        assert missing_arguments(args) == [name for name in OF_EQUIVARIANT if name != "per_species_shift"]
 
     def test_files_of_parts(self) -> None:
         potential = {"class_path": EQUIVARIANT, "init_args": {"cutoff": 3.0}}
         model = write_yaml("model.yaml", {"class_path": MODEL, "init_args": {"potential": potential}})
         args = ["fit", "--model", model, "--data", DATA]
-        assert missing_arguments(args) == [name for name in FROM_DATA if name != "cutoff"]
+        assert missing_arguments(args) == [name for name in OF_EQUIVARIANT if name != "cutoff"]
 
     def test_other_potentials_get_nothing(self) -> None:
         linear = ["--model.potential=torch.nn.Linear", "--model.potential.in_features=1"]
@@ -297,7 +300,7 @@ class TestMissingArguments:
             "--model.potential.cutoff",
             "1.5",
         ]
-        assert missing_arguments(args) == [name for name in FROM_DATA if name != "cutoff"]
+        assert missing_arguments(args) == [name for name in OF_EQUIVARIANT if name != "cutoff"]
 
 
 class TestArgumentsFromData:
@@ -308,6 +311,7 @@ class TestArgumentsFromData:
         assert values == {
             "species": ["Cu", "Ni", "Al"],
             "cutoff": 4.0,
+            "tasks": ["default"],
             "avg_num_neighbors": statistics.avg_num_neighbors,
             "per_species_scale": statistics.force_rms,
             "per_species_shift": list(statistics.energy_shifts),

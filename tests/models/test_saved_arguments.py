@@ -214,7 +214,7 @@ def test_load_takes_the_class_of_another_package(tmp_path) -> None:
         lightning_januspipe.load(tmp_path / "other.ckpt", "torch.nn.Linear")
 
 
-@pytest.mark.parametrize("name", ["loading.load", "lightning_module.PotentialModule", "potential.cell_volume"])
+@pytest.mark.parametrize("name", ["loading.load", "lightning_module.PotentialModule", "conservative.cell_volume"])
 def test_a_file_names_no_function_that_loading_calls(tmp_path, name) -> None:
     saved = {"state_dict": {}, saved_arguments.CLASS: f"lightning_januspipe.models.{name}"}
     torch.save(saved | {saved_arguments.ARGUMENTS: {"path": "x"}}, tmp_path / "bad.ckpt")

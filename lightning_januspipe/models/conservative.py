@@ -1,0 +1,183 @@
+"""Defines what all reference potentials share: sums of scaled energies of atoms, and their derivatives."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_januspipe import keys
+
+PerSpecies = float | Sequence[float] | Mapping[str, float]
+
+
+class AtomicEnergies(nn.Module):
+    """Sums the energies of atoms, which a subclass computes in :meth:`unscaled_energies`, to energies of structures.
+
+    Args:
+        species: Chemical symbols; the index of a symbol is its species index in a batch.
+        cutoff: Length in Å of the longest edges.
+
+    Raises:
+        ValueError: The species are no list of distinct symbols.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, species: Sequence[str], cutoff: float) -> None:
+        super().__init__()
+        check_species(species)
+        self.species = tuple(species)
+        self.cutoff = float(cutoff)
+
+    def add_scale_and_shift(self, scale: PerSpecies, shift: PerSpecies, trainable: bool) -> None:
+        """Adds factors and energies in eV by species; call it last, since optimizers know parameters by their order."""
+        scales = torch.tensor(per_species_values("per_species_scale", scale, self.species))
+        shifts = torch.tensor(per_species_values("per_species_shift", shift, self.species), dtype=torch.float64)
+        self.scale = nn.Parameter(scales) if trainable else nn.Buffer(scales)
+        # All-electron energies have more digits than float32: shifts and sums of energies stay in float64.
+        self.shift = nn.Parameter(shifts) if trainable else nn.Buffer(shifts)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AtomicEnergies":
+        """Moves or convert the model, but keep the shifts in float64."""
+        exact = self.shift.detach()
+        super()._apply(fn, recurse)
+        if self.shift.dtype != exact.dtype:
+            self.shift.data = exact.to(self.shift.device)
+        return self
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads the model, but keep its shifts where those in ``state_dict`` are the same ones with fewer digits."""
+        saved = state_dict.get(f"{prefix}shift")
+        own = self.shift.detach()
+        if isinstance(saved, Tensor) and saved.shape == own.shape and torch.equal(own.to(saved), saved):
+            state_dict[f"{prefix}shift"] = own
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
+        """Evaluates the energy of strained structures.
+
+        Args:
+            batch: The batch (see :mod:`lightning_januspipe.keys`); its positions are not read.
+            positions: (N, 3) positions in Å before the strain.
+            strain: (B, 3, 3) strain; its symmetric part is applied to positions and cell.
+
+        Returns:
+            (B,) energies in eV, in float64.
+        """
+        return self.sum_structures(batch, self.atomic_energies(batch, positions, strain))
+
+    def unscaled_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
+        """Evaluates the energies (N,) of the atoms before scale and shift. For the arguments see :meth:`forward`."""
+        raise NotImplementedError
+
+    def atomic_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
+        """Evaluates the energies of the atoms, (N,) in eV and float64. For the arguments see :meth:`forward`."""
+        species, energies = batch[keys.SPECIES], self.unscaled_energies(batch, positions, strain)
+        return (self.scale[species] * energies).to(self.shift.dtype) + self.shift[species]
+
+    def edges(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the lengths (E,) in Å and the directions (E, 3) of the edges.
+
+        An edge of length zero (padding) gets the length of the cutoff and a zero direction, so that it carries no
+        message.
+        """
+        structure = batch[keys.BATCH]
+        source, target = batch[keys.EDGE_INDEX].unbind(0)
+        symmetric = 0.5 * (strain + strain.transpose(1, 2))
+        positions = positions + torch.bmm(positions.unsqueeze(1), symmetric[structure]).squeeze(1)
+        cell = batch[keys.CELL]
+        cell = cell + torch.bmm(cell, symmetric)
+        shifts = torch.bmm(batch[keys.CELL_SHIFTS].unsqueeze(1), cell[structure[source]]).squeeze(1)
+        vectors = positions[source] + shifts - positions[target]
+        squares = vectors.square().sum(-1)
+        lengths = torch.where(squares > 0, squares, self.cutoff**2).sqrt()
+        return lengths, vectors / lengths.unsqueeze(-1)
+
+    def sum_structures(self, batch: Mapping[str, Tensor], atomic: Tensor) -> Tensor:
+        """Sums (N,) energies of atoms to (B,) energies of structures."""
+        return atomic.new_zeros(batch[keys.CELL].shape[0]).index_add(0, batch[keys.BATCH], atomic)
+
+
+class ConservativePotential(nn.Module):
+    """Computes forces and stress as derivatives of an energy model.
+
+    Args:
+        energy_model: Module called as ``energy_model(batch, positions, strain)`` that returns (B,) energies in eV, for
+            (N, 3) positions in Å and a (B, 3, 3) strain.
+    """
+
+    def __init__(self, energy_model: nn.Module) -> None:
+        super().__init__()
+        self.energy_model = energy_model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Evaluates energy, forces and stress.
+
+        In training mode the results can be differentiated with respect to the parameters; in evaluation mode they are
+        detached. The caller need not enable gradients, but must leave inference mode.
+
+        Args:
+            batch: The batch (see :mod:`lightning_januspipe.keys`).
+
+        Returns:
+            ``energy`` (B,) in eV, in the dtype of the energy model, ``forces`` (N, 3) in eV/Å and ``stress`` (B, 3, 3)
+            in eV/Å³, zero where the cell has no volume.
+
+        Raises:
+            RuntimeError: Called in inference mode, where torch cannot differentiate.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "forces are derivatives, which torch cannot compute in inference mode; call the potential under "
+                "torch.inference_mode(False) with cloned inputs, or give the Trainer inference_mode=False"
+            )
+        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+            positions = batch[keys.POSITIONS].detach().requires_grad_(True)
+            strain = torch.zeros_like(batch[keys.CELL]).requires_grad_(True)
+            energy = self.energy_model(batch, positions, strain)
+            position_gradient, virial = torch.autograd.grad(
+                [energy.sum()], [positions, strain], create_graph=self.training
+            )
+        volume = cell_volume(batch[keys.CELL])[:, None, None]
+        periodic = volume > 0
+        stress = torch.where(periodic, virial / torch.where(periodic, volume, 1.0), 0.0)
+        return {
+            keys.ENERGY: energy if self.training else energy.detach(),
+            keys.FORCES: -position_gradient,
+            keys.STRESS: stress,
+        }
+
+
+def cell_volume(cell: Tensor) -> Tensor:
+    """Returns the volumes (B,) in Å³ of the (B, 3, 3) cells; zero where a cell vector is missing."""
+    a, b, c = cell.unbind(1)
+    return (a * torch.linalg.cross(b, c)).sum(-1).abs()
+
+
+def check_species(species: Sequence[str]) -> None:
+    """Raises ValueError unless ``species`` is a list of distinct chemical symbols."""
+    if isinstance(species, str) or not species or not all(isinstance(symbol, str) for symbol in species):
+        raise ValueError(f'species must be a list of chemical symbols such as ["Cu", "Au"], got {species!r}')
+    if len(set(species)) != len(species):
+        raise ValueError(f"species must be distinct, got {list(species)}")
+
+
+def per_species_values(name: str, given: PerSpecies, species: Sequence[str]) -> list[float]:
+    """Returns one number for each species, from any of the accepted forms."""
+    if isinstance(given, Mapping):
+        if missing := [symbol for symbol in species if symbol not in given]:
+            raise ValueError(f"{name} has no value for {missing}; give one for each of {list(species)}")
+        given = [given[symbol] for symbol in species]
+    elif not isinstance(given, Sequence):
+        given = [given] * len(species)
+    if len(given) != len(species):
+        raise ValueError(
+            f"{name} has {len(given)} values for the {len(species)} species {list(species)}; give one for each"
+        )
+    return [float(value) for value in given]
