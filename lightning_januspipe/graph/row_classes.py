@@ -93,6 +93,7 @@ def values_of_indices(
     localized = [n.source for n in found.row_indices if n.target in classes.names]
     indexed = {(u.node.name, u.index) for u in found.uses}
     values: dict[str, None] = {}
+    made = program.inputs[len(program.inputs) - len(program.prepared) :]  # for the whole micro-batch
     for name in nodes:
         node = program.by_name[name]
         own, of_package = found.source(name), is_of_package(node)
@@ -102,7 +103,7 @@ def values_of_indices(
             continue
         sources = [found.source(given) for given in node.inputs() if (name, given) not in indexed]
         of_indices = any(_overlap(source, other) for source in sources if source is not None for other in localized)
-        reads_values = not values.keys().isdisjoint(node.inputs())
+        reads_values = not {*values, *made}.isdisjoint(node.inputs())
         if (of_indices and name in changing) or ((of_indices or reads_values) and of_package):
             raise CaptureError(
                 f"graph_size > 1 is not possible: the potential computes {node.target} of the indices of atoms or "

@@ -90,6 +90,10 @@ CLIENTS = {
         ),
         alone=("mattersim==1.2.3",),
     ),
+    # Its models need neither torch-scatter nor torch-cluster, which it asks for.
+    "newtonnet": Client(("torch-geometric==2.8.1",), alone=("newtonnet==2.0.1",)),
+    # Importing its model for torch imports JAX.
+    "nequix": Client(("torch-geometric==2.8.1", "e3nn==0.6.0", "jax==0.10.2"), alone=("nequix==0.4.5",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""MatterSim's M3GNet in its own ``Potential``, on pipelines. Its sums cannot be sharded over graph ranks.
+"""MatterSim's M3GNet in its own ``Potential``, on pipelines and graph ranks.
 
 Slow, and skipped where mattersim is absent:
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from factories import factory
 
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,4 +27,3 @@ pytestmark = [
 class TestM3GNet(ModelConformance):
     make_module = factory("mattersim_models", "make_module")
     datamodules = {kind: factory("mattersim_models", kind) for kind in ("crystals", "molecules")}
-    strategies = PIPELINES

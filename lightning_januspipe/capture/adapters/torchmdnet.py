@@ -1,14 +1,15 @@
-"""Helps TorchMD-Net's models through capture: edges and messages are computed by operations of torch.
+"""Helps TorchMD-Net's models through capture: lengths and vectors of edges are computed by operations of torch.
 
 ``OptimizedDistance`` finds edges, their vectors and their lengths in one operation of the package, which a graph rank
 cannot run for its own rows. The adapter keeps the pairs of atoms that it finds, and computes the rest from positions.
-TensorNet gets the operations of torch that it has itself where the package's kernels are not installed. The gated
-output of the equivariant transformer branches on features, to leave out atoms whose features are zero.
+The gated output of the equivariant transformer branches on features, to leave out atoms whose features are zero.
+
+TensorNet's messages stay the kernels of the package, with constants in single precision: operations of torch differ
+from them in the eighth digit. So it can be sharded over graph ranks only where the kernels are not installed.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -25,27 +26,16 @@ class TorchMDNetAdapter(Adapter):
     """Adapts models with ``OptimizedDistance``, of TorchMD-Net 3.1."""
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """Returns a context in which the models run operations of torch, without branches and without padded edges."""
-        return _plain_operations(potential)
-
-
-_KERNELS = ("compose_tensor", "decompose_tensor", "tensor_matmul_o3", "tensor_matmul_so3")
+        """Returns a context in which edges are vectors between looked-up positions, without branches and padding."""
+        return _plain_edges(potential)
 
 
 @contextmanager
-def _plain_operations(potential: nn.Module) -> Iterator[None]:
-    from torchmdnet.models import tensornet
+def _plain_edges(potential: nn.Module) -> Iterator[None]:
     from torchmdnet.models.utils import GatedEquivariantBlock, OptimizedDistance
 
-    owners = [m for n, m in list(sys.modules.items()) if n.startswith("torchmdnet.models.tensornet")]
     with ExitStack() as stack:
-        for owner in owners:
-            for name in _KERNELS:
-                if hasattr(owner, name):
-                    stack.enter_context(patched(owner, name, getattr(tensornet, f"_{name}")))
         for part in potential.modules():
-            if hasattr(part, "opt"):
-                stack.enter_context(patched(part, "opt", False))
             if isinstance(part, GatedEquivariantBlock):
                 stack.enter_context(patched(part, "forward", partial(_gated, part)))
             if hasattr(part, "static_shapes"):  # pads edges, for CUDA graphs, with those of an additional atom
