@@ -53,6 +53,7 @@ class PlacedParameters:
         self.stages_of: dict[nn.Parameter, frozenset[int]] = {}
         self.ranks_of: dict[nn.Parameter, frozenset[int]] = {}
         self.shards: list[OptimizerShards] = []
+        self._earlier: dict[nn.Parameter, Tensor] | None = None
         for parameter in module.parameters():
             found = stages.get(parameter)
             self.stages_of[parameter] = frozenset(found or every_stage)
@@ -168,9 +169,15 @@ class PlacedParameters:
     def accumulate_gradients(self, factor: float) -> None:
         """Adds the sums of this step to ``.grad``, but for those that are reduced from where they are.
 
+        What an earlier step has left there, since no optimizer sets it to zero, was reduced and is put aside.
+
         Args:
             factor: What gradients are multiplied by.
         """
+        if self._earlier is None:
+            self._earlier = {p: p.grad for p in self._module.parameters() if p.grad is not None}
+            for parameter in self._earlier:
+                parameter.grad = None
         self.sums.accumulate_into_grad(
             factor, {p for unit in self._units() if unit.stage is not None for p in unit.parameters}
         )
@@ -203,6 +210,9 @@ class PlacedParameters:
             with waiting("reduction of gradients over replicas", mesh.data_group, mixed=True):
                 reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
         self._finish_reductions(factor)
+        for parameter, gradient in (self._earlier or {}).items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._earlier = None
 
     def _finish_reductions(self, factor: float) -> None:
         """Waits for the reductions of shards; starts those that no phase has started."""

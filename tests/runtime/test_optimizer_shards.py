@@ -58,7 +58,7 @@ def test_parameters_whose_memory_is_not_contiguous_stay_whole() -> None:
     ("devices", "mesh", "optimizer", "level"),
     [
         (2, REPLICAS, "Adam", SHARDED),
-        (2, REPLICAS, "Muon", FULLY),
+        (2, GRAPH, "Muon", FULLY),
         (2, GRAPH, "Adafactor", SHARDED),
         (4, STAGES_AND_REPLICAS, "Adam", FULLY),
         (4, STAGES_AND_GRAPH, "Adam", SHARDED),
