@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -145,6 +146,8 @@ def _serve(pipe: Connection, environment: dict[str, str], start_method: str | No
         importlib.import_module(module)
     np.random.seed()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what was imported stays, and makes no later collection longer
     while True:
         try:
             job, rank, num, port = pipe.recv()
@@ -161,6 +164,7 @@ def _serve(pipe: Connection, environment: dict[str, str], start_method: str | No
             TORCHELASTIC_RUN_ID="januspipe-testing",
         )
         pipe.send_bytes(_answer(job))
+        gc.collect()  # groups that a Trainer still refers to have threads, which wake a hundred times in a second
 
 
 def _answer(job: bytes) -> bytes:
