@@ -180,7 +180,8 @@ class JanusPipeCalculator(Calculator):
                 compiled = CompiledPotential(self.potential, self.dtype, self.device)
                 problem = compiled.misfit(batch) or self._difference(compiled, batch)
             except Exception as error:  # torch's tracing and compiling may fail in any way
-                problem = f"{type(self.potential).__name__} cannot be compiled ({type(error).__name__}: {error})"
+                cause = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+                problem = f"{type(self.potential).__name__} cannot be compiled ({cause})"
                 if always:
                     raise ValueError(f"compile=True, but {problem}. Use compile=False") from error
         if not problem:

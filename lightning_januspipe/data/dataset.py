@@ -96,6 +96,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         self.species = find_species(self._structures) if species == "auto" else validate_species(species)
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._facts: dict[int, Facts] = {}
+        self._counted: set[int] = set()
         self._table: FactsTable | None = None
         if precompute:
             self.facts()
@@ -164,14 +165,13 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
     def sample_sizes(self) -> tuple[Sequence[int], Sequence[int]]:
         """Returns the numbers of atoms and of edges of all structures, the same in every process.
 
-        Edges are counted in structures whose :meth:`facts` are known, as all are with ``precompute``, and estimated in
-        others.
+        Edges are counted in structures whose :meth:`facts` were asked for, as all are with ``precompute``. They are
+        estimated in others, also where this process has read the sample.
         """
         edges = []
         for index, atoms in enumerate(self._structures):
-            known = self._facts.get(index)
-            if known is not None:
-                edges.append(known.num_edges)
+            if index in self._counted:
+                edges.append(self._facts[index].num_edges)
             else:
                 edges.append(round(estimate_num_edges(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)))
         return [len(atoms) for atoms in self._structures], edges
@@ -189,6 +189,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         for index in chosen:
             if index not in self._facts:
                 self._make(index)
+        self._counted.update(chosen)
         if self._table is None and len(self._facts) < len(self):
             return FactsTable.of((self._facts[index] for index in chosen), self._source)
         if self._table is None:

@@ -92,7 +92,7 @@ def test_vectors_are_of_one_length_and_keep_everything() -> None:
 
 def test_a_watch_records_what_it_was_asked_for() -> None:
     buffers, action = GradientBuffers(), Action(Phase.FE, 0, 0)
-    watch, sent = StepRecorder(torch.device("cpu"), buffers), [10]
+    watch, sent = StepRecorder(torch.device("cpu"), buffers.sums), [10]
     parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
 
     def step(always: bool = False) -> bool:

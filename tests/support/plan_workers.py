@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-from lightning_januspipe.graph import collectives
+from lightning_januspipe.graph import exchange
 from lightning_januspipe.testing import quiet_trainer
 
 
@@ -32,6 +32,6 @@ def sent_in_a_step(module: Any, data: Any, num_microbatches: int) -> tuple[float
     counted = SimpleNamespace(all_to_all_single=all_to_all, all_reduce=all_reduce, all_gather=all_gather)
     sizes = {"pipeline_size": 1, "graph_size": num_ranks, "num_microbatches": num_microbatches, "schedule": "gpipe"}
     trainer = quiet_trainer(sizes, devices=num_ranks, max_steps=1, limit_val_batches=0)
-    with patch.object(collectives, "dist", counted):
+    with patch.object(exchange, "dist", counted):
         trainer.fit(module(), datamodule=data())
     return sum(sent), len(sent)
