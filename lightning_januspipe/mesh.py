@@ -103,6 +103,10 @@ class Mesh:
         host_group: All ranks, on the host.
         stage_group: The ranks that hold the same stages, after :meth:`join_stage_ranks`; stage_control_group has the
             same ones, on the host.
+        expert_size: Number of ranks that share the experts of this rank's stages, after :meth:`join_expert_ranks`.
+        expert_rank: Index of this rank among them.
+        expert_group: These ranks; expert_control_group has the same ones, on the host.
+        expert_copies_group: The ranks that hold the same experts as this rank; None if no other rank does.
         alone_group: This rank alone.
     """
 
@@ -119,6 +123,10 @@ class Mesh:
         self.stage_group: dist.ProcessGroup | None = None
         self.stage_control_group: dist.ProcessGroup | None = None
         self.host_group: dist.ProcessGroup | None = None
+        self.expert_size, self.expert_rank = 1, 0
+        self.expert_group: dist.ProcessGroup | None = None
+        self.expert_control_group: dist.ProcessGroup | None = None
+        self.expert_copies_group: dist.ProcessGroup | None = None
         self._made: list[dist.ProcessGroup] = []
         if shape.size == 1:
             return
@@ -160,6 +168,34 @@ class Mesh:
             self.stage_group = self._own_group(lists, timeout=self.timeout)
             self.stage_control_group = self._own_group(lists, timeout=self.timeout, backend="gloo")
 
+    def join_expert_ranks(self, size: int) -> None:
+        """Makes the groups of the ranks that share experts: neighbours among those that hold the same stages.
+
+        All ranks have to call it.
+
+        Args:
+            size: The number of ranks of a group, a divisor of data × graph.
+        """
+        if self.expert_group is not None:
+            return
+        shape, num = self.shape, self.shape.data * self.shape.graph
+        stages = [
+            [shape.rank(p, d, g) for d in range(shape.data) for g in range(shape.graph)] for p in range(shape.pipeline)
+        ]
+        sharing = [ranks[first : first + size] for ranks in stages for first in range(0, num, size)]
+        self.expert_size, self.expert_rank = size, self.stage_rank % size
+        self.expert_group = self._own_group(sharing, timeout=self.timeout)
+        self.expert_control_group = self._own_group(sharing, timeout=self.timeout, backend="gloo")
+        if size < num:
+            copies = [ranks[first::size] for ranks in stages for first in range(size)]
+            self.expert_copies_group = self._own_group(copies, timeout=self.timeout)
+
+    @property
+    def expert_ranks(self) -> list[int]:
+        """Returns the global ranks that share the experts of this rank's stages."""
+        first = self.stage_rank - self.expert_rank
+        return self.stage_ranks[first : first + self.expert_size]
+
     def gathered_over_pipeline(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks.
 
@@ -188,7 +224,7 @@ class Mesh:
         self.aborted = True
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
         self.replica_group = self.graph_group = self.data_group = self.stage_group = self.stage_control_group = None
-        self.alone_group = None
+        self.alone_group = self.expert_group = self.expert_control_group = self.expert_copies_group = None
         _destroy(self._made)
 
     def _own_group(self, lists: list[list[int]], **options: Any) -> dist.ProcessGroup:

@@ -23,14 +23,15 @@ ALLOWED: dict[str, set[str]] = {
     "loader": {"keys", "random_state"},
     "capture": {"engine", "errors", "experts", "random_state", "schedule"},
     "compiled": {"capture", "engine", "errors", "keys", "schedule"},
+    "expert_ranks": {"capture", "distributed", "engine", "errors", "graph"},
     "graph": {"capture", "distributed", "engine", "errors", "loader"},
     "data": {"checkpoint", "keys", "loader"},
     "calculator": {"compiled", "data", "keys", "models"},
     "models": {"checkpoint", "experts", "keys"},
     "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},
     "runtime": {
-        *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "mesh", "random_state"),
-        "schedule",
+        *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "expert_ranks", "graph", "mesh"),
+        *("random_state", "schedule"),
     },
     "strategy": {
         *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "loader", "mesh"),

@@ -100,7 +100,8 @@ def words_of_program(
     for word, sizes in (("edge", sorted(known - angles, key=str)), ("angle", sorted(angles, key=str))):
         for number, size in enumerate(sizes):
             place = _place(program, values, places, size)
-            name = word if number == 0 else f"{word} of {place}"
+            another = f"{word} of {place}" if place else f"{word} (kind {number + 1})"
+            name = word if number == 0 else another
             words[size] = name
             if place:
                 defined_by[name] = place

@@ -133,64 +133,65 @@ def collect_rows(x: Tensor, exchange: Exchange) -> Tensor:
     return exchange.collected(x)
 
 
-class _Exchanging(torch.autograd.Function):
+class Exchanging(torch.autograd.Function):
     """Keeps the exchange for the derivative, and passes undefined gradients on."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Exchange], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        """Keeps the exchange."""
         ctx.exchange = inputs[1]
         ctx.set_materialize_grads(False)
 
 
-def _transposed(
-    function: Callable[[Tensor, Exchange], Tensor], ctx: Any, gradients: tuple[Tensor | None, ...]
+def transposed(
+    function: Callable[[Tensor, Any], Tensor], ctx: Any, gradients: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, None]:
     """Returns the gradients of an exchange, computed with its transpose."""
     (given,) = gradients
     return None if given is None else function(given, ctx.exchange), None
 
 
-class _GatherHalo(_Exchanging):
+class _GatherHalo(Exchanging):
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         return exchange.gathered(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return _transposed(sum_halo, ctx, gradients)
+        return transposed(sum_halo, ctx, gradients)
 
 
-class _SumHalo(_Exchanging):
+class _SumHalo(Exchanging):
     @staticmethod
     def forward(y: Tensor, exchange: Exchange) -> Tensor:
         return exchange.summed(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return _transposed(gather_halo, ctx, gradients)
+        return transposed(gather_halo, ctx, gradients)
 
 
-class _SumOverRanks(_Exchanging):
+class _SumOverRanks(Exchanging):
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         return exchange.total(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return _transposed(replicate, ctx, gradients)
+        return transposed(replicate, ctx, gradients)
 
 
-class _Replicate(_Exchanging):
+class _Replicate(Exchanging):
     @staticmethod
     def forward(x: Tensor, exchange: Exchange) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return _transposed(sum_over_ranks, ctx, gradients)
+        return transposed(sum_over_ranks, ctx, gradients)
 
 
-class _CountOnce(_Exchanging):
+class _CountOnce(Exchanging):
     """Maps a parameter, whose cotangents are summed over the ranks, to a replicated tensor."""
 
     @staticmethod
@@ -199,10 +200,10 @@ class _CountOnce(_Exchanging):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return _transposed(_OnFirstRank.apply, ctx, gradients)
+        return transposed(_OnFirstRank.apply, ctx, gradients)
 
 
-class _OnFirstRank(_Exchanging):
+class _OnFirstRank(Exchanging):
     """Maps a replicated tensor to summands: itself on the first rank, zeros on the others. All ranks have this node."""
 
     @staticmethod
@@ -211,4 +212,4 @@ class _OnFirstRank(_Exchanging):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return _transposed(count_once, ctx, gradients)
+        return transposed(count_once, ctx, gradients)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.graph.shards import Shard
+
+_WHAT = "exchange of rows between graph ranks"
 
 # Operators of compiled graphs take numbers and tensors only, so they look their exchange up, as torch's own
 # collectives look up a process group by its name.
@@ -146,10 +148,7 @@ class Exchange:
     def _all_to_all(
         self, into: Tensor, rows: Tensor, receive_counts: tuple[int, ...], send_counts: tuple[int, ...]
     ) -> None:
-        """Sends rows to each rank, as bytes, which every backend can send."""
-        if math.prod(rows.shape[1:]):  # the same on all ranks, unlike the number of rows
-            sizes = list(receive_counts), list(send_counts)
-            self._call(dist.all_to_all_single, _as_bytes(into), _as_bytes(rows), *sizes)
+        send_rows_to_each(into, rows, receive_counts, send_counts, self.group, _WHAT)
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         """Calls a collective over the group.
@@ -157,7 +156,7 @@ class Exchange:
         Raises:
             RankLostError: a rank did not answer.
         """
-        with waiting("exchange of rows between graph ranks", self.group):
+        with waiting(_WHAT, self.group):
             collective(*args, group=self.group)
 
 
@@ -166,6 +165,33 @@ def exchange_of(handle: int) -> Exchange:
     found = _BY_HANDLE.get(handle)
     assert found is not None, f"the exchange {handle} is gone; something has to keep it until its micro-batch has ended"
     return found
+
+
+def send_rows_to_each(
+    into: Tensor,
+    rows: Tensor,
+    receive_counts: Sequence[int],
+    send_counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    what: str,
+) -> None:
+    """Sends rows to each rank, as bytes, which every backend can send.
+
+    Args:
+        into: receives the rows of all ranks, those of the first rank first.
+        rows: the rows to send, those for the first rank first.
+        receive_counts: the number of rows from each rank.
+        send_counts: the number of rows to each rank.
+        group: the ranks.
+        what: what is sent, as a noun.
+
+    Raises:
+        RankLostError: a rank did not answer.
+    """
+    if math.prod(rows.shape[1:]):  # the same on all ranks, unlike the number of rows
+        with waiting(what, group):
+            sizes = list(receive_counts), list(send_counts)
+            dist.all_to_all_single(_as_bytes(into), _as_bytes(rows), *sizes, group=group)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

@@ -62,6 +62,11 @@ class BatchChecks:
         if kinds and not any(kinds <= validated for validated in (*self._validated, *self._noted)):
             self._noted[kinds] = potential, call
 
+    @property
+    def has_noted(self) -> bool:
+        """Tells whether there are calls to validate."""
+        return bool(self._noted)
+
     def run(self) -> None:
         """Validates the potential on the calls that were noted.
 

@@ -165,11 +165,12 @@ class PipelineBuilder:
             capture, to_verify = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
             self._last, self._compiler = _LastCapture(weakref.ref(request.module), _name(request.step), capture), None
             self._activations = (self._usual_activation,) * capture.potential.num_stages
-            run = describe_run(planner.name, request.num_microbatches, mesh.shape)
+            run = describe_run(planner.name, request.num_microbatches, mesh.shape, mesh.expert_size)
             news = News(
                 f"januspipe: {capture.describe(mesh.shape.pipeline)}; {run}", f"januspipe: {capture.describe_capture()}"
             )
         found = self._last.capture
+        spreads_experts = request.trains and mesh.expert_size > 1  # evaluation alone has every expert on every rank
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
         if limit is not None and found.activations:
@@ -183,7 +184,15 @@ class PipelineBuilder:
             news = replace(news, line=f"{news.line}; {chosen.describe(limit)}") if news.line else news
         make_stage = self._stage_compiler(request, mesh, found) if self._compiles else self._eager_stage
         pipeline = Pipeline(
-            request.module, mesh, found, planner, links, request.num_microbatches, self._message_dtype, make_stage
+            request.module,
+            mesh,
+            found,
+            planner,
+            links,
+            request.num_microbatches,
+            self._message_dtype,
+            make_stage,
+            spreads_experts,
         )
         pipeline.executor.annotate = request.annotate
         if self._compiler is not None:
@@ -298,13 +307,14 @@ def pipeline_links(mesh: Mesh) -> Links:
     return Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
 
 
-def describe_run(schedule: str, num_microbatches: int, shape: MeshShape) -> str:
+def describe_run(schedule: str, num_microbatches: int, shape: MeshShape, expert_size: int = 1) -> str:
     """Returns in words how the ranks will work.
 
     Args:
         schedule: Name of the schedule.
         num_microbatches: Micro-batches of most steps.
         shape: Sizes of the mesh.
+        expert_size: Number of ranks that share the experts of a stage.
     """
     words = [schedule if shape.pipeline > 1 else "no pipeline"]
     words.append(f"{num_microbatches} micro-batches" if num_microbatches > 1 else "one micro-batch")
@@ -312,6 +322,8 @@ def describe_run(schedule: str, num_microbatches: int, shape: MeshShape) -> str:
         words.append(f"the atoms of each on {shape.graph} ranks")
     if shape.data > 1:
         words.append(f"{shape.data} replicas")
+    if expert_size > 1:
+        words.append(f"experts on {expert_size} ranks")
     return ", ".join(words)
 
 

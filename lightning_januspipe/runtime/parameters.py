@@ -14,6 +14,7 @@ from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.stage_state import Collective
 from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
 from lightning_januspipe.runtime.state_units import StateUnit
 from lightning_januspipe.schedule.state_actions import ShardLevel
@@ -37,6 +38,7 @@ class PlacedParameters:
         ranks_of: The ranks of the pipeline that train each parameter.
         shards: The shards of each optimizer's parameters, if optimizer state is sharded.
         sums: The parameter gradients of the present step, before they are accumulated into ``.grad`` or reduced.
+        experts: The parameters with an entry for each expert, if experts are spread over ranks.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PlacedParameters:
         self.stages_of: dict[nn.Parameter, frozenset[int]] = {}
         self.ranks_of: dict[nn.Parameter, frozenset[int]] = {}
         self.shards: list[OptimizerShards] = []
+        self.experts: ExpertShards | None = None
         self._earlier: dict[nn.Parameter, Tensor] | None = None
         for parameter in module.parameters():
             found = stages.get(parameter)
@@ -83,7 +86,29 @@ class PlacedParameters:
         found = {p: p.grad for p in self._module.parameters() if p.requires_grad and self.holds(p)}
         for shards in self.shards:
             found |= shards.gradients()
-        return found
+        return found if self.experts is None else found | self.experts.gradients()
+
+    def is_spread(self, parameter: nn.Parameter) -> bool:
+        """Returns whether this rank trains its own experts' entries of a parameter only."""
+        return self.experts is not None and parameter in self.experts
+
+    def make_experts_whole(self) -> bool:
+        """Gives parameters the entries of all experts until :meth:`keep_own_experts`, at the next step at the latest.
+
+        The ranks with the stages take part. Gradients of experts are put aside until then.
+
+        Returns:
+            Whether this rank had its own experts only.
+        """
+        if self.experts is None or self.experts.are_whole:
+            return False
+        self.experts.make_whole()
+        return True
+
+    def keep_own_experts(self) -> None:
+        """Frees the entries of other ranks' experts."""
+        if self.experts is not None:
+            self.experts.keep_own()
 
     def local_gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """Yields the gradients of this rank before they are reduced, some of them in parts, with their names."""
@@ -201,7 +226,7 @@ class PlacedParameters:
                 if not self.holds(parameter):
                     parameter.grad = None
         sharded: set[nn.Parameter] = set().union(*(shards.parameters for shards in self.shards))
-        held = [p for p in every if self.holds(p) and p not in sharded]
+        held = [p for p in every if self.holds(p) and p not in sharded and not self.is_spread(p)]
         if mesh.graph_group is not None:
             with waiting("reduction of gradients over graph ranks", mesh.graph_group, mixed=True):
                 reduce_gradients(held, mesh.graph_group)
@@ -209,6 +234,8 @@ class PlacedParameters:
             assert mesh.data_group is not None
             with waiting("reduction of gradients over replicas", mesh.data_group, mixed=True):
                 reduce_gradients(held, mesh.data_group, divide_by=mesh.shape.data)
+        if self.experts is not None:
+            self.experts.reduce_gradients()
         self._finish_reductions(factor)
         for parameter, gradient in (self._earlier or {}).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -237,6 +264,7 @@ class PlacedParameters:
         mesh = self._mesh
         if not averages_only:
             self.make_whole()
+        self.make_experts_whole()
         if mesh.shape.pipeline == 1:
             return
         owners: dict[Tensor, int] = {} if averages_only else {p: self.owner(p) for p in self.ranks_of}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture import Capture
 from lightning_januspipe.capture.find.grad_call import StepFunction
+from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.executor import Executor
@@ -22,10 +23,13 @@ from lightning_januspipe.engine.single_process import StageFactory, eager_stage
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.stage import SplitStage, Stage
 from lightning_januspipe.engine.timeline import recorded_report
+from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.expert_ranks import ExpertAxis, ExpertGroup
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.runtime.agreed_schedules import AgreedSchedules
 from lightning_januspipe.runtime.batch_checks import BatchChecks
+from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.fingerprint import require_same_batches
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.planner import Planner
@@ -53,6 +57,7 @@ class Pipeline(Runner):
         num_microbatches: Micro-batches of most steps; the ranks of the stages are chosen for them.
         message_dtype: What features and their gradients are rounded to between ranks; None to send them as they are.
         make_stage: Makes what runs the phases of the stages whose phases are all on this rank.
+        spreads_experts: Whether each rank holds its own experts only, among the mesh's ranks that share experts.
 
     Attributes:
         compile_report: What was compiled on this rank; None if phases run eagerly.
@@ -71,6 +76,7 @@ class Pipeline(Runner):
         num_microbatches: int = 1,
         message_dtype: MessageDtype | None = None,
         make_stage: StageFactory = eager_stage,
+        spreads_experts: bool = False,
     ) -> None:
         self._module, self._mesh, self._links = module, mesh, links
         staged = self._staged = capture.potential
@@ -92,6 +98,10 @@ class Pipeline(Runner):
             group = GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group)
             self._graph = GraphAxis(staged, potential, group)
         local = staged if self._graph is None else self._graph.potential
+        self._experts: ExpertAxis | None = None
+        if spreads_experts:
+            self._experts = self._spread_experts(local, potential, first.stages_of(mesh.pipeline_rank))
+            local = self._experts.potential
         stages: dict[int, Stage] = {}
         for index in first.stages_of(mesh.pipeline_rank):
             function = local.stage(index, potential)
@@ -173,13 +183,43 @@ class Pipeline(Runner):
         with as_world(mesh.alone_group):  # the ranks run these parts of the step at different times
             inputs = [self._step.prepare(i, s, b) for i, (s, b) in enumerate(zip(steps, batches, strict=True))]
         require_same_batches([i.tensors for i in inputs], batches, mesh)
+        if self._experts is not None:
+            self._agree_on_checks()
         with as_world(mesh.alone_group):
             self._batch_checks.run()
-        if self._graph is None:
-            return inputs
-        assert mesh.replica_group is not None
-        replica = Replica(len(mesh.replica_ranks), mesh.replica_rank, mesh.replica_group)
-        return self._graph.shard_step_inputs(inputs, replica, owners)
+        if self._graph is not None:
+            assert mesh.replica_group is not None
+            replica = Replica(len(mesh.replica_ranks), mesh.replica_rank, mesh.replica_group)
+            inputs = self._graph.shard_step_inputs(inputs, replica, owners)
+        if self._experts is not None:
+            self.parameters.keep_own_experts()
+            inputs = self._experts.plan(inputs)
+        return inputs
+
+    def _spread_experts(self, local: Any, potential: nn.Module, stages: Sequence[int]) -> ExpertAxis:
+        """Returns what spreads the experts of this rank's stages."""
+        mesh = self._mesh
+        if not isinstance(local, CapturedPotential):
+            raise CaptureError(
+                "expert_size > 1 needs captured stages, but this potential declares its own. Use stages='captured', or "
+                "expert_size=1."
+            )
+        if any(self.schedules.first.is_split(stage) for stage in stages):
+            raise CaptureError(
+                f"expert_size > 1 is not possible with schedule={self.schedules.first.name!r}, which runs the phases "
+                "of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or expert_size=1."
+            )
+        axis = ExpertAxis(local, potential, ExpertGroup(mesh.expert_size, mesh.expert_rank, mesh.expert_group), stages)
+        self.parameters.experts = ExpertShards(axis.parameters, mesh)
+        return axis
+
+    def _agree_on_checks(self) -> None:
+        """Brings all experts to every rank if any rank has to validate the stages on a batch of a new kind."""
+        has_noted = torch.tensor(float(self._batch_checks.has_noted), device=self._mesh.device)
+        with waiting("agreement on checks of batches", self._mesh.expert_group):
+            dist.all_reduce(has_noted, group=self._mesh.expert_group)
+        if has_noted:
+            self.parameters.make_experts_whole()
 
     def _broadcast_result(
         self, result: tuple[list[Tensor], list[Tensor]] | None, given: MicrobatchInput
@@ -235,14 +275,16 @@ class Pipeline(Runner):
         except BaseException as error:
             _forget_locals(error)
             self.executor.close()
-            if self._graph is not None:
-                self._graph.close()
+            for axis in (self._graph, self._experts):
+                if axis is not None:
+                    axis.close()
             self._mesh.abort()
             raise
         finally:
             self._step.clear()
-            if self._graph is not None:
-                self._graph.clear()
+            for axis in (self._graph, self._experts):
+                if axis is not None:
+                    axis.clear()
 
     def _add_outside(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
         """Adds gradients of parameters outside the stages, which every rank has computed, on one rank of a replica."""

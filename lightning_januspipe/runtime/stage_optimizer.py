@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.errors import PipelineError
 from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.expert_shards import require_element_wise
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards, to_cpu
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.schedule.state_actions import ShardLevel
@@ -56,6 +57,8 @@ class StageOptimizer:
                     "configure_optimizers an optimizer over self.parameters() or a part of it"
                 )
         self._known = known
+        if parameters.experts is not None:
+            require_element_wise(optimizer)
         self._shards: OptimizerShards | None = None
         if mesh is not None:
             held = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
@@ -106,7 +109,7 @@ class StageOptimizer:
             group["params"] = [leaf for p in parameters if (leaf := self._leaf(p)) is not None]
         for parameter in self._known:
             leaf = self._leaf(parameter)
-            if leaf is not parameter and parameter in self.optimizer.state:
+            if (leaf is not parameter or self._parameters.is_spread(parameter)) and parameter in self.optimizer.state:
                 state = self.optimizer.state.pop(parameter)
                 if leaf is not None:
                     self.optimizer.state[leaf] = self._own_part(parameter, state)
@@ -115,9 +118,14 @@ class StageOptimizer:
         """Returns what the optimizer of this rank updates of a parameter: all, a part, or None."""
         if not self._parameters.holds(parameter):
             return None
+        if self._parameters.is_spread(parameter):
+            return parameter
         return parameter if self._shards is None else self._shards.leaves.get(parameter)
 
     def _own_part(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        experts = self._parameters.experts
+        if experts is not None and parameter in experts:
+            return experts.part_of_state(parameter, state)
         return state if self._shards is None else self._shards.part_of_state(parameter, state)
 
     def _load_held(self, state: Mapping[int, Any]) -> None:
@@ -164,6 +172,9 @@ class StageOptimizer:
             states = self._shards.whole_states(self.optimizer)
         else:
             states = {p: self.optimizer.state[p] for group in self._groups for p in group if p in self.optimizer.state}
+        if self._parameters.experts is not None:
+            whole = self._parameters.experts.whole_states(self.optimizer)
+            states = {p: s for p, s in states.items() if not self._parameters.is_spread(p)} | whole
         return {p: state for p, state in states.items() if self._parameters.owns(p)}
 
     def _require_same_groups(self) -> None:

@@ -59,6 +59,9 @@ class CaptureHooks(StrategyState):
         module, trainer = self._module, self._trainer
         trains = is_fitting(trainer) and not trainer.sanity_checking
 
+        if trains and self._spreads_experts:
+            self._mesh.join_expert_ranks(self.options.expert_size)
+
         def examples() -> tuple[Any, Any]:
             # Structures that are sharded over graph ranks may be too large for the rank that captures.
             first, second = example_batches(loader, num_microbatches, limited=self.mesh_shape.graph > 1)

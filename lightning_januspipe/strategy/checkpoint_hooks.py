@@ -51,6 +51,7 @@ class CheckpointHooks(StrategyState):
         self._require_all_ranks()
         if runner is None:  # after training everything is whole
             return module.state_dict()
+        self._had_own_experts = runner.parameters.make_experts_whole()
         if self.options.save_distributed_checkpoint and self._has_own_tensors():
             runner.parameters.synchronize(self._trainer.callbacks, averages_only=True)
             return runner.parameters.in_parts(module.state_dict(keep_vars=True))
@@ -92,6 +93,14 @@ class CheckpointHooks(StrategyState):
         """Writes a file or a folder, which appears under its name when all ranks have written their parts."""
         if is_fitting(self._trainer) and "optimizer_states" in checkpoint:
             checkpoint[KEY] = {"replicas": self._replica_progress()}
+        try:
+            self._write(checkpoint, filepath, storage_options)
+        finally:
+            if self._had_own_experts and self.runner is not None:
+                self.runner.parameters.keep_own_experts()  # hooks may save between the backward pass and the step
+            self._had_own_experts = False
+
+    def _write(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None) -> None:
         if self.options.save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError(

@@ -47,13 +47,14 @@ def check_compiler(device: str) -> None:
     require_compiler(device)
 
 
-def check_trainer(trainer: Any, is_captured: bool, has_parts: bool) -> None:
+def check_trainer(trainer: Any, is_captured: bool, has_parts: bool, spreads_experts: bool = False) -> None:
     """Raises an error if loaders, hooks or callbacks would give wrong results with micro-batches or on stages.
 
     Args:
         trainer: The Trainer, with its loaders.
         is_captured: Whether the potential is captured, so that stages are made when training starts.
         has_parts: Whether a rank has the gradients of its own stages or segments only.
+        spreads_experts: Whether a rank has its own experts only.
 
     Raises:
         ValueError: Training would go wrong; the message says why, and what to change.
@@ -69,6 +70,8 @@ def check_trainer(trainer: Any, is_captured: bool, has_parts: bool) -> None:
         _check_clipping(owner)
     for callback in trainer.callbacks if is_captured or has_parts else ():
         _check_callback(callback, module)
+        if spreads_experts:
+            _refuse_averages(callback)
 
 
 def _check_callback(callback: Any, module: nn.Module) -> None:
@@ -84,6 +87,15 @@ def _check_callback(callback: Any, module: nn.Module) -> None:
         raise ValueError(
             f"{name} adds an epoch for the statistics of batch normalization, which is not available in a pipeline. "
             "Use WeightAveraging or EMAWeightAveraging, or pipeline_size=1."
+        )
+
+
+def _refuse_averages(callback: Any) -> None:
+    bases = {c.__name__ for c in type(callback).__mro__}
+    if bases & {"WeightAveraging", "StochasticWeightAveraging"}:
+        raise ValueError(
+            f"{type(callback).__name__} averages whole parameters, but with expert_size > 1 each rank holds its own "
+            "experts only. Leave it out, or use expert_size=1."
         )
 
 

@@ -72,13 +72,16 @@ def clip_gradients_by_norm(
     Returns:
         The norm before clipping, the same on every rank.
     """
-    counted = [p.grad for p in parameters if p.grad is not None and placed.owns(p)]
-    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for gradient in counted:
-        square += gradient.detach().to(torch.float64).square().sum()
+    counted = [p for p in parameters if p.grad is not None and placed.owns(p)]
+    square = _sum_of_squares([p for p in counted if not placed.is_spread(p)], mesh)
     if placed.shards:
         with waiting("clipping of gradients over replicas and graph ranks", mesh.stage_group):
             dist.all_reduce(square, group=mesh.stage_group)
+    if placed.experts is not None:
+        of_experts = _sum_of_squares([p for p in counted if placed.is_spread(p)], mesh)
+        with waiting("clipping of gradients over ranks with experts", mesh.expert_group):
+            dist.all_reduce(of_experts, group=mesh.expert_group)
+        square += of_experts
     if mesh.shape.pipeline > 1:
         with waiting("clipping of gradients over stages", mesh.pipeline_group):
             dist.all_reduce(square, group=mesh.pipeline_group)
@@ -88,3 +91,11 @@ def clip_gradients_by_norm(
         if parameter.grad is not None:
             parameter.grad.mul_(scale.to(parameter.grad.dtype))
     return norm
+
+
+def _sum_of_squares(parameters: list[nn.Parameter], mesh: Mesh) -> Tensor:
+    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            square += parameter.grad.detach().to(torch.float64).square().sum()
+    return square

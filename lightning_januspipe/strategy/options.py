@@ -81,6 +81,12 @@ class StrategyOptions:
     "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "parameters":
     each also keeps this part of the parameters only, and they are gathered for each step. "none": nothing is shared."""
 
+    expert_size: int = 1
+    """Number of ranks, among those that hold the same stages (data_size × graph_size), that share the experts of these
+    stages: each holds the parameters, gradients and optimizer state of its own experts, to which rows of atoms and
+    edges travel. It needs weights that only grouped_linear reads, as ElementExperts has them. 1: all ranks hold all
+    experts."""
+
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
     instead of single files. Either kind is loaded, whatever the value."""
@@ -121,9 +127,34 @@ class StrategyOptions:
             if not _is_valid(value, hints[option.name]):
                 raise ValueError(f"{option.name}={value!r}; expected {_expected(value, option, hints[option.name])}")
         self._check_compile()
+        self._check_experts()
         if self.wave_size != "auto" and not is_searched(self.schedule):
             warnings.warn(
                 f"wave_size={self.wave_size} has no effect: schedule={self.schedule!r} has no waves", stacklevel=5
+            )
+
+    def _check_experts(self) -> None:
+        if self.expert_size == 1:
+            return
+        if is_unfolded(self.schedule):
+            raise ValueError(
+                f"expert_size={self.expert_size} is not available with schedule={self.schedule!r}, which runs the "
+                "phases of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or expert_size=1."
+            )
+        if self.stages == "explicit":
+            raise ValueError(
+                f"expert_size={self.expert_size} is not available with stages='explicit': exchanges of rows are put "
+                "into captured stages only. Use stages='captured', or expert_size=1."
+            )
+        if self.compile:
+            raise ValueError(
+                f"expert_size={self.expert_size} is not available with compile=True: exchanges of rows between ranks "
+                "with experts are not compiled. Use compile=False, or expert_size=1."
+            )
+        if self.shard != "none":
+            raise ValueError(
+                f"expert_size={self.expert_size} is not available with shard={self.shard!r}: experts are on the ranks "
+                "that own them, and all else is whole on every rank. Use shard='none', or expert_size=1."
             )
 
     def _check_compile(self) -> None:

@@ -55,6 +55,7 @@ class StrategyState(ParallelStrategy):
         self._residence: ParameterResidence | None = None
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
+        self._had_own_experts = False  # whether experts are whole only until a checkpoint is saved
         self._is_own_state: bool | None = None  # whether the state of the module has its parameters themselves
         self._shares_samples = False
         self._train_loader: Any = None
@@ -120,16 +121,28 @@ class StrategyState(ParallelStrategy):
         """Returns the sizes of the three axes of the mesh.
 
         Raises:
-            ValueError: Their product is not the number of processes.
+            ValueError: Their product is not the number of processes, or the experts cannot be shared evenly.
         """
         world = self._num_nodes * self.num_processes
         options = self.options
-        return MeshShape.resolve(options.pipeline_size, options.data_size, options.graph_size, world)
+        shape = MeshShape.resolve(options.pipeline_size, options.data_size, options.graph_size, world)
+        if shape.data * shape.graph % options.expert_size:
+            raise ValueError(
+                f"expert_size={options.expert_size}; expected a divisor of data_size × graph_size = {shape.data} × "
+                f"{shape.graph} = {shape.data * shape.graph}, the number of ranks that hold the same stages"
+            )
+        return shape
 
     @property
     def _captures(self) -> bool:
-        """Tells whether to capture the potential: several ranks share a replica's samples, or phases are not plain."""
-        return self._shares_replicas or self.options.compile or self.options.activation == "recompute"
+        """Tells whether to capture the potential: ranks share samples or experts, or phases are not plain."""
+        is_plain = not self.options.compile and self.options.activation != "recompute"
+        return self._shares_replicas or self._spreads_experts or not is_plain
+
+    @property
+    def _spreads_experts(self) -> bool:
+        """Tells whether ranks that hold the same stages share their experts."""
+        return self.options.expert_size > 1
 
     @property
     def _shares_replicas(self) -> bool:

@@ -72,6 +72,12 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self._mesh, self._num_runs)
         if self._shares_replicas and self.lib.helpers.is_overridden("configure_model", self._module):
+            if self._spreads_experts:
+                raise ValueError(
+                    f"expert_size={self.options.expert_size} is not available for a module that is made in "
+                    "configure_model, whose parameters leave the ranks of other stages. Make it in __init__, or use "
+                    "expert_size=1."
+                )
             self._residence = ParameterResidence(self._module, self._mesh)
         super().setup(trainer)
 
@@ -118,9 +124,14 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        has_parts = self._shares_replicas or self._shard_level != "none"
+        has_parts = self._shares_replicas or self._shard_level != "none" or self._spreads_experts
         if self.num_microbatches() > 1 or self._captures or has_parts:
-            check_trainer(self._trainer, is_captured=self._captures, has_parts=has_parts)
+            check_trainer(
+                self._trainer,
+                is_captured=self._captures,
+                has_parts=has_parts,
+                spreads_experts=self._spreads_experts,
+            )
         self._give_batches_to_transfer_hooks()
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self._usual_microbatches(self._train_loader))

@@ -79,6 +79,11 @@ def test_stages(traced: Traced, num_stages: int) -> None:
     assert_parity(captured, traced.module, batch_of([lone("Cu"), lone("H")]), 1e-9)
 
 
+def test_sizes_have_names(traced: Traced) -> None:
+    """Also those that the potential computes itself, which have no place in a call."""
+    assert all(not name.endswith(" of ") for name in traced.cut(2).size_words().of.values())
+
+
 @pytest.mark.parametrize("num_ranks", [2, slow(3)])
 def test_graph_ranks(traced: Traced, num_ranks: int) -> None:
     captured = traced.cut(2)

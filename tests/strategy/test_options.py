@@ -9,6 +9,7 @@ from dataclasses import fields
 from datetime import timedelta
 
 import pytest
+import torch
 
 import lightning_januspipe
 from lightning_januspipe.strategy.options import StrategyOptions, arguments_section
@@ -43,6 +44,15 @@ from lightning_januspipe.strategy.registry import NAMESPACES
             "compile=True is not available with schedule='1f1b-2nd', which runs the phases of a stage on two ranks",
         ),
         ({"compile": True, "stages": "explicit"}, "compile=True is not available with stages='explicit'"),
+        ({"expert_size": 0}, "expert_size=0; expected a positive integer"),
+        (
+            {"expert_size": 2, "schedule": "hanayo-2nd"},
+            "expert_size=2 is not available with schedule='hanayo-2nd', which runs the phases of a stage on two ranks",
+        ),
+        ({"expert_size": 2, "stages": "explicit"}, "expert_size=2 is not available with stages='explicit'"),
+        ({"expert_size": 2, "compile": True}, "expert_size=2 is not available with compile=True"),
+        ({"expert_size": 2, "shard": "optimizer"}, "expert_size=2 is not available with shard='optimizer'"),
+        ({"expert_size": 2, "shard": "parameters"}, "expert_size=2 is not available with shard='parameters'"),
         ({"save_distributed_checkpoint": "yes"}, "save_distributed_checkpoint='yes'; expected True or False"),
         ({"timeout": 0}, "timeout=0; expected a time > 0, in seconds or as a timedelta"),
         ({"timeout": timedelta(0)}, "timeout=datetime.timedelta(0); expected a time > 0"),
@@ -70,6 +80,13 @@ def test_values_of_every_kind() -> None:
     strategy = lightning_januspipe.JanusPipeStrategy(2, 2, num_microbatches=8, timeout=90, memory_limit=10**9)
     assert (strategy.options.pipeline_size, strategy.options.data_size, strategy.num_microbatches()) == (2, 2, 8)
     assert strategy.options.message_timeout == timedelta(seconds=90)
+
+
+def test_experts_are_shared_evenly() -> None:
+    strategy = lightning_januspipe.JanusPipeStrategy(pipeline_size=1, data_size=2, graph_size=2, expert_size=3)
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    with pytest.raises(ValueError, match="expert_size=3; expected a divisor of data_size × graph_size = 2 × 2 = 4"):
+        _ = strategy.mesh_shape
 
 
 def test_a_wave_size_without_waves() -> None:

@@ -147,6 +147,7 @@ def _train(
     shuffle: bool = False,
     num_train: int = GLOBAL_BATCH * NUM_BATCHES,
     arguments: dict[str, Any] | None = None,
+    module: Any = tiny.module,
 ) -> dict[str, Any]:
     """Trains and saves into a folder; returns how it ended, and the module as it is then.
 
@@ -162,8 +163,9 @@ def _train(
         shuffle: whether the training data are shuffled.
         num_train: structures of the training data.
         arguments: of the Trainer.
+        module: makes another module, where ``num_features`` is 0.
     """
-    module = module_in_hook(num_features, tied) if num_features else tiny.module()
+    made = module_in_hook(num_features, tied) if num_features else module()
     chosen = [CALLBACKS[name](folder) for name in callbacks]
     chosen += [Stop(*stop)] if stop else []
     num_replicas = 1 if strategy is None else strategy.get("data_size", 1)
@@ -181,7 +183,7 @@ def _train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(module, data(num_replicas, shuffle, num_train), ckpt_path=resume)
+            trainer.fit(made, data(num_replicas, shuffle, num_train), ckpt_path=resume)
         except (Exception, SystemExit) as error:
             ended = f"{type(error).__name__}: {error}"
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -196,7 +198,7 @@ def _train(
         # After an exception parameters in shards stay there.
         "state": {}
         if ended and given["shard"] == "parameters"
-        else {k: v.clone() for k, v in module.state_dict().items()},
+        else {k: v.clone() for k, v in made.state_dict().items()},
     }
 
 

@@ -1,0 +1,151 @@
+"""Keeps experts on the ranks that own them: values, gradients and optimizer state of each expert are on one rank.
+
+A parameter with an entry for each expert keeps its place in the module, and so its name in checkpoints and its place in
+the optimizer. While training steps run it holds the entries of this rank's experts only. For checkpoints and at the end
+of training it is whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_januspipe.distributed import waiting
+from lightning_januspipe.engine.gradients import reduce_gradients
+from lightning_januspipe.expert_ranks import bounds_of
+from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, to_cpu
+
+_GATHERING = "gathering of experts"
+
+
+class ExpertShards:
+    """Holds this rank's entries of parameters with an entry for each expert, along their first dimension.
+
+    Args:
+        parameters: The parameters, whole, the same on all ranks that hold the stages.
+        mesh: This rank's process groups, with those of experts.
+
+    Attributes:
+        parameters: See above.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._shapes = {p: p.shape for p in parameters}
+        self._bounds = {p: bounds_of(p.shape[0], mesh.expert_size) for p in parameters}
+        self._gradients: dict[nn.Parameter, Tensor | None] = {}
+        self.parameters = list(parameters)
+        self.are_whole = True
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._bounds
+
+    def keep_own(self) -> None:
+        """Frees the entries of other ranks' experts; gradients that wait for the next micro-batches come back."""
+        if not self.are_whole:
+            return
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.data = self._own(parameter, parameter.data).clone()
+            parameter.grad = self._gradients.pop(parameter, None)
+        self.are_whole = False
+
+    def make_whole(self) -> None:
+        """Brings the entries of all experts to this rank; every rank that holds the stages takes part."""
+        if self.are_whole:
+            return
+        for parameter in self.parameters:
+            whole = self._gathered(parameter, parameter.data)
+            self._gradients[parameter], parameter.grad = parameter.grad, None
+            parameter.data = whole
+        self.are_whole = True
+
+    def reduce_gradients(self) -> None:
+        """Sums ``.grad`` over the ranks that own the same experts, and averages it over replicas."""
+        mesh = self._mesh
+        if mesh.expert_copies_group is not None:
+            with waiting("reduction of gradients of experts", mesh.expert_copies_group, mixed=True):
+                reduce_gradients(self.parameters, mesh.expert_copies_group)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= mesh.shape.data
+
+    def gradients(self) -> dict[nn.Parameter, Tensor | None]:
+        """Returns the whole gradients after :meth:`reduce_gradients`; every rank that holds the stages takes part."""
+        found: dict[nn.Parameter, Tensor | None] = {}
+        for parameter in self.parameters:
+            has = torch.tensor(float(parameter.grad is not None), device=parameter.device)
+            with waiting(_GATHERING, self._mesh.expert_group):
+                dist.all_reduce(has, group=self._mesh.expert_group)
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found[parameter] = self._gathered(parameter, own) if has else None
+        return found
+
+    def _own(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
+        bounds, rank = self._bounds[parameter], self._mesh.expert_rank
+        return values[bounds[rank] : bounds[rank + 1]]
+
+    def _gathered(self, parameter: nn.Parameter, own: Tensor) -> Tensor:
+        """Returns the entries of all ranks: each sends as many as the rank with the most has."""
+        bounds = self._bounds[parameter]
+        counts = [end - begin for begin, end in pairwise(bounds)]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own.detach()
+        found = [torch.empty_like(padded) for _ in counts]
+        with waiting(_GATHERING, self._mesh.expert_group):
+            dist.all_gather(found, padded, group=self._mesh.expert_group)
+        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+
+    # -- optimizer state ---------------------------------------------------------------------------------------------
+
+    def part_of_state(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what this rank keeps of the optimizer state of a whole parameter."""
+        whole = self._shapes[parameter]
+        return {k: self._own(parameter, v).clone() if _has_shape(v, whole) else v for k, v in state.items()}
+
+    def whole_states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+        """Returns the optimizer state of whole parameters in host memory; every rank that holds the stages takes part.
+
+        Only the ranks with the first experts get it.
+        """
+        found = {}
+        group = self._mesh.expert_control_group
+        for parameter in self.parameters:
+            mine = to_cpu(dict(optimizer.state[parameter])) if parameter in optimizer.state else None
+            parts: list[Any] | None = [None] * self._mesh.expert_size if self._mesh.expert_rank == 0 else None
+            with waiting("gathering of optimizer states of experts", group):
+                dist.gather_object(mine, parts, self._mesh.expert_ranks[0], group=group)
+            if parts is not None and parts[0] is not None:
+                assert None not in parts, "an expert has no optimizer state on its rank"
+                found[parameter] = self._joined(parameter, parts)
+        return found
+
+    def _joined(self, parameter: nn.Parameter, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        bounds, rest = self._bounds[parameter], self._shapes[parameter][1:]
+        own = torch.Size([bounds[1] - bounds[0], *rest])
+        return {k: torch.cat([p[k] for p in parts]) if _has_shape(v, own) else v for k, v in parts[0].items()}
+
+
+def _has_shape(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
+
+
+def require_element_wise(optimizer: Optimizer) -> None:
+    """Refuses optimizers that combine entries of a parameter: each rank has the entries of its own experts only.
+
+    Raises:
+        ValueError: The optimizer is none of those that update each entry by itself.
+    """
+    if type(optimizer) not in ELEMENT_WISE:
+        names = ", ".join(kind.__name__ for kind in ELEMENT_WISE)
+        raise ValueError(
+            f"expert_size > 1 needs an optimizer that updates each entry by itself, but {type(optimizer).__name__} may "
+            f"not. Use one of {names}, or expert_size=1."
+        )

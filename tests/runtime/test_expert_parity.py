@@ -1,0 +1,184 @@
+"""Training with experts spread over ranks equals training in one process."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoint_workers
+import expert_workers as workers
+import graph_models
+import pytest
+import torch
+from parity_check import check_parity
+from pools import pool_of, slow
+
+from lightning_januspipe.testing import RankError, RankPool
+
+SPREAD = {"expert_size": 2}
+REPLICAS = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
+GRAPH = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2}
+STAGES_AND_REPLICAS = {"pipeline_size": 2, "data_size": 2, "num_microbatches": 2}
+STAGES_AND_GRAPH = {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 2}
+BOTH = {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "num_microbatches": 2}
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh", "module"),
+    [
+        (2, REPLICAS, partial(workers.experts, 1)),
+        (2, GRAPH, partial(workers.experts, 2)),
+        (4, STAGES_AND_REPLICAS, partial(workers.experts, 4)),
+        slow(2, REPLICAS, partial(workers.experts, 1, 0)),  # all rows to one expert
+        slow(2, REPLICAS, partial(workers.experts, 4)),
+        slow(2, GRAPH, partial(workers.experts, 1, 4)),
+        slow(4, STAGES_AND_GRAPH, partial(workers.experts, 2)),
+        slow(4, BOTH, partial(workers.experts, 2)),
+    ],
+)
+def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], module: Any) -> None:
+    trainer = {"gradient_clip_val": 0.5}
+    check_parity(pool, devices, graph_models.Data, module, trainer, **mesh, **SPREAD)
+
+
+@pytest.mark.parametrize(
+    ("devices", "more"),
+    [
+        slow(4, {**BOTH, "expert_size": 4}),
+        slow(4, {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1, **SPREAD}),
+        slow(2, {**REPLICAS, "activation": "recompute", **SPREAD}),
+    ],
+)
+def test_more_ranks(pool: RankPool, devices: int, more: dict[str, Any]) -> None:
+    """Four owners of five experts; experts that two ranks hold each; stages that compute again what they need."""
+    check_parity(pool, devices, graph_models.Data, workers.experts, **more)
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param({"save_distributed_checkpoint": True}, marks=pytest.mark.slow)])
+def test_hooks_may_save_before_the_optimizer_steps(pool: RankPool, more: dict[str, Any]) -> None:
+    trainer = {"gradient_clip_val": 0.5}
+    check_parity(pool, 2, graph_models.Data, workers.saving, trainer, **REPLICAS, **SPREAD, **more)
+
+
+@pytest.mark.slow
+def test_accumulated_batches(pool: RankPool) -> None:
+    check_parity(
+        pool, 2, graph_models.Data, workers.experts, {"accumulate_grad_batches": 2}, steps=2, **REPLICAS, **SPREAD
+    )
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [slow(2, REPLICAS), slow(2, GRAPH), slow(4, STAGES_AND_REPLICAS)])
+def test_matris_moe(pool: RankPool, devices: int, mesh: dict[str, Any]) -> None:
+    check_parity(pool, devices, module=workers.matris, **mesh, **SPREAD)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_three_dimensions() -> None:
+    with pool_of(8) as pool:
+        mesh = {"pipeline_size": 2, "data_size": 2, "graph_size": 2, "num_microbatches": 2}
+        check_parity(pool, 8, graph_models.Data, workers.experts, **mesh, **SPREAD)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raw collective as derivative", "the gradient of .* differs by"),
+        slow("two experts exchanged on one rank", "the loss of batch 0 is .* instead of"),
+        slow("sum instead of mean over replicas", "the gradient of .* differs by"),
+        ("gate without gradient", "the gradient of .*logits in step 0 is None"),
+    ],
+)
+def test_faults_are_found(pool: RankPool, name: str, message: str) -> None:
+    module = partial(workers.broken, name)
+    with pytest.raises(AssertionError, match=message) as error:
+        check_parity(pool, 2, graph_models.Data, module, reference=workers.experts, **REPLICAS, **SPREAD)
+    assert not isinstance(error.value, RankError)
+
+
+@pytest.mark.slow
+def test_each_rank_holds_its_own_experts(pool: RankPool) -> None:
+    """Parameters, gradients and optimizer state of the five experts are on two ranks, two and three on each."""
+    (alone,) = pool.run(workers.bytes_of_experts, {"pipeline_size": 1}, world_size=1)
+    found = pool.run(workers.bytes_of_experts, {**REPLICAS, **SPREAD, "num_microbatches": 1}, world_size=2)
+    assert found[0]["others"] == found[1]["others"]
+    steps = 8 * 4  # a step counter of 4 bytes for each of the parameters
+    assert alone["experts"] > 10 * steps
+    shares = [f["experts"] / alone["experts"] for f in found]
+    assert shares == pytest.approx([2 / 5, 3 / 5], rel=0.01)
+
+
+PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
+    "plain": (None, 1),
+    "one process": ({"pipeline_size": 1}, 1),
+    "replicas": ({**REPLICAS, **SPREAD, "num_microbatches": 1}, 2),
+    "stages and replicas": ({**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1}, 4),
+    "stages and replicas, folder": (
+        {**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1, "save_distributed_checkpoint": True},
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        slow("replicas", "one process"),
+        slow("plain", "replicas"),
+        slow("stages and replicas", "replicas"),
+        slow("stages and replicas, folder", "replicas"),
+        slow("replicas", "stages and replicas, folder"),
+    ],
+)
+def test_goes_on_from_a_checkpoint(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, before: str, after: str
+) -> None:
+    saving = {"callbacks": ("every step",), "stop": ("exception", 4, None), "module": workers.matris}
+    strategy, devices = PLACES[before]
+    pool.run(checkpoint_workers.train, strategy, str(tmp_path), saving, world_size=devices)
+    strategy, devices = PLACES[after]
+    going_on = {"resume": "last", "module": workers.matris}
+    for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), going_on, world_size=devices):
+        assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
+        for name, expected in uninterrupted["state"].items():
+            torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("before", [slow("replicas"), slow("stages and replicas")])
+def test_goes_on_in_plain_lightning(pool: RankPool, tmp_path: Path, before: str) -> None:
+    """Plain Lightning goes on as from a file of its own; in mid-epoch it begins the epoch's batches anew."""
+    found = []
+    for name in ("plain", before):
+        folder, (strategy, devices) = tmp_path / name, PLACES[name]
+        saving = {"callbacks": ("every step",), "stop": ("exception", 4, None), "module": workers.matris}
+        pool.run(checkpoint_workers.train, strategy, str(folder), saving, world_size=devices)
+        going_on = {"resume": "last", "module": workers.matris}
+        (after,) = pool.run(checkpoint_workers.train, None, str(folder), going_on, world_size=1)
+        assert after["ended"] == "" and after["step"] == 8 and after["resumed"].startswith(str(folder))
+        found.append(after["state"])
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    """Every expert is in the file, under the model's own keys, with its optimizer state."""
+    strategy, devices = PLACES["replicas"]
+    pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"module": workers.matris}, world_size=devices)
+    expected, found = (torch.load(f / "last.ckpt", weights_only=True) for f in (uninterrupted["folder"], tmp_path))
+    assert list(found["state_dict"]) == list(expected["state_dict"])
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-9, atol=1e-11)
+    (plain,), (spread,) = expected["optimizer_states"], found["optimizer_states"]
+    assert spread["param_groups"] == plain["param_groups"] and spread["state"].keys() == plain["state"].keys()
+    for index, state in plain["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(spread["state"][index][key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Eight steps of plain Lightning in one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    (found,) = pool.run(checkpoint_workers.train, None, str(folder), {"module": workers.matris}, world_size=1)
+    return {**found, "folder": folder}

@@ -1,0 +1,205 @@
+"""Potentials with mixtures of experts, and what the ranks that share experts run in tests."""
+
+from __future__ import annotations
+
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from capture_models import DTYPE, Batch, Layer, Potential
+from graph_models import Module
+from lightning.pytorch.callbacks import Callback
+from matris_models import matris
+from torch import Tensor, nn
+
+from lightning_januspipe import JanusPipeStrategy
+from lightning_januspipe.expert_ranks import RowExchange, bounds_of, plan_rows, return_rows, row_exchange, send_rows
+from lightning_januspipe.experts import ElementExperts, grouped_linear
+from lightning_januspipe.runtime.expert_shards import ExpertShards
+from lightning_januspipe.strategy.whole_parameters import whole_parameters
+from lightning_januspipe.testing import quiet_trainer
+
+NUM_EXPERTS = 5
+
+
+class _ExpertLayer(Layer):
+    """Makes the messages by wide experts of the receiving atom, and updates atoms by narrow ones with biases."""
+
+    def __init__(self, top_k: int, width: int, filter_network: nn.Module | None = None) -> None:
+        super().__init__(width, filter_network)
+        sizes = (3, NUM_EXPERTS, width, width, top_k)
+        self.messages = ElementExperts(*sizes, hidden_features=9, bias=False).to(DTYPE)
+        self.updates = ElementExperts(*sizes, has_shared=True).to(DTYPE)
+
+    def mixed(self, h: Tensor, radial: Tensor, edges: Tensor, species: Tensor) -> Tensor:
+        messages = self.messages(h[edges[0]] * self.filter(radial), species[edges[1]])
+        return h + self.updates(self.aggregate(h, edges[1], messages), species)
+
+
+class Experts(Potential):
+    """A potential with two mixtures of experts in each layer."""
+
+    def __init__(self, top_k: int, num_layers: int = 2) -> None:
+        self.layer: Any = partial(_ExpertLayer, top_k)
+        super().__init__(num_layers)
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        distance = (vectors * vectors).sum(-1, keepdim=True).sqrt()
+        radial = torch.exp(-((distance / 4.0 - torch.arange(4, dtype=DTYPE)) ** 2))
+        h = self.embedding(batch["species"])
+        for layer in self.layers:
+            h = layer.mixed(h, radial, batch["edges"], batch["species"])
+        return h
+
+
+def experts(top_k: int = 2, chosen: int | None = None) -> Any:
+    """Returns a module with experts.
+
+    Args:
+        top_k: experts of each element; with less than two, some of the five experts have no rows.
+        chosen: an expert that all elements choose before others.
+    """
+    module = Module(Experts(top_k))
+    if chosen is not None:
+        for part in module.modules():
+            if isinstance(part, ElementExperts):
+                part.logits.data[:, chosen] += 9.0
+    return module
+
+
+class _Saving(Module):
+    """Saves a checkpoint, and looks at whole parameters, between the backward pass and the optimizer step."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        with TemporaryDirectory() as folder:
+            self.trainer.save_checkpoint(f"{folder}/saved.ckpt")
+        with whole_parameters(self):
+            weights = [p for n, p in self.named_parameters() if p.dim() == 3 and "shared" not in n]
+            assert weights and all(len(p) == NUM_EXPERTS for p in weights)
+
+
+def saving() -> Any:
+    """Returns a module with experts that saves between the backward pass and the optimizer step."""
+    return _Saving(Experts(2))
+
+
+def broken(name: str) -> Any:
+    """Returns a module that trains with one fault of the exchange of experts."""
+    made, fault = experts(), _fault(name)
+    fault.start()
+    made.teardown = lambda stage: fault.stop()
+    return made
+
+
+def _fault(name: str) -> Any:
+    if name == "raw collective as derivative":
+
+        def raw(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+            (given,) = gradients
+            return None if given is None else return_rows(given, ctx.exchange).detach(), None
+
+        return patch.object(row_exchange._SendRows, "backward", staticmethod(raw))
+    if name == "two experts exchanged on one rank":
+        keep_own = ExpertShards.keep_own
+
+        def swapped(self: ExpertShards) -> None:
+            was_whole = self.are_whole
+            keep_own(self)
+            if was_whole and self._mesh.expert_rank == 0:
+                for parameter in self.parameters:
+                    parameter.data = parameter.data.flip(0)
+
+        return patch.object(ExpertShards, "keep_own", swapped)
+    if name == "sum instead of mean over replicas":
+        reduce = ExpertShards.reduce_gradients
+
+        def summed(self: ExpertShards) -> None:
+            reduce(self)
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad *= 2
+
+        return patch.object(ExpertShards, "reduce_gradients", summed)
+    routes = ElementExperts.routes
+
+    def detached(self: ElementExperts) -> tuple[Tensor, Tensor]:
+        gates, chosen = routes(self)
+        return gates.detach(), chosen
+
+    return patch.object(ElementExperts, "routes", detached)
+
+
+def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:
+    """Returns gradients of a loss on derivatives, with rows that travel, and the same in one process.
+
+    Args:
+        sizes: number of rows of each rank.
+    """
+    dist.init_process_group("gloo")
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    bounds = bounds_of(NUM_EXPERTS, num_ranks)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(sizes), 3, generator=generator, dtype=DTYPE)
+    weights = torch.randn(NUM_EXPERTS, 3, 3, generator=generator, dtype=DTYPE)
+    of_rows = torch.randint(0, NUM_EXPERTS - 1, (sum(sizes),), generator=generator)  # the last expert has no rows
+    counts = torch.stack([torch.bincount(part, minlength=NUM_EXPERTS) for part in of_rows.split(sizes)])
+    mine = of_rows.split(sizes)[rank]
+    exchange = plan_rows(mine, counts, bounds, rank, dist.group.WORLD)
+    x = rows.split(sizes)[rank].clone().requires_grad_()
+    own = weights[bounds[rank] : bounds[rank + 1]].clone().requires_grad_()
+
+    def energy(x: Tensor, weight: Tensor, given: RowExchange | None) -> Tensor:
+        for _ in range(2):
+            if given is None:
+                x = torch.tanh(grouped_linear(x, weight, of_rows))
+            else:
+                there = grouped_linear(send_rows(x, given), weight, given.experts)
+                x = return_rows(torch.tanh(there), given)
+        return (x**3).sum()
+
+    def gradients(x: Tensor, weight: Tensor, given: RowExchange | None) -> list[Tensor]:
+        (force,) = torch.autograd.grad(energy(x, weight, given), x, create_graph=True)
+        return [force.detach(), *torch.autograd.grad((force**2).sum(), [x, weight])]
+
+    found = gradients(x, own, exchange)
+    expected = gradients(rows.requires_grad_(), weights.requires_grad_(), None)
+    expected = [
+        *(value.split(sizes)[rank] for value in expected[:2]),
+        expected[2][bounds[rank] : bounds[rank + 1]],
+    ]
+    dist.destroy_process_group()
+    return {"found": found, "expected": expected}
+
+
+class _Bytes(Callback):
+    """Notes bytes of parameters, gradients and optimizer state of experts, and of all others, in the second step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step != 1:
+            return
+        names = {p: n for n, p in pl_module.named_parameters()}
+        for parameter in pl_module.parameters():
+            tensors = [parameter, parameter.grad, *optimizer.state.get(parameter, {}).values()]
+            is_expert = parameter.dim() == 3 and "shared" not in names[parameter]
+            kind = "experts" if is_expert else "others"
+            size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            self.seen[kind] = self.seen.get(kind, 0) + size
+
+
+def bytes_of_experts(strategy: dict[str, Any]) -> dict[str, int]:
+    """Returns the bytes that one rank holds of experts and of other parameters, with gradients and optimizer state."""
+    import tiny
+
+    callback = _Bytes()
+    shape = int(strategy.get("data_size", 1)) * int(strategy.get("graph_size", 1))
+    trainer = quiet_trainer(
+        strategy=JanusPipeStrategy(**strategy), devices=shape, max_steps=2, limit_val_batches=0, callbacks=[callback]
+    )
+    trainer.fit(matris(), tiny.data(num_train=16, batch_size=4))
+    return callback.seen
