@@ -292,8 +292,12 @@ def finish_wandb() -> None:
 
 def fit_for_wandb(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
     """Does what :func:`fit_and_log` does, in a run of W&B that needs no network."""
+    import wandb
+
     os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
-    return fit_and_log(strategy, folder, loggers="wandb")
+    found = fit_and_log(strategy, folder, loggers="wandb")
+    wandb.finish()  # only then all records are in the file
+    return found
 
 
 def wandb_run(folder: str) -> tuple[dict[str, list[float]], dict[str, Any]]:
