@@ -34,7 +34,8 @@ def test_collectives_run_beside_phases(pool: RankPool) -> None:
                 lasts = simulated.end[action] - simulated.start[action]
                 assert report.end[action] - report.start[action] >= UNIT * lasts, action
             gathered, first = order[:2]
-            assert report.start[first] >= report.end[gathered], "a phase began without its parameters"
+            noted = 0.1 * UNIT  # the end is noted after the wait is over; the gathering itself takes many times that
+            assert report.start[first] >= report.end[gathered] - noted, "a phase began without its parameters"
         ends = {str(action): end for action, end in report.end.items()}
         begins = {str(action): start for action, start in report.start.items()}
         assert begins["REDUCE1"] < ends["BE0.2"], "it waited for the other stage"

@@ -329,6 +329,7 @@ def use_groups_as_world() -> dict[str, Any]:
 
 class _Owns:
     shards: tuple[()] = ()
+    experts = None
 
     def __init__(self, owned: set[nn.Parameter]) -> None:
         self._owned = owned
@@ -336,6 +337,10 @@ class _Owns:
     def owns(self, parameter: nn.Parameter) -> bool:
         """Returns whether this rank counts the parameter."""
         return parameter in self._owned
+
+    def is_spread(self, parameter: nn.Parameter) -> bool:
+        """Returns whether the parameter is one of experts on several ranks."""
+        return False
 
 
 def clip_in_pipeline(max_norm: float) -> tuple[float, dict[str, Tensor | None]]:
