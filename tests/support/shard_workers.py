@@ -203,18 +203,13 @@ def _exchanged(self: StateUnit, scale: float) -> None:
             leaf.grad = leaf.grad.reshape(-1).flip(0).view_as(leaf)
 
 
-def _shifted(self: OptimizerShards, parameter: nn.Parameter, state: Any) -> Any:
-    return {k: v.roll(1) if v.dim() else v for k, v in _PART_OF_STATE(self, parameter, state).items()}
-
-
-_FINISH, _PART_OF_STATE = StateUnit.finish_reduction, OptimizerShards.part_of_state
+_FINISH = StateUnit.finish_reduction
 
 FAULTS: dict[str, tuple[type, str, Any]] = {
     "updates not gathered": (StateUnit, "spread_updates", _without_updates),
     "gathering skipped": (StateUnit, "start_gathering", _stale_gathering),
     "reduction without its factor": (StateUnit, "finish_reduction", _without_factor),
     "shards exchanged": (StateUnit, "finish_reduction", _exchanged),
-    "shard loaded in the wrong place": (OptimizerShards, "part_of_state", _shifted),
 }
 
 
