@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.blueprint import StageBlueprint, fake_device
 from lightning_januspipe.compiled.ports import Kind, Port
+from lightning_januspipe.compiled.size_one import conditions_of_ones
 from lightning_januspipe.compiled.sizes import StageSizes, compiled_expression
 from lightning_januspipe.compiled.torch_internals import (
     FakeTensorMode,
@@ -114,7 +115,8 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
         return [t.detach().contiguous() if m else t.detach() for (_, t), m in zip(found, is_message, strict=True)]
 
     root = traced_graph(joint, [t for members in given.values() for t in members])
-    return Joint(root.graph, root, inputs, outputs, mode, sizes.with_guards(size_guards(mode)))
+    sizes = sizes.with_guards(size_guards(mode)).with_conditions(conditions_of_ones(root, mode))
+    return Joint(root.graph, root, inputs, outputs, mode, sizes)
 
 
 def shape_of(spec: TensorSpec, sizes: Mapping[str, Any]) -> list[Any]:

@@ -75,8 +75,11 @@ class StageSizes:
         Args:
             guards: sympy expressions in the sizes of the graphs.
         """
-        found = dict.fromkeys(str(g) for g in guards if getattr(g, "free_symbols", None))
-        return replace(self, guards=tuple(dict.fromkeys((*self.guards, *found))))
+        return self.with_conditions([str(g) for g in guards if getattr(g, "free_symbols", None)])
+
+    def with_conditions(self, conditions: Sequence[str]) -> StageSizes:
+        """Returns the same with more conditions, as :func:`compiled_expression` reads them."""
+        return replace(self, guards=tuple(dict.fromkeys((*self.guards, *conditions))))
 
 
 def agree(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import SymInt, Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -29,9 +31,57 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
 
+class _AnySizes(ShapeEnv):
+    """Notes sizes of which torch has asked whether they are 1, instead of taking for granted that they are not.
+
+    Torch asks this whenever it wants to know whether a tensor is contiguous, such as a transposed gradient that
+    autograd reshapes: strides of a dimension of size 1 do not matter. What it does for other sizes is right for 1 too,
+    unless shapes depend on the answer; :func:`~.size_one.conditions_of_ones` finds that out.
+
+    Attributes:
+        asked: the sizes, by their names.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.asked: dict[str, None] = {}
+
+    def evaluate_expr(self, orig_expr: Any, *arguments: Any, **options: Any) -> Any:
+        symbol = _asked_for_one(orig_expr)
+        if symbol is None:
+            return super().evaluate_expr(orig_expr, *arguments, **options)
+        with self.suppress_guards():
+            found = super().evaluate_expr(orig_expr, *arguments, **options)
+        if bool(found) is isinstance(orig_expr, sympy.Ne):
+            self.asked[str(symbol)] = None
+            return found
+        return super().evaluate_expr(orig_expr, *arguments, **options)
+
+
+@lru_cache(maxsize=4096)
+def _asked_for_one(relation: Any) -> Any:
+    """Returns the size that a relation tells from 1, such as ``s0`` in ``Eq(3*s0, 3)``; None for other relations."""
+    if not isinstance(relation, (sympy.Eq, sympy.Ne)) or len(relation.free_symbols) != 1:
+        return None
+    (symbol,) = relation.free_symbols
+    return symbol if relation.lhs.xreplace({symbol: 1}) == relation.rhs.xreplace({symbol: 1}) else None
+
+
 def symbolic_mode() -> FakeTensorMode:
     """Returns a mode in which tensors have shapes and no values; sizes that are equal by chance stay apart."""
-    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    return FakeTensorMode(shape_env=_AnySizes(duck_shape=False), allow_non_fake_inputs=True)
+
+
+def plain_mode() -> FakeTensorMode:
+    """Returns a mode in which tensors have shapes of numbers, and no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def asked_for_one(mode: FakeTensorMode) -> list[str]:
+    """Returns the names of the sizes of which torch has asked whether they are 1; it went on as if they were not."""
+    env = mode.shape_env
+    assert isinstance(env, _AnySizes)
+    return list(env.asked)
 
 
 def new_size(mode: FakeTensorMode, name: str, hint: int) -> SymInt:

@@ -37,7 +37,8 @@ class Springs(nn.Module):
         """Returns energies and forces of springs between all atoms of a structure, and of the atoms themselves."""
         positions = batch["positions"].detach().requires_grad_()
         source, target = batch["edges"]
-        vectors = positions[target] - positions[source]
+        # A transposed tensor that is reshaped: torch asks whether there is a single edge.
+        vectors = (positions[target] - positions[source]).t().reshape(-1).view(3, -1).t()
         of_edges = torch.exp(-self.stiffness * (vectors * vectors).sum(-1))
         of_atoms = self.energies(batch["species"])[:, 0].index_add(0, target, of_edges)
         energy = of_atoms.new_zeros(batch["cell"].shape[0]).index_add(0, batch["index"], of_atoms)

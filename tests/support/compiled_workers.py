@@ -18,13 +18,9 @@ from lightning_januspipe.testing import RunRecord, interpreted_phases, train_in_
 
 @contextmanager
 def interpreted(change: Any = None) -> Iterator[list[fx.GraphModule]]:
-    """Interprets phase graphs inside; a micro-batch that runs eagerly is an error there.
-
-    But for one of a single structure: some cuts, which measured times choose, have graphs that are right for more only.
-    """
+    """Interprets phase graphs inside; a micro-batch that runs eagerly is an error there."""
     with interpreted_phases(change) as graphs, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs eagerly")
-        warnings.filterwarnings("ignore", message=r".*runs eagerly.*the condition Ne\(\w+, 1\) does not hold")
         yield graphs
 
 
