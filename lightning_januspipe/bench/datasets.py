@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ class Reading:
     """Holds one rank's measurement.
 
     Attributes:
-        opening: Seconds until the data module is set up and its statistics are known.
+        opening: CPU seconds until the data module is set up and its statistics are known.
         epochs: Seconds of each epoch, in which the rank reads its share.
+        cpu: CPU seconds of each epoch.
         memory: Largest resident memory of both epochs, above that before the data module was made, in bytes.
         total: Sum over all positions that were read, which shows that the work was the same.
     """
 
     opening: float
     epochs: list[float]
+    cpu: list[float]
     memory: int
     total: float
 
@@ -71,29 +74,33 @@ def read_epochs(work: Work, file: str, cache: str | None) -> Reading:
     from lightning_januspipe.data import ASEDataModule, collate_structures
 
     torch.set_num_threads(1)
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size > 1:
+        dist.init_process_group("gloo")
     forget_peak()
-    before, began = resident("VmRSS"), time.perf_counter()
+    before, began = resident("VmRSS"), time.process_time()
     data = ASEDataModule(file, cutoff=work.cutoff, dtype="float32", lazy=cache is not None, cache_dir=cache)
     data.setup("fit")
     data.statistics()
-    opening = time.perf_counter() - began
+    opening = time.process_time() - began
     dataset: Any = data.dataset("train")
-    epochs, total = [], 0.0
+    epochs, cpu, total = [], [], 0.0
     for epoch in range(2):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         order = np.random.default_rng(epoch).permutation(len(dataset))[rank::size].tolist()
         for batch in DataLoader(dataset, _BATCH_SIZE, sampler=order, collate_fn=collate_structures):
             total += float(batch["positions"].double().sum())
         epochs.append(time.perf_counter() - began)
-    return Reading(opening, epochs, resident("VmHWM") - before, total)
+        cpu.append(time.process_time() - cpu_began)
+    return Reading(opening, epochs, cpu, resident("VmHWM") - before, total)
 
 
 def datasets(work: Work, runs: int = 1, num_structures: int = 100_000) -> str:
     """Measures memory and speed of data that is read from the disk, beside data that every rank holds in memory."""
     lines = [
-        "| structures | held | ranks | first opening (s) | next (s) | structures/s, epoch 1 | epoch 2 | MB per rank |",
-        "|---" * 8 + "|",
+        "| structures | held | ranks | first opening, CPU (s) | next (s) | structures/s, epoch 1 | epoch 2 | "
+        "CPU time of a structure, epoch 1 (ms) | epoch 2 | MB per rank |",
+        "|---" * 10 + "|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for number in sorted({min(num_structures, _MOST_IN_MEMORY), num_structures}):
@@ -115,8 +122,9 @@ def _row(work: Work, file: str, cache: str | None, size: int, runs: int, number:
     later = found[1:] if cache is not None else found
     opening = float(np.median([max(reading.opening for reading in run) for run in later]))
     speeds = [number / float(np.median([max(r.epochs[epoch] for r in run) for run in later])) for epoch in range(2)]
+    cpu = [1000 * float(np.median([sum(r.cpu[epoch] for r in run) for run in later])) / number for epoch in range(2)]
     memory = max(reading.memory for run in found for reading in run) / 1e6
     return (
         f"| {number} | {where} | {size} | {first:.1f} | {opening:.1f} | {speeds[0]:.0f} | {speeds[1]:.0f} | "
-        f"{memory:.0f} |"
+        f"{cpu[0]:.3f} | {cpu[1]:.3f} | {memory:.0f} |"
     )

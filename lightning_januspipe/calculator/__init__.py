@@ -2,6 +2,16 @@
 
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
 from lightning_januspipe.calculator.calculator import JanusPipeCalculator
+from lightning_januspipe.calculator.packages import MACEAtomsAdapter, NequIPAtomsAdapter, SchNetPackAtomsAdapter
 from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 
-__all__ = ["AtomsAdapter", "Edges", "JanusPipeCalculator", "SkinNeighborList", "StructureAdapter"]
+__all__ = [
+    "AtomsAdapter",
+    "Edges",
+    "JanusPipeCalculator",
+    "MACEAtomsAdapter",
+    "NequIPAtomsAdapter",
+    "SchNetPackAtomsAdapter",
+    "SkinNeighborList",
+    "StructureAdapter",
+]

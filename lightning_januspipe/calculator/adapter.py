@@ -17,7 +17,7 @@ from lightning_januspipe.data.neighbors import Bools, Floats, Ints
 from lightning_januspipe.data.structures import species_index
 from lightning_januspipe.data.tasks import read_task
 
-_TRAINED = (
+TRAINED = (
     "The potential was made and trained for these species, and cannot be given others: train one with all of them."
 )
 
@@ -118,7 +118,7 @@ class StructureAdapter(AtomsAdapter):
         positions, shifts = _wrapped(atoms.positions, cell, pbc, edges)
         return {
             keys.POSITIONS: torch.tensor(positions, dtype=dtype),
-            keys.SPECIES: torch.from_numpy(species_index(atoms, self.species, "the structure", _TRAINED)),
+            keys.SPECIES: torch.from_numpy(species_index(atoms, self.species, "the structure", TRAINED)),
             keys.ATOMIC_NUMBERS: torch.tensor(atoms.numbers, dtype=torch.int64),
             keys.EDGE_INDEX: torch.from_numpy(edges.edge_index),
             keys.CELL_SHIFTS: torch.tensor(shifts, dtype=dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing_extensions import override
 
 from lightning_januspipe import keys
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
+from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
+from lightning_januspipe.calculator.packages import known_potential
 from lightning_januspipe.calculator.skin import SkinNeighborList
 from lightning_januspipe.compiled.compiled_potential import CompiledPotential
 from lightning_januspipe.compiled.torch_internals import missing_compiler
@@ -41,16 +44,21 @@ class JanusPipeCalculator(Calculator):
         model: A checkpoint (a file, or a folder of ``torch.distributed.checkpoint``) of a
             :class:`~lightning_januspipe.models.PotentialModule`; or a module: a ``PotentialModule``, or a potential of
             any package. The calculator has a copy, so that a module can be trained on.
-        device: ``"auto"`` for the first GPU, else the CPU; or a device of torch.
+        device: ``"auto"`` for a GPU (the first, or this process's one of a ``torchrun``), else the CPU; or a device of
+            torch.
         dtype: ``"float32"`` or ``"float64"``, to which the potential is converted; None for the type of its weights.
         adapter: How batches are made of structures. None for potentials that take the batches of
-            :mod:`lightning_januspipe.keys` and have attributes ``species`` and ``cutoff``, as those of this package do.
+            :mod:`lightning_januspipe.keys` and have attributes ``species`` and ``cutoff``, as those of this package do,
+            and for potentials of MACE, NequIP, Allegro and SchNetPack, which may be anywhere in the module.
         skin: How far the neighbour list reaches beyond the cutoff in Å, so that it serves for several steps; 0 makes a
             new one at every step.
         compile: Evaluate by code that torch's inductor compiles from the potential and its derivatives, once for all
             numbers of atoms and edges. True compiles at the first evaluation, ``"auto"`` at the 50th, and stays with
             the eager potential, with a warning, where it cannot be compiled. Structures without pairs of neighbours
             are evaluated eagerly.
+        graph_size: Number of processes, started by ``torchrun``, among which the atoms of each structure are shared.
+            All of them run the same script, and get all results. Structures of fewer than eight atoms are evaluated
+            whole, by each of them.
 
     Attributes:
         potential: The copy of the potential, in evaluation mode.
@@ -83,14 +91,17 @@ class JanusPipeCalculator(Calculator):
         adapter: AtomsAdapter | None = None,
         skin: float = 1.0,
         compile: bool | Literal["auto"] = False,
+        graph_size: int = 1,
     ) -> None:
         super().__init__()
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile={compile!r}; expected True, False or 'auto'")
+        if isinstance(graph_size, bool) or not isinstance(graph_size, int) or graph_size < 1:
+            raise ValueError(f"graph_size={graph_size!r}; expected a positive integer")
+        if graph_size > 1 and compile == "auto":
+            raise ValueError("compile='auto' is not possible with graph_size > 1; expected True or False")
         module = load(model) if isinstance(model, (str, Path)) else model
-        potential = getattr(module, "potential", None)
-        potential = potential if adapter is None and isinstance(potential, nn.Module) else module
-        self.adapter = _adapter_of(potential) if adapter is None else adapter
+        potential, self.adapter = (module, adapter) if adapter is not None else _potential_of(module)
         self.device = torch.device(_first_device() if device == "auto" else device)
         self.potential = copy.deepcopy(potential).eval().requires_grad_(False).to(self.device)
         if dtype is not None:
@@ -98,7 +109,10 @@ class JanusPipeCalculator(Calculator):
         self.dtype = _dtype_of(self.potential)
         self.neighbors = SkinNeighborList(self.adapter.cutoff, skin)
         self.parameters |= {"skin": skin, "dtype": str(self.dtype), "device": str(self.device)}
-        if compile is True and (problem := self._why_not()):
+        self._graph_ranks: GraphRanks | None = None
+        if graph_size > 1:
+            self._graph_ranks = GraphRanks(self.potential, self._results, self.device, graph_size, compile is True)
+        elif compile is True and (problem := self._why_not()):
             raise ValueError(f"compile=True, but {problem}")
         self._compile: bool | str = compile
         self._num_evaluations = 0
@@ -133,9 +147,13 @@ class JanusPipeCalculator(Calculator):
         super().calculate(atoms, list(properties), list(system_changes))
         structure = self.atoms
         assert structure is not None, "ASE keeps a copy of the structure"
-        batch = self.adapter.batch_from_atoms(structure, self.neighbors.edges(structure), self.dtype)
-        batch = _moved(batch, self.device)
-        found = self._evaluate(batch)
+        batch = self._batch(structure, self.neighbors)
+        if self._graph_ranks is not None and len(structure) >= LEAST_ATOMS:
+            whole = SkinNeighborList(self.adapter.cutoff, 0.0)
+            with torch.inference_mode(False):
+                found = self._graph_ranks.evaluate(batch, structure, lambda part: self._batch(part, whole))
+        else:
+            found = self._evaluate(batch)
         if "energies" in properties and "energies" not in found:
             with torch.inference_mode(False), torch.no_grad():
                 energies = self.adapter.energies_of_atoms(self.potential, batch)
@@ -154,15 +172,28 @@ class JanusPipeCalculator(Calculator):
         if "stress" in arrays and structure.pbc.any() and structure.cell.rank == 3:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"].reshape(3, 3))
 
+    def _batch(self, structure: Atoms, neighbors: SkinNeighborList) -> Any:
+        """Returns the batch of a structure, on the device."""
+        return _moved(self.adapter.batch_from_atoms(structure, neighbors.edges(structure), self.dtype), self.device)
+
+    def _results(self, potential: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Returns the results of a batch by the potential as it is."""
+        return self.adapter.results(potential, batch, self.adapter.call(potential, batch))
+
     def _evaluate(self, batch: Any) -> dict[str, Tensor]:
         """Returns the results of a batch, by compiled code where there is some that fits."""
+        if self._graph_ranks is not None:
+            return self._eager(batch)
         self._num_evaluations += 1
         if self._compile is True or (self._compile == "auto" and self._num_evaluations >= _FIRST_COMPILED):
             self._compile_once(batch)
         if self._compiled is not None and self._compiled.misfit(batch) is None:
             return self._compiled(batch)
+        return self._eager(batch)
+
+    def _eager(self, batch: Any) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            return self.adapter.results(self.potential, batch, self.adapter.call(self.potential, batch))
+            return self._results(self.potential, batch)
 
     def _compile_once(self, batch: Any) -> None:
         """Compiles the potential, and compares the compiled code with it on a batch.
@@ -197,6 +228,8 @@ class JanusPipeCalculator(Calculator):
             return (
                 f"{type(self.adapter).__name__} makes the batches; expected a potential without an adapter of its own"
             )
+        if self.adapter.tasks:
+            return f"{type(self.potential).__name__} reads task, charge and spin, which compiled code does not take"
         return missing_compiler(self.device.type)
 
     def _difference(self, compiled: CompiledPotential, batch: Any) -> str | None:
@@ -211,18 +244,24 @@ class JanusPipeCalculator(Calculator):
         return None
 
 
-def _adapter_of(potential: nn.Module) -> StructureAdapter:
+def _potential_of(module: nn.Module) -> tuple[nn.Module, AtomsAdapter]:
+    """Returns the potential in a module, and the adapter that makes its batches."""
+    own = getattr(module, "potential", None)
+    potential = own if isinstance(own, nn.Module) else module
     species, cutoff = getattr(potential, "species", None), getattr(potential, "cutoff", None)
-    if species is None or cutoff is None:
+    if species is not None and cutoff is not None:
+        return potential, StructureAdapter(species, float(cutoff), getattr(potential, "tasks", ()))
+    found = known_potential(module)
+    if found is None:
         raise ValueError(
-            f"{type(potential).__name__} has no attributes 'species' and 'cutoff', which tell how to make its batches; "
-            "give an adapter=..., see lightning_januspipe.calculator.AtomsAdapter"
+            f"{type(potential).__name__} has no attributes 'species' and 'cutoff', which tell how to make its batches, "
+            "and is of no known package; give an adapter=..., see lightning_januspipe.calculator.AtomsAdapter"
         )
-    return StructureAdapter(species, float(cutoff), getattr(potential, "tasks", ()))
+    return found
 
 
 def _first_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _dtype_of(potential: nn.Module) -> torch.dtype:

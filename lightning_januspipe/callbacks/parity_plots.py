@@ -90,14 +90,18 @@ def _draw_density(figure: Any, axes: Axes, given: Floats, predicted: Floats) -> 
 
 
 def _draw_errors(axes: Axes, errors: Floats, unit: str, what: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     edge = float(np.percentile(np.abs(errors), _SHOWN)) or 1e-9
     beyond = float((np.abs(errors) > edge).mean())
-    bins = int(np.clip(np.sqrt(len(errors)), 12, 80))
+    width = 2 * float(np.subtract(*np.percentile(errors, [75, 25]))) / len(errors) ** (1 / 3)  # Freedman and Diaconis
+    bins = int(np.clip(2 * edge / max(width, edge / 40), 12, 80))
     axes.hist(errors, bins=bins, range=(-edge, edge), color=_BLUE, alpha=0.85)
     axes.axvline(0.0, color=_GREY, linewidth=0.8, linestyle=(0, (4, 2)))
     mean = float(errors.mean())
     axes.axvline(mean, color=_ORANGE, linewidth=1.0)
     axes.set_xlim(-1.05 * edge, 1.05 * edge)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     is_zero = abs(mean) < 1e-3 * float(np.abs(errors).mean())  # as of forces, whose sum is zero
     text = "mean 0" if is_zero else f"mean {'−' if mean < 0 else ''}{format_error(abs(mean))} {unit}"
     axes.set_title(text, loc="left", fontsize=8.5, color=_ORANGE)

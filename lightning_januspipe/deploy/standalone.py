@@ -62,8 +62,8 @@ def export_potential(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The path does not end in ``.pt2``, the potential takes other batches, or the compiled file gives
-            other results than the potential.
+        ValueError: The path does not end in ``.pt2``, the potential takes other batches or several tasks, or the
+            compiled file gives other results than the potential.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -110,6 +110,11 @@ def _potential_of(model: str | Path | nn.Module) -> tuple[nn.Module, list[str], 
         raise ValueError(
             f"{type(potential).__name__} has no attributes 'species' and 'cutoff', so that nothing is known of the "
             "batches that it takes; potentials of other packages are exported by their own tools"
+        )
+    if len(tasks := getattr(potential, "tasks", ())) > 1:
+        raise ValueError(
+            f"{type(potential).__name__} knows the tasks {list(tasks)}, and an exported file cannot be told which one "
+            "is meant. Use the calculator, or train with one task"
         )
     return copy.deepcopy(potential).eval().requires_grad_(False), list(species), float(cutoff)
 

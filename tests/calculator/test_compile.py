@@ -58,6 +58,7 @@ class Both:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes ten times as long on a busy machine
 def test_one_compilation_serves_all_structures(trained: PotentialModule, compilations: list[str]) -> None:
     atoms = hot()
     both = Both(trained, atoms)
@@ -85,6 +86,7 @@ def test_one_compilation_serves_all_structures(trained: PotentialModule, compila
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes ten times as long on a busy machine
 def test_auto_compiles_after_some_evaluations(
     trained: PotentialModule, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +159,10 @@ def test_errors(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
         JanusPipeCalculator(branching, compile="yes")
     with pytest.raises(ValueError, match="compile=True, but AtomsAdapter makes the batches; expected a"):
         JanusPipeCalculator(branching, compile=True, adapter=AtomsAdapter(4.0))
+    branching.tasks = ("default",)
+    with pytest.raises(ValueError, match="but Branching reads task, charge and spin, which compiled code does not"):
+        JanusPipeCalculator(branching, compile=True)
+    del branching.tasks
     monkeypatch.setattr(module, "missing_compiler", lambda device: f"there is no compiler for {device}")
     with pytest.raises(ValueError, match="compile=True, but there is no compiler for cpu"):
         JanusPipeCalculator(branching, compile=True, device="cpu")

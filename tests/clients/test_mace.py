@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from ase.stress import voigt_6_to_full_3x3_stress
 from capture_models import assert_parity
 from factories import data_of, module_of
 
 from lightning_januspipe.capture import capture_module
 
+from .calculator_checks import check_calculator, crystal
 from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
 
 pytestmark = [
@@ -136,32 +138,34 @@ def test_capture(layers: int, options: dict[str, Any], program: Any) -> None:
 _OF_ATOMS = {f"[0][0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
 
 
-def test_calculator_is_that_of_mace() -> None:
-    """Energies, forces, stress and energies of atoms along a short trajectory, of a crystal and of a molecule."""
-    import mace_program
-    import numpy as np
+@pytest.mark.parametrize("kind", ["scaleshift", "mace"])
+def test_calculator(kind: str, program: Any) -> None:
     from mace.calculators import MACECalculator
-    from mace_calculator import MACEAdapter
 
-    from lightning_januspipe.calculator import JanusPipeCalculator
+    module = program.make_module(program.arguments(["--model", kind, "--out", "unused.pt"]))
+    (model,) = [child for child in module.children() if hasattr(child, "r_max")]
+    other = MACECalculator(models=[model], device="cpu", default_dtype="float64")
 
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        module = mace_program.make_module(mace_program.arguments(["--model", "scaleshift", "--out", "unused.pt"]))
-        (model,) = [child for child in module.children() if hasattr(child, "r_max")]
-        rng = np.random.default_rng(0)
-        for make in (mace_program.crystal, mace_program.molecule):
-            atoms = make(1, rng)
-            mine, other = (
-                JanusPipeCalculator(model, adapter=MACEAdapter(model)),
-                MACECalculator(models=[model], device="cpu", default_dtype="float64"),
-            )
-            for _ in range(4):
-                atoms.positions += 0.1 * rng.standard_normal(atoms.positions.shape)
-                for name in ("energy", "forces", "energies", *(["stress"] if atoms.pbc.all() else [])):
-                    expected = other.get_property(name, atoms)
-                    np.testing.assert_allclose(mine.get_property(name, atoms), expected, rtol=0, atol=1e-10)
-            assert mine.neighbors.num_searches < 4
-    finally:
-        torch.set_default_dtype(dtype)
+    def own(atoms: Any) -> dict[str, Any]:
+        names = ["energy", "forces", *(["stress"] if atoms.pbc.all() else [])]
+        found = {name: other.get_property(name, atoms) for name in names}
+        return found | ({"stress": voigt_6_to_full_3x3_stress(found["stress"])} if "stress" in found else {})
+
+    check_calculator(module, own)
+
+
+def test_heads_are_named(program: Any) -> None:
+    from lightning_januspipe.calculator import JanusPipeCalculator, MACEAtomsAdapter
+
+    options = {"heads": ["first", "second"], "atomic_energies": [[3.2, 4.7, 3.5], [3.0, 4.0, 3.0]]}
+    model = program.model("scaleshift", 2, 2, **options, atomic_inter_scale=[0.8, 0.9], atomic_inter_shift=[0.1, 0.2])
+    with pytest.raises(
+        ValueError, match=r"head=None; the model has \['first', 'second'\]: give adapter=MACEAtomsAdapter"
+    ):
+        JanusPipeCalculator(model)
+    energies = []
+    for head in ("first", "second"):
+        atoms = crystal()
+        atoms.calc = JanusPipeCalculator(model, adapter=MACEAtomsAdapter(model, head))
+        energies.append(atoms.get_potential_energy())
+    assert abs(energies[0] - energies[1]) > 1e-3

@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ase.stress import voigt_6_to_full_3x3_stress
 from factories import data_of, module_of
 
+from .calculator_checks import check_calculator
 from .compare import ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, execute, sent_per, summary
 
 pytestmark = [
@@ -127,3 +130,25 @@ def test_command_line(tmp_path: Path) -> None:
         found[kind] = summary(tmp_path / kind / "last.ckpt")
     assert_same(found["plain"], found["pipeline"])
     assert sent_per(tmp_path / "pipeline.log") == {"atom"}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_calculator(ema: bool) -> None:
+    from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
+    from nequip.integrations.ase import NequIPCalculator
+
+    before = torch.get_default_dtype()
+    try:
+        module = module_of("nequip_program", *(["--ema"] if ema else []))()
+        (model,) = [part for part in module.modules() if getattr(part, "is_graph_model", False)]
+        transforms = [ChemicalSpeciesToAtomTypeMapper(["Al", "Cu", "Ni"]), NeighborListTransform(4.0)]
+        other = NequIPCalculator(model.eval(), "cpu", transforms=transforms)
+
+        def own(atoms: Any) -> dict[str, Any]:
+            other.calculate(atoms)
+            stress = voigt_6_to_full_3x3_stress(other.results["stress"]) if atoms.pbc.all() else None
+            return {**other.results, "stress": stress}
+
+        check_calculator(module, own)
+    finally:
+        torch.set_default_dtype(before)

@@ -11,12 +11,15 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.utils.data.dataloader as dataloader
 from factories import data_of, module_of
 
+from .calculator_checks import check_calculator
 from .compare import PROGRAMS, ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, execute, sent_per, summary
 
 pytestmark = [
@@ -140,3 +143,20 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {kind: tmp_path / "runs" / kind / "checkpoints" / "last.ckpt" for kind in kinds}
     assert_same(summary(folders["plain"]), summary(folders["pipeline"]))
     assert sent_per(tmp_path / "pipeline.log") == {"atom"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_calculator(model: str) -> None:
+    """Elements are not checked: SchNetPack's embeddings have rows for all of them."""
+    module = module_of("schnetpack_program", "--model", model)()
+    from schnetpack.interfaces.ase_interface import AtomsConverter
+    from schnetpack.transform import ASENeighborList
+
+    converter = AtomsConverter(ASENeighborList(cutoff=4.0), dtype=torch.float64)
+
+    def own(atoms: Any) -> dict[str, Any]:
+        found = {name: value.detach().numpy() for name, value in module.model(converter(atoms)).items()}
+        return {**found, "stress": found["stress"].reshape(3, 3)}
+
+    module.eval()
+    check_calculator(module, own, unknown=None)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 import lightning_januspipe
 from lightning_januspipe import JanusPipeStrategy, keys
 from lightning_januspipe.data import StructureDataset, collate_structures, emt_structures
+from lightning_januspipe.deploy import standalone
 from lightning_januspipe.models import EquivariantPotential, PotentialModule, data_checks, describe, saved_arguments
 from lightning_januspipe.testing import quiet_trainer
 
@@ -240,3 +241,5 @@ def test_averages_are_validated_and_loaded(tmp_path) -> None:
     state = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
     last = state["current_model_state"]
     assert any(not torch.equal(state["state_dict"][name], value) for name, value in last.items())
+    exported = standalone._potential_of(tmp_path / "averaged.ckpt")[0].state_dict()
+    assert all(torch.equal(value, state["state_dict"][f"potential.{name}"]) for name, value in exported.items())

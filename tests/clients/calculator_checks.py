@@ -1,0 +1,89 @@
+"""What has to hold for the calculator of any package's potential, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
+from torch import nn
+
+from lightning_januspipe.calculator import JanusPipeCalculator
+
+Own = Callable[[Atoms], Mapping[str, Any]]
+"""From a structure to the package's own energy in eV, forces in eV/Å and, of crystals, stress in eV/Å³."""
+
+
+def crystal() -> Atoms:
+    """Returns a strained, rattled cell of four atoms."""
+    atoms = bulk("Cu", a=3.75, cubic=True)
+    atoms.symbols[:2] = ["Al", "Ni"]
+    strain = 0.02 * np.random.default_rng(0).standard_normal((3, 3))
+    atoms.set_cell(atoms.cell @ (np.eye(3) + strain + strain.T), scale_atoms=True)
+    atoms.rattle(0.08, seed=1)
+    return atoms
+
+
+def tiny() -> Atoms:
+    """Returns a cell of one atom, smaller than the cutoff, with the atom outside of it."""
+    atoms = bulk("Cu", a=3.7)
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.02 * np.arange(9).reshape(3, 3) / 9))
+    atoms.positions += 4.0
+    return atoms
+
+
+def cluster() -> Atoms:
+    """Returns five atoms without a cell."""
+    atoms = (bulk("Cu", a=3.7, cubic=True) * 2)[:5]
+    atoms.symbols[:2] = ["Al", "Ni"]
+    atoms.rattle(0.1, seed=2)
+    return Atoms(atoms.symbols, atoms.positions)
+
+
+def check_calculator(module: nn.Module, own: Own, unknown: str | None = "U") -> None:
+    """Compares a calculator with the package's own numbers, with finite differences, and with itself.
+
+    Args:
+        module: The module that was trained.
+        own: Evaluates a structure as the package does.
+        unknown: An element that the potential does not have; None if it has all.
+    """
+    shared = JanusPipeCalculator(module)
+    assert "float64" in str(shared.dtype)
+    for make in (crystal, tiny, cluster):
+        atoms = make()
+        atoms.calc = shared
+        for step in range(2):
+            expected = own(atoms.copy())
+            energy = float(np.asarray(expected["energy"]).reshape(()))
+            assert atoms.get_potential_energy() == pytest.approx(energy, rel=0, abs=1e-10), make.__name__
+            np.testing.assert_allclose(atoms.get_forces(), expected["forces"], rtol=0, atol=1e-10)
+            if atoms.pbc.all():
+                np.testing.assert_allclose(atoms.get_stress(voigt=False), expected["stress"], rtol=0, atol=1e-10)
+            if not step:
+                atoms.rattle(0.02, seed=3)
+        forces = atoms.get_forces()
+        np.testing.assert_allclose(forces, calculate_numerical_forces(atoms, eps=1e-4), rtol=0, atol=1e-5)
+        assert np.abs(forces).max() > 1e-3 or len(atoms) == 1
+        if atoms.pbc.all():
+            np.testing.assert_allclose(
+                atoms.get_stress(), calculate_numerical_stress(atoms, eps=1e-5), rtol=0, atol=1e-7
+            )
+        if make is crystal:
+            large = atoms * (2, 1, 3)
+            large.calc = shared
+            assert large.get_potential_energy() == pytest.approx(6 * atoms.get_potential_energy(), rel=1e-12)
+            np.testing.assert_allclose(large.get_forces(), np.tile(forces, (6, 1)), rtol=0, atol=1e-10)
+    for atom in (Atoms("Cu"), Atoms("Cu", cell=[20.0] * 3, pbc=True)):
+        atom.calc = shared
+        assert np.isfinite(atom.get_potential_energy())
+        np.testing.assert_array_equal(atom.get_forces(), np.zeros((1, 3)))
+    if unknown is not None:
+        stranger = Atoms([unknown, unknown], [[0, 0, 0], [0, 0, 2.0]], cell=[9.0] * 3, pbc=True)
+        stranger.calc = shared
+        with pytest.raises(ValueError, match=f"unknown species {unknown}"):
+            stranger.get_potential_energy()
