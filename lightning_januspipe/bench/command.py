@@ -15,7 +15,9 @@ from lightning_januspipe.bench.compiled import compiled
 from lightning_januspipe.bench.datasets import datasets
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.emulate.sharded_steps import emulate_sharded
+from lightning_januspipe.bench.experts import expert_loads
 from lightning_januspipe.bench.graph import graph
+from lightning_januspipe.bench.janus import predicted_steps
 from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
 from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.work import Work
@@ -76,6 +78,12 @@ def main(args: Sequence[str]) -> None:
     shard = CommandParser(description="Runs steps with sharded state, whose phases sleep, against their simulation.")
     shard.add_function_arguments(emulate_sharded, skip={"pool"})
     commands.add_subcommand("shard", shard, help=shard.description)
+    experts = CommandParser(description="Counts how evenly experts load ranks, with and without placement by load.")
+    experts.add_function_arguments(expert_loads)
+    commands.add_subcommand("experts", experts, help=experts.description)
+    janus = CommandParser(description="Predicts memory and step time of MatRIS-MoE on many GPUs; nothing is measured.")
+    janus.add_function_arguments(predicted_steps)
+    commands.add_subcommand("janus", janus, help=janus.description)
     words = ["emulate", *args[1:]] if args[:1] == ["--emulate"] else list(args)
     given = parser.parse_args(words or ["--help"])
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -85,6 +93,10 @@ def main(args: Sequence[str]) -> None:
             text = emulate_schedules(**values)
         elif given.name == "shard":
             text = emulate_sharded(**values)
+        elif given.name == "experts":
+            text = expert_loads(**values)
+        elif given.name == "janus":
+            text = predicted_steps(**values)
         else:
             work = Work(**{field.name: values.pop(field.name) for field in fields(Work)})
             text = BENCHMARKS[given.name](work, **values)

@@ -30,14 +30,14 @@ from lightning_januspipe.models.radial import BesselBasis, PolynomialCutoff
 
 Size = Literal["S", "M", "L", "tiny"]
 
-_ELEMENTS = re.findall(
+ELEMENTS = re.findall(
     "[A-Z][a-z]?",
     "HHeLiBeBCNOFNeNaMgAlSiPSClArKCaScTiVCrMnFeCoNiCuZnGaGeAsSeBrKrRbSrYZrNbMoTcRuRhPdAgCdInSnSbTeIXeCsBaLaCePrNdPmSm"
     "EuGdTbDyHoErTmYbLuHfTaWReOsIrPtAuHgTlPbBiPoAtRnFrRaAcThPaUNpPu",
 )
 """The elements from hydrogen to plutonium."""
 
-_SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, int]] = {
     "S": {"num_experts": 24, "top_k": 4, "expert_features": 4992},
     "M": {"num_experts": 36, "top_k": 8, "expert_features": 7488},
     "L": {"num_experts": 64, "top_k": 16, "expert_features": 19456},
@@ -272,7 +272,7 @@ class MatRISMoE(ConservativePotential):
         self.cutoff, self.angle_cutoff = float(cutoff), float(angle_cutoff)
 
     @classmethod
-    def from_size(cls, size: Size, species: Sequence[str] = _ELEMENTS, **changes: Any) -> MatRISMoE:
+    def from_size(cls, size: Size, species: Sequence[str] = ELEMENTS, **changes: Any) -> MatRISMoE:
         """Builds a potential of a published size.
 
         Args:
@@ -284,9 +284,9 @@ class MatRISMoE(ConservativePotential):
         Raises:
             ValueError: There is no such size.
         """
-        if size not in _SIZES:
+        if size not in SIZES:
             raise ValueError(f"size={size!r}; expected one of {get_args(Size)}")
-        return cls(species, **{**_SIZES[size], **changes})
+        return cls(species, **{**SIZES[size], **changes})
 
     def num_parameters(self) -> tuple[int, int]:
         """Returns the number of parameters, and of those that are active for one element."""

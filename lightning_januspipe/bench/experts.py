@@ -1,0 +1,107 @@
+"""Counts how evenly experts load ranks on a mixture of molecules and oxides, with and without placement by load."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement, rows_of_ranks
+
+_METALS = {"rocksalt": ("Mg", "Ca", "Ti", "Mn", "Fe", "Ni"), "fluorite": ("Zr", "Ce", "Hf", "U")}
+_CONSTANTS = {"rocksalt": 4.4, "fluorite": 5.2}
+
+
+def expert_loads(
+    steps: int = 100, batch_size: int = 8, num_replicas: int = 8, share_of_oxides: float = 0.5, seed: int = 0
+) -> str:
+    """Counts rows of experts on ranks, on molecules and oxides.
+
+    Nothing is trained or timed: the experts of each element are those of MatRISMoE when its training begins.
+
+    Args:
+        steps: Steps that are counted.
+        batch_size: Structures of each replica in a step.
+        num_replicas: Replicas, all on the ranks that share the experts.
+        share_of_oxides: How many of the structures are oxides.
+        seed: Seed of the structures and of the experts of the elements.
+    """
+    from lightning_januspipe.models.matris_moe import ELEMENTS, SIZES
+
+    structures = _structures()
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    batches = [
+        [draw.choice(structures[draw.random() < share_of_oxides]) for _ in range(batch_size * num_replicas)]
+        for _ in range(steps)
+    ]
+    counted = [_rows_of_elements(batch, ELEMENTS) for batch in batches]
+    lines = [
+        f"{steps} steps of {batch_size * num_replicas} structures, {share_of_oxides:.0%} of them oxides; rows of the "
+        "rank with the most, relative to the mean (1 is even), as a mean over steps",
+        "",
+        "| size | rows | `expert_size` | in order | placed by load | experts moved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size in ("S", "M", "L"):
+        num_experts, top_k = SIZES[size]["num_experts"], SIZES[size]["top_k"]
+        chosen = torch.randn(len(ELEMENTS), num_experts, generator=generator).topk(top_k, dim=1).indices
+        for kind, name in enumerate(("edges", "atoms")):
+            loads = [_of_experts(rows[kind], chosen, num_experts) for rows in counted]
+            for num_ranks in (2, 4, 8):
+                fixed, placed, moved = _imbalance(loads, num_ranks)
+                words = f"{size} ({num_experts} experts, top {top_k}) | {name} | {num_ranks}"
+                lines.append(f"| {words} | {fixed:.2f} | {placed:.2f} | {moved} |")
+    return "\n".join(lines)
+
+
+def _imbalance(loads: Sequence[Sequence[int]], num_ranks: int) -> tuple[float, float, int]:
+    """Returns the means over steps of the largest rank's rows relative to the mean, and how many experts moved."""
+    placement = ExpertPlacement(len(loads[0]), num_ranks)
+    found: tuple[list[float], list[float]] = ([], [])
+    for load in loads:
+        placement.see(load)
+        for of_order, order in zip(found, (range(len(load)), placement.order), strict=True):
+            rows = rows_of_ranks(load, order, num_ranks)
+            of_order.append(max(rows) * num_ranks / max(sum(rows), 1))
+    return float(np.mean(found[0])), float(np.mean(found[1])), placement.num_moves
+
+
+def _of_experts(rows: np.ndarray[Any, Any], chosen: torch.Tensor, num_experts: int) -> list[int]:
+    """Returns the rows of each expert from those of each element."""
+    of_elements = torch.from_numpy(rows)[:, None].expand_as(chosen)
+    counts = torch.zeros(num_experts, dtype=torch.int64).index_add(0, chosen.flatten(), of_elements.flatten())
+    found: list[int] = counts.tolist()
+    return found
+
+
+def _rows_of_elements(batch: Sequence[Any], elements: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Returns (2, elements) numbers of edges to, and of atoms of, each element."""
+    found = np.zeros((2, len(elements)), dtype=np.int64)
+    for numbers, degrees in batch:
+        np.add.at(found[0], numbers - 1, degrees)
+        np.add.at(found[1], numbers - 1, 1)
+    return found
+
+
+def _structures() -> tuple[list[Any], list[Any]]:
+    """Returns molecules (the G2 set of ASE) and oxides, each as atomic numbers and numbers of neighbours within 6 Å."""
+    from ase.build import bulk
+    from ase.collections import g2
+
+    from lightning_januspipe.data.neighbors import neighbor_list
+
+    oxides = [
+        bulk(f"{metal}O" if kind == "rocksalt" else f"{metal}O2", kind, a=_CONSTANTS[kind], cubic=True) * (2, 2, 1)
+        for kind, metals in _METALS.items()
+        for metal in metals
+    ]
+    molecules = [g2[name] for name in g2.names]
+
+    def described(atoms: Any) -> tuple[Any, Any]:
+        edges = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 6.0)[0]
+        return atoms.numbers, np.bincount(edges[1], minlength=len(atoms))
+
+    return [described(a) for a in molecules if len(a) > 1], [described(a) for a in oxides]

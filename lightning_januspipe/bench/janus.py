@@ -1,0 +1,102 @@
+"""Predicts memory and step time of MatRIS-MoE in units of ranks that share state, graphs and experts (FS-3D).
+
+The strategy does not share all three together yet: it refuses ``expert_size`` > 1 with sharded state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FLOAT = 4  # bytes
+PRODUCTS = 6
+"""Products with the matrices of experts in the four phases, for each in the energy; tests count them."""
+
+EXCHANGES = 4
+"""Exchanges of rows in the four phases, for each in the energy; tests count them."""
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Holds what is counted of one size.
+
+    Attributes:
+        experts: Numbers in the matrices of experts.
+        others: All other parameters.
+        products: Multiplications of matrices of experts for one atom, in the energy.
+        sent: Numbers that rows of one atom take to the experts and back, in the energy.
+    """
+
+    experts: int
+    others: int
+    products: int
+    sent: int
+
+
+def predicted_steps(
+    atoms: int = 256,
+    edges: int = 60,
+    ranks_of_a_unit: int = 8,
+    operations: float = 4e13,
+    unit_bandwidth: float = 3e11,
+    network_bandwidth: float = 4e10,
+    exchange_bytes: int = _FLOAT,
+) -> str:
+    """Predicts memory and step time of MatRIS-MoE S, M and L on 8 to 1,024 GPUs.
+
+    Bytes and products are counted. Speeds of devices and networks are declared, not measured: give your own. Nothing
+    overlaps in the prediction, attention and all other operations than products with experts cost nothing, and all
+    ranks have equal loads.
+
+    Args:
+        atoms: Atoms on each rank in a step.
+        edges: Neighbours of each atom.
+        ranks_of_a_unit: Ranks that share experts.
+        operations: Additions and multiplications in float32 that a GPU does in a second.
+        unit_bandwidth: Bytes that a GPU sends in a second to others of its unit.
+        network_bandwidth: Bytes that a GPU sends in a second to other units.
+        exchange_bytes: Bytes of each number of the rows that travel; 2 would be half precision.
+    """
+    lines = [
+        f"{atoms} atoms with {edges} neighbours on each GPU; units of {ranks_of_a_unit}; declared: {operations:.3g} "
+        f"operations, {unit_bandwidth:.3g} B in a unit and {network_bandwidth:.3g} B between units in a second",
+        "",
+        "| size | GPUs | GB between steps | GB in a step | products, s | rows, s | state, s | step, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size in ("S", "M", "L"):
+        counted = _count(size, edges)
+        for gpus in (8, 32, 128, 512, 1024):
+            unit, units = ranks_of_a_unit, gpus // ranks_of_a_unit
+            share = (counted.experts + counted.others) / gpus
+            whole = counted.others + counted.experts / unit
+            between, during = 3 * _FLOAT * share, 3 * _FLOAT * share + 2 * _FLOAT * whole
+            products = 2 * counted.products * PRODUCTS * atoms / operations
+            rows = counted.sent * EXCHANGES * atoms * exchange_bytes * (1 - 1 / unit) / unit_bandwidth
+            state = 2 * _FLOAT * counted.others * (1 - 1 / gpus) / (network_bandwidth if units > 1 else unit_bandwidth)
+            state += 2 * _FLOAT * counted.experts / unit * (1 - 1 / units) / network_bandwidth
+            times = (products, rows, state, products + rows + state)
+            words = " | ".join(f"{t:.3g}" for t in times)
+            lines.append(f"| {size} | {gpus:,} | {between / 1e9:.3g} | {during / 1e9:.3g} | {words} |")
+    return "\n".join(lines)
+
+
+def _count(size: Any, edges: int) -> _Counted:
+    from lightning_januspipe.experts import ElementExperts
+    from lightning_januspipe.models import MatRISMoE
+
+    with torch.device("meta"):
+        potential = MatRISMoE.from_size(size)
+    mixtures = [m for m in potential.modules() if isinstance(m, ElementExperts)]
+    parts = [[p.weight for p in (m.core, m.gate, m.out) if p is not None] for m in mixtures]
+    experts = sum(w.numel() for weights in parts for w in weights)
+    products = sent = 0
+    for index, (mixture, weights) in enumerate(zip(mixtures, parts, strict=True)):
+        is_of_messages = index % 2 == 0  # a block makes messages of edges, and then updates atoms
+        per_atom = mixture.top_k * (edges if is_of_messages else 1)
+        products += per_atom * sum(w[0].numel() for w in weights)
+        sent += per_atom * (weights[0].shape[1] + weights[-1].shape[2])
+    total = sum(p.numel() for p in potential.parameters())
+    return _Counted(experts, total - experts, products, sent)

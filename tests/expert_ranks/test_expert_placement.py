@@ -1,0 +1,39 @@
+"""Experts are placed so that ranks get about equal numbers of rows, and move only where it pays."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_januspipe.expert_ranks.expert_placement import (
+    ROWS_PER_MOVE,
+    ExpertPlacement,
+    balanced_order,
+    num_moved,
+    rows_of_ranks,
+)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_each_expert_has_a_place_and_the_largest_are_apart(num_ranks: int) -> None:
+    load = [50, 40, 30, 5, 4, 3, 2]
+    order = balanced_order(load, num_ranks, range(len(load)))
+    assert sorted(order) == list(range(len(load)))
+    assert max(rows_of_ranks(load, order, num_ranks)) < max(rows_of_ranks(load, range(len(load)), num_ranks))
+    if num_ranks == 3:
+        assert max(rows_of_ranks(load, order, 3)) < 60
+
+
+def test_what_is_balanced_stays() -> None:
+    load = [9, 1, 8, 2]
+    order = balanced_order(load, 2, [0, 1, 2, 3])
+    assert num_moved([0, 1, 2, 3], order, 2) == 0 and order == [0, 1, 2, 3]
+    assert num_moved([0, 1, 2, 3], [0, 2, 1, 3], 2) == 2
+
+
+def test_experts_move_once_the_lost_rows_cost_as_much() -> None:
+    placement = ExpertPlacement(4, 2)
+    load = [30, 30, 0, 0]  # a better order saves 30 rows in each step, and moves two experts
+    steps = next(step for step in range(1, 100) if placement.see(load))
+    assert steps == -(-2 * ROWS_PER_MOVE // 30) and placement.num_moves == 2
+    assert rows_of_ranks(load, placement.order, 2) == [30, 30]
+    assert not any(placement.see(load) for _ in range(50))
