@@ -18,6 +18,7 @@ from lightning_januspipe.bench.emulate.sharded_steps import emulate_sharded
 from lightning_januspipe.bench.experts import expert_loads
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.janus import predicted_steps
+from lightning_januspipe.bench.largest import largest
 from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
 from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.work import Work
@@ -32,6 +33,7 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "balance": unequal_structures,
     "graph": graph,
     "compile": compiled,
+    "largest": largest,
     "data": datasets,
     "md": molecular_dynamics,
 }
@@ -52,7 +54,7 @@ def main(args: Sequence[str]) -> None:
     parser = CommandParser("januspipe bench", _DESCRIPTION)
     commands = parser.add_subcommands(dest="name", metavar="NAME", title="benchmarks", description=None)
     for name, benchmark in BENCHMARKS.items():
-        own = CommandParser(description=inspect.getdoc(benchmark))
+        own = CommandParser(description=(inspect.getdoc(benchmark) or "").partition("\n\nArgs:")[0])
         options = inspect.signature(benchmark).parameters
         own.add_argument(
             "--runs",
@@ -70,6 +72,7 @@ def main(args: Sequence[str]) -> None:
         if "num_structures" in options:
             default = options["num_structures"].default
             own.add_argument("--num_structures", type=PositiveInt, default=default, help="Structures that are made.")
+        own.add_function_arguments(benchmark, skip={"work", "runs", "emulate", "num_structures"})
         own.add_class_arguments(Work)
         commands.add_subcommand(name, own, help=(inspect.getdoc(benchmark) or "").partition("\n")[0])
     emulate = CommandParser(description="Runs schedules with real messages between processes, and phases that sleep.")

@@ -23,7 +23,7 @@ SIZES = (1, 2, 4)
 
 _CUTOFFS = (4.0, 4.5, 5.0, 6.0)
 _COPIES = (1, 2, 3)
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "100000", "MALLOC_MMAP_THRESHOLD_": "100000"}
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "100000", "MALLOC_MMAP_THRESHOLD_": "100000"}
 """Freed memory goes back to the system, so that the peak is what is in use."""
 
 
@@ -84,7 +84,7 @@ def memory_table(work: Work, runs: int) -> str:
     """Returns a table of peak memory and time of a step on one structure, for each number of graph ranks."""
     lines = ["| graph ranks | atoms | peak of a rank (MB) | of one process | step (s) |", "|---|---|---|---|---|"]
     first = 0.0
-    with _environment(_ALLOCATOR):
+    with environment(ALLOCATOR):
         for size in SIZES:
             with RankPool(size) as pool:
                 found = [
@@ -99,7 +99,7 @@ def memory_table(work: Work, runs: int) -> str:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables of the processes that are started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

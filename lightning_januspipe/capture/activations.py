@@ -26,11 +26,13 @@ class ActivationCosts:
 
     Attributes:
         costs: seconds of the phases of each stage.
-        memory: bytes that a micro-batch keeps in each stage.
+        memory: bytes that a micro-batch keeps on the device in each stage.
+        host_bytes: the most bytes that it keeps on the host in each stage.
     """
 
     costs: tuple[PhaseCosts, ...]
     memory: tuple[MemoryCosts, ...]
+    host_bytes: tuple[int, ...] = ()
 
 
 def measure_activations(
@@ -61,11 +63,11 @@ def measure_activations(
     for name, factory in factories.items():
         make_stage = factory(sizes)
         times = run_staged(staged, potential, call, phase_mode, num_runs=2, make_stage=make_stage)[1].costs
-        memory = run_staged(staged, potential, call, phase_mode, measure_memory=True, make_stage=make_stage)[1].memory
-        assert memory is not None
+        measured = run_staged(staged, potential, call, phase_mode, measure_memory=True, make_stage=make_stage)[1]
+        assert measured.memory is not None and measured.host_bytes is not None
         first = first or times
         scaled = [_scaled(*stage) for stage in zip(costs, times, first, strict=True)]
-        found[name] = ActivationCosts(tuple(scaled), tuple(memory))
+        found[name] = ActivationCosts(tuple(scaled), tuple(measured.memory), tuple(measured.host_bytes))
     return found
 
 

@@ -136,7 +136,7 @@ def _plan_recipe(recipe: Recipe) -> None:
     num_ranks = given.ranks or asked.num_ranks
     num_microbatches = given.num_microbatches or asked.num_microbatches or 2 * num_ranks
     examples = recipe.examples(num_microbatches)
-    shown, allowed = asked.activations((given.memory_limit or asked.memory_limit) is not None)
+    shown, allowed = asked.activations((given.memory_limit or asked.memory_limit) is not None, recipe.device.type)
     measured = _measured_cuts(recipe, examples, num_ranks, shown)
     graph_sizes = given.graph_sizes or ((1, asked.graph_size) if asked.graph_size > 1 else ())
     batches = recipe.microbatches(num_microbatches, MOST_MICROBATCHES) if graph_sizes else []

@@ -63,16 +63,18 @@ def stage_table(measured: Measured) -> Table:
 
 def activation_table(measured: Measured) -> Table:
     """Returns what each stage takes with each activation."""
+    offloads = "offload" in measured.activations
     table = _table(
         f"What a micro-batch keeps between phases, {measured.num_stages} stages{measured.on_ranks}",
         ("stage", "activation"),
-        ("phases", "energy", "force", "kept", "in all"),
+        ("phases", "energy", "force", "kept", "in all", *(["on the host"] if offloads else [])),
     )
     table.columns[1].justify = "left"
     for stage in range(measured.num_stages):
         for name, (plain, _) in measured.activations.items():
             memory = plain.memory[stage]
-            sizes = (memory.energy, memory.force, memory.kept, memory.total)
+            on_host = plain.host_bytes[stage : stage + 1] if offloads else ()
+            sizes = (memory.energy, memory.force, memory.kept, memory.total, *on_host)
             table.add_row(str(stage), name, _milliseconds(plain.costs[stage].total), *map(format_bytes, sizes))
         table.add_section()
     return table

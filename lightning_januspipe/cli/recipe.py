@@ -100,17 +100,18 @@ class StrategyArguments:
     compiles: bool = False
     activation: str = "auto"
 
-    def activations(self, has_limit: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def activations(self, has_limit: bool, device: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the activations to measure, and those among them that the run may take, the fastest first.
 
         Args:
             has_limit: Whether there is a memory limit.
+            device: Type of the device.
         """
-        if self.compiles:
-            return ("keep", "pointwise", "recompute"), candidates(True, self.activation)
-        if not has_limit and self.activation != "recompute":
+        allowed = candidates(self.compiles, self.activation, device)
+        if not self.compiles and not has_limit and self.activation not in ("recompute", "offload"):
             return (), ()
-        return ("keep", "recompute"), candidates(False, self.activation)
+        shown = ("keep", *(["pointwise"] if self.compiles else []), "offload", "recompute")
+        return tuple(name for name in shown if name != "offload" or name in allowed), allowed
 
 
 def strategy_arguments(trainer: Any) -> StrategyArguments:

@@ -16,6 +16,7 @@ from lightning_januspipe.compiled.phase_graphs import PhaseSignature, StagePhase
 from lightning_januspipe.compiled.ports import Kind, Port
 from lightning_januspipe.compiled.twin import EagerTwin
 from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.host_memory import KeptTensor, KeptValues
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.schedule.actions import Phase
@@ -37,6 +38,7 @@ class _Inflight:
         values: what the stage reads; exchanges, of which graphs know the handles only, exist as long as they are here.
         done: the phases that have run.
         absent: cotangents that the loss does not depend on, for which zeros were taken.
+        kept: moves known values to the host and back, where the phases keep them there.
     """
 
     sizes: Mapping[str, int]
@@ -44,6 +46,7 @@ class _Inflight:
     values: Sequence[Any]
     done: set[Phase] = field(default_factory=set)
     absent: set[Port] = field(default_factory=set)
+    kept: KeptValues | None = None
 
 
 @dataclass
@@ -115,9 +118,35 @@ class CompiledStage(Stage):
 
     def held_bytes(self) -> int:
         """Returns the bytes of the values that all micro-batches keep between their phases here."""
-        known = [item for state in self._running.values() for item in state.known.items()]
+        states = self._running.values()
+        known = [item for state in states for item in state.known.items()]
         held = [t for n, t in known if isinstance(t, Tensor) and not self._phases.is_free(n)]
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
+        on_device = sum(state.kept.device_bytes() for state in states if state.kept is not None)
+        return on_device + sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
+
+    def fetch(self, microbatch: int, phase: Phase) -> None:
+        """Starts to bring back what a phase reads; see :meth:`~lightning_januspipe.engine.stage.Stage.fetch`."""
+        state = self._running.get(microbatch)
+        if state is not None and state.kept is not None:
+            state.kept.fetch(phase)
+
+    def to_host(self, microbatch: int, following: Phase | None) -> None:
+        """Moves known values to the host; see :meth:`~lightning_januspipe.engine.stage.Stage.to_host`."""
+        state = self._running.get(microbatch)
+        if state is None or self._phases.activation != "offload":
+            return
+        if state.kept is None:
+            given = [t for n, t in state.known.items() if isinstance(t, Tensor) and self._phases.is_free(n)]
+            state.kept = KeptValues([*given, *self.function.parameters])
+        for name, value in state.known.items():
+            if isinstance(value, Tensor):
+                state.known[name] = state.kept.add(value, self._phases.readers[name]) or value
+        state.kept.to_host(following)
+
+    def host_tensors(self) -> list[Tensor]:
+        """Returns what is on the host; see :meth:`~lightning_januspipe.engine.stage.Stage.host_tensors`."""
+        kept = [state.kept for state in self._running.values() if state.kept is not None]
+        return [tensor for values in kept for tensor in values.host_tensors()]
 
     def forward_energy(
         self, microbatch: int, tensors: Sequence[Any], boundary: Sequence[Tensor]
@@ -279,7 +308,7 @@ class CompiledStage(Stage):
         state.done.add(phase)
         if graph is not None:
             with torch.no_grad():
-                out = self._runnable.runners[phase](*(state.known[name] for name in graph.inputs))
+                out = self._runnable.runners[phase](*(_on_device(state.known[name]) for name in graph.inputs))
             num = len(graph.results)
             twin = self._twins.get(microbatch)
             self._collect(graph, out[:num], state, found, self._gradients if twin is None else twin.gradients)
@@ -321,5 +350,9 @@ class CompiledStage(Stage):
         return self.function.boundary_out[index]
 
     def _zeros(self, spec: TensorSpec, state: _Inflight) -> Tensor:
-        device = next(t.device for t in state.known.values() if isinstance(t, Tensor))
+        device = next(t.device for t in state.values if isinstance(t, Tensor))
         return torch.zeros(shape_of(spec, state.sizes), dtype=spec.dtype, device=device)
+
+
+def _on_device(value: Any) -> Any:
+    return value.tensor() if isinstance(value, KeptTensor) else value

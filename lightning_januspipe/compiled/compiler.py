@@ -19,9 +19,8 @@ from lightning_januspipe.compiled.exchanges import exchange_order, first_differe
 from lightning_januspipe.compiled.joint import Joint, trace_joint
 from lightning_januspipe.compiled.minimum_cut import Activation
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, StagePhases, phase_graphs
+from lightning_januspipe.engine.eager_stages import eager_stages
 from lightning_januspipe.engine.gradients import GradientBuffers
-from lightning_januspipe.engine.recomputing_stage import recomputing_stage
-from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.errors import CaptureError
@@ -126,8 +125,7 @@ class StageCompiler:
             self.seconds += time.perf_counter() - began
             self.cpu_seconds += sum(os.times()[:4]) - cpu_began
         if index in self.refused:
-            make_stage = recomputing_stage if self.activation_of(index) == "recompute" else eager_stage
-            return make_stage(function, gradients, chain)
+            return eager_stages(self.activation_of(index))(function, gradients, chain)
         return CompiledStage(cast(TraceableStage, function), self.compiled[index], gradients, chain)
 
     def activation_of(self, index: int) -> Activation:

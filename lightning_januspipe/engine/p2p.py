@@ -2,6 +2,9 @@
 
 Each direction has a process group of its own, so that messages between two ranks match in the order in which they are
 sent, which is what NCCL needs. A message is one buffer of bytes; the receiver knows its length beforehand.
+
+Two ranks that share one GPU cannot use NCCL, and gloo sends from the host's memory only. There, messages of a GPU go
+through pinned buffers of the host.
 """
 
 from __future__ import annotations
@@ -57,17 +60,25 @@ def unpack(buffer: Tensor, shapes: Shapes) -> list[Tensor]:
 
 @dataclass
 class Receive:
-    """Waits for one message; its receive is posted."""
+    """Waits for one message; its receive is posted.
+
+    Attributes:
+        shapes: What the message holds.
+        buffer: Where it comes.
+        work: The receive; None for an empty message.
+        device: Where its tensors are wanted.
+    """
 
     shapes: Shapes
     buffer: Tensor
     work: dist.Work | None
+    device: torch.device
 
     def wait(self, timeout: timedelta | None) -> list[Tensor]:
         """Returns the message's tensors, once they are here."""
         if self.work is not None:
             _wait(self.work, self.buffer, timeout)
-        return unpack(self.buffer, self.shapes)
+        return unpack(self.buffer.to(self.device, non_blocking=True), self.shapes)
 
 
 def _wait(work: dist.Work, buffer: Tensor, timeout: timedelta | None) -> None:
@@ -77,17 +88,39 @@ def _wait(work: dist.Work, buffer: Tensor, timeout: timedelta | None) -> None:
         work.wait(timeout)
 
 
+def needs_host(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Tells whether a group sends a device's tensors from the host's memory only: those of a GPU with gloo."""
+    return device.type == "cuda" and f"{device.type}:gloo" in dist.get_backend_config(group)
+
+
+def on_host(buffer: Tensor) -> Tensor:
+    """Returns a copy of a buffer in the host's memory, once what computes the buffer has ended."""
+    copy = _host_buffer(buffer.numel(), buffer.device)
+    copy.copy_(buffer, non_blocking=True)
+    if buffer.is_cuda:
+        torch.cuda.current_stream(buffer.device).synchronize()
+    return copy
+
+
+def _host_buffer(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
 class Channel:
     """Carries the messages between this rank and another one, in one direction.
 
     Args:
         group: Process group of this direction.
         peer: Global rank of the other.
-        device: The device of the buffers.
+        device: The device of the tensors.
+        through_host: Whether messages go through the host's memory; None to do so where the group needs it.
     """
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, peer: int, device: torch.device, through_host: bool | None = None
+    ) -> None:
         self.peer = peer
+        self._through_host = needs_host(group, device) if through_host is None else through_host
         self._group: dist.ProcessGroup | None = group
         self._device = device
         self._sent: deque[tuple[int | None, dist.Work, Tensor]] = deque()
@@ -103,6 +136,8 @@ class Channel:
         buffer = pack(tensors)
         if buffer.numel() == 0:
             return
+        if self._through_host:
+            buffer = on_host(buffer)
         work = dist.isend(buffer, self.peer, group=self._group)
         assert work is not None
         self.bytes_sent += buffer.numel()
@@ -124,9 +159,12 @@ class Channel:
 
     def receive(self, shapes: Shapes) -> Receive:
         """Posts the receive of the next message in this direction."""
-        buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._device)
+        if self._through_host:
+            buffer = _host_buffer(packed_size(shapes), self._device)
+        else:
+            buffer = torch.empty(packed_size(shapes), dtype=torch.uint8, device=self._device)
         work = dist.irecv(buffer, self.peer, group=self._group) if buffer.numel() else None
-        return Receive(shapes, buffer, work)
+        return Receive(shapes, buffer, work, self._device)
 
     def close(self) -> None:
         """Lets go of the group and of everything under way, so that the connection can be closed."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import Tensor
@@ -55,7 +56,9 @@ class StepPhases:
     ) -> None:
         self._stages, self._chain, self._last = stages, chain, num_stages - 1
         self._inputs, self._loss = inputs, loss
-        self._is_deferred = any(a.phase in (Phase.WF, Phase.WE) for a in actions)
+        phases = [action for action in actions if not action.changes_state]
+        self._following = dict(pairwise(phases)) if loss is not None else {}
+        self._is_deferred = any(a.phase in (Phase.WF, Phase.WE) for a in phases)
         self._num_readers = Counter(a.microbatch for a in actions if a.phase in (Phase.BF, Phase.BE))
         self._observables: dict[int, Sequence[Tensor]] = {}
         self._derivatives: dict[int, Sequence[Tensor]] = {}
@@ -77,7 +80,24 @@ class StepPhases:
             Phase.BF: self._backward_force,
             Phase.BE: self._backward_energy,
         }.get(action.phase, self._weights)
-        return run(action, self._stages[action.stage], came)
+        self._fetch_ahead(action)
+        made = run(action, self._stages[action.stage], came)
+        self._to_host(action)
+        return made
+
+    def _fetch_ahead(self, action: Action) -> None:
+        """Starts to bring back what the action after this one reads, while this one runs."""
+        following = self._following.get(action)
+        if following is not None:
+            self._stages[following.stage].fetch(following.microbatch, following.phase)
+
+    def _to_host(self, action: Action) -> None:
+        """Moves what an action has left to the host; in evaluation nothing is kept for long."""
+        if self._loss is None:
+            return
+        following = self._following.get(action)
+        is_own = following is not None and following[1:] == action[1:]
+        self._stages[action.stage].to_host(action.microbatch, following.phase if following and is_own else None)
 
     def result(self, microbatch: int) -> tuple[list[Tensor], list[Tensor]] | None:
         """Returns observables and ∂E/∂x after FE and FF, where they are complete; None on other ranks."""

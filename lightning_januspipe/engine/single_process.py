@@ -42,9 +42,10 @@ class SingleProcessResult:
         gradients: Parameter gradients.
         costs: Measured seconds of the phases of each stage. FF of a split stage counts FE's recomputation, and BF the
             way back through it.
-        memory: Measured bytes of each stage, if asked for. Values received count; parameters, their gradients, the
-            batch's own tensors and messages in transit do not. A split stage holds ``energy`` on both ranks, and
-            ``force`` on the rank of FF.
+        memory: Measured bytes of each stage on the device, if asked for. Values received count; parameters, their
+            gradients, the batch's own tensors and messages in transit do not. A split stage holds ``energy`` on both
+            ranks, and ``force`` on the rank of FF.
+        host_bytes: The most bytes that each stage keeps on the host, measured with ``memory``.
     """
 
     observables: list[Tensor]
@@ -52,6 +53,7 @@ class SingleProcessResult:
     gradients: GradientBuffers
     costs: list[PhaseCosts]
     memory: list[MemoryCosts] | None = None
+    host_bytes: list[int] | None = None
 
 
 def run_single_process(
@@ -109,7 +111,8 @@ def run_single_process(
             own_parts[_OWN_SUCCESSOR[action.phase], action.stage] = made.own
     observables, derivatives = results
     memory = phases.memory(split_stages) if measure_memory else None
-    return SingleProcessResult(observables, derivatives, gradients, phases.costs(), memory)
+    host = phases.host_bytes() if measure_memory else None
+    return SingleProcessResult(observables, derivatives, gradients, phases.costs(), memory, host)
 
 
 def eager_stage(function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
@@ -131,7 +134,8 @@ def _one_microbatch(num_stages: int, defer: bool, split_stages: Collection[int])
 class _MeasuredPhases(StepPhases):
     """Measures the time of phases, and what is alive after them.
 
-    To tell what a stage holds from what its messages hold, messages are copied when memory is measured.
+    To tell what a stage holds from what its messages hold, messages are copied when memory is measured. What a stage
+    keeps on the host is moved inside of the phases: then their times are at most too long.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class _MeasuredPhases(StepPhases):
         self._is_cuda = any(isinstance(t, Tensor) and t.is_cuda for t in tensors)
         self._spent: dict[tuple[int, Phase], float] = {}
         self._alive: dict[tuple[int, Phase], list[int]] = {}
+        self._most_on_host = dict.fromkeys(stages, 0)
         self._counters: dict[tuple[int, bool], StorageCounter] | None = {} if measure_memory else None
 
     def costs(self) -> list[PhaseCosts]:
@@ -158,6 +163,16 @@ class _MeasuredPhases(StepPhases):
             return max(self._spent.get((stage, phase), 0.0), 0.0 if phase in (Phase.WF, Phase.WE) else SHORTEST)
 
         return [PhaseCosts(*(spent(stage, phase) for phase in COMPUTED_PHASES)) for stage in self._stages]
+
+    def host_bytes(self) -> list[int]:
+        """Returns the most bytes that each stage has kept on the host."""
+        return list(self._most_on_host.values())
+
+    def _fetch_ahead(self, action: Action) -> None:
+        """Does nothing: each phase fetches for itself."""
+
+    def _to_host(self, action: Action) -> None:
+        """Does nothing: values move before the time of a phase ends."""
 
     def memory(self, split_stages: Collection[int]) -> list[MemoryCosts]:
         """Returns the bytes that a micro-batch holds in each stage."""
@@ -183,7 +198,9 @@ class _MeasuredPhases(StepPhases):
         counter = self._counters.setdefault((action.stage, is_other_rank), StorageCounter())
         result = self._counted(counter, action, function, messages)
         gradients = [self._gradients.get(p) for p in stage.function.parameters]
-        alive = counter.alive(without=[g for g in gradients if g is not None])
+        on_host = stage.host_tensors()
+        self._most_on_host[action.stage] = max(self._most_on_host[action.stage], sum(t.nbytes for t in on_host))
+        alive = counter.alive(without=[*on_host, *(g for g in gradients if g is not None)])
         self._alive.setdefault((action.stage, action.phase), []).append(alive)
         return result
 
@@ -204,8 +221,10 @@ class _MeasuredPhases(StepPhases):
         self, action: Action, function: Callable[..., _Result], messages: Sequence[Sequence[Tensor | None]]
     ) -> _Result:
         self._synchronize()
-        began = time.perf_counter()
+        stage, began = self._stages[action.stage], time.perf_counter()
+        stage.fetch(action.microbatch, action.phase)
         result = function(*messages)
+        stage.to_host(action.microbatch, None)
         self._synchronize()
         key = action.stage, action.phase
         self._spent[key] = self._spent.get(key, 0.0) + time.perf_counter() - began

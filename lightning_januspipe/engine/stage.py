@@ -30,6 +30,7 @@ from lightning_januspipe.engine.weight_split import (
     walk_graph,
     walk_to_parameters,
 )
+from lightning_januspipe.schedule import Phase
 
 
 @dataclass
@@ -75,6 +76,26 @@ class Stage:
     def clear(self) -> None:
         """Forgets all micro-batches, after an error or an evaluation."""
         self._inflight.clear()
+
+    def fetch(self, microbatch: int, phase: Phase) -> None:
+        """Starts to bring back to the device what a phase will read, where stages keep that on the host.
+
+        Args:
+            microbatch: Index of the micro-batch.
+            phase: The phase that this rank will run next; another action runs meanwhile.
+        """
+
+    def to_host(self, microbatch: int, following: Phase | None) -> None:
+        """Moves what a micro-batch keeps to the host, where stages keep it there, after each phase.
+
+        Args:
+            microbatch: Index of the micro-batch.
+            following: The phase of this micro-batch that follows at once, whose values stay; None for another one's.
+        """
+
+    def host_tensors(self) -> list[Tensor]:
+        """Returns what all micro-batches keep on the host here."""
+        return []
 
     def forward_energy(
         self, microbatch: int, tensors: Sequence[Tensor], boundary: Sequence[Tensor]

@@ -21,10 +21,9 @@ from lightning_januspipe.capture import (
 )
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
 from lightning_januspipe.distributed import on_first_rank, waiting
+from lightning_januspipe.engine.eager_stages import eager_stages
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.p2p import Links, message_latency
-from lightning_januspipe.engine.recomputing_stage import recomputing_stage
-from lightning_januspipe.engine.single_process import eager_stage
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import verify_sharding
@@ -218,14 +217,13 @@ class PipelineBuilder:
 
     def _eager_stage(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
         """Returns a stage whose phases run eagerly."""
-        is_recomputed = self._activations[function.index] == "recompute"
-        return (recomputing_stage if is_recomputed else eager_stage)(function, gradients, chain)
+        return eager_stages(self._activations[function.index])(function, gradients, chain)
 
     def _factories(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> ActivationFactories:
         """Returns the activations that a memory limit may choose from, the fastest first."""
         if self._memory_limit is None or not request.trains or is_unfolded(planner.name):
             return {}
-        names = candidates(self._compiles, self._activation)
+        names = candidates(self._compiles, self._activation, mesh.device.type)
         if self._compiles:
             names = () if mesh.shape.graph > 1 else names
         elif self._activation != "auto":
@@ -285,7 +283,7 @@ class PipelineBuilder:
                     phase_mode=PhaseMode(
                         defer=is_deferred(planner.name),
                         split_stages=is_unfolded(planner.name),
-                        recompute=not self._compiles and self._usual_activation == "recompute",
+                        activation="keep" if self._compiles else self._usual_activation,
                     ),
                     step_time=step_time,
                     evaluation_step=None if evaluation is None else with_batch(evaluation),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from lightning_januspipe.capture import ActivationCosts, ActivationFactories
-from lightning_januspipe.engine.recomputing_stage import recomputing_stage
-from lightning_januspipe.engine.single_process import eager_stage
+from lightning_januspipe.engine.eager_stages import eager_stages
+from lightning_januspipe.engine.single_process import StageFactory
 from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.schedule.costs import format_bytes
 
@@ -33,10 +34,21 @@ class ChosenActivations:
     measured: Mapping[str, ActivationCosts]
 
     def on(self, planner: Planner) -> Planner:
-        """Returns a planner with the costs and the memory of these activations, and with the stages on these ranks."""
+        """Returns a planner with the costs and the memory of these activations, and with the stages on these ranks.
+
+        What is on the host comes back for one phase while another one runs, so that much of the limit is set aside.
+        """
         chosen = [(self.measured[name].costs[i], self.measured[name].memory[i]) for i, name in enumerate(self.names)]
         costs, memory = zip(*chosen, strict=True)
-        return replace(planner, costs=costs, memory=memory, placement=self.placement)
+        limit = planner.memory_limit
+        if limit is not None and any(self.host_bytes):
+            limit = max(limit - 2 * max(self.host_bytes), 1.0)
+        return replace(planner, costs=costs, memory=memory, placement=self.placement, memory_limit=limit)
+
+    @property
+    def host_bytes(self) -> list[int]:
+        """Returns the most bytes that a micro-batch keeps on the host in each stage."""
+        return [sum(self.measured[name].host_bytes[i : i + 1]) for i, name in enumerate(self.names)]
 
     def describe(self, limit: float) -> str:
         """Returns in words what each stage keeps of a micro-batch, and what it would keep with other activations.
@@ -49,20 +61,22 @@ class ChosenActivations:
             sizes = {name: costs.memory[index].total for name, costs in self.measured.items()}
             others = [f"{name} {format_bytes(size)}" for name, size in sizes.items() if name != chosen]
             instead = f" ({', '.join(others)})" if others else ""
-            stages.append(f"stage {index} {chosen} {format_bytes(sizes[chosen])}{instead}")
+            on_host = f" and {format_bytes(self.host_bytes[index])} on the host" if self.host_bytes[index] else ""
+            stages.append(f"stage {index} {chosen} {format_bytes(sizes[chosen])}{on_host}{instead}")
         return f"kept of a micro-batch, within {format_bytes(limit)} on a rank: {', '.join(stages)}"
 
 
-def candidates(compiles: bool, activation: str) -> tuple[str, ...]:
+def candidates(compiles: bool, activation: str, device: str) -> tuple[str, ...]:
     """Returns the activations that a memory limit may choose from, the fastest first.
 
     Args:
         compiles: Whether phases are compiled.
         activation: The activation that the user has given, or "auto".
+        device: Type of the device; on CPUs the host's memory is the device's.
     """
     if activation != "auto":
         return (activation,)
-    return ("pointwise" if compiles else "keep", "recompute")
+    return ("pointwise" if compiles else "keep", *(["offload"] if device == "cuda" else []), "recompute")
 
 
 def activation_factories(compiles: bool, names: Sequence[str], device: str, defer: bool) -> ActivationFactories:
@@ -78,8 +92,11 @@ def activation_factories(compiles: bool, names: Sequence[str], device: str, defe
         from lightning_januspipe.compiled.measured import interpreted_factories
 
         return interpreted_factories(cast("Sequence[Activation]", names), device, defer)
-    eager: ActivationFactories = {"keep": lambda _: eager_stage, "recompute": lambda _: recomputing_stage}
-    return {name: eager[name] for name in names}
+    return {name: partial(_eager_factory, name) for name in names}
+
+
+def _eager_factory(name: str, _: object) -> StageFactory:
+    return eager_stages(name)
 
 
 def choose_activations(

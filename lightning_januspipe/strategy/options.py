@@ -70,11 +70,12 @@ class StrategyOptions:
     model. In one process and in replicas without a pipeline the potential is captured then too. Stages that cannot be
     compiled run eagerly, and the start line says why."""
 
-    activation: Literal["auto", "keep", "pointwise", "recompute"] = "auto"
+    activation: Literal["auto", "keep", "pointwise", "recompute", "offload"] = "auto"
     """Which tensors of a micro-batch are kept between its phases. "keep" keeps all that later phases need, "pointwise",
     with compile=True only, computes cheap operations again, and "recompute" keeps only what stages send each other
-    (compiled, also what graph ranks do). "auto": "pointwise" with compile=True, else "keep", and with memory_limit
-    "recompute" for stages where that is the faster way to keep within it."""
+    (compiled, also what graph ranks do). "offload" keeps these tensors in the host's memory, from which they come back
+    while the action before the one that reads them runs. "auto": "pointwise" with compile=True, else "keep", and with
+    memory_limit "recompute", or on GPUs "offload", for stages where that is the faster way to keep within it."""
 
     shard: ShardLevel = "none"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
@@ -161,12 +162,12 @@ class StrategyOptions:
         if not self.compile and self.activation == "pointwise":
             raise ValueError(
                 "activation='pointwise' needs compile=True: eager phases keep all tensors, or boundaries only. Use "
-                "compile=True, or activation='keep' or 'recompute'."
+                "compile=True, or activation='keep', 'recompute' or 'offload'."
             )
-        if self.activation == "recompute" and is_unfolded(self.schedule):
+        if self.activation in ("recompute", "offload") and is_unfolded(self.schedule):
             raise ValueError(
-                f"activation='recompute' is not available with schedule={self.schedule!r}, which runs the phases of a "
-                "stage on two ranks. Use a folded schedule, such as 'wavek-zb', or activation='keep'."
+                f"activation={self.activation!r} is not available with schedule={self.schedule!r}, which runs the "
+                "phases of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or activation='keep'."
             )
         if self.compile and is_unfolded(self.schedule):
             raise ValueError(

@@ -136,7 +136,7 @@ class StrategyState(ParallelStrategy):
     @property
     def _captures(self) -> bool:
         """Tells whether to capture the potential: ranks share samples or experts, or phases are not plain."""
-        is_plain = not self.options.compile and self.options.activation != "recompute"
+        is_plain = not self.options.compile and self.options.activation not in ("recompute", "offload")
         return self._shares_replicas or self._spreads_experts or not is_plain
 
     @property

@@ -15,7 +15,7 @@ from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.loader.replica_balance import balance_replicas
 from lightning_januspipe.loader.split import split_batches
 from lightning_januspipe.strategy.registry import strategy_class
-from lightning_januspipe.testing.trainer import library, quiet_trainer
+from lightning_januspipe.testing.trainer import library, namespace_of, quiet_trainer
 
 
 @dataclass
@@ -56,7 +56,7 @@ def train_in_pipeline(
         trainer_arguments: Further arguments of the Trainer.
     """
     module, data = module_factory(), datamodule_factory()
-    namespace = _namespace(module)
+    namespace = namespace_of(module)
     bound = strategy_class(namespace)(**strategy)
     world = int(os.environ["WORLD_SIZE"])
     record = RunRecord(initial=_copies(module))
@@ -96,7 +96,7 @@ def train_reference(
         devices: The ranks of the pipelined run.
     """
     module, data = module_factory(), datamodule_factory()
-    namespace = _namespace(module)
+    namespace = namespace_of(module)
     bound = strategy_class(namespace)(**strategy)
     bound.parallel_devices = [torch.device("cpu")] * devices
     replicas, num_microbatches = bound.mesh_shape.data, bound.num_microbatches()
@@ -168,17 +168,12 @@ def _ordered_loader(loader: Any, num_replicas: int, replica: int) -> Any:
     return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
 
 
-def _namespace(module: Any) -> str:
-    names = [c.__module__.split(".")[0] for c in type(module).__mro__]
-    return "lightning" if "lightning" in names else "pytorch_lightning"
-
-
 def _trainer(namespace: str, steps: int, arguments: dict[str, Any], **fixed: Any) -> Any:
     return quiet_trainer(namespace=namespace, **{"max_steps": steps, "limit_val_batches": 0, **arguments, **fixed})
 
 
 def _recorder(record: RunRecord, module: Any, gradients: Callable[[], dict[nn.Parameter, Tensor | None]]) -> Any:
-    class Recorder(library(_namespace(module)).Callback):  # type: ignore[misc]
+    class Recorder(library(namespace_of(module)).Callback):  # type: ignore[misc]
         """Keeps losses and the gradients that the optimizer sees.
 
         The record is no attribute: tensors by the names of parameters would be taken for averages of these.

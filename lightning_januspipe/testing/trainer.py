@@ -32,6 +32,12 @@ def library(namespace: str = "lightning") -> Any:
     return importlib.import_module("lightning.pytorch" if namespace == "lightning" else namespace)
 
 
+def namespace_of(module: Any) -> str:
+    """Returns the name of the Lightning that a module is of."""
+    names = [c.__module__.split(".")[0] for c in type(module).__mro__]
+    return "lightning" if "lightning" in names else "pytorch_lightning"
+
+
 def quiet_trainer(strategy: Any = None, namespace: str = "lightning", **arguments: Any) -> Any:
     """Returns a Trainer that runs on the CPU, prints, logs and saves nothing, and leaves the order of samples alone.
 

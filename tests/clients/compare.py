@@ -101,6 +101,7 @@ class ModelConformance(PotentialConformance):
         "two-stages-4-microbatches": {"pipeline_size": 2, "num_microbatches": 4},
         "two-graph-ranks": {"graph_size": 2, "num_microbatches": 1},
         "two-stages-of-two-graph-ranks": {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4},
+        "two-stages-compiled": {"pipeline_size": 2, "num_microbatches": 4, "compile": True},
     }
     timeout = 600.0
 

@@ -26,6 +26,9 @@ from lightning_januspipe.testing import RankError, RankPool
         (2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "parameters"}),
         slow(4, {"pipeline_size": 2, "data_size": 2, "num_microbatches": 4, "shard": "parameters"}),
         slow(4, {"pipeline_size": 2, "schedule": "wavek-zb", "num_microbatches": 4}),
+        slow(1, {"num_microbatches": 2, "activation": "offload"}),
+        (2, {"schedule": "gpipe", "num_microbatches": 4, "activation": "offload"}),
+        slow(2, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "offload"}),
     ],
 )
 def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
@@ -42,6 +45,8 @@ def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> No
         slow(4, None, {"schedule": "wavek", "num_microbatches": 4, "activation": "recompute"}),
         slow(4, None, {"schedule": "wavek", "num_microbatches": 4, "activation": "keep"}),
         slow(4, None, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "recompute"}),
+        slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "offload"}),
+        slow(4, None, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "offload"}),
         (2, graph_models.states, {"pipeline_size": 1, "num_microbatches": 2}),
         slow(2, graph_models.attention, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
         slow(4, graph_models.angles, {"num_microbatches": 1}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from engine_workers import connect_all, exchange
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_januspipe.engine import p2p
 from lightning_januspipe.engine.p2p import pack, packed_size, unpack
 from lightning_januspipe.testing import RankPool
 
@@ -70,7 +73,8 @@ def test_unpacked_tensors_start_where_any_kernel_can_read_them() -> None:
     assert all((o - offsets[0]) % 16 == 0 for o in offsets)
 
 
-def test_channel_between_two_ranks(pool: RankPool) -> None:
+@pytest.mark.parametrize("through_host", [False, True])
+def test_channel_between_two_ranks(pool: RankPool, through_host: bool) -> None:
     messages = [
         [_tensor((3, 4), torch.float64, 1)],
         [],
@@ -78,7 +82,7 @@ def test_channel_between_two_ranks(pool: RankPool) -> None:
         [torch.empty(0, 7)],
         [_tensor((1,), torch.bool, 5), _tensor((300, 100), torch.float64, 6)],
     ]
-    results = pool.run(exchange, messages, world_size=2)
+    results = pool.run(exchange, messages, through_host, world_size=2)
     sizes = [packed_size([(tuple(t.shape), t.dtype) for t in m]) for m in messages]
     assert sizes[1] == sizes[3] == 0
     for received, bytes_sent in results:
@@ -86,6 +90,18 @@ def test_channel_between_two_ranks(pool: RankPool) -> None:
         for found, expected in zip(received, messages, strict=True):
             _same(found, expected)
         assert bytes_sent == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "expected"),
+    [("cuda", "cpu:gloo,cuda:gloo", True), ("cuda", "cpu:gloo,cuda:nccl", False), ("cpu", "cpu:gloo,cuda:gloo", False)],
+)
+def test_messages_of_a_gpu_go_through_the_host_with_gloo(
+    monkeypatch: pytest.MonkeyPatch, device: str, config: str, expected: bool
+) -> None:
+    monkeypatch.setattr(p2p.dist, "get_backend_config", lambda group: config)
+    group: Any = None
+    assert p2p.needs_host(group, torch.device(device)) is expected
 
 
 def test_connections_before_their_first_message(pool: RankPool) -> None:

@@ -1,4 +1,4 @@
-"""Training with eager phases that keep boundaries only equals training in one process."""
+"""Training with eager phases that keep boundaries only, or keep values on the host, equals training in one process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from lightning_januspipe.testing import RankPool
         slow(2, {"num_microbatches": 2, "pipeline_size": 1, "data_size": 2}),
         slow(2, {"num_microbatches": 2, "graph_size": 2}),
         slow(4, {"num_microbatches": 4, "pipeline_size": 2, "graph_size": 2}),
+        (2, {"num_microbatches": 4, "activation": "offload"}),
+        slow(1, {"num_microbatches": 2, "activation": "offload"}),
+        slow(2, {"num_microbatches": 4, "schedule": "gpipe", "activation": "offload"}),
+        slow(2, {"num_microbatches": 2, "pipeline_size": 1, "graph_size": 2, "activation": "offload"}),
+        slow(4, {"num_microbatches": 4, "pipeline_size": 2, "graph_size": 2, "activation": "offload"}),
     ],
 )
 def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
-    check_parity(pool, devices, activation="recompute", **strategy)
+    check_parity(pool, devices, **{"activation": "recompute", **strategy})
 
 
 def test_a_memory_limit_chooses_what_is_kept(pool: RankPool) -> None:

@@ -33,7 +33,7 @@ from lightning_januspipe.strategy.registry import NAMESPACES
         ({"wave_size": "all"}, "wave_size='all'; expected a positive integer or 'auto'"),
         ({"potential": 3}, "potential=3; expected a string or None"),
         ({"compile": "auto"}, "compile='auto'; expected True or False"),
-        ({"activation": "offload"}, "activation='offload'; expected 'auto', 'keep', 'pointwise' or 'recompute'"),
+        ({"activation": "host"}, "activation='host'; expected 'auto', 'keep', 'pointwise', 'recompute' or 'offload'"),
         ({"activation": "pointwise"}, "activation='pointwise' needs compile=True: eager phases keep all tensors"),
         (
             {"activation": "recompute", "schedule": "1f1b-2nd"},

@@ -49,12 +49,12 @@ def _start() -> int:
 # -- p2p -------------------------------------------------------------------------------------------------------------
 
 
-def exchange(messages: list[list[Tensor]]) -> tuple[list[list[Tensor]], int]:
+def exchange(messages: list[list[Tensor]], through_host: bool | None = None) -> tuple[list[list[Tensor]], int]:
     """Has rank 0 send all messages and rank 1 send them back; receives are posted before anything is sent."""
     rank = _start()
     there, back = dist.new_group([0, 1]), dist.new_group([0, 1])
-    out = Channel(there if rank == 0 else back, 1 - rank, CPU)
-    incoming = Channel(back if rank == 0 else there, 1 - rank, CPU)
+    out = Channel(there if rank == 0 else back, 1 - rank, CPU, through_host)
+    incoming = Channel(back if rank == 0 else there, 1 - rank, CPU, through_host)
     shapes = [[(tuple(t.shape), t.dtype) for t in m] for m in messages]
     posted = [incoming.receive(s) for s in shapes]
     if rank == 0:

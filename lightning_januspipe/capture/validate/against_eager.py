@@ -18,9 +18,9 @@ from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.capture.validate.probe_loss import probe_loss, probe_targets
 from lightning_januspipe.engine.autocast import OFF, autocast_as
+from lightning_januspipe.engine.eager_stages import eager_stages
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.loss import LossLeaves
-from lightning_januspipe.engine.recomputing_stage import recomputing_stage
 from lightning_januspipe.engine.single_process import SingleProcessResult, StageFactory, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, StageFunction, StageOutput
 from lightning_januspipe.errors import CaptureError, quoted
@@ -166,12 +166,12 @@ class PhaseMode:
     Attributes:
         defer: leave weight gradients to WF and WE.
         split_stages: run FF and BF of every stage as on another rank than its FE and BE.
-        recompute: keep only boundaries between phases, and compute the rest again.
+        activation: what stages keep between phases; see :data:`~lightning_januspipe.engine.eager_stages.EAGER_STAGES`.
     """
 
     defer: bool = False
     split_stages: bool = False
-    recompute: bool = False
+    activation: str = "keep"
 
 
 DEFAULT_MODE = PhaseMode()
@@ -227,7 +227,7 @@ def run_staged(
     stages: list[Any] = [staged.stage(i, potential) for i in range(staged.num_stages)]
     if make_stage is None:
         stages = [_CheckedStage(function, symbols, staged.path) for function in stages]
-        make_stage = recomputing_stage if phase_mode.recompute else None
+        make_stage = eager_stages(phase_mode.activation)
 
     def loss(observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
         from_loss = LossLeaves(observables, derivatives)
