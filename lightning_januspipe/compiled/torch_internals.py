@@ -30,6 +30,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
+from lightning_januspipe.compiled.small_products import products_of_small_matrices
+
 
 class _AnySizes(ShapeEnv):
     """Notes sizes of which torch has asked whether they are 1, instead of taking for granted that they are not.
@@ -129,8 +131,9 @@ def any_size() -> Iterator[None]:
 
 def traced_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a function of fake tensors and symbolic sizes, in the operations that inductor compiles."""
+    decompositions = {**select_decomp_table(), torch.ops.aten.bmm.default: products_of_small_matrices}
     with any_size(), enable_python_dispatcher():
-        trace = make_fx(function, select_decomp_table(), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+        trace = make_fx(function, decompositions, tracing_mode="symbolic", _allow_non_fake_inputs=True)
         return trace(*inputs)
 
 

@@ -1,0 +1,39 @@
+"""Products of many small matrices are written out; other products stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_januspipe.compiled import torch_internals as internals
+
+
+def products_of(graph: torch.fx.GraphModule) -> int:
+    return len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default))
+
+
+def traced(shape: tuple[int, int, int], dtype: torch.dtype, rows: int = 5) -> torch.fx.GraphModule:
+    """Returns the graph of products of matrices [a, b] and [b, c], for any number of them."""
+    mode = internals.symbolic_mode()
+    size = internals.new_size(mode, "rows", rows)
+    with mode:
+        first, second = (torch.empty([size, *shape[i : i + 2]], dtype=dtype) for i in (0, 1))
+    return internals.traced_graph(lambda _, a, b: [a @ b], [size, first, second])
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 32), (1, 8, 3), (32, 5, 1)])
+def test_small_products_are_written_out(shape: tuple[int, int, int]) -> None:
+    graph = traced(shape, torch.float64)
+    assert not products_of(graph)
+    for num in (3, 1, 0):
+        first, second = (torch.randn(num, *shape[i : i + 2], dtype=torch.float64) for i in (0, 1))
+        (found,) = graph(num, first, second)
+        torch.testing.assert_close(found, first @ second, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 9, 4), torch.float64), ((64, 4, 32), torch.float64), ((4, 4, 4), torch.bfloat16), ((4, 0, 4), torch.float64)],
+)
+def test_other_products_stay(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert products_of(traced(shape, dtype)) == 1
