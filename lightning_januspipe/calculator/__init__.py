@@ -2,7 +2,13 @@
 
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
 from lightning_januspipe.calculator.calculator import JanusPipeCalculator
-from lightning_januspipe.calculator.packages import MACEAtomsAdapter, NequIPAtomsAdapter, SchNetPackAtomsAdapter
+from lightning_januspipe.calculator.packages import (
+    MACEAtomsAdapter,
+    MatGLAtomsAdapter,
+    NequIPAtomsAdapter,
+    SchNetPackAtomsAdapter,
+    SevenNetAtomsAdapter,
+)
 from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 
 __all__ = [
@@ -10,8 +16,10 @@ __all__ = [
     "Edges",
     "JanusPipeCalculator",
     "MACEAtomsAdapter",
+    "MatGLAtomsAdapter",
     "NequIPAtomsAdapter",
     "SchNetPackAtomsAdapter",
+    "SevenNetAtomsAdapter",
     "SkinNeighborList",
     "StructureAdapter",
 ]

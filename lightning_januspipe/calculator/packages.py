@@ -1,12 +1,13 @@
-"""Makes the batches of potentials of other packages: MACE, NequIP and Allegro, SchNetPack."""
+"""Makes the batches of potentials of other packages: MACE, NequIP and Allegro, SchNetPack, MatGL, SevenNet."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -117,10 +118,82 @@ class SchNetPackAtomsAdapter(AtomsAdapter):
         return potential(dict(batch))
 
 
+class MatGLAtomsAdapter(AtomsAdapter):
+    """Makes the graphs of MatGL, whose stress is in GPa."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(float(model.model.cutoff))
+        self.symbols = list(model.model.element_types)
+
+    @override
+    def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> Any:
+        from torch_geometric.data import Data
+
+        cell = np.array(atoms.cell.complete()) if atoms.pbc.any() else np.eye(3)
+        graph = Data(
+            num_nodes=len(atoms),
+            edge_index=torch.from_numpy(edges.edge_index[::-1].copy()),
+            pbc_offset=torch.tensor(edges.cell_shifts, dtype=dtype),
+            node_type=torch.from_numpy(species_index(atoms, self.symbols, "the structure", TRAINED)),
+            frac_coords=torch.tensor(np.linalg.solve(cell.T, atoms.positions.T).T, dtype=dtype),
+        )
+        return graph, torch.tensor(cell, dtype=dtype)[None], torch.zeros(2, dtype=dtype)
+
+    @override
+    def call(self, potential: nn.Module, batch: Any) -> Any:
+        graph, lattice, state = batch
+        return potential(g=graph, lat=lattice, state_attr=state)
+
+    @override
+    def results(self, potential: nn.Module, batch: Any, output: Any) -> dict[str, Tensor]:
+        energy, forces, stress = output[:3]
+        return {"energy": energy, "forces": forces, "stress": stress * units.GPa}
+
+
+class SevenNetAtomsAdapter(AtomsAdapter):
+    """Makes the batches of SevenNet's models of one modality."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(float(model.cutoff))
+        self.symbols = [Atoms([number]).get_chemical_symbols()[0] for number in model.type_map]
+
+    @override
+    def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> dict[str, Tensor]:
+        species_index(atoms, self.symbols, "the structure", TRAINED)
+        numbers = torch.tensor(atoms.numbers, dtype=torch.int64)
+        return {
+            "x": numbers,
+            "atomic_numbers": numbers,
+            "pos": torch.tensor(atoms.positions, dtype=dtype),
+            "edge_index": torch.from_numpy(edges.edge_index[::-1].copy()),
+            "edge_vec": torch.tensor(edges.vectors, dtype=dtype),
+            "cell_volume": torch.tensor([atoms.cell.volume], dtype=dtype),
+            "num_atoms": torch.tensor([len(atoms)]),
+            "batch": torch.zeros(len(atoms), dtype=torch.int64),
+        }
+
+    @override
+    def call(self, potential: nn.Module, batch: Any) -> Any:
+        return potential({**batch, "edge_vec": batch["edge_vec"].clone(), "cell_volume": batch["cell_volume"].clone()})
+
+    @override
+    def results(self, potential: nn.Module, batch: Any, output: Any) -> dict[str, Tensor]:
+        xx, yy, zz, xy, yz, zx = -output["inferred_stress"].reshape(6)
+        stress = torch.stack([xx, xy, zx, xy, yy, yz, zx, yz, zz]).reshape(3, 3)
+        return {
+            "energy": output["inferred_total_energy"],
+            "forces": output["inferred_force"],
+            "stress": stress,
+            "energies": output["atomic_energy"],
+        }
+
+
 _OF_CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("mace", "MACE"): MACEAtomsAdapter,
     ("nequip", "GraphModel"): NequIPAtomsAdapter,
     ("schnetpack", "NeuralNetworkPotential"): SchNetPackAtomsAdapter,
+    ("matgl", "Potential"): MatGLAtomsAdapter,
+    ("sevenn", "AtomGraphSequential"): SevenNetAtomsAdapter,
 }
 """Adapters by the package and the name of a class of potentials."""
 

@@ -22,6 +22,7 @@ from torch import nn
 from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
+from .calculator_checks import check_calculator
 from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
 
 pytestmark = [
@@ -166,3 +167,22 @@ def test_potential_in_a_module_of_the_user(model: str) -> None:
         with pytest.raises(CaptureError, match=r"Wrapped calls MatGL's Potential in its 'inner'.*ends in 'inner'"):
             client.capture()
     assert client.capture(potential="model.inner").path == "model.inner"
+
+
+@pytest.mark.parametrize("model", ["tensornet", "m3gnet", "chgnet"])
+def test_calculator(model: str) -> None:
+    """The potential's own forward on the graphs that MatGL makes."""
+    import matgl
+    from matgl.ext.ase import Atoms2Graph
+
+    module = module_of("matgl_program", "--model", model)()
+    potential = module.model.eval()
+    potential.data_std.fill_(1e3)  # forces of a new model are too small to be compared with finite differences
+    converter = Atoms2Graph(("Al", "Cu", "Ni"), 4.0)
+
+    def own(atoms: Any) -> dict[str, Any]:
+        graph, lattice, state = converter.get_graph(atoms)
+        energy, forces, stress = (v.detach().numpy() for v in potential(graph, lattice, torch.tensor(state))[:3])
+        return {"energy": energy, "forces": forces, "stress": stress / matgl.apps.pes.EV_PER_ANG3_TO_GPA}
+
+    check_calculator(module, own)
