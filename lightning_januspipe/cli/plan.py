@@ -23,6 +23,7 @@ from lightning_januspipe.cli.plan_tables import (
     activation_table,
     cut_lines,
     graph_table,
+    level_lines,
     make_console,
     mesh_table,
     notes,
@@ -32,7 +33,7 @@ from lightning_januspipe.cli.plan_tables import (
     stage_table,
     state_table,
 )
-from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, plan_costs, plan_cuts
+from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, best_plan, plan_costs, plan_cuts
 from lightning_januspipe.plan.graph_share import MOST_MICROBATCHES, GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
 from lightning_januspipe.plan.meshes import compare_meshes, largest_weights
@@ -150,14 +151,18 @@ def _plan_recipe(recipe: Recipe) -> None:
         own = [used, *(recipe.share(recipe.sharing(one, batches), used.num_ranks, used) for one in measured[1:])]
         cuts = [costs_of_share(one, num_ranks, share, link) for one, share in zip(measured, own, strict=True)]
     structures, atoms = count_structures(examples[1]), count_atoms(examples[1])
-    plan = plan_cuts(
-        cuts,
-        _options(recipe, num_ranks, num_microbatches, given.latency or 0.0, given.bandwidth or math.inf),
-        given.schedules,
-        structures=structures,
-        atoms=atoms or None,
-    )
-    plan = replace(plan, uncertainty=max(one.uncertainty for one in measured))
+    options = _options(recipe, num_ranks, num_microbatches, given.latency or 0.0, given.bandwidth or math.inf)
+    parameters = largest_weights(measured[0], recipe.potential(measured[0]))
+    shared = replace(options, num_sharing=asked.num_sharing, parameters=parameters)
+    uncertainty = max(one.uncertainty for one in measured)
+    plans = [
+        replace(
+            plan_cuts(cuts, replace(shared, level=level), given.schedules, structures=structures, atoms=atoms or None),
+            uncertainty=uncertainty,
+        )
+        for level in asked.levels(options.memory_limit is not None)
+    ]
+    plan = best_plan(plans)
     _answer(plan.reason())
     _describe(recipe, measured, structures, atoms, num_microbatches)
     is_extrapolated = measured[0].num_stages < num_ranks
@@ -175,8 +180,10 @@ def _plan_recipe(recipe: Recipe) -> None:
             console.print(activation_table(one))
         console.print(ACTIVATION_LEGEND, soft_wrap=True)
     console.print()
-    console.print(state_table(largest_weights(measured[0], recipe.potential(measured[0]))))
+    console.print(state_table(parameters))
     console.print(STATE_LEGEND)
+    for line in level_lines(plans, plan):
+        console.print(line, soft_wrap=True)
     if is_extrapolated:
         console.print(
             f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "

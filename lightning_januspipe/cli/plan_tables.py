@@ -13,7 +13,7 @@ from lightning_januspipe.plan.compare import SchedulePlan, ScheduleRow
 from lightning_januspipe.plan.graph_share import GraphShare
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.plan.meshes import Meshes
-from lightning_januspipe.plan.state_share import LEVELS, state_share
+from lightning_januspipe.runtime.state_share import LEVELS, state_share
 from lightning_januspipe.schedule.costs import format_bytes
 
 _WIDTH = 120
@@ -312,6 +312,31 @@ STATE_LEGEND = (
     "while phases run, and while the optimizer steps; Adam has two values for each parameter. sent, mess.: bytes and "
     "messages of a rank in a step, if collectives pass parts on in a ring."
 )
+
+
+def level_lines(plans: Sequence[SchedulePlan], chosen: SchedulePlan) -> list[str]:
+    """Returns a line for each level of sharing that the recipe allows, if there is a limit or other ranks share it.
+
+    Args:
+        plans: The plans of the levels.
+        chosen: The one that training takes.
+    """
+    options = chosen.options
+    if options.memory_limit is None and options.num_sharing == 1:
+        return []
+    lines = []
+    for plan in plans:
+        row, share = plan.choice, plan.options.share
+        words = f'shard="{share.level}" with D·G={share.num_ranks}: '
+        words += f"{format_bytes(share.in_phases)} of state on a rank, with Adam"
+        if options.memory_limit is not None:
+            words += f", {format_bytes(max(0.0, options.memory_limit - share.in_phases))} left for micro-batches"
+        if row is None:
+            lines.append(f"{words}; nothing fits")
+            continue
+        step = f"a step of {_milliseconds(row.step_time)} ms with {row.name}, messages between these ranks included"
+        lines.append(f"{words}; {step}{', taken in what follows' if plan is chosen and len(plans) > 1 else ''}")
+    return lines
 
 
 def _table(title: str, *groups: Sequence[str]) -> Table:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,9 @@ from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan.graph_share import GraphShare, Sharing
 from lightning_januspipe.plan.measure import Measured, measure_stages
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
+from lightning_januspipe.runtime.state_share import LEVELS
 from lightning_januspipe.runtime.user_step import with_batch
+from lightning_januspipe.schedule.state_actions import ShardLevel
 from lightning_januspipe.strategy.precision import SUPPORTED
 
 if TYPE_CHECKING:
@@ -87,6 +89,8 @@ class StrategyArguments:
         num_processes: Processes of the Trainer.
         compiles: Whether phases are compiled.
         activation: What stages keep between phases, or "auto".
+        num_sharing: Ranks that hold the same stages.
+        shard: What these ranks share, or "auto".
     """
 
     num_ranks: int
@@ -99,6 +103,16 @@ class StrategyArguments:
     num_processes: int = 1
     compiles: bool = False
     activation: str = "auto"
+    num_sharing: int = 1
+    shard: ShardLevel | Literal["auto"] = "auto"
+
+    def levels(self, has_limit: bool) -> tuple[ShardLevel, ...]:
+        """Returns what the ranks that hold the same stages may share, the simplest first."""
+        if self.num_sharing == 1:
+            return ("none",)
+        if self.shard != "auto":
+            return (self.shard,)
+        return LEVELS if has_limit else ("none",)
 
     def activations(self, has_limit: bool, device: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the activations to measure, and those among them that the run may take, the fastest first.
@@ -143,6 +157,8 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
         world,
         bool(given.get("compile", False)),
         given.get("activation", "auto"),
+        shape.data * shape.graph,
+        "none" if int(given.get("expert_size", 1)) > 1 else given.get("shard", "auto"),
     )
 
 

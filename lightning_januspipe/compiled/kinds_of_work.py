@@ -42,7 +42,7 @@ _NAMED = {
 }
 
 EXCHANGES = "januspipe"
-"""Namespace of the operators that exchange rows between graph ranks."""
+"""Namespace of operators, of which those that take a handle exchange rows between graph ranks."""
 
 
 def work_of(node: fx.Node) -> KindOfWork:
@@ -53,7 +53,7 @@ def work_of(node: fx.Node) -> KindOfWork:
         return KindOfWork.SIZE
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        if target.namespace == EXCHANGES:
+        if target.namespace == EXCHANGES and any(a.name == "handle" for a in target._schema.arguments):
             return KindOfWork.EXCHANGE
         name = target._schema.name.split("::")[1]
         if name not in _NAMED and torch.Tag.pointwise in target.tags:

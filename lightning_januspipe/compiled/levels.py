@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -154,9 +155,11 @@ def assign_phases(joint: Joint, defer: bool) -> Levels:
     on_path = graphs.closure(node for node, port in joint.wanted if port.kind is not Kind.PARAMETER_GRADIENT)
     later = {Phase.BF: Phase.WF, Phase.BE: Phase.WE}
     for node in graphs.operations(joint.graph):
-        if levels[node] is Phase.FE and node not in of_energy:
+        # One of several results of an operation is taken where the operation runs: they are kept one by one.
+        needs: Any = node.args[0] if node.target is operator.getitem else node
+        if levels[node] is Phase.FE and needs not in of_energy:
             levels[node] = Phase.FF
-        elif defer and levels[node] in later and node not in on_path:
+        elif defer and levels[node] in later and needs not in on_path:
             levels[node] = later[levels[node]]
     return levels
 

@@ -63,9 +63,9 @@ def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
     sympy is slow, so each expression is compiled once.
     """
     import sympy
-    from torch.utils import _sympy
+    from torch.utils._sympy import functions
 
-    known = {name: getattr(_sympy.functions, name) for name in dir(_sympy.functions) if name[0].isupper()}
+    known = {name: getattr(functions, name) for name in dir(functions) if name[0].isupper()}
     parsed = sympy.sympify(expression, locals=known)
     names = tuple(sorted(str(s) for s in parsed.free_symbols))
 

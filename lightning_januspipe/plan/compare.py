@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_januspipe.schedule import Link, PhaseCosts, Report, Schedule, build_schedule, simulate
+from lightning_januspipe.runtime.state_share import StateShare, fastest_level, state_share
+from lightning_januspipe.schedule import Link, PhaseCosts, Report, Schedule, StateCosts, build_schedule, simulate
 from lightning_januspipe.schedule.actions import Message
 from lightning_januspipe.schedule.bounds import lower_bound
 from lightning_januspipe.schedule.build_schedule import DEFERRED, GENERATORS, SEARCHED, SEVERAL_STAGES, UNFOLDED
 from lightning_januspipe.schedule.costs import Costs, Memory, costs_per_stage, format_bytes
 from lightning_januspipe.schedule.request import Auto
+from lightning_januspipe.schedule.state_actions import ShardLevel, seconds_after_phases, with_state_changes
 
 BASELINE = "1f1b-2nd"
 """The schedule whose speed counts as 1."""
@@ -57,7 +59,13 @@ class CutCosts:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Holds the options that all schedules of a plan share; :func:`plan_costs` explains them."""
+    """Holds the options that all schedules of a plan share; :func:`plan_costs` explains most of them.
+
+    Attributes:
+        level: What the ranks that hold the same stages share.
+        num_sharing: The number of these ranks, D·G.
+        parameters: Bytes of the parameters of the largest rank; 0 if the state does not count for the memory limit.
+    """
 
     num_ranks: int
     num_microbatches: int
@@ -66,6 +74,14 @@ class PlanOptions:
     memory_limit: float | None = None
     latency: float = 0.0
     bandwidth: float = math.inf
+    level: ShardLevel = "none"
+    num_sharing: int = 1
+    parameters: float = 0.0
+
+    @property
+    def share(self) -> StateShare:
+        """Returns what the state of the largest rank takes, with Adam."""
+        return state_share(self.level, self.num_sharing, self.parameters, 2 * self.parameters)
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,7 @@ class ScheduleRow:
         fits: Whether it keeps within the memory limit.
         needed: Bytes that a rank needs at least, where it does not fit.
         activation: What its stages keep between phases; empty where there was no choice.
+        after: Seconds of summing gradients, or gathering parameters, after the phases.
     """
 
     name: str
@@ -91,11 +108,12 @@ class ScheduleRow:
     fits: bool = True
     needed: float | None = None
     activation: str = ""
+    after: float = 0.0
 
     @property
     def step_time(self) -> float:
         """Returns the seconds of a training step, without loading data and the optimizer."""
-        return self.report.makespan
+        return self.report.makespan + self.after
 
     @property
     def over_ideal(self) -> float:
@@ -227,6 +245,9 @@ class SchedulePlan:
             "max_live": self.options.max_live,
             "memory_limit": self.options.memory_limit,
             "latency": self.options.latency,
+            "shard": self.options.level,
+            "num_sharing": self.options.num_sharing,
+            "state": self.options.share.in_phases,
             "bandwidth": self.options.bandwidth if math.isfinite(self.options.bandwidth) else None,
             "structures_per_microbatch": self.structures,
             "atoms_per_microbatch": self.atoms,
@@ -363,6 +384,17 @@ def plan_cuts(
     return SchedulePlan(options, tuple(rows), one_rank, max(shares) / sum(shares), failed, baseline, structures, atoms)
 
 
+def best_plan(plans: Sequence[SchedulePlan]) -> SchedulePlan:
+    """Returns the plan with the level of sharing that training takes.
+
+    Args:
+        plans: One for each level, the one that shares least first. If none fits, the last one is returned.
+    """
+    fitting = {plan.options.level: plan for plan in plans if plan.choice is not None}
+    times = {level: plan.choice.step_time for level, plan in fitting.items() if plan.choice is not None}
+    return fitting[fastest_level(times)] if times else plans[-1]
+
+
 def _row(name: str, choices: Sequence[CutCosts], options: PlanOptions) -> ScheduleRow:
     """Returns the prediction for one schedule with the best cut; ValueError where it cannot be built at all."""
     best: ScheduleRow | None = None
@@ -397,10 +429,11 @@ def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> Schedul
             latency=latency,
             memory=None if within is None else memory,
             memory_limit=within,
+            reserved=0.0 if within is None else options.share.in_phases,
         )
 
     def peak(schedule: Schedule) -> float:
-        return max(simulate(schedule, costs, memory=memory).peak_memory)
+        return max(simulate(schedule, costs, memory=memory).peak_memory) + options.share.in_phases
 
     needed = None
     try:
@@ -418,7 +451,10 @@ def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> Schedul
     ]
     total = float(sum(sent))
     link = Link(options.latency, options.bandwidth, total / max(len(sent), 1))
-    report = simulate(schedule, costs, comm=link, memory=memory)
+    messages = StateCosts.of(options.num_sharing, options.parameters, Link(options.latency, options.bandwidth))
+    state = StateCosts(messages.gather, messages.reduce)  # its bytes are not those of micro-batches
+    changed = with_state_changes(schedule, options.level)
+    report = simulate(changed, costs, comm=link, memory=memory, state=state)
     bound = None
     if schedule.is_folded:
         per_stage = costs_per_stage(costs, schedule.num_ranks, schedule.num_stages)
@@ -426,4 +462,5 @@ def _row_of_stages(name: str, stages: CutCosts, options: PlanOptions) -> Schedul
         bound = lower_bound(
             per_stage, schedule.placement, schedule.num_microbatches, deferred=deferred, latency=options.latency
         )
-    return ScheduleRow(name, schedule, report, bound, total, needed is None, needed, stages.activation)
+    after = seconds_after_phases(schedule, options.level, state)
+    return ScheduleRow(name, changed, report, bound, total, needed is None, needed, stages.activation, after)

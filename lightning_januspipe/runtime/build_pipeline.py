@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
@@ -28,16 +28,13 @@ from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
-from lightning_januspipe.runtime.chosen_activations import (
-    ChosenActivations,
-    activation_factories,
-    candidates,
-    choose_activations,
-)
+from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
+from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
 from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 if TYPE_CHECKING:
     from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler
@@ -57,6 +54,7 @@ class CaptureRequest:
         trains: Whether the capture is for training.
         evaluation_step: The validation step, if training runs it.
         annotate: Returns the context that an action runs in, given the action's name, as profilers do.
+        sharing: What the ranks that hold the same stages may share in training.
     """
 
     module: Any
@@ -67,6 +65,7 @@ class CaptureRequest:
     trains: bool
     evaluation_step: Callable[..., Any] | None = None
     annotate: Callable[[str], AbstractContextManager[Any]] | None = None
+    sharing: StageSharing = field(default_factory=StageSharing)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class PipelineBuilder:
     Args:
         schedule: Name of the schedule.
         wave_size: Micro-batches in a wave, or "auto".
-        memory_limit: Most bytes that the micro-batches of one rank may hold in training, or None.
+        memory_limit: Most bytes that one rank may hold between phases of training, or None.
         potential: Dotted name of the potential, if the user gave one.
         stages: Where stages come from.
         message_dtype: What messages between stages are rounded to.
@@ -116,6 +115,7 @@ class PipelineBuilder:
 
     Attributes:
         schedule: Name of the schedule.
+        level: What the ranks that hold the same stages share in the present training.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class PipelineBuilder:
         self._last: _LastCapture | None = None
         self._compiler: StageCompiler | None = None
         self._activations: tuple[str, ...] = ()
+        self.level: ShardLevel = "none"
 
     def pipeline(
         self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
@@ -172,15 +173,18 @@ class PipelineBuilder:
         spreads_experts = request.trains and mesh.expert_size > 1  # evaluation alone has every expert on every rank
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
-        if limit is not None and found.activations:
-            unlimited = planner
+        if request.trains:
+            unlimited, sharing = replace(planner, memory_limit=None), request.sharing
 
-            def choose() -> ChosenActivations:
-                return choose_activations(unlimited, found.activations, request.num_microbatches)
+            def choose() -> ChosenState:
+                return choose_state(unlimited, found, request.module, sharing, limit, request.num_microbatches)
 
             chosen = on_first_rank(choose, rank, broadcast)  # its predictions may take other ways on other machines
-            planner, self._activations = chosen.on(planner), chosen.names
-            news = replace(news, line=f"{news.line}; {chosen.describe(limit)}") if news.line else news
+            planner, self.level = chosen.on(planner), chosen.level
+            if chosen.activations is not None:
+                self._activations = chosen.activations.names
+            if limit is not None and news.line:
+                news = replace(news, line=f"{news.line}; {chosen.describe(limit)}")
         make_stage = self._stage_compiler(request, mesh, found) if self._compiles else self._eager_stage
         pipeline = Pipeline(
             request.module,

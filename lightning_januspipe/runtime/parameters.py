@@ -16,7 +16,9 @@ from lightning_januspipe.engine.stage_state import Collective
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
+from lightning_januspipe.runtime.released import allow_gradient, guard_gradient
 from lightning_januspipe.runtime.state_units import StateUnit
+from lightning_januspipe.schedule import Link, StateCosts
 from lightning_januspipe.schedule.state_actions import ShardLevel
 
 
@@ -57,6 +59,7 @@ class PlacedParameters:
         self.shards: list[OptimizerShards] = []
         self.experts: ExpertShards | None = None
         self._earlier: dict[nn.Parameter, Tensor] | None = None
+        self._trained = {n for n, p in module.named_parameters() if p.requires_grad}
         for parameter in module.parameters():
             found = stages.get(parameter)
             self.stages_of[parameter] = frozenset(found or every_stage)
@@ -81,9 +84,25 @@ class PlacedParameters:
         found = self._read.get(parameter, ())
         return next(iter(found)) if len(found) == len(self._ranks(parameter)) == 1 else None
 
+    def require_same_trained(self) -> None:
+        """Raises an error if parameters were frozen or unfrozen after stages and shards were made.
+
+        Raises:
+            ValueError: ``requires_grad`` of a parameter has changed.
+        """
+        changed = self._trained ^ {n for n, p in self._module.named_parameters() if p.requires_grad}
+        if changed:
+            raise ValueError(
+                f"requires_grad of {', '.join(sorted(changed)[:3])} was changed after training had started, when "
+                "stages and shards were made. Freeze and unfreeze before Trainer.fit, or train with pipeline_size=1, "
+                'graph_size=1 and shard="none".'
+            )
+
     def gradients(self) -> dict[nn.Parameter, Tensor | None]:
         """Returns the reduced gradients of the parameters that this rank trains; all ranks have to call this."""
-        found = {p: p.grad for p in self._module.parameters() if p.requires_grad and self.holds(p)}
+        sharded = set(self._in_shards())
+        every = [p for p in self._module.parameters() if p not in sharded]
+        found = {p: p.grad for p in every if p.requires_grad and self.holds(p)}
         for shards in self.shards:
             found |= shards.gradients()
         return found if self.experts is None else found | self.experts.gradients()
@@ -150,8 +169,13 @@ class PlacedParameters:
         self.unshard()
         self.wait_for_parameters()
 
-    def describe_shards(self, level: ShardLevel) -> str:
-        """Returns in words what the ranks that hold this rank's stages share, and what that costs."""
+    def describe_shards(self, level: ShardLevel, link: Link) -> str:
+        """Returns in words what the ranks that hold this rank's stages share, and what that costs.
+
+        Args:
+            level: What they share.
+            link: Costs of a message between two of them.
+        """
         size = self._mesh.shape.data * self._mesh.shape.graph
         units = list(self._units())
         whole = sum(p.numel() * p.element_size() for unit in units for p in unit.parameters)
@@ -159,10 +183,11 @@ class PlacedParameters:
         words = f"{size} ranks hold the stages of rank 0, and each has 1/{size} of their optimizer state"
         if level == "parameters":
             words += f", and of {gathered / 1e6:.3g} MB of parameters between steps"
-        passes = size - 1
+        passes, costs = size - 1, StateCosts.of(size, whole, link)
         return (
             f"{words}; in a step a rank sends 2 × {whole * passes / size / 1e6:.3g} MB in {2 * passes * len(units)} "
-            f"messages, to reduce gradients and to gather {'parameters' if gathered else 'updated parameters'}"
+            f"messages, to reduce gradients and to gather {'parameters' if gathered else 'updated parameters'}: about "
+            f"2 × {1e3 * costs.gather:.3g} ms, as messages were measured"
         )
 
     def in_parts(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +250,7 @@ class PlacedParameters:
             for parameter in shared:
                 if not self.holds(parameter):
                     parameter.grad = None
-        sharded: set[nn.Parameter] = set().union(*(shards.parameters for shards in self.shards))
+        sharded = set(self._in_shards())
         held = [p for p in every if self.holds(p) and p not in sharded and not self.is_spread(p)]
         if mesh.graph_group is not None:
             with waiting("reduction of gradients over graph ranks", mesh.graph_group, mixed=True):
@@ -240,6 +265,20 @@ class PlacedParameters:
         for parameter, gradient in (self._earlier or {}).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._earlier = None
+        if self.shards:
+            names = {p: n for n, p in self._module.named_parameters()}
+            for parameter, leaf in self._in_shards().items():
+                if leaf is not parameter:
+                    guard_gradient(parameter, names.get(parameter, "a parameter"))
+
+    def allow_gradients(self) -> None:
+        """Lets ``.grad`` of parameters in shards be read again, as it may be until gradients are reduced."""
+        for parameter in self._in_shards():
+            allow_gradient(parameter)
+
+    def _in_shards(self) -> dict[nn.Parameter, nn.Parameter | None]:
+        """Returns the parameters of all shards, with what this rank's optimizer updates of each."""
+        return {p: shards.leaves.get(p) for shards in self.shards for p in shards.parameters}
 
     def _finish_reductions(self, factor: float) -> None:
         """Waits for the reductions of shards; starts those that no phase has started."""

@@ -111,7 +111,6 @@ class Pipeline(Runner):
                 stages[index] = make_stage(function, self.gradients, local.chain)
         sent_as = torch.bfloat16 if message_dtype == "bf16" else None
         self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.timeout, sent_as)
-        self._trainable = {n for n, p in module.named_parameters() if p.requires_grad}
         self._recorded_with = self.schedules.costs
 
     @property
@@ -128,7 +127,7 @@ class Pipeline(Runner):
         reduces: bool = True,
     ) -> list[Any]:
         """Runs all phases of all micro-batches; see :meth:`.Runner.train_step`."""
-        self._refuse_unfreezing()
+        self.parameters.require_same_trained()
         with self._abort_on_error():
             if self.shard_level == "parameters":
                 # Any replica may have a batch of a new kind, whose check needs parameters: they are on their way then.
@@ -290,15 +289,6 @@ class Pipeline(Runner):
         """Adds gradients of parameters outside the stages, which every rank has computed, on one rank of a replica."""
         if self._mesh.replica_rank == 0:
             self.gradients.add(parameters, gradients)
-
-    def _refuse_unfreezing(self) -> None:
-        changed = self._trainable ^ {n for n, p in self._module.named_parameters() if p.requires_grad}
-        if changed:
-            raise ValueError(
-                f"requires_grad of {', '.join(sorted(changed)[:3])} was changed after training had started, when the "
-                "stages were made. Freeze and unfreeze before Trainer.fit, or train with "
-                "pipeline_size=1 and graph_size=1."
-            )
 
 
 def _forget_locals(error: BaseException) -> None:

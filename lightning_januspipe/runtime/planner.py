@@ -7,10 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_januspipe.engine.single_process import SHORTEST
-from lightning_januspipe.schedule import MemoryCosts, Phase, PhaseCosts, Report, Schedule, build_schedule, simulate
+from lightning_januspipe.schedule import (
+    MemoryCosts,
+    Phase,
+    PhaseCosts,
+    Report,
+    Schedule,
+    StateCosts,
+    build_schedule,
+    simulate,
+)
 from lightning_januspipe.schedule.actions import COMPUTED_PHASES
 from lightning_januspipe.schedule.build_schedule import CHOOSES_PLACEMENT, DEFERRED, SEARCHED, SEVERAL_STAGES, UNFOLDED
 from lightning_januspipe.schedule.stage_placement import layouts, snake
+from lightning_januspipe.schedule.state_actions import ShardLevel, seconds_after_phases, with_state_changes
 
 # Times of phases are measured to a few percent: a new order has to be better by more.
 _WORTH_A_CHANGE = 0.01
@@ -26,9 +36,12 @@ class Planner:
         costs: Seconds of the phases of each stage for one micro-batch.
         memory: Bytes that one micro-batch holds in each stage.
         wave_size: Micro-batches in a wave, or "auto".
-        memory_limit: Most bytes that the micro-batches of one rank may hold, or None.
+        memory_limit: Most bytes that one rank may hold, or None.
         latency: Seconds that a message takes.
         placement: The rank of each stage, once it is chosen.
+        reserved: Bytes of the memory limit that micro-batches may not take: those of the state of the stages.
+        level: What the ranks that hold the same stages share.
+        state: Costs of the changes of each stage's state; empty if no other rank holds the stages.
     """
 
     name: str
@@ -39,6 +52,9 @@ class Planner:
     memory_limit: float | None = None
     latency: float = 0.0
     placement: tuple[int, ...] | None = None
+    reserved: float = 0.0
+    level: ShardLevel = "none"
+    state: tuple[StateCosts, ...] = ()
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """Builds the schedule for a number of micro-batches.
@@ -58,15 +74,16 @@ class Planner:
             memory=self.memory if limited else None,
             memory_limit=self.memory_limit,
             placement=self.placement if self.name in CHOOSES_PLACEMENT else None,
+            reserved=self.reserved,
         )
 
     def step_time(self, num_microbatches: int) -> float:
-        """Predicts the seconds of a training step."""
+        """Predicts the seconds of a training step, with the reduction of gradients and without the optimizer."""
         return self._makespan(self.schedule(num_microbatches), self.costs)
 
     def report(self, schedule: Schedule) -> Report:
         """Simulates a schedule, in seconds and bytes."""
-        return simulate(schedule, self.costs, comm=self.latency, memory=self.memory)
+        return simulate(schedule, self.costs, comm=self.latency, memory=self.memory, state=self.state or None)
 
     def improved(self, schedule: Schedule, costs: tuple[PhaseCosts, ...]) -> Schedule | None:
         """Searches a schedule for other costs; returns it if it gains more than the costs are uncertain.
@@ -83,7 +100,9 @@ class Planner:
         return found if gain > _WORTH_A_CHANGE else None
 
     def _makespan(self, schedule: Schedule, costs: tuple[PhaseCosts, ...]) -> float:
-        return simulate(schedule, costs, comm=self.latency).makespan
+        changed = with_state_changes(schedule, self.level)
+        found = simulate(changed, costs, comm=self.latency, state=self.state or None).makespan
+        return found + (seconds_after_phases(schedule, self.level, self.state) if self.state else 0.0)
 
 
 def measured_costs(seconds: Mapping[tuple[int, Phase], float], schedule: Schedule) -> tuple[PhaseCosts, ...]:

@@ -1,4 +1,6 @@
-"""Keeps parameters from being read while their memory is released: an error says so, where torch would crash.
+"""Keeps parameters from being read while their memory is released, and gradients while they are in shards.
+
+An error says so, where torch would crash, or where code of the user would see a part of the gradients only.
 
 The object stays the same for optimizers, callbacks and modules that hold it, with its shape, its dtype and its
 attributes. Only its class changes meanwhile, to a subclass of its own.
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 _NAME = "_januspipe_name"
+_GUARDED = "_januspipe_gradient_is_elsewhere"
 
 _VALUES = frozenset(("data", "T", "H", "mT", "mH", "real", "imag"))
 """Attributes that are made of a tensor's values; all others describe it."""
@@ -38,6 +41,8 @@ class _Released:
         name = getattr(func, "__name__", "")
         is_attribute = name in ("__get__", "__set__", "__delete__")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if is_attribute and attribute == "grad" and _GUARDED in vars(args[0]):
+            raise _no_gradient(args[0])
         if (is_attribute and attribute not in _VALUES) or name in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -48,6 +53,33 @@ class _Released:
             'block "with lightning_januspipe.strategy.whole_parameters.whole_parameters(module):", which every rank '
             'has to enter, or train with shard="optimizer".'
         )
+
+
+class _Guarded:
+    """Refuses to tell or take a gradient."""
+
+    @property
+    def grad(self) -> Any:
+        """Raises an error."""
+        raise _no_gradient(self)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        raise _no_gradient(self)
+
+
+def _no_gradient(parameter: Any) -> RuntimeError:
+    return RuntimeError(
+        f"the gradient of {vars(parameter)[_GUARDED]} is in parts after the backward pass: with sharded state each "
+        "rank has its part only, in the gradients of the parameters of the optimizer's groups. Read and change them "
+        "there, element by element; lightning_januspipe.strategy.gradient_norm.grad_norm gives the norms of whole "
+        'gradients. Or train with shard="none".'
+    )
+
+
+@cache
+def _guarded(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+    return type(f"Sharded{kind.__name__}", (_Guarded, kind), {})
 
 
 @cache
@@ -63,6 +95,8 @@ def hide(parameter: nn.Parameter, name: str) -> None:
         name: Its name in the user's module.
     """
     if not isinstance(parameter, _Released):
+        if isinstance(parameter, _Guarded):
+            parameter.__class__ = type(parameter).__mro__[2]
         vars(parameter)[_NAME] = name
         parameter.__class__ = _released(type(parameter))
 
@@ -70,5 +104,25 @@ def hide(parameter: nn.Parameter, name: str) -> None:
 def show(parameter: nn.Parameter) -> None:
     """Makes a parameter readable again; its memory has to be there."""
     if isinstance(parameter, _Released):
-        parameter.__class__ = type(parameter).__mro__[2]
+        kind = type(parameter).__mro__[2]
         del vars(parameter)[_NAME]
+        parameter.__class__ = _guarded(kind) if _GUARDED in vars(parameter) else kind
+
+
+def guard_gradient(parameter: nn.Parameter, name: str) -> None:
+    """Makes reading or setting a parameter's gradient an error, which names it.
+
+    Args:
+        parameter: The parameter whose gradient is in shards.
+        name: Its name in the user's module.
+    """
+    vars(parameter)[_GUARDED] = name
+    if not isinstance(parameter, (_Released, _Guarded)):
+        parameter.__class__ = _guarded(type(parameter))
+
+
+def allow_gradient(parameter: nn.Parameter) -> None:
+    """Makes a parameter's gradient readable again."""
+    vars(parameter).pop(_GUARDED, None)
+    if isinstance(parameter, _Guarded):
+        parameter.__class__ = type(parameter).__mro__[2]

@@ -43,6 +43,8 @@ class SingleStage(Runner):
     ) -> list[Any]:
         """Runs the user's step on every micro-batch, one after the other; see :meth:`.Runner.train_step`."""
         outputs = []
+        if self.shard_level != "none":
+            self.parameters.require_same_trained()
         self.parameters.make_whole()
         with self.step_recorder.step() as recorder:
             for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):

@@ -60,12 +60,13 @@ class StageOptimizer:
         if parameters.experts is not None:
             require_element_wise(optimizer)
         self._shards: OptimizerShards | None = None
+        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._require_same_groups())]
         if mesh is not None:
             held = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
             releases = level == "parameters"
             self._shards = OptimizerShards(held, optimizer, mesh, parameters.stage_of, releases, names)
             parameters.shards.append(self._shards)
-            self._hook = optimizer.register_step_post_hook(self._spread_updates)
+            self._hooks.append(optimizer.register_step_post_hook(self._spread_updates))
         self._prune()
         if state is not None:
             self._load_held(state)
@@ -86,8 +87,10 @@ class StageOptimizer:
             Whether all parameters are there, as they are unless an error has ended the run between two steps.
         """
         self.make_whole()
+        for hook in self._hooks:
+            hook.remove()
+        self._parameters.allow_gradients()
         if self._shards is not None:
-            self._hook.remove()
             for leaf, parameter in self._shards.parameter_of.items():
                 state = None if leaf in self._known else self.optimizer.state.pop(leaf, None)
                 if state is not None and leaf.shape == parameter.shape:
@@ -97,11 +100,13 @@ class StageOptimizer:
 
     def _spread_updates(self, *_: Any) -> None:
         assert self._shards is not None
+        self._parameters.allow_gradients()
         self._shards.spread_updates()
 
     def make_whole(self) -> None:
         """Gives the optimizer its own parameter groups back, as the user made them."""
-        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+        # A group that the user has added meanwhile is an error, which is under way when this runs.
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=False):
             group["params"] = parameters
 
     def _prune(self) -> None:
@@ -182,7 +187,7 @@ class StageOptimizer:
             raise ValueError(
                 f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, but had {len(self._groups)} "
                 "when training started. Make all groups in configure_optimizers, or train "
-                "with pipeline_size=1 and graph_size=1."
+                "with pipeline_size=1, graph_size=1 and shard='none'."
             )
 
 

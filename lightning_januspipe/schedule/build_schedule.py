@@ -59,6 +59,7 @@ def build_schedule(
     memory: Memory | None = None,
     memory_limit: float | None = None,
     placement: Sequence[int] | None = None,
+    reserved: float = 0.0,
 ) -> Schedule:
     """Builds and validates the schedule of a given name; the same arguments give the same schedule on every rank.
 
@@ -78,6 +79,7 @@ def build_schedule(
         memory_limit: Most bytes that the micro-batches of one rank may hold; ``wavek`` and ``wavek-zb`` keep fewer
             micro-batches live for it.
         placement: The rank of each stage of ``wavek-zb``; None lets it choose.
+        reserved: Bytes of the memory limit that micro-batches may not take, on each rank.
 
     Raises:
         ValueError: The name is unknown, a size is not a whole number >= 1, ``costs`` does not fit ``num_ranks``, or the
@@ -109,7 +111,7 @@ def build_schedule(
             f"for {' or '.join(CHOOSES_PLACEMENT)}; {name!r} was asked for."
         )
     request = Request(
-        num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit, ranks
+        num_ranks, num_microbatches, costs, wave_size, max_live, chunks, latency, memory, memory_limit, ranks, reserved
     )
     several = name in SEVERAL_STAGES
     request.stage_costs(len(ranks) if ranks else request.stage_counts((1,))[0] if several else num_ranks)
@@ -117,10 +119,10 @@ def build_schedule(
     validate_schedule(schedule)
     if memory is not None and memory_limit is not None:
         peak = max(simulate(schedule, costs, comm=latency, memory=memory).peak_memory)
-        if peak > memory_limit:
+        if not request.fits(peak):
             raise ValueError(
-                f"{name!r} holds up to {peak:.4g} bytes on a rank, more than memory_limit={memory_limit:.4g}: take "
-                "'wavek-zb' or 'wavek', which keep within a limit, make micro-batches smaller, or raise the limit."
+                f"{name!r} holds up to {peak:.4g} bytes on a rank, more than {request.limit_in_words}: take 'wavek-zb' "
+                "or 'wavek', which keep within a limit, make micro-batches smaller, or raise the limit."
             )
     return schedule
 

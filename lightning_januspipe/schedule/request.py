@@ -26,6 +26,17 @@ class Request:
     memory: Memory | None = None
     memory_limit: float | None = None
     placement: tuple[int, ...] | None = None
+    reserved: float = 0.0
+
+    def fits(self, peak: float) -> bool:
+        """Returns whether bytes of micro-batches keep within the memory limit, beside those that are reserved."""
+        return self.memory_limit is None or peak + self.reserved <= self.memory_limit
+
+    @property
+    def limit_in_words(self) -> str:
+        """Returns the memory limit, and what of it is reserved, for errors."""
+        limit = f"memory_limit={self.memory_limit:.4g} bytes per rank"
+        return f"{limit}, and the state of the stages takes {self.reserved:.4g} of them" if self.reserved else limit
 
     def stage_costs(self, num_stages: int) -> tuple[PhaseCosts, ...]:
         """Returns the costs of each of a number of stages."""

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Literal
 
 from lightning_januspipe.schedule.actions import STATE_CHANGES, WHOLE_STEP, Action, Phase, Schedule
+from lightning_januspipe.schedule.costs import State, state_per_stage
 
 ShardLevel = Literal["none", "optimizer", "parameters"]
 """What the ranks that hold a stage share: nothing, its optimizer state and reduced gradients, or its parameters too."""
@@ -57,6 +58,26 @@ def with_state_changes(schedule: Schedule, level: ShardLevel, *, reduces: bool =
             found += [action, *after.get(index, ())]
         orders.append(tuple(found))
     return replace(schedule, actions=tuple(orders))
+
+
+def seconds_after_phases(schedule: Schedule, level: ShardLevel, state: State) -> float:
+    """Returns the time of collectives that no phase hides, because they follow all of them.
+
+    Without shards gradients are summed after the step. With optimizer state in shards, updated parameters are gathered
+    after the optimizer's step; parameters in shards are gathered in the next step.
+
+    Args:
+        schedule: The phases of all micro-batches.
+        level: What the ranks that hold a stage share.
+        state: Costs of the stages' reductions and gatherings, as :func:`.simulate` takes them.
+    """
+    if level == "parameters":
+        return 0.0
+    after = [0.0] * schedule.num_ranks
+    of_stages = state_per_stage(state, schedule.num_ranks, schedule.num_stages)
+    for rank, costs in zip(schedule.placement, of_stages, strict=True):
+        after[rank] += costs.gather + (costs.reduce if level == "none" else 0.0)
+    return max(after)
 
 
 def mistake_in_state(schedule: Schedule) -> tuple[str, int, int] | None:

@@ -122,9 +122,9 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
         best = found or best
     if best is None:
         raise ValueError(
-            f"memory_limit={request.memory_limit:.4g} bytes per rank, but with one micro-batch at a time a rank "
-            f"already holds {least_bytes:.4g} bytes of saved tensors: make micro-batches smaller (raise "
-            "num_microbatches), use more stages, or raise the limit."
+            f"{request.limit_in_words}, but with one micro-batch at a time a rank already "
+            f"holds {least_bytes:.4g} bytes of saved tensors: make micro-batches smaller (raise num_microbatches), use "
+            "more stages, or raise the limit."
         )
     return best
 
@@ -148,7 +148,7 @@ def _search_stages(
         if request.memory is not None and request.memory_limit is not None:
             report = simulate(choice.schedule, stages.costs, comm=request.latency, memory=request.memory)
             least_bytes = min(least_bytes, max(report.peak_memory))
-            if max(report.peak_memory) > request.memory_limit:
+            if not request.fits(max(report.peak_memory)):
                 return False
         if best is None or choice.makespan < best.makespan * (1 - _ROUNDING):
             best = choice

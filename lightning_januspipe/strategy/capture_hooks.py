@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
+from lightning_januspipe.runtime.chosen_state import StageSharing
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged
 from lightning_januspipe.strategy.options import StrategyOptions
 from lightning_januspipe.strategy.shared_state import StrategyState
@@ -61,6 +62,7 @@ class CaptureHooks(StrategyState):
 
         if trains and self._spreads_experts:
             self._mesh.join_expert_ranks(self.options.expert_size)
+        sharing = self._sharing() if trains else StageSharing()
 
         def examples() -> tuple[Any, Any]:
             # Structures that are sharded over graph ranks may be too large for the rank that captures.
@@ -76,8 +78,9 @@ class CaptureHooks(StrategyState):
         evaluation = module.validation_step if trains and trainer.enable_validation else None
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
         annotate = trainer.profiler.profile if is_profiled else None
-        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate)
+        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing)
         pipeline, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
+        self._chosen_level = self._builder.level
         if self._shutdown is not None:  # replicas may have unequal numbers of batches
             pipeline.schedules.before_meeting = self._shutdown.hear
         self.runner = pipeline
@@ -86,6 +89,11 @@ class CaptureHooks(StrategyState):
             self.lib.rank_zero.rank_zero_debug(news.details)
         if self._residence is not None:
             self._residence.place(self.runner.parameters)
+
+    def _sharing(self) -> StageSharing:
+        """Returns what the ranks that hold the same stages may share in training."""
+        size = self._mesh.shape.data * self._mesh.shape.graph
+        return StageSharing(self._shard_levels, size, self._stage_link, self.optimizers, self._residence is not None)
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)

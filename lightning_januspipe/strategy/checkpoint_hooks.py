@@ -285,13 +285,14 @@ class CheckpointHooks(StrategyState):
         level = self._shard_level
         if level != "none":
             mesh = self._mesh
-            mesh.join_stage_ranks()
         for optimizer in self.optimizers:
             state = self._unloaded.pop(id(optimizer), {}).get("state")
             stage = StageOptimizer(optimizer, self.runner.parameters, names, state, mesh, level)
             self._stage_optimizers[id(optimizer)] = stage
         if level != "none":
-            self.lib.rank_zero.rank_zero_info(f"januspipe: {self.runner.parameters.describe_shards(level)}")
+            self.lib.rank_zero.rank_zero_info(
+                f"januspipe: {self.runner.parameters.describe_shards(level, self._stage_link)}"
+            )
         self._is_own_state = None
         if level == "parameters":
             self._has_own_tensors()

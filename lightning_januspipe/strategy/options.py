@@ -77,10 +77,11 @@ class StrategyOptions:
     while the action before the one that reads them runs. "auto": "pointwise" with compile=True, else "keep", and with
     memory_limit "recompute", or on GPUs "offload", for stages where that is the faster way to keep within it."""
 
-    shard: ShardLevel = "none"
+    shard: ShardLevel | Literal["auto"] = "auto"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.
     "optimizer": each has the reduced gradients and the optimizer state of its part of the parameters. "parameters":
-    each also keeps this part of the parameters only, and they are gathered for each step. "none": nothing is shared."""
+    each also keeps this part of the parameters only, and they are gathered for each step. "none": nothing is shared.
+    "auto": "none", and with memory_limit the fastest of these that keeps within it."""
 
     expert_size: int = 1
     """Number of ranks, among those that hold the same stages (data_size × graph_size), that share the experts of these
@@ -103,9 +104,10 @@ class StrategyOptions:
     of a checkpoint, and whatever else one rank does alone."""
 
     memory_limit: float | None = field(default=None, metadata={"expected": "a number of bytes > 0, or None"})
-    """The most bytes that saved tensors of micro-batches may take on a rank, between phases. To keep within it "wavek"
-    and "wavek-zb" hold fewer micro-batches, and activation="auto" keeps less of them; the fastest way is taken, by the
-    measured times and bytes of the stages. None: no limit."""
+    """The most bytes that parameters, gradients, optimizer state and saved tensors of micro-batches may take on a rank,
+    between phases. To keep within it "wavek" and "wavek-zb" hold fewer micro-batches, activation="auto" keeps less of
+    them, and with shard="auto" ranks share their state; the fastest way is taken, by the measured times and bytes of
+    the stages. In one process and in replicas without a pipeline the potential is captured then too. None: no limit."""
 
     stages: StageOrigin = "auto"
     """Where the stages come from: "captured" traces the potential, "explicit" takes the stages that the potential
@@ -152,7 +154,7 @@ class StrategyOptions:
                 f"expert_size={self.expert_size} is not available with compile=True: exchanges of rows between ranks "
                 "with experts are not compiled. Use compile=False, or expert_size=1."
             )
-        if self.shard != "none":
+        if self.shard not in ("auto", "none"):
             raise ValueError(
                 f"expert_size={self.expert_size} is not available with shard={self.shard!r}: experts are on the ranks "
                 "that own them, and all else is whole on every rank. Use shard='none', or expert_size=1."

@@ -13,7 +13,10 @@ from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
+from lightning_januspipe.runtime.state_share import LEVELS
+from lightning_januspipe.schedule import Link
 from lightning_januspipe.schedule.state_actions import ShardLevel
+from lightning_januspipe.strategy.contexts import is_fitting
 from lightning_januspipe.strategy.failure import FailureReport
 from lightning_januspipe.strategy.library import Library
 from lightning_januspipe.strategy.options import StrategyOptions
@@ -53,6 +56,8 @@ class StrategyState(ParallelStrategy):
         self._shutdown: CoordinatedShutdown | None = None
         self._failure: FailureReport | None = None
         self._residence: ParameterResidence | None = None
+        self._stage_link = Link()  # between the ranks that hold the same stages, if they share state
+        self._chosen_level: ShardLevel = "none"  # of shard="auto", once the potential is captured
         self._stage_optimizers: dict[int, StageOptimizer] = {}
         self._unloaded: dict[int, dict[str, Any]] = {}  # states of optimizers that wait until the stages are known
         self._had_own_experts = False  # whether experts are whole only until a checkpoint is saved
@@ -136,7 +141,9 @@ class StrategyState(ParallelStrategy):
     @property
     def _captures(self) -> bool:
         """Tells whether to capture the potential: ranks share samples or experts, or phases are not plain."""
-        is_plain = not self.options.compile and self.options.activation not in ("recompute", "offload")
+        options = self.options
+        is_limited = options.memory_limit is not None and is_fitting(self._trainer)
+        is_plain = not options.compile and options.activation not in ("recompute", "offload") and not is_limited
         return self._shares_replicas or self._spreads_experts or not is_plain
 
     @property
@@ -152,7 +159,17 @@ class StrategyState(ParallelStrategy):
     @property
     def _shard_level(self) -> ShardLevel:
         """Returns what the ranks that hold the same stages share: nothing if there is one such rank."""
-        return self.options.shard if self.mesh_shape.data * self.mesh_shape.graph > 1 else "none"
+        levels = self._shard_levels
+        return levels[0] if len(levels) == 1 else self._chosen_level
+
+    @property
+    def _shard_levels(self) -> tuple[ShardLevel, ...]:
+        """Returns what these ranks may share, the simplest first."""
+        if self.mesh_shape.data * self.mesh_shape.graph == 1:
+            return ("none",)
+        if self.options.shard != "auto":
+            return (self.options.shard,)
+        return ("none",) if self.options.memory_limit is None or self._spreads_experts else LEVELS
 
     @property
     def replica_index(self) -> int:

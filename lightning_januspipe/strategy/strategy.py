@@ -20,6 +20,7 @@ from lightning_januspipe.distributed import broadcast_module, waiting
 from lightning_januspipe.engine.gradients import require_finite_gradients
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
+from lightning_januspipe.runtime.chosen_state import measured_link
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
@@ -124,7 +125,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_start(self) -> None:
         """Captures the potential and keeps only this rank's part of the optimizer."""
-        has_parts = self._shares_replicas or self._shard_level != "none" or self._spreads_experts
+        has_parts = self._shares_replicas or self._shard_levels != ("none",) or self._spreads_experts
         if self.num_microbatches() > 1 or self._captures or has_parts:
             check_trainer(
                 self._trainer,
@@ -133,6 +134,9 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
                 spreads_experts=self._spreads_experts,
             )
         self._give_batches_to_transfer_hooks()
+        if self._shard_levels != ("none",):
+            self._mesh.join_stage_ranks()
+            self._stage_link = measured_link(self._mesh, self.broadcast)
         if self._captures:
             self._capture(self._train_loader, self._module.training_step, self._usual_microbatches(self._train_loader))
             if self._shares_replicas:
@@ -159,6 +163,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs all phases of all micro-batches; the gradients wait for :meth:`backward`."""
         assert self.runner is not None
+        self.runner.parameters.allow_gradients()
         module = self._module
         split = isinstance(batch, MicroBatches)
         batches, sizes = (batch.batches, batch.num_samples) if split else ([batch], [None])

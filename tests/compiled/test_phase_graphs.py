@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from capture_models import Traced, assert_parity, make_batch
+from capture_models import Batch, Potential, Step, Traced, assert_parity, make_batch
 from compiled_models import factory, joint_graphs
 from parity_models import AtomicEnergies, ChargeStep
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.compiled import levels
@@ -21,6 +22,7 @@ from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.compiled.ports import Kind
 from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.experts import grouped_linear
 from lightning_januspipe.schedule import Phase
 
 BATCH = make_batch((2, 5, 3), seed=1)
@@ -101,6 +103,31 @@ def test_a_gradient_exists_if_the_loss_reads_what_leads_to_it(joints: list[Joint
 
 def _parity(traced: Traced, captured: CapturedPotential, graphs: list[PhaseGraphs], defer: bool = False) -> None:
     assert_parity(captured, traced.module, BATCH, make_stage=factory(graphs), defer=defer)
+
+
+def test_products_of_experts_are_no_exchanges() -> None:
+    graph = make_fx(grouped_linear)(torch.ones(3, 2), torch.ones(2, 2, 2), torch.tensor([0, 1, 1])).graph
+    assert [work_of(n) for n in graph.nodes if "grouped" in str(n.target)] == [KindOfWork.SUM]
+
+
+class _Largest(Potential):
+    """Takes the two largest features of each atom; what follows of the energy reads no index of them."""
+
+    def features(self, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
+        h = super().features(batch, vectors)
+        return h + h.topk(2, dim=1).values.sum(1, keepdim=True)
+
+
+def test_results_of_one_operation_are_taken_in_its_phase() -> None:
+    """Derivatives read indices of which the energy reads the values only: one by one they can be kept."""
+    traced = Traced(Step(_Largest(1)))
+    captured = traced.cut(1)
+    (joint,) = joint_graphs(traced, captured)
+    graphs = phase_graphs(joint)
+    found = {p: [n for n in m.graph.nodes if "topk" in str(n.target)] for p, m in graphs.modules.items()}
+    assert [p for p, nodes in found.items() if nodes] == [Phase.FE]
+    assert {n.args[1] for n in found[Phase.FE][0].users} == {0, 1}
+    _parity(traced, captured, [graphs])
 
 
 def _with_zeros(graphs: PhaseGraphs, phase: Phase, name: str) -> PhaseGraphs:

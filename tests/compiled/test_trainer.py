@@ -132,11 +132,11 @@ def test_a_stage_that_cannot_be_compiled_runs_eagerly(
 
 def test_a_memory_limit_chooses_what_is_kept(caplog: pytest.LogCaptureFixture) -> None:
     """What one stage keeps is then its cotangents of forces and stresses only."""
-    strategy = {**COMPILED, "num_microbatches": 1, "memory_limit": 2e4}
+    strategy = {**COMPILED, "num_microbatches": 1, "memory_limit": 3.6e5}
     with interpreted(), caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         found = strategy_workers.fit(strategy, {"max_steps": 2})
     (line,) = re.findall(
-        r"kept of a micro-batch, within 20 kB on a rank: stage 0 recompute .*\(pointwise .*", caplog.text
+        r"kept of a micro-batch, within 360 kB on a rank: stage 0 recompute .*\(pointwise .*", caplog.text
     )
     assert "phases of 1 stage compiled" in line
     close(found["state"], strategy_workers.fit(None, {"max_steps": 2})["state"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_each_rank_has_its_part_of_the_state(pool: RankPool, size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("devices", "strategy"),
+    [
+        (2, REPLICAS),
+        slow(2, {**GRAPH, "activation": "recompute"}),
+        slow(2, {**REPLICAS, "compile": True}),
+        (4, STAGES_AND_REPLICAS),
+    ],
+)
+def test_parameters_are_released_after_their_last_phase(pool: RankPool, devices: int, strategy: dict[str, Any]) -> None:
+    """All of a stage's parameters are in memory in its phases only: when its reduction starts, the shard is left."""
+    for found in pool.run(workers.released_in_step, {**strategy, **FULLY}, world_size=devices):
+        assert found
+        for parameters, in_reduction, in_phases in found:
+            assert in_reduction == 0 and parameters <= in_phases <= parameters + 8 * devices
+
+
+@pytest.mark.parametrize(
     ("name", "message", "level"),
     [
         ("updates not gathered", "differs by", SHARDED),
@@ -116,6 +134,43 @@ def test_faults_are_found(pool: RankPool, name: str, message: str, level: dict[s
     with pytest.raises(AssertionError, match=message) as error:
         check_parity(pool, 2, workers.data, module, reference=partial(workers.module, "Adam"), **REPLICAS, **level)
     assert not isinstance(error.value, RankError)
+
+
+@pytest.mark.parametrize("level", [pytest.param(SHARDED, marks=pytest.mark.slow), FULLY])
+def test_a_shard_that_is_loaded_in_the_wrong_place_is_found(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, level: dict[str, Any]
+) -> None:
+    (stopped,) = pool.run(checkpoint_workers.train, None, str(tmp_path), {"num_steps": 4}, world_size=1)
+    assert stopped["step"] == 4
+    strategy = {**REPLICAS, **level, "num_microbatches": 1}
+    for found in pool.run(workers.resume_misplaced, strategy, str(tmp_path / "last.ckpt"), world_size=2):
+        assert found["ended"] == "" and found["step"] == 8
+        with pytest.raises(AssertionError, match="not close"):
+            _same(uninterrupted["state"], found["state"])
+
+
+@pytest.mark.parametrize(
+    ("hook", "code", "message"),
+    [
+        ("on_after_backward", "[q.grad for q in every]", r"gradient of potential.energy_model\..* is in parts after"),
+        (
+            "on_before_optimizer_step",
+            "[setattr(q, 'grad', None) for q in every]",
+            "gradient_norm.grad_norm gives the norms",
+        ),
+        ("on_train_batch_start", "p.requires_grad_(False)", "requires_grad of potential.energy_model.embedding.weight"),
+        (
+            "on_train_batch_end",
+            "made.optimizers().add_param_group({'params': [torch.nn.Parameter(torch.ones(1))]})",
+            "has 2 parameter groups, but had 1 when training started",
+        ),
+    ],
+)
+def test_changes_that_would_be_lost_are_errors(pool: RankPool, hook: str, code: str, message: str) -> None:
+    for level in (SHARDED, FULLY):
+        errors = pool.run(workers.error_of_hook, hook, code, {**REPLICAS, **level}, world_size=2)
+        assert any(re.search(message, error) for error in errors), errors
+        assert all(errors)
 
 
 def test_parameters_between_steps(pool: RankPool) -> None:
@@ -136,8 +191,7 @@ def test_averages_of_parameters(pool: RankPool, tmp_path: Path) -> None:
     strategy = {**REPLICAS, **FULLY, "num_microbatches": 1}
     for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), averaging, world_size=2):
         assert found["ended"] == ""
-        for name, values in expected["state"].items():
-            torch.testing.assert_close(found["state"][name], values, rtol=1e-9, atol=1e-11)
+        _same(expected["state"], found["state"])
 
 
 def test_norms_of_gradients(pool: RankPool) -> None:
@@ -194,8 +248,7 @@ def test_goes_on_from_a_checkpoint(
     strategy, devices = LEVELS[after]
     for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"resume": "last"}, world_size=devices):
         assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
-        for name, expected in uninterrupted["state"].items():
-            torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
+        _same(uninterrupted["state"], found["state"])
 
 
 @pytest.mark.slow
@@ -213,8 +266,7 @@ def test_killed_at_a_random_step(
     strategy, devices = LEVELS[after]
     for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"resume": "last"}, world_size=devices):
         assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
-        for name, expected in uninterrupted["state"].items():
-            torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
+        _same(uninterrupted["state"], found["state"])
 
 
 def test_nothing_is_gathered_for_a_folder(pool: RankPool, tmp_path: Path) -> None:
@@ -235,6 +287,32 @@ def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[
     for index, state in plain["state"].items():
         for key, value in state.items():
             torch.testing.assert_close(sharded["state"][index][key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [pytest.param(SHARDED, marks=pytest.mark.slow), FULLY])
+def test_module_made_in_configure_model(pool: RankPool, tmp_path: Path, level: dict[str, Any]) -> None:
+    """No rank has the parameters of other stages, and with parameters in shards none has all of its own stage."""
+    more = {"num_steps": 3, "num_features": 8}
+    (expected,) = pool.run(checkpoint_workers.train, None, str(tmp_path / "plain"), more, world_size=1)
+    strategy = {**STAGES_AND_REPLICAS, **level, "num_microbatches": 1}
+    ranks = pool.run(checkpoint_workers.train, strategy, str(tmp_path), more, world_size=4)
+    parameters, state = expected["bytes"]
+    held, kept = zip(*(found["bytes"] for found in ranks), strict=True)
+    assert max(kept) < 0.4 * state and sum(kept) < 1.05 * state
+    if level is FULLY:
+        assert max(held) < 0.5 * parameters and sum(held) < 1.3 * parameters
+    else:
+        assert max(held) < 0.8 * parameters
+    for found in ranks:
+        assert found["ended"] == ""
+        _same(expected["state"], found["state"])
+    plain, ours = (torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path / "plain", tmp_path))
+    _same(plain["state_dict"], ours["state_dict"])
+
+
+def _same(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-9, atol=1e-11)
 
 
 @pytest.fixture(scope="module")

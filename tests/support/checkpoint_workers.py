@@ -80,11 +80,18 @@ class Residents(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         states = [t for s in trainer.optimizers[0].state.values() for t in s.values()]
-        self.bytes = _bytes(module.parameters()), _bytes(states)
+        leaves = [p for g in trainer.optimizers[0].param_groups for p in g["params"]]
+        self.bytes = _memory([*module.parameters(), *leaves]), _bytes(states)
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if not t.is_meta)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _memory(tensors: Any) -> int:
+    """Returns the bytes of the memory of tensors, that of views once."""
+    storages = [t.untyped_storage() for t in tensors if not t.is_meta]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 class Noise(Callback):

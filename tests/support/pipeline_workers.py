@@ -89,7 +89,7 @@ def fit(strategy: dict[str, Any], num_batches: int = 1, callbacks: list[Any] | N
         found["kinds"] = [type(stage).__name__ for stage in runner.executor.stages.values()]
         found["holds"] = sorted(n for n, p in module.named_parameters() if runner.parameters.holds(p))
         planner = runner.schedules.planner
-        found["latency"], found["memory"] = planner.latency, planner.memory
+        found["latency"], found["memory"], found["state"] = planner.latency, planner.memory, planner.reserved
 
     module.on_train_batch_end = look
     trainer.fit(module, datamodule=tiny.data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -19,7 +20,7 @@ from lightning_januspipe.runtime.state_units import StateUnit
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
 from lightning_januspipe.strategy.gradient_norm import grad_norm
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
-from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing import interpreted_phases, quiet_trainer
 
 
 def data() -> Any:
@@ -45,6 +46,22 @@ def _optimizer(name: str, made: Any) -> torch.optim.Optimizer:
         return torch.optim.Adafactor(made.parameters(), lr=1e-3)
     matrices = [p for p in made.parameters() if p.dim() == 2]
     return torch.optim.Muon(matrices, lr=1e-3)
+
+
+def fit_within(limit: float, replicas: int, folder: str = "") -> tuple[str, int]:
+    """Trains within a memory limit; returns the level of sharing, or the error, and the bytes of the optimizer."""
+    made = module("Adam")
+    strategy = {"pipeline_size": 1, "data_size": replicas, "num_microbatches": 2, "memory_limit": limit}
+    trainer = quiet_trainer(strategy, max_steps=2, limit_val_batches=0)
+    found: list[Any] = []
+    made.on_train_batch_end = lambda *_: found.append(
+        (trainer.strategy._shard_level, _bytes([t for s in trainer.optimizers[0].state.values() for t in s.values()]))
+    )
+    try:
+        trainer.fit(made, data())
+    except ValueError as error:
+        return str(error), 0
+    return found[-1]
 
 
 class FewParameters(LightningModule):
@@ -110,6 +127,65 @@ def state_bytes(strategy: dict[str, Any]) -> dict[str, float]:
         }
 
     return _look_at(strategy, look)
+
+
+def released_in_step(strategy: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """Returns for each reduction bytes of its parameters: of all, in memory when it starts, and when phases began."""
+    made = module("Adam")
+    found: list[tuple[int, int, int]] = []
+    in_phases: dict[StateUnit, int] = {}
+    wait, start = StateUnit.wait_for_parameters, StateUnit.start_reduction
+
+    def waited(self: StateUnit) -> None:
+        wait(self)
+        in_phases[self] = _storages(list(self.parameters))
+
+    def started(self: StateUnit, gradient: Any) -> None:
+        if not self.reduction and self.stage is not None and self.parameters:
+            found.append((_bytes(list(self.parameters)), _storages(list(self.parameters)), in_phases[self]))
+        start(self, gradient)
+
+    shape = int(strategy.get("data_size", 1)) * int(strategy.get("graph_size", 1)) * int(strategy["pipeline_size"])
+    trainer = quiet_trainer(strategy=JanusPipeStrategy(**strategy), devices=shape, max_steps=2, limit_val_batches=0)
+    with (
+        patch.object(StateUnit, "wait_for_parameters", waited),
+        patch.object(StateUnit, "start_reduction", started),
+        interpreted_phases() if strategy.get("compile") else nullcontext(),
+    ):
+        trainer.fit(made, data())
+    return found
+
+
+def resume_misplaced(strategy: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Goes on from a checkpoint with optimizer state that is loaded from the wrong place of each cut parameter."""
+    load = OptimizerShards.part_of_state
+
+    def misplaced(self: OptimizerShards, parameter: nn.Parameter, state: Any) -> Any:
+        rolled = {k: v.roll(1) if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()}
+        return load(self, parameter, rolled)
+
+    with patch.object(OptimizerShards, "part_of_state", misplaced):
+        return checkpoint_workers.train(strategy, checkpoint + "-misplaced", {"resume": checkpoint})
+
+
+def error_of_hook(hook: str, code: str, strategy: dict[str, Any]) -> str:
+    """Returns the error of training with a hook; ``p`` is a parameter in its code, and ``every`` has all."""
+    made = module("Adam")
+    p = made.potential.energy_model.embedding.weight
+    names = {"p": p, "every": list(made.potential.parameters()), "made": made, "torch": torch}
+
+    def run(*_: Any) -> None:
+        if made.global_step == 1:
+            eval(code, names)
+
+    setattr(made, hook, run)
+    shape = int(strategy.get("data_size", 1)) * int(strategy.get("graph_size", 1))
+    trainer = quiet_trainer(strategy=JanusPipeStrategy(**strategy), devices=shape, max_steps=3, limit_val_batches=0)
+    try:
+        trainer.fit(made, data())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 class _Reader(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_januspipe.plan.state_share import state_share
+from lightning_januspipe.runtime.state_share import state_share
 from lightning_januspipe.schedule.state_actions import ShardLevel
 
 

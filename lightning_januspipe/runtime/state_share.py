@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
 from lightning_januspipe.schedule.state_actions import ShardLevel
 
 LEVELS: tuple[ShardLevel, ...] = get_args(ShardLevel)
+
+# A level that shares more has to gain more than predictions are off by.
+_WORTH_A_LEVEL = 0.01
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class StateShare:
         level: What these ranks share.
         num_ranks: Their number, D·G.
         in_phases: Parameters, gradients and optimizer state while phases run.
-        between: The same while the optimizer steps.
+        in_reduction: The same, and the copy of the gradients that is sent, after the last phase.
+        between: The same while the optimizer steps, without what it needs itself.
         sent: Bytes that the rank sends in a step.
         num_messages: Messages that the rank sends in a step, if collectives pass shards on in a ring.
     """
@@ -26,6 +31,7 @@ class StateShare:
     level: ShardLevel
     num_ranks: int
     in_phases: float
+    in_reduction: float
     between: float
     sent: float
     num_messages: int
@@ -43,8 +49,21 @@ def state_share(level: ShardLevel, num_ranks: int, parameters: float, state: flo
     part = 1 / num_ranks
     kept = state if level == "none" else state * part
     own = parameters * part if level == "parameters" else 0.0  # the rank's own part, beside the gathered parameters
+    in_phases = 2 * parameters + own + kept
+    sent_copy = parameters if num_ranks > 1 else 0.0
+    in_reduction = in_phases + sent_copy - (parameters if level == "parameters" else 0.0)
     between = own or parameters
     between += parameters if level == "none" else parameters * part
     # An all-reduce is a reduce-scatter and an all-gather; so each level sends the same.
     passes = 2 * (num_ranks - 1)
-    return StateShare(level, num_ranks, 2 * parameters + own + kept, between + kept, passes * parameters * part, passes)
+    return StateShare(level, num_ranks, in_phases, in_reduction, between + kept, passes * parameters * part, passes)
+
+
+def fastest_level(seconds: Mapping[ShardLevel, float]) -> ShardLevel:
+    """Returns the level with the shortest step; of levels that are about as fast, the one that shares least.
+
+    Args:
+        seconds: The step with each level that fits, the one that shares least first.
+    """
+    shortest = min(seconds.values())
+    return next(level for level, time in seconds.items() if time <= shortest * (1 + _WORTH_A_LEVEL))
