@@ -75,6 +75,7 @@ class OptimizerShards:
         self.leaves = {p: leaf for unit in self.units for p, leaf in unit.leaves.items()}
         self.parameter_of = {leaf: p for p, leaf in self.leaves.items()}
         self._own = {p: segment for unit in self.units for p, segment in unit.own.items()}
+        self._left: dict[nn.Parameter, Any] | None = None
 
     @property
     def parameters(self) -> set[nn.Parameter]:
@@ -97,6 +98,18 @@ class OptimizerShards:
 
     # -- optimizer state ---------------------------------------------------------------------------------------------
 
+    def take_states(self, optimizer: Optimizer) -> None:
+        """Takes the states of parts out of an optimizer after training, for checkpoints that are saved later."""
+        states = self.states(optimizer)
+        self._left = {leaf: to_cpu(states[leaf]) for leaf in self.parameter_of if leaf in states}
+        for leaf, parameter in self.parameter_of.items():
+            if leaf is not parameter:
+                optimizer.state.pop(leaf, None)
+
+    def states(self, optimizer: Optimizer) -> Mapping[Any, Any]:
+        """Returns the states of this rank's leaves, where they are."""
+        return optimizer.state if self._left is None else self._left
+
     def part_of_state(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what this rank keeps of the optimizer state of a whole parameter."""
         segment = self._own[parameter]
@@ -114,9 +127,10 @@ class OptimizerShards:
         by the rank with its first part.
         """
         found = {}
+        states = self.states(optimizer)
         for parameter, segment in self._own.items():
             leaf = self.leaves[parameter]
-            state = optimizer.state.get(leaf)
+            state = states.get(leaf)
             if state is not None and not segment.is_whole:
                 parts = {
                     key: Part(value.detach().reshape(-1), segment.start, parameter.shape)
@@ -146,10 +160,11 @@ class OptimizerShards:
         """
         order = [p for unit in self.units for p in unit.parameters]
         index = {p: i for i, p in enumerate(order)}
+        states = self.states(optimizer)
         mine = [
-            (index[p], s.start, s.end, to_cpu(optimizer.state[self.leaves[p]]))
+            (index[p], s.start, s.end, to_cpu(states[self.leaves[p]]))
             for p, s in self._own.items()
-            if self.leaves[p] in optimizer.state
+            if self.leaves[p] in states
         ]
         is_first = self._mesh.stage_rank == 0
         parts: list[Any] | None = [None] * (self._mesh.shape.data * self._mesh.shape.graph) if is_first else None

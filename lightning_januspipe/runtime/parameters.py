@@ -169,6 +169,12 @@ class PlacedParameters:
         self.unshard()
         self.wait_for_parameters()
 
+    def make_averaged_whole(self) -> None:
+        """Gathers the parameters that have to be there between steps; all ranks have to call this."""
+        for unit in [unit for shards in self.shards if shards.keeps_whole for unit in shards.units]:
+            unit.start_gathering()
+            unit.wait_for_parameters()
+
     def describe_shards(self, level: ShardLevel, link: Link) -> str:
         """Returns in words what the ranks that hold this rank's stages share, and what that costs.
 

@@ -6,7 +6,7 @@ Optimizer state goes from rank to rank by parameter, never by the index in a ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -60,16 +60,25 @@ class StageOptimizer:
         if parameters.experts is not None:
             require_element_wise(optimizer)
         self._shards: OptimizerShards | None = None
+        self._in_parts: set[nn.Parameter] = set()
+        self._writes_whole = True
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._require_same_groups())]
         if mesh is not None:
             held = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
             releases = level == "parameters"
             self._shards = OptimizerShards(held, optimizer, mesh, parameters.stage_of, releases, names)
             parameters.shards.append(self._shards)
+            self._in_parts = self._shards.parameters
+            self._writes_whole = mesh.stage_rank == 0
             self._hooks.append(optimizer.register_step_post_hook(self._spread_updates))
         self._prune()
         if state is not None:
             self._load_held(state)
+
+    @property
+    def has_parts(self) -> bool:
+        """Tells whether each rank that holds the stages has a part of the state, also after training."""
+        return self._shards is not None
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Loads what this rank trains from the state of the optimizer over the whole module."""
@@ -91,10 +100,10 @@ class StageOptimizer:
             hook.remove()
         self._parameters.allow_gradients()
         if self._shards is not None:
-            for leaf, parameter in self._shards.parameter_of.items():
-                state = None if leaf in self._known else self.optimizer.state.pop(leaf, None)
-                if state is not None and leaf.shape == parameter.shape:
-                    self.optimizer.state[parameter] = state
+            states = self._shards.states(self.optimizer)
+            whole = {p: states.get(leaf) for leaf, p in self._shards.parameter_of.items() if leaf.shape == p.shape}
+            self._shards.take_states(self.optimizer)
+            self.optimizer.state.update({p: state for p, state in whole.items() if state is not None})
             return self._shards.dissolve()
         return True
 
@@ -125,13 +134,17 @@ class StageOptimizer:
             return None
         if self._parameters.is_spread(parameter):
             return parameter
-        return parameter if self._shards is None else self._shards.leaves.get(parameter)
+        if self._shards is None or parameter not in self._in_parts:  # it may be frozen, and have a state from before
+            return parameter
+        return self._shards.leaves.get(parameter)
 
     def _own_part(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> Mapping[str, Any]:
         experts = self._parameters.experts
         if experts is not None and parameter in experts:
             return experts.part_of_state(parameter, state)
-        return state if self._shards is None else self._shards.part_of_state(parameter, state)
+        if self._shards is None or parameter not in self._in_parts:
+            return state
+        return self._shards.part_of_state(parameter, state)
 
     def _load_held(self, state: Mapping[int, Any]) -> None:
         held = self.optimizer.state_dict()
@@ -146,7 +159,10 @@ class StageOptimizer:
         If the state is sharded, each rank that holds the stage has a part of it.
         """
         self._require_same_groups()
-        owned = self._owned_states() if self._shards is None else self._shards.own_states(self.optimizer)
+        if self._shards is None:
+            owned = self._owned_states()
+        else:
+            owned = {**self._whole_states(), **self._shards.own_states(self.optimizer)}
         state = {self._names[p]: state for p, state in owned.items() if self._parameters.owns(p)}
         names = [[self._names[p] for p in parameters] for parameters in self._groups]
         return {"state": state, "param_groups": _groups(self.optimizer, names)}
@@ -173,14 +189,18 @@ class StageOptimizer:
     def _owned_states(self) -> dict[nn.Parameter, dict[str, Any]]:
         """Returns the states of the parameters that this rank writes into a checkpoint."""
         self._require_same_groups()
+        states = self._whole_states()
         if self._shards is not None:
-            states = self._shards.whole_states(self.optimizer)
-        else:
-            states = {p: self.optimizer.state[p] for group in self._groups for p in group if p in self.optimizer.state}
+            states.update(self._shards.whole_states(self.optimizer))
         if self._parameters.experts is not None:
             whole = self._parameters.experts.whole_states(self.optimizer)
             states = {p: s for p, s in states.items() if not self._parameters.is_spread(p)} | whole
         return {p: state for p, state in states.items() if self._parameters.owns(p)}
+
+    def _whole_states(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Returns the states of parameters that are in no shards, on the ranks that write these."""
+        every = [p for group in self._groups for p in group if p not in self._in_parts] if self._writes_whole else []
+        return {p: self.optimizer.state[p] for p in every if p in self.optimizer.state}
 
     def _require_same_groups(self) -> None:
         if len(self.optimizer.param_groups) != len(self._groups):
@@ -207,9 +227,10 @@ def indexed_state(saved: Mapping[str, Any], optimizer: Optimizer, names: Mapping
         names: Names of the module's parameters.
 
     Raises:
-        ValueError: The checkpoint's optimizer has other parameters.
+        ValueError: The checkpoint's optimizer is of another kind, or has other parameters.
     """
     groups = saved["param_groups"]
+    _require_same_kind(groups, optimizer)
     if not any(isinstance(key, str) for group in groups for key in group["params"]):
         return dict(saved)
     here = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
@@ -227,6 +248,27 @@ def indexed_state(saved: Mapping[str, Any], optimizer: Optimizer, names: Mapping
         "state": dict(sorted(state.items())),
         "param_groups": [{**g, "params": [index[n] for n in n_here]} for g, n_here in zip(groups, here, strict=True)],
     }
+
+
+_OF_ANY_KIND = frozenset(
+    ("params", "name", "foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
+)
+"""Entries of parameter groups that tell nothing of the kind of an optimizer: some releases of torch have fewer."""
+
+_OF_SCHEDULERS = frozenset(("initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"))
+
+
+def _require_same_kind(groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+    saved = {key for group in groups for key in group}
+    here = {key for group in optimizer.param_groups for key in group}
+    missing = optimizer.defaults.keys() - saved - _OF_ANY_KIND
+    unknown = saved - here - _OF_ANY_KIND - _OF_SCHEDULERS
+    if missing and unknown:
+        raise ValueError(
+            f"the checkpoint was saved by another optimizer: its groups have {', '.join(sorted(unknown))}, and here "
+            f"those of {type(optimizer).__name__} have {', '.join(sorted(missing))}. Resume with the same "
+            "configure_optimizers, or load the weights alone, without ckpt_path."
+        )
 
 
 def _groups(optimizer: Optimizer, keys: list[list[Any]]) -> list[dict[str, Any]]:

@@ -121,7 +121,7 @@ class CheckpointHooks(StrategyState):
         path, mesh = Path(filepath).absolute(), self._mesh
         owners = self._owners()
         is_writer = mesh.data_rank == mesh.graph_rank == 0
-        every_rank_writes = bool(self.runner is not None and self.runner.parameters.shards)
+        every_rank_writes = any(stage.has_parts for stage in self._stage_optimizers.values())
 
         def make() -> Path:
             part = atomic.prepare(path)

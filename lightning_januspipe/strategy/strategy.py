@@ -206,6 +206,14 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self.post_backward(closure_loss)
         return closure_loss
 
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Steps an optimizer; averaged parameters are there afterwards, even if a scaler has left the step out."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self.runner is not None:
+            self.runner.parameters.make_averaged_whole()
+        return result
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
