@@ -99,11 +99,21 @@ class StructureAdapter(AtomsAdapter):
         cutoff: Cutoff of the neighbour list in Å.
         tasks: Names of the tasks that the potential was trained on, if it tells tasks apart: ``Atoms.info`` then has
             the name of the ``task``, which may be missing where there is one task, ``charge`` and ``spin``.
+        task: Name of the task of all structures, whatever ``Atoms.info`` says; None for their own.
+
+    Raises:
+        ValueError: ``task`` is none of the tasks.
     """
 
-    def __init__(self, species: Sequence[str], cutoff: float, tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, species: Sequence[str], cutoff: float, tasks: Sequence[str] = (), task: str | None = None
+    ) -> None:
         super().__init__(cutoff)
         self.species, self.tasks = list(species), list(tasks)
+        if task is not None and task not in self.tasks:
+            known = f"the tasks {self.tasks}" if self.tasks else "no tasks"
+            raise ValueError(f"task={task!r}, but the potential has {known}")
+        self._asked = {} if task is None else {keys.TASK: task}
 
     def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns the batch of one structure.
@@ -125,7 +135,7 @@ class StructureAdapter(AtomsAdapter):
             keys.CELL: torch.tensor(cell, dtype=dtype).unsqueeze(0),
             keys.BATCH: torch.zeros(len(atoms), dtype=torch.int64),
             keys.PBC: torch.tensor(pbc).unsqueeze(0),
-            **(read_task(atoms, self.tasks, "the structure") if self.tasks else {}),
+            **(read_task(atoms.info | self._asked, self.tasks, "the structure") if self.tasks else {}),
         }
 
     def energies_of_atoms(self, potential: nn.Module, batch: dict[str, Tensor]) -> Tensor | None:

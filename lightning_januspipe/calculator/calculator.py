@@ -21,7 +21,7 @@ from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapte
 from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
 from lightning_januspipe.calculator.packages import known_potential
 from lightning_januspipe.calculator.skin import SkinNeighborList
-from lightning_januspipe.compiled.compiled_potential import CompiledPotential
+from lightning_januspipe.compiled.compiled_potential import CompiledPotential, conditions_of
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.data.tasks import NAMES
@@ -57,6 +57,8 @@ class JanusPipeCalculator(Calculator):
             numbers of atoms and edges. True compiles at the first evaluation, ``"auto"`` at the 50th, and stays with
             the eager potential, with a warning, where it cannot be compiled. Structures without pairs of neighbours
             are evaluated eagerly.
+        task: Name of the task by which all structures are evaluated, for potentials of several tasks; None for the one
+            that ``Atoms.info["task"]`` names.
         graph_size: Number of processes, started by ``torchrun``, among which the atoms of each structure are shared.
             All of them run the same script, and get all results. Structures of fewer than eight atoms are evaluated
             whole, by each of them.
@@ -92,6 +94,7 @@ class JanusPipeCalculator(Calculator):
         adapter: AtomsAdapter | None = None,
         skin: float = 1.0,
         compile: bool | Literal["auto"] = False,
+        task: str | None = None,
         graph_size: int = 1,
     ) -> None:
         super().__init__()
@@ -101,8 +104,10 @@ class JanusPipeCalculator(Calculator):
             raise ValueError(f"graph_size={graph_size!r}; expected a positive integer")
         if graph_size > 1 and compile == "auto":
             raise ValueError("compile='auto' is not possible with graph_size > 1; expected True or False")
+        if adapter is not None and task is not None:
+            raise ValueError(f"task={task!r} with an adapter of its own; expected one of them")
         module = load(model) if isinstance(model, (str, Path)) else model
-        potential, self.adapter = (module, adapter) if adapter is not None else _potential_of(module)
+        potential, self.adapter = (module, adapter) if adapter is not None else _potential_of(module, task)
         self.device = torch.device(_first_device() if device == "auto" else device)
         self.potential = copy.deepcopy(potential).eval().requires_grad_(False).to(self.device)
         if dtype is not None:
@@ -229,8 +234,6 @@ class JanusPipeCalculator(Calculator):
             return (
                 f"{type(self.adapter).__name__} makes the batches; expected a potential without an adapter of its own"
             )
-        if self.adapter.tasks:
-            return f"{type(self.potential).__name__} reads task, charge and spin, which compiled code does not take"
         return missing_compiler(self.device.type)
 
     def _difference(self, compiled: CompiledPotential, batch: Any) -> str | None:
@@ -245,13 +248,16 @@ class JanusPipeCalculator(Calculator):
         return None
 
 
-def _potential_of(module: nn.Module) -> tuple[nn.Module, AtomsAdapter]:
+def _potential_of(module: nn.Module, task: str | None) -> tuple[nn.Module, AtomsAdapter]:
     """Returns the potential in a module, and the adapter that makes its batches."""
     own = getattr(module, "potential", None)
     potential = own if isinstance(own, nn.Module) else module
     species, cutoff = getattr(potential, "species", None), getattr(potential, "cutoff", None)
     if species is not None and cutoff is not None:
-        return potential, StructureAdapter(species, float(cutoff), getattr(potential, "tasks", ()))
+        tasks = getattr(potential, "tasks", ()) if conditions_of(potential) else ()
+        return potential, StructureAdapter(species, float(cutoff), tasks, task)
+    if task is not None:
+        raise ValueError(f"task={task!r}, but {type(potential).__name__} is no potential of this package with tasks")
     found = known_potential(module)
     if found is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sums errors over groups of structures: all, by element, by ``config_type`` and by number of atoms."""
+"""Sums errors over groups of structures: all, by element, task, ``config_type`` and number of atoms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -19,10 +20,14 @@ from lightning_januspipe.callbacks.records import Floats, Record
 GROUPINGS = {
     "all": "All structures",
     "element": "By element",
+    "task": "By task",
     "config_type": "By config_type",
     "size": "By number of atoms",
 }
 """The ways to group, in the order of the tables, and their titles."""
+
+_KINDS = ("task", "config_type")
+"""Names in ``Atoms.info`` of the kinds of structures that are told apart."""
 
 _UNITS = {keys.ENERGY: "meV/atom", keys.FORCES: "meV/Å", keys.STRESS: "meV/Å³"}
 _MOST_SIZES = 8
@@ -74,11 +79,17 @@ class ErrorGroups:
     def __init__(self) -> None:
         self.groups: dict[str, dict[str, Group]] = {grouping: {} for grouping in GROUPINGS}
 
-    def add(self, record: Record, config_type: str = "") -> None:
-        """Adds the errors of a structure."""
+    def add(self, record: Record, info: Mapping[str, Any] | None = None) -> None:
+        """Adds the errors of a structure.
+
+        Args:
+            record: The structure.
+            info: What ``Atoms.info`` tells of it, of which ``task`` and ``config_type`` are used.
+        """
+        kinds = [(name, str((info or {}).get(name, ""))) for name in _KINDS]
         num_atoms = len(record.numbers)
         forces = record.forces - record.given_forces
-        for grouping, name in (("all", "all"), ("config_type", config_type), ("size", str(num_atoms))):
+        for grouping, name in (("all", "all"), *kinds, ("size", str(num_atoms))):
             group = self._group(grouping, name, num_atoms)
             group.add(keys.ENERGY, np.array([record.energy_error]))
             group.add(keys.FORCES, forces)
@@ -107,7 +118,7 @@ class ErrorGroups:
     def is_told_apart(self, grouping: str) -> bool:
         """Returns whether a grouping says more than all structures together do."""
         names = set(self.groups[grouping])
-        return grouping != "all" and (len(names) > 1 or (grouping == "config_type" and names != {""} and bool(names)))
+        return grouping != "all" and (len(names) > 1 or (grouping in _KINDS and names != {""} and bool(names)))
 
     def tables(self) -> Iterable[Table]:
         """Yields a table for each grouping that tells structures apart, with the errors in meV."""

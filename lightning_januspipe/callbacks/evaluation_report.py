@@ -147,8 +147,9 @@ class EvaluationReport(Callback):
     def _report(self, trainer: Trainer, folder: Path, records: Records, dataset: Any) -> None:
         groups, pairs, hardest = ErrorGroups(), _Pairs(), _Hardest(self.num_hardest)
         for record in records:
-            groups.add(record, str(structure_of(dataset, record.index).info.get("config_type", "")))
-            pairs.add(record)
+            info = structure_of(dataset, record.index).info
+            groups.add(record, info)
+            pairs.add(record, str(info.get(keys.TASK, "")))
             hardest.add(record)
         if not groups.known():
             warnings.warn("EvaluationReport: no test structure has labels; there is no report", stacklevel=2)
@@ -182,16 +183,17 @@ class _Pairs:
 
     def __init__(self) -> None:
         self._values: dict[str, list[tuple[Floats, Floats]]] = {name: [] for name in ("energy", "forces", "stress")}
-        self._compositions: list[Mapping[int, float]] = []
+        self._compositions: list[Mapping[tuple[str, int], float]] = []
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record, task: str) -> None:
         """Adds a structure; labels that are NaN are left out."""
         num_atoms = len(record.numbers)
         if math.isfinite(record.given_energy):
             energies = np.array([record.given_energy]) / num_atoms, np.array([record.energy]) / num_atoms
             self._values[keys.ENERGY].append(energies)
             numbers, counts = np.unique(record.numbers, return_counts=True)
-            self._compositions.append(dict(zip(numbers.tolist(), (counts / num_atoms).tolist(), strict=True)))
+            elements = [(task, number) for number in numbers.tolist()]
+            self._compositions.append(dict(zip(elements, (counts / num_atoms).tolist(), strict=True)))
         for name, given, predicted in (
             (keys.FORCES, record.given_forces.ravel(), record.forces.ravel()),
             (keys.STRESS, record.given_stress.ravel(), record.stress.ravel()),
@@ -202,14 +204,14 @@ class _Pairs:
     def of(self, quantity: str) -> tuple[Floats, Floats, str]:
         """Returns labels, predictions, and what they are relative to.
 
-        Energies per atom are shown without the energies of atoms, which are fitted to the labels by least squares: they
-        can be thousands of eV, and their differences between elements would hide all others.
+        Energies per atom are shown without the energies of atoms, which are fitted to the labels of each task by least
+        squares: they can be thousands of eV, and their differences between elements would hide all others.
         """
         given, predicted = (np.concatenate(values) for values in zip(*self._values[quantity], strict=True))
         if quantity != keys.ENERGY:
             return given, predicted, ""
-        elements = sorted({number for composition in self._compositions for number in composition})
-        shares = np.array([[one.get(number, 0.0) for number in elements] for one in self._compositions])
+        elements = sorted({element for composition in self._compositions for element in composition})
+        shares = np.array([[one.get(element, 0.0) for element in elements] for one in self._compositions])
         of_atoms = shares @ np.linalg.lstsq(shares, given, rcond=None)[0]
         return given - of_atoms, predicted - of_atoms, " − energies of atoms"
 

@@ -100,7 +100,7 @@ class PredictionWriter(Callback):
             nonlocal num_atoms
             for record in records:
                 given = structure_of(dataset, record.index)
-                groups.add(record, str(given.info.get("config_type", "")))
+                groups.add(record, given.info)
                 num_atoms += len(record.numbers)
                 yield predicted_structure(given, record)
 

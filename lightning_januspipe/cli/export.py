@@ -27,13 +27,18 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype", type=Literal["float32", "float64"] | None, help="Type of numbers; as in the checkpoint if left out."
     )
+    parser.add_argument(
+        "--task", type=str | None, help="Task that the file is for, of a potential that was trained on several."
+    )
     given = parser.parse_args(args)
     if not given.checkpoint.exists():
         parser.error(f"{given.checkpoint} does not exist; expected a checkpoint")
     from lightning_januspipe.deploy import export_potential
 
     try:
-        metadata = export_potential(given.checkpoint, given.file, device=given.device, dtype=given.dtype)
+        metadata = export_potential(
+            given.checkpoint, given.file, device=given.device, dtype=given.dtype, task=given.task
+        )
     except (ValueError, CheckpointError) as error:
         parser.error(str(error))
     print(f"wrote {given.file} for {metadata['device']} in {metadata['dtype']}, species {metadata['species']}")

@@ -300,7 +300,7 @@ def arguments_from_data(data: Any, cutoff: float | None, names: Sequence[str]) -
     Returns:
         Value by name: the species, the cutoff (Å), the names of the tasks, the edges per atom of the training data, the
         root mean square of its force components in eV/Å as the scale of atomic energies, and the energy per atom of
-        each species (eV).
+        each species (eV), by task where the data has several.
 
     Raises:
         ValueError: The data module lacks one of them.
@@ -321,5 +321,6 @@ def arguments_from_data(data: Any, cutoff: float | None, names: Sequence[str]) -
         statistics = data.statistics()
         values["avg_num_neighbors"] = statistics.avg_num_neighbors or 1.0
         values["per_species_scale"] = statistics.force_rms or 1.0
-        values["per_species_shift"] = list(statistics.energy_shifts)
+        shifts = {task: list(energies) for task, energies in getattr(statistics, "task_shifts", {}).items()}
+        values["per_species_shift"] = shifts or list(statistics.energy_shifts)
     return {name: values[name] for name in names}

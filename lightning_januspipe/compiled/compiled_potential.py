@@ -23,6 +23,20 @@ INPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
 }
 """The tensors that the graph takes, in their order, with shapes for N atoms, E edges and B structures."""
 
+
+def conditions_of(potential: nn.Module) -> tuple[str, ...]:
+    """Returns the keys of what a potential reads of a batch beside the structures: task, charge and spin."""
+    found = getattr(potential, "conditions", None)
+    if found is None:
+        return (keys.TASK, keys.CHARGE, keys.SPIN) if getattr(potential, "tasks", ()) else ()
+    return tuple(found)
+
+
+def inputs_of(potential: nn.Module) -> dict[str, tuple[tuple[str | int, ...], str]]:
+    """Returns the tensors that the graph of a potential takes: :data:`INPUTS`, and an integer (B,) per condition."""
+    return INPUTS | dict.fromkeys(conditions_of(potential), (("B",), "int64"))
+
+
 OUTPUTS = (keys.ENERGY, keys.FORCES, keys.STRESS)
 """The results of the graph, in their order."""
 
@@ -41,10 +55,10 @@ def trace_evaluation(
         num_structures: The number B of structures, if the graph is for one number only.
 
     Returns:
-        The graph from :data:`INPUTS` to :data:`OUTPUTS`, which needs no autograd; the mode of its fake tensors; and the
-        sizes N, E and B, symbolic but for a given number of structures.
+        The graph from the :func:`inputs_of` the potential to :data:`OUTPUTS`, which needs no autograd; the mode of its
+        fake tensors; and the sizes N, E and B, symbolic but for a given number of structures.
     """
-    mode = torch_internals.symbolic_mode()
+    mode, inputs = torch_internals.symbolic_mode(), inputs_of(potential)
     sizes: dict[str, Any] = {name: torch_internals.new_size(mode, name, hint) for name, hint in _EXAMPLE.items()}
     if num_structures is not None:
         sizes["B"] = num_structures
@@ -53,11 +67,11 @@ def trace_evaluation(
             torch.empty(
                 [sizes[n] if isinstance(n, str) else n for n in shape], dtype=input_dtype(kind, floats), device=device
             )
-            for shape, kind in INPUTS.values()
+            for shape, kind in inputs.values()
         ]
 
     def forward(*given: Tensor) -> list[Tensor]:
-        found = potential(dict(zip(INPUTS, given, strict=True)))
+        found = potential(dict(zip(inputs, given, strict=True)))
         return [found[name].contiguous() for name in OUTPUTS]
 
     return torch_internals.traced_graph(forward, arguments), mode, sizes
@@ -84,6 +98,7 @@ class CompiledPotential:
         with torch.inference_mode(False):
             graph, mode, sizes = trace_evaluation(potential, floats, device, 1)
         self._run: Callable[..., Sequence[Tensor]] = torch_internals.compiled(graph, mode)
+        self._inputs = tuple(inputs_of(potential))
         names = {torch_internals.expression_of(sizes[name]): (name,) for name in ("N", "E")}
         guards = torch_internals.size_guards(mode)
         self._sizes = StageSizes(names, {"B": 1}).with_guards(guards).with_conditions(conditions_of_ones(graph, mode))
@@ -96,5 +111,5 @@ class CompiledPotential:
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns energy, forces and stress of a batch that fits."""
         with torch.no_grad():
-            found = self._run(*(batch[name].contiguous() for name in INPUTS))
+            found = self._run(*(batch[name].contiguous() for name in self._inputs))
         return dict(zip(OUTPUTS, found, strict=True))

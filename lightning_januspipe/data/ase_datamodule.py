@@ -14,7 +14,7 @@ from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.disk_dataset import open_dataset
 from lightning_januspipe.data.labels import LabelKeys
-from lightning_januspipe.data.references import References, choose_references, isolated_energies
+from lightning_januspipe.data.references import References, choose_references, isolated_energies, of_task
 from lightning_januspipe.data.splits import Split, check_size, split_indices
 from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 from lightning_januspipe.data.structures import validate_species
@@ -54,7 +54,7 @@ class ASEDataModule(StructureDataModule):
         stratify: bool = False,
         cutoff: float = 5.0,
         species: list[str] | Literal["auto"] = "auto",
-        reference_energies: References | dict[str, float] = "auto",
+        reference_energies: References | dict[str, float] | dict[str, dict[str, float]] = "auto",
         energy_key: str | None = "energy",
         forces_key: str | None = "forces",
         stress_key: str | None = "stress",
@@ -66,6 +66,7 @@ class ASEDataModule(StructureDataModule):
         config_type_weights: dict[str, float] | None = None,
         weight_key: str | None = None,
         tasks: list[str] | None = None,
+        predict_task: str | None = None,
         dtype: Literal["float32", "float64"] | None = None,
         lazy: bool | Literal["auto"] = "auto",
         cache_dir: str | None = None,
@@ -95,7 +96,7 @@ class ASEDataModule(StructureDataModule):
             reference_energies: Energies of atoms, for ``statistics()``: ``"isolated_atoms"`` takes them from frames of
                 one atom with ``config_type=IsolatedAtom`` in ``train_file``, ``"least_squares"`` fits them to the
                 training energies, ``"auto"`` fits those that have no such frame, and a mapping from chemical symbols
-                gives them in eV.
+                gives them in eV. Each task has its own; they may be given as a mapping from tasks to such mappings.
             energy_key: Name of the energy label; None to read no energies.
             forces_key: Name of the forces label; None to read no forces.
             stress_key: Name of the stress label, positive under tension; None to read none.
@@ -108,6 +109,7 @@ class ASEDataModule(StructureDataModule):
             weight_key: Name of a further factor that structures have, such as ``config_weight``; None for none.
             tasks: Names of tasks, such as data sets, in the order of the task index: ``Atoms.info`` then has the
                 ``task`` of each structure, and ``charge`` and ``spin`` where they are not 0. None for no tasks.
+            predict_task: Task by which the structures of ``predict_file`` are predicted; None for their own.
             dtype: Type of the floating-point tensors; None for ``torch.get_default_dtype()`` in ``setup``.
             lazy: Read structures from the disk when they are used, with neighbour lists that are made once for all
                 ranks and jobs; False keeps everything in the memory of each rank. ``"auto"`` does so for extended XYZ,
@@ -116,8 +118,8 @@ class ASEDataModule(StructureDataModule):
             loader: Options of :class:`StructureDataModule`.
 
         Raises:
-            ValueError: A size is neither a number nor a fraction, a file is given for the same split, or
-                ``replay_ratio`` is not positive.
+            ValueError: A size is neither a number nor a fraction, a file is given for the same split, ``replay_ratio``
+                is not positive, or ``predict_task`` is none of the tasks.
         """
         super().__init__(**loader)
         if not 0 < replay_ratio < float("inf"):
@@ -135,12 +137,18 @@ class ASEDataModule(StructureDataModule):
         self._cutoff = cutoff
         self._species = None if species == "auto" else validate_species(species)
         self._references = reference_energies
-        choose_references(reference_energies, {}, [])  # names an unknown way
         self._stratify = stratify
         self._labels = LabelKeys(energy_key, forces_key, stress_key, virial_key, energy_unit, forces_unit, stress_unit)
         self._require_labels = require_labels
         self._config_type_weights, self._weight_key = config_type_weights, weight_key
-        self._dtype, self._tasks = dtype, validate_tasks(tasks)
+        self._dtype, self._tasks, self._predict_task = dtype, validate_tasks(tasks), predict_task
+        for name in self._tasks or ["default"]:
+            choose_references(of_task(reference_energies, name), {}, [])  # names an unknown way
+        if predict_task is not None and (predict_file is None or predict_task not in self._tasks):
+            raise ValueError(
+                f"predict_task={predict_task!r} with tasks={self._tasks} and predict_file={predict_file!r}; expected a "
+                "file, and one of the tasks"
+            )
         self._lazy, self._cache_dir = lazy, cache_dir
         self._train_source: StructureDataset | None = None
 
@@ -172,7 +180,9 @@ class ASEDataModule(StructureDataModule):
         """
         file = self._files.get(split)
         if file is not None:
-            return self._read(file, self.species, require_labels=self._require_labels and split != "predict")
+            is_predicted = split == "predict"
+            task = self._predict_task if is_predicted else None
+            return self._read(file, self.species, require_labels=self._require_labels and not is_predicted, task=task)
         if split == "predict":
             return self.dataset("test")
         if split != "train" and self._sizes[split] is None:
@@ -214,11 +224,14 @@ class ASEDataModule(StructureDataModule):
             ValueError: The reference energy of a species is missing, or isolated atoms contradict each other.
         """
         if self._statistics is None:
-            known = isolated_energies(self._source().facts(sorted(self._isolated())))
-            references = choose_references(self._references, known, self.species)
+            lone, references = self._source().facts(sorted(self._isolated())), {}
+            for name in self._tasks or ["default"]:
+                own = lone.take(lone.of_task(name, alone=True)) if len(self._tasks) > 1 else lone
+                given, shown = of_task(self._references, name), name if self._tasks else ""
+                references[name] = choose_references(given, isolated_energies(own), self.species, shown)
             train: Any = self.dataset("train")
-            own: Any = train.datasets[0] if isinstance(train, ConcatDataset) else train
-            self._statistics = dataset_statistics(own, len(self.species), references)
+            train = train.datasets[0] if isinstance(train, ConcatDataset) else train
+            self._statistics = dataset_statistics(train, len(self.species), references)
         return self._statistics
 
     def _isolated(self) -> set[int]:
@@ -230,7 +243,9 @@ class ASEDataModule(StructureDataModule):
             self._train_source = self._read(self._train_file, self._species, require_labels=self._require_labels)
         return self._train_source
 
-    def _read(self, file: str, species: list[str] | None, *, require_labels: bool) -> StructureDataset:
+    def _read(
+        self, file: str, species: list[str] | None, *, require_labels: bool, task: str | None = None
+    ) -> StructureDataset:
         return open_dataset(
             file,
             lazy=self._lazy,
@@ -243,5 +258,6 @@ class ASEDataModule(StructureDataModule):
             config_type_weights=self._config_type_weights,
             weight_key=self._weight_key,
             tasks=self._tasks,
+            task=task,
             **asdict(self._labels),
         )

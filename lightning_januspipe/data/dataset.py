@@ -56,6 +56,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         config_type_weights: Mapping[str, float] | None = None,
         weight_key: str | None = None,
         tasks: Sequence[str] | None = None,
+        task: str | None = None,
         **labels: Any,
     ) -> None:
         """Reads the structures.
@@ -74,6 +75,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             weight_key: Name in ``Atoms.info`` of a further factor, 1 where a structure has none. None for no weights.
             tasks: Names of tasks in the order of the task index: samples then have ``task``, ``charge`` and ``spin``,
                 read from ``Atoms.info`` (see :func:`~lightning_januspipe.data.tasks.read_task`). None for no tasks.
+            task: Name of the task that all structures get, whatever ``Atoms.info`` says; None for their own.
             labels: Names and units of the labels, as the attributes of
                 :class:`~lightning_januspipe.data.labels.LabelKeys`.
 
@@ -81,8 +83,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             ValueError: The file is missing, empty or unreadable, there are no structures, or ``species`` or ``dtype``
                 is not valid. Errors of single structures (see :func:`atoms_to_sample`) are raised with their sample.
         """
-        self.tasks = validate_tasks(tasks)
-        self._prepare(cutoff, dtype, require_labels, config_type_weights, weight_key, labels)
+        self._prepare(cutoff, dtype, require_labels, config_type_weights, weight_key, tasks, task, labels)
         if isinstance(structures, (str, Path)):
             self._source = str(structures)
             self._structures: Sequence[Atoms] = read_structures(structures)
@@ -108,9 +109,15 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         require_labels: bool,
         config_type_weights: Mapping[str, float] | None,
         weight_key: str | None,
+        tasks: Sequence[str] | None,
+        task: str | None,
         labels: Mapping[str, Any],
     ) -> None:
         """Keeps and checks the arguments of the constructor that do not depend on the structures."""
+        self.tasks = validate_tasks(tasks)
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"task={task!r}; expected one of the tasks {self.tasks}")
+        self._asked = {} if task is None else {keys.TASK: task}
         self.labels = LabelKeys(**labels)
         self._weights = None if config_type_weights is None else dict(config_type_weights)
         if bad := {name: weight for name, weight in (self._weights or {}).items() if not 0 <= weight < float("inf")}:
@@ -152,7 +159,7 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
         arrays, facts = self._recipe.arrays(atoms, index, self._source)
         self._samples[index] = arrays.sample(chosen, self.dtype) | self._weight(facts.config_type, facts.own_weight)
         if self.tasks:
-            self._samples[index] |= read_task(atoms, self.tasks, self.describe(index))
+            self._samples[index] |= read_task(atoms.info | self._asked, self.tasks, self.describe(index))
         self._facts[index] = facts
 
     def _weight(self, config_type: str | None, own: float) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lightning_januspipe.data.facts_table import FactsTable
 from lightning_januspipe.data.frames import FORMATS, open_frames
 from lightning_januspipe.data.sample_cache import CHUNK_SIZE, SampleCache, default_root
 from lightning_januspipe.data.structures import check_database_units, require_file, require_known, validate_species
+from lightning_januspipe.data.tasks import read_task
 
 LARGE = 200_000_000
 """Files of so many bytes are read lazily, unless ``lazy`` says otherwise."""
@@ -41,6 +42,8 @@ class DiskDataset(StructureDataset):
         require_labels: bool = True,
         config_type_weights: Mapping[str, float] | None = None,
         weight_key: str | None = None,
+        tasks: Sequence[str] | None = None,
+        task: str | None = None,
         cache_dir: str | Path | None = None,
         chunk_size: int = CHUNK_SIZE,
         **labels: Any,
@@ -56,6 +59,8 @@ class DiskDataset(StructureDataset):
             require_labels: Whether each structure must have energy and forces; otherwise missing ones become NaN.
             config_type_weights: See :class:`StructureDataset`.
             weight_key: See :class:`StructureDataset`.
+            tasks: See :class:`StructureDataset`.
+            task: See :class:`StructureDataset`.
             cache_dir: Folder of all caches; None for ``~/.cache/lightning_januspipe/structures``.
             chunk_size: Structures that one process makes at a time.
             labels: Names and units of the labels, as the attributes of
@@ -66,7 +71,7 @@ class DiskDataset(StructureDataset):
                 structure or its labels are not usable.
             CheckpointError: The cache cannot be written.
         """
-        self._prepare(cutoff, dtype, require_labels, config_type_weights, weight_key, labels)
+        self._prepare(cutoff, dtype, require_labels, config_type_weights, weight_key, tasks, task, labels)
         path, root = require_file(file), default_root() if cache_dir is None else Path(cache_dir).expanduser()
         self._source = str(file)
         self._structures = open_frames(path, root)
@@ -88,7 +93,10 @@ class DiskDataset(StructureDataset):
             self._require_known(table.take([index]))
         kind = table.kinds[table.rows["kind"][index]]
         own = float(table.rows["own_weight"][index])
-        return arrays.sample(chosen, self.dtype) | self._weight(kind.config_type, own)
+        sample = arrays.sample(chosen, self.dtype) | self._weight(kind.config_type, own)
+        if self.tasks:
+            sample |= read_task(kind.info() | self._asked, self.tasks, self.describe(index))
+        return sample
 
     @override
     def sample_sizes(self) -> tuple[Any, Any]:
@@ -100,11 +108,13 @@ class DiskDataset(StructureDataset):
         """Returns facts about structures, which are in the cache.
 
         Raises:
-            ValueError: A structure has an element that is not among the species.
+            ValueError: A structure has an element that is not among the species, or an unknown task.
         """
         table = self._cache.table
         found = table if indices is None else table.take(np.asarray(indices, dtype=np.int64))
         self._require_known(found)
+        for kind, first in zip(*np.unique(found.rows["kind"], return_index=True), strict=True) if self.tasks else ():
+            read_task(found.kinds[kind].info() | self._asked, self.tasks, found.name(int(first)))
         return found
 
     @override
@@ -142,7 +152,6 @@ def open_dataset(
     lazy: bool | Literal["auto"] = "auto",
     cache_dir: str | Path | None = None,
     precompute: bool = False,
-    tasks: Sequence[str] = (),
     **options: Any,
 ) -> StructureDataset:
     """Returns a dataset of the structures in a file, which are read from the disk or held in memory.
@@ -150,26 +159,15 @@ def open_dataset(
     Args:
         file: The file.
         lazy: True for a :class:`DiskDataset`, False for a :class:`StructureDataset` in memory; ``"auto"`` for a
-            ``DiskDataset`` if the format allows it, the file is larger than 200 MB, and there are no tasks.
+            ``DiskDataset`` if the format allows it and the file is larger than 200 MB.
         cache_dir: See :class:`DiskDataset`.
         precompute: See :class:`StructureDataset`.
-        tasks: See :class:`StructureDataset`; structures with tasks are held in memory.
         options: Further options that both have.
-
-    Raises:
-        ValueError: Structures with tasks are to be read from the disk.
     """
-    if tasks and lazy is True:
-        raise ValueError(
-            f"lazy=True with tasks={list(tasks)}: structures with tasks are held in memory. Use lazy=False, or leave "
-            "out tasks"
-        )
     path = Path(file)
-    if lazy == "auto" and tasks:
-        lazy = False
-    elif lazy == "auto":
+    if lazy == "auto":
         content = path / "data.mdb" if path.is_dir() else path
         lazy = path.suffix in FORMATS and content.is_file() and content.stat().st_size >= LARGE
     if lazy:
         return DiskDataset(file, cache_dir=cache_dir, **options)
-    return StructureDataset(file, precompute=precompute, tasks=tasks, **options)
+    return StructureDataset(file, precompute=precompute, **options)

@@ -13,6 +13,7 @@ from ase.constraints import FixAtoms
 from lightning_januspipe import keys
 from lightning_januspipe.data.labels import Floats, LabelKeys, available_keys
 from lightning_januspipe.data.structures import StructureArrays
+from lightning_januspipe.data.tasks import NAMES
 
 QUANTITIES = (keys.ENERGY, keys.FORCES, keys.STRESS)
 
@@ -42,6 +43,7 @@ class Facts:
         num_forces: Number of force components that are known.
         has_zeroed_forces: Whether the forces of atoms with a constraint, and of these only, are exactly zero.
         electrons: Charge and spin in ``Atoms.info``, as text.
+        conditions: ``task``, ``charge`` and ``spin`` in ``Atoms.info``, in this order; None for what is not there.
         own_weight: Factor of the structure's loss that it has itself.
         digest: Hash of the geometry.
         available: Names of everything that the structure holds beside its geometry.
@@ -63,6 +65,7 @@ class Facts:
     num_forces: int
     has_zeroed_forces: bool
     electrons: str
+    conditions: tuple[Any, ...]
     own_weight: float
     digest: int
     available: tuple[str, ...]
@@ -103,6 +106,7 @@ class Facts:
             num_forces=known.size,
             has_zeroed_forces=_has_zeroed_forces(atoms, arrays.forces),
             electrons=", ".join(f"{name}={atoms.info[name]}" for name in _ELECTRONS if name in atoms.info),
+            conditions=tuple(_plain(atoms.info.get(name)) for name in NAMES),
             own_weight=own_weight,
             digest=_digest(atoms),
             available=tuple(available_keys(atoms)),
@@ -113,6 +117,12 @@ def is_isolated_atom(atoms: Atoms) -> bool:
     """Returns whether a structure is a lone atom: ``config_type=IsolatedAtom``, or one atom without periodicity."""
     said = str(atoms.info.get("config_type", "")).lower().replace("_", "") == "isolatedatom"
     return said or (len(atoms) == 1 and not atoms.pbc.any())
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of ``Atoms.info`` in a type that can be written as JSON."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _net_force(forces: Floats) -> float:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from lightning_januspipe.data.facts import QUANTITIES, Facts
+from lightning_januspipe.data.tasks import NAMES
 
 ROW = np.dtype(
     [
@@ -48,13 +49,19 @@ class StructureKind(NamedTuple):
         is_periodic: Whether any direction is periodic.
         config_type: ``config_type`` in ``Atoms.info``; None where there is none.
         electrons: Charge and spin in ``Atoms.info``, as text.
+        conditions: ``task``, ``charge`` and ``spin`` in ``Atoms.info``, in this order; None for what is not there.
         available: Names of everything that a structure holds beside its geometry.
     """
 
     is_periodic: bool
     config_type: str | None
     electrons: str
+    conditions: tuple[Any, ...]
     available: tuple[str, ...]
+
+    def info(self) -> dict[str, Any]:
+        """Returns what the structures have of ``task``, ``charge`` and ``spin``."""
+        return {name: value for name, value in zip(NAMES, self.conditions, strict=True) if value is not None}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class FactsTable:
         elements: list[tuple[int, int]] = []
         kinds: dict[StructureKind, int] = {}
         for one in facts:
-            kind = StructureKind(one.is_periodic, one.config_type, one.electrons, one.available)
+            kind = StructureKind(one.is_periodic, one.config_type, one.electrons, one.conditions, one.available)
             rows.append(
                 (
                     0,
@@ -150,6 +157,16 @@ class FactsTable:
         first = int(row["first_element"])
         own = self.elements[first : first + int(row["num_elements"])]
         return dict(zip(own["number"].tolist(), own["count"].tolist(), strict=True))
+
+    def of_task(self, name: str | None, alone: bool = False) -> NDArray[np.bool_]:
+        """Returns whether each structure has a task, (n,).
+
+        Args:
+            name: Name of the task; None for structures without one.
+            alone: Whether it is the only one, so that structures without a task have it too.
+        """
+        names = [kind.info().get("task") for kind in self.kinds]
+        return np.array([own == name or (alone and own is None) for own in names], dtype=bool)[self.rows["kind"]]
 
     def all_elements(self) -> set[int]:
         """Returns the atomic numbers that occur."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -41,8 +41,25 @@ def isolated_energies(facts: FactsTable) -> dict[str, float]:
     return {symbol: float(rows["energy"][position]) for symbol, position in found.items()}
 
 
+def of_task(how: References | Mapping[str, Any], task: str) -> References | Mapping[str, float]:
+    """Returns how the reference energies of a task are found, where they may be given by task.
+
+    Raises:
+        ValueError: They are given by task, and not for this one.
+    """
+    if not isinstance(how, Mapping) or not any(isinstance(energies, Mapping) for energies in how.values()):
+        return how
+    if not isinstance(how.get(task), Mapping):
+        raise ValueError(f"reference_energies has nothing for the task {task!r}, only {list(how)}; expected all tasks")
+    energies: Mapping[str, float] = how[task]
+    return energies
+
+
 def choose_references(
-    how: References | Mapping[str, float], isolated: Mapping[str, float], species: Sequence[str]
+    how: References | Mapping[str, float],
+    isolated: Mapping[str, float],
+    species: Sequence[str],
+    task: str = "",
 ) -> list[float | None]:
     """Returns the known reference energy of each species in eV, None for those that a fit has to find.
 
@@ -51,6 +68,7 @@ def choose_references(
             atoms as far as there are any and a fit of the others, or the energies in eV by chemical symbol.
         isolated: Energies of isolated atoms in eV, by chemical symbol.
         species: Chemical symbols by species index.
+        task: Name of the task in messages; empty where there are none.
 
     Raises:
         ValueError: ``how`` is unknown, or an energy is missing.
@@ -71,8 +89,8 @@ def choose_references(
         raise ValueError(f"reference_energies={dict(how)} has no energy of {', '.join(lacking)}; expected all species")
     if lacking and how == "isolated_atoms":
         raise ValueError(
-            f"reference_energies='isolated_atoms', but there is no isolated atom of {', '.join(lacking)} in the "
-            "training file: expected a frame of one atom with config_type=IsolatedAtom, or reference_energies='auto' "
-            "to fit the energies of the others"
+            f"reference_energies='isolated_atoms', but there is no isolated atom of {', '.join(lacking)}"
+            f"{f' with the task {task!r}' if task else ''} in the training file: expected a frame of one atom with "
+            "config_type=IsolatedAtom, or reference_energies='auto' to fit the energies of the others"
         )
     return [known.get(symbol) for symbol in species]

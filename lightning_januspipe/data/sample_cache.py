@@ -41,7 +41,7 @@ RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("checksum", "<u4"), ("wi
 """Place of a structure's record in the file of its chunk; ``wide`` says that cell shifts have 16 bits instead of 8."""
 
 _MOST_OPEN = 64
-_SOURCES = ("structures", "labels", "neighbors", "units", "facts", "facts_table", "frames", "sample_cache")
+_SOURCES = ("structures", "labels", "neighbors", "units", "facts", "facts_table", "frames", "sample_cache", "tasks")
 """Files of this folder on whose code the content of a cache depends."""
 
 
@@ -279,8 +279,8 @@ def default_root() -> Path:
 
 def _kinds_of(info: Mapping[str, Any]) -> list[StructureKind]:
     return [
-        StructureKind(is_periodic, said, electrons, tuple(names))
-        for is_periodic, said, electrons, names in info["kinds"]
+        StructureKind(is_periodic, said, electrons, tuple(conditions), tuple(names))
+        for is_periodic, said, electrons, conditions, names in info["kinds"]
     ]
 
 

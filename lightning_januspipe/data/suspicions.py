@@ -20,6 +20,9 @@ _FEWEST_TO_JUDGE = 10
 _SAME_ENERGY = 1e-3
 """Energies of one geometry that differ by less than this, in eV per atom, are the same."""
 
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""Factor that spreads the number of a task over all bits."""
+
 
 @dataclass(frozen=True)
 class LabelCounts:
@@ -96,7 +99,10 @@ def suspicions(train: FactsTable) -> Iterator[str]:
                 f"energies are nearly the same in structures of {num_atoms.min()} and of {num_atoms.max()} atoms, as "
                 "energies per atom would be; expected energies of whole structures"
             )
-    differing = _differing(rows["digest"][known], energies, num_atoms)
+    # The same geometry may have another energy with another task.
+    names = [str(kind.info().get("task")) for kind in train.kinds]
+    codes = np.unique(names, return_inverse=True)[1].astype(np.uint64)[rows["kind"][known]]
+    differing = _differing(rows["digest"][known] ^ (codes * _ODD), energies, num_atoms)
     if differing:
         first, second = (train.name(known[position]) for position in differing[0])
         yield (
@@ -108,13 +114,18 @@ def suspicions(train: FactsTable) -> Iterator[str]:
 def missing_kinds(train: FactsTable, other: FactsTable) -> str:
     """Describes the kinds of training structures of which other data holds none; "" if it holds all.
 
-    Kinds are elements, periodic and non-periodic structures, and values of ``config_type``. Lone atoms do not count.
+    Kinds are elements, periodic and non-periodic structures, values of ``config_type``, and tasks. Lone atoms do not
+    count.
     """
-    (elements, periodic, types), (own_elements, own_periodic, own_types) = _kinds(train), _kinds(other)
+    (elements, periodic, types, tasks), (own_elements, own_periodic, own_types, own_tasks) = (
+        _kinds(train),
+        _kinds(other),
+    )
     symbols = [chemical_symbols[number] for number in sorted(elements - own_elements)]
     words = [f"no structure with {', '.join(symbols)}"] if symbols else []
     words += [f"no {'periodic' if kind else 'non-periodic'} structure" for kind in sorted(periodic - own_periodic)]
     words += [f"no structure with config_type={kind!r}" for kind in sorted(types - own_types)]
+    words += [f"no structure with task={task!r}" for task in sorted(tasks - own_tasks)]
     return " and ".join(words)
 
 
@@ -124,11 +135,12 @@ def num_shared(train: FactsTable, other: FactsTable) -> int:
     return int(shared.sum())
 
 
-def _kinds(facts: FactsTable) -> tuple[set[int], set[bool], set[str]]:
+def _kinds(facts: FactsTable) -> tuple[set[int], set[bool], set[str], set[str]]:
     chosen = facts.take(facts.rows["num_atoms"] > 1)
     kinds = [facts.kinds[kind] for kind in np.unique(chosen.rows["kind"])]
     types = {kind.config_type for kind in kinds if kind.config_type}
-    return chosen.all_elements(), {kind.is_periodic for kind in kinds}, types
+    tasks = {str(kind.info()["task"]) for kind in kinds if "task" in kind.info()}
+    return chosen.all_elements(), {kind.is_periodic for kind in kinds}, types, tasks
 
 
 def _differing(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from torch import Tensor
 
 from lightning_januspipe import keys
@@ -26,12 +26,13 @@ def validate_tasks(tasks: Sequence[str] | None) -> list[str]:
     return list(tasks or ())
 
 
-def read_task(atoms: Atoms, tasks: Sequence[str], source: str) -> dict[str, Tensor]:
+def read_task(info: Mapping[str, Any], tasks: Sequence[str], source: str) -> dict[str, Tensor]:
     """Returns task index, charge and spin of a structure, each (1,).
 
     Args:
-        atoms: Its ``info`` has the name of its ``task``, which may be missing where there is only one; ``charge`` in
-            elementary charges, and ``spin``, the number of unpaired electrons, which are 0 where they are missing.
+        info: ``Atoms.info`` of the structure: the name of its ``task``, which may be missing where there is only one;
+            ``charge`` in elementary charges, and ``spin``, the number of unpaired electrons, which are 0 where they are
+            missing.
         tasks: Names of tasks in the order of the task index.
         source: Name of the structure in error messages.
 
@@ -39,12 +40,12 @@ def read_task(atoms: Atoms, tasks: Sequence[str], source: str) -> dict[str, Tens
         ValueError: The task is missing or unknown, or charge or spin is no integer.
     """
     names = list(tasks)
-    name = atoms.info.get(keys.TASK, names[0] if len(names) == 1 else None)
+    name = info.get(keys.TASK, names[0] if len(names) == 1 else None)
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"{source} has info['task']={name!r}; expected one of {names}")
     found = {keys.TASK: torch.tensor([names.index(name)])}
     for key in (keys.CHARGE, keys.SPIN):
-        value = atoms.info.get(key, 0)
+        value = info.get(key, 0)
         if not isinstance(value, (int, float, np.number)) or value != int(value):
             raise ValueError(f"{source} has info[{key!r}]={value!r}; expected an integer")
         found[key] = torch.tensor([int(value)])

@@ -36,6 +36,7 @@ def export_potential(
     *,
     device: str | torch.device = "cpu",
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+    task: str | None = None,
 ) -> dict[str, str]:
     """Compiles a potential into one file, and compares the file with the potential.
 
@@ -56,19 +57,20 @@ def export_potential(
         path: The file to write, ending in ``.pt2``; it is replaced if it exists.
         device: The device that the file is for.
         dtype: The type that the potential is converted to; None for the type of its weights.
+        task: The task that the file is for, where the potential has several.
 
     Returns:
         The metadata in the file.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The path does not end in ``.pt2``, the potential takes other batches or several tasks, or the
-            compiled file gives other results than the potential.
+        ValueError: The path does not end in ``.pt2``, the potential takes other batches, ``task`` is none of its tasks,
+            or the compiled file gives other results than the potential.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"{path}: torch loads files whose names end in .pt2; give such a name")
-    potential, species, cutoff = _potential_of(model)
+    potential, species, cutoff = _potential_of(model, task)
     potential = potential.to(device)
     if dtype is not None:
         potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -85,6 +87,7 @@ def export_potential(
         "integers": json.dumps([name for name, (_, kind) in INPUTS.items() if kind == "int64"]),
         "outputs": json.dumps(OUTPUTS),
         "units": json.dumps({"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³", "positions": "Å"}),
+        **({} if task is None else {"task": task}),
         "versions": json.dumps({"torch": torch.__version__, "lightning_januspipe": lightning_januspipe.__version__}),
     }
     dynamic = [{d: torch.export.Dim.DYNAMIC for d, n in enumerate(s) if isinstance(n, str)} for s, _ in INPUTS.values()]
@@ -100,8 +103,8 @@ def export_potential(
     return metadata
 
 
-def _potential_of(model: str | Path | nn.Module) -> tuple[nn.Module, list[str], float]:
-    """Returns a frozen copy of a potential in evaluation mode, with its species and its cutoff in Å."""
+def _potential_of(model: str | Path | nn.Module, task: str | None = None) -> tuple[nn.Module, list[str], float]:
+    """Returns a frozen copy of a potential in evaluation mode, for one task, with its species and its cutoff in Å."""
     module = load(model) if isinstance(model, (str, Path)) else model
     potential = getattr(module, "potential", None)
     potential = potential if isinstance(potential, nn.Module) else module
@@ -111,12 +114,28 @@ def _potential_of(model: str | Path | nn.Module) -> tuple[nn.Module, list[str], 
             f"{type(potential).__name__} has no attributes 'species' and 'cutoff', so that nothing is known of the "
             "batches that it takes; potentials of other packages are exported by their own tools"
         )
-    if len(tasks := getattr(potential, "tasks", ())) > 1:
+    tasks = list(getattr(potential, "tasks", ()))
+    if (len(tasks) > 1 or task is not None) and task not in tasks:
         raise ValueError(
-            f"{type(potential).__name__} knows the tasks {list(tasks)}, and an exported file cannot be told which one "
-            "is meant. Use the calculator, or train with one task"
+            f"task={task!r}, and {type(potential).__name__} has {f'the tasks {tasks}' if tasks else 'no tasks'}; an "
+            "exported file is for one of them"
         )
-    return copy.deepcopy(potential).eval().requires_grad_(False), list(species), float(cutoff)
+    own = copy.deepcopy(potential).eval().requires_grad_(False)
+    return own if task is None else _OneTask(own, tasks.index(task)), list(species), float(cutoff)
+
+
+class _OneTask(nn.Module):
+    """Evaluates a potential of several tasks by one of them."""
+
+    conditions = ()
+
+    def __init__(self, potential: nn.Module, task: int) -> None:
+        super().__init__()
+        self.potential, self.task = potential, task
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        task = torch.full_like(batch[keys.CELL][:, 0, 0], self.task, dtype=torch.int64)
+        return self.potential(batch | {keys.TASK: task})
 
 
 class _Positional(nn.Module):

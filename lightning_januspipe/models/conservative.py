@@ -11,6 +11,10 @@ from typing_extensions import override
 from lightning_januspipe import keys
 
 PerSpecies = float | Sequence[float] | Mapping[str, float]
+"""One number for all species, one for each, or a mapping from chemical symbols."""
+
+PerTask = PerSpecies | Mapping[str, Sequence[float]] | Mapping[str, Mapping[str, float]]
+"""The same for all tasks, or a mapping from the names of the tasks."""
 
 
 class AtomicEnergies(nn.Module):
@@ -19,27 +23,41 @@ class AtomicEnergies(nn.Module):
     Args:
         species: Chemical symbols; the index of a symbol is its species index in a batch.
         cutoff: Length in Å of the longest edges.
+        tasks: Names of the T tasks, by task index.
+
+    Attributes:
+        scale: Factors of the energies of atoms in eV by species, (S,), or (S, T) with several tasks.
+        shift: Energies in eV that each atom adds, in the same shape.
 
     Raises:
-        ValueError: The species are no list of distinct symbols.
+        ValueError: The species are no list of distinct symbols, or the tasks no list of distinct names.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, species: Sequence[str], cutoff: float) -> None:
+    def __init__(self, species: Sequence[str], cutoff: float, tasks: Sequence[str] = ("default",)) -> None:
         super().__init__()
         check_species(species)
+        check_tasks(tasks)
         self.species = tuple(species)
         self.cutoff = float(cutoff)
+        self.tasks = tuple(tasks)
 
-    def add_scale_and_shift(self, scale: PerSpecies, shift: PerSpecies, trainable: bool) -> None:
+    def add_scale_and_shift(self, scale: PerTask, shift: PerTask, trainable: bool) -> None:
         """Adds factors and energies in eV by species; call it last, since optimizers know parameters by their order."""
-        scales = torch.tensor(per_species_values("per_species_scale", scale, self.species))
-        shifts = torch.tensor(per_species_values("per_species_shift", shift, self.species), dtype=torch.float64)
+        scales = torch.tensor(self._by_species("per_species_scale", scale))
+        shifts = torch.tensor(self._by_species("per_species_shift", shift), dtype=torch.float64)
         self.scale = nn.Parameter(scales) if trainable else nn.Buffer(scales)
         # All-electron energies have more digits than float32: shifts and sums of energies stay in float64.
         self.shift = nn.Parameter(shifts) if trainable else nn.Buffer(shifts)
+
+    def _by_species(self, name: str, given: PerTask) -> list[Any]:
+        """Returns a number for each species, or with several tasks a list of one for each task."""
+        values = per_species_values(name, given, self.species, self.tasks)
+        if not isinstance(values, Mapping):
+            return values
+        return [list(of_species) for of_species in zip(*(values[task] for task in self.tasks), strict=True)]
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AtomicEnergies":
@@ -73,13 +91,22 @@ class AtomicEnergies(nn.Module):
         return self.sum_structures(batch, self.atomic_energies(batch, positions, strain))
 
     def unscaled_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
-        """Evaluates the energies (N,) of the atoms before scale and shift. For the arguments see :meth:`forward`."""
+        """Evaluates the energies of the atoms before scale and shift. For the arguments see :meth:`forward`.
+
+        Returns:
+            (N,) energies, or (N, T), those of all tasks.
+        """
         raise NotImplementedError
 
     def atomic_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
         """Evaluates the energies of the atoms, (N,) in eV and float64. For the arguments see :meth:`forward`."""
         species, energies = batch[keys.SPECIES], self.unscaled_energies(batch, positions, strain)
-        return (self.scale[species] * energies).to(self.shift.dtype) + self.shift[species]
+        if len(self.tasks) == 1:
+            return (self.scale[species] * energies).to(self.shift.dtype) + self.shift[species]
+        energies = energies if energies.dim() == 2 else energies.unsqueeze(1)
+        of_tasks = (self.scale[species] * energies).to(self.shift.dtype) + self.shift[species]
+        task = batch[keys.TASK] if keys.TASK in batch else torch.zeros_like(batch[keys.CELL][:, 0, 0]).long()
+        return of_tasks.gather(1, task[batch[keys.BATCH]].unsqueeze(1)).squeeze(1)
 
     def edges(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the lengths (E,) in Å and the directions (E, 3) of the edges.
@@ -168,8 +195,32 @@ def check_species(species: Sequence[str]) -> None:
         raise ValueError(f"species must be distinct, got {list(species)}")
 
 
-def per_species_values(name: str, given: PerSpecies, species: Sequence[str]) -> list[float]:
-    """Returns one number for each species, from any of the accepted forms."""
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises ValueError unless ``tasks`` is a list of distinct names."""
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"tasks={tasks!r}; expected a list of distinct names, at least one")
+
+
+def per_species_values(
+    name: str, given: PerTask, species: Sequence[str], tasks: Sequence[str] = ("default",)
+) -> list[float] | dict[str, list[float]]:
+    """Returns one number for each species, from any of the accepted forms; by task where there are several.
+
+    Raises:
+        ValueError: A species or a task has no value.
+    """
+    if isinstance(given, Mapping) and any(isinstance(value, (Mapping, Sequence)) for value in given.values()):
+        if missing := [task for task in tasks if task not in given]:
+            raise ValueError(f"{name} has no values for the tasks {missing}; give some for each of {list(tasks)}")
+        of_tasks: Mapping[str, Any] = given
+    else:
+        of_tasks = dict.fromkeys(tasks, given)
+    found = {task: _of_species(name, of_tasks[task], species) for task in tasks}
+    return found if len(tasks) > 1 else found[tasks[0]]
+
+
+def _of_species(name: str, given: PerSpecies, species: Sequence[str]) -> list[float]:
+    """Returns one number for each species."""
     if isinstance(given, Mapping):
         if missing := [symbol for symbol in species if symbol not in given]:
             raise ValueError(f"{name} has no value for {missing}; give one for each of {list(species)}")

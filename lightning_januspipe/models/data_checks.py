@@ -20,7 +20,8 @@ def check_data(potential: nn.Module, data: Any) -> None:
         data: A data module or dataset with the same attributes; a ``Subset`` or ``ConcatDataset`` of such datasets.
 
     Raises:
-        ValueError: The species or tasks of the data are not the first ones of the potential, or its cutoff is smaller.
+        ValueError: The species or tasks of the data are not the first ones of the potential, the data has no tasks
+            where the potential has several, or its cutoff is smaller.
     """
     for part, _ in _parts(data):
         own, given = getattr(potential, "species", None), getattr(part, "species", None)
@@ -34,6 +35,11 @@ def check_data(potential: nn.Module, data: Any) -> None:
             raise ValueError(
                 f"the data has the tasks {list(given)} and the potential {list(own)}: a task must have the same index "
                 f"in both. Give the data tasks={list(own)}, or train a potential for those of the data"
+            )
+        if own is not None and len(own) > 1 and given is not None and not given:
+            raise ValueError(
+                f"the potential has the tasks {list(own)}, and the data none: give the data tasks={list(own)}, and "
+                "each structure the name of its task as info['task']"
             )
         own, given = getattr(potential, "cutoff", None), getattr(part, "cutoff", None)
         if own is not None and given is not None and _as_number(given) < _as_number(own) * (1 - 1e-6):

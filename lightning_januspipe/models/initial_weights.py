@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.models.saved_arguments import compare_arguments
+from lightning_januspipe.models.saved_arguments import ARGUMENTS, arguments_of, compare_arguments
 
 
 def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> list[str]:
     """Loads all parameters and buffers from a checkpoint, and nothing else.
+
+    A potential of several tasks takes the weights of one that was trained on one task: each task begins with its
+    readout, and keeps its own scale and shift.
 
     Args:
         module: Receives the weights, which the checkpoint holds under the same names.
@@ -30,9 +33,10 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> l
         ValueError: The checkpoint belongs to another model: other arguments, names or shapes.
     """
     checkpoint = read_checkpoint(path)
-    replaced = compare_arguments(potential, checkpoint, str(path))
-    weights: Mapping[str, Tensor] = checkpoint["state_dict"]
     own = module.state_dict()
+    weights: Mapping[str, Tensor] = checkpoint["state_dict"]
+    checkpoint, weights = _for_tasks(potential, checkpoint, weights, own)
+    replaced = compare_arguments(potential, checkpoint, str(path))
     problems = [
         ("missing in the checkpoint", sorted(own.keys() - weights.keys())),
         ("missing in the model", sorted(weights.keys() - own.keys())),
@@ -53,6 +57,31 @@ def load_weights(module: nn.Module, potential: nn.Module, path: str | Path) -> l
         )
     module.load_state_dict(weights)
     return replaced
+
+
+def _for_tasks(
+    potential: nn.Module, checkpoint: dict[str, Any], weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Returns a checkpoint of one task, and its weights, as one of the several tasks of a potential with readouts.
+
+    Each task begins with the readout of the checkpoint. Scale and shift stay those of the potential, which has the
+    energies of atoms of each task. Everything else is returned as it is.
+    """
+    arguments = checkpoint.get(ARGUMENTS, {})
+    tasks = arguments_of(potential).get("tasks", [])
+    widens = len(tasks) > 1 and len(arguments.get("tasks", [None])) == 1
+    if not widens or not any(".readouts." in name for name in own):
+        return checkpoint, weights
+    found = dict(weights)
+    for name in weights:
+        if ".readout." in name:
+            before, _, after = name.rpartition(".readout.")
+            value = found.pop(name)
+            found |= {f"{before}.readouts.{task}.{after}": value for task in range(len(tasks))}
+        elif name.endswith((".scale", ".shift")) and name in own:
+            found[name] = own[name]
+    kept = {"tasks", "per_species_scale", "per_species_shift"}
+    return {**checkpoint, ARGUMENTS: {n: value for n, value in arguments.items() if n not in kept}}, found
 
 
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> dict[str, Any]:

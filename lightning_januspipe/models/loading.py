@@ -60,8 +60,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The class and the arguments of the potential, ``species``, ``cutoff`` in Å, ``energies_of_atoms`` in eV by
-        symbol, ``units``, ``versions``, the number of weights, and the ``epoch`` and ``global_step`` of the run; as
-        far as the checkpoint holds them.
+        symbol, or by task and symbol with several ``tasks``, ``units``, ``versions``, the number of weights, and the
+        ``epoch`` and ``global_step`` of the run; as far as the checkpoint holds them.
 
     Raises:
         FileNotFoundError: There is no checkpoint.

@@ -20,8 +20,9 @@ from lightning_januspipe.experts import ElementExperts
 from lightning_januspipe.models.conservative import (
     AtomicEnergies,
     ConservativePotential,
-    PerSpecies,
+    PerTask,
     check_species,
+    check_tasks,
     per_species_values,
 )
 from lightning_januspipe.models.line_graph import line_graph
@@ -88,11 +89,11 @@ class MatRISEnergy(AtomicEnergies):
         expert_features: int,
         num_radial: int,
         tasks: Sequence[str],
-        per_species_scale: PerSpecies,
-        per_species_shift: PerSpecies,
+        per_species_scale: PerTask,
+        per_species_shift: PerTask,
         trainable_scale_shift: bool,
     ) -> None:
-        super().__init__(species, cutoff)
+        super().__init__(species, cutoff, tasks)
         for name, value in (("num_blocks", num_blocks), ("num_heads", num_heads), ("expert_features", expert_features)):
             if value < 1:
                 raise ValueError(f"{name}={value}; expected at least 1")
@@ -103,9 +104,7 @@ class MatRISEnergy(AtomicEnergies):
                 f"angle_cutoff={angle_cutoff} Å; expected a positive length up to cutoff={cutoff} Å, because the arms "
                 "of angles are edges"
             )
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"tasks={tasks!r}; expected a list of distinct names, at least one")
-        self.tasks, self.angle_cutoff = tuple(tasks), float(angle_cutoff)
+        self.angle_cutoff = float(angle_cutoff)
         self.basis = BesselBasis(num_radial, cutoff, _ENVELOPE_EXPONENT, trainable=True)
         self.envelope = PolynomialCutoff(cutoff, _ENVELOPE_EXPONENT)
         self.angle_envelope = PolynomialCutoff(angle_cutoff, _ENVELOPE_EXPONENT)
@@ -191,7 +190,8 @@ class MatRISMoE(ConservativePotential):
     graph, whose nodes are edges and whose edges are angles. In each block one mixture of experts makes the messages,
     and another one updates the atoms. An atom's element alone chooses its experts, so that the energy is smooth along
     trajectories. Structures of several tasks (data sets, levels of theory), charges and spins are told apart by
-    embeddings: batches may have ``task``, ``charge`` and ``spin`` (see :mod:`lightning_januspipe.keys`).
+    embeddings: batches may have ``task``, ``charge`` and ``spin`` (see :mod:`lightning_januspipe.keys`). Each task has
+    energies of atoms of its own.
 
     Args:
         species: Chemical symbols; the index of a symbol is its species index in a batch.
@@ -205,9 +205,13 @@ class MatRISMoE(ConservativePotential):
         expert_features: Width of the experts.
         num_radial: Number of learned radial functions, and of cosines of angles.
         tasks: Names of the tasks; their order is that of the task index.
-        per_species_scale: Factor of atomic energies in eV: one number, a number per species, or a mapping from symbols.
+        per_species_scale: Factor of atomic energies in eV: one number, a number per species, or a mapping from symbols;
+            or a mapping from tasks to these.
         per_species_shift: Energy in eV that each atom adds, in the same forms.
         trainable_scale_shift: Train scale and shift.
+
+    Attributes:
+        conditions: Keys of what the potential reads of a batch beside the structures.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -245,11 +249,12 @@ class MatRISMoE(ConservativePotential):
         expert_features: int = 128,
         num_radial: int = 7,
         tasks: Sequence[str] = ("default",),
-        per_species_scale: PerSpecies = 1.0,
-        per_species_shift: PerSpecies = 0.0,
+        per_species_scale: PerTask = 1.0,
+        per_species_shift: PerTask = 0.0,
         trainable_scale_shift: bool = False,
     ) -> None:
         check_species(species)
+        check_tasks(tasks)
         arguments: dict[str, Any] = {
             "species": list(species),
             "cutoff": float(cutoff),
@@ -261,14 +266,15 @@ class MatRISMoE(ConservativePotential):
             "top_k": top_k,
             "expert_features": expert_features,
             "num_radial": num_radial,
-            "tasks": tasks if isinstance(tasks, str) else list(tasks),
-            "per_species_scale": per_species_values("per_species_scale", per_species_scale, species),
-            "per_species_shift": per_species_values("per_species_shift", per_species_shift, species),
+            "tasks": list(tasks),
+            "per_species_scale": per_species_values("per_species_scale", per_species_scale, species, tasks),
+            "per_species_shift": per_species_values("per_species_shift", per_species_shift, species, tasks),
             "trainable_scale_shift": trainable_scale_shift,
         }
         super().__init__(MatRISEnergy(**arguments))
         self.arguments = arguments
         self.species, self.tasks = tuple(species), tuple(tasks)
+        self.conditions = (keys.TASK, keys.CHARGE, keys.SPIN)
         self.cutoff, self.angle_cutoff = float(cutoff), float(angle_cutoff)
 
     @classmethod

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -11,8 +12,9 @@ from lightning_januspipe import keys
 from lightning_januspipe.models.conservative import (
     AtomicEnergies,
     ConservativePotential,
-    PerSpecies,
+    PerTask,
     check_species,
+    check_tasks,
     per_species_values,
 )
 from lightning_januspipe.models.equivariant import Interaction
@@ -38,11 +40,12 @@ class EnergyModel(AtomicEnergies):
         cutoff_exponent: int = 6,
         trainable_bessel: bool = False,
         avg_num_neighbors: float = 16.0,
-        per_species_scale: PerSpecies = 1.0,
-        per_species_shift: PerSpecies = 0.0,
+        per_species_scale: PerTask = 1.0,
+        per_species_shift: PerTask = 0.0,
         trainable_scale_shift: bool = False,
+        tasks: Sequence[str] = ("default",),
     ) -> None:
-        super().__init__(species, cutoff)
+        super().__init__(species, cutoff, tasks)
         for name, value, least in (
             ("num_layers", num_layers, 1),
             ("num_features", num_features, 2),
@@ -85,15 +88,22 @@ class EnergyModel(AtomicEnergies):
                     avg_num_neighbors,
                 )
             )
-        self.readout = nn.Sequential(
-            nn.Linear(num_features, num_features // 2), nn.SiLU(), nn.Linear(num_features // 2, 1, bias=False)
-        )
+        readouts = [
+            nn.Sequential(
+                nn.Linear(num_features, num_features // 2), nn.SiLU(), nn.Linear(num_features // 2, 1, bias=False)
+            )
+            for _ in self.tasks
+        ]
+        if len(readouts) == 1:
+            self.readout = readouts[0]
+        else:
+            self.readouts = nn.ModuleList(readouts)
 
         self.add_scale_and_shift(per_species_scale, per_species_shift, trainable_scale_shift)
 
     @override
     def unscaled_energies(self, batch: Mapping[str, Tensor], positions: Tensor, strain: Tensor) -> Tensor:
-        """Evaluates the energies (N,) of the atoms before scale and shift."""
+        """Evaluates the energies of the atoms before scale and shift: (N,), or (N, T) with several tasks."""
         species = batch[keys.SPECIES]
         source, target = batch[keys.EDGE_INDEX].unbind(0)
         lengths, directions = self.edges(batch, positions, strain)
@@ -104,8 +114,11 @@ class EnergyModel(AtomicEnergies):
         features = self.embedding(species).unsqueeze(1)
         for name, layer in zip(self.coupling_names, self.layers, strict=True):
             features = layer(features, species, source, target, couplings[name], radial_basis)
-        energies: Tensor = self.readout(features.squeeze(1)).squeeze(-1)
-        return energies
+        scalars = features.squeeze(1)
+        if len(self.tasks) == 1:
+            energies: Tensor = self.readout(scalars).squeeze(-1)
+            return energies
+        return torch.cat([readout(scalars) for readout in self.readouts], dim=1)
 
 
 class EquivariantPotential(ConservativePotential):
@@ -114,6 +127,9 @@ class EquivariantPotential(ConservativePotential):
     Its constants have the default dtype: for float64 accuracy build the potential under
     ``torch.set_default_dtype(torch.float64)`` instead of converting it afterwards. Only the shifts, and the sums of
     atomic energies, are in float64 always.
+
+    Structures of several tasks, such as levels of theory, share the layers; each task has a readout and energies of
+    atoms of its own. Batches then have ``task`` (see :mod:`lightning_januspipe.keys`).
 
     Args:
         species: Chemical symbols; the index of a symbol is its species index in a batch.
@@ -126,12 +142,17 @@ class EquivariantPotential(ConservativePotential):
         cutoff_exponent: Exponent of the polynomial cutoff.
         trainable_bessel: Train the frequencies of the radial basis.
         avg_num_neighbors: Average number of edges per atom in the training set.
-        per_species_scale: Factor of atomic energies in eV: one number, a number per species, or a mapping from symbols.
+        per_species_scale: Factor of atomic energies in eV: one number, a number per species, or a mapping from symbols;
+            or a mapping from tasks to these.
         per_species_shift: Energy in eV that each atom adds, in the same forms.
         trainable_scale_shift: Train scale and shift.
+        tasks: Names of the tasks; their order is that of the task index.
+
+    Attributes:
+        conditions: Keys of what the potential reads of a batch beside the structures: ``task`` if there are several.
 
     Raises:
-        ValueError: An argument is out of its range, or a per-species value is missing.
+        ValueError: An argument is out of its range, or a value of a species or task is missing.
 
     Example:
         >>> import torch
@@ -166,11 +187,13 @@ class EquivariantPotential(ConservativePotential):
         cutoff_exponent: int = 6,
         trainable_bessel: bool = False,
         avg_num_neighbors: float = 16.0,
-        per_species_scale: PerSpecies = 1.0,
-        per_species_shift: PerSpecies = 0.0,
+        per_species_scale: PerTask = 1.0,
+        per_species_shift: PerTask = 0.0,
         trainable_scale_shift: bool = False,
+        tasks: Sequence[str] = ("default",),
     ) -> None:
         check_species(species)
+        check_tasks(tasks)
         arguments: dict[str, Any] = {
             "species": list(species),
             "cutoff": float(cutoff),
@@ -182,12 +205,14 @@ class EquivariantPotential(ConservativePotential):
             "cutoff_exponent": cutoff_exponent,
             "trainable_bessel": trainable_bessel,
             "avg_num_neighbors": float(avg_num_neighbors),
-            "per_species_scale": per_species_values("per_species_scale", per_species_scale, species),
-            "per_species_shift": per_species_values("per_species_shift", per_species_shift, species),
+            "per_species_scale": per_species_values("per_species_scale", per_species_scale, species, tasks),
+            "per_species_shift": per_species_values("per_species_shift", per_species_shift, species, tasks),
             "trainable_scale_shift": trainable_scale_shift,
+            "tasks": list(tasks),
         }
         super().__init__(EnergyModel(**arguments))
         self.arguments = arguments
-        self.species = tuple(species)
+        self.species, self.tasks = tuple(species), tuple(tasks)
+        self.conditions = (keys.TASK,) if len(self.tasks) > 1 else ()
         self.cutoff = float(cutoff)
         self.avg_num_neighbors = float(avg_num_neighbors)

@@ -54,15 +54,22 @@ def facts_of(potential: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``species``, the chemical symbols by species index; ``cutoff`` in Å; ``energies_of_atoms``, the energy in eV
-        that each atom adds, by symbol, as trained; ``units``; and ``versions`` of Python and of the packages.
+        that each atom adds, by symbol, as trained, and by task where there are several; ``tasks``, the names of these;
+        ``units``; and ``versions`` of Python and of the packages.
     """
     facts: dict[str, Any] = {}
     species, cutoff = getattr(potential, "species", None), getattr(potential, "cutoff", None)
+    tasks = list(getattr(potential, "tasks", ()))
     shift = getattr(getattr(potential, "energy_model", None), "shift", None)
     if isinstance(species, (list, tuple)):
         facts["species"] = list(species)
-        if isinstance(shift, Tensor) and not shift.is_meta and shift.numel() == len(species):
-            facts["energies_of_atoms"] = dict(zip(species, shift.detach().double().tolist(), strict=True))
+        if isinstance(shift, Tensor) and not shift.is_meta and shift.shape[:1] == (len(species),):
+            energies = shift.detach().double().cpu()
+            of_tasks = energies.T.tolist() if shift.dim() == 2 else [energies.tolist()]
+            tables = [dict(zip(species, values, strict=True)) for values in of_tasks]
+            facts["energies_of_atoms"] = dict(zip(tasks, tables, strict=True)) if shift.dim() == 2 else tables[0]
+    if len(tasks) > 1:
+        facts["tasks"] = tasks
     if isinstance(cutoff, (int, float, Tensor)):
         facts["cutoff"] = float(cutoff)
     versions = {"lightning_januspipe": __version__, "python": platform.python_version()}

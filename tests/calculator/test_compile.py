@@ -13,10 +13,11 @@ from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.optimize import BFGS
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import compile_fx as inductor
 
 from lightning_januspipe.calculator import AtomsAdapter, JanusPipeCalculator
 from lightning_januspipe.calculator import calculator as module
-from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
 from .conftest import crystal
@@ -24,11 +25,19 @@ from .conftest import crystal
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What inductor was asked to compile in a test."""
+    """What inductor was asked to compile in a test, by this package or by anything else in torch."""
     found: list[str] = []
-    compiled = torch_internals.compiled
-    monkeypatch.setattr(torch_internals, "compiled", lambda *given: found.append("graph") or compiled(*given))
+    compile_fx = inductor.compile_fx
+    monkeypatch.setattr(
+        inductor, "compile_fx", lambda *given, **more: found.append("graph") or compile_fx(*given, **more)
+    )
+    counters.clear()
     return found
+
+
+def looked_up() -> int:
+    """Returns how many graphs inductor has looked up in its cache since the test began, found or not."""
+    return sum(counters["inductor"][f"fxgraph_cache_{outcome}"] for outcome in ("hit", "miss", "bypass"))
 
 
 def hot(repeat: int = 2) -> Atoms:
@@ -82,7 +91,8 @@ def test_one_compilation_serves_all_structures(trained: PotentialModule, compila
         alone.calc = JanusPipeCalculator(trained)
         np.testing.assert_allclose(other.get_forces(), alone.get_forces(), rtol=0, atol=1e-10)
         assert other.get_potential_energy() == pytest.approx(alone.get_potential_energy(), rel=0, abs=1e-10)
-    assert compilations == ["graph"]
+    assert compilations == ["graph"] and looked_up() == 1
+    assert not counters["frames"], "dynamo, which compiles again for other sizes, has no part in it"
 
 
 @pytest.mark.slow
@@ -102,6 +112,26 @@ def test_auto_compiles_after_some_evaluations(
             assert not compilations
             atoms.get_forces()  # the same structure is no evaluation
     assert len(compilations) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_one_compilation_serves_all_tasks(compilations: list[str]) -> None:
+    torch.manual_seed(0)
+    shifts = {"pbe": -1.0, "r2scan": -2.0}
+    options = {"num_layers": 1, "num_features": 4, "per_species_shift": {name: [e, e] for name, e in shifts.items()}}
+    potential = EquivariantPotential(["Al", "Cu"], 4.0, tasks=list(shifts), **options).double()
+    calculators = [JanusPipeCalculator(potential, compile=compile) for compile in (True, False)]
+    for index, task in enumerate(["pbe", "r2scan", "pbe"]):
+        found = []
+        for calculator in calculators:
+            atoms = crystal(index)
+            atoms.info["task"] = task
+            atoms.calc = calculator
+            found.append((atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()))
+        for compiled, eager in zip(*found, strict=True):
+            np.testing.assert_allclose(compiled, eager, rtol=0, atol=1e-10)
+    assert compilations == ["graph"]
 
 
 class Branching(EquivariantPotential):
@@ -159,10 +189,6 @@ def test_errors(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
         JanusPipeCalculator(branching, compile="yes")
     with pytest.raises(ValueError, match="compile=True, but AtomsAdapter makes the batches; expected a"):
         JanusPipeCalculator(branching, compile=True, adapter=AtomsAdapter(4.0))
-    branching.tasks = ("default",)
-    with pytest.raises(ValueError, match="but Branching reads task, charge and spin, which compiled code does not"):
-        JanusPipeCalculator(branching, compile=True)
-    del branching.tasks
     monkeypatch.setattr(module, "missing_compiler", lambda device: f"there is no compiler for {device}")
     with pytest.raises(ValueError, match="compile=True, but there is no compiler for cpu"):
         JanusPipeCalculator(branching, compile=True, device="cpu")

@@ -36,7 +36,7 @@ def records() -> list[Record]:
 def test_groups(records: list[Record]) -> None:
     groups = ErrorGroups()
     for one in records:
-        groups.add(one, "odd" if one.index % 2 else "")
+        groups.add(one, {"config_type": "odd", "task": "pbe"} if one.index % 2 else {"task": "hf"})
     (whole,) = [group for _, group in groups.rows("all")]
     assert (whole.num_structures, whole.num_atoms) == (5, 22)
     known = records[:4]
@@ -54,6 +54,7 @@ def test_groups(records: list[Record]) -> None:
     assert elements["Cu"].mae("forces") == pytest.approx(np.abs(copper).mean())
     assert elements["Al"].num_structures == 5 and elements["Al"].num_atoms == 9
 
+    assert [(name, group.num_structures) for name, group in groups.rows("task")] == [("hf", 3), ("pbe", 2)]
     types = dict(groups.rows("config_type"))
     assert [types[name].num_structures for name in ("(none)", "odd")] == [3, 2]
     assert np.isnan(types["(none)"].mae("stress"))
@@ -89,10 +90,10 @@ def test_tables_have_80_columns_and_say_only_what_differs(records: list[Record])
 def test_csv(records: list[Record], tmp_path) -> None:
     groups = ErrorGroups()
     for one in records:
-        groups.add(one, "liquid")
+        groups.add(one, {"config_type": "liquid"})
     groups.write_csv(tmp_path / "errors.csv")
     rows = list(csv.DictReader((tmp_path / "errors.csv").open(encoding="utf-8")))
-    assert {row["grouping"] for row in rows} == {"all", "element", "config_type", "size"}
+    assert {row["grouping"] for row in rows} == {"all", "element", "task", "config_type", "size"}
     whole = rows[0]
     assert float(whole["forces_rmse"]) == dict(groups.rows("all"))["all"].rmse("forces")
     assert next(row for row in rows if row["group"] == "8")["energy_mae"] == ""

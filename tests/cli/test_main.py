@@ -21,7 +21,7 @@ from lightning_januspipe.errors import CheckpointError
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
 from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 
-OF_EQUIVARIANT = [name for name in FROM_DATA if name != "tasks"]
+OF_EQUIVARIANT = list(FROM_DATA)
 """The arguments that the potential of the quickstart takes from the data."""
 
 

@@ -208,5 +208,7 @@ def test_same_training(pool: RankPool, file, tmp_path, strategy, world_size):
         pool.run(workers.trained, *arguments, lazy, str(tmp_path / "cache"), world_size=world_size)
         for lazy in (False, True)
     )
-    assert all(map(workers.same, memory, disk))
+    for one, other in zip(memory, disk, strict=True):
+        # Cuts follow measured times, and with them the order in which gradients are summed.
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-9 if strategy else 0)
     assert torch.isfinite(disk[0]["val_loss"])

@@ -102,6 +102,8 @@ def test_one_structure_with_two_energies(setup):
     assert "1 training structures occur more than once, with energies that differ by more than 1 meV/atom" in said
     assert "frame 2 and" in said and "frame 6" in said
     assert "more than once" not in setup([*alloys, alloys[2]])[1]
+    other.info["task"] = "another level of theory"
+    assert "more than once" not in setup([*alloys, other])[1]
 
 
 def test_energies_per_atom(setup):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ase import Atoms
+from ase.io import write
 
 from lightning_januspipe import keys
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.cli.fit import arguments_from_data
-from lightning_januspipe.data import EMTDataModule, StructureDataset
+from lightning_januspipe.data import DiskDataset, EMTDataModule, StructureDataset
 from lightning_januspipe.data.tasks import read_task
 from lightning_januspipe.models import MatRISMoE
 from lightning_januspipe.models.data_checks import check_data
@@ -23,13 +26,24 @@ def pair(**info: object) -> Atoms:
     return atoms
 
 
-def test_samples_have_what_their_structures_tell() -> None:
+def test_samples_have_what_their_structures_tell(tmp_path: Path) -> None:
     structures = [pair(task="r2scan", charge=-2), pair(task="pbe", spin=1.0)]
     data = StructureDataset(structures, cutoff=4.0, require_labels=False, tasks=TASKS)
     found = [[int(sample[key]) for key in (keys.TASK, keys.CHARGE, keys.SPIN)] for sample in (data[0], data[1])]
     assert found == [[1, -2, 0], [0, 0, 1]]
+    write(tmp_path / "pairs.extxyz", structures)
+    options = {"cutoff": 4.0, "require_labels": False, "tasks": TASKS, "cache_dir": tmp_path}
+    for more in ({}, {"task": "pbe"}):
+        disk = DiskDataset(tmp_path / "pairs.extxyz", **options, **more)
+        found = [[int(disk[index][key]) for key in (keys.TASK, keys.CHARGE, keys.SPIN)] for index in (0, 1)]
+        assert found == [[0 if more else 1, -2, 0], [0, 0, 1]]
+    options["tasks"] = ["pbe"]
+    with pytest.raises(
+        ValueError, match=r"pairs.extxyz, frame 0 has info\['task'\]='r2scan'; expected one of \['pbe'\]"
+    ):
+        DiskDataset(tmp_path / "pairs.extxyz", **options).facts()
     assert keys.TASK not in StructureDataset(structures, cutoff=4.0, require_labels=False)[0]
-    assert int(read_task(pair(), ["only"], "structure")[keys.TASK]) == 0
+    assert int(read_task(pair().info, ["only"], "structure")[keys.TASK]) == 0
 
 
 def test_bad_values_name_the_structure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import graph_models
 import pytest
@@ -21,6 +22,15 @@ def test_graph_ranks_alone(pool: RankPool, devices: int) -> None:
 @pytest.mark.parametrize("schedule", ["wavek-zb", slow("1f1b-fold"), "1f1b-2nd"])
 def test_graph_ranks_in_a_pipeline(pool: RankPool, schedule: str) -> None:
     check_parity(pool, 4, pipeline_size=2, graph_size=2, num_microbatches=4, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("devices", "more"),
+    [(4, {"graph_size": 2}), slow(2, {}), slow(3, {"pipeline_size": 3})],
+)
+def test_several_tasks(pool: RankPool, devices: int, more: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"pipeline_size": 2, "num_microbatches": 2, **more}
+    check_parity(pool, devices, tiny.tasks_data, tiny.tasks_module, **options)
 
 
 def test_graph_ranks_and_replicas(pool: RankPool) -> None:

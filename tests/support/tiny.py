@@ -52,6 +52,32 @@ def shared_module() -> Any:
     return PotentialModule(potential, stress_weight=1.0)
 
 
+def tasks_module() -> Any:
+    """Returns a module with two tasks, each with trainable energies of atoms of its own."""
+    from lightning_januspipe.models import EquivariantPotential, PotentialModule
+
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    potential = EquivariantPotential(
+        ["Cu", "Ni", "Al"],
+        5.0,
+        num_layers=3,
+        num_features=8,
+        per_species_shift={"emt": [-1.0, -2.0, -3.0], "morse": 0.5},
+        trainable_scale_shift=True,
+        tasks=["emt", "morse"],
+    )
+    return PotentialModule(potential, stress_weight=1.0)
+
+
+def tasks_data() -> Any:
+    """Returns structures that EMT and a pair potential label in turns."""
+    from lightning_januspipe.data import EMTDataModule
+
+    options = {"dtype": "float64", "batch_size": 8, "shuffle": False}
+    return EMTDataModule(num_train=20, num_val=4, num_test=4, sizes=(4, 8, 16), tasks=["emt", "morse"], **options)
+
+
 def huber_module() -> Any:
     """Returns a module with Huber instead of squared errors."""
     return module(loss="huber")
