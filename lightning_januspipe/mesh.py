@@ -219,6 +219,19 @@ class Mesh:
             dist.all_gather_object(found, mine, group=self.graph_group)
         return found
 
+    def gathered_over_stage(self, mine: _T, what: str) -> list[_T]:
+        """Returns an object of every rank that exchanges rows with this rank's stages, on all of these ranks.
+
+        These are the graph ranks, or all ranks that hold the stages where these share experts. Arguments as above.
+        """
+        if self.expert_size == 1:
+            return self.gathered_over_graph(mine, what)
+        assert self.stage_control_group is not None
+        found: list[Any] = [None] * len(self.stage_ranks)
+        with waiting(what, self.stage_control_group):
+            dist.all_gather_object(found, mine, group=self.stage_control_group)
+        return found
+
     def abort(self) -> None:
         """Closes this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
         self.aborted = True

@@ -1,7 +1,4 @@
-"""Predicts memory and step time of MatRIS-MoE in units of ranks that share state, graphs and experts (FS-3D).
-
-The strategy does not share all three together yet: it refuses ``expert_size`` > 1 with sharded state.
-"""
+"""Predicts memory and step time of MatRIS-MoE in units of ranks that share state, graphs and experts (FS-3D)."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ def predicted_steps(
 
     Bytes and products are counted. Speeds of devices and networks are declared, not measured: give your own. Nothing
     overlaps in the prediction, attention and all other operations than products with experts cost nothing, and all
-    ranks have equal loads.
+    ranks have equal loads. Each unit has all experts; all other parameters are in shards over all ranks.
 
     Args:
         atoms: Atoms on each rank in a step.
@@ -70,9 +67,9 @@ def predicted_steps(
         counted = _count(size, edges)
         for gpus in (8, 32, 128, 512, 1024):
             unit, units = ranks_of_a_unit, gpus // ranks_of_a_unit
-            share = (counted.experts + counted.others) / gpus
-            whole = counted.others + counted.experts / unit
-            between, during = 3 * _FLOAT * share, 3 * _FLOAT * share + 2 * _FLOAT * whole
+            own = counted.experts / unit
+            between = 3 * _FLOAT * (counted.others / gpus + own)
+            during = between + _FLOAT * (2 * counted.others + own)  # gathered parameters, and gradients
             products = 2 * counted.products * PRODUCTS * atoms / operations
             rows = counted.sent * EXCHANGES * atoms * exchange_bytes * (1 - 1 / unit) / unit_bandwidth
             state = 2 * _FLOAT * counted.others * (1 - 1 / gpus) / (network_bandwidth if units > 1 else unit_bandwidth)

@@ -145,7 +145,8 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
     shape = MeshShape.resolve(
         given.get("pipeline_size", "auto"), given.get("data_size", "auto"), given.get("graph_size", 1), world
     )
-    num_microbatches = given.get("num_microbatches", "auto")
+    num_microbatches, level = given.get("num_microbatches", "auto"), given.get("shard", "auto")
+    spreads_experts = int(given.get("expert_size", 1)) > 1
     return StrategyArguments(
         max(shape.pipeline, _FEWEST_RANKS),
         None if num_microbatches == "auto" else int(num_microbatches),
@@ -158,7 +159,7 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
         bool(given.get("compile", False)),
         given.get("activation", "auto"),
         shape.data * shape.graph,
-        "none" if int(given.get("expert_size", 1)) > 1 else given.get("shard", "auto"),
+        "none" if spreads_experts and level == "auto" else level,
     )
 
 

@@ -116,7 +116,8 @@ class _Summands:
         if node.target is torch.ops.aten.add.Tensor:
             return self._of_sum(node)
         if node.target in _LINEAR:
-            (source,) = node.all_input_nodes
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
             parts = self.of(source)
             return [node] if len(parts) == 1 else [self._applied(node, part) for part in parts]
         return [node]
@@ -134,8 +135,9 @@ class _Summands:
         target: Any = node.target
         with self._graph.inserting_before(self._graph.output_node()):
             found = self._graph.call_function(target, (part, *node.args[1:]), node.kwargs)
+        sizes = fx.map_arg(node.args[1:], lambda size: size.meta["val"])  # some may follow from a batch
         with self._mode:
-            found.meta["val"] = target(part.meta["val"], *node.args[1:], **node.kwargs)
+            found.meta["val"] = target(part.meta["val"], *sizes, **node.kwargs)
         self._levels[found] = self._levels[part]
         return found
 

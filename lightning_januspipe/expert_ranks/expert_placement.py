@@ -1,6 +1,6 @@
 """Places experts on ranks by the load of the steps, and moves them only where it pays.
 
-``januspipe bench experts`` counts what that gives; training has consecutive experts on each rank.
+``januspipe bench experts`` counts what that gives.
 
 Which elements a step has, and so how many rows each expert gets, is known before the step (Janus, arXiv 2604.15821,
 plans its experts from the step's own atoms; how it does is not published, so this rule is a choice of this package).

@@ -8,19 +8,37 @@ inner width, which may be much larger than that of the features, do not travel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.graph_walks import ancestors, descendants, readers
 from lightning_januspipe.capture.trace.operators import is_pointwise, operator_of
 from lightning_januspipe.capture.trace.program import Node, Ref, replace_refs
+from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.errors import CaptureError
-from lightning_januspipe.expert_ranks.row_exchange import own_experts, return_rows, send_rows
+from lightning_januspipe.expert_ranks.row_exchange import bounds_of, return_rows, send_rows
+from lightning_januspipe.expert_ranks.traced_rows import PotentialWithExperts, RowExchangeSpec
 
 GROUPED_LINEAR = "januspipe.grouped_linear"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Names experts that are on one rank together.
+
+    Attributes:
+        num_experts: K.
+        parameters: names inside the potential of the weights with an entry for each expert.
+        sites: names of the values with the expert of each row.
+    """
+
+    num_experts: int
+    parameters: tuple[str, ...]
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -28,37 +46,39 @@ class SpreadExperts:
     """Holds a captured potential whose experts are spread over ranks.
 
     Attributes:
-        potential: with exchanges; its inputs end with one exchange for each of ``sites``.
-        given: the same potential without exchanges of rows.
+        potential: with exchanges; its inputs end with one exchange for each of ``sites``, and then one tensor with the
+            expert of each received row for each of them.
         parameters: names inside the potential of the weights that are spread, and their numbers of experts.
         sites: names of the values with the expert of each row, and for each the stage that reads it and the number of
             experts.
+        mixtures: each of the weights and each of the sites is in one of them.
     """
 
-    potential: CapturedPotential
-    given: CapturedPotential
+    potential: PotentialWithExperts
     parameters: dict[str, int]
     sites: dict[str, tuple[int, int]]
+    mixtures: tuple[Mixture, ...]
 
 
-def spread_experts(captured: CapturedPotential, num_ranks: int) -> SpreadExperts:
+def spread_experts(captured: CapturedPotential, num_ranks: int, rank: int = 0) -> SpreadExperts:
     """Returns a copy of a captured potential with exchanges of rows inserted.
 
     Args:
         captured: The potential, possibly with exchanges between graph ranks; it stays as it is.
         num_ranks: X, the number of ranks that share the experts.
+        rank: index of this rank.
 
     Raises:
         CaptureError: No weight can be spread, there are fewer experts than ranks, or the experts of rows follow from
             what another stage computes.
     """
-    return _ExchangeInserter(captured, num_ranks).run()
+    return _ExchangeInserter(captured, num_ranks, rank).run()
 
 
 class _ExchangeInserter:
-    def __init__(self, captured: CapturedPotential, num_ranks: int) -> None:
+    def __init__(self, captured: CapturedPotential, num_ranks: int, rank: int) -> None:
         self._captured, self._program = captured, captured.program
-        self._num_ranks = num_ranks
+        self._num_ranks, self._rank = num_ranks, rank
         self._stage_of = {n: stage for stage, body in enumerate(captured.cut.bodies) for n in body}
         self._repeated = {n for names in captured.cut.replicated for n in names}
         self._new: dict[str, list[Node]] = {}
@@ -66,6 +86,7 @@ class _ExchangeInserter:
         self._there: dict[str, tuple[str, str, int]] = {}  # value -> the same at the experts, site and stage
         self._sent: dict[tuple[str, str, int], str] = {}
         self._sites: dict[str, tuple[int, int]] = {}
+        self._together: list[set[str]] = []  # weights and sites that one product reads, or several with one in common
 
     def run(self) -> SpreadExperts:
         program = self._program
@@ -82,7 +103,15 @@ class _ExchangeInserter:
             elif is_pointwise(node):
                 self._move(node)
         parameters = {program.parameters[name]: num for name, num in weights.items()}
-        return SpreadExperts(self._result(), self._captured, parameters, self._sites)
+        return SpreadExperts(self._result(weights), parameters, self._sites, self._mixtures(weights))
+
+    def _mixtures(self, weights: Mapping[str, int]) -> tuple[Mixture, ...]:
+        found = []
+        for names in self._together:
+            own = [name for name in weights if name in names]
+            sites = tuple(name for name in self._sites if name in names)
+            found.append(Mixture(weights[own[0]], tuple(self._program.parameters[n] for n in own), sites))
+        return tuple(found)
 
     def _weights(self) -> dict[str, int]:
         """Returns the weights that can be spread, by their placeholders, with their numbers of experts."""
@@ -135,11 +164,11 @@ class _ExchangeInserter:
                 f"expert_size > 1 is not possible: the same indices ({group.name}) choose among {site[1]} experts of "
                 f"stage {site[0]} and among {num_experts} of stage {stage}. Use expert_size=1."
             )
-        there, known = self._at_experts(node, x.name, group.name, stage), f"{group.name}__own"
-        if not any(added.name == known for nodes in self._new.values() for added in nodes):
-            of_rows = Node(known, "call_function", own_experts, (Ref(_input(group.name)),), {}, None)
-            self._new.setdefault(node.name, []).append(of_rows)
-        product = replace(node, name=f"{node.name}__there", args=(Ref(there), weight, Ref(known)))
+        joined = [names for names in self._together if weight.name in names or group.name in names]
+        self._together = [names for names in self._together if names not in joined]
+        self._together.append({weight.name, group.name}.union(*joined))
+        there = self._at_experts(node, x.name, group.name, stage)
+        product = replace(node, name=f"{node.name}__there", args=(Ref(there), weight, Ref(_experts(group.name))))
         self._computed_there(node, product, group.name, stage)
 
     def _move(self, node: Node) -> None:
@@ -167,7 +196,7 @@ class _ExchangeInserter:
         """Lets the ranks of the experts compute a value, which comes back if anything else reads it."""
         self._new.setdefault(node.name, []).append(copy)
         self._there[node.name] = copy.name, site, stage
-        back = (Ref(copy.name), Ref(_input(site)))
+        back = (Ref(copy.name), Ref(_input(site)), Ref(site))
         self._nodes[node.name] = Node(node.name, "call_function", return_rows, back, {}, node.spec)
 
     def _at_experts(self, node: Node, name: str, site: str, stage: int) -> str:
@@ -182,28 +211,40 @@ class _ExchangeInserter:
             self._new.setdefault(node.name, []).append(extra)
         return self._sent[key]
 
-    def _result(self) -> CapturedPotential:
+    def _result(self, weights: Mapping[str, int]) -> PotentialWithExperts:
         program, captured = self._program, self._captured
-        inputs = [_input(site) for site in self._sites]
+        exchanges = {_input(site): RowExchangeSpec(site, program.spec(site).shape[0]) for site in self._sites}
+        experts = {_experts(s.site): TensorSpec((s.received,), torch.int64) for s in exchanges.values()}
         nodes = [n for n in program.nodes if n.is_placeholder]
-        nodes += [Node(name, "placeholder", name, (), {}, None) for name in inputs]
+        nodes += [Node(name, "placeholder", name, (), {}, None) for name in exchanges]
+        nodes += [Node(name, "placeholder", name, (), {}, spec) for name, spec in experts.items()]
         for node in program.operations:
             nodes += [*self._new.get(node.name, []), self._nodes[node.name]]
 
         def longer(names: Sequence[str]) -> list[str]:
             return [n for name in names for n in (*(new.name for new in self._new.get(name, ())), name)]
 
-        return replace(
-            captured,
-            program=replace(program, nodes=nodes, inputs=[*program.inputs, *inputs]),
-            regions=replace(captured.regions, body=longer(captured.regions.body)),
-            cut=replace(captured.cut, bodies=[longer(body) for body in captured.cut.bodies]),
-        )
+        own = {}
+        for name, num in weights.items():
+            begin, end = bounds_of(num, self._num_ranks)[self._rank : self._rank + 2]
+            own[name] = replace(program.spec(name), shape=(end - begin, *program.spec(name).shape[1:]))
+        changed = {
+            "program": replace(program, nodes=nodes, inputs=[*program.inputs, *exchanges, *experts]),
+            "regions": replace(captured.regions, body=longer(captured.regions.body)),
+            "cut": replace(captured.cut, bodies=[longer(body) for body in captured.cut.bodies]),
+        }
+        same = {f.name: getattr(captured, f.name) for f in fields(CapturedPotential)}
+        return PotentialWithExperts(**{**same, **changed}, given=captured, added={**exchanges, **experts}, own=own)
 
 
 def _input(site: str) -> str:
     """Returns the name of the input with the exchange for the rows of a site."""
     return f"rows_{site}"
+
+
+def _experts(site: str) -> str:
+    """Returns the name of the input with the expert of each row that this rank receives for a site."""
+    return f"experts_{site}"
 
 
 def num_rows_of(expert: Tensor, num_experts: int) -> Tensor:

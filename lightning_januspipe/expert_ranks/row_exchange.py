@@ -8,8 +8,8 @@ All ranks of a group have to call the same operations in the same order, ranks w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_januspipe.graph.collectives import Exchanging, transposed
-from lightning_januspipe.graph.exchange import send_rows_to_each
+from lightning_januspipe.graph.exchange import WithHandle, send_rows_to_each
 
 _WHAT = "exchange of rows between ranks with experts"
 
 
 @dataclass(eq=False)
-class RowExchange:
+class RowExchange(WithHandle):
     """Says which rows of one micro-batch go where.
 
     Attributes:
@@ -33,6 +33,8 @@ class RowExchange:
         arrangement: (R',) the received rows in the order of this rank's experts.
         experts: (R',) the expert of each received row in that order; 0 is this rank's first expert.
         group: the ranks that share the experts; None for a single rank.
+        sizes_of_ranks: values of the size symbols of the micro-batch on all ranks that hold the stage, if these have
+            told them each other.
     """
 
     order: Tensor
@@ -41,6 +43,33 @@ class RowExchange:
     arrangement: Tensor
     experts: Tensor
     group: dist.ProcessGroup | None = None
+    sizes_of_ranks: Sequence[Mapping[str, int]] = field(default=(), repr=False)
+
+    @property
+    def num_received(self) -> int:
+        """Returns R', the number of rows of all ranks for this rank's experts."""
+        return len(self.arrangement)
+
+    def sent(self, x: Tensor) -> Tensor:
+        """Returns (R', ...) the rows for this rank's experts; see :func:`send_rows`."""
+        _check_rows(x, len(self.order))
+        received = x.new_empty(self.num_received, *x.shape[1:])
+        self._exchange(received, x.index_select(0, self.order), self.receive_counts, self.send_counts)
+        return received.index_select(0, self.arrangement)
+
+    def returned(self, y: Tensor, num_rows: int) -> Tensor:
+        """Returns (R, ...) own rows; see :func:`return_rows`."""
+        _check_rows(y, self.num_received)
+        returned = y.new_empty(num_rows, *y.shape[1:])
+        rows = y.new_empty(y.shape).index_copy_(0, self.arrangement, y)
+        self._exchange(returned, rows, self.send_counts, self.receive_counts)
+        return returned.new_empty(returned.shape).index_copy_(0, self.order, returned)
+
+    def _exchange(self, into: Tensor, rows: Tensor, receive_counts: Sequence[int], send_counts: Sequence[int]) -> None:
+        if self.group is None:
+            into.copy_(rows)
+        else:
+            send_rows_to_each(into, rows, receive_counts, send_counts, self.group, _WHAT)
 
     def close(self) -> None:
         """Drops the reference to the group, so that its connections can be closed."""
@@ -90,63 +119,49 @@ def send_rows(x: Tensor, exchange: RowExchange) -> Tensor:
         (R', ...) the rows of all ranks for this rank's experts, in the order of the experts. The derivative is
         :func:`return_rows`.
     """
-    _check_rows(x, len(exchange.order))
     sent: Tensor = _SendRows.apply(x, exchange)
     return sent
 
 
-def return_rows(y: Tensor, exchange: RowExchange) -> Tensor:
+def return_rows(y: Tensor, exchange: RowExchange, expert: Tensor) -> Tensor:
     """Sends each row back to the rank that it came from: the transpose of :func:`send_rows`.
 
     Args:
         y: (R', ...) rows of all ranks, as :func:`send_rows` returns them.
         exchange: which rows came from where.
+        expert: (R, ...) any tensor with the own rows; their number counts only.
 
     Returns:
         (R, ...) own rows.
     """
-    _check_rows(y, len(exchange.arrangement))
-    returned: Tensor = _ReturnRows.apply(y, exchange)
+    returned: Tensor = _ReturnRows.apply(y, exchange, expert.shape[0])
     return returned
-
-
-def own_experts(exchange: RowExchange) -> Tensor:
-    """Returns the expert of each row that :func:`send_rows` returns; 0 is this rank's first expert."""
-    return exchange.experts
 
 
 class _SendRows(Exchanging):
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        Exchanging.setup_context(ctx, inputs, output)
+        ctx.num_rows = inputs[0].shape[0]
+
+    @staticmethod
     def forward(x: Tensor, exchange: RowExchange) -> Tensor:
-        received = x.new_empty(len(exchange.arrangement), *x.shape[1:])
-        _exchange(received, x.index_select(0, exchange.order), exchange.receive_counts, exchange.send_counts, exchange)
-        return received.index_select(0, exchange.arrangement)
+        return exchange.sent(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return transposed(return_rows, ctx, gradients)
+        (given,) = gradients
+        return None if given is None else _ReturnRows.apply(given, ctx.exchange, ctx.num_rows), None
 
 
 class _ReturnRows(Exchanging):
     @staticmethod
-    def forward(y: Tensor, exchange: RowExchange) -> Tensor:
-        returned = y.new_empty(len(exchange.order), *y.shape[1:])
-        rows = y.new_empty(y.shape).index_copy_(0, exchange.arrangement, y)
-        _exchange(returned, rows, exchange.send_counts, exchange.receive_counts, exchange)
-        return returned.new_empty(returned.shape).index_copy_(0, exchange.order, returned)
+    def forward(y: Tensor, exchange: RowExchange, num_rows: int) -> Tensor:
+        return exchange.returned(y, num_rows)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return transposed(send_rows, ctx, gradients)
-
-
-def _exchange(
-    into: Tensor, rows: Tensor, receive_counts: Sequence[int], send_counts: Sequence[int], exchange: RowExchange
-) -> None:
-    if exchange.group is None:
-        into.copy_(rows)
-    else:
-        send_rows_to_each(into, rows, receive_counts, send_counts, exchange.group, _WHAT)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return *transposed(send_rows, ctx, gradients), None
 
 
 def _check_rows(x: Tensor, expected: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +14,10 @@ from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import MicrobatchInput
 from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement
 from lightning_januspipe.expert_ranks.insert_row_exchanges import num_rows_of, spread_experts
 from lightning_januspipe.expert_ranks.row_exchange import RowExchange, bounds_of, plan_rows
+from lightning_januspipe.expert_ranks.traced_rows import PotentialWithExperts
 
 _PLANNING = "exchange of the numbers of rows of experts"
 
@@ -28,11 +30,16 @@ class ExpertGroup:
         size: X, the number of these ranks.
         rank: index of this rank among them.
         group: their process group.
+        of_stage: all ranks that hold the stages, on the host, if they have to know the sizes of each other's
+            micro-batches: compiled phases that are not right for one on one rank run eagerly on all of them.
+        copies: the ranks that hold the same experts as this one in other groups; None if there are none.
     """
 
     size: int
     rank: int
     group: dist.ProcessGroup | None
+    of_stage: dist.ProcessGroup | None = None
+    copies: dist.ProcessGroup | None = None
 
 
 class ExpertAxis:
@@ -50,6 +57,9 @@ class ExpertAxis:
 
     Attributes:
         parameters: the weights that are spread, of this rank's stages.
+        stages: those of this rank's stages whose rows travel.
+        move: moves the entries of weights to the ranks that hold them in a new order of their experts; None to leave
+            experts where they are.
 
     Raises:
         CaptureError: the experts cannot be spread.
@@ -58,28 +68,37 @@ class ExpertAxis:
     def __init__(
         self, captured: CapturedPotential, potential: nn.Module, ranks: ExpertGroup, stages: Sequence[int]
     ) -> None:
-        self._spread = spread_experts(captured, ranks.size)
+        self._spread = spread_experts(captured, ranks.size, ranks.rank)
         self._ranks, self._group = ranks, ranks.group
+        self._of_stage, self._copies = ranks.of_stage, ranks.copies
         program, regions = captured.program, captured.regions
         stages_of = captured.parameter_stages()
         self.parameters = [
             potential.get_parameter(name) for name in self._spread.parameters if stages_of[name] & set(stages)
         ]
+        self.stages = sorted({stage for stage, _ in self._spread.sites.values() if stage in stages})
         self._own = [site for site, (stage, _) in self._spread.sites.items() if stage in stages]
         forward = [*regions.geometry, *regions.body]
         self._experts = ProgramFunction(program, potential, forward, self._own)
+        self._stages = [self._spread.potential.stage(index, potential) for index in stages]
         self._exchanges: list[RowExchange] = []
+        mixtures = [m for m in self._spread.mixtures if set(m.sites) <= set(self._own)]
+        self._weights = {m: [potential.get_parameter(name) for name in m.parameters] for m in mixtures}
+        self._placements = {m: ExpertPlacement(m.num_experts, ranks.size) for m in mixtures}
+        self._mixture_of = {site: m for m in mixtures for site in m.sites}
+        self.move: Callable[[Mapping[nn.Parameter, Sequence[int]]], None] | None = None
 
     @property
-    def potential(self) -> CapturedPotential:
+    def potential(self) -> PotentialWithExperts:
         """Returns the potential whose stages exchange rows."""
         return self._spread.potential
 
-    def plan(self, inputs: Sequence[MicrobatchInput]) -> list[MicrobatchInput]:
+    def plan(self, inputs: Sequence[MicrobatchInput], may_move: bool = False) -> list[MicrobatchInput]:
         """Returns the micro-batches of a step with the exchanges of rows for this rank's stages.
 
         Args:
             inputs: the micro-batches; all ranks of the group have equally many.
+            may_move: Whether experts may move to other ranks before the step.
 
         Raises:
             PipelineError: the ranks have different numbers of micro-batches.
@@ -89,6 +108,8 @@ class ExpertAxis:
             experts = [self._experts(given.tensors) for given in inputs]
         sizes = [self._spread.sites[site][1] for site in self._own]
         counts = self._gathered(experts, sizes)
+        if may_move and self.move is not None:
+            self._place(counts.to(self._experts_device(experts)), self.move)
         self._exchanges = []
         planned = []
         for microbatch, (given, of_sites) in enumerate(zip(inputs, experts, strict=True)):
@@ -96,11 +117,52 @@ class ExpertAxis:
             for index, (site, expert) in enumerate(zip(self._own, of_sites, strict=True)):
                 of_site = counts[:, microbatch, index, : sizes[index]]
                 bounds = bounds_of(sizes[index], self._ranks.size)
-                plans[site] = plan_rows(expert, of_site, bounds, self._ranks.rank, self._group)
+                order = torch.tensor(self._placements[self._mixture_of[site]].order)
+                place = order.argsort().to(expert.device)[expert]
+                plans[site] = plan_rows(place, of_site[:, order], bounds, self._ranks.rank, self._group)
             self._exchanges += plans.values()
             exchanges = [plans.get(site) for site in self._spread.sites]  # None for sites of other stages
-            planned.append(replace(given, tensors=[*given.tensors, *exchanges]))
+            received = [None if exchange is None else exchange.experts for exchange in exchanges]
+            planned.append(replace(given, tensors=[*given.tensors, *exchanges, *received]))
+        if self._of_stage is not None:
+            self._tell_sizes(planned)
         return planned
+
+    def _place(self, counts: Tensor, move: Callable[[Mapping[nn.Parameter, Sequence[int]]], None]) -> None:
+        """Moves experts to other ranks where it pays, by the rows of this step and of those before.
+
+        Args:
+            counts: (X, micro-batches, sites, experts) rows of each rank of the group, on the device of messages.
+            move: see :attr:`move`.
+        """
+        of_sites = counts.sum((0, 1))
+        if self._copies is not None:  # the ranks that hold the same experts in other groups move them alike
+            with waiting(_PLANNING, self._copies):
+                dist.all_reduce(of_sites, group=self._copies)
+        rows = dict(zip(self._own, of_sites.tolist(), strict=True))
+        orders: dict[nn.Parameter, list[int]] = {}
+        for mixture, placement in self._placements.items():
+            load = [sum(of_expert) for of_expert in zip(*(rows[site] for site in mixture.sites), strict=True)]
+            if placement.see(load[: mixture.num_experts]):
+                orders |= dict.fromkeys(self._weights[mixture], placement.order)
+        if orders:
+            move(orders)
+
+    def _tell_sizes(self, planned: Sequence[MicrobatchInput]) -> None:
+        """Lets all ranks that hold the stages know the sizes of each other's micro-batches."""
+        of_microbatches = []
+        for given in planned:
+            found = {s: n for stage in self._stages for s, n in stage.sizes(given.tensors)[0].items()}
+            of_microbatches.append({s: found[s] for s in sorted(found) if not s.startswith("handle_")})
+        mine = torch.tensor([list(sizes.values()) for sizes in of_microbatches], dtype=torch.int64)
+        told = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._of_stage))]
+        with waiting(_PLANNING, self._of_stage):
+            dist.all_gather(told, mine, group=self._of_stage)
+        for index, (given, sizes) in enumerate(zip(planned, of_microbatches, strict=True)):
+            of_ranks = [dict(zip(sizes, of_rank[index].tolist(), strict=True)) for of_rank in told]
+            for exchange in given.tensors:
+                if isinstance(exchange, RowExchange):
+                    exchange.sizes_of_ranks = of_ranks
 
     def _gathered(self, experts: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> Tensor:
         """Returns (X, micro-batches, sites, experts) numbers of rows of each rank, on the host."""
@@ -139,4 +201,4 @@ class ExpertAxis:
         """Drops all references to the process group, in exchanges too, so that its connections can be closed."""
         for exchange in self._exchanges:
             exchange.close()
-        self._group = None
+        self._group = self._of_stage = self._copies = None

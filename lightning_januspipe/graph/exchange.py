@@ -24,12 +24,23 @@ _WHAT = "exchange of rows between graph ranks"
 
 # Operators of compiled graphs take numbers and tensors only, so they look their exchange up, as torch's own
 # collectives look up a process group by its name.
-_BY_HANDLE: weakref.WeakValueDictionary[int, Exchange] = weakref.WeakValueDictionary()
+_BY_HANDLE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count(1)
 
 
+class WithHandle:
+    """Has a number by which operators of compiled graphs find it, as long as it exists."""
+
+    @cached_property
+    def handle(self) -> int:
+        """Returns the number."""
+        handle = next(_HANDLES)
+        _BY_HANDLE[handle] = self
+        return handle
+
+
 @dataclass(eq=False)
-class Exchange:
+class Exchange(WithHandle):
     """Holds the shard and the process group of an exchange.
 
     Attributes:
@@ -65,13 +76,6 @@ class Exchange:
     def num_halo(self) -> int:
         """Returns the number of rows of other ranks that this rank reads."""
         return self.shard.num_halo
-
-    @cached_property
-    def handle(self) -> int:
-        """Returns the number by which operators of compiled graphs find this exchange, as long as it exists."""
-        handle = next(_HANDLES)
-        _BY_HANDLE[handle] = self
-        return handle
 
     def close(self) -> None:
         """Drops the reference to the group: its connections close when no exchange in a graph refers to it any more."""
@@ -160,8 +164,8 @@ class Exchange:
             collective(*args, group=self.group)
 
 
-def exchange_of(handle: int) -> Exchange:
-    """Returns the exchange with a handle."""
+def exchange_of(handle: int) -> Any:
+    """Returns the exchange with a handle; the operator knows of which class it is."""
     found = _BY_HANDLE.get(handle)
     assert found is not None, f"the exchange {handle} is gone; something has to keep it until its micro-batch has ended"
     return found

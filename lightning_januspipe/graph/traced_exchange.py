@@ -106,7 +106,7 @@ def _register(name: str, operator: _Operator) -> None:
     """
 
     def run(x: Tensor, handle: int, num_halo: int, after: Tensor | None = None) -> Tensor:
-        exchange = exchange_of(handle)
+        exchange: Exchange = exchange_of(handle)
         assert exchange.num_halo == num_halo, "the graph has the sizes of another micro-batch"
         return operator.run(exchange, x).contiguous()
 

@@ -24,13 +24,14 @@ from lightning_januspipe.distributed import on_first_rank, waiting
 from lightning_januspipe.engine.eager_stages import eager_stages
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.p2p import Links, message_latency
+from lightning_januspipe.engine.single_process import StageFactory
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import verify_sharding
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
-from lightning_januspipe.runtime.pipeline import MessageDtype, Pipeline
+from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
@@ -112,6 +113,7 @@ class PipelineBuilder:
         message_dtype: What messages between stages are rounded to.
         compiles: Whether to compile the phases.
         activation: What stages keep between their phases; "auto" chooses within the memory limit.
+        expert_placement: Which experts a rank has, where ranks share them.
 
     Attributes:
         schedule: Name of the schedule.
@@ -128,12 +130,14 @@ class PipelineBuilder:
         message_dtype: MessageDtype | None = None,
         compiles: bool = False,
         activation: Activation | Literal["auto"] = "auto",
+        expert_placement: ExpertOrder = "order",
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
         self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
-        self._compiles, self._activation = compiles, activation
+        self._compiles, self._activation, self._expert_placement = compiles, activation, expert_placement
         self._last: _LastCapture | None = None
         self._compiler: StageCompiler | None = None
+        self._compiler_spreads = False  # whether it is for stages whose experts are spread
         self._activations: tuple[str, ...] = ()
         self.level: ShardLevel = "none"
 
@@ -185,7 +189,9 @@ class PipelineBuilder:
                 self._activations = chosen.activations.names
             if limit is not None and news.line:
                 news = replace(news, line=f"{news.line}; {chosen.describe(limit)}")
-        make_stage = self._stage_compiler(request, mesh, found) if self._compiles else self._eager_stage
+        make_stage: StageFactory = self._eager_stage
+        if self._compiles:
+            make_stage = self._stage_compiler(request, mesh, found, spreads_experts)
         pipeline = Pipeline(
             request.module,
             mesh,
@@ -195,7 +201,7 @@ class PipelineBuilder:
             request.num_microbatches,
             self._message_dtype,
             make_stage,
-            spreads_experts,
+            SpreadOptions(self._expert_placement, self._compiles) if spreads_experts else None,
         )
         pipeline.executor.annotate = request.annotate
         if self._compiler is not None:
@@ -229,16 +235,20 @@ class PipelineBuilder:
             return {}
         names = candidates(self._compiles, self._activation, mesh.device.type)
         if self._compiles:
-            names = () if mesh.shape.graph > 1 else names
+            names = () if mesh.shape.graph > 1 or mesh.expert_size > 1 else names
         elif self._activation != "auto":
             names = ()  # the capture itself has measured it
         return activation_factories(self._compiles, names, mesh.device.type, is_deferred(planner.name))
 
-    def _stage_compiler(self, request: CaptureRequest, mesh: Mesh, found: Capture) -> StageCompiler:
-        """Returns what makes compiled stages; what was compiled for training serves evaluation too."""
+    def _stage_compiler(
+        self, request: CaptureRequest, mesh: Mesh, found: Capture, spreads_experts: bool
+    ) -> StageCompiler:
+        """Returns what makes compiled stages; what was compiled for training serves evaluation of the same stages."""
         from lightning_januspipe.compiled.compiler import StageCompiler
 
-        if self._compiler is None:
+        if self._compiler is None or self._compiler_spreads != spreads_experts:
+            over_ranks = mesh.gathered_over_stage if spreads_experts else mesh.gathered_over_graph
+            self._compiler_spreads = spreads_experts
             potential = request.module.get_submodule(found.potential.path)
             self._compiler = StageCompiler(
                 found.sizes,
@@ -248,7 +258,7 @@ class PipelineBuilder:
                 trains=request.trains,
                 tolerance=rounding_tolerance(found.potential, potential),
                 cache=ProgramCache.default().subfolder("inductor"),
-                over_ranks=lambda mine: mesh.gathered_over_graph(mine, "agreement on what is compiled"),
+                over_ranks=lambda mine: over_ranks(mine, "agreement on what is compiled"),
             )
         return self._compiler
 

@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.gradients import reduce_gradients
 from lightning_januspipe.expert_ranks import bounds_of
+from lightning_januspipe.graph.exchange import send_rows_to_each
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, to_cpu
 
 _GATHERING = "gathering of experts"
+_MOVING = "moving of experts to other ranks"
 
 
 class ExpertShards:
@@ -34,13 +36,17 @@ class ExpertShards:
 
     Attributes:
         parameters: See above.
+        are_whole: Whether parameters have the entries of all experts now.
+        optimizers: Those whose state moves with the experts.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
         self._mesh = mesh
         self._shapes = {p: p.shape for p in parameters}
         self._bounds = {p: bounds_of(p.shape[0], mesh.expert_size) for p in parameters}
+        self._orders = {p: list(range(p.shape[0])) for p in parameters}  # experts in the order in which ranks hold them
         self._gradients: dict[nn.Parameter, Tensor | None] = {}
+        self.optimizers: list[Optimizer] = []
         self.parameters = list(parameters)
         self.are_whole = True
 
@@ -53,7 +59,7 @@ class ExpertShards:
             return
         for parameter in self.parameters:
             parameter.grad = None
-            parameter.data = self._own(parameter, parameter.data).clone()
+            parameter.data = self._own(parameter, parameter.data)
             parameter.grad = self._gradients.pop(parameter, None)
         self.are_whole = False
 
@@ -88,9 +94,56 @@ class ExpertShards:
             found[parameter] = self._gathered(parameter, own) if has else None
         return found
 
+    def place(self, orders: Mapping[nn.Parameter, Sequence[int]]) -> None:
+        """Moves entries, with their optimizer state and what is in ``.grad``, to the ranks that hold them from now on.
+
+        Every rank that shares the experts takes part. No rank has more or fewer entries than before.
+
+        Args:
+            orders: For some parameters the experts in the order in which ranks hold them.
+        """
+        assert not self.are_whole
+        group = self._mesh.expert_group
+        has_gradient = torch.tensor([float(p.grad is not None) for p in orders], device=self._mesh.device)
+        with waiting(_MOVING, group):
+            dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX, group=group)
+        for (parameter, order), has in zip(orders.items(), has_gradient.tolist(), strict=True):
+            moved = [parameter.data]
+            for optimizer in self.optimizers:
+                state = optimizer.state.get(parameter, {})
+                moved += [value for value in state.values() if _has_shape(value, parameter.shape)]
+            if has:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                moved.append(parameter.grad)
+            routes = self._routes(parameter, order)
+            for tensor in moved:
+                _move(tensor, *routes, group)
+            self._orders[parameter] = list(order)
+
+    def _routes(self, parameter: nn.Parameter, after: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Returns for each rank the positions of own entries that go there, and the new positions of those from there.
+
+        Args:
+            parameter: The parameter.
+            after: Its experts in their new order.
+        """
+        before, bounds, rank = self._orders[parameter], self._bounds[parameter], self._mesh.expert_rank
+        ranks = list(pairwise(bounds))
+        mine_before, mine_after = (order[bounds[rank] : bounds[rank + 1]] for order in (before, after))
+        sent = [[mine_before.index(e) for e in after[a:b] if e in mine_before] for a, b in ranks]
+        received = [[i for i, e in enumerate(mine_after) if e in before[a:b]] for a, b in ranks]
+        return sent, received
+
     def _own(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
         bounds, rank = self._bounds[parameter], self._mesh.expert_rank
-        return values[bounds[rank] : bounds[rank + 1]]
+        return values[self._orders[parameter][bounds[rank] : bounds[rank + 1]]]
+
+    def _in_order(self, parameter: nn.Parameter, parts: Sequence[Tensor]) -> Tensor:
+        """Returns the entries of all experts, the first expert first, from those of each rank."""
+        joined = torch.cat(list(parts))
+        return torch.empty_like(joined).index_copy_(
+            0, torch.tensor(self._orders[parameter], device=joined.device), joined
+        )
 
     def _gathered(self, parameter: nn.Parameter, own: Tensor) -> Tensor:
         """Returns the entries of all ranks: each sends as many as the rank with the most has."""
@@ -101,19 +154,19 @@ class ExpertShards:
         found = [torch.empty_like(padded) for _ in counts]
         with waiting(_GATHERING, self._mesh.expert_group):
             dist.all_gather(found, padded, group=self._mesh.expert_group)
-        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+        return self._in_order(parameter, [part[:count] for part, count in zip(found, counts, strict=True)])
 
     # -- optimizer state ---------------------------------------------------------------------------------------------
 
     def part_of_state(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what this rank keeps of the optimizer state of a whole parameter."""
         whole = self._shapes[parameter]
-        return {k: self._own(parameter, v).clone() if _has_shape(v, whole) else v for k, v in state.items()}
+        return {k: self._own(parameter, v) if _has_shape(v, whole) else v for k, v in state.items()}
 
     def whole_states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
         """Returns the optimizer state of whole parameters in host memory; every rank that holds the stages takes part.
 
-        Only the ranks with the first experts get it.
+        Only the first rank that holds the stages gets it.
         """
         found = {}
         group = self._mesh.expert_control_group
@@ -122,7 +175,7 @@ class ExpertShards:
             parts: list[Any] | None = [None] * self._mesh.expert_size if self._mesh.expert_rank == 0 else None
             with waiting("gathering of optimizer states of experts", group):
                 dist.gather_object(mine, parts, self._mesh.expert_ranks[0], group=group)
-            if parts is not None and parts[0] is not None:
+            if parts is not None and parts[0] is not None and self._mesh.stage_rank == 0:
                 assert None not in parts, "an expert has no optimizer state on its rank"
                 found[parameter] = self._joined(parameter, parts)
         return found
@@ -130,7 +183,20 @@ class ExpertShards:
     def _joined(self, parameter: nn.Parameter, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         bounds, rest = self._bounds[parameter], self._shapes[parameter][1:]
         own = torch.Size([bounds[1] - bounds[0], *rest])
-        return {k: torch.cat([p[k] for p in parts]) if _has_shape(v, own) else v for k, v in parts[0].items()}
+        return {
+            k: self._in_order(parameter, [p[k] for p in parts]) if _has_shape(v, own) else v
+            for k, v in parts[0].items()
+        }
+
+
+def _move(
+    values: Tensor, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]], group: dist.ProcessGroup | None
+) -> None:
+    """Sends entries to other ranks and takes those of other ranks, in place; see :meth:`ExpertShards._routes`."""
+    rows = values[[position for of_rank in sent for position in of_rank]]
+    into = torch.empty_like(values)
+    send_rows_to_each(into, rows, [len(r) for r in received], [len(s) for s in sent], group, _MOVING)
+    values[[position for of_rank in received for position in of_rank]] = into
 
 
 def _has_shape(value: Any, shape: torch.Size) -> bool:

@@ -111,6 +111,11 @@ class PlacedParameters:
         """Returns whether this rank trains its own experts' entries of a parameter only."""
         return self.experts is not None and parameter in self.experts
 
+    @property
+    def is_accumulating(self) -> bool:
+        """Tells whether gradients of batches before wait for those of the next batch."""
+        return self._earlier is not None
+
     def make_experts_whole(self) -> bool:
         """Gives parameters the entries of all experts until :meth:`keep_own_experts`, at the next step at the latest.
 

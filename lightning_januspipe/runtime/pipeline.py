@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,6 +45,22 @@ if TYPE_CHECKING:
 MessageDtype = Literal["bf16"]
 """What messages may be rounded to."""
 
+ExpertOrder = Literal["order", "load"]
+"""Which experts a rank has: consecutive ones, or those with which ranks have about equal numbers of rows."""
+
+
+@dataclass(frozen=True)
+class SpreadOptions:
+    """Says how experts are spread over ranks.
+
+    Attributes:
+        placement: Which experts a rank has.
+        is_compiled: Whether stages may run compiled.
+    """
+
+    placement: ExpertOrder = "order"
+    is_compiled: bool = False
+
 
 class Pipeline(Runner):
     """Runs the stages of a captured module that are on this rank.
@@ -57,7 +74,7 @@ class Pipeline(Runner):
         num_microbatches: Micro-batches of most steps; the ranks of the stages are chosen for them.
         message_dtype: What features and their gradients are rounded to between ranks; None to send them as they are.
         make_stage: Makes what runs the phases of the stages whose phases are all on this rank.
-        spreads_experts: Whether each rank holds its own experts only, among the mesh's ranks that share experts.
+        experts: How the mesh's ranks that share experts hold them; None if each rank holds all.
 
     Attributes:
         compile_report: What was compiled on this rank; None if phases run eagerly.
@@ -76,7 +93,7 @@ class Pipeline(Runner):
         num_microbatches: int = 1,
         message_dtype: MessageDtype | None = None,
         make_stage: StageFactory = eager_stage,
-        spreads_experts: bool = False,
+        experts: SpreadOptions | None = None,
     ) -> None:
         self._module, self._mesh, self._links = module, mesh, links
         staged = self._staged = capture.potential
@@ -99,8 +116,8 @@ class Pipeline(Runner):
             self._graph = GraphAxis(staged, potential, group)
         local = staged if self._graph is None else self._graph.potential
         self._experts: ExpertAxis | None = None
-        if spreads_experts:
-            self._experts = self._spread_experts(local, potential, first.stages_of(mesh.pipeline_rank))
+        if experts is not None:
+            self._experts = self._spread_experts(local, potential, first.stages_of(mesh.pipeline_rank), experts)
             local = self._experts.potential
         stages: dict[int, Stage] = {}
         for index in first.stages_of(mesh.pipeline_rank):
@@ -133,7 +150,7 @@ class Pipeline(Runner):
                 # Any replica may have a batch of a new kind, whose check needs parameters: they are on their way then.
                 self.schedules.before_meeting()
                 self.parameters.unshard()
-            inputs = self._inputs(steps, batches, owners)
+            inputs = self._inputs(steps, batches, owners, trains=True)
             schedule = self.schedules.schedule(len(batches), self.shard_level, reduces)
             outputs, weight = [None] * len(batches), loss_scale / len(batches)
 
@@ -175,7 +192,11 @@ class Pipeline(Runner):
                 return self._step.finish(0, observables, derivatives)
 
     def _inputs(
-        self, steps: Sequence[StepFunction], batches: Sequence[Any], owners: Sequence[Tensor | None] = ()
+        self,
+        steps: Sequence[StepFunction],
+        batches: Sequence[Any],
+        owners: Sequence[Tensor | None] = (),
+        trains: bool = False,
     ) -> list[MicrobatchInput]:
         """Returns what this rank's stages get of each micro-batch, after the checks that come before any phase."""
         mesh = self._mesh
@@ -192,10 +213,14 @@ class Pipeline(Runner):
             inputs = self._graph.shard_step_inputs(inputs, replica, owners)
         if self._experts is not None:
             self.parameters.keep_own_experts()
-            inputs = self._experts.plan(inputs)
+            for stage in self._experts.stages:
+                self.parameters.wait_for_parameters(stage)
+            inputs = self._experts.plan(inputs, may_move=trains and not self.parameters.is_accumulating)
         return inputs
 
-    def _spread_experts(self, local: Any, potential: nn.Module, stages: Sequence[int]) -> ExpertAxis:
+    def _spread_experts(
+        self, local: Any, potential: nn.Module, stages: Sequence[int], options: SpreadOptions
+    ) -> ExpertAxis:
         """Returns what spreads the experts of this rank's stages."""
         mesh = self._mesh
         if not isinstance(local, CapturedPotential):
@@ -208,8 +233,13 @@ class Pipeline(Runner):
                 f"expert_size > 1 is not possible with schedule={self.schedules.first.name!r}, which runs the phases "
                 "of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or expert_size=1."
             )
-        axis = ExpertAxis(local, potential, ExpertGroup(mesh.expert_size, mesh.expert_rank, mesh.expert_group), stages)
-        self.parameters.experts = ExpertShards(axis.parameters, mesh)
+        of_stage = mesh.stage_control_group if options.is_compiled else None
+        sharing, copies = mesh.expert_group, mesh.expert_copies_group
+        group = ExpertGroup(mesh.expert_size, mesh.expert_rank, sharing, of_stage, copies)
+        axis = ExpertAxis(local, potential, group, stages)
+        self.parameters.experts = shards = ExpertShards(axis.parameters, mesh)
+        if options.placement == "load":
+            axis.move = shards.place
         return axis
 
     def _agree_on_checks(self) -> None:

@@ -59,12 +59,14 @@ class StageOptimizer:
         self._known = known
         if parameters.experts is not None:
             require_element_wise(optimizer)
+            parameters.experts.optimizers.append(optimizer)
         self._shards: OptimizerShards | None = None
         self._in_parts: set[nn.Parameter] = set()
         self._writes_whole = True
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._require_same_groups())]
         if mesh is not None:
-            held = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
+            trained = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
+            held = [p for p in trained if not parameters.is_spread(p)]  # experts are on their owners anyway
             releases = level == "parameters"
             self._shards = OptimizerShards(held, optimizer, mesh, parameters.stage_of, releases, names)
             parameters.shards.append(self._shards)
@@ -192,15 +194,16 @@ class StageOptimizer:
         states = self._whole_states()
         if self._shards is not None:
             states.update(self._shards.whole_states(self.optimizer))
-        if self._parameters.experts is not None:
-            whole = self._parameters.experts.whole_states(self.optimizer)
-            states = {p: s for p, s in states.items() if not self._parameters.is_spread(p)} | whole
         return {p: state for p, state in states.items() if self._parameters.owns(p)}
 
     def _whole_states(self) -> dict[nn.Parameter, dict[str, Any]]:
         """Returns the states of parameters that are in no shards, on the ranks that write these."""
         every = [p for group in self._groups for p in group if p not in self._in_parts] if self._writes_whole else []
-        return {p: self.optimizer.state[p] for p in every if p in self.optimizer.state}
+        states = {p: self.optimizer.state[p] for p in every if p in self.optimizer.state}
+        experts = self._parameters.experts
+        if experts is None:
+            return states
+        return {p: s for p, s in states.items() if p not in experts} | experts.whole_states(self.optimizer)
 
     def _require_same_groups(self) -> None:
         if len(self.optimizer.param_groups) != len(self._groups):

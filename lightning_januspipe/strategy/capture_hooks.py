@@ -30,6 +30,7 @@ class CaptureHooks(StrategyState):
             options.message_dtype,
             options.compile,
             options.activation,
+            options.expert_placement,
         )
 
     @override
@@ -62,6 +63,8 @@ class CaptureHooks(StrategyState):
 
         if trains and self._spreads_experts:
             self._mesh.join_expert_ranks(self.options.expert_size)
+            if self.options.compile:
+                self._mesh.join_stage_ranks()
         sharing = self._sharing() if trains else StageSharing()
 
         def examples() -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from lightning_januspipe.capture import StageOrigin
 from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
-from lightning_januspipe.runtime.pipeline import MessageDtype
+from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype
 from lightning_januspipe.runtime.planner import is_searched, is_unfolded
 from lightning_januspipe.schedule.build_schedule import ScheduleName
 from lightning_januspipe.schedule.state_actions import ShardLevel
@@ -89,6 +89,11 @@ class StrategyOptions:
     edges travel. It needs weights that only grouped_linear reads, as ElementExperts has them. 1: all ranks hold all
     experts."""
 
+    expert_placement: ExpertOrder = "order"
+    """Which experts a rank has with expert_size > 1. "order": consecutive ones. "load": those with which the ranks get
+    about equal numbers of rows, by the steps so far and the one to come; experts move, with their optimizer state, as
+    soon as rows that wait for another rank have cost as much as the move."""
+
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
     instead of single files. Either kind is loaded, whatever the value."""
@@ -138,6 +143,11 @@ class StrategyOptions:
 
     def _check_experts(self) -> None:
         if self.expert_size == 1:
+            if self.expert_placement != "order":
+                raise ValueError(
+                    f"expert_placement={self.expert_placement!r} needs ranks that share experts, but expert_size=1 "
+                    "leaves all experts on every rank. Use expert_size=2 or more, or expert_placement='order'."
+                )
             return
         if is_unfolded(self.schedule):
             raise ValueError(
@@ -148,16 +158,6 @@ class StrategyOptions:
             raise ValueError(
                 f"expert_size={self.expert_size} is not available with stages='explicit': exchanges of rows are put "
                 "into captured stages only. Use stages='captured', or expert_size=1."
-            )
-        if self.compile:
-            raise ValueError(
-                f"expert_size={self.expert_size} is not available with compile=True: exchanges of rows between ranks "
-                "with experts are not compiled. Use compile=False, or expert_size=1."
-            )
-        if self.shard not in ("auto", "none"):
-            raise ValueError(
-                f"expert_size={self.expert_size} is not available with shard={self.shard!r}: experts are on the ranks "
-                "that own them, and all else is whole on every rank. Use shard='none', or expert_size=1."
             )
 
     def _check_compile(self) -> None:

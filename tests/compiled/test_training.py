@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import graph_models
 import pytest
-from compiled_workers import train_interpreted, train_with_a_misfit_on_one_rank, train_without_an_exchange
+import tiny
+from compiled_workers import (
+    fit_then_evaluate,
+    train_compiled,
+    train_interpreted,
+    train_with_a_misfit_on_one_rank,
+    train_without_an_exchange,
+)
+from expert_workers import experts, matris
 from parity_check import check_parity
 from pools import slow
 
@@ -61,21 +70,56 @@ def test_parity_of_graph_ranks(pool: RankPool, devices: int, module: Any, strate
     check_parity(pool, devices, train=train_interpreted, compile=True, graph_size=2, **own, **strategy)
 
 
+@pytest.mark.parametrize(
+    ("devices", "module", "strategy"),
+    [
+        (2, partial(experts, 1), {"pipeline_size": 1, "data_size": 2, "shard": "parameters"}),
+        (2, partial(experts, 2), {"pipeline_size": 1, "graph_size": 2}),
+        slow(2, partial(experts, 4), {"pipeline_size": 1, "data_size": 2, "activation": "recompute"}),
+        slow(2, partial(experts, 1, 0), {"pipeline_size": 1, "data_size": 2, "activation": "keep"}),
+        slow(2, partial(experts, 1), {"pipeline_size": 1, "graph_size": 2, "activation": "offload"}),
+        slow(2, matris, {"pipeline_size": 1, "data_size": 2}),
+        slow(4, partial(experts, 2), {"pipeline_size": 2, "data_size": 2, "schedule": "wavek-zb"}),
+        slow(4, partial(experts, 2), {"pipeline_size": 2, "graph_size": 2, "shard": "optimizer"}),
+        slow(4, partial(experts, 2), {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "expert_size": 4}),
+    ],
+)
+def test_parity_of_experts(pool: RankPool, devices: int, module: Any, strategy: dict[str, object]) -> None:
+    given = {"compile": True, "num_microbatches": 2, "expert_size": 2, **strategy}
+    data = tiny.data if module is matris else graph_models.Data
+    check_parity(pool, devices, module=module, data=data, train=train_interpreted, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_inductor_compiles_exchanges_of_rows_of_experts(pool: RankPool) -> None:
+    more = {"compile": True, "pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "expert_size": 2}
+    check_parity(pool, 2, module=partial(experts, 1), data=graph_models.Data, train=train_compiled, **more)
+
+
+@pytest.mark.slow
+def test_evaluation_with_experts_in_and_after_training(pool: RankPool) -> None:
+    """In training experts are spread; the test after it has all of them on each rank, and phases of its own."""
+    replicas = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 1}
+    expected = pool.run(fit_then_evaluate, replicas, world_size=2)
+    found = pool.run(fit_then_evaluate, {**replicas, "compile": True, "expert_size": 2}, world_size=2)
+    for ours, others in zip(found, expected, strict=True):
+        assert ours["fit"] == pytest.approx(others["fit"], rel=1e-9)
+        assert ours["test"][0] == pytest.approx(others["test"][0], rel=1e-9)
+
+
 def test_an_exchange_that_is_lost_ends_training_before_the_first_optimizer_step(pool: RankPool) -> None:
     strategy = {"compile": True, "graph_size": 2, "pipeline_size": 1, "num_microbatches": 2}
     with pytest.raises(RankError, match="stage 0, compiled, computes something else"):
         pool.run(train_without_an_exchange, graph_models.states, graph_models.Data, strategy, 1, {}, world_size=2)
 
 
-def test_a_micro_batch_that_does_not_fit_on_one_rank_is_eager_on_all(pool: RankPool) -> None:
-    check_parity(
-        pool,
-        2,
-        module=graph_models.states,
-        data=graph_models.Data,
-        train=train_with_a_misfit_on_one_rank,
-        compile=True,
-        graph_size=2,
-        pipeline_size=1,
-        num_microbatches=2,
-    )
+@pytest.mark.parametrize(
+    ("module", "strategy"),
+    [(graph_models.states, {"graph_size": 2}), (partial(experts, 1), {"data_size": 2, "expert_size": 2})],
+)
+def test_a_micro_batch_that_does_not_fit_on_one_rank_is_eager_on_all(
+    pool: RankPool, module: Any, strategy: dict[str, int]
+) -> None:
+    more = {"compile": True, "pipeline_size": 1, "num_microbatches": 2, **strategy}
+    check_parity(pool, 2, module=module, data=graph_models.Data, train=train_with_a_misfit_on_one_rank, **more)

@@ -25,7 +25,7 @@ def test_one_rank_sorts_and_restores() -> None:
     x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     assert exchange.experts.tolist() == [0, 1, 2, 2] and exchange.send_counts == exchange.receive_counts == (4,)
     torch.testing.assert_close(send_rows(x, exchange), x[torch.tensor([1, 3, 0, 2])])
-    torch.testing.assert_close(return_rows(send_rows(x, exchange), exchange), x)
+    torch.testing.assert_close(return_rows(send_rows(x, exchange), exchange, expert), x)
     assert torch.autograd.gradgradcheck(lambda rows: send_rows(rows**3, exchange), (x,))
     with pytest.raises(ValueError, match="expected 4 rows on this rank"):
         send_rows(x[:2], exchange)

@@ -35,6 +35,13 @@ BOTH = {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "num_microbatches":
         slow(2, GRAPH, partial(workers.experts, 1, 4)),
         slow(4, STAGES_AND_GRAPH, partial(workers.experts, 2)),
         slow(4, BOTH, partial(workers.experts, 2)),
+        (2, {**REPLICAS, "shard": "parameters"}, partial(workers.experts, 1)),
+        slow(2, {**REPLICAS, "shard": "optimizer"}, partial(workers.experts, 4)),
+        slow(2, {**GRAPH, "shard": "parameters"}, partial(workers.experts, 2)),
+        slow(2, {**GRAPH, "shard": "optimizer"}, partial(workers.experts, 1, 0)),
+        slow(4, {**STAGES_AND_REPLICAS, "shard": "optimizer"}, partial(workers.experts, 2)),
+        slow(4, {**STAGES_AND_GRAPH, "shard": "parameters"}, partial(workers.experts, 4)),
+        slow(4, {**BOTH, "shard": "parameters"}, partial(workers.experts, 2)),
     ],
 )
 def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], module: Any) -> None:
@@ -46,6 +53,7 @@ def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], module: Any)
     ("devices", "more"),
     [
         slow(4, {**BOTH, "expert_size": 4}),
+        slow(4, {**BOTH, "expert_size": 4, "shard": "parameters"}),
         slow(4, {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1, **SPREAD}),
         slow(2, {**REPLICAS, "activation": "recompute", **SPREAD}),
     ],
@@ -55,17 +63,23 @@ def test_more_ranks(pool: RankPool, devices: int, more: dict[str, Any]) -> None:
     check_parity(pool, devices, graph_models.Data, workers.experts, **more)
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param({"save_distributed_checkpoint": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        pytest.param({"save_distributed_checkpoint": True}, marks=pytest.mark.slow),
+        pytest.param({"shard": "parameters"}, marks=pytest.mark.slow),
+        pytest.param({"shard": "optimizer", "save_distributed_checkpoint": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_hooks_may_save_before_the_optimizer_steps(pool: RankPool, more: dict[str, Any]) -> None:
     trainer = {"gradient_clip_val": 0.5}
     check_parity(pool, 2, graph_models.Data, workers.saving, trainer, **REPLICAS, **SPREAD, **more)
 
 
-@pytest.mark.slow
-def test_accumulated_batches(pool: RankPool) -> None:
-    check_parity(
-        pool, 2, graph_models.Data, workers.experts, {"accumulate_grad_batches": 2}, steps=2, **REPLICAS, **SPREAD
-    )
+@pytest.mark.parametrize("mesh", [slow(REPLICAS), slow({**REPLICAS, "shard": "parameters"})])
+def test_accumulated_batches(pool: RankPool, mesh: dict[str, Any]) -> None:
+    check_parity(pool, 2, graph_models.Data, workers.experts, {"accumulate_grad_batches": 2}, steps=2, **mesh, **SPREAD)
 
 
 @pytest.mark.parametrize(("devices", "mesh"), [slow(2, REPLICAS), slow(2, GRAPH), slow(4, STAGES_AND_REPLICAS)])
@@ -73,12 +87,12 @@ def test_matris_moe(pool: RankPool, devices: int, mesh: dict[str, Any]) -> None:
     check_parity(pool, devices, module=workers.matris, **mesh, **SPREAD)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_three_dimensions() -> None:
+@pytest.mark.parametrize("level", [slow("none"), slow("parameters")])
+def test_three_dimensions(level: str) -> None:
     with pool_of(8) as pool:
         mesh = {"pipeline_size": 2, "data_size": 2, "graph_size": 2, "num_microbatches": 2}
-        check_parity(pool, 8, graph_models.Data, workers.experts, **mesh, **SPREAD)
+        check_parity(pool, 8, graph_models.Data, workers.experts, shard=level, **mesh, **SPREAD)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +111,42 @@ def test_faults_are_found(pool: RankPool, name: str, message: str) -> None:
     assert not isinstance(error.value, RankError)
 
 
+@pytest.mark.parametrize(
+    ("devices", "mesh", "module"),
+    [
+        (2, {**REPLICAS, "shard": "parameters"}, partial(workers.experts, 1)),
+        slow(2, GRAPH, partial(workers.experts, 2)),
+        slow(2, REPLICAS, workers.saving),
+        slow(4, {**STAGES_AND_REPLICAS, "shard": "optimizer"}, partial(workers.experts, 2)),
+        slow(4, {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1}, partial(workers.experts, 2)),
+        slow(4, {**BOTH, "expert_size": 4}, partial(workers.experts, 2)),
+    ],
+)
+def test_experts_move_to_where_their_rows_are_few(
+    pool: RankPool, devices: int, mesh: dict[str, Any], module: Any
+) -> None:
+    """After every move training is that of one process, with Adam's state and clipped gradients."""
+    more = {**SPREAD, "expert_placement": "load", **mesh}
+    trainer = {"gradient_clip_val": 0.5}
+    check_parity(pool, devices, graph_models.Data, module, trainer, 5, train=workers.train_moving, **more)
+
+
+@pytest.mark.slow
+def test_an_optimizer_state_that_does_not_move_is_found(pool: RankPool) -> None:
+    train = partial(workers.train_moving, has_state=False)
+    more = {**REPLICAS, **SPREAD, "expert_placement": "load"}
+    with pytest.raises(AssertionError, match="differs by"):
+        check_parity(pool, 2, graph_models.Data, workers.experts, steps=5, train=train, **more)
+
+
+@pytest.mark.slow
+def test_accumulated_batches_of_experts_that_move(pool: RankPool) -> None:
+    """Experts stay while gradients wait for those of the next batch."""
+    more = {**REPLICAS, **SPREAD, "expert_placement": "load"}
+    trainer = {"accumulate_grad_batches": 2}
+    check_parity(pool, 2, graph_models.Data, workers.experts, trainer, 4, train=workers.train_moving, **more)
+
+
 @pytest.mark.slow
 def test_each_rank_holds_its_own_experts(pool: RankPool) -> None:
     """Parameters, gradients and optimizer state of the five experts are on two ranks, two and three on each."""
@@ -113,6 +163,12 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
     "plain": (None, 1),
     "one process": ({"pipeline_size": 1}, 1),
     "replicas": ({**REPLICAS, **SPREAD, "num_microbatches": 1}, 2),
+    "parameters in shards": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "shard": "parameters"}, 2),
+    "parameters in shards, folder": (
+        {**REPLICAS, **SPREAD, "num_microbatches": 1, "shard": "parameters", "save_distributed_checkpoint": True},
+        2,
+    ),
+    "placed by load": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "expert_placement": "load"}, 2),
     "stages and replicas": ({**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1}, 4),
     "stages and replicas, folder": (
         {**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1, "save_distributed_checkpoint": True},
@@ -129,6 +185,9 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
         slow("stages and replicas", "replicas"),
         slow("stages and replicas, folder", "replicas"),
         slow("replicas", "stages and replicas, folder"),
+        slow("replicas", "parameters in shards"),
+        slow("parameters in shards", "one process"),
+        slow("parameters in shards, folder", "stages and replicas"),
     ],
 )
 def test_goes_on_from_a_checkpoint(
@@ -161,10 +220,16 @@ def test_goes_on_in_plain_lightning(pool: RankPool, tmp_path: Path, before: str)
         torch.testing.assert_close(found[1][name], expected, rtol=1e-9, atol=1e-11)
 
 
-def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [slow("replicas"), "parameters in shards", slow("placed by load")])
+def test_files_are_those_of_plain_lightning(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, place: str
+) -> None:
     """Every expert is in the file, under the model's own keys, with its optimizer state."""
-    strategy, devices = PLACES["replicas"]
-    pool.run(checkpoint_workers.train, strategy, str(tmp_path), {"module": workers.matris}, world_size=devices)
+    strategy, devices = PLACES[place]
+    training = {"module": workers.matris}
+    train = workers.checkpoints_moving if place == "placed by load" else checkpoint_workers.train
+    for run in pool.run(train, strategy, str(tmp_path), training, world_size=devices):
+        assert run["ended"] == ""
     expected, found = (torch.load(f / "last.ckpt", weights_only=True) for f in (uninterrupted["folder"], tmp_path))
     assert list(found["state_dict"]) == list(expected["state_dict"])
     for name, value in expected["state_dict"].items():

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import strategy_workers
 import torch
+from matris_models import matris
 from torch import Tensor, fx
 
+from lightning_januspipe.compiled import compiler
 from lightning_januspipe.compiled.exchanges import exchanges_of
 from lightning_januspipe.compiled.sizes import StageSizes
 from lightning_januspipe.testing import RunRecord, interpreted_phases, train_in_pipeline
@@ -30,6 +33,22 @@ def train_interpreted(*arguments: Any) -> RunRecord:
         record = train_in_pipeline(*arguments)
     assert graphs, "no phase graph was made"
     return record
+
+
+def train_compiled(*arguments: Any) -> RunRecord:
+    """Trains with phases that inductor compiles; every micro-batch has to fit."""
+    patched = mock.patch.object(compiler, "compile_graph", wraps=compiler.compile_graph)
+    with patched as compile_graph, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs eagerly")
+        record = train_in_pipeline(*arguments)
+    assert compile_graph.call_count == 4
+    return record
+
+
+def fit_then_evaluate(strategy: dict[str, Any]) -> dict[str, Any]:
+    """Trains a MatRIS-MoE on two replicas, with validation, and tests it; phases are interpreted, if compiled."""
+    with interpreted():
+        return strategy_workers.fit_then_evaluate(strategy, {"max_epochs": 1, "devices": 2}, matris)
 
 
 def train_without_an_exchange(*arguments: Any) -> RunRecord:
@@ -56,15 +75,15 @@ def _own_rows(x: Tensor, handle: int, num_halo: int) -> Tensor:
 
 
 def train_with_a_misfit_on_one_rank(*arguments: Any) -> RunRecord:
-    """Trains with graphs that are not right for an even number of halo rows."""
+    """Trains with graphs that are not right for an even number of halo rows, or of rows for a rank's experts."""
     misfit = StageSizes.misfit
     seen: list[int] = []
 
     def of_rank(self: StageSizes, bound: dict[str, int]) -> str | None:
-        halo = next(n for name, n in bound.items() if name.startswith("halo_"))
-        seen.append(halo)
+        rows = sum(n for name, n in bound.items() if name.startswith(("halo_", "received_")))
+        seen.append(rows)
         is_example = len(seen) == 1  # the first call comes from the compiler
-        return "its halo is even" if halo % 2 == 0 and not is_example else misfit(self, bound)
+        return "its number of rows is even" if rows % 2 == 0 and not is_example else misfit(self, bound)
 
     with mock.patch.object(StageSizes, "misfit", of_rank), interpreted() as graphs, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*runs eagerly")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import checkpoint_workers
 import torch
 import torch.distributed as dist
 from capture_models import DTYPE, Batch, Layer, Potential
@@ -16,11 +19,20 @@ from matris_models import matris
 from torch import Tensor, nn
 
 from lightning_januspipe import JanusPipeStrategy
-from lightning_januspipe.expert_ranks import RowExchange, bounds_of, plan_rows, return_rows, row_exchange, send_rows
+from lightning_januspipe.expert_ranks import (
+    RowExchange,
+    bounds_of,
+    expert_placement,
+    plan_rows,
+    return_rows,
+    row_exchange,
+    send_rows,
+)
+from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement
 from lightning_januspipe.experts import ElementExperts, grouped_linear
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
-from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing import RunRecord, quiet_trainer, train_in_pipeline
 
 NUM_EXPERTS = 5
 
@@ -99,7 +111,8 @@ def _fault(name: str) -> Any:
 
         def raw(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
             (given,) = gradients
-            return None if given is None else return_rows(given, ctx.exchange).detach(), None
+            returned = None if given is None else row_exchange._ReturnRows.apply(given, ctx.exchange, ctx.num_rows)
+            return None if returned is None else returned.detach(), None
 
         return patch.object(row_exchange._SendRows, "backward", staticmethod(raw))
     if name == "two experts exchanged on one rank":
@@ -132,6 +145,47 @@ def _fault(name: str) -> Any:
     return patch.object(ElementExperts, "routes", detached)
 
 
+@contextmanager
+def moving(has_state: bool = True) -> Iterator[None]:
+    """Lets experts move before every step: where that makes loads more even, or each by one place.
+
+    Args:
+        has_state: whether their optimizer state moves too, as it has to.
+    """
+    moves: list[int] = []
+    place, see = ExpertShards.place, ExpertPlacement.see
+
+    def eager(self: ExpertPlacement, load: Any) -> bool:
+        if not see(self, load):
+            self.order = [*self.order[1:], self.order[0]]
+        return True
+
+    def noted(self: ExpertShards, orders: Any) -> None:
+        moves.append(len(orders))
+        self.optimizers = self.optimizers if has_state else []
+        place(self, orders)
+
+    with (
+        patch.object(expert_placement, "ROWS_PER_MOVE", 0),
+        patch.object(ExpertPlacement, "see", eager),
+        patch.object(ExpertShards, "place", noted),
+    ):
+        yield
+    assert len(moves) > 1, "experts have not moved twice"
+
+
+def train_moving(*arguments: Any, has_state: bool = True) -> RunRecord:
+    """Trains with experts that move before every step."""
+    with moving(has_state):
+        return train_in_pipeline(*arguments)
+
+
+def checkpoints_moving(*arguments: Any) -> dict[str, Any]:
+    """Trains and saves with experts that move before every step."""
+    with moving():
+        return checkpoint_workers.train(*arguments)
+
+
 def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:
     """Returns gradients of a loss on derivatives, with rows that travel, and the same in one process.
 
@@ -157,7 +211,7 @@ def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:
                 x = torch.tanh(grouped_linear(x, weight, of_rows))
             else:
                 there = grouped_linear(send_rows(x, given), weight, given.experts)
-                x = return_rows(torch.tanh(there), given)
+                x = return_rows(torch.tanh(there), given, mine)
         return (x**3).sum()
 
     def gradients(x: Tensor, weight: Tensor, given: RowExchange | None) -> list[Tensor]:
@@ -175,21 +229,24 @@ def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:
 
 
 class _Bytes(Callback):
-    """Notes bytes of parameters, gradients and optimizer state of experts, and of all others, in the second step."""
+    """Notes bytes of parameters, gradients and optimizer state of experts, and of all others, after the last step."""
 
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if trainer.global_step != 1:
-            return
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        (optimizer,) = trainer.optimizers
         names = {p: n for n, p in pl_module.named_parameters()}
-        for parameter in pl_module.parameters():
-            tensors = [parameter, parameter.grad, *optimizer.state.get(parameter, {}).values()]
-            is_expert = parameter.dim() == 3 and "shared" not in names[parameter]
-            kind = "experts" if is_expert else "others"
-            size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-            self.seen[kind] = self.seen.get(kind, 0) + size
+        kinds: dict[str, list[Tensor]] = {"experts": [], "others": []}
+        # Parts of parameters that are in shards are in the optimizer's groups.
+        for leaf in dict.fromkeys([*(p for g in optimizer.param_groups for p in g["params"]), *names]):
+            is_expert = leaf in names and leaf.dim() == 3 and "shared" not in names[leaf]
+            gradient = leaf.grad if any(leaf is p for g in optimizer.param_groups for p in g["params"]) else None
+            found = [leaf, gradient, *optimizer.state.get(leaf, {}).values()]
+            kinds["experts" if is_expert else "others"] += [t for t in found if t is not None]
+        for kind, tensors in kinds.items():
+            storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+            self.seen[kind] = sum(storages.values())
 
 
 def bytes_of_experts(strategy: dict[str, Any]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,11 @@ def evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict
     return {"validate": validated, "test": tested, "predict": plain(predicted)}
 
 
-def fit_then_evaluate(strategy: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+def fit_then_evaluate(
+    strategy: dict[str, Any] | None, arguments: dict[str, Any], make: Callable[[], Any] = tiny.module
+) -> dict[str, Any]:
     """Trains, with validation in every epoch, and tests the trained module with the same Trainer."""
-    module, data = tiny.module(), tiny.data()
+    module, data = make(), tiny.data()
     trainer = quiet_trainer(strategy, **arguments)
     trainer.fit(module, data)
     metrics = plain(trainer.callback_metrics)
