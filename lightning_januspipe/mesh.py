@@ -196,6 +196,20 @@ class Mesh:
         first = self.stage_rank - self.expert_rank
         return self.stage_ranks[first : first + self.expert_size]
 
+    def gathered(self, mine: _T, what: str) -> list[_T]:
+        """Returns an object of every rank of the mesh, on all ranks.
+
+        Args:
+            mine: The object of this rank.
+            what: What it is gathered for, as a noun.
+        """
+        if self.shape.size == 1:
+            return [mine]
+        found: list[Any] = [None] * self.shape.size
+        with waiting(what, self.host_group):
+            dist.all_gather_object(found, mine, group=self.host_group)
+        return found
+
     def gathered_over_pipeline(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks.
 

@@ -156,7 +156,7 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
         given.get("schedule"),
         shape.graph,
         world,
-        bool(given.get("compile", False)),
+        given.get("compile", False) is True,  # with "auto" training begins with eager phases
         given.get("activation", "auto"),
         shape.data * shape.graph,
         "none" if spreads_experts and level == "auto" else level,

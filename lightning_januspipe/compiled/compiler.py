@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lightning_januspipe.compiled import torch_internals
+from lightning_januspipe.compiled.artifacts import ArtifactCache, CompileTask, StageArtifacts
 from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
 from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
 from lightning_januspipe.compiled.exchanges import exchange_order, first_difference
@@ -24,11 +25,27 @@ from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.schedule.costs import format_bytes
 
 
 def compile_graph(graph: fx.GraphModule, mode: torch_internals.FakeTensorMode) -> Callable[..., Sequence[Tensor]]:
     """Returns the graph of one phase as a compiled function."""
     return torch_internals.compiled(graph, mode)
+
+
+def artifact_cache(folder: Path | None) -> ArtifactCache:
+    """Returns the cache of compiled phases in a folder; None for no cache."""
+    return ArtifactCache(folder)
+
+
+def require_compiled(uncompiled: Mapping[str, str] | None, key: str | None) -> None:
+    """Raises an error where another process should have compiled a task and has not; see :class:`StageCompiler`.
+
+    Raises:
+        CaptureError: with the reason, if it is known.
+    """
+    if uncompiled is not None:
+        raise CaptureError(uncompiled.get(key or "", "its compiled phases are missing in the cache"))
 
 
 def require_compiler(device: str) -> None:
@@ -72,7 +89,7 @@ class _Compiled:
     """
 
     refused: str
-    order: dict[str, list[str]]
+    order: Mapping[str, list[str]]
 
 
 @dataclass
@@ -91,9 +108,13 @@ class StageCompiler:
         trains: also compile BF and BE.
         tolerance: what rounding explains of a difference from the eager phases, relative to the scale of a value.
         cache: the folder in which inductor keeps what it compiles; None for inductor's own.
+        artifacts: the folder of compiled phases; None to keep none.
+        uncompiled: why another process has not compiled a task, by its key; None to compile in this one.
+        most_bytes: the most bytes that a micro-batch may keep between the phases of each stage; empty for no limit.
         over_ranks: returns an object of every graph rank of this rank's stages, on all of them.
         interprets: run the graphs operation by operation instead of compiling them, to measure what they keep.
         joints: the joint graphs of the stages, which several compilers of the same stages may share.
+        tasks: what to compile for each stage, and the keys.
         compiled: the compiled stages, by index.
         refused: for each stage that runs eagerly the reason.
         seconds: how long tracing and compiling took.
@@ -108,9 +129,13 @@ class StageCompiler:
     trains: bool = True
     tolerance: float | None = None
     cache: Path | None = None
+    artifacts: Path | None = None
+    uncompiled: Mapping[str, str] | None = None
+    most_bytes: tuple[float, ...] = ()
     over_ranks: Callable[[_Compiled], list[_Compiled]] = lambda mine: [mine]
     interprets: bool = False
     joints: dict[int, Joint] = field(default_factory=dict)
+    tasks: dict[int, tuple[CompileTask, str | None]] = field(default_factory=dict)
     compiled: dict[int, PhaseRunners] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -144,13 +169,13 @@ class StageCompiler:
             CaptureError: the graph ranks have other exchanges, or another order of them.
         """
         index = function.index
-        order: dict[str, list[str]] = {}
+        order: Mapping[str, list[str]] = {}
         reason = "" if hasattr(function, "body") else "it is made of Python code, not of a trace"
         if not reason:
             try:
                 self.compiled[index], order = self._runners(cast(TraceableStage, function), chain)
             except Exception as error:  # torch's tracing and compiling may fail in any way
-                reason = f"{type(error).__name__}: {_first_line(error)}"
+                reason = f"{type(error).__name__}: {first_line(error)}"
         of_ranks = self.over_ranks(_Compiled(reason, order))
         found = [f"on graph rank {r}, {c.refused}" for r, c in enumerate(of_ranks) if c.refused]
         if reason or found:
@@ -164,24 +189,75 @@ class StageCompiler:
                 f"{difference}. Run the same versions of torch and of the model on all ranks, or use compile=False."
             )
 
-    def _runners(self, function: TraceableStage, chain: ChainSpec) -> tuple[PhaseRunners, dict[str, list[str]]]:
-        """Returns the compiled phases of a stage, and its exchanges in their order."""
-        index = function.index
+    def task(self, function: TraceableStage, chain: ChainSpec) -> tuple[CompileTask, str | None]:
+        """Returns what to compile for a stage, and the key of what is compiled, which stays what it was at first.
+
+        Args:
+            function: the stage.
+            chain: what all stages share.
+        """
+        if function.index not in self.tasks:
+            task = self._task(function, chain)
+            self.tasks[function.index] = task, task.key()
+        return self.tasks[function.index]
+
+    def _task(self, function: TraceableStage, chain: ChainSpec) -> CompileTask:
         with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
             plan = blueprint(function, chain, *self.sizes, self.device)
-            joint = self.joints.get(index) or trace_joint(plan, trains=self.trains)
-        graphs = phase_graphs(joint, self.activation_of(index), self.defer and self.trains)
-        order = exchange_order(graphs.modules)
+        activation, defer = self.activation_of(function.index), self.defer and self.trains
+        return CompileTask(plan, activation, defer, self.trains, torch_internals.Settings.current(self.device))
+
+    def _runners(self, function: TraceableStage, chain: ChainSpec) -> tuple[PhaseRunners, Mapping[str, list[str]]]:
+        """Returns the compiled phases of a stage, and its exchanges in their order."""
         if self.interprets:
-            self.joints[index] = joint
-            return PhaseRunners(graphs.phases, graphs.modules), order
+            task = self._task(function, chain)
+            self.joints[function.index] = joint = self.joints.get(function.index) or traced(task)
+            graphs = phase_graphs(joint, task.activation, task.defer)
+            return PhaseRunners(graphs.phases, graphs.modules), exchange_order(graphs.modules)
+        (task, key), cache = self.task(function, chain), artifact_cache(self.artifacts)
         with torch_internals.inductor_cache(self.cache):
+            kept = None if key is None else cache.load(key)
+            if kept is not None and kept.phases.sizes.misfit(task.plan.example) is None:
+                self._require_bytes(function.index, kept.phases)
+                return kept.runners(self.tolerance), kept.order
+            require_compiled(self.uncompiled, key)
+            graphs = phase_graphs(traced(task), task.activation, task.defer)
+            order = exchange_order(graphs.modules)
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
         phases = with_recorded_guards(graphs)
-        misfit = phases.sizes.misfit(plan.example)  # also tells whether all conditions can be evaluated
-        if misfit is not None:
-            raise CaptureError(f"the compiled phases are not right for the example batch: {misfit}")
+        require_fit(phases, task)
+        self._require_bytes(function.index, phases)
+        functions = {phase: torch_internals.packed(runner) for phase, runner in runners.items()}
+        complete = {phase: function for phase, function in functions.items() if function is not None}
+        if key is not None and len(complete) == len(functions):
+            cache.save(key, StageArtifacts(phases, order, complete))
         return PhaseRunners(phases, runners, self.tolerance), order
+
+    def _require_bytes(self, index: int, phases: StagePhases) -> None:
+        if self.most_bytes:
+            held = max(phases.held_bytes(phase) for phase in phases.signatures)
+            if held > self.most_bytes[index]:
+                raise CaptureError(
+                    f"its compiled phases would keep {format_bytes(held)} of a micro-batch, more than the "
+                    f"{format_bytes(self.most_bytes[index])} that the schedule was planned with"
+                )
+
+
+def traced(task: CompileTask) -> Joint:
+    """Returns the joint graph of a stage."""
+    with torch.inference_mode(False):
+        return trace_joint(task.plan, trains=task.trains)
+
+
+def require_fit(phases: StagePhases, task: CompileTask) -> None:
+    """Raises an error if the phases are not right for the example batch, or their conditions cannot be evaluated.
+
+    Raises:
+        CaptureError: they are not.
+    """
+    misfit = phases.sizes.misfit(task.plan.example)
+    if misfit is not None:
+        raise CaptureError(f"the compiled phases are not right for the example batch: {misfit}")
 
 
 def with_recorded_guards(graphs: PhaseGraphs) -> StagePhases:
@@ -190,5 +266,6 @@ def with_recorded_guards(graphs: PhaseGraphs) -> StagePhases:
     return replace(phases, sizes=phases.sizes.with_guards(torch_internals.size_guards(graphs.mode)))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from torch import fx
@@ -50,7 +50,7 @@ def _described(node: fx.Node, places: Mapping[fx.Node, int]) -> str:
     return f"{name} of ({shape}) {value.dtype} by input {places[handle]}"
 
 
-def first_difference(of_ranks: list[dict[str, list[str]]]) -> str | None:
+def first_difference(of_ranks: Sequence[Mapping[str, list[str]]]) -> str | None:
     """Returns in words the first exchange in which ranks differ; None if they have the same ones in the same order.
 
     Args:

@@ -7,8 +7,10 @@ training run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._inductor.standalone_compile import AOTCompiledArtifact
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -156,7 +161,100 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
         stack.enter_context(any_size())
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(torch.no_grad())
+        try:
+            return torch._inductor.standalone_compile(module, fakes, dynamic_shapes="from_tracing_context", aot=True)
+        except RuntimeError as error:  # of a graph that torch cannot write down, which runs all the same
+            if "serialize" not in str(error):
+                raise
         return torch._inductor.standalone_compile(module, fakes, dynamic_shapes="from_tracing_context")
+
+
+def packed(function: Callable[..., Sequence[Tensor]]) -> bytes | None:
+    """Returns what :func:`compiled` made as bytes, for other processes of this machine; None where torch cannot.
+
+    Libraries that the C++ compiler made stay in inductor's folder, and are made anew where they are missing.
+    """
+    return function.serialize() if isinstance(function, AOTCompiledArtifact) else None
+
+
+def unpacked(content: bytes) -> Callable[..., Sequence[Tensor]]:
+    """Returns the function that :func:`packed` made bytes of."""
+    return AOTCompiledArtifact.deserialize(content)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Holds what compiled code depends on beside its graph.
+
+    Attributes:
+        dtype: the default dtype.
+        num_threads: threads of this process, whose number is in the code.
+        is_deterministic: whether torch runs deterministic algorithms only.
+        matmul_precision: the precision of matrix products.
+        inductor: the settings of inductor.
+        device: the device that stages run on.
+        machine: the processor, and on GPUs the device's name.
+    """
+
+    dtype: torch.dtype
+    num_threads: int
+    is_deterministic: bool
+    matmul_precision: str
+    inductor: Mapping[str, Any]
+    device: str
+    machine: str
+
+    @classmethod
+    def current(cls, device: str) -> Settings:
+        """Returns the settings of this process.
+
+        Args:
+            device: type of the device that stages run on.
+        """
+        machine = _processor()
+        if device == "cuda":
+            index = torch.cuda.current_device()
+            machine += f" {torch.cuda.get_device_name(index)} {torch.version.cuda}"
+            device = f"cuda:{index}"
+        return cls(
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            {k: v for k, v in inductor_config.save_config_portable().items() if k != "compile_threads"},
+            device,
+            machine,
+        )
+
+    def apply(self) -> None:
+        """Gives this process the same settings, for a process that compiles for another one."""
+        torch.set_default_dtype(self.dtype)
+        torch.set_num_threads(self.num_threads)
+        torch.use_deterministic_algorithms(self.is_deterministic)
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        inductor_config.load_config(dict(self.inductor))
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """Returns in words the processor of this machine, which native code is compiled for."""
+    words = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        words += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return "\n".join(words)
+
+
+def choose_vector_instructions() -> None:
+    """Lets inductor try once which instructions this processor has, before copies of this process would all do it."""
+    pick_vec_isa()
+
+
+def compile_one_by_one() -> None:
+    """Lets inductor compile in this process itself, for a process that is one of several that compile side by side."""
+    inductor_config.compile_threads = 1
 
 
 @contextmanager

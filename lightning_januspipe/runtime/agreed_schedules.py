@@ -86,6 +86,10 @@ class AgreedSchedules:
         """Tells whether the times of the next training step are needed."""
         return self._num_steps in _MEASURED_STEPS
 
+    def measure_again(self) -> None:
+        """Measures the times of the phases anew, in the next steps: something else runs them from now on."""
+        self._times, self._num_steps = MeanPhaseTimes(), 0
+
     def step_ran(self, schedule: Schedule, spans: Sequence[Span]) -> None:
         """Takes in a training step; after the last measured step, plans for the times that were measured.
 

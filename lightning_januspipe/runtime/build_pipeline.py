@@ -33,6 +33,7 @@ from lightning_januspipe.runtime.chosen_activations import activation_factories,
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
+from lightning_januspipe.runtime.training_length import TrainingLength, reason_not_to_compile
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.state_actions import ShardLevel
@@ -40,6 +41,7 @@ from lightning_januspipe.schedule.state_actions import ShardLevel
 if TYPE_CHECKING:
     from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler
     from lightning_januspipe.compiled.minimum_cut import Activation
+    from lightning_januspipe.runtime.change_over import ChangeOver
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class CaptureRequest:
         evaluation_step: The validation step, if training runs it.
         annotate: Returns the context that an action runs in, given the action's name, as profilers do.
         sharing: What the ranks that hold the same stages may share in training.
+        length: How long training is going to be.
     """
 
     module: Any
@@ -67,6 +70,7 @@ class CaptureRequest:
     evaluation_step: Callable[..., Any] | None = None
     annotate: Callable[[str], AbstractContextManager[Any]] | None = None
     sharing: StageSharing = field(default_factory=StageSharing)
+    length: TrainingLength = field(default_factory=TrainingLength)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class PipelineBuilder:
         potential: Dotted name of the potential, if the user gave one.
         stages: Where stages come from.
         message_dtype: What messages between stages are rounded to.
-        compiles: Whether to compile the phases.
+        compiles: Whether to compile the phases; "auto" does it in the background of a training that pays for it.
         activation: What stages keep between their phases; "auto" chooses within the memory limit.
         expert_placement: Which experts a rank has, where ranks share them.
 
@@ -128,13 +132,14 @@ class PipelineBuilder:
         potential: str | None,
         stages: StageOrigin,
         message_dtype: MessageDtype | None = None,
-        compiles: bool = False,
+        compiles: bool | Literal["auto"] = False,
         activation: Activation | Literal["auto"] = "auto",
         expert_placement: ExpertOrder = "order",
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
         self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
-        self._compiles, self._activation, self._expert_placement = compiles, activation, expert_placement
+        self._compiles, self._in_background = compiles is True, compiles == "auto"
+        self._activation, self._expert_placement = activation, expert_placement
         self._last: _LastCapture | None = None
         self._compiler: StageCompiler | None = None
         self._compiler_spreads = False  # whether it is for stages whose experts are spread
@@ -189,9 +194,15 @@ class PipelineBuilder:
                 self._activations = chosen.activations.names
             if limit is not None and news.line:
                 news = replace(news, line=f"{news.line}; {chosen.describe(limit)}")
-        make_stage: StageFactory = self._eager_stage
+        change, why_not = None, ""
+        if self._in_background and request.trains:
+            change, why_not = self._change_over(request, mesh, planner, broadcast)
+        make_stage: StageFactory = change or self._eager_stage
         if self._compiles:
             make_stage = self._stage_compiler(request, mesh, found, spreads_experts)
+        elif self._has_compiled(request, spreads_experts):
+            assert self._compiler is not None
+            make_stage = self._compiler
         pipeline = Pipeline(
             request.module,
             mesh,
@@ -201,10 +212,14 @@ class PipelineBuilder:
             request.num_microbatches,
             self._message_dtype,
             make_stage,
-            SpreadOptions(self._expert_placement, self._compiles) if spreads_experts else None,
+            SpreadOptions(self._expert_placement, self._compiles or change is not None) if spreads_experts else None,
         )
         pipeline.executor.annotate = request.annotate
-        if self._compiler is not None:
+        if change is not None:
+            why_not = self._begin(change, pipeline)
+        if why_not and news.line:
+            news = replace(news, line=f"{news.line}; {why_not}")
+        if self._compiler is not None and change is None:
             pipeline.compile_report = self._compiler.report()
             if news.line:
                 of_ranks = mesh.gathered_over_pipeline(pipeline.compile_report, "gathering of what was compiled")
@@ -240,6 +255,50 @@ class PipelineBuilder:
             names = ()  # the capture itself has measured it
         return activation_factories(self._compiles, names, mesh.device.type, is_deferred(planner.name))
 
+    def _change_over(
+        self, request: CaptureRequest, mesh: Mesh, planner: Planner, broadcast: Callable[[Any], Any]
+    ) -> tuple[ChangeOver | None, str]:
+        """Returns what compiles the stages in the background, or in words why phases stay eager."""
+        assert self._last is not None
+        found, name = self._last.capture, self._schedule_on(mesh)
+        if is_unfolded(name):
+            return None, f"phases stay eager: {name} runs the phases of a stage on two ranks"
+        if found.potential.operation_word != "operations":
+            return None, "phases stay eager: only captured stages can be compiled"
+
+        def decide() -> str:
+            step_time = planner.step_time(request.num_microbatches)
+            return reason_not_to_compile(request.length, step_time, found.potential.num_operations)
+
+        why_not = on_first_rank(decide, mesh.rank, broadcast)
+        if why_not:
+            return None, f"phases stay eager: {why_not}"
+        from lightning_januspipe.runtime.change_over import ChangeOver
+
+        self._compiler = None
+        compiler = self._stage_compiler(request, mesh, found, mesh.expert_size > 1)
+        kept = {"keep": "pointwise"} if self._activation == "auto" else {}
+        compiler.activations = cast("tuple[Activation, ...]", tuple(kept.get(a, a) for a in self._activations))
+        if planner.memory_limit is not None:
+            compiler.most_bytes = tuple(memory.total for memory in planner.memory)
+        modules = {type(m).__module__ for m in request.module.modules()}
+        imports = sorted(name for name in modules if name != "__main__" and not name.startswith("torch."))
+        return ChangeOver(compiler, mesh, self._activations, compiler.artifacts, imports), ""
+
+    def _has_compiled(self, request: CaptureRequest, spreads_experts: bool) -> bool:
+        """Tells whether training has compiled the stages in the background that an evaluation is for."""
+        known = self._compiler is not None and self._compiler_spreads == spreads_experts
+        return known and bool(self._compiler and self._compiler.compiled) and not request.trains
+
+    def _begin(self, change: ChangeOver, pipeline: Pipeline) -> str:
+        """Starts to compile in the background; returns in words what happens."""
+        words = change.start()
+        if change.is_over:
+            self._compiler = None
+            return words
+        pipeline.change_over = change
+        return pipeline.change_to_compiled() if change.is_compiled else words
+
     def _stage_compiler(
         self, request: CaptureRequest, mesh: Mesh, found: Capture, spreads_experts: bool
     ) -> StageCompiler:
@@ -258,6 +317,7 @@ class PipelineBuilder:
                 trains=request.trains,
                 tolerance=rounding_tolerance(found.potential, potential),
                 cache=ProgramCache.default().subfolder("inductor"),
+                artifacts=ProgramCache.default().subfolder("compiled"),
                 over_ranks=lambda mine: over_ranks(mine, "agreement on what is compiled"),
             )
         return self._compiler

@@ -41,6 +41,7 @@ from lightning_januspipe.schedule.state_actions import ShardLevel
 
 if TYPE_CHECKING:
     from lightning_januspipe.compiled.compiler import CompileReport
+    from lightning_januspipe.runtime.change_over import ChangeOver
 
 MessageDtype = Literal["bf16"]
 """What messages may be rounded to."""
@@ -78,10 +79,12 @@ class Pipeline(Runner):
 
     Attributes:
         compile_report: What was compiled on this rank; None if phases run eagerly.
+        change_over: What compiles stages in the background; None where nothing does.
     """
 
     is_staged = True
     compile_report: CompileReport | None = None
+    change_over: ChangeOver | None = None
 
     def __init__(
         self,
@@ -172,6 +175,19 @@ class Pipeline(Runner):
             self.executor.recorder = None
             self.schedules.step_ran(schedule, recorder.spans() if is_measuring and recorder is not None else ())
         return outputs
+
+    def change_to_compiled(self) -> str:
+        """Lets compiled phases run from the next step on; all ranks have to call it between the same two steps.
+
+        Returns:
+            In words what is compiled, and what stays eager and why.
+        """
+        assert self.change_over is not None
+        with self._abort_on_error():
+            words = self.change_over.change(self.executor.stages)
+            self.compile_report = self.change_over.report()
+            self.schedules.measure_again()
+        return words
 
     def share_state(self, level: ShardLevel) -> None:
         """Lets schedules change the sharded state of stages; see :meth:`.Runner.share_state`."""

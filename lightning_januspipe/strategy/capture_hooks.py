@@ -11,7 +11,9 @@ from typing_extensions import override
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
 from lightning_januspipe.runtime.chosen_state import StageSharing
-from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_mode, unlogged
+from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.runtime.training_length import TrainingLength
+from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_length, training_mode, unlogged
 from lightning_januspipe.strategy.options import StrategyOptions
 from lightning_januspipe.strategy.shared_state import StrategyState
 
@@ -81,17 +83,38 @@ class CaptureHooks(StrategyState):
         evaluation = module.validation_step if trains and trainer.enable_validation else None
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
         annotate = trainer.profiler.profile if is_profiled else None
-        request = CaptureRequest(module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing)
+        length = training_length(trainer) if trains else TrainingLength()
+        request = CaptureRequest(
+            module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length
+        )
         pipeline, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
         self._chosen_level = self._builder.level
         if self._shutdown is not None:  # replicas may have unequal numbers of batches
             pipeline.schedules.before_meeting = self._shutdown.hear
+            if pipeline.change_over is not None:
+                self._shutdown.is_compiling = pipeline.change_over.is_waiting
         self.runner = pipeline
         if news.line:
             self.lib.rank_zero.rank_zero_info(news.line)
             self.lib.rank_zero.rank_zero_debug(news.details)
         if self._residence is not None:
             self._residence.place(self.runner.parameters)
+
+    def _change_to_compiled(self) -> None:
+        """Lets compiled phases run from this step on, if the ranks have compiled all of them in the background."""
+        runner = self.runner
+        if not isinstance(runner, Pipeline) or runner.change_over is None or runner.change_over.is_over:
+            return
+        shutdown = self._shutdown
+        is_ready = not runner.change_over.is_waiting() if shutdown is None else shutdown.all_have_compiled
+        if is_ready:
+            words = runner.change_to_compiled()
+            self.lib.rank_zero.rank_zero_info(f"januspipe: from step {self._trainer.global_step} on: {words}")
+
+    def _end_compiling(self) -> None:
+        """Ends what compiles in the background, if anything does."""
+        if isinstance(self.runner, Pipeline) and self.runner.change_over is not None:
+            self.runner.change_over.end()
 
     def _sharing(self) -> StageSharing:
         """Returns what the ranks that hold the same stages may share in training."""

@@ -1,9 +1,10 @@
-"""Runs the user's step in other contexts: for capture, and out of the Trainer's inference mode."""
+"""Runs the user's step in other contexts, for capture and out of inference mode, and says what the Trainer runs."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.runtime.training_length import TrainingLength
+
 
 def is_fitting(trainer: Any) -> bool:
     """Returns whether the Trainer runs ``fit``."""
     return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+
+
+def training_length(trainer: Any) -> TrainingLength:
+    """Returns how long training is going to be, as far as the Trainer's limits tell.
+
+    Args:
+        trainer: The Trainer, with its loaders.
+    """
+    epochs = math.inf if trainer.max_epochs in (None, -1) else max(trainer.max_epochs, 1) - trainer.current_epoch
+    left = max(epochs * trainer.num_training_batches, 0.0)
+    if trainer.max_steps != -1:
+        left = min(left, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+    timers = [callback.time_remaining() for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
+    return TrainingLength(left, min((time for time in timers if time is not None), default=math.inf))
 
 
 @contextmanager

@@ -65,10 +65,12 @@ class StrategyOptions:
     """Dotted name of the submodule that differentiates the energy, such as "model.potential". None: the strategy finds
     it."""
 
-    compile: bool = False
+    compile: bool | Literal["auto"] = field(default=False, metadata={"expected": "True, False or 'auto'"})
     """Whether to compile the phases of stages with torch's inductor when training starts, which takes minutes for a new
-    model. In one process and in replicas without a pipeline the potential is captured then too. Stages that cannot be
-    compiled run eagerly, and the start line says why."""
+    model. "auto": training begins with eager phases, other processes of low priority compile, and all ranks change over
+    between the same two steps; nothing is compiled if training is too short to pay for it. In one process and in
+    replicas without a pipeline the potential is captured then too. Stages that cannot be compiled run eagerly, and the
+    start line says why."""
 
     activation: Literal["auto", "keep", "pointwise", "recompute", "offload"] = "auto"
     """Which tensors of a micro-batch are kept between its phases. "keep" keeps all that later phases need, "pointwise",
@@ -171,12 +173,12 @@ class StrategyOptions:
                 f"activation={self.activation!r} is not available with schedule={self.schedule!r}, which runs the "
                 "phases of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or activation='keep'."
             )
-        if self.compile and is_unfolded(self.schedule):
+        if self.compile is True and is_unfolded(self.schedule):
             raise ValueError(
                 f"compile=True is not available with schedule={self.schedule!r}, which runs the phases of a stage on "
                 "two ranks. Use a folded schedule, such as 'wavek-zb', or compile=False."
             )
-        if self.compile and self.stages == "explicit":
+        if self.compile is True and self.stages == "explicit":
             raise ValueError(
                 "compile=True is not available with stages='explicit': only captured stages can be compiled. Use "
                 "stages='captured', or compile=False."

@@ -142,8 +142,10 @@ class StrategyState(ParallelStrategy):
     def _captures(self) -> bool:
         """Tells whether to capture the potential: ranks share samples or experts, or phases are not plain."""
         options = self.options
-        is_limited = options.memory_limit is not None and is_fitting(self._trainer)
-        is_plain = not options.compile and options.activation not in ("recompute", "offload") and not is_limited
+        fits = is_fitting(self._trainer)
+        is_limited = options.memory_limit is not None and fits
+        is_compiled = options.compile is True or (options.compile == "auto" and fits)
+        is_plain = not is_compiled and options.activation not in ("recompute", "offload") and not is_limited
         return self._shares_replicas or self._spreads_experts or not is_plain
 
     @property

@@ -26,6 +26,11 @@ class CoordinatedShutdown:
         trainer: The Trainer that has to stop.
         mesh: This rank's process groups.
         run: How many runs this process has started, which is the same on all ranks.
+
+    Attributes:
+        is_compiling: Tells whether this rank still compiles its stages in the background.
+        all_have_compiled: Whether no rank did when all ranks asked last, which is the same on all ranks between the
+            question of a batch and its :meth:`hear`.
     """
 
     def __init__(self, trainer: Any, mesh: Mesh, run: int) -> None:
@@ -35,6 +40,8 @@ class CoordinatedShutdown:
         self._pending: Any = None
         self._are_together: bool | None = None
         self._callbacks: list[Any] = []
+        self.is_compiling: Callable[[], bool] = lambda: True
+        self.all_have_compiled = False
         # Lightning's own handler sends messages from within the signal handler, in the middle of whatever is going on.
         trainer._signal_connector._sigterm_notifier_fn = self._on_sigterm
         # Nor does Lightning's own question before each batch tell who did not answer: it hides all errors.
@@ -73,7 +80,8 @@ class CoordinatedShutdown:
         progress = self._trainer.fit_loop.epoch_loop.batch_progress
         # Of what has to be the same on all ranks, the largest and the smallest value.
         same = (2 if has_no_more else int(progress.is_last_batch), progress.total.ready, self._trainer.current_epoch)
-        self._flag = torch.tensor([int(self._is_requested), *same, *(-value for value in same)])
+        flags = int(self._is_requested), int(self.is_compiling())
+        self._flag = torch.tensor([*flags, *same, *(-value for value in same)])
         with waiting("the question whether a rank was told to stop", self._mesh.host_group):
             self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._mesh.host_group, async_op=True)
 
@@ -85,7 +93,8 @@ class CoordinatedShutdown:
         with waiting("the question whether a rank was told to stop", self._mesh.host_group):
             self._pending.wait()
         self._pending = None
-        is_requested, *same = self._flag.tolist()
+        is_requested, is_compiling, *same = self._flag.tolist()
+        self.all_have_compiled = not is_compiling
         if same[:3] != [-value for value in same[3:]]:
             self._refuse_unequal_data()
         self._must_stop = self._must_stop or bool(is_requested)

@@ -66,7 +66,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self._take_over_samplers(trainer)
         ignore_unreduced(self.mesh_shape.data == 1)  # the ranks of one pipeline log the same
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
-        if self.options.compile:
+        if self.options.compile is True:
             check_compiler(self.root_device.type)
         if is_fitting(trainer):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
@@ -163,6 +163,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs all phases of all micro-batches; the gradients wait for :meth:`backward`."""
         assert self.runner is not None
+        self._change_to_compiled()
         self.runner.parameters.allow_gradients()
         module = self._module
         split = isinstance(batch, MicroBatches)
@@ -227,6 +228,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_train_end(self) -> None:
         """Leaves the whole trained module on every rank."""
+        self._end_compiling()
         if self._shutdown is not None:
             self._shutdown.hear()
         if self.runner is not None:
@@ -272,6 +274,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Closes this rank's connections, so that no other waits for it, unless all ranks have ended alike."""
+        self._end_compiling()
         if self._failure is not None and isinstance(exception, Exception):
             self._failure.note(exception)
         is_stopped = self._began > 0 and isinstance(exception, (KeyboardInterrupt, SystemExit))
@@ -285,6 +288,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     def teardown(self) -> None:
         """Gives module, optimizers and metrics back as they were; a checkpoint can still be saved afterwards."""
         ignore_unreduced(False)
+        self._end_compiling()
         are_there = [stage.release() for stage in self._stage_optimizers.values()]
         module, residence = self.lightning_module, self._residence
         if module is not None:

@@ -10,6 +10,7 @@ from unittest import mock
 from torch import fx
 
 from lightning_januspipe.compiled import compiler
+from lightning_januspipe.compiled.artifacts import ArtifactCache
 from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline
 
 
@@ -26,7 +27,11 @@ def interpreted_phases(change: Callable[[fx.GraphModule], Any] | None = None) ->
         graphs.append(graph)
         return graph if change is None else change(graph)
 
-    with mock.patch.object(compiler, "compile_graph", run):
+    with (
+        mock.patch.object(compiler, "compile_graph", run),
+        mock.patch.object(compiler, "require_compiled"),
+        mock.patch.object(compiler, "artifact_cache", return_value=ArtifactCache(None)),
+    ):
         yield graphs
 
 

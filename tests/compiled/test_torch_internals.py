@@ -70,3 +70,23 @@ def test_inductor_keeps_what_it_compiles_in_the_given_folder(tmp_path: Path, mon
     monkeypatch.setenv(variable, str(tmp_path / "own"))
     with internals.inductor_cache(tmp_path):
         assert cache_dir() == str(tmp_path / "own")
+
+
+def test_another_process_gets_the_same_settings() -> None:
+    settings = internals.Settings.current("cpu")
+    assert settings.inductor and settings.machine
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
+        changed = internals.Settings.current("cpu")
+        assert changed != settings
+        settings.apply()
+        assert internals.Settings.current("cpu") == settings
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def test_only_what_was_compiled_has_bytes() -> None:
+    """Real ones are written and read in test_compiler.py."""
+    assert internals.packed(lambda *inputs: list(inputs)) is None
+    assert callable(internals.pick_vec_isa) and internals.inductor_config.compile_threads >= 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from pools import slow
 from torch import fx
 
 from lightning_januspipe.compiled import compiler
+from lightning_januspipe.compiled.background import BackgroundCompile
+from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.data import EMTDataModule
 from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.runtime import change_over, training_length
 from lightning_januspipe.testing import quiet_trainer
 
 COMPILED = {"compile": True, "num_microbatches": 2}
@@ -149,3 +154,94 @@ def test_without_a_compiler_training_does_not_start(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lightning_januspipe.compiled.torch_internals.get_cpp_compiler", missing)
     with pytest.raises(ValueError, match=r"compile=True, but no C\+\+ compiler was found: install g\+\+"):
         quiet_trainer(COMPILED, max_steps=1).fit(tiny.module(), tiny.data())
+
+
+AUTO = {"compile": "auto", "num_microbatches": 1}
+
+
+class Ended:
+    """Stands for a process that compiles, which has ended at once."""
+
+    def __init__(self, tasks: Any, *_: Any) -> None:
+        self.keys = list(tasks)
+
+    def has_ended(self) -> bool:
+        """Returns that it has ended."""
+        return True
+
+    def result(self) -> CompileResult:
+        """Returns that every task has failed."""
+        return CompileResult(dict.fromkeys(self.keys, "RuntimeError: no space left"))
+
+    def end(self) -> None:
+        """Does nothing."""
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if word in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "compiler", "line"),
+    [
+        (10.0, None, "phases stay eager: training is planned for about 1 s, and to compile takes about"),
+        (0.0, "no C++ compiler was found", "phases stay eager: no C++ compiler was found"),
+    ],
+)
+def test_nothing_is_compiled_where_it_does_not_pay_or_cannot_be_done(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ratio: float,
+    compiler: str | None,
+    line: str,
+) -> None:
+    monkeypatch.setattr(training_length, "LEAST_RATIO", ratio)
+    monkeypatch.setattr(change_over, "missing_compiler", lambda device: compiler)
+    monkeypatch.setattr(change_over, "BackgroundCompile", None)  # which nothing can start
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        found = strategy_workers.fit(AUTO, {"max_steps": 1})
+    assert len(lines_of(caplog, line)) == 1
+    close(found["state"], strategy_workers.fit(None, {"max_steps": 1})["state"])
+
+
+def test_training_stays_eager_where_the_background_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training_length, "LEAST_RATIO", 0.0)
+    monkeypatch.setattr(change_over, "BackgroundCompile", Ended)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        found = strategy_workers.fit(AUTO, {"max_steps": 3})
+    assert len(lines_of(caplog, "phases run eagerly until they are compiled in the background")) == 1
+    (line,) = lines_of(caplog, "no space left")
+    assert line.startswith("januspipe: from step 0 on: stage 0 runs eagerly: CaptureError: RuntimeError: no space left")
+    close(found["state"], strategy_workers.fit(None, {"max_steps": 3})["state"])
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+def test_what_compiles_is_ended_with_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[BaseException] | None
+) -> None:
+    """Training that ends before the stages are compiled, by itself, by Ctrl-C or by an error."""
+    monkeypatch.setattr(training_length, "LEAST_RATIO", 0.0)
+    monkeypatch.setenv("JANUSPIPE_CACHE", str(tmp_path))
+    made: list[BackgroundCompile] = []
+
+    def start(*arguments: Any) -> BackgroundCompile:
+        made.append(BackgroundCompile(*arguments))
+        return made[-1]
+
+    class Interrupt(lightning.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert not made[0].has_ended()
+            if error is not None:
+                raise error
+
+    monkeypatch.setattr(change_over, "BackgroundCompile", start)
+    trainer = quiet_trainer(AUTO, max_steps=1, limit_val_batches=0, callbacks=[Interrupt()])
+    ends: Any = nullcontext() if error is None else pytest.raises((SystemExit, RuntimeError))
+    with ends:
+        trainer.fit(tiny.module(), tiny.data())
+    (background,) = made
+    assert background._process.returncode is not None, "it runs on, or nobody has waited for it"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(background._process.pid, 0)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from compiled_workers import (
     fit_then_evaluate,
+    train_changing_over,
     train_compiled,
     train_interpreted,
     train_with_a_misfit_on_one_rank,
@@ -68,6 +69,28 @@ def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> No
 def test_parity_of_graph_ranks(pool: RankPool, devices: int, module: Any, strategy: dict[str, object]) -> None:
     own = {} if module is None else {"module": module, "data": graph_models.Data}
     check_parity(pool, devices, train=train_interpreted, compile=True, graph_size=2, **own, **strategy)
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy"),
+    [
+        (2, {"schedule": "wavek-zb", "num_microbatches": 4}),
+        slow(1, {"num_microbatches": 2}),
+        slow(2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "parameters"}),
+        slow(2, {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2}),
+    ],
+)
+def test_parity_where_compiled_phases_take_over(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
+    """Some steps are eager, the others compiled; the ranks are ready after unequal numbers of steps."""
+    check_parity(pool, devices, train=train_changing_over, compile="auto", **strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data_size", "graph_size"])
+def test_parity_where_compiled_phases_with_experts_take_over(pool: RankPool, axis: str) -> None:
+    given = {"compile": "auto", "num_microbatches": 2, "expert_size": 2, "pipeline_size": 1, axis: 2}
+    data = graph_models.Data
+    check_parity(pool, 2, module=partial(experts, 1), data=data, train=train_changing_over, **given)
 
 
 @pytest.mark.parametrize(

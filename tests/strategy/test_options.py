@@ -32,7 +32,7 @@ from lightning_januspipe.strategy.registry import NAMESPACES
         ),
         ({"wave_size": "all"}, "wave_size='all'; expected a positive integer or 'auto'"),
         ({"potential": 3}, "potential=3; expected a string or None"),
-        ({"compile": "auto"}, "compile='auto'; expected True or False"),
+        ({"compile": "later"}, "compile='later'; expected True, False or 'auto'"),
         ({"activation": "host"}, "activation='host'; expected 'auto', 'keep', 'pointwise', 'recompute' or 'offload'"),
         ({"activation": "pointwise"}, "activation='pointwise' needs compile=True: eager phases keep all tensors"),
         (

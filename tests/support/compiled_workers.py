@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import strategy_workers
@@ -14,8 +15,11 @@ from matris_models import matris
 from torch import Tensor, fx
 
 from lightning_januspipe.compiled import compiler
+from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.compiled.exchanges import exchanges_of
 from lightning_januspipe.compiled.sizes import StageSizes
+from lightning_januspipe.runtime import change_over, training_length
+from lightning_januspipe.runtime.pipeline import Pipeline
 from lightning_januspipe.testing import RunRecord, interpreted_phases, train_in_pipeline
 
 
@@ -89,4 +93,53 @@ def train_with_a_misfit_on_one_rank(*arguments: Any) -> RunRecord:
         warnings.filterwarnings("ignore", message=".*runs eagerly")
         record = train_in_pipeline(*arguments)
     assert graphs and {n % 2 for n in seen[1:]} == {0, 1}, "all micro-batches fit, or none"
+    return record
+
+
+class _Compiling:
+    """Stands for a process that compiles: it has ended when it was looked at a number of times, other ones by rank."""
+
+    ended: ClassVar[list[_Compiling]] = []
+
+    def __init__(self, tasks: Any, *_: Any) -> None:
+        assert tasks, "there is nothing to compile"
+        self._looks = int(os.environ["RANK"]) % 2
+
+    def has_ended(self) -> bool:
+        """Counts the looks."""
+        self._looks -= 1
+        return self._looks < 0
+
+    def result(self) -> CompileResult:
+        """Returns that nothing has failed."""
+        return CompileResult(cpu_seconds=1.0)
+
+    def end(self) -> None:
+        """Notes its end."""
+        self.ended.append(self)
+
+
+def train_changing_over(*arguments: Any) -> RunRecord:
+    """Trains with stages that are eager first, and compiled after some steps."""
+    _Compiling.ended.clear()
+    kinds: list[str] = []
+    change = Pipeline.change_to_compiled
+
+    def noted(self: Pipeline) -> str:
+        kinds.extend(type(stage).__name__ for stage in self.executor.stages.values())
+        words = change(self)
+        kinds.extend(type(stage).__name__ for stage in self.executor.stages.values())
+        return words
+
+    with (
+        interpreted() as graphs,
+        mock.patch.object(change_over, "BackgroundCompile", _Compiling),
+        mock.patch.object(Pipeline, "change_to_compiled", noted),
+        mock.patch.object(training_length, "LEAST_RATIO", 0.0),
+    ):
+        record = train_in_pipeline(*arguments)
+    num = len(kinds) // 2
+    assert num and "CompiledStage" not in kinds[:num] and kinds[num:] == ["CompiledStage"] * num, kinds
+    assert graphs and not record.eager
+    assert _Compiling.ended or int(os.environ["RANK"]), "what compiles was not ended"
     return record

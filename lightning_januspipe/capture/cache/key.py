@@ -80,7 +80,7 @@ def program_key(
     digester = Digester(potential)
     found = hashlib.sha256()
     try:
-        for part in (*_environment(), *extra):
+        for part in (*environment(), *extra):
             found.update(f"{len(part)}:{part}".encode())
         digester.path = "hooks of all modules"
         found.update(digester.digest(hooks_in(_global_hooks())).encode())
@@ -124,7 +124,7 @@ def _global_hooks() -> dict[str, Any]:
     return {f"_forward{n}_hooks": getattr(torch_module, f"_global_forward{n}_hooks") for n in ("", "_pre")}
 
 
-def _environment() -> Iterator[str]:
+def environment() -> Iterator[str]:
     """Yields versions and settings that a trace depends on, and the sources of this package that make the program."""
     yield f"format {_FORMAT}, version {sys.modules[_OWN.name].__version__}"
     yield f"python {sys.version_info[:2]}, torch {torch.__version__} {torch.version.git_version}"

@@ -1,4 +1,4 @@
-"""Keeps captured programs on disk, so that a second start of a job traces nothing."""
+"""Keeps on disk what a start of a job has made, such as captured programs, so that a second start makes nothing."""
 
 from __future__ import annotations
 
@@ -11,34 +11,191 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar, cast
 
 from lightning_januspipe.capture.trace.program import Program
 
 VARIABLE = "JANUSPIPE_CACHE"
 """Environment variable with the folder of the cache; ``0``, ``off`` or nothing for no cache."""
 
-_SUFFIX = ".program"
-_MAGIC = b"januspipe program 1\n"
+_Kept = TypeVar("_Kept")
+
 _MOST_ENTRIES = 64
 _LONGEST_WRITE = 24 * 3600.0  # seconds after which a file that a killed process left half written is removed
 
 
-class ProgramCache:
-    """Stores captured programs in a folder, one file for each key.
+@dataclass(frozen=True)
+class Words:
+    """Holds the words for what a cache keeps, in its warnings.
+
+    Attributes:
+        kept: what a file holds, as a noun.
+        again: what happens without a file, as a clause.
+        every_start: the same at every start.
+    """
+
+    kept: str
+    again: str
+    every_start: str
+
+
+class FileCache(Generic[_Kept]):
+    """Stores objects of one class in a folder, one file for each key.
 
     A file is written whole or not at all, so that processes may share the folder. Of more than 64 files the oldest are
-    removed. A program is stored with pickle, and unpickling a file runs code that its writer put into it. So a folder
+    removed. An object is stored with pickle, and unpickling a file runs code that its writer put into it. So a folder
     or file that belongs to another user, or that others may write to, is never read. A full disk or a damaged file
-    causes a warning, and one more trace.
+    causes a warning, and the object is made once more.
 
     Args:
         folder: the folder, which is made with the first file, for this user alone. None for no cache.
+
+    Attributes:
+        suffix: ends the names of the files.
+        magic: begins their content.
+        kind: the class of the objects.
+        words: the words for them.
     """
+
+    suffix: ClassVar[str]
+    magic: ClassVar[bytes]
+    kind: ClassVar[type]
+    words: ClassVar[Words]
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+
+    def has(self, key: str) -> bool:
+        """Tells whether there is a file of a key, which may turn out to be of no use."""
+        return self.folder is not None and self._path(key).exists()
+
+    def load(self, key: str) -> _Kept | None:
+        """Returns the object of a key; None where there is none.
+
+        Args:
+            key: letters and digits that tell this object from all others.
+        """
+        if self.folder is None or not self._is_safe(self.folder):
+            return None
+        path = self._path(key)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            with open(descriptor, "rb") as file:
+                if _others(os.fstat(file.fileno())):
+                    _warn(f"{path} is not read: {_others(os.fstat(file.fileno()))}. Remove it.")
+                    return None
+                content = file.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _warn(f"{path} cannot be read ({error}); {self.words.again}")
+            return None
+        try:
+            found = self._unpacked(key, content)
+        except Exception as error:  # a damaged pickle may raise anything
+            _warn(f"{path} is damaged ({type(error).__name__}: {error}) and removed; {self.words.again}")
+            self.discard(key)
+            return None
+        with suppress(OSError):
+            os.utime(path)  # the file that was used last is removed last
+        return found
+
+    def save(self, key: str, value: _Kept) -> None:
+        """Stores an object.
+
+        Args:
+            key: letters and digits that tell this object from all others.
+            value: the object that was made for this key.
+        """
+        if self.folder is None:
+            return
+        try:
+            content = self._packed(key, value)
+        except Exception as error:  # it may hold objects of the user's, which may refuse in any way
+            reason = f"{type(error).__name__}: {error}"
+            _warn(f"{self.words.kept} cannot be stored ({reason}); {self.words.every_start}")
+            return
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._is_safe(self.folder):
+                with _written_whole(self._path(key)) as descriptor, open(descriptor, "wb") as file:
+                    file.write(content)
+                self._prune()
+        except OSError as error:
+            _warn(f"{self.words.kept} cannot be stored in {self.folder} ({error}); {self.words.every_start}")
+
+    def discard(self, key: str) -> None:
+        """Removes the file of a key, if there is one."""
+        if self.folder is not None:
+            with suppress(OSError):
+                self._path(key).unlink()
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None and key.isalnum(), key
+        return self.folder / f"{key}{self.suffix}"
+
+    def _is_safe(self, folder: Path) -> bool:
+        try:
+            problem = _others(folder.stat())
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            _warn(
+                f"the folder {folder} is not used: {problem}. Name another folder in the environment variable "
+                f"{VARIABLE}, or switch the cache off with {VARIABLE}=0."
+            )
+        return not problem
+
+    def _prune(self) -> None:
+        """Removes all but the newest files, and files that killed processes left."""
+        assert self.folder is not None
+        ages: list[tuple[float, Path]] = []
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # another process may remove it meanwhile
+                age = time.time() - path.lstat().st_mtime
+                if path.suffix == self.suffix:
+                    ages.append((age, path))
+                elif path.suffix == ".tmp" and path.name.startswith(".") and age > _LONGEST_WRITE:
+                    path.unlink()
+        for _, path in sorted(ages)[_MOST_ENTRIES:]:
+            with suppress(OSError):
+                path.unlink()
+
+    def _portable(self, value: _Kept) -> _Kept:
+        """Returns an object as it is stored."""
+        return value
+
+    def _packed(self, key: str, value: _Kept) -> bytes:
+        payload = pickle.dumps(self._portable(value), protocol=4)
+        return self.magic + _checksum(key, payload) + payload
+
+    def _unpacked(self, key: str, content: bytes) -> _Kept:
+        start = len(self.magic) + hashlib.sha256().digest_size
+        payload = content[start:]
+        if content[:start] != self.magic + _checksum(key, payload):
+            raise ValueError("its checksum is wrong")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            found = pickle.loads(payload)
+        if not isinstance(found, self.kind):
+            raise TypeError(f"it holds a {type(found).__name__}")
+        return cast(_Kept, found)
+
+
+class ProgramCache(FileCache[Program]):
+    """Stores captured programs, with their constants on the CPU.
+
+    The key is the digest of a :class:`~lightning_januspipe.capture.cache.key.ProgramKey`.
+    """
+
+    suffix = ".program"
+    magic = b"januspipe program 1\n"
+    kind = Program
+    words = Words("a traced potential", "the potential is traced again", "every start traces it again")
 
     @classmethod
     def default(cls) -> ProgramCache:
@@ -71,117 +228,9 @@ class ProgramCache:
             return None
         return path if self._is_safe(self.folder) and self._is_safe(path) else None
 
-    def load(self, key: str) -> Program | None:
-        """Returns the program of a key, with its constants on the CPU; None where there is none.
-
-        Args:
-            key: the digest of a :class:`~lightning_januspipe.capture.cache.key.ProgramKey`.
-        """
-        if self.folder is None or not self._is_safe(self.folder):
-            return None
-        path = self._path(key)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with open(descriptor, "rb") as file:
-                if _others(os.fstat(file.fileno())):
-                    _warn(f"{path} is not read: {_others(os.fstat(file.fileno()))}. Remove it.")
-                    return None
-                content = file.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            _warn(f"{path} cannot be read ({error}); the potential is traced again")
-            return None
-        try:
-            program = _unpacked(key, content)
-        except Exception as error:  # a damaged pickle may raise anything
-            _warn(f"{path} is damaged ({type(error).__name__}: {error}) and removed; the potential is traced again")
-            self.discard(key)
-            return None
-        with suppress(OSError):
-            os.utime(path)  # the file that was used last is removed last
-        return program
-
-    def save(self, key: str, program: Program) -> None:
-        """Stores a program.
-
-        Args:
-            key: the digest of a :class:`~lightning_januspipe.capture.cache.key.ProgramKey`.
-            program: the program that was traced for this key.
-        """
-        if self.folder is None:
-            return
-        try:
-            content = _packed(key, program)
-        except Exception as error:  # outputs may hold objects of the user's, which may refuse in any way
-            _warn(f"a traced potential cannot be stored ({type(error).__name__}: {error}); every start traces it again")
-            return
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._is_safe(self.folder):
-                with _written_whole(self._path(key)) as descriptor, open(descriptor, "wb") as file:
-                    file.write(content)
-                self._prune()
-        except OSError as error:
-            _warn(f"a traced potential cannot be stored in {self.folder} ({error}); every start traces it again")
-
-    def discard(self, key: str) -> None:
-        """Removes the program of a key, if there is one."""
-        if self.folder is not None:
-            with suppress(OSError):
-                self._path(key).unlink()
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None and key.isalnum(), key
-        return self.folder / f"{key}{_SUFFIX}"
-
-    def _is_safe(self, folder: Path) -> bool:
-        try:
-            problem = _others(folder.stat())
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            problem = str(error)
-        if problem:
-            _warn(
-                f"the folder {folder} is not used: {problem}. Name another folder in the environment variable "
-                f"{VARIABLE}, or switch the cache off with {VARIABLE}=0."
-            )
-        return not problem
-
-    def _prune(self) -> None:
-        """Removes all but the newest files, and files that killed processes left."""
-        assert self.folder is not None
-        ages: list[tuple[float, Path]] = []
-        for path in self.folder.iterdir():
-            with suppress(OSError):  # another process may remove it meanwhile
-                age = time.time() - path.lstat().st_mtime
-                if path.suffix == _SUFFIX:
-                    ages.append((age, path))
-                elif path.suffix == ".tmp" and path.name.startswith(".") and age > _LONGEST_WRITE:
-                    path.unlink()
-        for _, path in sorted(ages)[_MOST_ENTRIES:]:
-            with suppress(OSError):
-                path.unlink()
-
-
-def _packed(key: str, program: Program) -> bytes:
-    constants = {name: value.detach().cpu() for name, value in program.constants.items()}
-    payload = pickle.dumps(replace(program, constants=constants), protocol=4)
-    return _MAGIC + _checksum(key, payload) + payload
-
-
-def _unpacked(key: str, content: bytes) -> Program:
-    start = len(_MAGIC) + hashlib.sha256().digest_size
-    payload = content[start:]
-    if content[:start] != _MAGIC + _checksum(key, payload):
-        raise ValueError("its checksum is wrong")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        program = pickle.loads(payload)
-    if not isinstance(program, Program):
-        raise TypeError(f"it holds a {type(program).__name__}")
-    return program
+    def _portable(self, value: Program) -> Program:
+        constants = {name: constant.detach().cpu() for name, constant in value.constants.items()}
+        return replace(value, constants=constants)
 
 
 def _checksum(key: str, payload: bytes) -> bytes:

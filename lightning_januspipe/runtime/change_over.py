@@ -1,0 +1,199 @@
+"""Compiles the stages of a rank while training has begun eagerly, and puts them in their places between two steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from lightning_januspipe.capture.trace.operators import is_of_package
+from lightning_januspipe.compiled.artifacts import CompileTask
+from lightning_januspipe.compiled.background import BackgroundCompile
+from lightning_januspipe.compiled.blueprint import TraceableStage
+from lightning_januspipe.compiled.compile_process import CompileResult
+from lightning_januspipe.compiled.compiled_stage import CompiledStage
+from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler, artifact_cache
+from lightning_januspipe.compiled.torch_internals import missing_compiler
+from lightning_januspipe.engine.eager_stages import eager_stages
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.specs import ChainSpec, StageFunction
+from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Says what a rank wants to have compiled.
+
+    Attributes:
+        host: its machine.
+        artifacts: its folder of compiled phases.
+        keys: its tasks, and whether they are compiled already.
+        missing: which compiler it lacks, in words.
+    """
+
+    host: str
+    artifacts: str
+    keys: Mapping[str, bool]
+    missing: str
+
+
+@dataclass
+class _Noted:
+    """Keeps what a stage is made of."""
+
+    function: StageFunction
+    gradients: GradientBuffers
+    chain: ChainSpec
+
+
+class ChangeOver:
+    """Makes the stages of a rank, eager ones first, and compiled ones once they are compiled on all ranks.
+
+    One rank of each machine compiles a stage for all ranks there that have the same. All ranks call :meth:`start` and
+    :meth:`change`.
+
+    Args:
+        compiler: makes the compiled stages.
+        mesh: this rank's process groups.
+        activations: what each stage keeps between its phases while they are eager.
+        artifacts: the folder for what is compiled; None for one of this run.
+        imports: modules that may define operators of the stages.
+
+    Attributes:
+        is_over: whether nothing changes any more.
+        is_compiled: whether an earlier run has compiled all stages of all ranks.
+    """
+
+    def __init__(
+        self,
+        compiler: StageCompiler,
+        mesh: Mesh,
+        activations: Sequence[str],
+        artifacts: Path | None,
+        imports: Sequence[str] = (),
+    ) -> None:
+        self.is_over = self.is_compiled = False
+        self._imports = tuple(imports)
+        self._compiler, self._mesh, self._activations = compiler, mesh, activations
+        self._own = None if artifacts is not None else Path(tempfile.mkdtemp(prefix="januspipe-compiled-"))
+        self._artifacts = artifacts or self._own
+        self._noted: dict[int, _Noted] = {}
+        self._background: BackgroundCompile | None = None
+        self._began = time.perf_counter()
+
+    def __call__(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
+        """Returns a stage that runs eagerly."""
+        self._noted[function.index] = _Noted(function, gradients, chain)
+        return eager_stages(self._activations[function.index])(function, gradients, chain)
+
+    def start(self) -> str:
+        """Starts to compile what no cache has; returns in words what happens."""
+        tasks = self._tasks()
+        assert self._artifacts is not None
+        cache = artifact_cache(self._artifacts)
+        missing = missing_compiler(self._compiler.device) or ""
+        keys = {key: cache.has(key) for key in tasks}
+        mine = _Share(socket.gethostname(), str(self._artifacts), keys, missing)
+        of_ranks = self._mesh.gathered(mine, "agreement on what is compiled")
+        lacking = next((share.missing for share in of_ranks if share.missing), "")
+        if lacking:
+            self.end()
+            return f"phases stay eager: {lacking}"
+        owners = _owners(of_ranks)
+        own = {
+            key: task for key, task in tasks.items() if owners.get((mine.host, mine.artifacts, key)) == self._mesh.rank
+        }
+        if own:
+            here = {owner for (host, *_), owner in owners.items() if host == mine.host}
+            workers = max(1, _num_cores() // len(here))
+            imports = self._imports if any(map(_has_foreign_operators, own.values())) else ()
+            self._background = BackgroundCompile(own, self._artifacts, self._compiler.cache, workers, imports)
+        self._compiler.uncompiled = {}
+        self.is_compiled = not owners
+        return "phases run eagerly until they are compiled in the background"
+
+    def is_waiting(self) -> bool:
+        """Tells whether this rank still compiles."""
+        return self._background is not None and not self._background.has_ended()
+
+    def change(self, stages: dict[int, Stage]) -> str:
+        """Puts compiled stages in the place of eager ones, while nothing is in flight; returns in words what was done.
+
+        Args:
+            stages: the stages of this rank by their index, which are changed.
+        """
+        result = CompileResult() if self._background is None else self._background.result()
+        of_ranks = self._mesh.gathered(result, "exchange of what is compiled")
+        if self._compiler.uncompiled is not None:
+            self._compiler.uncompiled = {key: why for found in of_ranks for key, why in found.failed.items()}
+        for index, noted in sorted(self._noted.items()):
+            stage = self._compiler(noted.function, noted.gradients, noted.chain)
+            if isinstance(stage, CompiledStage):
+                stages[index] = stage
+        self.end()
+        reports = self._mesh.gathered_over_pipeline(self._compiler.report(), "gathering of what was compiled")
+        return self._described(reports, sum(found.cpu_seconds for found in of_ranks))
+
+    def report(self) -> CompileReport:
+        """Returns what is compiled on this rank."""
+        return self._compiler.report()
+
+    def end(self) -> None:
+        """Ends what runs in the background; stages stay as they are."""
+        self.is_over = True
+        if self._background is not None:
+            self._background.end()
+        if self._own is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
+
+    def _tasks(self) -> dict[str, CompileTask]:
+        """Returns what is to be compiled for this rank, by key; what cannot be described stays eager."""
+        found: dict[str, CompileTask] = {}
+        for noted in self._noted.values():
+            if not hasattr(noted.function, "body"):
+                continue
+            task, key = self._compiler.task(cast(TraceableStage, noted.function), noted.chain)
+            if key is not None:
+                found[key] = task
+        return found
+
+    def _described(self, reports: Sequence[CompileReport], cpu_seconds: float) -> str:
+        words = [line for report in reports for line in report.eager]
+        num = sum(report.num_compiled for report in reports)
+        if num:
+            stages = f"phases of {num} {'stage' if num == 1 else 'stages'}"
+            how = "read from the cache"
+            if cpu_seconds:
+                wall = time.perf_counter() - self._began
+                how = f"compiled in the background in {wall:.0f} s ({cpu_seconds:.0f} s of CPU time)"
+            words.insert(0, f"{stages} {how}")
+        return "; ".join(words)
+
+
+def _owners(of_ranks: Sequence[_Share]) -> dict[tuple[str, str, str], int]:
+    """Returns for each machine, folder and key that is not compiled yet the rank that compiles it."""
+    found: dict[tuple[str, str, str], int] = {}
+    for rank, share in enumerate(of_ranks):
+        for key, is_compiled in share.keys.items():
+            if not is_compiled:
+                found.setdefault((share.host, share.artifacts, key), rank)
+    return found
+
+
+def _has_foreign_operators(task: CompileTask) -> bool:
+    program = getattr(task.plan.body, "program", None)
+    return program is not None and any(map(is_of_package, program.nodes))
+
+
+def _num_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1

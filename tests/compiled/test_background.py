@@ -1,0 +1,92 @@
+"""The process that compiles in the background: its errors are told, and it ends with training."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_januspipe.compiled.background import BackgroundCompile
+from lightning_januspipe.runtime.change_over import _owners, _Share
+
+
+class Task:
+    """Calls a function in the process that reads it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def started(tmp_path: Path, **tasks: Any) -> BackgroundCompile:
+    return BackgroundCompile(tasks, tmp_path / "compiled", tmp_path / "inductor")
+
+
+def wait_for(background: BackgroundCompile) -> None:
+    end = time.monotonic() + 200
+    while not background.has_ended():
+        assert time.monotonic() < end, "it does not end"
+        time.sleep(0.1)
+
+
+def require_none_left(background: BackgroundCompile) -> None:
+    """Neither processes of its group, nor one that nobody has waited for, nor its files."""
+    with pytest.raises(ProcessLookupError):
+        os.killpg(background._process.pid, 0)
+    assert background._process.returncode is not None
+    assert not background._folder.exists()
+
+
+def test_it_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
+    background = started(tmp_path, a=Task(time.sleep, 600))
+    assert not background.has_ended()
+    background.end()
+    background.end()
+    require_none_left(background)
+    assert background.has_ended()
+
+
+def test_an_error_is_told(tmp_path: Path) -> None:
+    background = started(tmp_path, a=Task(int, "x"))
+    wait_for(background)
+    assert background.result().failed["a"].startswith("ValueError: invalid literal for int()")
+    assert background.result().cpu_seconds > 0
+    background.end()
+    require_none_left(background)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["without a result", "with training"])
+def test_it_ends(tmp_path: Path, how: str) -> None:
+    """A process that crashes says so; one whose training process has ended follows it."""
+    with_training = how == "with training"
+    background = started(tmp_path, a=Task(time.sleep, 600) if with_training else Task(os._exit, 3))
+    if with_training:
+        assert background._process.stdin is not None
+        background._process.stdin.close()  # as the system does for a process that has ended
+    wait_for(background)
+    code = -9 if with_training else 3
+    assert background.result().failed == {"a": f"the process that compiled it has ended with the exit code {code}"}
+    background.end()
+    require_none_left(background)
+
+
+def test_one_rank_of_each_machine_compiles_a_stage() -> None:
+    shares = [
+        _Share("one", "/cache", {"a": False}, ""),
+        _Share("one", "/cache", {"a": False, "b": False}, ""),
+        _Share("one", "/cache", {"c": True}, ""),
+        _Share("two", "/cache", {"a": False}, ""),
+        _Share("two", "/own", {"a": False}, ""),
+    ]
+    assert _owners(shares) == {
+        ("one", "/cache", "a"): 0,
+        ("one", "/cache", "b"): 1,
+        ("two", "/cache", "a"): 3,
+        ("two", "/own", "a"): 4,
+    }
