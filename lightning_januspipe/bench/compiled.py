@@ -6,7 +6,6 @@ machine change these.
 
 from __future__ import annotations
 
-import importlib
 import os
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from lightning_januspipe.bench.gpu_counts import GpuCounts, phase_bytes
 from lightning_januspipe.bench.training_steps import module_and_loader
-from lightning_januspipe.bench.work import Work, trainer_of
+from lightning_januspipe.bench.work import Work, function_of, trainer_of
 from lightning_januspipe.capture.cache.store import VARIABLE
 from lightning_januspipe.testing import RankPool
 from lightning_januspipe.testing.trainer import library, namespace_of
@@ -103,7 +102,7 @@ def time_steps(job: Job) -> StepTimes:
     if job.factory is None:
         module, loader = module_and_loader(work, dtype, energy_weight=1.0)
     else:
-        module, loader = _function(job.factory)(work)
+        module, loader = function_of(job.factory)(work)
     times: list[tuple[float, float]] = []
     losses: list[float] = []
     found: list[Any] = []
@@ -159,14 +158,6 @@ def _now(is_gpu: bool) -> tuple[float, float]:
 
         torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
-
-
-def _function(path: str) -> Any:
-    module, _, name = path.partition(":")
-    function = getattr(importlib.import_module(module), name, None) if module and name else None
-    if function is None:
-        raise ValueError(f"{path!r} names no function; expected module:function, with the module on PYTHONPATH")
-    return function
 
 
 def _noting(kept: dict[str, tuple[int, int]], executor: Any) -> Any:

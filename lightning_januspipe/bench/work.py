@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Sequence
@@ -75,6 +76,19 @@ def trainer_of(strategy: dict[str, Any] | None, steps: int, callback: Any, **arg
     return quiet_trainer(
         strategy, devices=world, max_steps=steps, callbacks=[callback], limit_val_batches=0, **arguments
     )
+
+
+def function_of(path: str) -> Any:
+    """Returns the function that ``module:function`` names.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    module, _, name = path.partition(":")
+    function = getattr(importlib.import_module(module), name, None) if module and name else None
+    if function is None:
+        raise ValueError(f"{path!r} names no function; expected module:function, with the module on PYTHONPATH")
+    return function
 
 
 def resident(name: str) -> int:

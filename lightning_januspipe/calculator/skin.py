@@ -52,6 +52,7 @@ class SkinNeighborList:
         self.num_searches = 0
         self._searched: tuple[Floats, Floats, np.ndarray] | None = None
         self._found: tuple[Ints, Ints] | None = None
+        self._offsets: tuple[Floats, Floats] | None = None  # a cell, and what it adds to the vectors
 
     def edges(self, atoms: Atoms) -> Edges:
         """Returns the edges of a structure.
@@ -61,16 +62,21 @@ class SkinNeighborList:
         """
         positions, cell, pbc = np.array(atoms.positions, float), np.array(atoms.cell, float), np.array(atoms.pbc)
         if not self._is_valid(positions, cell, pbc):
-            self._searched = None  # an error in the search leaves nothing behind
+            self._searched = self._offsets = None  # an error in the search leaves nothing behind
             self._found = neighbor_list(positions, cell, pbc, self.cutoff + self.skin)
             self._searched = positions, cell, pbc
             self.num_searches += 1
         assert self._found is not None
         edge_index, shifts = self._found
         # Shifts along directions that are not periodic are zero, so what the cell has there does not count.
-        vectors = positions[edge_index[0]] + shifts @ cell - positions[edge_index[1]]
-        near = np.einsum("ij,ij->i", vectors, vectors) < self.cutoff**2
-        return Edges(edge_index[:, near], shifts[near], vectors[near])
+        if self._offsets is None or not np.array_equal(cell, self._offsets[0]):
+            self._offsets = cell, shifts @ cell
+        source, target = edge_index
+        vectors = positions.take(source, axis=0)
+        vectors += self._offsets[1]
+        vectors -= positions.take(target, axis=0)
+        near = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors) < self.cutoff**2)
+        return Edges(edge_index.take(near, axis=1), shifts.take(near, axis=0), vectors.take(near, axis=0))
 
     def _is_valid(self, positions: Floats, cell: Floats, pbc: np.ndarray) -> bool:
         """Returns whether no pair that the last search did not find can be closer than the cutoff."""

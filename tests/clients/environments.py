@@ -57,6 +57,7 @@ CLIENTS = {
             *("pytorch-lightning==2.6.6", "hydra-core==1.3.8", "hydra-colorlog==1.2.0", "matscipy==1.3.1"),
             *("h5py==3.16.0", "tensorboard==2.21.0", "tensorboardX==2.6.5", "matplotlib>=3.7"),
             *("torch-ema==0.3", "dirsync==2.2.6", "fasteners==0.20", "progressbar==2.5", "pyyaml", "rich", "tqdm"),
+            *("e3nn>=0.5", "jsonargparse[signatures]>=4.40"),  # of this project
         ),
         alone=("schnetpack==2.1.1",),
         without_lightning=True,

@@ -1,12 +1,15 @@
 """Modules and loaders of packages for ``januspipe bench compile --factory bench_models:NAME``.
 
+The functions that end in _calculators are for ``januspipe bench md --factory``.
+
 PYTHONPATH=tests/clients/programs januspipe bench compile --factory bench_models:nequip \
     --own_factory bench_models:nequip_compiled
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,6 +19,9 @@ from ase import Atoms
 
 from lightning_januspipe.bench.work import Work
 from lightning_januspipe.data import emt_structures
+
+Calculators = tuple[Any, Callable[[Atoms], Any]]
+"""A module, and a function of a structure that returns the package's own calculator with the same weights."""
 
 
 def nequip(work: Work) -> tuple[Any, Any]:
@@ -62,6 +68,48 @@ def painn(work: Work) -> tuple[Any, Any]:
     program.CUTOFF = work.cutoff
     program.labelled = _structures(work)
     return _made(program, work, "--model", "painn")
+
+
+def nequip_calculators(work: Work) -> Calculators:
+    """Makes NequIP's module, and its own calculator."""
+    module, _ = nequip(replace(work, num_atoms=4))
+    (model,) = [part for part in module.modules() if getattr(part, "is_graph_model", False)]
+
+    def own(_: Atoms) -> Any:
+        transforms = import_module("nequip.data.transforms")
+        mapper = transforms.ChemicalSpeciesToAtomTypeMapper(list(model.type_names))
+        calculator = import_module("nequip.integrations.ase").NequIPCalculator
+        return calculator(model.eval(), "cpu", transforms=[mapper, transforms.NeighborListTransform(work.cutoff)])
+
+    return module, own
+
+
+def mace_calculators(work: Work) -> Calculators:
+    """Makes MACE's model, and its own calculator."""
+    module, _ = mace(replace(work, num_atoms=4))
+    (model,) = [child for child in module.children() if hasattr(child, "r_max")]
+
+    def own(_: Atoms) -> Any:
+        calculator = import_module("mace.calculators").MACECalculator
+        return calculator(models=[model], device="cpu", default_dtype="float64")
+
+    return module, own
+
+
+def painn_calculators(work: Work) -> Calculators:
+    """Makes SchNetPack's PaiNN, and its own calculator with a neighbour list that has a skin too."""
+    module, _ = painn(replace(work, num_atoms=4))
+
+    def own(_: Atoms) -> Any:
+        spk, torch = import_module("schnetpack"), import_module("torch")
+        given = import_module("schnetpack.interfaces.ase_interface").SpkCalculator
+        # It loads a file with the default of torch.load, which today's torch refuses.
+        calculator = type("SpkCalculator", (given,), {"_load_model": lambda *_: module.model.eval()})
+        neighbors = spk.transform.SkinNeighborList(spk.transform.MatScipyNeighborList(work.cutoff), cutoff_skin=1.0)
+        units = {"energy_unit": "eV", "position_unit": "Ang", "dtype": torch.float64}
+        return calculator("", neighbors, stress_key="stress", **units)
+
+    return module, own
 
 
 def _program(name: str, work: Work) -> Any:
