@@ -21,6 +21,7 @@ from lightning_januspipe.bench.janus import predicted_steps
 from lightning_januspipe.bench.largest import largest
 from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
 from lightning_januspipe.bench.replicas import unequal_structures
+from lightning_januspipe.bench.state_bytes import state_bytes
 from lightning_januspipe.bench.work import Work
 from lightning_januspipe.cli.parsers import CommandParser
 
@@ -81,6 +82,9 @@ def main(args: Sequence[str]) -> None:
     shard = CommandParser(description="Runs steps with sharded state, whose phases sleep, against their simulation.")
     shard.add_function_arguments(emulate_sharded, skip={"pool"})
     commands.add_subcommand("shard", shard, help=shard.description)
+    state = CommandParser(description="Counts the bytes of parameters, gradients and optimizer state on each rank.")
+    state.add_function_arguments(state_bytes, skip={"pool"})
+    commands.add_subcommand("state", state, help=state.description)
     experts = CommandParser(description="Counts how evenly experts load ranks, with and without placement by load.")
     experts.add_function_arguments(expert_loads)
     commands.add_subcommand("experts", experts, help=experts.description)
@@ -96,6 +100,8 @@ def main(args: Sequence[str]) -> None:
             text = emulate_schedules(**values)
         elif given.name == "shard":
             text = emulate_sharded(**values)
+        elif given.name == "state":
+            text = state_bytes(**values)
         elif given.name == "experts":
             text = expert_loads(**values)
         elif given.name == "janus":

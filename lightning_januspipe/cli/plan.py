@@ -18,6 +18,7 @@ from lightning_januspipe.cli.plan_tables import (
     ACTIVATION_LEGEND,
     GRAPH_LEGEND,
     MESH_LEGEND,
+    MESH_STATE_LEGEND,
     STAGE_LEGEND,
     STATE_LEGEND,
     activation_table,
@@ -25,6 +26,7 @@ from lightning_januspipe.cli.plan_tables import (
     graph_table,
     level_lines,
     make_console,
+    mesh_state_table,
     mesh_table,
     notes,
     refusals,
@@ -250,6 +252,7 @@ def _plan_meshes(recipe: Recipe) -> None:
         link,
         structures=structures,
         atoms=atoms or None,
+        shard=asked.shard,
     )
     console, best = make_console(), meshes.choice
     if best is not None:
@@ -266,6 +269,9 @@ def _plan_meshes(recipe: Recipe) -> None:
         raise ValueError(f"{num_ranks} ranks cannot be shared: see above; give other --graph_sizes, or other --ranks")
     console.print(mesh_table(meshes))
     console.print(MESH_LEGEND)
+    console.print()
+    console.print(mesh_state_table(meshes))
+    console.print(MESH_STATE_LEGEND)
     console.print(_assumed(link))
     if best is None:
         return

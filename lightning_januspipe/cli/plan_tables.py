@@ -257,7 +257,7 @@ def mesh_table(meshes: Meshes) -> Table:
     table = _table(
         f"{meshes.rows[0].shape.size} ranks",
         ("", "schedule"),
-        ("pipeline", "data", "graph", "step ms", "reduce", "structures", "struct/s", "peak/rank", "weights"),
+        ("pipeline", "data", "graph", "step ms", "after", "structures", "struct/s", "peak/rank", "shard"),
     )
     table.columns[1].justify = "left"
     for row in meshes.rows:
@@ -268,21 +268,49 @@ def mesh_table(meshes: Meshes) -> Table:
             "–" if chosen is None else chosen.name,
             *(str(size) for size in (row.shape.pipeline, row.shape.data, row.shape.graph)),
             "–" if time is None else _milliseconds(time),
-            _milliseconds(row.reduce),
+            "–" if row.after is None else _milliseconds(row.after),
             f"{row.structures:g}",
             "–" if rate is None else _three_digits(rate),
             memory,
-            format_bytes(row.weights),
+            row.plan.options.level,
             style="bold" if row is meshes.choice else None,
         )
     return table
 
 
 MESH_LEGEND = (
-    "schedule: the fastest that fits, with one stage on each rank. reduce: ms of summing gradients over replicas and "
-    "graph ranks, which the step includes. structures: in a step of all replicas. peak/rank: saved tensors. weights: "
-    "parameters of the largest stage, without gradients and optimizer. Among meshes that are about as fast, the one "
-    "that exchanges least is chosen: replicas before stages, stages before graph ranks."
+    "schedule: the fastest that fits, with one stage on each rank. after: ms at the end of the step, which sum "
+    "gradients and gather parameters. structures: in a step of all replicas. peak/rank: saved tensors, parameters, "
+    "gradients and the state of Adam. Among meshes that are about as fast, the one that exchanges least is chosen: "
+    "replicas before stages, stages before graph ranks."
+)
+
+
+def mesh_state_table(meshes: Meshes) -> Table:
+    """Returns what the state of the largest rank takes on every mesh with each level of ``shard``, and its messages."""
+    table = _table(
+        "State of the largest rank, with Adam",
+        ("pipeline", "data", "graph", "weights"),
+        *((level, "step ms") for level in LEVELS),
+        ("sent", "messages"),
+    )
+    for row in meshes.rows:
+        cells = []
+        for plan in row.levels:
+            step = "–" if plan.choice is None else _milliseconds(plan.choice.step_time)
+            cells += [format_bytes(plan.options.share.in_phases), step]
+        cells += ["–"] * (2 * (len(LEVELS) - len(row.levels)))
+        share = row.plan.options.share
+        sizes = (str(size) for size in (row.shape.pipeline, row.shape.data, row.shape.graph))
+        table.add_row(*sizes, format_bytes(row.weights), *cells, format_bytes(share.sent), str(share.num_messages))
+    return table
+
+
+MESH_STATE_LEGEND = (
+    "weights: parameters of the largest stage. none, optimizer, parameters: bytes of parameters, gradients and "
+    "optimizer state while phases run, with this level of shard, and the step with the fastest schedule that fits. "
+    "sent, messages: of a rank in a step, to sum gradients and to gather parameters, if collectives pass parts on in "
+    "a ring."
 )
 
 

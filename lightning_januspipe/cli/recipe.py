@@ -24,7 +24,7 @@ from lightning_januspipe.mesh import MeshShape
 from lightning_januspipe.plan.graph_share import GraphShare, Sharing
 from lightning_januspipe.plan.measure import Measured, measure_stages
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
-from lightning_januspipe.runtime.state_share import LEVELS
+from lightning_januspipe.runtime.state_share import levels_of
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule.state_actions import ShardLevel
 from lightning_januspipe.strategy.precision import SUPPORTED
@@ -108,11 +108,7 @@ class StrategyArguments:
 
     def levels(self, has_limit: bool) -> tuple[ShardLevel, ...]:
         """Returns what the ranks that hold the same stages may share, the simplest first."""
-        if self.num_sharing == 1:
-            return ("none",)
-        if self.shard != "auto":
-            return (self.shard,)
-        return LEVELS if has_limit else ("none",)
+        return levels_of(self.shard, self.num_sharing, has_limit)
 
     def activations(self, has_limit: bool, device: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Returns the activations to measure, and those among them that the run may take, the fastest first.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, plan_cuts
+from lightning_januspipe.plan.compare import PlanOptions, SchedulePlan, best_plan, plan_cuts
 from lightning_januspipe.plan.graph_share import GraphLink, GraphShare, costs_of_share
 from lightning_januspipe.plan.measure import Measured, TooManyRanks
+from lightning_januspipe.runtime.state_share import LEVELS, levels_of
+from lightning_januspipe.schedule.state_actions import ShardLevel
 
 # Predictions are off by some percent: a mesh with more exchanges, or more stages, has to gain more than that.
 _LEAST_GAIN = 0.03
@@ -23,14 +25,14 @@ class MeshRow:
 
     Attributes:
         shape: Sizes of pipeline × data × graph.
-        plan: The plan of one of its replicas.
-        reduce: Seconds of summing gradients over replicas and graph ranks, once in a step.
+        plan: The plan of one of its replicas, with the level of sharing that training takes.
+        levels: The same with each level that replicas and graph ranks can share state at, the simplest first.
         weights: Bytes of the parameters of the largest rank.
     """
 
     shape: MeshShape
     plan: SchedulePlan
-    reduce: float
+    levels: tuple[SchedulePlan, ...]
     weights: int
 
     @property
@@ -42,7 +44,12 @@ class MeshRow:
     def step_time(self) -> float | None:
         """Returns the seconds of a training step, without loading data and the optimizer; None where nothing fits."""
         chosen = self.plan.choice
-        return None if chosen is None else chosen.step_time + self.reduce
+        return None if chosen is None else chosen.step_time
+
+    @property
+    def after(self) -> float | None:
+        """Returns the seconds at the end of the step that sum gradients or gather parameters; None if nothing fits."""
+        return None if self.plan.choice is None else self.plan.choice.after
 
     @property
     def structures(self) -> float:
@@ -56,10 +63,13 @@ class MeshRow:
 
     @property
     def memory(self) -> float | None:
-        """Returns the most bytes that a rank's micro-batches hold; where nothing fits, the least of any schedule."""
+        """Returns the most bytes that a rank holds for its micro-batches and its state.
+
+        Where nothing fits, it is the least of any schedule.
+        """
         chosen = self.plan.choice
         if chosen is not None:
-            return chosen.peak_memory
+            return None if chosen.peak_memory is None else chosen.peak_memory + self.plan.options.share.in_phases
         return min((row.needed for row in self.plan.rows if row.needed is not None), default=None)
 
     def arguments(self) -> str:
@@ -67,9 +77,10 @@ class MeshRow:
         chosen, options, shape = self.plan.choice, self.plan.options, self.shape
         assert chosen is not None
         limit = "" if options.memory_limit is None else f", memory_limit={options.memory_limit:g}"
+        shard = "" if options.level == "none" else f', shard="{options.level}"'
         return (
             f"JanusPipeStrategy(pipeline_size={shape.pipeline}, data_size={shape.data}, graph_size={shape.graph}, "
-            f'num_microbatches={options.num_microbatches}, schedule="{chosen.name}"{limit})'
+            f'num_microbatches={options.num_microbatches}, schedule="{chosen.name}"{shard}{limit})'
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +93,16 @@ class MeshRow:
             "schedule": None if chosen is None else chosen.name,
             "fits": self.fits,
             "step_time": self.step_time,
-            "reduce": self.reduce,
+            "after": self.after,
+            "shard": self.plan.options.level,
+            "levels": [
+                {
+                    **asdict(plan.options.share),
+                    "fits": plan.choice is not None,
+                    "step_time": None if plan.choice is None else plan.choice.step_time,
+                }
+                for plan in self.levels
+            ],
             "structures": self.structures,
             "structures_per_second": self.structures_per_second,
             "memory": self.memory,
@@ -139,6 +159,7 @@ def compare_meshes(
     *,
     structures: float,
     atoms: float | None,
+    shard: ShardLevel | Literal["auto"] = "auto",
 ) -> Meshes:
     """Predicts the throughput of every mesh.
 
@@ -153,6 +174,7 @@ def compare_meshes(
         link: Cost of messages between any ranks.
         structures: Structures in a micro-batch.
         atoms: Atoms in a micro-batch.
+        shard: What replicas and graph ranks share; "auto" chooses within a memory limit.
     """
     stages: dict[int, Measured] = {}
     left_out, rows = [], []
@@ -174,17 +196,16 @@ def compare_meshes(
         if share.refused:
             left_out.append(f"graph_size={shape.graph}: {share.refused}")
             continue
-        plan = plan_cuts(
-            [costs_of_share(measured, shape.pipeline, share, link)],
-            replace(options, num_ranks=shape.pipeline),
-            schedules,
-            structures=structures,
-            atoms=atoms,
-        )
-        weights = largest_weights(measured, potential)
-        sharing = shape.data * shape.graph
-        summed = link.seconds(2 * weights * (sharing - 1) / sharing, 1) if sharing > 1 else 0.0
-        rows.append(MeshRow(shape, plan, summed, weights))
+        weights, sharing = largest_weights(measured, potential), shape.data * shape.graph
+        given = replace(options, num_ranks=shape.pipeline, num_sharing=sharing, parameters=weights)
+        costs = [costs_of_share(measured, shape.pipeline, share, link)]
+        plans = {
+            level: plan_cuts(costs, replace(given, level=level), schedules, structures=structures, atoms=atoms)
+            for level in (LEVELS if sharing > 1 else LEVELS[:1])
+        }
+        allowed = levels_of(shard, sharing, options.memory_limit is not None)
+        plan = best_plan([plans[level] for level in allowed])
+        rows.append(MeshRow(shape, plan, tuple(plans.values()), weights))
     rows.sort(key=lambda row: (-(row.structures_per_second or 0.0), row.memory or 0.0))
     return Meshes(tuple(rows), tuple(left_out))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from lightning_januspipe.schedule.state_actions import ShardLevel
 
@@ -57,6 +57,21 @@ def state_share(level: ShardLevel, num_ranks: int, parameters: float, state: flo
     # An all-reduce is a reduce-scatter and an all-gather; so each level sends the same.
     passes = 2 * (num_ranks - 1)
     return StateShare(level, num_ranks, in_phases, in_reduction, between + kept, passes * parameters * part, passes)
+
+
+def levels_of(shard: ShardLevel | Literal["auto"], num_ranks: int, has_limit: bool) -> tuple[ShardLevel, ...]:
+    """Returns what the ranks that hold a stage may share, the simplest first.
+
+    Args:
+        shard: What the user asks for.
+        num_ranks: The number of these ranks; a single one shares nothing.
+        has_limit: Whether there is a memory limit, within which "auto" chooses.
+    """
+    if num_ranks == 1:
+        return ("none",)
+    if shard != "auto":
+        return (shard,)
+    return LEVELS if has_limit else ("none",)
 
 
 def fastest_level(seconds: Mapping[ShardLevel, float]) -> ShardLevel:

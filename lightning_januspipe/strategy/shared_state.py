@@ -13,7 +13,7 @@ from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.runner import Runner
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer
-from lightning_januspipe.runtime.state_share import LEVELS
+from lightning_januspipe.runtime.state_share import levels_of
 from lightning_januspipe.schedule import Link
 from lightning_januspipe.schedule.state_actions import ShardLevel
 from lightning_januspipe.strategy.contexts import is_fitting
@@ -167,11 +167,8 @@ class StrategyState(ParallelStrategy):
     @property
     def _shard_levels(self) -> tuple[ShardLevel, ...]:
         """Returns what these ranks may share, the simplest first."""
-        if self.mesh_shape.data * self.mesh_shape.graph == 1:
-            return ("none",)
-        if self.options.shard != "auto":
-            return (self.options.shard,)
-        return ("none",) if self.options.memory_limit is None or self._spreads_experts else LEVELS
+        chooses = self.options.memory_limit is not None and not self._spreads_experts
+        return levels_of(self.options.shard, self.mesh_shape.data * self.mesh_shape.graph, chooses)
 
     @property
     def replica_index(self) -> int:

@@ -25,7 +25,13 @@ from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
-from lightning_januspipe.strategy.checks import check_compiler, check_module, check_trainer
+from lightning_januspipe.strategy.checks import (
+    check_compiler,
+    check_module,
+    check_trainer,
+    require_values,
+    without_values,
+)
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
 from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
 from lightning_januspipe.strategy.failure import shorten_tracebacks
@@ -33,6 +39,7 @@ from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
 from lightning_januspipe.strategy.microbatch_log import LogRecorder, merge_outputs
+from lightning_januspipe.strategy.old_gradients import free_old_gradients
 from lightning_januspipe.strategy.options import options_of, takes_options
 from lightning_januspipe.strategy.precision import loss_scale, mesh_aware
 from lightning_januspipe.strategy.quiet import ignore_unreduced, quieten
@@ -65,6 +72,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Checks that the module can be trained, then sets it up as every strategy does."""
         self._take_over_samplers(trainer)
         ignore_unreduced(self.mesh_shape.data == 1)  # the ranks of one pipeline log the same
+        require_values(self._module)
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
         if self.options.compile is True:
             check_compiler(self.root_device.type)
@@ -165,6 +173,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         assert self.runner is not None
         self._change_to_compiled()
         self.runner.parameters.allow_gradients()
+        free_old_gradients(self._trainer)
         module = self._module
         split = isinstance(batch, MicroBatches)
         batches, sizes = (batch.batches, batch.num_samples) if split else ([batch], [None])
@@ -303,7 +312,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self._shutdown = self._residence = None
         if residence is not None and residence.is_partial and all(are_there):  # after an exception
             residence.leave_device()
-        if (residence is not None and residence.is_partial) or not all(are_there):
+        if not all(are_there) or (module is not None and without_values(module)):
             self._lightning_module = None  # what is not there cannot be moved
         super().teardown()
         self._lightning_module = module

@@ -142,7 +142,7 @@ class TestMeshes:
             measure,
             lambda _, share: share,
             SMALL().potential,
-            PlanOptions(1, 4, memory_limit=limit, latency=20e-6),
+            PlanOptions(1, 4, memory_limit=limit, latency=20e-6, bandwidth=1e9),
             ["gpipe", "wavek"],
             GraphLink(20e-6, 1e9),
             structures=2,
@@ -158,14 +158,15 @@ class TestMeshes:
         best = meshes.choice
         assert best is not None and best is meshes.rows[0] and best.shape == MeshShape(1, 4, 1)
         # Four micro-batches of two structures on each of four replicas, none of which waits.
-        assert best.step_time == pytest.approx(4 * 0.08 + best.reduce) and best.structures == 32
-        assert best.structures_per_second == pytest.approx(32 / (0.32 + best.reduce))
+        assert best.after is not None and best.structures == 32
+        assert best.step_time == pytest.approx(4 * 0.08 + best.after)
+        assert best.structures_per_second == pytest.approx(32 / (0.32 + best.after))
         weights = sum(p.nbytes for p in SMALL().potential.parameters())
-        assert best.reduce == pytest.approx(20e-6 + 2 * weights * 3 / 4 / 1e9)
+        assert best.after == pytest.approx(2 * 3 * (20e-6 + weights / 4 / 1e9))
         chosen = next(row for row in meshes.rows if row.shape == MeshShape(1, 2, 2))
         exchanged = 20e-6 + 1e6 / 1e9
         assert chosen.plan.choice is not None
-        assert chosen.plan.choice.step_time == pytest.approx(4 * (0.9 * 0.08 + exchanged))
+        assert chosen.plan.choice.report.makespan == pytest.approx(4 * (0.9 * 0.08 + exchanged))
         assert best.arguments().startswith("JanusPipeStrategy(pipeline_size=1, data_size=4, graph_size=1, ")
 
     def test_replicas_where_graph_ranks_are_hardly_faster(self, found: SimpleNamespace) -> None:
@@ -176,17 +177,32 @@ class TestMeshes:
             assert meshes.choice is not None and meshes.choice.shape == expected
 
     def test_as_many_stages_and_graph_ranks_as_memory_needs(self, found: SimpleNamespace) -> None:
-        # One rank has to hold 5 MB, two graph ranks hold 2.5 MB each, two stages 2 MB, both together 1 MB.
-        for limit, fitting in ((5e6, 4), (2.5e6, 3), (2e6, 2), (1e6, 1), (0.9e6, 0)):
+        # One rank has to hold 5 MB, two graph ranks hold 2.5 MB each, two stages 2 MB, both together 1 MB, and less
+        # than 100 kB of state.
+        for limit, fitting in ((5.1e6, 4), (2.6e6, 3), (2.1e6, 2), (1.1e6, 1), (0.9e6, 0)):
             meshes = self.compare(found, limit)
             assert sum(row.fits for row in meshes.rows) == fitting and len(meshes.rows) == 4
             assert [row.fits for row in meshes.rows] == [True] * fitting + [False] * (4 - fitting)
             assert all(row.memory is not None and (row.memory <= limit) == row.fits for row in meshes.rows)
-        best = self.compare(found, 4e6).choice
+        best = self.compare(found, 4.1e6).choice
         assert best is not None and best.shape == MeshShape(2, 2, 1)
-        best = self.compare(found, 1e6).choice
-        assert best is not None and best.shape == MeshShape(2, 1, 2) and "memory_limit=1e+06" in best.arguments()
+        best = self.compare(found, 1.1e6).choice
+        assert best is not None and best.shape == MeshShape(2, 1, 2) and "memory_limit=1.1e+06" in best.arguments()
         assert self.compare(found, 0.9e6).choice is None
+
+    def test_state_within_a_limit(self, found: SimpleNamespace) -> None:
+        """A limit between the levels takes the one that shares enough, and the answer has it."""
+        weights = sum(p.nbytes for p in SMALL().potential.parameters())
+        for of_weights, level in ((4.1, "none"), (2.6, "optimizer")):
+            meshes = self.compare(found, 5e6 + of_weights * weights)
+            row = next(row for row in meshes.rows if row.shape == MeshShape(1, 4, 1))
+            assert row.plan.options.level == level and row.memory == pytest.approx(
+                5e6 + row.plan.options.share.in_phases
+            )
+            assert [p.options.level for p in row.levels] == ["none", "optimizer", "parameters"]
+            assert ('shard="optimizer"' in row.arguments()) == (level == "optimizer")
+            assert [p.options.share.in_phases / weights for p in row.levels] == pytest.approx([4, 2.5, 2.75])
+            assert row.plan.options.share.sent == pytest.approx(2 * 3 / 4 * weights)
 
     def test_shapes(self) -> None:
         assert MeshShape(3, 2, 1) in shapes(6, (1, 4)) and {s.graph for s in shapes(6, (1, 4))} == {1}
@@ -244,6 +260,8 @@ class TestCommand:
         made: Any = eval(line, {"JanusPipeStrategy": dict})
         assert (made["pipeline_size"], made["data_size"], made["graph_size"]) in sizes
         assert made["schedule"] == content["choice"] and made["num_microbatches"] == 2
+        assert "State of the largest rank, with Adam" in text
+        assert [len(m["levels"]) for m in content["meshes"]] == [3] * len(sizes)
 
     def test_costs_have_no_micro_batches(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

@@ -191,5 +191,6 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "optimizer over all parameters at once": _with(WholeVector),
     "different batches": different_batches,
     "empty dataset": empty_dataset,
+    "on the meta device": lambda: (tiny.module().to("meta"), tiny.data()),
     "tiny": lambda: (tiny.module(), tiny.data()),
 }
