@@ -74,16 +74,18 @@ def test_memory_limit(pool: RankPool) -> None:
     kept = {"schedule": "wavek-zb", "num_microbatches": 8, "activation": "keep"}
     from lightning_januspipe.schedule.step_report import peak_live
 
-    free = pool.run(pipeline_workers.fit, {**kept, "memory_limit": 1e12}, world_size=2)
+    free = pool.run(pipeline_workers.fit_with_equal_costs, {**kept, "memory_limit": 1e12}, world_size=2)
     plan = Schedule.parse(free[0]["schedule"])
     of_ranks = [sum(free[0]["memory"][s].energy + free[0]["memory"][s].force for s in r["stages"]) for r in free]
     limit = free[0]["state"] + 2.5 * max(of_ranks)
-    tight = pool.run(pipeline_workers.fit, {**kept, "memory_limit": limit}, world_size=2)
+    tight = pool.run(pipeline_workers.fit_with_equal_costs, {**kept, "memory_limit": limit}, world_size=2)
     assert max(peak_live(Schedule.parse(tight[0]["schedule"]))) < max(peak_live(plan))
 
     errors = pool.run(pipeline_workers.fit_with_error, {"memory_limit": 100.0}, world_size=2)
     assert all("memory_limit=100 bytes per rank" in e and "raise the limit" in e for e in errors), errors
-    errors = pool.run(pipeline_workers.fit_with_error, {"memory_limit": free[0]["state"] + 100}, world_size=2)
+    slightly_more = {**kept, "memory_limit": free[0]["state"] + 100}
+    train = pipeline_workers.fit_with_equal_costs
+    errors = pool.run(pipeline_workers.fit_with_error, slightly_more, train, world_size=2)
     assert all("and the state of the stages takes" in e and "of saved tensors" in e for e in errors), errors
 
 
