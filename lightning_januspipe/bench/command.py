@@ -21,6 +21,7 @@ from lightning_januspipe.bench.janus import predicted_steps
 from lightning_januspipe.bench.largest import largest
 from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
 from lightning_januspipe.bench.replicas import unequal_structures
+from lightning_januspipe.bench.rounded_rows import exchange_errors
 from lightning_januspipe.bench.state_bytes import state_bytes
 from lightning_januspipe.bench.work import Work
 from lightning_januspipe.cli.parsers import CommandParser
@@ -88,6 +89,9 @@ def main(args: Sequence[str]) -> None:
     experts = CommandParser(description="Counts how evenly experts load ranks, with and without placement by load.")
     experts.add_function_arguments(expert_loads)
     commands.add_subcommand("experts", experts, help=experts.description)
+    exchanges = CommandParser(description="Measures errors of gradients with rounded rows between ranks.")
+    exchanges.add_function_arguments(exchange_errors)
+    commands.add_subcommand("exchanges", exchanges, help=exchanges.description)
     janus = CommandParser(description="Predicts memory and step time of MatRIS-MoE on many GPUs; nothing is measured.")
     janus.add_function_arguments(predicted_steps)
     commands.add_subcommand("janus", janus, help=janus.description)
@@ -104,6 +108,8 @@ def main(args: Sequence[str]) -> None:
             text = state_bytes(**values)
         elif given.name == "experts":
             text = expert_loads(**values)
+        elif given.name == "exchanges":
+            text = exchange_errors(**values)
         elif given.name == "janus":
             text = predicted_steps(**values)
         else:

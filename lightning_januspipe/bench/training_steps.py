@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,12 +253,28 @@ def gradients_once(work: Work, strategy: dict[str, Any], precision: str) -> Step
     class Keep(lightning.Callback):
         def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
             runner = trainer.strategy.runner
-            held = [(n, p) for n, p in module.named_parameters() if p.grad is not None and runner.parameters.holds(p)]
-            gradients = {n: p.grad.detach().double() for n, p in held}
+            held = [(n, p) for n, p in module.named_parameters() if runner.parameters.holds(p)]
+            whole = runner.parameters.gradients()
+            gradients = {n: g.detach().double() for n, p in held if (g := whole.get(p)) is not None}
             found.append(StepGradients(gradients, runner.bytes_sent))
 
     trainer_of(strategy, 1, Keep(), precision=precision).fit(module, loader)
     return found[0]
+
+
+def gradient_errors(
+    gradients: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+) -> tuple[float, float]:
+    """Returns the relative error of the whole gradient, and that of the worst parameter relative to its own gradient.
+
+    Args:
+        gradients: Gradients by the names of parameters.
+        reference: The same in float64.
+    """
+    norm = sum(float(g.square().sum()) for g in reference.values()) ** 0.5
+    errors = {n: float((gradients[n] - g).norm()) for n, g in reference.items()}
+    worst = max(e / max(float(reference[n].norm()), 1e-3 * norm) for n, e in errors.items())
+    return sum(e**2 for e in errors.values()) ** 0.5 / norm, worst
 
 
 def messages(work: Work, runs: int = 1) -> str:
@@ -279,15 +295,12 @@ def messages(work: Work, runs: int = 1) -> str:
         return {n: g for rank in found for n, g in rank.gradients.items()}, sum(rank.message_bytes for rank in found)
 
     reference, _ = joined(1, split, "64-true")
-    norm = sum(float(g.square().sum()) for g in reference.values()) ** 0.5
     lines = [
         "| configuration | relative error of the gradient | of its worst parameter | messages (MB) |",
         "|---|---|---|---|",
     ]
     for name, (ranks, strategy, precision) in configurations.items():
         gradients, sent = joined(ranks, strategy, precision)
-        errors = {n: float((gradients[n] - g).norm()) for n, g in reference.items()}
-        worst = max(e / max(float(reference[n].norm()), 1e-3 * norm) for n, e in errors.items())
-        whole = sum(e**2 for e in errors.values()) ** 0.5 / norm
+        whole, worst = gradient_errors(gradients, reference)
         lines.append(f"| {name} | {whole:.1e} | {worst:.1e} | {sent / 1e6:.2f} |")
     return "\n".join(lines)

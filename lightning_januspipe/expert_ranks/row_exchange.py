@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_januspipe.graph.collectives import Exchanging, transposed
 from lightning_januspipe.graph.exchange import WithHandle, send_rows_to_each
+from lightning_januspipe.graph.half_rows import HalfRows, RowLayout, send_half_rows
 
 _WHAT = "exchange of rows between ranks with experts"
 
@@ -35,6 +36,7 @@ class RowExchange(WithHandle):
         group: the ranks that share the experts; None for a single rank.
         sizes_of_ranks: values of the size symbols of the micro-batch on all ranks that hold the stage, if these have
             told them each other.
+        half: how rows travel in half precision; None for rows as they are.
     """
 
     order: Tensor
@@ -44,6 +46,7 @@ class RowExchange(WithHandle):
     experts: Tensor
     group: dist.ProcessGroup | None = None
     sizes_of_ranks: Sequence[Mapping[str, int]] = field(default=(), repr=False)
+    half: HalfRows | None = None
 
     @property
     def num_received(self) -> int:
@@ -54,7 +57,11 @@ class RowExchange(WithHandle):
         """Returns (R', ...) the rows for this rank's experts; see :func:`send_rows`."""
         _check_rows(x, len(self.order))
         received = x.new_empty(self.num_received, *x.shape[1:])
-        self._exchange(received, x.index_select(0, self.order), self.receive_counts, self.send_counts)
+        rows, half = x.index_select(0, self.order), self.half
+        if half is not None and half.fits(x):
+            send_half_rows(received, rows, half.there, half.here, half.dtype, self.group, _WHAT)
+        else:
+            self._exchange(received, rows, self.receive_counts, self.send_counts)
         return received.index_select(0, self.arrangement)
 
     def returned(self, y: Tensor, num_rows: int) -> Tensor:
@@ -62,7 +69,11 @@ class RowExchange(WithHandle):
         _check_rows(y, self.num_received)
         returned = y.new_empty(num_rows, *y.shape[1:])
         rows = y.new_empty(y.shape).index_copy_(0, self.arrangement, y)
-        self._exchange(returned, rows, self.send_counts, self.receive_counts)
+        half = self.half
+        if half is not None and half.fits(y):
+            send_half_rows(returned, rows, half.here, half.there, half.dtype, self.group, _WHAT)
+        else:
+            self._exchange(returned, rows, self.send_counts, self.receive_counts)
         return returned.new_empty(returned.shape).index_copy_(0, self.order, returned)
 
     def _exchange(self, into: Tensor, rows: Tensor, receive_counts: Sequence[int], send_counts: Sequence[int]) -> None:
@@ -70,6 +81,19 @@ class RowExchange(WithHandle):
             into.copy_(rows)
         else:
             send_rows_to_each(into, rows, receive_counts, send_counts, self.group, _WHAT)
+
+    def travel_as(self, dtype: torch.dtype, types: Tensor) -> None:
+        """Lets rows travel in half precision from now on; all ranks of the group take part.
+
+        Args:
+            dtype: what rows are rounded to.
+            types: (R,) type of each own row.
+        """
+        mine = types.index_select(0, self.order).to(torch.int32)[:, None]
+        told = mine.new_empty(self.num_received, 1)
+        self._exchange(told, mine, self.receive_counts, self.send_counts)
+        here, there = RowLayout.of(mine[:, 0], self.send_counts), RowLayout.of(told[:, 0], self.receive_counts)
+        self.half = HalfRows(dtype, here, there) if self.group is not None else None
 
     def close(self) -> None:
         """Drops the reference to the group, so that its connections can be closed."""

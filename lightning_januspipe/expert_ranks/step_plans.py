@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.function import ProgramFunction
+from lightning_januspipe.capture.trace.row_types import looked_up_by
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import MicrobatchInput
 from lightning_januspipe.errors import PipelineError
@@ -54,6 +55,7 @@ class ExpertAxis:
         potential: the live potential.
         ranks: the ranks that share the experts.
         stages: the stages that this rank runs.
+        dtype: what rows are rounded to on the way; None to send them as they are.
 
     Attributes:
         parameters: the weights that are spread, of this rank's stages.
@@ -66,7 +68,12 @@ class ExpertAxis:
     """
 
     def __init__(
-        self, captured: CapturedPotential, potential: nn.Module, ranks: ExpertGroup, stages: Sequence[int]
+        self,
+        captured: CapturedPotential,
+        potential: nn.Module,
+        ranks: ExpertGroup,
+        stages: Sequence[int],
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._spread = spread_experts(captured, ranks.size, ranks.rank)
         self._ranks, self._group = ranks, ranks.group
@@ -79,7 +86,9 @@ class ExpertAxis:
         self.stages = sorted({stage for stage, _ in self._spread.sites.values() if stage in stages})
         self._own = [site for site, (stage, _) in self._spread.sites.items() if stage in stages]
         forward = [*regions.geometry, *regions.body]
-        self._experts = ProgramFunction(program, potential, forward, self._own)
+        self._dtype = dtype
+        types = [looked_up_by(program, site) or site for site in self._own] if dtype is not None else []
+        self._experts = ProgramFunction(program, potential, forward, [*self._own, *types])
         self._stages = [self._spread.potential.stage(index, potential) for index in stages]
         self._exchanges: list[RowExchange] = []
         mixtures = [m for m in self._spread.mixtures if set(m.sites) <= set(self._own)]
@@ -104,9 +113,10 @@ class ExpertAxis:
             PipelineError: the ranks have different numbers of micro-batches.
             RankLostError: a rank did not answer.
         """
-        with torch.no_grad():
-            experts = [self._experts(given.tensors) for given in inputs]
         sizes = [self._spread.sites[site][1] for site in self._own]
+        with torch.no_grad():
+            found = [self._experts(given.tensors) for given in inputs]
+        experts, types = [f[: len(sizes)] for f in found], [f[len(sizes) :] for f in found]
         counts = self._gathered(experts, sizes)
         if may_move and self.move is not None:
             self._place(counts.to(self._experts_device(experts)), self.move)
@@ -120,6 +130,8 @@ class ExpertAxis:
                 order = torch.tensor(self._placements[self._mixture_of[site]].order)
                 place = order.argsort().to(expert.device)[expert]
                 plans[site] = plan_rows(place, of_site[:, order], bounds, self._ranks.rank, self._group)
+                if self._dtype is not None:
+                    plans[site].travel_as(self._dtype, types[microbatch][index])
             self._exchanges += plans.values()
             exchanges = [plans.get(site) for site in self._spread.sites]  # None for sites of other stages
             received = [None if exchange is None else exchange.experts for exchange in exchanges]

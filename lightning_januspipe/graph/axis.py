@@ -14,10 +14,12 @@ from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.graph.collectives import collect_rows
 from lightning_januspipe.graph.exchange import Exchange
+from lightning_januspipe.graph.half_rows import HalfRows, RowLayout
 from lightning_januspipe.graph.placement import Placement
 from lightning_januspipe.graph.shard_microbatch import MicrobatchSharder, ShardPlan
 from lightning_januspipe.graph.sharded_potential import RankPotential
 from lightning_januspipe.graph.sharding import shard_potential
+from lightning_januspipe.graph.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class GraphAxis:
         captured: the potential in stages.
         potential: the live potential.
         ranks: the graph ranks.
+        dtype: what halos of training are rounded to on the way; None to send them as they are.
 
     Attributes:
         size: G, the number of graph ranks.
@@ -66,7 +69,14 @@ class GraphAxis:
         CaptureError: the potential cannot be sharded.
     """
 
-    def __init__(self, captured: StagedPotential, potential: nn.Module, ranks: GraphGroup) -> None:
+    def __init__(
+        self,
+        captured: StagedPotential,
+        potential: nn.Module,
+        ranks: GraphGroup,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._dtype = dtype
         self._sharded = shard_potential(captured, potential)
         self.size, self.rank = ranks.size, ranks.rank
         self._group: dist.ProcessGroup | None = ranks.group
@@ -129,11 +139,20 @@ class GraphAxis:
             dist.all_reduce(told, group=replica.group)
         owners = told.to(torch.int64).split(sizes)
         plans = [self._sharder.plan(look, o) for look, o in zip(looks, owners, strict=True)]
-        return [self._own(i, given.tensors, plan) for i, (given, plan) in enumerate(zip(inputs, plans, strict=True))]
+        pairs = enumerate(zip(inputs, plans, strict=True))
+        return [self._own(i, given.tensors, plan, self._dtype) for i, (given, plan) in pairs]
 
-    def _own(self, index: int, tensors: Sequence[Tensor], plan: ShardPlan) -> MicrobatchInput:
+    def _own(
+        self, index: int, tensors: Sequence[Tensor], plan: ShardPlan, dtype: torch.dtype | None = None
+    ) -> MicrobatchInput:
         own = self._sharder.shard(tensors, plan, self.rank)
         exchanges = {name: Exchange(shard, self._group) for name, shard in own.shards.items()}
+        if dtype is not None:
+            types = self._sharded.types
+            for name, exchange in exchanges.items():
+                is_typed = types is not None and self._sharded.rows.get((types, 0)) == name
+                of_rows = tensors[types] if types is not None and is_typed else None
+                exchange.half = _half_rows(exchange.shard, of_rows, dtype)
         self._exchanges[index] = exchanges
         return MicrobatchInput([*own.tensors, *exchanges.values(), *own.extended], own.symbols)
 
@@ -181,3 +200,18 @@ class GraphAxis:
         if not kind.is_sharded:
             return value
         return value.index_select(kind.dim, self._exchanges[index][kind.rows].shard.own)
+
+
+def _half_rows(shard: Shard, types: Tensor | None, dtype: torch.dtype) -> HalfRows:
+    """Returns how rows of a class travel in half precision.
+
+    Args:
+        shard: this rank's shard.
+        types: (num_rows,) type of each row on all ranks; None for rows of one type.
+        dtype: what rows are rounded to.
+    """
+    if types is None:
+        types = shard.own.new_zeros(shard.num_rows)
+    own, halo = types[shard.own], types[shard.halo]
+    here = RowLayout.of(own[shard.send], shard.send_counts)
+    return HalfRows(dtype, here, RowLayout.of(halo, shard.receive_counts))

@@ -73,7 +73,7 @@ def max_halo(y: Tensor, exchange: Exchange) -> Tensor:
     if exchange.is_free:
         return y
     largest = exchange.largest(y.detach())
-    is_largest = y.detach() == gather_halo(largest, exchange)
+    is_largest = y.detach() == exchange.gathered(largest, is_exact=True)
     num = sum_halo(is_largest.to(y.dtype), exchange)
     return sum_halo(torch.where(is_largest, y, torch.zeros_like(y)), exchange) / num
 

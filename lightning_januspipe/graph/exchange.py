@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_januspipe.distributed import waiting
+from lightning_januspipe.graph.half_rows import HalfRows, send_half_rows
 from lightning_januspipe.graph.shards import Shard
 
 _WHAT = "exchange of rows between graph ranks"
@@ -46,6 +47,7 @@ class Exchange(WithHandle):
     Attributes:
         shard: this rank's shard of the class whose rows are exchanged, on the device of the tensors.
         group: the ranks that share the rows, in order; None for a single rank.
+        half: how rows travel in half precision; None for rows as they are.
 
     Raises:
         ValueError: the shard is not this rank's.
@@ -53,6 +55,7 @@ class Exchange(WithHandle):
 
     shard: Shard
     group: dist.ProcessGroup | None = None
+    half: HalfRows | None = None
 
     def __post_init__(self) -> None:
         size, rank = (1, 0) if self.group is None else (self.group.size(), self.group.rank())
@@ -89,14 +92,23 @@ class Exchange(WithHandle):
         """Raises an error unless a tensor has the own rows and those of the halo."""
         _check_rows(x, self.shard.num_own + self.shard.num_halo)
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """Returns the own rows, and then those of the halo, which their owners send."""
+    def gathered(self, x: Tensor, is_exact: bool = False) -> Tensor:
+        """Returns the own rows, and then those of the halo, which their owners send.
+
+        Args:
+            x: own rows.
+            is_exact: Whether rows travel as they are in any case.
+        """
         shard = self.shard
         extended = x.new_empty(shard.num_own + shard.num_halo, *x.shape[1:])
         extended[: shard.num_own] = x
         if not shard.is_free:
             sent = x.index_select(0, shard.send)
-            self._all_to_all(extended[shard.num_own :], sent, shard.receive_counts, shard.send_counts)
+            into, half = extended[shard.num_own :], self.half
+            if half is not None and half.fits(x) and not is_exact:
+                send_half_rows(into, sent, half.there, half.here, half.dtype, self.group, _WHAT)
+            else:
+                self._all_to_all(into, sent, shard.receive_counts, shard.send_counts)
         return extended
 
     def summed(self, y: Tensor) -> Tensor:
@@ -110,7 +122,7 @@ class Exchange(WithHandle):
     def largest(self, y: Tensor) -> Tensor:
         """Returns for each own row the largest entries that the owner and the halos of all ranks hold for it."""
         largest = y[: self.shard.num_own].clone(memory_format=torch.contiguous_format)
-        for rows, values in self._returned(y):
+        for rows, values in self._returned(y, is_exact=True):
             largest[rows] = torch.maximum(largest[rows], values)
         return largest
 
@@ -139,13 +151,17 @@ class Exchange(WithHandle):
             self._call(dist.all_gather, parts, _as_bytes(padded))
         return torch.cat([r[:n] for r, n in zip(rows, shard.counts, strict=True)])[shard.order]
 
-    def _returned(self, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _returned(self, y: Tensor, is_exact: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Returns for each rank with own rows of this rank in its halo their local indices, and the values it holds."""
         shard = self.shard
         if shard.is_free:
             return []
         received = y.new_empty(sum(shard.send_counts), *y.shape[1:])
-        self._all_to_all(received, y[shard.num_own :], shard.send_counts, shard.receive_counts)
+        sent, half = y[shard.num_own :], self.half
+        if half is not None and half.fits(y) and not is_exact:
+            send_half_rows(received, sent, half.here, half.there, half.dtype, self.group, _WHAT)
+        else:
+            self._all_to_all(received, sent, shard.send_counts, shard.receive_counts)
         parts = shard.send.split(shard.send_counts), received.split(shard.send_counts)
         return [(rows, values) for rows, values in zip(*parts, strict=True) if len(rows)]
 

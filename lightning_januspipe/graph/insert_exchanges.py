@@ -32,6 +32,7 @@ from lightning_januspipe.capture.trace.operators import (
     sums_into_rows,
 )
 from lightning_januspipe.capture.trace.program import Node, Ref
+from lightning_januspipe.capture.trace.row_types import type_input
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.graph import exchange_ops
 from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexUse
@@ -337,6 +338,7 @@ class _ExchangeInserter:
             observables=tuple(self._placements[n] for n in regions.observables),
             derivatives=tuple(self._placements[n] for n in program.coordinates),
             positions=self._positions(),
+            types=type_input(program),
             extended=tuple((program.inputs.index(name), dim) for name, dim in self._extended.items()),
         )
 

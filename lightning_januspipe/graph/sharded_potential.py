@@ -46,6 +46,7 @@ class ShardedPotential:
         observables: placements of the observables.
         derivatives: placements of the differentiation inputs, and so of the derivative.
         positions: which input has the positions (N, 3), if one has.
+        types: which input has the types of atoms (N,), if one is known to.
         computed: row indices that operations compute from inputs. They are computed for the whole micro-batch, and
             are inputs after the extended ones.
         values: other values that operations compute from row indices, with their placements: which edges join an atom
@@ -62,6 +63,7 @@ class ShardedPotential:
     observables: tuple[Placement, ...]
     derivatives: tuple[Placement, ...]
     positions: int | None
+    types: int | None = None
     computed: tuple[RowIndex, ...] = ()
     values: Mapping[str, Placement] = field(default_factory=dict)
     extended: tuple[tuple[int, int], ...] = ()

@@ -74,7 +74,7 @@ class TracedExchange(Exchange):
     def check_held(self, x: Tensor) -> None:
         """Does nothing, likewise."""
 
-    def gathered(self, x: Tensor) -> Tensor:
+    def gathered(self, x: Tensor, is_exact: bool = False) -> Tensor:
         """Returns what :meth:`.Exchange.gathered` returns, as one operation."""
         return self._operation("gather_halo", x)
 

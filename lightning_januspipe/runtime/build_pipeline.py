@@ -28,6 +28,7 @@ from lightning_januspipe.engine.single_process import StageFactory
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import verify_sharding
+from lightning_januspipe.graph.half_rows import ExchangeDtype
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
@@ -118,6 +119,7 @@ class PipelineBuilder:
         compiles: Whether to compile the phases; "auto" does it in the background of a training that pays for it.
         activation: What stages keep between their phases; "auto" chooses within the memory limit.
         expert_placement: Which experts a rank has, where ranks share them.
+        exchange_dtype: What rows of atoms and edges are rounded to between ranks.
 
     Attributes:
         schedule: Name of the schedule.
@@ -135,11 +137,13 @@ class PipelineBuilder:
         compiles: bool | Literal["auto"] = False,
         activation: Activation | Literal["auto"] = "auto",
         expert_placement: ExpertOrder = "order",
+        exchange_dtype: ExchangeDtype | None = None,
     ) -> None:
         self.schedule, self._wave_size, self._memory_limit = schedule, wave_size, memory_limit
         self._potential, self._stages, self._message_dtype = potential, stages, message_dtype
         self._compiles, self._in_background = compiles is True, compiles == "auto"
         self._activation, self._expert_placement = activation, expert_placement
+        self._exchange_dtype = exchange_dtype
         self._last: _LastCapture | None = None
         self._compiler: StageCompiler | None = None
         self._compiler_spreads = False  # whether it is for stages whose experts are spread
@@ -213,6 +217,7 @@ class PipelineBuilder:
             self._message_dtype,
             make_stage,
             SpreadOptions(self._expert_placement, self._compiles or change is not None) if spreads_experts else None,
+            self._exchange_dtype,
         )
         pipeline.executor.annotate = request.annotate
         if change is not None:

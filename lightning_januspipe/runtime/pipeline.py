@@ -27,6 +27,7 @@ from lightning_januspipe.engine.timeline import recorded_report
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.expert_ranks import ExpertAxis, ExpertGroup
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
+from lightning_januspipe.graph.half_rows import HALF, ExchangeDtype
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.runtime.agreed_schedules import AgreedSchedules
 from lightning_januspipe.runtime.batch_checks import BatchChecks
@@ -76,6 +77,8 @@ class Pipeline(Runner):
         message_dtype: What features and their gradients are rounded to between ranks; None to send them as they are.
         make_stage: Makes what runs the phases of the stages whose phases are all on this rank.
         experts: How the mesh's ranks that share experts hold them; None if each rank holds all.
+        exchange_dtype: What rows are rounded to between graph ranks and ranks with experts; None to send them as they
+            are.
 
     Attributes:
         compile_report: What was compiled on this rank; None if phases run eagerly.
@@ -97,6 +100,7 @@ class Pipeline(Runner):
         message_dtype: MessageDtype | None = None,
         make_stage: StageFactory = eager_stage,
         experts: SpreadOptions | None = None,
+        exchange_dtype: ExchangeDtype | None = None,
     ) -> None:
         self._module, self._mesh, self._links = module, mesh, links
         staged = self._staged = capture.potential
@@ -113,10 +117,11 @@ class Pipeline(Runner):
         with waiting("connection of the stages", mesh.down_group, mixed=True):
             links.connect(first.messages())
         self._bytes_before = links.bytes_sent
+        self._rows_as = None if exchange_dtype is None else HALF[exchange_dtype]
         self._graph: GraphAxis | None = None
         if mesh.graph_group is not None:
             group = GraphGroup(mesh.shape.graph, mesh.graph_rank, mesh.graph_group)
-            self._graph = GraphAxis(staged, potential, group)
+            self._graph = GraphAxis(staged, potential, group, self._rows_as)
         local = staged if self._graph is None else self._graph.potential
         self._experts: ExpertAxis | None = None
         if experts is not None:
@@ -252,7 +257,7 @@ class Pipeline(Runner):
         of_stage = mesh.stage_control_group if options.is_compiled else None
         sharing, copies = mesh.expert_group, mesh.expert_copies_group
         group = ExpertGroup(mesh.expert_size, mesh.expert_rank, sharing, of_stage, copies)
-        axis = ExpertAxis(local, potential, group, stages)
+        axis = ExpertAxis(local, potential, group, stages, self._rows_as)
         self.parameters.experts = shards = ExpertShards(axis.parameters, mesh)
         if options.placement == "load":
             axis.move = shards.place

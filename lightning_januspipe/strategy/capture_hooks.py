@@ -33,6 +33,7 @@ class CaptureHooks(StrategyState):
             options.compile,
             options.activation,
             options.expert_placement,
+            options.exchange_dtype,
         )
 
     @override

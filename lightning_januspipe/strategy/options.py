@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_januspipe.capture import StageOrigin
+from lightning_januspipe.graph.half_rows import ExchangeDtype
 from lightning_januspipe.loader.replica_balance import Balance
 from lightning_januspipe.mesh import Size
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype
@@ -125,6 +126,12 @@ class StrategyOptions:
     way: half the bytes of float32, and parameter gradients with a relative error of 1e-3 to 1e-2 (januspipe bench
     messages measures it). Energies and forces are never rounded. None: nothing is rounded."""
 
+    exchange_dtype: ExchangeDtype | None = None
+    """"fp16" or "bf16" rounds the rows of atoms and edges that graph ranks and ranks with experts send each other, and
+    the gradients of these rows, on the way, with one scale for each type of atoms: half the bytes of float32. Energies
+    and forces follow from rounded rows, in training and in validation; januspipe bench exchanges measures the error of
+    the parameter gradient. None: nothing is rounded."""
+
     balance: Balance = "auto"
     """Which samples may share a micro-batch: "microbatches" balances the micro-batches of each replica; "replicas"
     deals the samples of all replicas' batches anew, so that no replica waits for one with more work. "auto": "replicas"
@@ -138,6 +145,7 @@ class StrategyOptions:
                 raise ValueError(f"{option.name}={value!r}; expected {_expected(value, option, hints[option.name])}")
         self._check_compile()
         self._check_experts()
+        self._check_exchanges()
         if self.wave_size != "auto" and not is_searched(self.schedule):
             warnings.warn(
                 f"wave_size={self.wave_size} has no effect: schedule={self.schedule!r} has no waves", stacklevel=5
@@ -160,6 +168,21 @@ class StrategyOptions:
             raise ValueError(
                 f"expert_size={self.expert_size} is not available with stages='explicit': exchanges of rows are put "
                 "into captured stages only. Use stages='captured', or expert_size=1."
+            )
+
+    def _check_exchanges(self) -> None:
+        if self.exchange_dtype is None:
+            return
+        if self.compile:
+            raise ValueError(
+                f"exchange_dtype={self.exchange_dtype!r} is not available with compile={self.compile!r}: compiled "
+                "phases are compared with eager ones, whose rounded rows may differ in their last digit. Use "
+                "compile=False, or leave it out."
+            )
+        if self.graph_size == self.expert_size == 1:
+            raise ValueError(
+                f"exchange_dtype={self.exchange_dtype!r}, but with graph_size=1 and expert_size=1 no rows travel "
+                "between ranks. Leave it out; message_dtype rounds what the stages of a pipeline send each other."
             )
 
     def _check_compile(self) -> None:

@@ -50,6 +50,11 @@ from lightning_januspipe.strategy.registry import NAMESPACES
             "expert_size=2 is not available with schedule='hanayo-2nd', which runs the phases of a stage on two ranks",
         ),
         ({"expert_size": 2, "stages": "explicit"}, "expert_size=2 is not available with stages='explicit'"),
+        (
+            {"exchange_dtype": "fp16", "compile": True, "graph_size": 2},
+            "exchange_dtype='fp16' is not available with compile=True",
+        ),
+        ({"exchange_dtype": "bf16"}, "exchange_dtype='bf16', but with graph_size=1 and expert_size=1 no rows travel"),
         ({"expert_placement": "load"}, "expert_placement='load' needs ranks that share experts, but expert_size=1"),
         ({"expert_size": 2, "expert_placement": "even"}, "expert_placement='even'; expected 'order' or 'load'"),
         ({"save_distributed_checkpoint": "yes"}, "save_distributed_checkpoint='yes'; expected True or False"),

@@ -24,6 +24,7 @@ def check_parity(
     steps: int = 3,
     reference: Callable[[], Any] | None = None,
     train: Callable[..., RunRecord] = train_in_pipeline,
+    tolerance: float = 1e-9,
     **strategy: Any,
 ) -> None:
     """Trains in a pipeline, and compares losses, gradients and parameters with those of one process.
@@ -37,6 +38,7 @@ def check_parity(
         steps: Optimizer steps.
         reference: Makes the module of the one process, if that is another.
         train: Trains as one rank of the pipeline.
+        tolerance: The largest difference, relative to the largest entry.
         strategy: Arguments of the strategy.
     """
     more = (steps, trainer or {})
@@ -49,4 +51,4 @@ def check_parity(
     key = pickle.dumps(given)
     if key not in _REFERENCES:
         (_REFERENCES[key],) = pool.run(train_reference, *given, world_size=1)
-    compare_records(_REFERENCES[key], ranks, 1e-9)
+    compare_records(_REFERENCES[key], ranks, tolerance)
