@@ -303,9 +303,12 @@ class CheckpointHooks(StrategyState):
     def _keep_followed(self) -> None:
         """Keeps parameters whole between steps if any rank keeps averages of them, which read them then."""
         assert self.runner is not None
-        every = self.runner.parameters.shards
-        sharded = {p for shards in every for p in shards.parameters}
-        if any(self._gathered(bool(followers(self._module, self._trainer.callbacks, sharded)))):
+        module, every = self._module, self.runner.parameters.shards
+        released = {p for shards in every for unit in shards.units if unit.releases for p in unit.parameters}
+        # An average may be a submodule, with parameters that are in shards too: one child has those that it follows.
+        largest = max(module.children(), key=lambda child: sum(p.numel() for p in child.parameters()), default=module)
+        parts = [released & set(part.parameters()) for part in (module, largest)]
+        if any(self._gathered(any(followers(module, self._trainer.callbacks, part) for part in parts))):
             self.lib.rank_zero.rank_zero_info(
                 "januspipe: parameters are whole between steps, because averages of them are kept"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import average_workers
 import checkpoint_workers
 import optimization_workers
 import pytest
@@ -80,6 +81,29 @@ def test_a_scaler_leaves_a_step_out(
         close("state", expected["state"], found["state"])
     plain, ours = (torch.load(f / "last.ckpt", weights_only=False) for f in (tmp_path / "plain", tmp_path))
     close("optimizer", plain["optimizer_states"], ours["optimizer_states"])
+
+
+@pytest.mark.parametrize(
+    ("how", "mesh", "devices", "level"),
+    [
+        ("in the module and by name", GRAPH, 2, PARAMETERS),
+        *(
+            slow(how, mesh, devices, level)
+            for how in ("in the module and by name", "lists", "lightning")
+            # All replicas have the same samples here.
+            for mesh, devices in ((GRAPH, 2), (REPLICAS, 2), ({**GRAPH, "pipeline_size": 2}, 4))
+            for level in LEVELS
+        ),
+    ],
+)
+def test_users_averages(
+    pool: RankPool, tmp_path: Path, how: str, mesh: dict[str, Any], devices: int, level: dict[str, Any]
+) -> None:
+    """Averages in other modules, in buffers, lists and dicts, and validation with them."""
+    (expected,) = pool.run(average_workers.checkpoint, None, how, str(tmp_path / "one"), world_size=1)
+    arguments = {**mesh, **level}, how, str(tmp_path / "shards")
+    for found in pool.run(average_workers.checkpoint, *arguments, world_size=devices):
+        close(how, expected, found)
 
 
 @pytest.mark.parametrize("level", [OPTIMIZER, pytest.param(PARAMETERS, marks=pytest.mark.slow)])
