@@ -90,10 +90,23 @@ def check_trainer(trainer: Any, is_captured: bool, has_parts: bool, spreads_expe
     module = trainer.lightning_module
     for owner in (module, *trainer.callbacks) if has_parts else ():
         _check_clipping(owner)
+    if is_captured:
+        _refuse_watching(module)
     for callback in trainer.callbacks if is_captured or has_parts else ():
         _check_callback(callback, module)
         if spreads_experts:
             _refuse_averages(callback)
+
+
+def _refuse_watching(module: nn.Module) -> None:
+    """Refuses modules whose gradients and forwards Weights & Biases watches: these hooks would run within phases."""
+    if any(getattr(m, "_wandb_hook_names", ()) for m in module.modules()):
+        raise ValueError(
+            f"logger.watch of Weights & Biases sees gradients and parameters of the whole {type(module).__name__}, "
+            "but each rank runs its own stages, micro-batch by micro-batch. Leave it out and log norms, with "
+            "lightning_januspipe.strategy.gradient_norm.grad_norm in on_before_optimizer_step; or train with "
+            "pipeline_size=1 and graph_size=1, without compile, activation and memory_limit."
+        )
 
 
 def _check_callback(callback: Any, module: nn.Module) -> None:

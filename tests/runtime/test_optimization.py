@@ -129,12 +129,15 @@ REFUSED = {
     "average with batch normalization": ["ValueError", "StochasticWeightAveraging", "Use WeightAveraging"],
     "callback clips": [*OWN_CLIPPING, "ClipsItself.on_before_optimizer_step calls clip_grad_norm_"],
     "module clips": [*OWN_CLIPPING, "Module.configure_gradient_clipping calls clip_grad_norm_"],
+    "watched": ["ValueError", "logger.watch", "gradient_norm.grad_norm", "pipeline_size=1"],
     "batch size": ["Batch size finder is not supported with distributed strategies"],  # Lightning's own words
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_training(pool: RankPool, name: str) -> None:
+    if name == "watched":
+        pytest.importorskip("wandb")
     for message, num_steps in pool.run(workers.refused, name, world_size=2):
         assert num_steps == 0 and all(word in message for word in REFUSED[name]), message
 

@@ -321,6 +321,14 @@ def _with_batch_norm() -> Any:
     return made
 
 
+def _watched() -> Any:
+    from wandb.integration.torch.wandb_torch import TorchHistory
+
+    made = tiny.module(num_layers=2)
+    TorchHistory().add_log_gradients_hook(made, log_freq=1)
+    return made
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]]]] = {
     "unfreezing": (MODULES["plain"], lambda: [Unfreezing()]),
     "backbone": (MODULES["plain"], lambda: [callbacks.BackboneFinetuning(1)]),
@@ -328,6 +336,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]]]] = {
     "callback clips": (MODULES["plain"], lambda: [ClipsItself()]),
     "module clips": (_module_clips_itself, list),
     "batch size": (MODULES["plain"], lambda: [callbacks.BatchSizeFinder()]),
+    "watched": (_watched, list),
 }
 
 
