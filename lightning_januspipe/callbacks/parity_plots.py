@@ -25,6 +25,7 @@ _BLUE, _ORANGE, _GREY, _INK = "#0868AC", "#C8500A", "#888888", "#222222"
 _MOST_POINTS = 400  # of which each is drawn; of more, their density
 _BINS = 120
 _SHOWN = 99.0  # percent of the errors that the histogram shows
+_FEW_ERRORS = 500  # of which all are shown
 
 
 def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, title: str, note: str = "") -> None:
@@ -47,7 +48,7 @@ def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, tit
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
         _draw_density(figure, left, given, predicted)
         left.set_xlabel(f"given {name}{note} ({unit})")
-        left.set_ylabel(f"predicted ({unit})")
+        left.set_ylabel(f"predicted{note} ({unit})")
         errors = 1000 * (predicted - given)
         spread = ((given - given.mean()) ** 2).sum()
         lines = [
@@ -57,7 +58,7 @@ def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, tit
             (f"{len(given):,} {what}", ""),
         ]
         for line, (label, value) in enumerate(lines):
-            for x, text in ((0.04, label), (0.18, value)):
+            for x, text in ((0.04, label), (0.2, value)):
                 left.text(x, 0.95 - 0.06 * line, text, transform=left.transAxes, fontsize=8.5, color=_INK)
         _draw_errors(right, errors, f"m{unit}", what)
         draw.save(figure, path, path.suffix)
@@ -80,7 +81,7 @@ def _draw_density(figure: Any, axes: Axes, given: Floats, predicted: Floats) -> 
         shown = np.ma.masked_equal(counts.T, 0)
         mesh = axes.pcolormesh(x, y, shown, cmap=colours, norm=LogNorm(1, max(2.0, counts.max())), rasterized=True)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
-        bar.ax.set_title("per cell", fontsize=8)
+        bar.ax.set_title("count", fontsize=8)
         bar.outline.set_visible(False)
     axes.set_xlim(limits)
     axes.set_ylim(limits)
@@ -92,7 +93,7 @@ def _draw_density(figure: Any, axes: Axes, given: Floats, predicted: Floats) -> 
 def _draw_errors(axes: Axes, errors: Floats, unit: str, what: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    edge = float(np.percentile(np.abs(errors), _SHOWN)) or 1e-9
+    edge = float(np.percentile(np.abs(errors), 100.0 if len(errors) < _FEW_ERRORS else _SHOWN)) or 1e-9
     beyond = float((np.abs(errors) > edge).mean())
     width = 2 * float(np.subtract(*np.percentile(errors, [75, 25]))) / len(errors) ** (1 / 3)  # Freedman and Diaconis
     bins = int(np.clip(2 * edge / max(width, edge / 40), 12, 80))
@@ -106,7 +107,7 @@ def _draw_errors(axes: Axes, errors: Floats, unit: str, what: str) -> None:
     text = "mean 0" if is_zero else f"mean {'−' if mean < 0 else ''}{format_error(abs(mean))} {unit}"
     axes.set_title(text, loc="left", fontsize=8.5, color=_ORANGE)
     if beyond:
-        axes.set_title(f"{100 * beyond:.1f} % beyond", loc="right", fontsize=8.5, color=_GREY)
+        axes.set_title(f"{100 * beyond:.1f} % outside", loc="right", fontsize=8.5, color=_GREY)
     axes.set_xlabel(f"predicted − given ({unit})")
     axes.set_ylabel(what)
 

@@ -19,11 +19,11 @@ def main(args: Sequence[str]) -> None:
     parser = CommandParser(
         "januspipe export",
         "Compiles the potential of a checkpoint into one file, which gives energy, forces and stress for structures of "
-        "any size in Python and C++ with torch alone.",
+        "any size in Python and C++ with torch alone; or writes a model of metatomic.",
     )
     parser.add_argument("checkpoint", type=Path, help="Checkpoint of a PotentialModule: a file or a folder.")
-    parser.add_argument("file", type=Path, help="File to write; its name ends in .pt2.")
-    parser.add_argument("--device", type=str, default="cpu", help="Device that the file is for: cpu or cuda.")
+    parser.add_argument("file", type=Path, help="File to write: .pt2, or .pt for a model of metatomic.")
+    parser.add_argument("--device", type=str, default="cpu", help="Device that a .pt2 file is for: cpu or cuda.")
     parser.add_argument(
         "--dtype", type=Literal["float32", "float64"] | None, help="Type of numbers; as in the checkpoint if left out."
     )
@@ -33,12 +33,16 @@ def main(args: Sequence[str]) -> None:
     given = parser.parse_args(args)
     if not given.checkpoint.exists():
         parser.error(f"{given.checkpoint} does not exist; expected a checkpoint")
-    from lightning_januspipe.deploy import export_potential
+    from lightning_januspipe.deploy import export_metatomic, export_potential
 
     try:
+        if given.file.suffix == ".pt":
+            export_metatomic(given.checkpoint, given.file, dtype=given.dtype, task=given.task)
+            print(f"wrote {given.file}, a model of metatomic")
+            return
         metadata = export_potential(
             given.checkpoint, given.file, device=given.device, dtype=given.dtype, task=given.task
         )
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, ImportError, CheckpointError) as error:
         parser.error(str(error))
     print(f"wrote {given.file} for {metadata['device']} in {metadata['dtype']}, species {metadata['species']}")

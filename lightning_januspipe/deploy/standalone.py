@@ -70,14 +70,14 @@ def export_potential(
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"{path}: torch loads files whose names end in .pt2; give such a name")
-    potential, species, cutoff = _potential_of(model, task)
+    potential, species, cutoff = potential_of(model, task)
     potential = potential.to(device)
     if dtype is not None:
         potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     floats = next(p.dtype for p in [*potential.parameters(), *potential.buffers()] if p.is_floating_point())
     adapter = StructureAdapter(species, cutoff)
     graph = _Positional(trace_evaluation(potential, floats, torch.device(device))[0])
-    example = _batch(adapter, [3, 2, 4], floats, device)
+    example = example_arguments(adapter, [3, 2, 4], floats, device)
     metadata = {
         "species": json.dumps(species),
         "cutoff": str(cutoff),
@@ -97,13 +97,13 @@ def export_potential(
         settings = {"aot_inductor.metadata": metadata}
         torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
         for sizes in ([1], [2, 1, 3, 1]):
-            _require_same(part, potential, _batch(adapter, sizes, floats, device), floats)
+            _require_same(part, potential, example_arguments(adapter, sizes, floats, device), floats)
         with atomic.replacing(path.absolute()) as target:
             shutil.copyfile(part, target)
     return metadata
 
 
-def _potential_of(model: str | Path | nn.Module, task: str | None = None) -> tuple[nn.Module, list[str], float]:
+def potential_of(model: str | Path | nn.Module, task: str | None = None) -> tuple[nn.Module, list[str], float]:
     """Returns a frozen copy of a potential in evaluation mode, for one task, with its species and its cutoff in Å."""
     module = load(model) if isinstance(model, (str, Path)) else model
     potential = getattr(module, "potential", None)
@@ -149,7 +149,9 @@ class _Positional(nn.Module):
         return tuple(self.traced(*arguments))
 
 
-def _batch(adapter: StructureAdapter, sizes: Sequence[int], floats: torch.dtype, device: Any) -> list[Tensor]:
+def example_arguments(
+    adapter: StructureAdapter, sizes: Sequence[int], floats: torch.dtype, device: Any
+) -> list[Tensor]:
     """Returns the arguments for made structures: crystals of some cells, and a lone atom in place of one cell."""
     rng = np.random.default_rng(0)
     batches = []

@@ -241,5 +241,5 @@ def test_averages_are_validated_and_loaded(tmp_path) -> None:
     state = torch.load(tmp_path / "averaged.ckpt", weights_only=True)
     last = state["current_model_state"]
     assert any(not torch.equal(state["state_dict"][name], value) for name, value in last.items())
-    exported = standalone._potential_of(tmp_path / "averaged.ckpt")[0].state_dict()
+    exported = standalone.potential_of(tmp_path / "averaged.ckpt")[0].state_dict()
     assert all(torch.equal(value, state["state_dict"][f"potential.{name}"]) for name, value in exported.items())

@@ -1,0 +1,75 @@
+"""A model of metatomic gives what the calculator gives, by metatomic's own calculator."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from lightning_januspipe.calculator import JanusPipeCalculator
+from lightning_januspipe.deploy.metatomic import EnergiesOfAtoms, export_metatomic
+from lightning_januspipe.deploy.standalone import example_arguments
+from lightning_januspipe.models import EquivariantPotential, MatRISMoE
+
+SPECIES = ["H", "O", "Cu"]
+
+
+@pytest.fixture(params=["equivariant", "tasks", "experts"])
+def potential(request: pytest.FixtureRequest) -> torch.nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    try:
+        if request.param == "experts":
+            return MatRISMoE.from_size("tiny", SPECIES, cutoff=3.5, angle_cutoff=3.0).eval()
+        tasks = ["pbe", "r2scan"] if request.param == "tasks" else ["default"]
+        options = {"per_species_shift": {task: [-1.0, -2.0, -3.0] for task in tasks}, "tasks": tasks}
+        return EquivariantPotential(SPECIES, 3.5, num_layers=2, num_features=4, radial_hidden=[8], **options).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.skipif(find_spec("metatomic") is None, reason="metatomic-torch is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_same_as_the_calculator(potential: torch.nn.Module, tmp_path: Path) -> None:
+    ase_calculator = pytest.importorskip("metatomic_ase")
+    task = "r2scan" if len(potential.tasks) > 1 else None
+    export_metatomic(potential, tmp_path / "model.pt", task=task)
+    theirs = ase_calculator.MetatomicCalculator(str(tmp_path / "model.pt"))
+    crystal = bulk("Cu", "fcc", a=3.6, cubic=True) * (3, 2, 1)
+    crystal.symbols[::3] = "O"
+    crystal.rattle(0.1, seed=1)
+    small = bulk("Cu", a=3.6)
+    for atoms in (crystal, small, molecule("H2O"), Atoms("Cu"), crystal * (1, 1, 2)):
+        other = atoms.copy()
+        atoms.calc, other.calc = JanusPipeCalculator(potential, task=task), theirs
+        assert other.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), rel=0, abs=1e-10)
+        np.testing.assert_allclose(other.get_forces(), atoms.get_forces(), rtol=0, atol=1e-10)
+        if atoms.pbc.all():
+            np.testing.assert_allclose(other.get_stress(), atoms.get_stress(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.skipif(find_spec("metatomic") is not None, reason="metatomic-torch is installed")
+def test_metatomic_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="metatomic needs a package .*: pip install metatomic-torch"):
+        export_metatomic(EquivariantPotential(SPECIES, 3.5, num_layers=1, num_features=2), tmp_path / "model.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_energies_are_traced_for_other_sizes() -> None:
+    """This much needs no metatomic."""
+    from lightning_januspipe.calculator import StructureAdapter
+
+    torch.manual_seed(0)
+    potential = EquivariantPotential(SPECIES, 3.5, num_layers=2, num_features=4, radial_hidden=[8]).double().eval()
+    energies, adapter = EnergiesOfAtoms(potential), StructureAdapter(SPECIES, 3.5)
+    first, *others = (example_arguments(adapter, sizes, torch.float64, "cpu") for sizes in ([2], [3, 1], [1]))
+    traced = torch.jit.trace(energies, tuple(first), check_trace=False)
+    for example in others:
+        torch.testing.assert_close(traced(*example), energies(*example), rtol=0, atol=1e-10)
+    assert energies.num_messages() == 2
