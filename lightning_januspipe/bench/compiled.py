@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -136,7 +136,7 @@ def time_steps(job: Job) -> StepTimes:
 
     clock = library(namespace).callbacks.LambdaCallback(on_train_batch_start=start, on_train_batch_end=end)
     steps = work.steps + _WARM_UP + is_gpu
-    with phase_bytes(counts):
+    with phase_bytes(counts) if is_gpu else nullcontext():
         trainer_of(job.strategy, steps, clock, accelerator=job.accelerator, namespace=namespace).fit(module, loader)
     wall, cpu = (statistics.median(column) for column in zip(*times[_WARM_UP:], strict=True))
     gpu = counts if is_gpu else None

@@ -70,10 +70,11 @@ class GpuCounts:
 
 @contextmanager
 def phase_bytes(counts: GpuCounts) -> Iterator[None]:
-    """Notes the bytes that the kernels of each phase move, when the phases are compiled inside the block."""
+    """Notes the bytes that the kernels of each phase move; phases are compiled inside the block, in this process."""
     from torch._inductor import metrics
 
     from lightning_januspipe.compiled import compiler
+    from lightning_januspipe.compiled.artifacts import ArtifactCache
 
     compile_graph = compiler.compile_graph
 
@@ -83,7 +84,8 @@ def phase_bytes(counts: GpuCounts) -> Iterator[None]:
         counts.bytes.append(metrics.num_bytes_accessed - before)
         return compiled
 
-    with mock.patch.object(compiler, "compile_graph", counted):
+    no_cache = mock.patch.object(compiler, "artifact_cache", return_value=ArtifactCache(None))
+    with mock.patch.object(compiler, "compile_graph", counted), no_cache:
         yield
 
 

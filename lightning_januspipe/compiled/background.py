@@ -36,6 +36,7 @@ class BackgroundCompile:
         inductor: the folder in which inductor keeps what it compiles; None for its own.
         num_workers: processes that may compile side by side.
         imports: modules that define operators of the tasks.
+        niceness: how much less it counts than others where cores are scarce.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class BackgroundCompile:
         inductor: Path | None,
         num_workers: int = 1,
         imports: tuple[str, ...] = (),
+        niceness: int = NICENESS,
     ) -> None:
         self._keys = tuple(tasks)
         self._folder = Path(tempfile.mkdtemp(prefix="januspipe-compile-"))
         packed = {key: pickle.dumps(task) for key, task in tasks.items()}
-        request = CompileRequest(packed, imports, artifacts, num_workers, NICENESS)
+        request = CompileRequest(packed, imports, artifacts, num_workers, niceness)
         (self._folder / REQUEST).write_bytes(pickle.dumps(request))
         paths = [path or os.getcwd() for path in sys.path]
         with inductor_cache(inductor), open(self._folder / OUTPUT, "wb") as output:

@@ -38,16 +38,6 @@ def artifact_cache(folder: Path | None) -> ArtifactCache:
     return ArtifactCache(folder)
 
 
-def require_compiled(uncompiled: Mapping[str, str] | None, key: str | None) -> None:
-    """Raises an error where another process should have compiled a task and has not; see :class:`StageCompiler`.
-
-    Raises:
-        CaptureError: with the reason, if it is known.
-    """
-    if uncompiled is not None:
-        raise CaptureError(uncompiled.get(key or "", "its compiled phases are missing in the cache"))
-
-
 def require_compiler(device: str) -> None:
     """Raises an error if nothing can compile for a type of device.
 
@@ -109,7 +99,8 @@ class StageCompiler:
         tolerance: what rounding explains of a difference from the eager phases, relative to the scale of a value.
         cache: the folder in which inductor keeps what it compiles; None for inductor's own.
         artifacts: the folder of compiled phases; None to keep none.
-        uncompiled: why another process has not compiled a task, by its key; None to compile in this one.
+        uncompiled: why another process could not compile a task, by its key.
+        compiles: compile in this process what neither the cache nor another process could give.
         most_bytes: the most bytes that a micro-batch may keep between the phases of each stage; empty for no limit.
         over_ranks: returns an object of every graph rank of this rank's stages, on all of them.
         interprets: run the graphs operation by operation instead of compiling them, to measure what they keep.
@@ -130,7 +121,8 @@ class StageCompiler:
     tolerance: float | None = None
     cache: Path | None = None
     artifacts: Path | None = None
-    uncompiled: Mapping[str, str] | None = None
+    uncompiled: Mapping[str, str] = field(default_factory=dict)
+    compiles: bool = True
     most_bytes: tuple[float, ...] = ()
     over_ranks: Callable[[_Compiled], list[_Compiled]] = lambda mine: [mine]
     interprets: bool = False
@@ -201,6 +193,20 @@ class StageCompiler:
             self.tasks[function.index] = task, task.key()
         return self.tasks[function.index]
 
+    def require_own_work(self, key: str | None) -> None:
+        """Raises an error if this process may not compile a task itself.
+
+        Raises:
+            CaptureError: with the reason of the other process, if it has told one.
+        """
+        if not self.compiles:
+            raise CaptureError(self.uncompiled.get(key or "", "its compiled phases are missing in the cache"))
+
+    def kept(self, task: CompileTask, key: str | None) -> StageArtifacts | None:
+        """Returns the compiled phases of a stage from the cache; None where there are none that are right for it."""
+        found = None if key is None else artifact_cache(self.artifacts).load(key)
+        return found if found is None or found.phases.sizes.misfit(task.plan.example) is None else None
+
     def _task(self, function: TraceableStage, chain: ChainSpec) -> CompileTask:
         with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
             plan = blueprint(function, chain, *self.sizes, self.device)
@@ -214,13 +220,13 @@ class StageCompiler:
             self.joints[function.index] = joint = self.joints.get(function.index) or traced(task)
             graphs = phase_graphs(joint, task.activation, task.defer)
             return PhaseRunners(graphs.phases, graphs.modules), exchange_order(graphs.modules)
-        (task, key), cache = self.task(function, chain), artifact_cache(self.artifacts)
+        task, key = self.task(function, chain)
         with torch_internals.inductor_cache(self.cache):
-            kept = None if key is None else cache.load(key)
-            if kept is not None and kept.phases.sizes.misfit(task.plan.example) is None:
+            kept = self.kept(task, key)
+            if kept is not None:
                 self._require_bytes(function.index, kept.phases)
                 return kept.runners(self.tolerance), kept.order
-            require_compiled(self.uncompiled, key)
+            self.require_own_work(key)
             graphs = phase_graphs(traced(task), task.activation, task.defer)
             order = exchange_order(graphs.modules)
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
@@ -230,7 +236,7 @@ class StageCompiler:
         functions = {phase: torch_internals.packed(runner) for phase, runner in runners.items()}
         complete = {phase: function for phase, function in functions.items() if function is not None}
         if key is not None and len(complete) == len(functions):
-            cache.save(key, StageArtifacts(phases, order, complete))
+            artifact_cache(self.artifacts).save(key, StageArtifacts(phases, order, complete))
         return PhaseRunners(phases, runners, self.tolerance), order
 
     def _require_bytes(self, index: int, phases: StagePhases) -> None:

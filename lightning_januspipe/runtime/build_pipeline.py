@@ -200,9 +200,12 @@ class PipelineBuilder:
                 news = replace(news, line=f"{news.line}; {chosen.describe(limit)}")
         change, why_not = None, ""
         if self._in_background and request.trains:
-            change, why_not = self._change_over(request, mesh, planner, broadcast)
+            why_not = self._why_not_compile(request, mesh, planner, broadcast)
+        has_processes = self._compiles and mesh.device.type == "cpu"  # on GPUs each would have a context of its own
+        if request.trains and not why_not and (self._in_background or has_processes):
+            change = self._change_over(request, mesh, planner)
         make_stage: StageFactory = change or self._eager_stage
-        if self._compiles:
+        if self._compiles and change is None:
             make_stage = self._stage_compiler(request, mesh, found, spreads_experts)
         elif self._has_compiled(request, spreads_experts):
             assert self._compiler is not None
@@ -260,49 +263,56 @@ class PipelineBuilder:
             names = ()  # the capture itself has measured it
         return activation_factories(self._compiles, names, mesh.device.type, is_deferred(planner.name))
 
-    def _change_over(
+    def _why_not_compile(
         self, request: CaptureRequest, mesh: Mesh, planner: Planner, broadcast: Callable[[Any], Any]
-    ) -> tuple[ChangeOver | None, str]:
-        """Returns what compiles the stages in the background, or in words why phases stay eager."""
+    ) -> str:
+        """Returns in words why phases stay eager; nothing where they are compiled in the background."""
         assert self._last is not None
         found, name = self._last.capture, self._schedule_on(mesh)
         if is_unfolded(name):
-            return None, f"phases stay eager: {name} runs the phases of a stage on two ranks"
+            return f"phases stay eager: {name} runs the phases of a stage on two ranks"
         if found.potential.operation_word != "operations":
-            return None, "phases stay eager: only captured stages can be compiled"
+            return "phases stay eager: only captured stages can be compiled"
 
         def decide() -> str:
             step_time = planner.step_time(request.num_microbatches)
             return reason_not_to_compile(request.length, step_time, found.potential.num_operations)
 
-        why_not = on_first_rank(decide, mesh.rank, broadcast)
-        if why_not:
-            return None, f"phases stay eager: {why_not}"
+        reason = on_first_rank(decide, mesh.rank, broadcast)
+        return f"phases stay eager: {reason}" if reason else ""
+
+    def _change_over(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> ChangeOver:
+        """Returns what makes stages that other processes compile."""
         from lightning_januspipe.runtime.change_over import ChangeOver
 
+        assert self._last is not None
         self._compiler = None
-        compiler = self._stage_compiler(request, mesh, found, mesh.expert_size > 1)
-        kept = {"keep": "pointwise"} if self._activation == "auto" else {}
-        compiler.activations = cast("tuple[Activation, ...]", tuple(kept.get(a, a) for a in self._activations))
-        if planner.memory_limit is not None:
-            compiler.most_bytes = tuple(memory.total for memory in planner.memory)
+        compiler = self._stage_compiler(request, mesh, self._last.capture, mesh.expert_size > 1)
+        if self._in_background:
+            compiler.compiles = False
+            kept = {"keep": "pointwise"} if self._activation == "auto" else {}
+            compiler.activations = cast("tuple[Activation, ...]", tuple(kept.get(a, a) for a in self._activations))
+            if planner.memory_limit is not None:
+                compiler.most_bytes = tuple(memory.total for memory in planner.memory)
         modules = {type(m).__module__ for m in request.module.modules()}
         imports = sorted(name for name in modules if name != "__main__" and not name.startswith("torch."))
-        return ChangeOver(compiler, mesh, self._activations, compiler.artifacts, imports), ""
-
-    def _has_compiled(self, request: CaptureRequest, spreads_experts: bool) -> bool:
-        """Tells whether training has compiled the stages in the background that an evaluation is for."""
-        known = self._compiler is not None and self._compiler_spreads == spreads_experts
-        return known and bool(self._compiler and self._compiler.compiled) and not request.trains
+        return ChangeOver(compiler, mesh, self._activations, imports, self._in_background)
 
     def _begin(self, change: ChangeOver, pipeline: Pipeline) -> str:
-        """Starts to compile in the background; returns in words what happens."""
+        """Starts to compile, and waits for the end unless it is done in the background; returns what happens."""
         words = change.start()
         if change.is_over:
             self._compiler = None
             return words
         pipeline.change_over = change
-        return pipeline.change_to_compiled() if change.is_compiled else words
+        if not self._in_background:
+            change.wait()
+        return words if self._in_background and not change.is_compiled else pipeline.change_to_compiled()
+
+    def _has_compiled(self, request: CaptureRequest, spreads_experts: bool) -> bool:
+        """Tells whether training has compiled the stages in the background that an evaluation is for."""
+        known = self._compiler is not None and self._compiler_spreads == spreads_experts
+        return known and bool(self._compiler and self._compiler.compiled) and not request.trains
 
     def _stage_compiler(
         self, request: CaptureRequest, mesh: Mesh, found: Capture, spreads_experts: bool

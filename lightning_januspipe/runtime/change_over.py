@@ -8,17 +8,18 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from lightning_januspipe.capture.trace.operators import is_of_package
 from lightning_januspipe.compiled.artifacts import CompileTask
-from lightning_januspipe.compiled.background import BackgroundCompile
+from lightning_januspipe.compiled.background import NICENESS, BackgroundCompile
 from lightning_januspipe.compiled.blueprint import TraceableStage
 from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
-from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler, artifact_cache
+from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.engine.eager_stages import eager_stages
 from lightning_januspipe.engine.gradients import GradientBuffers
@@ -63,8 +64,8 @@ class ChangeOver:
         compiler: makes the compiled stages.
         mesh: this rank's process groups.
         activations: what each stage keeps between its phases while they are eager.
-        artifacts: the folder for what is compiled; None for one of this run.
         imports: modules that may define operators of the stages.
+        trains_meanwhile: whether training goes on while stages are compiled.
 
     Attributes:
         is_over: whether nothing changes any more.
@@ -76,17 +77,16 @@ class ChangeOver:
         compiler: StageCompiler,
         mesh: Mesh,
         activations: Sequence[str],
-        artifacts: Path | None,
         imports: Sequence[str] = (),
+        trains_meanwhile: bool = True,
     ) -> None:
         self.is_over = self.is_compiled = False
-        self._imports = tuple(imports)
+        self._imports, self._trains_meanwhile = tuple(imports), trains_meanwhile
         self._compiler, self._mesh, self._activations = compiler, mesh, activations
-        self._own = None if artifacts is not None else Path(tempfile.mkdtemp(prefix="januspipe-compiled-"))
-        self._artifacts = artifacts or self._own
+        self._own: Path | None = None
         self._noted: dict[int, _Noted] = {}
         self._background: BackgroundCompile | None = None
-        self._began = time.perf_counter()
+        self._began, self._seconds, self._cpu_seconds = time.perf_counter(), 0.0, 0.0
 
     def __call__(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
         """Returns a stage that runs eagerly."""
@@ -95,29 +95,33 @@ class ChangeOver:
 
     def start(self) -> str:
         """Starts to compile what no cache has; returns in words what happens."""
+        compiler = self._compiler
+        if compiler.artifacts is None:
+            self._own = compiler.artifacts = Path(tempfile.mkdtemp(prefix="januspipe-compiled-"))
         tasks = self._tasks()
-        assert self._artifacts is not None
-        cache = artifact_cache(self._artifacts)
-        missing = missing_compiler(self._compiler.device) or ""
-        keys = {key: cache.has(key) for key in tasks}
-        mine = _Share(socket.gethostname(), str(self._artifacts), keys, missing)
+        keys = {key: compiler.kept(task, key) is not None for key, task in tasks.items()}
+        mine = _Share(socket.gethostname(), str(compiler.artifacts), keys, missing_compiler(compiler.device) or "")
         of_ranks = self._mesh.gathered(mine, "agreement on what is compiled")
         lacking = next((share.missing for share in of_ranks if share.missing), "")
         if lacking:
             self.end()
             return f"phases stay eager: {lacking}"
         owners = _owners(of_ranks)
-        own = {
-            key: task for key, task in tasks.items() if owners.get((mine.host, mine.artifacts, key)) == self._mesh.rank
-        }
+        place, rank = (mine.host, mine.artifacts), self._mesh.rank
+        own = {key: task for key, task in tasks.items() if owners.get((*place, key)) == rank}
         if own:
             here = {owner for (host, *_), owner in owners.items() if host == mine.host}
             workers = max(1, _num_cores() // len(here))
             imports = self._imports if any(map(_has_foreign_operators, own.values())) else ()
-            self._background = BackgroundCompile(own, self._artifacts, self._compiler.cache, workers, imports)
-        self._compiler.uncompiled = {}
+            niceness = NICENESS if self._trains_meanwhile else 0
+            self._background = BackgroundCompile(own, compiler.artifacts, compiler.cache, workers, imports, niceness)
         self.is_compiled = not owners
         return "phases run eagerly until they are compiled in the background"
+
+    def wait(self) -> None:
+        """Waits until this rank compiles no more."""
+        while self.is_waiting():
+            time.sleep(0.05)
 
     def is_waiting(self) -> bool:
         """Tells whether this rank still compiles."""
@@ -131,19 +135,20 @@ class ChangeOver:
         """
         result = CompileResult() if self._background is None else self._background.result()
         of_ranks = self._mesh.gathered(result, "exchange of what is compiled")
-        if self._compiler.uncompiled is not None:
-            self._compiler.uncompiled = {key: why for found in of_ranks for key, why in found.failed.items()}
+        self._compiler.uncompiled = {key: why for found in of_ranks for key, why in found.failed.items()}
         for index, noted in sorted(self._noted.items()):
             stage = self._compiler(noted.function, noted.gradients, noted.chain)
             if isinstance(stage, CompiledStage):
                 stages[index] = stage
+        self._seconds, self._cpu_seconds = time.perf_counter() - self._began, result.cpu_seconds
         self.end()
-        reports = self._mesh.gathered_over_pipeline(self._compiler.report(), "gathering of what was compiled")
+        reports = self._mesh.gathered_over_pipeline(self.report(), "gathering of what was compiled")
         return self._described(reports, sum(found.cpu_seconds for found in of_ranks))
 
     def report(self) -> CompileReport:
-        """Returns what is compiled on this rank."""
-        return self._compiler.report()
+        """Returns what is compiled on this rank, and how long it took with the processes that did it."""
+        report = self._compiler.report()
+        return replace(report, seconds=self._seconds, cpu_seconds=report.cpu_seconds + self._cpu_seconds)
 
     def end(self) -> None:
         """Ends what runs in the background; stages stay as they are."""
@@ -151,6 +156,7 @@ class ChangeOver:
         if self._background is not None:
             self._background.end()
         if self._own is not None:
+            self._compiler.artifacts = None
             shutil.rmtree(self._own, ignore_errors=True)
 
     def _tasks(self) -> dict[str, CompileTask]:
@@ -159,9 +165,10 @@ class ChangeOver:
         for noted in self._noted.values():
             if not hasattr(noted.function, "body"):
                 continue
-            task, key = self._compiler.task(cast(TraceableStage, noted.function), noted.chain)
-            if key is not None:
-                found[key] = task
+            with suppress(Exception):  # of the stage alone, which says so at the change
+                task, key = self._compiler.task(cast(TraceableStage, noted.function), noted.chain)
+                if key is not None:
+                    found[key] = task
         return found
 
     def _described(self, reports: Sequence[CompileReport], cpu_seconds: float) -> str:
@@ -169,10 +176,10 @@ class ChangeOver:
         num = sum(report.num_compiled for report in reports)
         if num:
             stages = f"phases of {num} {'stage' if num == 1 else 'stages'}"
-            how = "read from the cache"
-            if cpu_seconds:
-                wall = time.perf_counter() - self._began
-                how = f"compiled in the background in {wall:.0f} s ({cpu_seconds:.0f} s of CPU time)"
+            how = f"compiled{' in the background' if self._trains_meanwhile else ''}"
+            seconds = f"{max(report.seconds for report in reports):.1f} s"
+            how = f"read from the cache in {seconds}" if self.is_compiled else f"{how} in {seconds}"
+            how += f" ({cpu_seconds:.0f} s of CPU time)" if cpu_seconds else ""
             words.insert(0, f"{stages} {how}")
         return "; ".join(words)
 

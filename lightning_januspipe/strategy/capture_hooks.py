@@ -8,10 +8,12 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
 from lightning_januspipe.runtime.chosen_state import StageSharing
 from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.runtime.training_length import TrainingLength
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_length, training_mode, unlogged
 from lightning_januspipe.strategy.options import StrategyOptions
@@ -58,6 +60,17 @@ class CaptureHooks(StrategyState):
         is_whole = self._residence is None and self.mesh_shape.graph == 1
         if self.runner is None and not (is_whole and is_fitting(self._trainer)):
             self._capture(self._eval_loader, getattr(self._module, name), 1)
+
+    def _capture_for_training(self) -> None:
+        """Captures the potential; what cannot be captured, and need not be, is trained as it is."""
+        loader = self._train_loader
+        try:
+            self._capture(loader, self._module.training_step, self._usual_microbatches(loader))
+        except CaptureError as error:
+            if self._has_to_capture:
+                raise
+            self._stays_plain, self.runner = True, SingleStage(self._module, self._mesh)
+            self.lib.rank_zero.rank_zero_info(f"januspipe: the module is trained as it is, not compiled: {error}")
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
         """Has one rank capture; all ranks get the same result or the same error."""

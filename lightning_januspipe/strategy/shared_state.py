@@ -52,6 +52,7 @@ class StrategyState(ParallelStrategy):
         self._num_nodes = 1
         self._num_runs = 0
         self._began = 0.0  # when the present run began, in seconds since the epoch
+        self._stays_plain = False  # whether this run could not be captured, and need not be
         self._loader_progress: LoaderProgress | None = None
         self._shutdown: CoordinatedShutdown | None = None
         self._failure: FailureReport | None = None
@@ -140,12 +141,16 @@ class StrategyState(ParallelStrategy):
 
     @property
     def _captures(self) -> bool:
-        """Tells whether to capture the potential: ranks share samples or experts, or phases are not plain."""
+        """Tells whether to capture the potential, because it has to be or in order to compile where possible."""
+        may_compile = self.options.compile == "auto" and is_fitting(self._trainer) and not self._stays_plain
+        return self._has_to_capture or may_compile
+
+    @property
+    def _has_to_capture(self) -> bool:
+        """Tells whether ranks share samples or experts, or phases are not plain."""
         options = self.options
-        fits = is_fitting(self._trainer)
-        is_limited = options.memory_limit is not None and fits
-        is_compiled = options.compile is True or (options.compile == "auto" and fits)
-        is_plain = not is_compiled and options.activation not in ("recompute", "offload") and not is_limited
+        is_limited = options.memory_limit is not None and is_fitting(self._trainer)
+        is_plain = options.compile is not True and options.activation not in ("recompute", "offload") and not is_limited
         return self._shares_replicas or self._spreads_experts or not is_plain
 
     @property

@@ -73,6 +73,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         self._take_over_samplers(trainer)
         ignore_unreduced(self.mesh_shape.data == 1)  # the ranks of one pipeline log the same
         require_values(self._module)
+        self._stays_plain = False
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
         if self.options.compile is True:
             check_compiler(self.root_device.type)
@@ -146,7 +147,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._mesh.join_stage_ranks()
             self._stage_link = measured_link(self._mesh, self.broadcast)
         if self._captures:
-            self._capture(self._train_loader, self._module.training_step, self._usual_microbatches(self._train_loader))
+            self._capture_for_training()
             if self._shares_replicas:
                 # The ranks of a replica run the same steps, so they have to draw the same numbers.
                 with waiting("exchange of random states", self._mesh.replica_group):

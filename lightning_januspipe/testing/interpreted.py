@@ -11,7 +11,25 @@ from torch import fx
 
 from lightning_januspipe.compiled import compiler
 from lightning_januspipe.compiled.artifacts import ArtifactCache
+from lightning_januspipe.compiled.background import BackgroundCompile
+from lightning_januspipe.compiled.compile_process import CompileResult
+from lightning_januspipe.runtime import change_over
 from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline
+
+
+class _NothingToDo(BackgroundCompile):
+    """Stands for a process that has ended and compiled nothing, so that phases are interpreted here."""
+
+    def __init__(self, tasks: Any, *_: Any, **__: Any) -> None:
+        assert tasks
+
+    def has_ended(self) -> bool:
+        return True
+
+    def result(self) -> CompileResult:
+        return CompileResult()
+
+    def end(self) -> None: ...
 
 
 @contextmanager
@@ -29,7 +47,8 @@ def interpreted_phases(change: Callable[[fx.GraphModule], Any] | None = None) ->
 
     with (
         mock.patch.object(compiler, "compile_graph", run),
-        mock.patch.object(compiler, "require_compiled"),
+        mock.patch.object(compiler.StageCompiler, "require_own_work"),
+        mock.patch.object(change_over, "BackgroundCompile", _NothingToDo),
         mock.patch.object(compiler, "artifact_cache", return_value=ArtifactCache(None)),
     ):
         yield graphs

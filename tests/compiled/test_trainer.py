@@ -24,7 +24,7 @@ from lightning_januspipe.compiled.background import BackgroundCompile
 from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.data import EMTDataModule
 from lightning_januspipe.errors import CaptureError
-from lightning_januspipe.runtime import change_over, training_length
+from lightning_januspipe.runtime import build_pipeline, change_over, training_length
 from lightning_januspipe.testing import quiet_trainer
 
 COMPILED = {"compile": True, "num_microbatches": 2}
@@ -129,6 +129,7 @@ def test_a_stage_that_cannot_be_compiled_runs_eagerly(
         raise RuntimeError("the compiler has an error\nof several lines")
 
     monkeypatch.setattr(compiler, "compile_graph", fail)
+    monkeypatch.setattr(change_over, "BackgroundCompile", Ended)  # it could not either
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         found = strategy_workers.fit({**COMPILED, "num_microbatches": 1}, {"max_steps": 2})
     assert "stage 0 runs eagerly: RuntimeError: the compiler has an error" in caplog.text
@@ -215,6 +216,21 @@ def test_training_stays_eager_where_the_background_fails(
     (line,) = lines_of(caplog, "no space left")
     assert line.startswith("januspipe: from step 0 on: stage 0 runs eagerly: CaptureError: RuntimeError: no space left")
     close(found["state"], strategy_workers.fit(None, {"max_steps": 3})["state"])
+
+
+def test_what_cannot_be_captured_is_trained_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise CaptureError("the forward reads the weather")
+
+    monkeypatch.setattr(build_pipeline, "capture_module", fail)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        found = strategy_workers.fit(AUTO, {"max_steps": 1})
+    assert len(lines_of(caplog, "trained as it is, not compiled: the forward reads the weather")) == 1
+    close(found["state"], strategy_workers.fit(None, {"max_steps": 1})["state"])
+    with pytest.raises(CaptureError, match="the weather"):
+        strategy_workers.fit(COMPILED, {"max_steps": 1})
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])

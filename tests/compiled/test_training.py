@@ -11,6 +11,7 @@ import tiny
 from compiled_workers import (
     fit_then_evaluate,
     train_changing_over,
+    train_changing_over_when_compiled,
     train_compiled,
     train_interpreted,
     train_with_a_misfit_on_one_rank,
@@ -83,6 +84,16 @@ def test_parity_of_graph_ranks(pool: RankPool, devices: int, module: Any, strate
 def test_parity_where_compiled_phases_take_over(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
     """Some steps are eager, the others compiled; the ranks are ready after unequal numbers of steps."""
     check_parity(pool, devices, train=train_changing_over, compile="auto", **strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_inductor_compiles_in_the_background(pool: RankPool) -> None:
+    """The training processes compile nothing, and a second start has all phases from its first step on."""
+    given = {"compile": "auto", "num_microbatches": 4, "graph_size": 2}
+    for _ in range(2):
+        train, module = train_changing_over_when_compiled, partial(tiny.module, num_layers=1)
+        check_parity(pool, 2, module=module, train=train, limit=1100, **given)
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -13,8 +15,9 @@ import strategy_workers
 import torch
 from matris_models import matris
 from torch import Tensor, fx
+from torch._inductor import cpp_builder
 
-from lightning_januspipe.compiled import compiler
+from lightning_januspipe.compiled import artifacts, background
 from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.compiled.exchanges import exchanges_of
 from lightning_januspipe.compiled.sizes import StageSizes
@@ -41,11 +44,10 @@ def train_interpreted(*arguments: Any) -> RunRecord:
 
 def train_compiled(*arguments: Any) -> RunRecord:
     """Trains with phases that inductor compiles; every micro-batch has to fit."""
-    patched = mock.patch.object(compiler, "compile_graph", wraps=compiler.compile_graph)
-    with patched as compile_graph, warnings.catch_warnings():
+    with mock.patch.object(artifacts, "unpacked", wraps=artifacts.unpacked) as unpacked, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs eagerly")
         record = train_in_pipeline(*arguments)
-    assert compile_graph.call_count == 4
+    assert unpacked.call_count == 4
     return record
 
 
@@ -101,8 +103,8 @@ class _Compiling:
 
     ended: ClassVar[list[_Compiling]] = []
 
-    def __init__(self, tasks: Any, *_: Any) -> None:
-        assert tasks, "there is nothing to compile"
+    def __init__(self, tasks: Any, folder: Path, *_: Any) -> None:
+        assert tasks and folder.is_dir(), "there is nothing to compile"
         self._looks = int(os.environ["RANK"]) % 2
 
     def has_ended(self) -> bool:
@@ -142,4 +144,31 @@ def train_changing_over(*arguments: Any) -> RunRecord:
     assert num and "CompiledStage" not in kinds[:num] and kinds[num:] == ["CompiledStage"] * num, kinds
     assert graphs and not record.eager
     assert _Compiling.ended or int(os.environ["RANK"]), "what compiles was not ended"
+    return record
+
+
+def train_changing_over_when_compiled(*arguments: Any) -> RunRecord:
+    """Trains with stages that inductor compiles in the background, which the second step waits for."""
+    is_waiting, looks, commands = change_over.ChangeOver.is_waiting, [0], []
+    run = cpp_builder.run_compile_cmd
+
+    def wait(self: Any) -> bool:
+        looks[0] += 1
+        while looks[0] > 1 and is_waiting(self):
+            time.sleep(0.1)
+        return is_waiting(self)
+
+    def noted(command: str, *more: Any, **options: Any) -> Any:
+        commands.append(command)
+        return run(command, *more, **options)
+
+    with (
+        mock.patch.object(change_over.ChangeOver, "is_waiting", wait),
+        mock.patch.object(cpp_builder, "run_compile_cmd", noted),
+        mock.patch.object(training_length, "LEAST_RATIO", 0.0),
+        mock.patch.object(background, "NICENESS", 0),
+    ):
+        record = train_in_pipeline(*arguments)
+    assert not record.eager and not record.num_misfits
+    assert not [c for c in commands if " -shared " in c], "the training process has compiled"
     return record

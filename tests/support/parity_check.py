@@ -25,6 +25,7 @@ def check_parity(
     reference: Callable[[], Any] | None = None,
     train: Callable[..., RunRecord] = train_in_pipeline,
     tolerance: float = 1e-9,
+    limit: float = 300.0,
     **strategy: Any,
 ) -> None:
     """Trains in a pipeline, and compares losses, gradients and parameters with those of one process.
@@ -39,10 +40,11 @@ def check_parity(
         reference: Makes the module of the one process, if that is another.
         train: Trains as one rank of the pipeline.
         tolerance: The largest difference, relative to the largest entry.
+        limit: Seconds after which the ranks are killed.
         strategy: Arguments of the strategy.
     """
     more = (steps, trainer or {})
-    ranks = pool.run(train, module, data, strategy, *more, world_size=devices)
+    ranks = pool.run(train, module, data, strategy, *more, world_size=devices, timeout=limit)
     bound = JanusPipeStrategy(**strategy)
     bound.parallel_devices = [torch.device("cpu")] * devices
     replicas = bound.mesh_shape.data
