@@ -5,7 +5,6 @@ pip install -c constraints.txt -e ".[tutorial]" && python docs/make_tutorial.py
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -37,10 +36,12 @@ def executed(folder: str | Path, timeout: int = 1800) -> Any:
 
 
 if __name__ == "__main__":
+    import nbformat
+
     with tempfile.TemporaryDirectory() as folder:
         made = executed(folder)
     for cell in made.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # has paths
-    NOTEBOOK.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    NOTEBOOK.write_text(nbformat.writes(made) + "\n")
