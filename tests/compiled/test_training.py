@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,17 +10,19 @@ import graph_models
 import pytest
 import tiny
 from compiled_workers import (
+    eager_microbatches,
     fit_then_evaluate,
     train_changing_over,
     train_changing_over_when_compiled,
     train_compiled,
     train_interpreted,
+    train_interpreted_moving,
     train_with_a_misfit_on_one_rank,
     train_without_an_exchange,
 )
 from expert_workers import experts, matris
 from parity_check import check_parity
-from pools import slow
+from pools import pool_of, slow
 
 from lightning_januspipe.testing import RankError, RankPool
 
@@ -126,6 +129,24 @@ def test_parity_of_experts(pool: RankPool, devices: int, module: Any, strategy: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_parity_of_experts_in_three_dimensions() -> None:
+    mesh = {"pipeline_size": 2, "data_size": 2, "graph_size": 2, "num_microbatches": 2, "shard": "parameters"}
+    with pool_of(8) as pool:
+        given = {"compile": True, "expert_size": 4, **mesh}
+        data, module = graph_models.Data, partial(experts, 2)
+        check_parity(pool, 8, module=module, data=data, train=train_interpreted, **given)
+
+
+@pytest.mark.slow
+def test_parity_of_experts_that_move(pool: RankPool) -> None:
+    given = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "compile": True, "expert_size": 2}
+    more = {**given, "expert_placement": "load"}
+    data, module = graph_models.Data, partial(experts, 2)
+    check_parity(pool, 2, module=module, data=data, train=train_interpreted_moving, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_inductor_compiles_exchanges_of_rows_of_experts(pool: RankPool) -> None:
     more = {"compile": True, "pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "expert_size": 2}
     check_parity(pool, 2, module=partial(experts, 1), data=graph_models.Data, train=train_compiled, **more)
@@ -157,3 +178,14 @@ def test_a_micro_batch_that_does_not_fit_on_one_rank_is_eager_on_all(
 ) -> None:
     more = {"compile": True, "pipeline_size": 1, "num_microbatches": 2, **strategy}
     check_parity(pool, 2, module=module, data=graph_models.Data, train=train_with_a_misfit_on_one_rank, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agrees", [True, False])
+def test_ranks_that_share_experts_agree_on_what_is_eager(pool: RankPool, agrees: bool) -> None:
+    """Without the sizes of the others' micro-batches the exchanges of one rank would not be those of the other."""
+    strategy = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "compile": True, "expert_size": 2}
+    more = graph_models.Data, strategy, 3, {}
+    with nullcontext() if agrees else pytest.raises(RankError, match="exchange of rows between ranks with experts"):
+        found = pool.run(eager_microbatches, agrees, partial(experts, 1), *more, world_size=2)
+        assert found[0] == found[1] > 0

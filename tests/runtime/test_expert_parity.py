@@ -42,6 +42,7 @@ BOTH = {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "num_microbatches":
         slow(4, {**STAGES_AND_REPLICAS, "shard": "optimizer"}, partial(workers.experts, 2)),
         slow(4, {**STAGES_AND_GRAPH, "shard": "parameters"}, partial(workers.experts, 4)),
         slow(4, {**BOTH, "shard": "parameters"}, partial(workers.experts, 2)),
+        slow(2, {**REPLICAS, "num_microbatches": 4}, partial(workers.experts, 1)),  # of one element, or without edges
     ],
 )
 def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], module: Any) -> None:
@@ -120,6 +121,7 @@ def test_faults_are_found(pool: RankPool, name: str, message: str) -> None:
         slow(4, {**STAGES_AND_REPLICAS, "shard": "optimizer"}, partial(workers.experts, 2)),
         slow(4, {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1}, partial(workers.experts, 2)),
         slow(4, {**BOTH, "expert_size": 4}, partial(workers.experts, 2)),
+        slow(2, {**REPLICAS, "activation": "recompute"}, partial(workers.experts, 4)),
     ],
 )
 def test_experts_move_to_where_their_rows_are_few(
@@ -177,6 +179,10 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
 }
 
 
+def _train(place: str) -> Any:
+    return workers.checkpoints_moving if place == "placed by load" else checkpoint_workers.train
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -187,6 +193,8 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
         slow("replicas", "stages and replicas, folder"),
         slow("replicas", "parameters in shards"),
         slow("parameters in shards", "one process"),
+        slow("placed by load", "stages and replicas"),
+        slow("plain", "placed by load"),
         slow("parameters in shards, folder", "stages and replicas"),
     ],
 )
@@ -195,10 +203,10 @@ def test_goes_on_from_a_checkpoint(
 ) -> None:
     saving = {"callbacks": ("every step",), "stop": ("exception", 4, None), "module": workers.matris}
     strategy, devices = PLACES[before]
-    pool.run(checkpoint_workers.train, strategy, str(tmp_path), saving, world_size=devices)
+    pool.run(_train(before), strategy, str(tmp_path), saving, world_size=devices)
     strategy, devices = PLACES[after]
     going_on = {"resume": "last", "module": workers.matris}
-    for found in pool.run(checkpoint_workers.train, strategy, str(tmp_path), going_on, world_size=devices):
+    for found in pool.run(_train(after), strategy, str(tmp_path), going_on, world_size=devices):
         assert found["ended"] == "" and found["step"] == 8 and found["resumed"].startswith(str(tmp_path))
         for name, expected in uninterrupted["state"].items():
             torch.testing.assert_close(found["state"][name], expected, rtol=1e-9, atol=1e-11)
@@ -227,8 +235,7 @@ def test_files_are_those_of_plain_lightning(
     """Every expert is in the file, under the model's own keys, with its optimizer state."""
     strategy, devices = PLACES[place]
     training = {"module": workers.matris}
-    train = workers.checkpoints_moving if place == "placed by load" else checkpoint_workers.train
-    for run in pool.run(train, strategy, str(tmp_path), training, world_size=devices):
+    for run in pool.run(_train(place), strategy, str(tmp_path), training, world_size=devices):
         assert run["ended"] == ""
     expected, found = (torch.load(f / "last.ckpt", weights_only=True) for f in (uninterrupted["folder"], tmp_path))
     assert list(found["state_dict"]) == list(expected["state_dict"])

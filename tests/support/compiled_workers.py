@@ -6,21 +6,24 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
 import strategy_workers
 import torch
+from expert_workers import moving
 from matris_models import matris
 from torch import Tensor, fx
 from torch._inductor import cpp_builder
 
 from lightning_januspipe.compiled import artifacts, background
 from lightning_januspipe.compiled.compile_process import CompileResult
+from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.exchanges import exchanges_of
 from lightning_januspipe.compiled.sizes import StageSizes
+from lightning_januspipe.expert_ranks import ExpertAxis
 from lightning_januspipe.runtime import change_over, training_length
 from lightning_januspipe.runtime.pipeline import Pipeline
 from lightning_januspipe.testing import RunRecord, interpreted_phases, train_in_pipeline
@@ -40,6 +43,12 @@ def train_interpreted(*arguments: Any) -> RunRecord:
         record = train_in_pipeline(*arguments)
     assert graphs, "no phase graph was made"
     return record
+
+
+def train_interpreted_moving(*arguments: Any) -> RunRecord:
+    """Trains with interpreted phase graphs, and with experts that move before every step."""
+    with moving():
+        return train_interpreted(*arguments)
 
 
 def train_compiled(*arguments: Any) -> RunRecord:
@@ -81,20 +90,23 @@ def _own_rows(x: Tensor, handle: int, num_halo: int) -> Tensor:
 
 
 def train_with_a_misfit_on_one_rank(*arguments: Any) -> RunRecord:
-    """Trains with graphs that are not right for an even number of halo rows, or of rows for a rank's experts."""
+    """Trains with graphs that are not right for an even number of halo rows, or for few rows of a rank's experts."""
     misfit = StageSizes.misfit
     seen: list[int] = []
+
+    def is_wrong(rows: int) -> bool:
+        return rows < 80 if "expert_size" in arguments[2] else rows % 2 == 0
 
     def of_rank(self: StageSizes, bound: dict[str, int]) -> str | None:
         rows = sum(n for name, n in bound.items() if name.startswith(("halo_", "received_")))
         seen.append(rows)
         is_example = len(seen) == 1  # the first call comes from the compiler
-        return "its number of rows is even" if rows % 2 == 0 and not is_example else misfit(self, bound)
+        return "it has such rows" if is_wrong(rows) and not is_example else misfit(self, bound)
 
     with mock.patch.object(StageSizes, "misfit", of_rank), interpreted() as graphs, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*runs eagerly")
         record = train_in_pipeline(*arguments)
-    assert graphs and {n % 2 for n in seen[1:]} == {0, 1}, "all micro-batches fit, or none"
+    assert graphs and {is_wrong(n) for n in seen[1:]} == {True, False}, "all micro-batches fit, or none"
     return record
 
 
@@ -145,6 +157,20 @@ def train_changing_over(*arguments: Any) -> RunRecord:
     assert graphs and not record.eager
     assert _Compiling.ended or int(os.environ["RANK"]), "what compiles was not ended"
     return record
+
+
+def eager_microbatches(agrees: bool, *arguments: Any) -> int:
+    """Returns how many micro-batches ran eagerly on this rank, where some do not fit on one.
+
+    Args:
+        agrees: whether ranks that share experts tell each other the sizes of their micro-batches.
+        arguments: of ``train_in_pipeline``.
+    """
+    with mock.patch.object(CompiledStage, "_note_misfit") as noted, ExitStack() as stack:
+        if not agrees:
+            stack.enter_context(mock.patch.object(ExpertAxis, "_tell_sizes"))
+        train_with_a_misfit_on_one_rank(*arguments)
+    return int(noted.call_count)
 
 
 def train_changing_over_when_compiled(*arguments: Any) -> RunRecord:
