@@ -203,12 +203,7 @@ class Mesh:
             mine: The object of this rank.
             what: What it is gathered for, as a noun.
         """
-        if self.shape.size == 1:
-            return [mine]
-        found: list[Any] = [None] * self.shape.size
-        with waiting(what, self.host_group):
-            dist.all_gather_object(found, mine, group=self.host_group)
-        return found
+        return [mine] if self.shape.size == 1 else _gathered(mine, what, self.host_group)
 
     def gathered_over_pipeline(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank of this rank's pipeline, on all of these ranks.
@@ -217,21 +212,11 @@ class Mesh:
             mine: The object of this rank.
             what: What it is gathered for, as a noun.
         """
-        if self.shape.pipeline == 1:
-            return [mine]
-        found: list[Any] = [None] * self.shape.pipeline
-        with waiting(what, self.control_group):
-            dist.all_gather_object(found, mine, group=self.control_group)
-        return found
+        return [mine] if self.shape.pipeline == 1 else _gathered(mine, what, self.control_group)
 
     def gathered_over_graph(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every graph rank of this rank's stages, on all of these ranks; arguments as above."""
-        if self.graph_group is None:
-            return [mine]
-        found: list[Any] = [None] * self.shape.graph
-        with waiting(what, self.graph_group):
-            dist.all_gather_object(found, mine, group=self.graph_group)
-        return found
+        return [mine] if self.graph_group is None else _gathered(mine, what, self.graph_group)
 
     def gathered_over_stage(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank that exchanges rows with this rank's stages, on all of these ranks.
@@ -241,10 +226,7 @@ class Mesh:
         if self.expert_size == 1:
             return self.gathered_over_graph(mine, what)
         assert self.stage_control_group is not None
-        found: list[Any] = [None] * len(self.stage_ranks)
-        with waiting(what, self.stage_control_group):
-            dist.all_gather_object(found, mine, group=self.stage_control_group)
-        return found
+        return _gathered(mine, what, self.stage_control_group)
 
     def abort(self) -> None:
         """Closes this rank's connections after an error, so that no rank waits for it; the mesh is of no use then."""
@@ -286,6 +268,13 @@ class Mesh:
     def pipeline_ranks(self) -> list[int]:
         """Returns the global ranks of this rank's pipeline, in order."""
         return [self.shape.rank(p, self.data_rank, self.graph_rank) for p in range(self.shape.pipeline)]
+
+
+def _gathered(mine: _T, what: str, group: dist.ProcessGroup | None) -> list[_T]:
+    found: list[Any] = [None] * dist.get_world_size(group)
+    with waiting(what, group):
+        dist.all_gather_object(found, mine, group=group)
+    return found
 
 
 def _destroy(groups: list[dist.ProcessGroup]) -> None:

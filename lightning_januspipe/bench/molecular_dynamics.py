@@ -46,14 +46,14 @@ class Trajectory:
     num_edges: tuple[int, int]
 
 
-def run_trajectory(work: Work, cells: int, row: str, factory: str | None) -> Trajectory:
+def run_trajectory(work: Work, cells: int, row: RowName, factory: str | None) -> Trajectory:
     """Runs steps of a crystal of copper at 600 K in this process.
 
     Args:
         work: The potential, which is untrained, and the number of timed steps.
         cells: Repetitions of the cubic cell in each direction.
         row: ``"eager"`` or ``"compiled"`` for the calculator of this package, ``"own"`` for the package's own.
-        factory: A function as ``module:function``; see :func:`molecular_dynamics`.
+        factory: A function as ``module:function``; see :func:`molecular_dynamics`. None for the reference potential.
     """
     import numpy as np
     import torch
@@ -103,12 +103,18 @@ def molecular_dynamics(work: Work, runs: int = 1, rows: list[RowName] | None = N
 
     Args:
         work: The potential, and the number of steps.
-        runs: Runs of each row, of which medians are taken.
+        runs: Runs of each row; the table has their medians.
         rows: eager, compiled, and own for the calculator of the factory's package. By default eager and compiled, or
             with a factory own and eager.
         factory: A function as module:function, which gets the work and returns a module of a package, and a function of
             a structure that returns the package's own calculator with the same weights. By default the reference
             potential is run.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: The row ``own`` is asked for without a factory, or there is no such factory.
     """
     rows = rows or (["eager", "compiled"] if factory is None else ["own", "eager"])
     if "own" in rows and factory is None:

@@ -84,7 +84,7 @@ class ErrorGroups:
 
         Args:
             record: The structure.
-            info: What ``Atoms.info`` tells of it, of which ``task`` and ``config_type`` are used.
+            info: Its ``Atoms.info``; ``task`` and ``config_type`` are read.
         """
         kinds = [(name, str((info or {}).get(name, ""))) for name in _KINDS]
         num_atoms = len(record.numbers)

@@ -36,7 +36,7 @@ class BackgroundCompile:
         inductor: the folder in which inductor keeps what it compiles; None for its own.
         num_workers: processes that may compile side by side.
         imports: modules that define operators of the tasks.
-        niceness: how much less it counts than others where cores are scarce.
+        niceness: how much lower its priority is than that of this process, as ``os.nice`` has it.
     """
 
     def __init__(

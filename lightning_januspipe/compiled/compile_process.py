@@ -39,7 +39,7 @@ class CompileRequest:
         imports: Modules that define the operators of the tasks.
         artifacts: The folder for what is compiled.
         num_workers: Processes that may compile side by side.
-        niceness: How much less they count than others where cores are scarce.
+        niceness: How much lower their priority is than that of training, as ``os.nice`` has it.
     """
 
     tasks: Mapping[str, bytes]
@@ -75,7 +75,7 @@ def main(folder: str) -> None:
     assert isinstance(request, CompileRequest)
     os.nice(request.niceness)
     for name in request.imports:
-        with suppress(Exception):  # it may want a process that trains; an operator that is missing is told then
+        with suppress(Exception):  # it may need a process that trains; reading a task names an operator that is missing
             import_module(name)
     for key, content in request.tasks.items():
         try:
@@ -118,7 +118,7 @@ def _compiled(graphs: PhaseGraphs, phase: Phase) -> tuple[bytes, tuple[str, ...]
 
 
 def _side_by_side(graphs: PhaseGraphs, place: Path, num_workers: int) -> dict[Phase, tuple[bytes, tuple[str, ...]]]:
-    """Does the same for all phases in processes of their own, the phases with the most operations first."""
+    """Compiles all phases in processes of their own, the phases with the most operations first; see _compiled."""
     torch_internals.choose_vector_instructions()
     modules = graphs.modules
     waiting = sorted(modules, key=lambda phase: -len(modules[phase].graph.nodes))

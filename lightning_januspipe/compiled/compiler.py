@@ -182,7 +182,7 @@ class StageCompiler:
             )
 
     def task(self, function: TraceableStage, chain: ChainSpec) -> tuple[CompileTask, str | None]:
-        """Returns what to compile for a stage, and the key of what is compiled, which stays what it was at first.
+        """Returns what to compile for a stage and its key in the cache; later calls return the same.
 
         Args:
             function: the stage.

@@ -20,8 +20,8 @@ _FEWEST_TO_JUDGE = 10
 _SAME_ENERGY = 1e-3
 """Energies of one geometry that differ by less than this, in eV per atom, are the same."""
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-"""Factor that spreads the number of a task over all bits."""
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+"""Odd factor near 2**64 over the golden ratio: its product with a small integer has other bits everywhere."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def suspicions(train: FactsTable) -> Iterator[str]:
     # The same geometry may have another energy with another task.
     names = [str(kind.info().get("task")) for kind in train.kinds]
     codes = np.unique(names, return_inverse=True)[1].astype(np.uint64)[rows["kind"][known]]
-    differing = _differing(rows["digest"][known] ^ (codes * _ODD), energies, num_atoms)
+    differing = _differing(rows["digest"][known] ^ (codes * _SPREAD), energies, num_atoms)
     if differing:
         first, second = (train.name(known[position]) for position in differing[0])
         yield (
@@ -112,7 +112,7 @@ def suspicions(train: FactsTable) -> Iterator[str]:
 
 
 def missing_kinds(train: FactsTable, other: FactsTable) -> str:
-    """Describes the kinds of training structures of which other data holds none; "" if it holds all.
+    """Describes the kinds of training structures that other data lacks; "" if it lacks none.
 
     Kinds are elements, periodic and non-periodic structures, values of ``config_type``, and tasks. Lone atoms do not
     count.

@@ -106,6 +106,6 @@ class EnergiesOfAtoms(nn.Module):
         return found
 
     def num_messages(self) -> int:
-        """Returns how many edges away an atom can be at most that an energy depends on."""
+        """Returns the most edges between an atom and another one that its energy depends on."""
         model = self.energy_model
         return len(model.layers) if hasattr(model, "layers") else 2 * len(model.blocks) + 1

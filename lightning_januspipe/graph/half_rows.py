@@ -93,14 +93,14 @@ def send_half_rows(
     group: dist.ProcessGroup | None,
     what: str,
 ) -> None:
-    """Sends rows to each rank, rounded; arguments as of :func:`~.exchange.send_rows_to_each`.
+    """Sends rows to each rank, rounded, with the scales of their types in front of them.
 
     Args:
         into: receives the rows of all ranks, those of the first rank first.
         rows: the rows to send, those for the first rank first.
-        receive: their layout at the end.
+        receive: the layout of ``into``.
         send: the layout of ``rows``.
-        dtype: what they are rounded to.
+        dtype: what rows are rounded to.
         group: the ranks.
         what: what is sent, as a noun.
 

@@ -61,7 +61,7 @@ class AtomicEnergies(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AtomicEnergies":
-        """Moves or convert the model, but keep the shifts in float64."""
+        """Moves or converts the model, but keeps the shifts in float64."""
         exact = self.shift.detach()
         super()._apply(fn, recurse)
         if self.shift.dtype != exact.dtype:
@@ -94,7 +94,7 @@ class AtomicEnergies(nn.Module):
         """Evaluates the energies of the atoms before scale and shift. For the arguments see :meth:`forward`.
 
         Returns:
-            (N,) energies, or (N, T), those of all tasks.
+            (N,) energies, or with several tasks (N, T) energies, one for each task.
         """
         raise NotImplementedError
 

@@ -44,7 +44,7 @@ class ExpertShards:
         self._mesh = mesh
         self._shapes = {p: p.shape for p in parameters}
         self._bounds = {p: bounds_of(p.shape[0], mesh.expert_size) for p in parameters}
-        self._orders = {p: list(range(p.shape[0])) for p in parameters}  # experts in the order in which ranks hold them
+        self._orders = {p: list(range(p.shape[0])) for p in parameters}  # experts, those of the first rank first
         self._gradients: dict[nn.Parameter, Tensor | None] = {}
         self.optimizers: list[Optimizer] = []
         self.parameters = list(parameters)
@@ -100,7 +100,7 @@ class ExpertShards:
         Every rank that shares the experts takes part. No rank has more or fewer entries than before.
 
         Args:
-            orders: For some parameters the experts in the order in which ranks hold them.
+            orders: The indices of the experts of some parameters, those that the first rank holds first.
         """
         assert not self.are_whole
         group = self._mesh.expert_group

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SECONDS_PER_OPERATION = 1.0
-"""CPU time that it takes to compile an operation of a stage's forward, with all that its derivatives make of it."""
+"""Declared CPU time of compiling an operation of a stage's forward, with its part of all four phases."""
 
 LEAST_RATIO = 10.0
-"""Training pays for compiling if it takes this many times as long: half of its time is saved, on busy cores."""
+"""How many times as long as compiling a training has to be. It is declared, and cautious: what compiled phases save
+depends on the model, and compiling takes time of the cores that training uses."""
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,12 @@ class StrategyOptions:
     start line says why."""
 
     activation: Literal["auto", "keep", "pointwise", "recompute", "offload"] = "auto"
-    """Which tensors of a micro-batch are kept between its phases. "keep" keeps all that later phases need, "pointwise",
-    with compile=True only, computes cheap operations again, and "recompute" keeps only what stages send each other
+    """Which tensors of a micro-batch are kept between its phases. "keep" keeps all that later phases need, "pointwise"
+    computes cheap operations again, in compiled phases only, and "recompute" keeps only what stages send each other
     (compiled, also what graph ranks do). "offload" keeps these tensors in the host's memory, from which they come back
-    while the action before the one that reads them runs. "auto": "pointwise" with compile=True, else "keep", and with
-    memory_limit "recompute", or on GPUs "offload", for stages where that is the faster way to keep within it."""
+    while the action before the one that reads them runs. "auto": "pointwise" in compiled phases, "keep" in eager ones,
+    and with memory_limit "recompute", or on GPUs "offload", for stages where that is the faster way to keep within
+    it."""
 
     shard: ShardLevel | Literal["auto"] = "auto"
     """What the ranks that hold the same stages (replicas and graph ranks) share, instead of holding all of it each.

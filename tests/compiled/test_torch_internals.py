@@ -89,4 +89,9 @@ def test_another_process_gets_the_same_settings() -> None:
 def test_only_what_was_compiled_has_bytes() -> None:
     """Real ones are written and read in test_compiler.py."""
     assert internals.packed(lambda *inputs: list(inputs)) is None
-    assert callable(internals.pick_vec_isa) and internals.inductor_config.compile_threads >= 1
+
+
+def test_a_process_that_is_one_of_several_compiles_in_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals.inductor_config, "compile_threads", 4)
+    internals.compile_one_by_one()
+    assert internals.inductor_config.compile_threads == 1

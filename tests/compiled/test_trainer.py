@@ -185,7 +185,7 @@ def lines_of(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
 @pytest.mark.parametrize(
     ("ratio", "compiler", "line"),
     [
-        (10.0, None, "phases stay eager: training is planned for about 1 s, and to compile takes about"),
+        (10.0, None, "phases stay eager: training is planned for about"),
         (0.0, "no C++ compiler was found", "phases stay eager: no C++ compiler was found"),
     ],
 )

@@ -36,37 +36,22 @@ def data(num_train: int = 20, batch_size: int = 8) -> Any:
 
 def shared_module() -> Any:
     """Returns a module with trainable radial basis, scale and shift."""
-    from lightning_januspipe.models import EquivariantPotential, PotentialModule
-
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    potential = EquivariantPotential(
-        ["Cu", "Ni", "Al"],
-        5.0,
-        num_layers=3,
-        num_features=8,
-        l_max=1,
-        trainable_bessel=True,
-        trainable_scale_shift=True,
-    )
-    return PotentialModule(potential, stress_weight=1.0)
+    return _module_of(l_max=1, trainable_bessel=True)
 
 
 def tasks_module() -> Any:
     """Returns a module with two tasks, each with trainable energies of atoms of its own."""
+    return _module_of(per_species_shift={"emt": [-1.0, -2.0, -3.0], "morse": 0.5}, tasks=["emt", "morse"])
+
+
+def _module_of(**arguments: Any) -> Any:
+    """Returns a module of three layers with trainable scale and shift, and arguments of the potential."""
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    potential = EquivariantPotential(
-        ["Cu", "Ni", "Al"],
-        5.0,
-        num_layers=3,
-        num_features=8,
-        per_species_shift={"emt": [-1.0, -2.0, -3.0], "morse": 0.5},
-        trainable_scale_shift=True,
-        tasks=["emt", "morse"],
-    )
+    sizes = {"num_layers": 3, "num_features": 8}
+    potential = EquivariantPotential(["Cu", "Ni", "Al"], 5.0, trainable_scale_shift=True, **sizes, **arguments)
     return PotentialModule(potential, stress_weight=1.0)
 
 

@@ -8,7 +8,9 @@ from lightning_januspipe.capture.trace.program import Node, Program, Ref
 
 
 def looked_up_by(program: Program, name: str) -> str | None:
-    """Returns the indices by which a value was looked up in a table that no input leads to; None for other values.
+    """Returns the name of the row indices that looked a value up in a table of parameters; None for other values.
+
+    A table of parameters does not depend on the program's inputs.
 
     Args:
         program: the captured program.
@@ -24,7 +26,13 @@ def looked_up_by(program: Program, name: str) -> str | None:
 
 
 def type_input(program: Program) -> int | None:
-    """Returns the position of the first input of one integer for each row by which rows of a table are looked up."""
+    """Returns the position of the input with the types of atoms; None if there is none.
+
+    It is the first input with one integer for each row by which rows of a table of parameters are looked up.
+
+    Args:
+        program: the captured program.
+    """
     places = {name: position for position, name in enumerate(program.inputs)}
     for node in program.operations:
         index = looked_up_by(program, node.name)

@@ -103,7 +103,7 @@ def painn_calculators(work: Work) -> Calculators:
     def own(_: Atoms) -> Any:
         spk, torch = import_module("schnetpack"), import_module("torch")
         given = import_module("schnetpack.interfaces.ase_interface").SpkCalculator
-        # It loads a file with the default of torch.load, which today's torch refuses.
+        # It loads a file with the default of torch.load, which torch 2.6 and later refuse.
         calculator = type("SpkCalculator", (given,), {"_load_model": lambda *_: module.model.eval()})
         neighbors = spk.transform.SkinNeighborList(spk.transform.MatScipyNeighborList(work.cutoff), cutoff_skin=1.0)
         units = {"energy_unit": "eV", "position_unit": "Ang", "dtype": torch.float64}
