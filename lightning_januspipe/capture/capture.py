@@ -106,6 +106,7 @@ def capture_module(
     stages: StageOrigin = "auto",
     cache: ProgramCache | None = None,
     activations: ActivationFactories | None = None,
+    graph_size: int = 1,
 ) -> Capture:
     """Finds the potential of a module, cuts it into stages, and validates them.
 
@@ -125,6 +126,7 @@ def capture_module(
         stages: where the stages come from; "auto" tries to trace the potential, and then takes the potential's own.
         cache: a cache of traced potentials; None to trace always.
         activations: activations to measure too.
+        graph_size: number of graph ranks that will share the atoms of each micro-batch.
 
     Raises:
         CaptureError: the potential cannot be found, traced, cut or validated; the message says what to change.
@@ -141,6 +143,7 @@ def capture_module(
             phase_mode,
             step_time,
             cache,
+            graph_size,
         )
         captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages:
@@ -170,7 +173,7 @@ class _CaptureJob:
         potential: the live potential.
         call: the call that is traced.
         other: the call on which the stages are validated and measured.
-        placements, phase_mode, step_time, cache: see :func:`capture_module`.
+        placements, phase_mode, step_time, cache, graph_size: see :func:`capture_module`.
     """
 
     potential: nn.Module
@@ -180,6 +183,7 @@ class _CaptureJob:
     phase_mode: PhaseMode
     step_time: StepTime | None
     cache: ProgramCache | None
+    graph_size: int
 
 
 def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseCosts], str, str]:
@@ -213,6 +217,8 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
 def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseCosts], str]:
     """Returns the potential in stages from a trace, new or cached; a cached trace is validated like a new one."""
     adapters = adapters_of(job.potential)
+    for adapter in adapters:
+        adapter.graph_size = job.graph_size
     call, other = (
         replace(c, args=args, kwargs=kwargs)
         for c in (job.call, job.other)

@@ -270,7 +270,12 @@ class Recipe:
                 repeats=self.plan_arguments.repeats,
                 or_fewer=or_fewer,
                 activations=partial(activation_factories, self.asked.compiles, activations, self.device.type),
+                graph_size=self._most_graph_ranks(),
             )
+
+    def _most_graph_ranks(self) -> int:
+        given = self.plan_arguments
+        return max(self.asked.graph_size, *(given.graph_sizes or ((2,) if given.meshes else (1,))))
 
     def _moved(self, batch: Any) -> Any:
         strategy = self._trainer.strategy

@@ -18,6 +18,7 @@ from lightning_januspipe.capture.trace.graph_walks import descendants
 from lightning_januspipe.capture.trace.operators import (
     BATCHED_PRODUCTS,
     KEEPS_VALUES,
+    RESHAPES,
     SCATTERS,
     argument,
     index_arguments,
@@ -57,6 +58,8 @@ class RowIndex:
         writes: whether any operation sums rows by these indices.
         dim: the dimension of the holders' rows.
         is_table: whether each row has several indices, as in a table of the neighbours of each atom.
+        slots: where rows and their slots were flattened to one dimension, the number of slots: indices are
+            ``row * slots + slot``.
     """
 
     source: IndexSource
@@ -65,6 +68,7 @@ class RowIndex:
     writes: bool
     dim: int = 0
     is_table: bool = False
+    slots: int | str = 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class IndexUse:
         index: name of the node with the indices.
         source: where these come from; None if they are computed in another way than from inputs alone.
         counts: the size symbol n, where the indices are 0, 1, ..., n - 1.
+        slots: see :class:`RowIndex`.
     """
 
     node: Node
@@ -86,6 +91,7 @@ class IndexUse:
     index: str
     source: IndexSource | None
     counts: str | None
+    slots: int | str = 1
 
 
 def symbolic(size: int | str) -> str | None:
@@ -123,8 +129,9 @@ class IndexAnalysis:
             self._join_written(program.by_name[name])
             self._join_sliced(program.by_name[name])
         targets: dict[IndexSource, str] = {}
+        slots: dict[IndexSource, int | str] = {}
         for use in self.uses:
-            if use.source is not None:
+            if use.source is not None and slots.setdefault(use.source, use.slots) == use.slots:
                 targets[use.source] = self._join(targets.setdefault(use.source, use.symbol), use.symbol)
         written = {u.source for u in self.uses if operator_of(u.node) in SCATTERS}
         self.row_indices = [
@@ -135,6 +142,7 @@ class IndexAnalysis:
                 source in written,
                 dim,
                 any(s != 1 for s in shape[:dim] + shape[dim + 1 :]),
+                slots[source],
             )
             for source, target in targets.items()
             for shape in [self._shape(source)]
@@ -190,11 +198,11 @@ class IndexAnalysis:
         return None if spec is None else symbolic(spec.shape[size.args[1]])
 
     def _is_computed_index(self, node: Node) -> bool:
-        """Tells whether a node holds an integer for each row, computed from inputs alone: the atom of an angle, say."""
+        """Tells whether a node holds integers for each row, computed from inputs alone: the atom of an angle, say."""
         if node.is_placeholder or node.name in self._on_parameter or node.spec is None:
             return False
         is_integer = node.spec.dtype in (torch.int64, torch.int32)
-        return is_integer and sum(symbolic(size) is not None for size in node.spec.shape) == 1
+        return is_integer and any(symbolic(size) is not None for size in node.spec.shape)
 
     def _of_input(self, node: Node) -> IndexSource | None:
         if node.is_placeholder:
@@ -230,9 +238,23 @@ class IndexAnalysis:
         spec = self._program.by_name[node.args[0].name].spec
         for dim, index in indices(node) if spec is not None and spec.shape else ():
             assert spec is not None
-            symbol = symbolic(spec.shape[dim])
+            symbol, slots = self._rows_and_slots(node.args[0].name, dim % len(spec.shape))
             if symbol is not None:
-                yield IndexUse(node, dim % len(spec.shape), symbol, index, self.source(index), self.counts(index))
+                source, counts = self.source(index), self.counts(index)
+                yield IndexUse(node, dim % len(spec.shape), symbol, index, source, counts, slots)
+
+    def _rows_and_slots(self, name: str, dim: int) -> tuple[str | None, int | str]:
+        """Returns the size symbol of a dimension of rows; of rows and slots that were flattened, and how many slots."""
+        node, shape = self._program.by_name[name], self._program.spec(name).shape
+        symbol = symbolic(shape[dim])
+        if symbol is not None or dim or node.is_placeholder or operator_of(node) not in RESHAPES:
+            return symbol, 1
+        whole = self._program.spec(node.args[0].name).shape
+        if len(whole) != len(shape) + 1 or list(whole[2:]) != list(shape[1:]):
+            return None, 1
+        slots = whole[1]
+        is_known = isinstance(slots, int) or slots in self._program.symbols
+        return (symbolic(whole[0]), slots) if is_known else (None, 1)
 
     def _holders(self, shape: Sequence[int | str]) -> list[tuple[int, str]]:
         """Returns dimension and size symbol of the rows that hold indices; nothing where that is not clear."""

@@ -1,7 +1,8 @@
 """Inserts exchanges between graph ranks into a captured program, where they are needed.
 
 Every rank of a stage runs the same operations on its own rows. How the ranks hold a value, its placement (see
-:mod:`~lightning_januspipe.graph.placement`), follows from the placements of the operation's operands.
+:mod:`~lightning_januspipe.graph.placement`), follows from the placements of the operation's operands. An operation
+without an exchange that has no derivative is run for the whole micro-batch on every rank, which takes its own rows.
 
 An exchange stands where a value has to change its placement, or where rows of other ranks are read or written. Each is
 a linear map whose backward pass is its transpose, so that it is right in all four phases.
@@ -9,7 +10,7 @@ a linear map whose backward pass is its transpose, so that it is right in all fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -36,8 +37,15 @@ from lightning_januspipe.capture.trace.row_types import type_input
 from lightning_januspipe.engine.specs import TensorSpec
 from lightning_januspipe.graph import exchange_ops
 from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexUse
-from lightning_januspipe.graph.placement import PARTIAL_GRADIENT, REPLICATE, Placement, PlacementKind, no_exchange
-from lightning_januspipe.graph.rewrite import Rewrite, exchange_name, extended_name
+from lightning_januspipe.graph.placement import (
+    PARTIAL_GRADIENT,
+    REPLICATE,
+    NoExchangeError,
+    Placement,
+    PlacementKind,
+    no_exchange,
+)
+from lightning_januspipe.graph.rewrite import Rewrite, SizeOf, exchange_name, extended_name
 from lightning_januspipe.graph.row_classes import find_row_classes, values_of_indices
 from lightning_januspipe.graph.sharded_potential import IndexFunction, ShardedPotential
 from lightning_januspipe.graph.sharded_stage import ExchangeSpec, PotentialWithExchanges
@@ -78,13 +86,28 @@ def shard_captured(captured: CapturedPotential) -> ShardedProgram:
         captured: The potential, which stays as it is.
 
     Raises:
-        CaptureError: An operation combines rows in a way for which there is no exchange.
+        CaptureError: An operation with a derivative combines rows in a way for which there is no exchange.
     """
-    return _ExchangeInserter(captured).run()
+    unplaced: set[str] = set()
+    while True:
+        inserter = _ExchangeInserter(captured, unplaced)
+        try:
+            return inserter.run()
+        except NoExchangeError as error:
+            if error.operation in unplaced or not inserter.may_run_whole(error.operation):
+                raise
+            unplaced.add(error.operation)
 
 
 class _ExchangeInserter:
-    def __init__(self, captured: CapturedPotential) -> None:
+    """Inserts exchanges into a potential.
+
+    Args:
+        captured: the potential, which stays as it is.
+        unplaced: operations to run for the whole micro-batch, because there is no exchange for them.
+    """
+
+    def __init__(self, captured: CapturedPotential, unplaced: Collection[str]) -> None:
         self._captured, self._program = captured, captured.program
         program, regions = captured.program, captured.regions
         forward = operations(program, {*regions.geometry, *regions.body})
@@ -103,14 +126,15 @@ class _ExchangeInserter:
             needed = ancestors(program, results, given=set(self._computed))
             self._forward = [name for name in self._forward if name in needed]
         # Values of indices become inputs too.
-        values = values_of_indices(program, self._found, self._classes, self._forward, self._differentiable)
+        changing = self._differentiable
+        values = values_of_indices(program, self._found, self._classes, self._forward, changing, unplaced)
         self._gone = [*self._computed, *values]
         needed = ancestors(program, results, given=set(self._gone))
         self._forward = [name for name in self._forward if name in needed]
         self._readers = readers(program)
         self._values = [n for n in values if n in results or needed.intersection(self._readers[n])]
         self._uses = {(u.node.name, u.dim): u for u in self._found.uses}
-        self._known = {n.source for n in self._found.row_indices}
+        self._known = {(n.source, n.slots) for n in self._found.row_indices}
         self._owners = {n.source for n in self._classes.owner.values()}
         self._placements: dict[str, Placement] = {}
         self._sizes: set[str] = set()
@@ -123,7 +147,7 @@ class _ExchangeInserter:
         forward = set(self._forward)
         for node in program.nodes:
             if node.is_placeholder or node.name in self._gone:
-                is_input = node.name in program.inputs or node.name in self._gone
+                is_input = node.name in program.inputs or node.name in self._values or node.name in self._computed
                 placements[node.name] = self._by_shape(node) if is_input else PARTIAL_GRADIENT
                 if node.name in self._values and placements[node.name].times > 1:
                     raise no_exchange(node, "computes several values for each atom or edge, in one dimension")
@@ -137,6 +161,14 @@ class _ExchangeInserter:
                     self._rewrite.follow(name, exchange_ops.count_once, self._classes.root)
                 placements[name] = REPLICATE
         return self._result()
+
+    def may_run_whole(self, name: str) -> bool:
+        """Tells whether an operation can be run for the whole micro-batch, so that each rank takes its own rows.
+
+        Rows that are given have no derivative. Look-ups by counts (0, 1, ...) need those of the rank's own rows.
+        """
+        counts = (u.index for u in self._found.uses if u.counts is not None)
+        return name not in self._differentiable and name not in ancestors(self._program, counts)
 
     # -- placements --------------------------------------------------------------------------------------------------
 
@@ -242,6 +274,9 @@ class _ExchangeInserter:
             self._extended[name] = placement.dim
             node.args = (Ref(extended_name(name)), *node.args[1:])
             return
+        if use.slots != 1:
+            self._rewrite.give_flattened(node, name, placement.rows, self._sizes_of(placement.rows, use.slots))
+            return
         extended = exchange_ops.with_room if is_zero(self._program, name) else exchange_ops.gather_halo
         self._rewrite.give(node, name, extended, placement.rows, placement.dim)
 
@@ -250,10 +285,17 @@ class _ExchangeInserter:
         use = self._uses.get((node.name, placement.dim)) if placement.is_sharded else None
         if use is None:
             return None
-        is_known = use.source in self._known or self._found.class_of(use.counts or "") == placement.rows
-        if not is_known or placement.times > 1:
+        is_known = (use.source, use.slots) in self._known or self._found.class_of(use.counts or "") == placement.rows
+        is_flat = use.slots != 1 and use.source is not None and bool(use.source.node)
+        if not is_known or (placement.times > 1 and not is_flat) or (use.slots != 1 and not is_flat):
             raise no_exchange(node, "looks atoms or edges up by indices that it computes")
         return use
+
+    def _sizes_of(self, rows: str, slots: int | str) -> tuple[SizeOf, SizeOf]:
+        """Returns where a stage reads the number of own rows, and of slots of each: a number, or an input's size."""
+        symbols = self._program.symbols
+        own = next(place for s, place in symbols.items() if self._found.class_of(s) == rows)
+        return own, symbols[slots] if isinstance(slots, str) else slots
 
     def _written(self, node: Node) -> Placement | None:
         """Sums written rows over the ranks that write them; returns None for rows that stay on the rank."""
@@ -281,6 +323,8 @@ class _ExchangeInserter:
         self._replicate(node, given)
         if use.counts is not None or use.source in self._owners:
             return placement
+        if use.slots != 1:
+            raise no_exchange(node, "writes to flattened rows")
         if sums_into_rows(node):
             room, joined = exchange_ops.with_room, exchange_ops.sum_halo
         elif keeps_largest(node):

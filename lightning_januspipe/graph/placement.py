@@ -51,14 +51,26 @@ class Placement:
 PARTIAL_GRADIENT, REPLICATE = Placement(PlacementKind.PARTIAL_GRADIENT), Placement(PlacementKind.REPLICATE)
 
 
-def no_exchange(node: Node, what: str) -> CaptureError:
+class NoExchangeError(CaptureError):
+    """An operation combines rows in a way for which there is no exchange.
+
+    Attributes:
+        operation: its name.
+    """
+
+    operation = ""
+
+
+def no_exchange(node: Node, what: str) -> NoExchangeError:
     """Returns the error for an operation that has no exchange.
 
     Args:
         node: the operation.
         what: what it does, as a part of the sentence.
     """
-    return CaptureError(
+    error = NoExchangeError(
         f"graph_size > 1 is not possible: operation {node.target} ({node.name}) of the potential {what}, for which "
         "there is no exchange between graph ranks. Use graph_size=1."
     )
+    error.operation = node.name
+    return error

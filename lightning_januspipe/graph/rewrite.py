@@ -9,6 +9,10 @@ from typing import Any
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.trace.operators import index_arguments
 from lightning_januspipe.capture.trace.program import Node, Program, Ref, replace_refs
+from lightning_januspipe.graph import exchange_ops
+
+SizeOf = int | tuple[int, int]
+"""A size: a number, or a position of an input and its dimension."""
 
 
 class Rewrite:
@@ -28,6 +32,7 @@ class Rewrite:
         self._new: dict[str, list[Node]] = {}
         self._added: dict[tuple[str, str, str, int], str] = {}
         self._with: dict[str, list[str]] = {}
+        self._flattened: set[str] = set()
 
     def give(self, node: Node, name: str, function: Callable[..., Any], rows: str, dim: int = 0) -> None:
         """Lets an operation read the result of an exchange of one of its operands.
@@ -57,6 +62,40 @@ class Rewrite:
             node.args = (swapped(name), *node.args[1:])
         else:
             node.args, node.kwargs = replace_refs(node.args, swapped), replace_refs(node.kwargs, swapped)
+
+    def give_flattened(self, node: Node, name: str, rows: str, sizes: Sequence[SizeOf]) -> None:
+        """Lets a look-up read rows whose slots were flattened, with the rows of the halo.
+
+        Args:
+            node: the look-up.
+            name: what it reads, (rows * slots, ...).
+            rows: the class of rows that are exchanged.
+            sizes: numbers of own rows and of slots of each.
+        """
+        last = f"{name}__with_halo"
+        spec = self._program.by_name[name].spec
+        made: list[Node] = []
+
+        def add(suffix: str, target: Any, *args: Any) -> Ref:
+            made.append(Node(f"{name}__{suffix}", "call_function", target, args, {}, spec))
+            return Ref(made[-1].name)
+
+        numbers: list[Any] = []
+        for what, size in zip(("rows", "slots"), sizes, strict=True):
+            if isinstance(size, int):
+                numbers.append(size)
+            else:
+                position, dim = size
+                numbers.append(add(what, "aten.sym_size.int", Ref(self._program.inputs[position]), dim))
+                made[-1].spec = None
+        apart = add("apart", "aten.unflatten.int", Ref(name), 0, numbers)
+        extended = add("gather_halo", exchange_ops.gather_halo, apart, Ref(exchange_name(rows)), 0)
+        add("with_halo", "aten.flatten.using_ints", extended, 0, 1)
+        if name not in self._flattened:
+            self._flattened.add(name)
+            self._new.setdefault(node.name, []).extend(made)
+        self._with.setdefault(node.name, []).extend(n.name for n in made)
+        node.args = (Ref(last), *node.args[1:])
 
     def follow(self, name: str, function: Callable[..., Any], rows: str, dim: int = 0) -> None:
         """Lets what an exchange makes of a value take the value's place; arguments as of :meth:`give`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, is_of_package, operator_of
+from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, is_of_package, is_size, operator_of
 from lightning_januspipe.capture.trace.program import Program
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.index_analysis import IndexAnalysis, IndexSource, RowIndex, symbolic
@@ -54,7 +54,7 @@ def find_row_classes(program: Program, found: IndexAnalysis) -> RowClasses:
             "differentiation inputs of this potential have other shapes. Use graph_size=1."
         )
     root = known[0]
-    joined = [n.target for n in found.row_indices if n.holder == root]
+    joined = [n.target for n in found.row_indices if n.holder == root and not n.is_table]
     root = next((target for target in dict.fromkeys(joined) if joined.count(target) > 1), root)
     owner: dict[str, RowIndex] = {}
     while True:
@@ -74,11 +74,18 @@ def find_row_classes(program: Program, found: IndexAnalysis) -> RowClasses:
 
 
 def values_of_indices(
-    program: Program, found: IndexAnalysis, classes: RowClasses, nodes: Sequence[str], changing: Collection[str]
+    program: Program,
+    found: IndexAnalysis,
+    classes: RowClasses,
+    nodes: Sequence[str],
+    changing: Collection[str],
+    unplaced: Collection[str] = (),
 ) -> list[str]:
-    """Returns the operations that compute with indices of sharded rows, such as a comparison of both atoms of an edge.
+    """Returns the operations that are run for the whole micro-batch before its stages, and whose own rows ranks get.
 
-    Each rank has indices of its own, so these operations are run for the whole micro-batch before its stages.
+    These compute with indices of sharded rows, such as a comparison of both atoms of an edge, because each rank has
+    indices of its own, or they have no derivative and combine rows in a way for which there is no exchange. What is
+    computed from their results and has no derivative either is run for the whole micro-batch too.
 
     Args:
         program: the captured program.
@@ -86,33 +93,36 @@ def values_of_indices(
         classes: the classes of rows that are sharded.
         nodes: its operations, in execution order.
         changing: values that depend on parameters or on what the energy is differentiated by.
+        unplaced: operations without a derivative for which there is no exchange.
 
     Raises:
         CaptureError: an operation computes with indices and with such values, or is an operation of a package.
     """
     localized = [n.source for n in found.row_indices if n.target in classes.names]
     indexed = {(u.node.name, u.index) for u in found.uses}
-    values: dict[str, None] = {}
+    whole: dict[str, bool] = {}
     made = program.inputs[len(program.inputs) - len(program.prepared) :]  # for the whole micro-batch
     for name in nodes:
         node = program.by_name[name]
         own, of_package = found.source(name), is_of_package(node)
-        if own is not None and own.node != name:  # the same indices, or a part of them
+        given = set(node.inputs())
+        reads_whole = not given.isdisjoint(whole)
+        if own is not None and own.node != name and not reads_whole:  # the same indices, or a part of them
             continue
-        if not of_package and (node.spec is None or operator_of(node) in SHAPE_ONLY):
+        if operator_of(node) in SHAPE_ONLY or is_size(node) or (operator_of(node) == "aten.unbind" and not reads_whole):
             continue
-        sources = [found.source(given) for given in node.inputs() if (name, given) not in indexed]
+        sources = [found.source(g) for g in given if (name, g) not in indexed]
         of_indices = any(_overlap(source, other) for source in sources if source is not None for other in localized)
-        reads_values = not {*values, *made}.isdisjoint(node.inputs())
+        reads_values = reads_whole or not given.isdisjoint(made)
         if (of_indices and name in changing) or ((of_indices or reads_values) and of_package):
             raise CaptureError(
                 f"graph_size > 1 is not possible: the potential computes {node.target} of the indices of atoms or "
                 "edges in one of its inputs, together with features or by an operation of a package, but each graph "
                 "rank indexes its own rows. Use graph_size=1."
             )
-        if of_indices:
-            values[name] = None
-    return list(values)
+        if name not in changing and (of_indices or reads_whole or name in unplaced):
+            whole[name] = node.spec is not None
+    return [name for name, is_tensor in whole.items() if is_tensor]
 
 
 def _overlap(a: IndexSource, b: IndexSource) -> bool:

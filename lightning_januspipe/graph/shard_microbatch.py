@@ -54,11 +54,13 @@ class MicrobatchIndices:
         values: the indices, on the CPU.
         sizes: number of rows of each class.
         computed: indices that the potential computes, and values of indices, of the whole micro-batch.
+        slots: number of slots of each row, where rows and slots were flattened.
     """
 
     values: Mapping[RowIndex, Tensor]
     sizes: Mapping[str, int]
     computed: dict[str, Tensor]
+    slots: Mapping[RowIndex, int]
 
 
 class MicrobatchSharder:
@@ -90,7 +92,7 @@ class MicrobatchSharder:
         values = {index: _values(tensors, index, computed) for index in known}
         for index, found in values.items():
             sizes.setdefault(index.holder, len(found))
-        return MicrobatchIndices(values, sizes, computed)
+        return MicrobatchIndices(values, sizes, computed, {index: self._slots(tensors, index) for index in known})
 
     def num_atoms(self, indices: MicrobatchIndices) -> int:
         """Returns the number of rows of the class whose owners are chosen."""
@@ -137,7 +139,7 @@ class MicrobatchSharder:
         for name in classes.names:
             needed = [torch.empty(0, dtype=torch.int64)] * self._num_ranks
             for index in classes.readers[name]:
-                found = values[index]
+                found = values[index] // indices.slots[index]
                 reader = owners[index.holder].reshape(-1, *[1] * (found.dim() - 1)).expand_as(found)
                 read = rows_read(found.reshape(-1), reader.reshape(-1), indices.sizes[name], self._num_ranks)
                 needed = [torch.cat(pair) for pair in zip(needed, read, strict=True)]
@@ -180,14 +182,21 @@ class MicrobatchSharder:
             extended.append(tensors[position].index_select(dim, torch.cat([shard.own, shard.halo])))
         for index in self._sharded.computed:
             value, shard = plan.computed[index.source.node], mine[index.holder]
-            dim = next(d for d, size in enumerate(value.shape) if size == shard.num_rows)
-            extended.append(mine[index.target].local(value.index_select(dim, shard.own)).to(value.dtype))
+            own_rows, slots = value.index_select(index.dim, shard.own), self._slots(tensors, index)
+            local = mine[index.target].local(own_rows // slots) * slots + own_rows % slots
+            extended.append(local.to(value.dtype))
         for name, placement in self._sharded.values.items():
             value = plan.computed[name]
             extended.append(
                 value.index_select(placement.dim, mine[placement.rows].own) if placement.is_sharded else value
             )
         return ShardedInputs(own, self._sharded.bind(own), mine, extended)
+
+    def _slots(self, tensors: Sequence[Tensor], index: RowIndex) -> int:
+        """Returns the number of slots of each row that an index points to: 1 where rows were not flattened."""
+        if isinstance(index.slots, int):
+            return index.slots
+        return max(self._sharded.bind(tensors)[index.slots], 1)  # a grid without slots has no indices
 
     def _sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Returns the number of rows of each class."""

@@ -174,6 +174,7 @@ def measure_stages(
     repeats: int | None = None,
     or_fewer: bool = False,
     activations: Callable[[bool], ActivationFactories] = lambda _: {},
+    graph_size: int = 1,
 ) -> Measured:
     """Captures a potential in a number of stages, and measures its phases with and without deferral.
 
@@ -187,6 +188,7 @@ def measure_stages(
         repeats: Number of walks of one micro-batch through all phases; None for at least seven, and for five seconds.
         or_fewer: Whether to take as many stages as there are cuttable parts, where these are fewer.
         activations: Returns the activations to measure too, given whether WF and WE are deferred.
+        graph_size: The largest number of graph ranks that the stages are sharded over afterwards.
 
     Raises:
         TooManyRanks: The potential has fewer cuttable parts.
@@ -195,7 +197,14 @@ def measure_stages(
 
     def capture(ranks: Sequence[int]) -> Capture:
         return capture_module(
-            module, step, traced_batch, other_batch, [ranks], potential, phase_mode=PhaseMode(defer=True)
+            module,
+            step,
+            traced_batch,
+            other_batch,
+            [ranks],
+            potential,
+            phase_mode=PhaseMode(defer=True),
+            graph_size=graph_size,
         )
 
     try:

@@ -379,6 +379,7 @@ class PipelineBuilder:
                     stages=self._stages,
                     cache=ProgramCache.default(),
                     activations=self._factories(request, mesh, planner),
+                    graph_size=mesh.shape.graph,
                 )
                 if mesh.shape.graph == 1:
                     return found, []

@@ -11,9 +11,12 @@ import pytest
 import torch
 from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
 from graph_habits import (
+    CountsWithin,
     Experts,
+    FillsGrid,
     FindsPairs,
     LooksUpPairs,
+    MasksLast,
     ReducesByScatter,
     Repeats,
     RotatesAll,
@@ -278,7 +281,8 @@ def test_random_numbers_that_depend_on_values_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "potential", [MakesEdges, MasksEdges, FindsPairs, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs]
+    "potential",
+    [MakesEdges, MasksEdges, FindsPairs, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs, FillsGrid, CountsWithin],
 )
 def test_lengths_that_depend_on_values(potential: type[Potential]) -> None:
     trains(Step(potential()))
@@ -298,7 +302,20 @@ def test_messages_have_lengths_that_every_rank_knows() -> None:
 
 
 @pytest.mark.parametrize(
-    "potential", [Potential, DrawsAngles, HasDropout, MakesEdges, FindsPairs, Repeats, ReducesByScatter, LooksUpPairs]
+    "potential",
+    [
+        Potential,
+        DrawsAngles,
+        HasDropout,
+        MakesEdges,
+        FindsPairs,
+        Repeats,
+        ReducesByScatter,
+        LooksUpPairs,
+        FillsGrid,
+        CountsWithin,
+        MasksLast,
+    ],
 )
 def test_atoms_are_sharded(potential: type[Potential]) -> None:
     found = traced(Step(potential()))

@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("factories", help="a module in tests/clients/programs")
     parser.add_argument("module", help="its function that makes the LightningModule")
     parser.add_argument("data", help="its function that makes the data")
+    parser.add_argument("--graph_size", type=int, default=2, help="graph ranks that the model is traced for")
     parser.add_argument("--trace", action="store_true", help="print the traceback of a refusal")
     args = parser.parse_args()
     factories = importlib.import_module(args.factories)
@@ -50,7 +51,7 @@ def main() -> int:
         expected = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
         scale = max(float(g.abs().max()) for g in expected if g is not None)
         cpu = time.process_time()
-        found = capture_module(module, step, traced, other, [(0, 1)])
+        found = capture_module(module, step, traced, other, [(0, 1)], graph_size=args.graph_size)
         potential = found.potential
         atoms = potential.inputs(module.get_submodule(potential.path))
         print(f"{name}: loss {float(loss):.3g}, gradient {scale:.3g}; {found.describe()}", flush=True)
@@ -65,7 +66,7 @@ def main() -> int:
             traceback.print_exception(error.__cause__)
         return 1
     try:
-        verify_sharding(potential, module, step, other, 2)
+        verify_sharding(potential, module, step, other, args.graph_size)
         print("  graph ranks: exact", flush=True)
     except Exception as error:
         print(f"  graph ranks: REFUSED {type(error).__name__}: {error}", flush=True)

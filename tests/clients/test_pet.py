@@ -1,4 +1,4 @@
-"""The backend of metatrain's PET in an ordinary LightningModule, on pipelines. Its grids of edges cannot be sharded.
+"""The backend of metatrain's PET in an ordinary LightningModule, on pipelines and graph ranks.
 
 Slow, and skipped where metatrain is absent:
 
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from factories import factory
 
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,10 +27,8 @@ pytestmark = [
 class TestCrystals(ModelConformance):
     make_module = factory("pet_models", "make_of_crystals")
     datamodules = {"crystals": factory("pet_models", "crystals")}
-    strategies = PIPELINES
 
 
 class TestMolecules(ModelConformance):
     make_module = factory("pet_models", "make_of_molecules")
     datamodules = {"molecules": factory("pet_models", "molecules")}
-    strategies = PIPELINES

@@ -1,7 +1,5 @@
 """TorchMD-Net's models in its own LightningModule, on pipelines and graph ranks.
 
-TensorNet's kernels for messages read indices of atoms, and cannot be sharded.
-
 Slow, and skipped where torchmd-net is absent:
 
     python tests/clients/environments.py torchmdnet --folder /some/folder --run
@@ -14,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 from factories import factory
 
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +32,6 @@ class TestGraphNetwork(ModelConformance):
 class TestTensorNet(ModelConformance):
     make_module = factory("torchmdnet_models", "make_tensornet")
     datamodules = {"molecules": factory("torchmdnet_models", "molecules")}
-    strategies = PIPELINES
 
 
 class TestEquivariantTransformer(ModelConformance):

@@ -62,9 +62,9 @@ def test_owners_are_chosen_by_the_loaders_workers(pool: RankPool) -> None:
         assert parameters == pytest.approx(alone, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("module", [workers.narrow, workers.table, workers.pairs])
+@pytest.mark.parametrize("module", [workers.narrow, workers.table, workers.pairs, workers.grid])
 def test_numbers_in_other_forms(pool: RankPool, module: Any) -> None:
-    """Of 32 bits, in a table, and of a class that has as many rows as another."""
+    """Of 32 bits, in a table, of a class that has as many rows as another, and in a flattened grid."""
     assert_matches_single_process(module, graph_models.Data, devices=2, strategy=GRAPH, steps=2, pool=pool)
 
 

@@ -10,6 +10,7 @@ import lightning
 import tiny
 import torch
 from capture_models import Batch, Potential
+from graph_habits import grid_of
 from graph_models import Angles, Module, angles_of
 from strategy_workers import plain
 from torch import Tensor, nn
@@ -164,6 +165,16 @@ class Values(Potential):
         return super().features(batch, vectors * (1 + 0.01 * torch.cos(odd))[:, None])
 
 
+class Grid(Potential):
+    """A grid with a row of edges for each atom, and look-ups by places in it."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        h = super().features(batch, vectors)
+        edges, mask, reverse = grid_of(batch["edges"], h.shape[0])
+        m = h[:, None] * torch.exp(-vectors.square().sum(1))[edges, None] * mask[..., None]
+        return h + torch.tanh((m * m.reshape(-1, m.shape[2])[reverse]).sum(1))
+
+
 class Pairs(Potential):
     """As many states as atoms, in another order: two classes whose sizes are always equal."""
 
@@ -201,6 +212,10 @@ def narrow() -> nn.Module:
 
 def table() -> nn.Module:
     return _TableModule(Table())
+
+
+def grid() -> nn.Module:
+    return Module(Grid())
 
 
 def pairs() -> nn.Module:

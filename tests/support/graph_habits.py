@@ -163,3 +163,66 @@ class ExpertsAdapter(Adapter):
             return grouped_linear(rows, weights.transpose(1, 2), b["batch"][b["edge_index"][1]])
 
         return mock.patch.object(potential, "multiplied", multiplied)
+
+
+class FillsGrid(Potential):
+    """Sorts edges into a grid, (N, most edges of an atom), and reads each edge's reverse by its place in the grid."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        edges, mask, reverse = grid_of(b["edge_index"], pos.shape[0])
+        r = torch.where(mask, squares(b, pos).add(1e-6).sqrt()[edges], 1.0)
+        h = self.embedding(b["z"])
+        e = self.embedding(b["z"][b["edge_index"][1]][edges])
+        for layer in self.layers:
+            here = h[:, None].expand_as(e)
+            m = torch.tanh(layer.a(torch.cat([here, e, r[..., None]], 2))) * mask[..., None]
+            e = e + m.reshape(-1, m.shape[2])[reverse].reshape(m.shape)
+            h = h + layer.b(m.sum(1))
+        return per_structure(b, self.readout(h)[:, 0])
+
+
+def grid_of(edge_index: Tensor, num_atoms: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts edges into a grid with a row for each atom.
+
+    Returns:
+        (N, M) edges of each atom, (N, M) which of these there are, and (N, M) the places of their reverses in the
+        flattened grid; places that have no edge get one each too, which no other has.
+    """
+    centers, neighbors = edge_index
+    count = torch.zeros(num_atoms, dtype=torch.int64).scatter_add_(0, centers, torch.ones_like(centers))
+    most: Any = count.max().item()
+    mask = torch.arange(most).view(1, -1).expand(num_atoms, -1) < count.view(-1, 1)
+    order = torch.argsort(centers, stable=True)
+    place = torch.arange(centers.shape[0]) - (torch.cumsum(count, 0) - count)[centers[order]]
+    edges = torch.zeros(num_atoms * most, dtype=torch.int64)
+    edges[centers[order] * most + place] = order
+    edges = edges.view(num_atoms, most)
+    places, of_reverse = torch.empty_like(centers), torch.empty_like(centers)
+    places[order] = place
+    of_reverse[(centers * num_atoms + neighbors).argsort()] = (neighbors * num_atoms + centers).argsort()
+    found = neighbors[edges] * most + places[of_reverse[edges]].masked_fill(~mask, 0)
+    unused = torch.cumsum((~mask.reshape(-1)).long(), 0) - 1
+    return edges, mask, torch.where(mask.reshape(-1), found.reshape(-1), unused).reshape(edges.shape)
+
+
+class CountsWithin(Potential):
+    """Weights energies by the place of each atom in its structure, and by how many atoms of a type come before it."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        place = torch.arange(len(pos)) - (torch.cumsum(b["n"], 0) - b["n"])[b["batch"]]
+        before = torch.cumsum((b["z"] == 1).long(), 0)
+        return per_structure(b, self.energies(b, pos) * (1.0 + 0.1 * place + 0.01 * before))
+
+
+class MasksLast(Potential):
+    """Takes the last atom for padding: masks it by its number, and adds it to the structure before it."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        last = pos.shape[0] - 1
+        is_padding = torch.arange(pos.shape[0]) == last
+        index = torch.cat([b["batch"][:-1], b["batch"][-1:].clamp(max=b["n"].shape[0] - 1)])
+        r = squares(b, pos).add(1e-6).sqrt().masked_fill((b["edge_index"] == last).any(0), 3.0)
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            h = layer(h, r, b["edge_index"]).masked_fill(is_padding[:, None], 0.0)
+        return torch.zeros_like(b["energy"]).index_add(0, index, self.readout(h)[:, 0])

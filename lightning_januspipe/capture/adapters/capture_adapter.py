@@ -40,6 +40,10 @@ class Adapter:
     version = "1"
     """Changes with the adapter: a potential that was traced with another version is traced again."""
 
+    graph_size = 1
+    """Number of graph ranks that the potential is traced for. More than one cannot run operations of a package that
+    read indices of atoms together with features."""
+
     def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
         """Returns a context for the whole capture, and for the validation that Lightning runs before training.
 

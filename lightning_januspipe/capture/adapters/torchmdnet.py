@@ -4,14 +4,15 @@
 cannot run for its own rows. The adapter keeps the pairs of atoms that it finds, and computes the rest from positions.
 The gated output of the equivariant transformer branches on features, to leave out atoms whose features are zero.
 
-TensorNet's messages stay the kernels of the package, with constants in single precision: operations of torch differ
-from them in the eighth digit. So it can be sharded over graph ranks only where the kernels are not installed.
+TensorNet's kernels for messages read indices of atoms together with features. For graph ranks, operations of torch
+take their place, which give the same numbers. The kernels that compute with rows alone stay: the kernel for norms has a
+third in single precision, so that operations of torch would differ from it in the eighth digit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,15 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters.capture_adapter import Adapter
-from lightning_januspipe.capture.patches import patched
+from lightning_januspipe.capture.patches import patched, patched_package
 
 
 class TorchMDNetAdapter(Adapter):
     """Adapts models with ``OptimizedDistance``, of TorchMD-Net 3.1."""
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """Returns a context in which edges are vectors between looked-up positions, without branches and padding."""
-        return _plain_edges(potential)
+        """Returns a context in which edges are vectors between looked-up positions, without branches and padding.
+
+        With several graph ranks, kernels that read indices of atoms are replaced too.
+        """
+        return _tracing(potential, self.graph_size)
+
+
+@contextmanager
+def _tracing(potential: nn.Module, graph_size: int) -> Iterator[None]:
+    with _plain_edges(potential), _plain_messages(potential) if graph_size > 1 else nullcontext():
+        yield
 
 
 @contextmanager
@@ -77,6 +87,58 @@ def _nearest_image(vectors: Tensor, cell: Tensor) -> Tensor:
         repeats = torch.round(vectors[:, axis] / cell[..., axis, axis])
         vectors = vectors - repeats[:, None] * cell[..., axis, :]
     return vectors
+
+
+@contextmanager
+def _plain_messages(potential: nn.Module) -> Iterator[None]:
+    """Replaces TensorNet's kernels for messages, where the package has them."""
+    from torchmdnet.models import tensornet
+
+    replaced = {
+        "graph_transform": _pairs_and_sizes,
+        "fn_tensornet_embedding_message_passing": _embedded,
+        "fn_tensornet_interaction_message_passing": _interacting,
+    }
+    with ExitStack() as stack:
+        if tensornet.OPT and any(isinstance(part, tensornet.TensorNet) for part in potential.modules()):
+            for name, function in replaced.items():
+                stack.enter_context(patched_package(tensornet, name, function, "torchmd-net 3.1"))
+        yield
+
+
+def _pairs_and_sizes(pairs: Tensor, num_atoms: int) -> tuple[Tensor | int, ...]:
+    """Returns what takes the place of the kernels' sorted indices: twice the pairs of atoms, (2, E), and two sizes."""
+    return (pairs.long(), num_atoms, num_atoms) * 2
+
+
+def _embedded(directions: Tensor, weights: Tensor, pairs: Tensor, num_atoms: int) -> list[Tensor]:
+    """Sums scalars, vectors and traceless tensors of edges into their first atoms, as the kernel does.
+
+    Args:
+        directions: (E, 3).
+        weights: (E, 3, channels) of the scalar, the vector and the tensor of each edge.
+        pairs: (2, E) atoms of each edge.
+        num_atoms: N.
+
+    Returns:
+        (N, 1, channels), (N, 3, channels) and (N, 5, channels).
+    """
+    x, y, z = directions.unbind(1)
+    mean = directions.square().sum(1) / 3
+    parts = [torch.ones_like(x)], [z, -y, x], [x * x - mean, x * y, x * z, y * y - mean, y * z]
+    edges = [torch.stack(part, 1)[..., None] * weights[:, i, None] for i, part in enumerate(parts)]
+    return [e.new_zeros(num_atoms, *e.shape[1:]).index_add(0, pairs[0], e) for e in edges]
+
+
+def _interacting(
+    scalars: Tensor, vectors: Tensor, tensors: Tensor, weights: Tensor, pairs: Tensor, *_: Any
+) -> list[Tensor]:
+    """Sums weighted features of edges' first atoms into their second atoms; shapes are those of :func:`_embedded`."""
+    messages = [x[pairs[0]] * weights[:, i, None] for i, x in enumerate((scalars, vectors, tensors))]
+    return [
+        torch.zeros_like(x).index_add(0, pairs[1], m)
+        for x, m in zip((scalars, vectors, tensors), messages, strict=True)
+    ]
 
 
 def _gated(part: Any, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,7 +160,7 @@ def is_random(node: Node) -> bool:
 
 def is_size(node: Node) -> bool:
     """Tells whether an operation gives a size, or computes with sizes, and no tensor."""
-    if node.is_placeholder or node.spec is not None or node.target is getitem:
+    if node.is_placeholder or node.spec is not None or node.target is getitem or is_of_package(node):
         return False
     operator = operator_of(node)
     return operator.startswith("aten.sym_") or not operator.startswith("aten.")

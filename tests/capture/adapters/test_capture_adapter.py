@@ -57,6 +57,17 @@ def test_what_the_step_reads_is_counted_in_joined_outputs(register: Register) ->
     assert traced.regions.outputs == [1, 2], "charges, with twelve numbers for each atom, are not kept for nothing"
 
 
+def test_adapters_know_the_number_of_graph_ranks(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = GraphsStep(GraphsPotential(1)), []
+    register(adapter_models="adapter_models:GraphsAdapter")
+    tracing = GraphsAdapter.tracing
+    monkeypatch.setattr(GraphsAdapter, "tracing", lambda self, p: seen.append(self.graph_size) or tracing(self, p))
+    for size in (1, 2):
+        batches = make_graphs(TRACED), make_graphs((3, 3, 4))
+        capture_module(module, module.training_step, *batches, [(0,)], graph_size=size)
+    assert set(seen) == {1, 2} and seen == sorted(seen)
+
+
 def test_without_an_adapter_a_list_is_refused() -> None:
     module = GraphsStep(GraphsPotential(1))
     with pytest.raises(CaptureError, match="a loop over structures, or over atoms or edges, in Python"):

@@ -104,6 +104,9 @@ class VersionedAdapter(Adapter):
 
 def test_adapters_count(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(Net(), call(), adapters=[VersionedAdapter()])
+    for_graph_ranks = VersionedAdapter()
+    for_graph_ranks.graph_size = 2
+    assert key(Net(), call(), adapters=[for_graph_ranks]) != before
     monkeypatch.setattr(VersionedAdapter, "version", "3")
     assert key(Net(), call(), adapters=[VersionedAdapter()]) != before
 
