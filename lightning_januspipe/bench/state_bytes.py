@@ -57,7 +57,7 @@ def state_bytes(ranks: str = "1,2,4", num_layers: int = 2, num_features: int = 3
 
 
 def count_on_rank(level: ShardLevel, size: int, num_layers: int, num_features: int) -> dict[str, int]:
-    """Trains as one replica, and returns what it has counted.
+    """Trains as one replica, and counts the bytes of its state.
 
     Args:
         level: What the ranks share.

@@ -21,7 +21,7 @@ from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapte
 from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
 from lightning_januspipe.calculator.packages import known_potential
 from lightning_januspipe.calculator.skin import SkinNeighborList
-from lightning_januspipe.compiled.compiled_potential import CompiledPotential, conditions_of
+from lightning_januspipe.compiled.compiled_potential import TOLERANCES, CompiledPotential, conditions_of
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.data.tasks import NAMES
@@ -29,8 +29,6 @@ from lightning_januspipe.models import load
 
 _FIRST_COMPILED = 50
 """The evaluation at which ``compile="auto"`` compiles: before it, compiling costs more than it gives."""
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class JanusPipeCalculator(Calculator):
@@ -243,7 +241,7 @@ class JanusPipeCalculator(Calculator):
         for name, value in compiled(batch).items():
             scale = max(1.0, float(expected[name].abs().max()))
             error = float((value - expected[name]).abs().max())
-            if not error <= _TOLERANCE[self.dtype] * scale:
+            if not error <= TOLERANCES[self.dtype] * scale:
                 return f"its {name} result differs by {error:.2e} from that of the potential, at a scale of {scale:.2e}"
         return None
 

@@ -22,10 +22,10 @@ _LABELS = {
     keys.STRESS: ("stress components", "eV/Å³", "components"),
 }
 _BLUE, _ORANGE, _GREY, _INK = "#0868AC", "#C8500A", "#888888", "#222222"
-_MOST_POINTS = 400  # of which each is drawn; of more, their density
+_MOST_POINTS = 400  # each of so many points is drawn; the density of more
 _BINS = 120
 _SHOWN = 99.0  # percent of the errors that the histogram shows
-_FEW_ERRORS = 500  # of which all are shown
+_FEW_ERRORS = 500  # fewer errors than this are all shown
 
 
 def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, title: str, note: str = "") -> None:

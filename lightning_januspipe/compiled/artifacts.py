@@ -21,8 +21,8 @@ from lightning_januspipe.schedule.actions import Phase
 
 
 @dataclass(frozen=True)
-class CompileTask:
-    """Says what to compile for one stage, as plain data.
+class StageSource:
+    """Holds what the compiled phases of one stage are made from, as plain data.
 
     Attributes:
         plan: the stage.
@@ -74,7 +74,7 @@ class StageArtifacts:
 
 
 class ArtifactCache(FileCache[StageArtifacts]):
-    """Stores the compiled phases of stages; the key is that of a :class:`CompileTask`."""
+    """Stores the compiled phases of stages; the key is that of a :class:`StageSource`."""
 
     suffix = ".stage"
     magic = b"januspipe stage 1\n"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_januspipe.compiled.artifacts import CompileTask
+from lightning_januspipe.compiled.artifacts import StageSource
 from lightning_januspipe.compiled.compile_process import OUTPUT, REQUEST, RESULT, CompileRequest, CompileResult
 from lightning_januspipe.compiled.torch_internals import inductor_cache
 
@@ -31,26 +31,26 @@ class BackgroundCompile:
     """Compiles stages in another process, which ends when this one does.
 
     Args:
-        tasks: what to compile, by key.
+        sources: what the stages are made from, by key.
         artifacts: the folder for what is compiled.
         inductor: the folder in which inductor keeps what it compiles; None for its own.
         num_workers: processes that may compile side by side.
-        imports: modules that define operators of the tasks.
+        imports: modules that define operators of the sources.
         niceness: how much lower its priority is than that of this process, as ``os.nice`` has it.
     """
 
     def __init__(
         self,
-        tasks: Mapping[str, CompileTask],
+        sources: Mapping[str, StageSource],
         artifacts: Path,
         inductor: Path | None,
         num_workers: int = 1,
         imports: tuple[str, ...] = (),
         niceness: int = NICENESS,
     ) -> None:
-        self._keys = tuple(tasks)
+        self._keys = tuple(sources)
         self._folder = Path(tempfile.mkdtemp(prefix="januspipe-compile-"))
-        packed = {key: pickle.dumps(task) for key, task in tasks.items()}
+        packed = {key: pickle.dumps(source) for key, source in sources.items()}
         request = CompileRequest(packed, imports, artifacts, num_workers, niceness)
         (self._folder / REQUEST).write_bytes(pickle.dumps(request))
         paths = [path or os.getcwd() for path in sys.path]

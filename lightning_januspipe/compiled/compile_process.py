@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_januspipe.compiled import torch_internals
-from lightning_januspipe.compiled.artifacts import ArtifactCache, CompileTask, StageArtifacts
+from lightning_januspipe.compiled.artifacts import ArtifactCache, StageArtifacts, StageSource
 from lightning_januspipe.compiled.compiler import compile_graph, first_line, require_fit, traced, with_recorded_guards
 from lightning_januspipe.compiled.exchanges import exchange_order
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
@@ -35,14 +35,14 @@ class CompileRequest:
     """Says what to compile.
 
     Attributes:
-        tasks: The pickled tasks, by their keys.
-        imports: Modules that define the operators of the tasks.
+        sources: The pickled sources of stages, by their keys.
+        imports: Modules that define the operators of the sources.
         artifacts: The folder for what is compiled.
         num_workers: Processes that may compile side by side.
         niceness: How much lower their priority is than that of training, as ``os.nice`` has it.
     """
 
-    tasks: Mapping[str, bytes]
+    sources: Mapping[str, bytes]
     imports: tuple[str, ...]
     artifacts: Path
     num_workers: int
@@ -54,7 +54,7 @@ class CompileResult:
     """Says how compiling went.
 
     Attributes:
-        failed: Why tasks are not compiled, by their keys.
+        failed: Why stages are not compiled, by the keys of their sources.
         cpu_seconds: CPU time of all processes.
     """
 
@@ -75,12 +75,12 @@ def main(folder: str) -> None:
     assert isinstance(request, CompileRequest)
     os.nice(request.niceness)
     for name in request.imports:
-        with suppress(Exception):  # it may need a process that trains; reading a task names an operator that is missing
+        with suppress(Exception):  # it may need a process that trains; pickle names an operator that is missing
             import_module(name)
-    for key, content in request.tasks.items():
+    for key, content in request.sources.items():
         try:
-            task = pickle.loads(content)
-            ArtifactCache(request.artifacts).save(key, compiled_stage(task, place, request.num_workers))
+            source = pickle.loads(content)
+            ArtifactCache(request.artifacts).save(key, compiled_stage(source, place, request.num_workers))
         except Exception as error:  # torch's tracing and compiling may fail in any way
             traceback.print_exc()
             result.failed[key] = f"{type(error).__name__}: {first_line(error)}"
@@ -89,23 +89,23 @@ def main(folder: str) -> None:
     os.replace(place / f"{RESULT}.part", place / RESULT)
 
 
-def compiled_stage(task: CompileTask, place: Path, num_workers: int) -> StageArtifacts:
+def compiled_stage(source: StageSource, place: Path, num_workers: int) -> StageArtifacts:
     """Traces, cuts and compiles one stage.
 
     Args:
-        task: The stage.
+        source: What the stage is made from.
         place: A folder for what processes hand on.
         num_workers: Processes that may compile side by side.
     """
-    task.settings.apply()
-    graphs = phase_graphs(traced(task), task.activation, task.defer)
+    source.settings.apply()
+    graphs = phase_graphs(traced(source), source.activation, source.defer)
     order = exchange_order(graphs.modules)
     # A process that has used a GPU must not fork. There inductor itself compiles kernels side by side.
-    forks = num_workers > 1 and task.settings.device == "cpu"
+    forks = num_workers > 1 and source.settings.device == "cpu"
     made = _side_by_side(graphs, place, num_workers) if forks else {p: _compiled(graphs, p) for p in graphs.modules}
     sizes = graphs.phases.sizes.with_conditions([c for _, conditions in made.values() for c in conditions])
     phases = replace(graphs.phases, sizes=sizes)
-    require_fit(phases, task)
+    require_fit(phases, source)
     return StageArtifacts(phases, order, {phase: made[phase][0] for phase in graphs.modules})
 
 

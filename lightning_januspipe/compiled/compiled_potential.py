@@ -25,7 +25,7 @@ INPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
 
 
 def conditions_of(potential: nn.Module) -> tuple[str, ...]:
-    """Returns the keys of what a potential reads of a batch beside the structures: task, charge and spin."""
+    """Returns the keys of a batch that a potential reads beside the structures: of task, charge and spin."""
     found = getattr(potential, "conditions", None)
     if found is None:
         return (keys.TASK, keys.CHARGE, keys.SPIN) if getattr(potential, "tasks", ()) else ()
@@ -39,6 +39,9 @@ def inputs_of(potential: nn.Module) -> dict[str, tuple[tuple[str | int, ...], st
 
 OUTPUTS = (keys.ENERGY, keys.FORCES, keys.STRESS)
 """The results of the graph, in their order."""
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""What rounding explains of a difference between compiled and eager results, relative to the scale of the values."""
 
 _EXAMPLE = {"N": 23, "E": 417, "B": 5}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lightning_januspipe.compiled import torch_internals
-from lightning_januspipe.compiled.artifacts import ArtifactCache, CompileTask, StageArtifacts
+from lightning_januspipe.compiled.artifacts import ArtifactCache, StageArtifacts, StageSource
 from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
 from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
 from lightning_januspipe.compiled.exchanges import exchange_order, first_difference
@@ -99,13 +99,13 @@ class StageCompiler:
         tolerance: what rounding explains of a difference from the eager phases, relative to the scale of a value.
         cache: the folder in which inductor keeps what it compiles; None for inductor's own.
         artifacts: the folder of compiled phases; None to keep none.
-        uncompiled: why another process could not compile a task, by its key.
+        uncompiled: why another process could not compile a stage, by the key of its source.
         compiles: compile in this process what neither the cache nor another process could give.
         most_bytes: the most bytes that a micro-batch may keep between the phases of each stage; empty for no limit.
         over_ranks: returns an object of every graph rank of this rank's stages, on all of them.
         interprets: run the graphs operation by operation instead of compiling them, to measure what they keep.
         joints: the joint graphs of the stages, which several compilers of the same stages may share.
-        tasks: what to compile for each stage, and the keys.
+        sources: what each stage is made from, and the keys.
         compiled: the compiled stages, by index.
         refused: for each stage that runs eagerly the reason.
         seconds: how long tracing and compiling took.
@@ -127,7 +127,7 @@ class StageCompiler:
     over_ranks: Callable[[_Compiled], list[_Compiled]] = lambda mine: [mine]
     interprets: bool = False
     joints: dict[int, Joint] = field(default_factory=dict)
-    tasks: dict[int, tuple[CompileTask, str | None]] = field(default_factory=dict)
+    sources: dict[int, tuple[StageSource, str | None]] = field(default_factory=dict)
     compiled: dict[int, PhaseRunners] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -181,20 +181,20 @@ class StageCompiler:
                 f"{difference}. Run the same versions of torch and of the model on all ranks, or use compile=False."
             )
 
-    def task(self, function: TraceableStage, chain: ChainSpec) -> tuple[CompileTask, str | None]:
-        """Returns what to compile for a stage and its key in the cache; later calls return the same.
+    def source(self, function: TraceableStage, chain: ChainSpec) -> tuple[StageSource, str | None]:
+        """Returns the source of a stage and its key in the cache; later calls return the same.
 
         Args:
             function: the stage.
             chain: what all stages share.
         """
-        if function.index not in self.tasks:
-            task = self._task(function, chain)
-            self.tasks[function.index] = task, task.key()
-        return self.tasks[function.index]
+        if function.index not in self.sources:
+            source = self._source(function, chain)
+            self.sources[function.index] = source, source.key()
+        return self.sources[function.index]
 
     def require_own_work(self, key: str | None) -> None:
-        """Raises an error if this process may not compile a task itself.
+        """Raises an error if this process may not compile a stage itself.
 
         Raises:
             CaptureError: with the reason of the other process, if it has told one.
@@ -202,36 +202,36 @@ class StageCompiler:
         if not self.compiles:
             raise CaptureError(self.uncompiled.get(key or "", "its compiled phases are missing in the cache"))
 
-    def kept(self, task: CompileTask, key: str | None) -> StageArtifacts | None:
+    def kept(self, source: StageSource, key: str | None) -> StageArtifacts | None:
         """Returns the compiled phases of a stage from the cache; None where there are none that are right for it."""
         found = None if key is None else artifact_cache(self.artifacts).load(key)
-        return found if found is None or found.phases.sizes.misfit(task.plan.example) is None else None
+        return found if found is None or found.phases.sizes.misfit(source.plan.example) is None else None
 
-    def _task(self, function: TraceableStage, chain: ChainSpec) -> CompileTask:
+    def _source(self, function: TraceableStage, chain: ChainSpec) -> StageSource:
         with torch.inference_mode(False):  # evaluation has it on, and then nothing could be differentiated
             plan = blueprint(function, chain, *self.sizes, self.device)
         activation, defer = self.activation_of(function.index), self.defer and self.trains
-        return CompileTask(plan, activation, defer, self.trains, torch_internals.Settings.current(self.device))
+        return StageSource(plan, activation, defer, self.trains, torch_internals.Settings.current(self.device))
 
     def _runners(self, function: TraceableStage, chain: ChainSpec) -> tuple[PhaseRunners, Mapping[str, list[str]]]:
         """Returns the compiled phases of a stage, and its exchanges in their order."""
         if self.interprets:
-            task = self._task(function, chain)
-            self.joints[function.index] = joint = self.joints.get(function.index) or traced(task)
-            graphs = phase_graphs(joint, task.activation, task.defer)
+            source = self._source(function, chain)
+            self.joints[function.index] = joint = self.joints.get(function.index) or traced(source)
+            graphs = phase_graphs(joint, source.activation, source.defer)
             return PhaseRunners(graphs.phases, graphs.modules), exchange_order(graphs.modules)
-        task, key = self.task(function, chain)
+        source, key = self.source(function, chain)
         with torch_internals.inductor_cache(self.cache):
-            kept = self.kept(task, key)
+            kept = self.kept(source, key)
             if kept is not None:
                 self._require_bytes(function.index, kept.phases)
                 return kept.runners(self.tolerance), kept.order
             self.require_own_work(key)
-            graphs = phase_graphs(traced(task), task.activation, task.defer)
+            graphs = phase_graphs(traced(source), source.activation, source.defer)
             order = exchange_order(graphs.modules)
             runners = {phase: compile_graph(graph, graphs.mode) for phase, graph in graphs.modules.items()}
         phases = with_recorded_guards(graphs)
-        require_fit(phases, task)
+        require_fit(phases, source)
         self._require_bytes(function.index, phases)
         functions = {phase: torch_internals.packed(runner) for phase, runner in runners.items()}
         complete = {phase: function for phase, function in functions.items() if function is not None}
@@ -249,19 +249,19 @@ class StageCompiler:
                 )
 
 
-def traced(task: CompileTask) -> Joint:
+def traced(source: StageSource) -> Joint:
     """Returns the joint graph of a stage."""
     with torch.inference_mode(False):
-        return trace_joint(task.plan, trains=task.trains)
+        return trace_joint(source.plan, trains=source.trains)
 
 
-def require_fit(phases: StagePhases, task: CompileTask) -> None:
+def require_fit(phases: StagePhases, source: StageSource) -> None:
     """Raises an error if the phases are not right for the example batch, or their conditions cannot be evaluated.
 
     Raises:
         CaptureError: they are not.
     """
-    misfit = phases.sizes.misfit(task.plan.example)
+    misfit = phases.sizes.misfit(source.plan.example)
     if misfit is not None:
         raise CaptureError(f"the compiled phases are not right for the example batch: {misfit}")
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from lightning_januspipe import keys
 from lightning_januspipe.calculator import StructureAdapter
 from lightning_januspipe.checkpoint import atomic
-from lightning_januspipe.deploy.standalone import example_arguments, potential_of
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+from lightning_januspipe.compiled.compiled_potential import TOLERANCES
+from lightning_januspipe.deploy.standalone import converted, example_arguments, potential_of
 
 
 def export_metatomic(
@@ -51,9 +50,7 @@ def export_metatomic(
     if path.suffix != ".pt":
         raise ValueError(f"{path}: models of metatomic have names that end in .pt; give such a name")
     potential, species, cutoff = potential_of(model, task)
-    if dtype is not None:
-        potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    floats = next(p.dtype for p in [*potential.parameters(), *potential.buffers()] if p.is_floating_point())
+    floats = converted(potential, dtype)
     energies = EnergiesOfAtoms(potential)
     adapter = StructureAdapter(species, cutoff)
     examples = [example_arguments(adapter, sizes, floats, "cpu") for sizes in ([3], [2], [1])]
@@ -61,7 +58,7 @@ def export_metatomic(
     for example in examples[1:]:
         expected = energies(*example)
         difference = float((traced(*example) - expected).abs().max())
-        if not difference <= _TOLERANCE[floats] * max(1.0, float(expected.abs().max())):
+        if not difference <= TOLERANCES[floats] * max(1.0, float(expected.abs().max())):
             raise ValueError(
                 f"{type(potential).__name__} cannot be traced for all sizes: energies differ by {difference:.2e} eV"
             )

@@ -24,10 +24,8 @@ import lightning_januspipe
 from lightning_januspipe import keys
 from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
 from lightning_januspipe.checkpoint import atomic
-from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS, trace_evaluation
+from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS, TOLERANCES, trace_evaluation
 from lightning_januspipe.models import load
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 def export_potential(
@@ -72,9 +70,7 @@ def export_potential(
         raise ValueError(f"{path}: torch loads files whose names end in .pt2; give such a name")
     potential, species, cutoff = potential_of(model, task)
     potential = potential.to(device)
-    if dtype is not None:
-        potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    floats = next(p.dtype for p in [*potential.parameters(), *potential.buffers()] if p.is_floating_point())
+    floats = converted(potential, dtype)
     adapter = StructureAdapter(species, cutoff)
     graph = _Positional(trace_evaluation(potential, floats, torch.device(device))[0])
     example = example_arguments(adapter, [3, 2, 4], floats, device)
@@ -122,6 +118,13 @@ def potential_of(model: str | Path | nn.Module, task: str | None = None) -> tupl
         )
     own = copy.deepcopy(potential).eval().requires_grad_(False)
     return own if task is None else _OneTask(own, tasks.index(task)), list(species), float(cutoff)
+
+
+def converted(potential: nn.Module, dtype: Literal["float32", "float64"] | torch.dtype | None) -> torch.dtype:
+    """Converts a potential in place, unless ``dtype`` is None; returns the type of its first floating-point tensor."""
+    if dtype is not None:
+        potential.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return next(p.dtype for p in [*potential.parameters(), *potential.buffers()] if p.is_floating_point())
 
 
 class _OneTask(nn.Module):
@@ -175,7 +178,7 @@ def _require_same(path: Path, potential: nn.Module, arguments: list[Tensor], flo
     for name, found in zip(OUTPUTS, torch._inductor.aoti_load_package(str(path))(*arguments), strict=True):
         scale = max(1.0, float(expected[name].abs().max()))
         error = float((found - expected[name]).abs().max())
-        if not error <= _TOLERANCE[floats] * scale:
+        if not error <= TOLERANCES[floats] * scale:
             raise ValueError(
                 f"the compiled file gives another {name} than the potential: it differs by {error:.2e} at a scale of "
                 f"{scale:.2e}. Please report this, with the potential and the version of torch ({torch.__version__})."

@@ -30,7 +30,7 @@ _HANDLES = itertools.count(1)
 
 
 class WithHandle:
-    """Has a number by which operators of compiled graphs find it, as long as it exists."""
+    """Gives an exchange a number by which operators of compiled graphs find it, as long as it exists."""
 
     @cached_property
     def handle(self) -> int:

@@ -211,7 +211,7 @@ class MatRISMoE(ConservativePotential):
         trainable_scale_shift: Train scale and shift.
 
     Attributes:
-        conditions: Keys of what the potential reads of a batch beside the structures.
+        conditions: Keys of a batch that the potential reads beside the structures.
 
     Raises:
         ValueError: An argument is out of its range.

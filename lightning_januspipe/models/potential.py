@@ -149,7 +149,7 @@ class EquivariantPotential(ConservativePotential):
         tasks: Names of the tasks; their order is that of the task index.
 
     Attributes:
-        conditions: Keys of what the potential reads of a batch beside the structures: ``task`` if there are several.
+        conditions: Keys of a batch that the potential reads beside the structures: ``task`` if there are several.
 
     Raises:
         ValueError: An argument is out of its range, or a value of a species or task is missing.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from lightning_januspipe.capture.trace.operators import is_of_package
-from lightning_januspipe.compiled.artifacts import CompileTask
+from lightning_januspipe.compiled.artifacts import StageSource
 from lightning_januspipe.compiled.background import NICENESS, BackgroundCompile
 from lightning_januspipe.compiled.blueprint import TraceableStage
 from lightning_januspipe.compiled.compile_process import CompileResult
@@ -35,7 +35,7 @@ class _Share:
     Attributes:
         host: its machine.
         artifacts: its folder of compiled phases.
-        keys: its tasks, and whether they are compiled already.
+        keys: the keys of its stages' sources, and whether these are compiled already.
         missing: which compiler it lacks, in words.
     """
 
@@ -98,8 +98,8 @@ class ChangeOver:
         compiler = self._compiler
         if compiler.artifacts is None:
             self._own = compiler.artifacts = Path(tempfile.mkdtemp(prefix="januspipe-compiled-"))
-        tasks = self._tasks()
-        keys = {key: compiler.kept(task, key) is not None for key, task in tasks.items()}
+        sources = self._sources()
+        keys = {key: compiler.kept(source, key) is not None for key, source in sources.items()}
         mine = _Share(socket.gethostname(), str(compiler.artifacts), keys, missing_compiler(compiler.device) or "")
         of_ranks = self._mesh.gathered(mine, "agreement on what is compiled")
         lacking = next((share.missing for share in of_ranks if share.missing), "")
@@ -108,7 +108,7 @@ class ChangeOver:
             return f"phases stay eager: {lacking}"
         owners = _owners(of_ranks)
         place, rank = (mine.host, mine.artifacts), self._mesh.rank
-        own = {key: task for key, task in tasks.items() if owners.get((*place, key)) == rank}
+        own = {key: source for key, source in sources.items() if owners.get((*place, key)) == rank}
         if own:
             here = {owner for (host, *_), owner in owners.items() if host == mine.host}
             workers = max(1, _num_cores() // len(here))
@@ -159,16 +159,16 @@ class ChangeOver:
             self._compiler.artifacts = None
             shutil.rmtree(self._own, ignore_errors=True)
 
-    def _tasks(self) -> dict[str, CompileTask]:
-        """Returns what is to be compiled for this rank, by key; what cannot be described stays eager."""
-        found: dict[str, CompileTask] = {}
+    def _sources(self) -> dict[str, StageSource]:
+        """Returns the sources of this rank's stages, by key; a stage without one stays eager."""
+        found: dict[str, StageSource] = {}
         for noted in self._noted.values():
             if not hasattr(noted.function, "body"):
                 continue
             with suppress(Exception):  # of the stage alone, which says so at the change
-                task, key = self._compiler.task(cast(TraceableStage, noted.function), noted.chain)
+                source, key = self._compiler.source(cast(TraceableStage, noted.function), noted.chain)
                 if key is not None:
-                    found[key] = task
+                    found[key] = source
         return found
 
     def _described(self, reports: Sequence[CompileReport], cpu_seconds: float) -> str:
@@ -194,8 +194,8 @@ def _owners(of_ranks: Sequence[_Share]) -> dict[tuple[str, str, str], int]:
     return found
 
 
-def _has_foreign_operators(task: CompileTask) -> bool:
-    program = getattr(task.plan.body, "program", None)
+def _has_foreign_operators(source: StageSource) -> bool:
+    program = getattr(source.plan.body, "program", None)
     return program is not None and any(map(is_of_package, program.nodes))
 
 

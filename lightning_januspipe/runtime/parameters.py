@@ -113,7 +113,7 @@ class PlacedParameters:
 
     @property
     def is_accumulating(self) -> bool:
-        """Tells whether gradients of batches before wait for those of the next batch."""
+        """Tells whether gradients of earlier batches wait to be summed with those of the next batch."""
         return self._earlier is not None
 
     def make_experts_whole(self) -> bool:

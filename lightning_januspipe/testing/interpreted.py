@@ -20,8 +20,8 @@ from lightning_januspipe.testing.runs import RunRecord, train_in_pipeline
 class _NothingToDo(BackgroundCompile):
     """Stands for a process that has ended and compiled nothing, so that phases are interpreted here."""
 
-    def __init__(self, tasks: Any, *_: Any, **__: Any) -> None:
-        assert tasks
+    def __init__(self, sources: Any, *_: Any, **__: Any) -> None:
+        assert sources
 
     def has_ended(self) -> bool:
         return True

@@ -13,7 +13,7 @@ from lightning_januspipe.compiled.background import BackgroundCompile
 from lightning_januspipe.runtime.change_over import _owners, _Share
 
 
-class Task:
+class Source:
     """Calls a function in the process that reads it."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
@@ -23,8 +23,8 @@ class Task:
         return self.call
 
 
-def started(tmp_path: Path, **tasks: Any) -> BackgroundCompile:
-    return BackgroundCompile(tasks, tmp_path / "compiled", tmp_path / "inductor")
+def started(tmp_path: Path, **sources: Any) -> BackgroundCompile:
+    return BackgroundCompile(sources, tmp_path / "compiled", tmp_path / "inductor")
 
 
 def wait_for(background: BackgroundCompile) -> None:
@@ -43,7 +43,7 @@ def require_none_left(background: BackgroundCompile) -> None:
 
 
 def test_it_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
-    background = started(tmp_path, a=Task(time.sleep, 600))
+    background = started(tmp_path, a=Source(time.sleep, 600))
     assert not background.has_ended()
     background.end()
     background.end()
@@ -52,7 +52,7 @@ def test_it_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
 
 
 def test_an_error_is_told(tmp_path: Path) -> None:
-    background = started(tmp_path, a=Task(int, "x"))
+    background = started(tmp_path, a=Source(int, "x"))
     wait_for(background)
     assert background.result().failed["a"].startswith("ValueError: invalid literal for int()")
     assert background.result().cpu_seconds > 0
@@ -65,7 +65,7 @@ def test_an_error_is_told(tmp_path: Path) -> None:
 def test_it_ends(tmp_path: Path, how: str) -> None:
     """A process that crashes says so; one whose training process has ended follows it."""
     with_training = how == "with training"
-    background = started(tmp_path, a=Task(time.sleep, 600) if with_training else Task(os._exit, 3))
+    background = started(tmp_path, a=Source(time.sleep, 600) if with_training else Source(os._exit, 3))
     if with_training:
         assert background._process.stdin is not None
         background._process.stdin.close()  # as the system does for a process that has ended

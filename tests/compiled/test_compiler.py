@@ -72,9 +72,9 @@ def test_a_stage_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", noting(commands, cpp_builder.run_compile_cmd))
     stage = captured.stage(0, traced.potential)
     if where == "in the background":
-        task, key = StageCompiler((first, second), "cpu").task(stage, captured.chain)
+        source, key = StageCompiler((first, second), "cpu").source(stage, captured.chain)
         assert key is not None
-        background = BackgroundCompile({key: task}, tmp_path / "compiled", tmp_path / "inductor", num_workers=2)
+        background = BackgroundCompile({key: source}, tmp_path / "compiled", tmp_path / "inductor", num_workers=2)
         while not background.has_ended():
             time.sleep(0.1)
         assert not background.result().failed

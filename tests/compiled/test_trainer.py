@@ -163,15 +163,15 @@ AUTO = {"compile": "auto", "num_microbatches": 1}
 class Ended:
     """Stands for a process that compiles, which has ended at once."""
 
-    def __init__(self, tasks: Any, *_: Any) -> None:
-        self.keys = list(tasks)
+    def __init__(self, sources: Any, *_: Any) -> None:
+        self.keys = list(sources)
 
     def has_ended(self) -> bool:
         """Returns that it has ended."""
         return True
 
     def result(self) -> CompileResult:
-        """Returns that every task has failed."""
+        """Returns that every stage has failed."""
         return CompileResult(dict.fromkeys(self.keys, "RuntimeError: no space left"))
 
     def end(self) -> None:

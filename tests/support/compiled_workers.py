@@ -115,8 +115,8 @@ class _Compiling:
 
     ended: ClassVar[list[_Compiling]] = []
 
-    def __init__(self, tasks: Any, folder: Path, *_: Any) -> None:
-        assert tasks and folder.is_dir(), "there is nothing to compile"
+    def __init__(self, sources: Any, folder: Path, *_: Any) -> None:
+        assert sources and folder.is_dir(), "there is nothing to compile"
         self._looks = int(os.environ["RANK"]) % 2
 
     def has_ended(self) -> bool:
