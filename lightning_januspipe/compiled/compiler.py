@@ -135,6 +135,13 @@ class StageCompiler:
 
     def __call__(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
         """Returns a stage that runs compiled phases, or one that runs eagerly."""
+        return self._stage(function, gradients, chain, compares=True)
+
+    def uncompared(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec) -> Stage:
+        """Returns the same, but its first micro-batch is not compared with eager phases, to measure its times."""
+        return self._stage(function, gradients, chain, compares=False)
+
+    def _stage(self, function: StageFunction, gradients: GradientBuffers, chain: ChainSpec, *, compares: bool) -> Stage:
         index = function.index
         if index not in self.compiled and index not in self.refused:
             began, cpu_began = time.perf_counter(), sum(os.times()[:4])
@@ -143,7 +150,8 @@ class StageCompiler:
             self.cpu_seconds += sum(os.times()[:4]) - cpu_began
         if index in self.refused:
             return eager_stages(self.activation_of(index))(function, gradients, chain)
-        return CompiledStage(cast(TraceableStage, function), self.compiled[index], gradients, chain)
+        runnable = self.compiled[index] if compares else replace(self.compiled[index], tolerance=None)
+        return CompiledStage(cast(TraceableStage, function), runnable, gradients, chain)
 
     def activation_of(self, index: int) -> Activation:
         """Returns what the phases of a stage keep."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import rounding_tolerance
-from lightning_januspipe.capture.validate.probe_loss import probe_loss
+from lightning_januspipe.capture.validate.probe_loss import probe_seeds
 from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients
@@ -93,8 +93,7 @@ def _results(
         from_loss = LossLeaves(observables, derivatives)
         values = [*from_loss.observables, *from_loss.derivatives]
         outputs.extend((name, v.detach()) for name, v in zip(names, values, strict=True))
-        with torch.enable_grad():
-            seeds = from_loss.seeds(torch.autograd.grad(probe_loss(values), from_loss.inputs, allow_unused=True))
+        seeds = probe_seeds(from_loss)
         return seeds if axis is None else axis.own_gradients(0, seeds)
 
     functions = [chain.stage(i, potential) for i in range(chain.num_stages)]

@@ -99,13 +99,23 @@ class AgreedSchedules:
         """
         self._times.add(spans)
         if self._num_steps == _MEASURED_STEPS[-1]:
-            self._plan_anew(self._schedules[schedule.num_microbatches])
+            self._plan_anew(self._schedules[schedule.num_microbatches], self._times)
         self._num_steps += 1
 
-    def _plan_anew(self, schedule: Schedule) -> None:
+    def plan_for(self, spans: Sequence[Span]) -> None:
+        """Plans for the times of what has run before training; all ranks of the mesh have to call it.
+
+        Args:
+            spans: The actions of this rank.
+        """
+        times = MeanPhaseTimes()
+        times.add(spans)
+        self._plan_anew(self.first, times)
+
+    def _plan_anew(self, schedule: Schedule, times: MeanPhaseTimes) -> None:
         """Schedules without a search keep the costs of the start, which have placed their stages."""
         self.before_meeting()
-        of_ranks = self._mesh.gathered_over_pipeline(self._times.means(), "exchange of measured times")
+        of_ranks = self._mesh.gathered_over_pipeline(times.means(), "exchange of measured times")
         means = {key: time for of_rank in of_ranks for key, time in of_rank.items()}
         self.costs = costs = self._of_first_replica(measured_costs(means, schedule))
         if is_searched(self.planner.name):

@@ -27,7 +27,7 @@ from lightning_januspipe.engine.p2p import Links, message_latency
 from lightning_januspipe.engine.single_process import StageFactory
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.graph import verify_sharding
+from lightning_januspipe.graph import call_tensors, verify_sharding
 from lightning_januspipe.graph.half_rows import ExchangeDtype
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
@@ -85,6 +85,19 @@ class News:
 
     line: str = ""
     details: str = ""
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Holds a micro-batch that all ranks get before training.
+
+    Attributes:
+        inputs: The tensors of the potential's call; nothing where no rank needs them.
+        is_to_verify: Whether all ranks have to verify with them that the potential is sharded right.
+    """
+
+    inputs: Sequence[Tensor] = ()
+    is_to_verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,16 +185,15 @@ class PipelineBuilder:
             mine = message_latency(links)
         latency = broadcast(mine)  # one number for all replicas: it decides where stages are placed
         planner = Planner(self._schedule_on(mesh), mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
-        news = News()
-        to_verify: list[Tensor] = []
-        if self._last is None or not self._last.serves(request):
-            capture, to_verify = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
+        news: list[str] = []
+        example = _Example()
+        is_new = self._last is None or not self._last.serves(request)
+        if is_new:
+            capture, example = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
             self._last, self._compiler = _LastCapture(weakref.ref(request.module), _name(request.step), capture), None
             self._activations = (self._usual_activation,) * capture.potential.num_stages
-            run = describe_run(planner.name, request.num_microbatches, mesh.shape, mesh.expert_size)
-            news = News(
-                f"januspipe: {capture.describe(mesh.shape.pipeline)}; {run}", f"januspipe: {capture.describe_capture()}"
-            )
+            news.append(describe_run(planner.name, request.num_microbatches, mesh.shape, mesh.expert_size))
+        assert self._last is not None
         found = self._last.capture
         spreads_experts = request.trains and mesh.expert_size > 1  # evaluation alone has every expert on every rank
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
@@ -196,8 +208,8 @@ class PipelineBuilder:
             planner, self.level = chosen.on(planner), chosen.level
             if chosen.activations is not None:
                 self._activations = chosen.activations.names
-            if limit is not None and news.line:
-                news = replace(news, line=f"{news.line}; {chosen.describe(limit)}")
+            if limit is not None:
+                news.append(chosen.describe(limit))
         change, why_not = None, ""
         if self._in_background and request.trains:
             why_not = self._why_not_compile(request, mesh, planner, broadcast)
@@ -225,18 +237,35 @@ class PipelineBuilder:
         pipeline.executor.annotate = request.annotate
         if change is not None:
             why_not = self._begin(change, pipeline)
-        if why_not and news.line:
-            news = replace(news, line=f"{news.line}; {why_not}")
+        if why_not:
+            news.append(why_not)
         if self._compiler is not None and change is None:
             pipeline.compile_report = self._compiler.report()
-            if news.line:
+            if is_new:
                 of_ranks = mesh.gathered_over_pipeline(pipeline.compile_report, "gathering of what was compiled")
-                news = replace(news, line=f"{news.line}; {describe_compiled(of_ranks)}")
-        if to_verify:
+                news.append(describe_compiled(of_ranks))
+        if example.inputs:
             with request.ready(not request.trains):
                 # What was received in Lightning's inference mode cannot be differentiated.
-                pipeline.verify_sharding([t.clone().to(mesh.device) for t in to_verify])
-        return pipeline, news
+                inputs = [t.clone().to(mesh.device) for t in example.inputs]
+                if example.is_to_verify:
+                    pipeline.verify_sharding(inputs)
+                if pipeline.compile_report is not None and self._measures_compiled(request, mesh):
+                    assert self._compiler is not None
+                    pipeline.measure_phases(self._compiler.uncompared, inputs)
+        if not is_new:
+            return pipeline, News()
+        told = replace(found, costs=list(pipeline.schedules.costs))
+        lines = ["; ".join([told.describe(mesh.shape.pipeline), *news]), found.describe_capture()]
+        return pipeline, News(*(f"januspipe: {line}" for line in lines))
+
+    def _measures_compiled(self, request: CaptureRequest, mesh: Mesh) -> bool:
+        """Tells whether a schedule is made for the times of the compiled phases, if all are compiled at the start.
+
+        Experts on several ranks are left out: their rows come from the micro-batches of all these ranks.
+        """
+        compiles = request.trains and (self._compiles or self._in_background)
+        return compiles and mesh.shape.pipeline > 1 and mesh.expert_size == 1
 
     def _schedule_on(self, mesh: Mesh) -> str:
         """Returns the name of the schedule; a single rank has no gaps, and holds one micro-batch at a time."""
@@ -337,7 +366,7 @@ class PipelineBuilder:
             )
         return self._compiler
 
-    def _capture(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> tuple[Capture, list[Tensor]]:
+    def _capture(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> tuple[Capture, _Example]:
         """Captures on one rank; see :meth:`_capture_in` for what it returns.
 
         For training, the module is captured as it is. For evaluation, it is put into training mode first, because many
@@ -353,8 +382,8 @@ class PipelineBuilder:
 
     def _capture_in(
         self, training: bool, request: CaptureRequest, mesh: Mesh, planner: Planner
-    ) -> tuple[Capture, list[Tensor]]:
-        """Returns the capture, and inputs of the potential with which all ranks have to verify its sharding, if any."""
+    ) -> tuple[Capture, _Example]:
+        """Returns the capture, and inputs of the potential that all ranks need."""
 
         def step_time(costs: list[PhaseCosts]) -> float:
             return replace(planner, costs=tuple(costs)).step_time(request.num_microbatches)
@@ -381,13 +410,17 @@ class PipelineBuilder:
                     activations=self._factories(request, mesh, planner),
                     graph_size=mesh.shape.graph,
                 )
-                if mesh.shape.graph == 1:
-                    return found, []
-                try:
-                    inputs = verify_sharding(found.potential, request.module, step, examples[1], mesh.shape.graph)
-                except CaptureError as error:
-                    raise CaptureError(f"{error}{found.alternative}") from error
-                return found, [t.detach().cpu() for t in inputs]
+                call = found.potential, request.module, step, examples[1]
+                inputs: Sequence[Tensor] = ()
+                if mesh.shape.graph > 1:
+                    try:
+                        inputs = verify_sharding(*call, mesh.shape.graph)
+                    except CaptureError as error:
+                        raise CaptureError(f"{error}{found.alternative}") from error
+                is_to_verify = bool(inputs)
+                if not inputs and self._measures_compiled(request, mesh):
+                    inputs = call_tensors(*call)
+                return found, _Example([t.detach().cpu() for t in inputs], is_to_verify)
 
 
 def pipeline_links(mesh: Mesh) -> Links:

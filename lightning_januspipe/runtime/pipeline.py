@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import Capture
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.validate.probe_loss import probe_seeds
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.executor import Executor
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.p2p import Links, pack, packed_size, unpack
 from lightning_januspipe.engine.route import evaluation_schedule
 from lightning_januspipe.engine.single_process import StageFactory, eager_stage
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.engine.stage import SplitStage, Stage
-from lightning_januspipe.engine.timeline import recorded_report
+from lightning_januspipe.engine.timeline import ActionRecorder, recorded_report
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.expert_ranks import ExpertAxis, ExpertGroup
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Replica, verify_explicit_sharding
@@ -127,16 +130,21 @@ class Pipeline(Runner):
         if experts is not None:
             self._experts = self._spread_experts(local, potential, first.stages_of(mesh.pipeline_rank), experts)
             local = self._experts.potential
+        self._stage_chain = local.chain
         stages: dict[int, Stage] = {}
         for index in first.stages_of(mesh.pipeline_rank):
             function = local.stage(index, potential)
             if first.is_split(index):
-                stages[index] = SplitStage(function, self.gradients, local.chain.autocast)
+                stages[index] = SplitStage(function, self.gradients, self._stage_chain.autocast)
             else:
-                stages[index] = make_stage(function, self.gradients, local.chain)
-        sent_as = torch.bfloat16 if message_dtype == "bf16" else None
-        self.executor = Executor(mesh.pipeline_rank, stages, staged.chain, links, mesh.timeout, sent_as)
+                stages[index] = make_stage(function, self.gradients, self._stage_chain)
+        self._sent_as = torch.bfloat16 if message_dtype == "bf16" else None
+        self.executor = self._executor(stages)
         self._recorded_with = self.schedules.costs
+
+    def _executor(self, stages: Mapping[int, Stage]) -> Executor:
+        mesh = self._mesh
+        return Executor(mesh.pipeline_rank, stages, self._staged.chain, self._links, mesh.timeout, self._sent_as)
 
     @property
     def bytes_sent(self) -> int:
@@ -193,6 +201,36 @@ class Pipeline(Runner):
             self.compile_report = self.change_over.report()
             self.schedules.measure_again()
         return words
+
+    def measure_phases(self, make_stage: StageFactory, tensors: Sequence[Tensor]) -> None:
+        """Runs a micro-batch twice through all phases, as in training, and plans for the times of the second run.
+
+        All ranks have to call it, before the first step. Parameter gradients are dropped.
+
+        Args:
+            make_stage: Makes the stages that run.
+            tensors: Inputs of the potential, the same on all ranks.
+        """
+        own = self.executor.stages.items()
+        executor = self._executor({i: make_stage(s.function, GradientBuffers(), self._stage_chain) for i, s in own})
+        executor.recorder = ActionRecorder(self._mesh.device)
+        axis, schedule = self._graph, self.schedules.schedule(1)
+
+        def loss(index: int, observables: list[Tensor], derivatives: list[Tensor]) -> LossGradients:
+            if axis is None:
+                return probe_seeds(LossLeaves(observables, derivatives))
+            return axis.own_gradients(
+                index, probe_seeds(LossLeaves(*axis.gather_results(index, observables, derivatives)))
+            )
+
+        with self._abort_on_error(), unchanged(self._module):
+            whole = MicrobatchInput(list(tensors), self._staged.bind_sizes(tensors))
+            inputs = [whole if axis is None else axis.shard_inputs(0, tensors)]
+            for _ in range(2):
+                executor.recorder.reset()
+                executor.run(schedule, inputs, loss)
+            self.schedules.plan_for(executor.recorder.spans())
+        self._bytes_before = self._links.bytes_sent
 
     def share_state(self, level: ShardLevel) -> None:
         """Lets schedules change the sharded state of stages; see :meth:`.Runner.share_state`."""

@@ -109,11 +109,17 @@ def test_precisions(precision: str, tolerance: float) -> None:
         assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
-def test_a_wrong_phase_ends_training_before_the_first_optimizer_step() -> None:
-    """One of the values that BE receives is twice what it should be."""
+@pytest.mark.parametrize(("place", "factor"), [(0, 2.0), (-1, 0.0)])
+def test_a_wrong_phase_ends_training_before_the_first_optimizer_step(place: int, factor: float) -> None:
+    """The first value that a phase returns is twice what it should be, or the last that it keeps is zero."""
 
     def change(graph: fx.GraphModule) -> Any:
-        return lambda *inputs: [2.0 * out if i == 0 else out for i, out in enumerate(graph(*inputs))]
+        def run(*inputs: Any) -> Any:
+            out = list(graph(*inputs))
+            out[place] = factor * out[place]
+            return out
+
+        return run
 
     module = tiny.module()
     before = [p.detach().clone() for p in module.parameters()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import tiny
 from compiled_workers import (
     eager_microbatches,
     fit_then_evaluate,
+    plan_with_late_phases,
     train_changing_over,
     train_changing_over_when_compiled,
     train_compiled,
@@ -87,6 +89,19 @@ def test_parity_of_graph_ranks(pool: RankPool, devices: int, module: Any, strate
 def test_parity_where_compiled_phases_take_over(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
     """Some steps are eager, the others compiled; the ranks are ready after unequal numbers of steps."""
     check_parity(pool, devices, train=train_changing_over, compile="auto", **strategy)
+
+
+def test_the_schedule_is_made_for_the_times_of_compiled_phases(pool: RankPool) -> None:
+    """The stages that are late on their rank when they are compiled count as such, on both ranks and in the line."""
+    late = 0.1
+    ranks = pool.run(plan_with_late_phases, {"schedule": "wavek", "num_microbatches": 4}, late, world_size=2)
+    costs = ranks[0]["costs"]
+    assert all(r["costs"] == r["planned"] == costs for r in ranks)
+    of_late = [c.total for c, rank in zip(costs, ranks[0]["placement"], strict=True) if rank == 1]
+    assert of_late and all(late * 4 < total < late * 12 for total in of_late)
+    shares = [int(share) for share in re.findall(r"(\d+) %", ranks[0]["line"])]
+    total = sum(c.total for c in costs)
+    assert shares == [round(100 * c.total / total) for c in costs]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import strategy_workers
+import tiny
 import torch
 from expert_workers import moving
 from matris_models import matris
@@ -26,7 +28,7 @@ from lightning_januspipe.compiled.sizes import StageSizes
 from lightning_januspipe.expert_ranks import ExpertAxis
 from lightning_januspipe.runtime import change_over, training_length
 from lightning_januspipe.runtime.pipeline import Pipeline
-from lightning_januspipe.testing import RunRecord, interpreted_phases, train_in_pipeline
+from lightning_januspipe.testing import RunRecord, interpreted_phases, quiet_trainer, train_in_pipeline
 
 
 @contextmanager
@@ -110,6 +112,33 @@ def train_with_a_misfit_on_one_rank(*arguments: Any) -> RunRecord:
     return record
 
 
+def plan_with_late_phases(strategy: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Trains one step with phases that take longer on rank 1; returns what the start has planned and told."""
+    is_late, lines = os.environ["RANK"] == "1", list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+
+    def change(graph: fx.GraphModule) -> Any:
+        def run(*inputs: Any) -> Any:
+            time.sleep(seconds)
+            return graph(*inputs)
+
+        return run if is_late else graph
+
+    trainer, module = quiet_trainer({"compile": True, **strategy}, max_steps=1, limit_val_batches=0), tiny.module()
+    found: dict[str, Any] = {}
+
+    def look(*_: Any) -> None:
+        schedules = trainer.strategy.runner.schedules
+        found.update(costs=schedules.costs, planned=schedules.planner.costs, placement=schedules.first.placement)
+
+    module.on_train_batch_end = look
+    with interpreted(change), mock.patch.object(logger, "handlers", [handler]), mock.patch.object(logger, "level", 20):
+        trainer.fit(module, tiny.data())
+    return {**found, "line": next((line for line in lines if "of the work" in line), "")}
+
+
 class _Compiling:
     """Stands for a process that compiles: it has ended when it was looked at a number of times, other ones by rank."""
 
@@ -173,10 +202,23 @@ def eager_microbatches(agrees: bool, *arguments: Any) -> int:
     return int(noted.call_count)
 
 
+@contextmanager
+def nothing_compiled_here() -> Iterator[None]:
+    """Fails at its end if this process has compiled anything inside."""
+    commands, run = list[str](), cpp_builder.run_compile_cmd
+
+    def noted(command: str, *more: Any, **options: Any) -> Any:
+        commands.append(command)
+        return run(command, *more, **options)
+
+    with mock.patch.object(cpp_builder, "run_compile_cmd", noted):
+        yield
+    assert not [c for c in commands if " -shared " in c], "the training process has compiled"
+
+
 def train_changing_over_when_compiled(*arguments: Any) -> RunRecord:
     """Trains with stages that inductor compiles in the background, which the second step waits for."""
-    is_waiting, looks, commands = change_over.ChangeOver.is_waiting, [0], []
-    run = cpp_builder.run_compile_cmd
+    is_waiting, looks = change_over.ChangeOver.is_waiting, [0]
 
     def wait(self: Any) -> bool:
         looks[0] += 1
@@ -184,17 +226,12 @@ def train_changing_over_when_compiled(*arguments: Any) -> RunRecord:
             time.sleep(0.1)
         return is_waiting(self)
 
-    def noted(command: str, *more: Any, **options: Any) -> Any:
-        commands.append(command)
-        return run(command, *more, **options)
-
     with (
+        nothing_compiled_here(),
         mock.patch.object(change_over.ChangeOver, "is_waiting", wait),
-        mock.patch.object(cpp_builder, "run_compile_cmd", noted),
         mock.patch.object(training_length, "LEAST_RATIO", 0.0),
         mock.patch.object(background, "NICENESS", 0),
     ):
         record = train_in_pipeline(*arguments)
     assert not record.eager and not record.num_misfits
-    assert not [c for c in commands if " -shared " in c], "the training process has compiled"
     return record

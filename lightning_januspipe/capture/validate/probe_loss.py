@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_januspipe.engine.loss import LossLeaves
+from lightning_januspipe.engine.specs import LossGradients
 from lightning_januspipe.errors import CaptureError
 
 
@@ -30,6 +32,17 @@ def probe_loss(outputs: Sequence[Tensor]) -> Tensor:
             "torch.no_grad() on the way from the energy to the forces cuts the gradient; remove it in training."
         )
     return functools.reduce(operator.add, terms)
+
+
+def probe_seeds(leaves: LossLeaves) -> LossGradients:
+    """Returns the gradients of the loss of energies and forces themselves, with which BF and BE start.
+
+    Raises:
+        CaptureError: no value carries a gradient.
+    """
+    with torch.enable_grad():
+        loss = probe_loss([*leaves.observables, *leaves.derivatives])
+        return leaves.seeds(torch.autograd.grad(loss, leaves.inputs, allow_unused=True))
 
 
 def probe_targets(tensor: Tensor) -> Tensor:
