@@ -1,4 +1,4 @@
-"""AIMNet2 in an ordinary LightningModule, on pipelines. Batches of neither kind can be sharded.
+"""AIMNet2 in an ordinary LightningModule, on pipelines. Packed batches can be sharded over graph ranks.
 
 Slow, and skipped where aimnet is absent:
 
@@ -37,4 +37,3 @@ class TestPacked(ModelConformance):
 
     make_module = factory("aimnet_models", "make_packed")
     datamodules = {"molecules": factory("aimnet_models", "molecules_packed")}
-    strategies = PIPELINES

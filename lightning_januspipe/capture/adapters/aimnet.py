@@ -1,12 +1,16 @@
 """Helps AIMNet2 through capture: packed batches tell by addresses which matrices of neighbours are the same.
 
-Tensors have no addresses while they are traced.
+Tensors have no addresses while they are traced. Packed batches end with an atom of padding, which is masked by its
+place: on graph ranks it is masked by its number, as the last row of one rank is another atom.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +24,7 @@ class AIMNetAdapter(Adapter):
     """Adapts all models that prepare their batches with ``aimnet.nbops.calc_masks``."""
 
     def tracing(self, potential: nn.Module) -> AbstractContextManager[None]:
-        """Returns a context in which masks are made without addresses."""
+        """Returns a context in which masks are made without addresses, and on graph ranks without places of rows."""
         nbops = import_module("aimnet.nbops")
         make_masks = nbops.calc_masks
 
@@ -29,7 +33,42 @@ class AIMNetAdapter(Adapter):
                 made: dict[str, Tensor] = make_masks(data)
             return made
 
-        return patched_package(nbops, "calc_masks", calc_masks, "aimnet 0.2")
+        functions: dict[str, Callable[..., Any]] = {"calc_masks": calc_masks}
+        if self.graph_size > 1:
+            functions["mask_i_"] = partial(_masked, nbops.get_nb_mode, nbops.mask_i_)
+        return _replaced(nbops, functions)
+
+
+@contextmanager
+def _replaced(module: ModuleType, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(patched_package(module, name, function, "aimnet 0.2"))
+        yield
+
+
+def _masked(
+    mode: Callable[[dict[str, Tensor]], int],
+    mask: Callable[..., Tensor],
+    x: Tensor,
+    data: dict[str, Tensor],
+    mask_value: float = 0.0,
+    inplace: bool = True,
+) -> Tensor:
+    """Returns (N, ...) values of atoms with those of the padding masked, as ``aimnet.nbops.mask_i_`` does.
+
+    Args:
+        mode: tells how a batch is padded; 1 where it is packed.
+        mask: the function of the package, for batches that are not packed.
+        x: the values.
+        data: the batch.
+        mask_value: the value of the padding.
+        inplace: whether the values may be changed.
+    """
+    if mode(data) != 1:
+        return mask(x, data, mask_value, inplace)
+    is_padding = data["mask_i"].view(-1, *[1] * (x.dim() - 1))
+    return x.masked_fill_(is_padding, mask_value) if inplace else x.masked_fill(is_padding, 0.0)
 
 
 class _Identities(TorchFunctionMode):
