@@ -3,23 +3,29 @@
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
 from lightning_januspipe.calculator.calculator import JanusPipeCalculator
 from lightning_januspipe.calculator.packages import (
+    AIMNet2AtomsAdapter,
     MACEAtomsAdapter,
     MatGLAtomsAdapter,
     NequIPAtomsAdapter,
+    PETAtomsAdapter,
     SchNetPackAtomsAdapter,
     SevenNetAtomsAdapter,
+    TorchMDNetAtomsAdapter,
 )
 from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 
 __all__ = [
+    "AIMNet2AtomsAdapter",
     "AtomsAdapter",
     "Edges",
     "JanusPipeCalculator",
     "MACEAtomsAdapter",
     "MatGLAtomsAdapter",
     "NequIPAtomsAdapter",
+    "PETAtomsAdapter",
     "SchNetPackAtomsAdapter",
     "SevenNetAtomsAdapter",
     "SkinNeighborList",
     "StructureAdapter",
+    "TorchMDNetAtomsAdapter",
 ]

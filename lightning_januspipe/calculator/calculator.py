@@ -47,8 +47,8 @@ class JanusPipeCalculator(Calculator):
         dtype: ``"float32"`` or ``"float64"``, to which the potential is converted; None for the type of its weights.
         adapter: How batches are made of structures. None for potentials that take the batches of
             :mod:`lightning_januspipe.keys` and have attributes ``species`` and ``cutoff``, as those of this package do,
-            and for potentials of MACE, NequIP, Allegro, SchNetPack, MatGL and SevenNet, which may be anywhere in the
-            module.
+            and for potentials of the packages that the documentation lists, such as MACE and NequIP, which may be
+            anywhere in the module.
         skin: How far the neighbour list reaches beyond the cutoff in Å, so that it serves for several steps; 0 makes a
             new one at every step.
         compile: Evaluate by code that torch's inductor compiles from the potential and its derivatives, once for all

@@ -75,16 +75,27 @@ def predict(model: nn.Module, batch: Sample, periodic: bool) -> tuple[Tensor, ..
     return model(batch, periodic)
 
 
-def make(periodic: bool) -> Training:
-    """A small PET."""
+def make_model(unit: str = "eV", zbl: bool = False) -> PET:
+    """Returns a small PET.
+
+    Args:
+        unit: of the energy.
+        zbl: whether atoms that are close repel each other.
+    """
 
     def made() -> nn.Module:
         sizes: dict[str, Any] = {"d_pet": 8, "d_head": 8, "d_node": 8, "d_feedforward": 8, "num_heads": 2}
-        hypers = get_default_hypers("pet")["model"] | sizes | {"cutoff": CUTOFF, "num_attention_layers": 1}
-        energy = get_energy_target_info("energy", {"quantity": "energy", "unit": "eV"})
-        return Potential(PET(hypers, DatasetInfo("angstrom", sorted(NUMBERS), {"energy": energy})))
+        more = {"cutoff": CUTOFF, "num_attention_layers": 1, "zbl": zbl}
+        hypers = get_default_hypers("pet")["model"] | sizes | more
+        energy = get_energy_target_info("energy", {"quantity": "energy", "unit": unit})
+        return PET(hypers, DatasetInfo("angstrom", sorted(NUMBERS), {"energy": energy}))
 
-    return Training(seeded_model(made), partial(predict, periodic=periodic), lambda b: b)
+    return seeded_model(made)
+
+
+def make(periodic: bool) -> Training:
+    """Trains a small PET."""
+    return Training(seeded_model(lambda: Potential(make_model())), partial(predict, periodic=periodic), lambda b: b)
 
 
 make_of_crystals = partial(make, True)
