@@ -41,8 +41,8 @@ class Adapter:
     """Changes with the adapter: a potential that was traced with another version is traced again."""
 
     graph_size = 1
-    """Number of graph ranks that the potential is traced for. More than one cannot run operations of a package that
-    read indices of atoms together with features."""
+    """Number of graph ranks that the potential is traced for. Several ranks cannot run operations of packages
+    that read indices of atoms together with features."""
 
     def capturing(self, module: nn.Module) -> AbstractContextManager[None]:
         """Returns a context for the whole capture, and for the validation that Lightning runs before training.
