@@ -1,15 +1,20 @@
-"""Counts how evenly experts load ranks on a mixture of molecules and oxides, with and without placement by load."""
+"""Counts how evenly experts load ranks on a mixture of molecules and oxides, as they are placed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement, rows_of_ranks
+from lightning_januspipe.expert_ranks.expert_placement import (
+    ExpertPlacement,
+    Guests,
+    best_guests,
+    rows_of_ranks,
+)
 
 _METALS = {"rocksalt": ("Mg", "Ca", "Ti", "Mn", "Fe", "Ni"), "fluorite": ("Zr", "Ce", "Hf", "U")}
 _CONSTANTS = {"rocksalt": 4.4, "fluorite": 5.2}
@@ -42,8 +47,8 @@ def expert_loads(
         f"{steps} steps of {batch_size * num_replicas} structures, {share_of_oxides:.0%} of them oxides; rows of the "
         "rank with the most, relative to the mean (1 is even), as a mean over steps",
         "",
-        "| size | rows | `expert_size` | in order | placed by load | experts moved |",
-        "|---|---|---|---|---|---|",
+        "| size | rows | `expert_size` | in order | placed by load | moves | with guests | moves | guests in a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for size in ("S", "M", "L"):
         num_experts, top_k = SIZES[size]["num_experts"], SIZES[size]["top_k"]
@@ -51,22 +56,29 @@ def expert_loads(
         for kind, name in enumerate(("edges", "atoms")):
             loads = [_of_experts(rows[kind], chosen, num_experts) for rows in counted]
             for num_ranks in (2, 4, 8):
-                fixed, placed, moved = _imbalance(loads, num_ranks)
+                fixed = _imbalance(loads, num_ranks, "order")[0]
+                placed, moved, _ = _imbalance(loads, num_ranks, "load")
+                with_guests, also_moved, num_guests = _imbalance(loads, num_ranks, "replicate")
                 words = f"{size} ({num_experts} experts, top {top_k}) | {name} | {num_ranks}"
-                lines.append(f"| {words} | {fixed:.2f} | {placed:.2f} | {moved} |")
+                found = f"{fixed:.2f} | {placed:.2f} | {moved} | {with_guests:.2f} | {also_moved} | {num_guests:.1f}"
+                lines.append(f"| {words} | {found} |")
     return "\n".join(lines)
 
 
-def _imbalance(loads: Sequence[Sequence[int]], num_ranks: int) -> tuple[float, float, int]:
-    """Returns the means over steps of the largest rank's rows relative to the mean, and how many experts moved."""
-    placement = ExpertPlacement(len(loads[0]), num_ranks)
-    found: tuple[list[float], list[float]] = ([], [])
+def _imbalance(
+    loads: Sequence[Sequence[int]], num_ranks: int, placement: Literal["order", "load", "replicate"]
+) -> tuple[float, int, float]:
+    """Returns the mean over steps of the largest rank's rows relative to the mean, moves, and guests in a step."""
+    placed, has_guests = ExpertPlacement(len(loads[0]), num_ranks), placement == "replicate"
+    largest, num_guests = [], []
     for load in loads:
-        placement.see(load)
-        for of_order, order in zip(found, (range(len(load)), placement.order), strict=True):
-            rows = rows_of_ranks(load, order, num_ranks)
-            of_order.append(max(rows) * num_ranks / max(sum(rows), 1))
-    return float(np.mean(found[0])), float(np.mean(found[1])), placement.num_moves
+        if placement != "order":
+            placed.see(load, has_guests)
+        rows = max(rows_of_ranks(load, placed.order, num_ranks))
+        found = best_guests(load, placed.order, num_ranks) if has_guests else Guests((), rows)
+        largest.append(found.slowest * num_ranks / max(sum(load), 1))
+        num_guests.append(len(found.guests))
+    return float(np.mean(largest)), placed.num_moves, float(np.mean(num_guests))
 
 
 def _of_experts(rows: np.ndarray[Any, Any], chosen: torch.Tensor, num_experts: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Places experts on ranks by the load of the steps, and moves them only where it pays.
+"""Places experts on ranks by the load of the steps, and moves and copies them only where it pays.
 
 ``januspipe bench experts`` counts what that gives.
 
@@ -9,6 +9,7 @@ plans its experts from the step's own atoms; how it does is not published, so th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_januspipe.expert_ranks.row_exchange import bounds_of
@@ -18,6 +19,12 @@ ROWS_PER_MOVE = 100
 
 With Adam's state an expert is sent as 12 bytes for each of its numbers in float32, and a row takes about 12 operations
 for each number in the four phases. So this is the number of operations that a device does while it sends a byte.
+"""
+
+ROWS_PER_GUEST = ROWS_PER_MOVE * 8 // 12
+"""How many rows cost as much as one guest: a copy of an expert for one step.
+
+Its parameters come, and their gradients go back, as 8 bytes for each of its numbers in float32.
 """
 
 
@@ -63,6 +70,66 @@ def num_moved(before: Sequence[int], after: Sequence[int], num_ranks: int) -> in
     return sum(len(set(after[a:b]) - set(before[a:b])) for a, b in pairwise(bounds))
 
 
+@dataclass(frozen=True)
+class Guest:
+    """Says that a rank holds a copy of another rank's expert for one step.
+
+    Attributes:
+        expert: the expert.
+        rank: the rank that holds it beside its owner.
+        rows: how many of its rows in the step this rank computes.
+    """
+
+    expert: int
+    rank: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Guests:
+    """Holds the guests of a mixture's experts for one step.
+
+    Attributes:
+        guests: at most one for each expert and rank.
+        slowest: rows of the rank with the most.
+    """
+
+    guests: tuple[Guest, ...]
+    slowest: int
+
+    @property
+    def cost(self) -> int:
+        """Returns the rows of the rank with the most, and the rows that cost as much as all copies."""
+        return self.slowest + ROWS_PER_GUEST * len(self.guests)
+
+
+def best_guests(load: Sequence[int], order: Sequence[int], num_ranks: int) -> Guests:
+    """Returns the guests with which a step costs least; none where a copy costs more than the rows that it saves.
+
+    One by one, the rank with the most rows shares its largest expert with the rank with the fewest, up to the mean of
+    all ranks.
+
+    Args:
+        load: (K,) rows of each expert in the step.
+        order: (K,) experts in the order in which ranks hold them.
+        num_ranks: X.
+    """
+    bounds, left = bounds_of(len(order), num_ranks), list(load)
+    rows, share = rows_of_ranks(load, order, num_ranks), -(-sum(load) // num_ranks)
+    guests: list[Guest] = []
+    best = Guests((), max(rows))
+    while max(rows) > share:
+        busiest, idlest = rows.index(max(rows)), rows.index(min(rows))
+        expert = max(order[bounds[busiest] : bounds[busiest + 1]], key=lambda e: (left[e], -e))
+        given = min(rows[busiest] - share, share - rows[idlest], left[expert])
+        guests.append(Guest(expert, idlest, given))
+        left[expert] -= given
+        rows[busiest] -= given
+        rows[idlest] += given
+        best = min(best, Guests(tuple(guests), max(rows)), key=lambda found: found.cost)
+    return best
+
+
 class ExpertPlacement:
     """Decides where the experts of one mixture are, step by step, alike on all ranks that see the same loads.
 
@@ -84,20 +151,26 @@ class ExpertPlacement:
         self._lost = 0
         self._seen = [0] * num_experts
 
-    def see(self, load: Sequence[int]) -> bool:
+    def see(self, load: Sequence[int], has_guests: bool = False) -> bool:
         """Takes the load of a step, before it runs; returns whether :attr:`order` has changed.
 
         Args:
             load: (K,) rows of each expert on all ranks.
+            has_guests: whether experts may be copied for the step, so that a move saves only what copies do not.
         """
         self._seen = [a + b for a, b in zip(self._seen, load, strict=True)]
         best = balanced_order(self._seen, self._num_ranks, self.order)
         moved = num_moved(self.order, best, self._num_ranks)
-        slowest = max(rows_of_ranks(load, self.order, self._num_ranks))
-        self._lost += max(0, slowest - max(rows_of_ranks(load, best, self._num_ranks)))
+        present, better = (self._cost(load, order, has_guests) for order in (self.order, best))
+        self._lost += max(0, present - better)
         if not moved or self._lost < ROWS_PER_MOVE * moved:
             return False
         self.order, self._lost = best, 0
         self._seen = list(load)
         self.num_moves += moved
         return True
+
+    def _cost(self, load: Sequence[int], order: Sequence[int], has_guests: bool) -> int:
+        if has_guests:
+            return best_guests(load, order, self._num_ranks).cost
+        return max(rows_of_ranks(load, order, self._num_ranks))

@@ -15,9 +15,10 @@ from lightning_januspipe.capture.trace.row_types import looked_up_by
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import MicrobatchInput
 from lightning_januspipe.errors import PipelineError
-from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement
-from lightning_januspipe.expert_ranks.insert_row_exchanges import num_rows_of, spread_experts
-from lightning_januspipe.expert_ranks.row_exchange import RowExchange, bounds_of, plan_rows
+from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement, Guests, best_guests
+from lightning_januspipe.expert_ranks.held_experts import HeldExperts
+from lightning_januspipe.expert_ranks.insert_row_exchanges import Mixture, num_rows_of, spread_experts
+from lightning_januspipe.expert_ranks.row_exchange import RowExchange, plan_rows
 from lightning_januspipe.expert_ranks.traced_rows import PotentialWithExperts
 
 _PLANNING = "exchange of the numbers of rows of experts"
@@ -62,6 +63,8 @@ class ExpertAxis:
         stages: those of this rank's stages whose rows travel.
         move: moves the entries of weights to the ranks that hold them in a new order of their experts; None to leave
             experts where they are.
+        copy_guests: copies the entries of weights that each rank holds beside its own ones during a step; None to let
+            each expert be on one rank.
 
     Raises:
         CaptureError: the experts cannot be spread.
@@ -96,18 +99,22 @@ class ExpertAxis:
         self._placements = {m: ExpertPlacement(m.num_experts, ranks.size) for m in mixtures}
         self._mixture_of = {site: m for m in mixtures for site in m.sites}
         self.move: Callable[[Mapping[nn.Parameter, Sequence[int]]], None] | None = None
+        self.copy_guests: Callable[[Mapping[nn.Parameter, Sequence[Sequence[int]]]], None] | None = None
 
     @property
     def potential(self) -> PotentialWithExperts:
         """Returns the potential whose stages exchange rows."""
         return self._spread.potential
 
-    def plan(self, inputs: Sequence[MicrobatchInput], may_move: bool = False) -> list[MicrobatchInput]:
+    def plan(
+        self, inputs: Sequence[MicrobatchInput], may_move: bool = False, may_have_guests: bool = False
+    ) -> list[MicrobatchInput]:
         """Returns the micro-batches of a step with the exchanges of rows for this rank's stages.
 
         Args:
             inputs: the micro-batches; all ranks of the group have equally many.
             may_move: Whether experts may move to other ranks before the step.
+            may_have_guests: Whether ranks may hold experts of other ranks too during the step.
 
         Raises:
             PipelineError: the ranks have different numbers of micro-batches.
@@ -120,16 +127,17 @@ class ExpertAxis:
         counts = self._gathered(experts, sizes)
         if may_move and self.move is not None:
             self._place(counts.to(self._experts_device(experts)), self.move)
+        held = self._held(counts, self.copy_guests if may_have_guests else None)
         self._exchanges = []
         planned = []
         for microbatch, (given, of_sites) in enumerate(zip(inputs, experts, strict=True)):
             plans: dict[str, RowExchange] = {}
             for index, (site, expert) in enumerate(zip(self._own, of_sites, strict=True)):
                 of_site = counts[:, microbatch, index, : sizes[index]]
-                bounds = bounds_of(sizes[index], self._ranks.size)
-                order = torch.tensor(self._placements[self._mixture_of[site]].order)
-                place = order.argsort().to(expert.device)[expert]
-                plans[site] = plan_rows(place, of_site[:, order], bounds, self._ranks.rank, self._group)
+                slots = held[self._mixture_of[site]]
+                rows = slots.rows(of_site)
+                place = slots.places(expert, rows[self._ranks.rank])
+                plans[site] = plan_rows(place, rows, slots.bounds, self._ranks.rank, self._group)
                 if self._dtype is not None:
                     plans[site].travel_as(self._dtype, types[microbatch][index])
             self._exchanges += plans.values()
@@ -151,14 +159,44 @@ class ExpertAxis:
         if self._copies is not None:  # the ranks that hold the same experts in other groups move them alike
             with waiting(_PLANNING, self._copies):
                 dist.all_reduce(of_sites, group=self._copies)
-        rows = dict(zip(self._own, of_sites.tolist(), strict=True))
+        loads, has_guests = self._loads(of_sites), self.copy_guests is not None
         orders: dict[nn.Parameter, list[int]] = {}
         for mixture, placement in self._placements.items():
-            load = [sum(of_expert) for of_expert in zip(*(rows[site] for site in mixture.sites), strict=True)]
-            if placement.see(load[: mixture.num_experts]):
+            if placement.see(loads[mixture], has_guests):
                 orders |= dict.fromkeys(self._weights[mixture], placement.order)
         if orders:
             move(orders)
+
+    def _held(
+        self, counts: Tensor, copy: Callable[[Mapping[nn.Parameter, Sequence[Sequence[int]]]], None] | None
+    ) -> dict[Mixture, HeldExperts]:
+        """Returns which experts each rank holds during the step, and copies guests where they pay.
+
+        Args:
+            counts: (X, micro-batches, sites, experts) rows of each rank of the group.
+            copy: see :attr:`copy_guests`.
+        """
+        loads, num_ranks = self._loads(counts.sum((0, 1))), self._ranks.size
+        held: dict[Mixture, HeldExperts] = {}
+        guests: dict[nn.Parameter, list[list[int]]] = {}
+        for mixture, placement in self._placements.items():
+            load, order = loads[mixture], placement.order
+            found = Guests((), 0) if copy is None else best_guests(load, order, num_ranks)
+            held[mixture] = HeldExperts(order, num_ranks, load, found.guests)
+            if found.guests:
+                guests |= dict.fromkeys(self._weights[mixture], held[mixture].guests)
+        if guests and copy is not None:
+            copy(guests)
+        return held
+
+    def _loads(self, of_sites: Tensor) -> dict[Mixture, list[int]]:
+        """Returns (K,) the rows of each expert of each mixture, from (sites, experts) those of each site."""
+        rows = dict(zip(self._own, of_sites.tolist(), strict=True))
+        found = {}
+        for mixture in self._placements:
+            of_experts = zip(*(rows[site] for site in mixture.sites), strict=True)
+            found[mixture] = [sum(of_expert) for of_expert in of_experts][: mixture.num_experts]
+        return found
 
     def _tell_sizes(self, planned: Sequence[MicrobatchInput]) -> None:
         """Lets all ranks that hold the stages know the sizes of each other's micro-batches."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_januspipe.distributed import waiting
-from lightning_januspipe.engine.gradients import reduce_gradients
+from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.expert_ranks import bounds_of
 from lightning_januspipe.graph.exchange import send_rows_to_each
 from lightning_januspipe.mesh import Mesh
@@ -25,6 +25,8 @@ from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, to_cpu
 
 _GATHERING = "gathering of experts"
 _MOVING = "moving of experts to other ranks"
+_COPYING = "copying of experts to other ranks"
+_SUMMING = "summing of gradients of copied experts"
 
 
 class ExpertShards:
@@ -46,6 +48,8 @@ class ExpertShards:
         self._bounds = {p: bounds_of(p.shape[0], mesh.expert_size) for p in parameters}
         self._orders = {p: list(range(p.shape[0])) for p in parameters}  # experts, those of the first rank first
         self._gradients: dict[nn.Parameter, Tensor | None] = {}
+        # during a step: positions of own entries that each rank holds too, and how many of each rank's this one holds
+        self._guests: dict[nn.Parameter, tuple[list[list[int]], list[int]]] = {}
         self.optimizers: list[Optimizer] = []
         self.parameters = list(parameters)
         self.are_whole = True
@@ -104,10 +108,8 @@ class ExpertShards:
         """
         assert not self.are_whole
         group = self._mesh.expert_group
-        has_gradient = torch.tensor([float(p.grad is not None) for p in orders], device=self._mesh.device)
-        with waiting(_MOVING, group):
-            dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX, group=group)
-        for (parameter, order), has in zip(orders.items(), has_gradient.tolist(), strict=True):
+        have_gradients = self._exist_on_any([p.grad for p in orders], _MOVING)
+        for (parameter, order), has in zip(orders.items(), have_gradients, strict=True):
             moved = [parameter.data]
             for optimizer in self.optimizers:
                 state = optimizer.state.get(parameter, {})
@@ -119,6 +121,62 @@ class ExpertShards:
             for tensor in moved:
                 _move(tensor, *routes, group)
             self._orders[parameter] = list(order)
+
+    def copy_guests(self, held: Mapping[nn.Parameter, Sequence[Sequence[int]]]) -> None:
+        """Copies entries of other ranks' experts behind this rank's own ones, until :meth:`return_guests`.
+
+        Every rank that shares the experts takes part. Gradients that wait for the next micro-batches are put aside.
+
+        Args:
+            held: For some parameters, for each rank the experts of other ranks that it holds too, in the order in
+                which their owners hold them.
+        """
+        assert not self.are_whole and not self._guests
+        group, rank = self._mesh.expert_group, self._mesh.expert_rank
+        for parameter, experts in held.items():
+            bounds, order = self._bounds[parameter], self._orders[parameter]
+            of_owners = [set(order[a:b]) for a, b in pairwise(bounds)]
+            own = {expert: i for i, expert in enumerate(order[bounds[rank] : bounds[rank + 1]])}
+            sent = [[own[e] for e in of_rank if e in own] for of_rank in experts]
+            received = [len(of_owner.intersection(experts[rank])) for of_owner in of_owners]
+            rows = parameter.data[[position for of_rank in sent for position in of_rank]]
+            into = rows.new_empty(sum(received), *rows.shape[1:])
+            send_rows_to_each(into, rows, received, [len(s) for s in sent], group, _COPYING)
+            self._gradients[parameter], parameter.grad = parameter.grad, None
+            parameter.data = torch.cat([parameter.data, into])
+            self._guests[parameter] = sent, received
+
+    def return_guests(self, sums: GradientBuffers) -> None:
+        """Adds the gradients of guests to those of their owners, in the order of ranks, and frees the guests.
+
+        Every rank that shares the experts takes part.
+
+        Args:
+            sums: The parameter gradients of the step; afterwards they are those of own entries.
+        """
+        if not self._guests:
+            return
+        found = [sums.take(p) for p in self._guests]
+        have_gradients = self._exist_on_any(found, _SUMMING)
+        for (parameter, routes), total, has in zip(self._guests.items(), found, have_gradients, strict=True):
+            if has:
+                total = torch.zeros_like(parameter) if total is None else total
+                sums.add([parameter], [_with_returned(total, *routes, self._mesh.expert_group)])
+        self.drop_guests()
+
+    def drop_guests(self) -> None:
+        """Frees the entries of other ranks' experts that this rank holds during a step, without their gradients."""
+        for parameter, (_, received) in self._guests.items():
+            parameter.data = parameter.data[: len(parameter) - sum(received)].clone()
+            parameter.grad = self._gradients.pop(parameter, None)
+        self._guests = {}
+
+    def _exist_on_any(self, gradients: Sequence[Tensor | None], what: str) -> list[bool]:
+        """Returns for each gradient whether any rank that shares the experts has one."""
+        exist = torch.tensor([float(g is not None) for g in gradients], device=self._mesh.device)
+        with waiting(what, self._mesh.expert_group):
+            dist.all_reduce(exist, op=dist.ReduceOp.MAX, group=self._mesh.expert_group)
+        return [value > 0 for value in exist.tolist()]
 
     def _routes(self, parameter: nn.Parameter, after: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
         """Returns for each rank the positions of own entries that go there, and the new positions of those from there.
@@ -197,6 +255,27 @@ def _move(
     into = torch.empty_like(values)
     send_rows_to_each(into, rows, [len(r) for r in received], [len(s) for s in sent], group, _MOVING)
     values[[position for of_rank in received for position in of_rank]] = into
+
+
+def _with_returned(
+    gradient: Tensor, sent: Sequence[Sequence[int]], received: Sequence[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Returns the gradient of own entries, with what other ranks computed of it.
+
+    Args:
+        gradient: that of own entries, and behind it that of this rank's guests.
+        sent: for each rank, the positions of own entries that are its guests.
+        received: how many guests of this rank are of each rank.
+        group: the ranks.
+    """
+    num_own = len(gradient) - sum(received)
+    own, rows = gradient[:num_own].clone(), gradient[num_own:]
+    counts = [len(positions) for positions in sent]
+    into = rows.new_empty(sum(counts), *rows.shape[1:])
+    send_rows_to_each(into, rows, counts, received, group, _SUMMING)
+    for positions, part in zip(sent, into.split(counts), strict=True):
+        own[positions] += part  # a rank has at most one copy of an expert, so no position is there twice
+    return own
 
 
 def _has_shape(value: Any, shape: torch.Size) -> bool:

@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 MessageDtype = Literal["bf16"]
 """What messages may be rounded to."""
 
-ExpertOrder = Literal["order", "load"]
-"""Which experts a rank has: consecutive ones, or those with which ranks have about equal numbers of rows."""
+ExpertOrder = Literal["order", "load", "replicate"]
+"""Which experts a rank has: consecutive ones, those with which ranks have about equal numbers of rows, or for a step
+also experts of other ranks."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class Pipeline(Runner):
                 self.executor.recorder = recorder
                 self.executor.run(schedule, inputs, loss)
             self.executor.recorder = None
+            if self.parameters.experts is not None:
+                self.parameters.experts.return_guests(self.gradients)
             self.schedules.step_ran(schedule, recorder.spans() if is_measuring and recorder is not None else ())
         return outputs
 
@@ -274,7 +277,8 @@ class Pipeline(Runner):
             self.parameters.keep_own_experts()
             for stage in self._experts.stages:
                 self.parameters.wait_for_parameters(stage)
-            inputs = self._experts.plan(inputs, may_move=trains and not self.parameters.is_accumulating)
+            may_move = trains and not self.parameters.is_accumulating
+            inputs = self._experts.plan(inputs, may_move, may_have_guests=trains)
         return inputs
 
     def _spread_experts(
@@ -297,8 +301,10 @@ class Pipeline(Runner):
         group = ExpertGroup(mesh.expert_size, mesh.expert_rank, sharing, of_stage, copies)
         axis = ExpertAxis(local, potential, group, stages, self._rows_as)
         self.parameters.experts = shards = ExpertShards(axis.parameters, mesh)
-        if options.placement == "load":
+        if options.placement != "order":
             axis.move = shards.place
+        if options.placement == "replicate":
+            axis.copy_guests = shards.copy_guests
         return axis
 
     def _agree_on_checks(self) -> None:
@@ -370,6 +376,8 @@ class Pipeline(Runner):
             raise
         finally:
             self._step.clear()
+            if self.parameters.experts is not None:
+                self.parameters.experts.drop_guests()  # after an error
             for axis in (self._graph, self._experts):
                 if axis is not None:
                     axis.clear()

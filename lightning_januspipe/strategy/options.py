@@ -96,7 +96,9 @@ class StrategyOptions:
     expert_placement: ExpertOrder = "order"
     """Which experts a rank has with expert_size > 1. "order": consecutive ones. "load": those with which the ranks get
     about equal numbers of rows, by the steps so far and the one to come; experts move, with their optimizer state, as
-    soon as rows that wait for another rank have cost as much as the move."""
+    soon as rows that wait for another rank have cost as much as the move. "replicate": those of "load", and where this
+    costs less than it saves, experts with many rows are also on other ranks for one step, which share their rows; this
+    needs compile=False."""
 
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
@@ -160,6 +162,11 @@ class StrategyOptions:
                     "leaves all experts on every rank. Use expert_size=2 or more, or expert_placement='order'."
                 )
             return
+        if self.expert_placement == "replicate" and self.compile:
+            raise ValueError(
+                f"expert_placement='replicate' is not available with compile={self.compile!r}: compiled phases have a "
+                "fixed number of experts on a rank. Use compile=False, or expert_placement='load'."
+            )
         if is_unfolded(self.schedule):
             raise ValueError(
                 f"expert_size={self.expert_size} is not available with schedule={self.schedule!r}, which runs the "

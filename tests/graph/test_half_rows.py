@@ -9,7 +9,7 @@ import graph_models
 import half_workers as workers
 import pytest
 import torch
-from expert_workers import experts
+from expert_workers import experts, train_with_guests
 from parity_check import check_parity
 from pools import slow
 
@@ -44,11 +44,17 @@ def test_both_ends_of_a_message_have_the_same_scales() -> None:
         (partial(experts, 2), {"graph_size": 2, "expert_size": 2, "exchange_dtype": "fp16"}),
         slow(partial(experts, 1), {"data_size": 2, "expert_size": 2, "exchange_dtype": "bf16"}),
         slow(partial(experts, 1), {"data_size": 2, "expert_size": 2, "exchange_dtype": "fp16", "shard": "parameters"}),
+        slow(
+            partial(experts, 2),
+            {"data_size": 2, "expert_size": 2, "exchange_dtype": "fp16", "expert_placement": "replicate"},
+        ),
         slow(graph_models.attention, {"graph_size": 2, "exchange_dtype": "fp16"}),  # the largest are compared exactly
     ],
 )
 def test_training_is_close_to_that_of_one_process(pool: RankPool, module: Any, strategy: dict[str, Any]) -> None:
-    more = {"pipeline_size": 1, "num_microbatches": 2, **strategy}
+    more: dict[str, Any] = {"pipeline_size": 1, "num_microbatches": 2, **strategy}
+    if strategy.get("expert_placement") == "replicate":
+        more["train"] = train_with_guests
     check_parity(pool, 2, graph_models.Data, module, steps=1, tolerance=0.02, **more)
     with pytest.raises(AssertionError, match="differs by|instead of"):  # rows are rounded
         check_parity(pool, 2, graph_models.Data, module, steps=1, tolerance=1e-7, **more)

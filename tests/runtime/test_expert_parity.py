@@ -133,6 +133,53 @@ def test_experts_move_to_where_their_rows_are_few(
     check_parity(pool, devices, graph_models.Data, module, trainer, 5, train=workers.train_moving, **more)
 
 
+@pytest.mark.parametrize(
+    ("devices", "mesh", "module", "moves"),
+    [
+        (2, {**REPLICAS, "shard": "parameters"}, partial(workers.experts, 2), False),
+        slow(2, REPLICAS, partial(workers.experts, 1, 0), False),  # all rows to one expert
+        slow(2, REPLICAS, workers.saving, True),
+        slow(2, GRAPH, partial(workers.experts, 2), False),
+        slow(2, GRAPH, partial(workers.experts, 1, 0), True),
+        slow(4, {**STAGES_AND_REPLICAS, "shard": "optimizer"}, partial(workers.experts, 2), True),
+        slow(4, {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1}, partial(workers.experts, 2), True),
+        slow(4, {**BOTH, "expert_size": 4}, partial(workers.experts, 2), True),
+        slow(4, {**BOTH, "expert_size": 4}, partial(workers.experts, 1, 0), False),
+        slow(2, {**REPLICAS, "activation": "recompute"}, partial(workers.experts, 4), False),
+    ],
+)
+def test_experts_with_many_rows_are_on_several_ranks(
+    pool: RankPool, devices: int, mesh: dict[str, Any], module: Any, moves: bool
+) -> None:
+    """In every step ranks have guests, and training is that of one process, with Adam's state and clipping."""
+    more = {**SPREAD, "expert_placement": "replicate", **mesh}
+    train = partial(workers.train_with_guests, moves=moves)
+    check_parity(pool, devices, graph_models.Data, module, {"gradient_clip_val": 0.5}, 5, train=train, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_experts_on_several_ranks_in_three_dimensions() -> None:
+    with pool_of(8) as pool:
+        mesh = {"pipeline_size": 2, "data_size": 2, "graph_size": 2, "num_microbatches": 2, "expert_size": 4}
+        more = {**mesh, "expert_placement": "replicate", "shard": "parameters"}
+        train = partial(workers.train_with_guests, moves=True)
+        check_parity(pool, 8, graph_models.Data, partial(workers.experts, 2), train=train, **more)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [slow("gradients", "gradient of .* in step 0 differs by"), slow("values", "gradient of .* in step 1 differs by")],
+)
+def test_faults_of_guests_are_found(pool: RankPool, fault: str, message: str) -> None:
+    """Gradients of guests that are lost, and guests with parameters of the first step."""
+    more = {**REPLICAS, **SPREAD, "expert_placement": "replicate"}
+    train = partial(workers.train_with_guests, fault=fault)
+    with pytest.raises(AssertionError, match=message) as error:
+        check_parity(pool, 2, graph_models.Data, workers.experts, steps=3, train=train, **more)
+    assert not isinstance(error.value, RankError)
+
+
 @pytest.mark.slow
 def test_an_optimizer_state_that_does_not_move_is_found(pool: RankPool) -> None:
     train = partial(workers.train_moving, has_state=False)
@@ -141,12 +188,15 @@ def test_an_optimizer_state_that_does_not_move_is_found(pool: RankPool) -> None:
         check_parity(pool, 2, graph_models.Data, workers.experts, steps=5, train=train, **more)
 
 
-@pytest.mark.slow
-def test_accumulated_batches_of_experts_that_move(pool: RankPool) -> None:
-    """Experts stay while gradients wait for those of the next batch."""
-    more = {**REPLICAS, **SPREAD, "expert_placement": "load"}
+@pytest.mark.parametrize(
+    ("placement", "train"),
+    [slow("load", workers.train_moving), slow("replicate", partial(workers.train_with_guests, moves=True))],
+)
+def test_accumulated_batches_of_experts_that_move(pool: RankPool, placement: str, train: Any) -> None:
+    """Experts keep their owners while gradients wait for those of the next batch."""
+    more = {**REPLICAS, **SPREAD, "expert_placement": placement}
     trainer = {"accumulate_grad_batches": 2}
-    check_parity(pool, 2, graph_models.Data, workers.experts, trainer, 4, train=workers.train_moving, **more)
+    check_parity(pool, 2, graph_models.Data, workers.experts, trainer, 4, train=train, **more)
 
 
 @pytest.mark.slow
@@ -171,6 +221,7 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
         2,
     ),
     "placed by load": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "expert_placement": "load"}, 2),
+    "on several ranks": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "expert_placement": "replicate"}, 2),
     "stages and replicas": ({**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1}, 4),
     "stages and replicas, folder": (
         {**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1, "save_distributed_checkpoint": True},
@@ -180,7 +231,8 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
 
 
 def _train(place: str) -> Any:
-    return workers.checkpoints_moving if place == "placed by load" else checkpoint_workers.train
+    forced = {"placed by load": workers.checkpoints_moving, "on several ranks": workers.checkpoints_with_guests}
+    return forced.get(place, checkpoint_workers.train)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +247,7 @@ def _train(place: str) -> Any:
         slow("parameters in shards", "one process"),
         slow("placed by load", "stages and replicas"),
         slow("plain", "placed by load"),
+        slow("on several ranks", "stages and replicas"),
         slow("parameters in shards, folder", "stages and replicas"),
     ],
 )
@@ -228,7 +281,9 @@ def test_goes_on_in_plain_lightning(pool: RankPool, tmp_path: Path, before: str)
         torch.testing.assert_close(found[1][name], expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("place", [slow("replicas"), "parameters in shards", slow("placed by load")])
+@pytest.mark.parametrize(
+    "place", [slow("replicas"), "parameters in shards", slow("placed by load"), slow("on several ranks")]
+)
 def test_files_are_those_of_plain_lightning(
     pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, place: str
 ) -> None:

@@ -56,7 +56,14 @@ from lightning_januspipe.strategy.registry import NAMESPACES
         ),
         ({"exchange_dtype": "bf16"}, "exchange_dtype='bf16', but with graph_size=1 and expert_size=1 no rows travel"),
         ({"expert_placement": "load"}, "expert_placement='load' needs ranks that share experts, but expert_size=1"),
-        ({"expert_size": 2, "expert_placement": "even"}, "expert_placement='even'; expected 'order' or 'load'"),
+        (
+            {"expert_size": 2, "expert_placement": "even"},
+            "expert_placement='even'; expected 'order', 'load' or 'replicate'",
+        ),
+        (
+            {"expert_size": 2, "expert_placement": "replicate", "compile": True},
+            "expert_placement='replicate' is not available with compile=True: compiled phases have a fixed number",
+        ),
         ({"save_distributed_checkpoint": "yes"}, "save_distributed_checkpoint='yes'; expected True or False"),
         ({"timeout": 0}, "timeout=0; expected a time > 0, in seconds or as a timedelta"),
         ({"timeout": timedelta(0)}, "timeout=datetime.timedelta(0); expected a time > 0"),

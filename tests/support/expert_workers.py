@@ -27,8 +27,14 @@ from lightning_januspipe.expert_ranks import (
     return_rows,
     row_exchange,
     send_rows,
+    step_plans,
 )
-from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement
+from lightning_januspipe.expert_ranks.expert_placement import (
+    ExpertPlacement,
+    Guest,
+    Guests,
+    best_guests,
+)
 from lightning_januspipe.experts import ElementExperts, grouped_linear
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
@@ -155,8 +161,8 @@ def moving(has_state: bool = True) -> Iterator[None]:
     moves: list[int] = []
     place, see = ExpertShards.place, ExpertPlacement.see
 
-    def eager(self: ExpertPlacement, load: Any) -> bool:
-        if not see(self, load):
+    def eager(self: ExpertPlacement, load: Any, has_guests: bool = False) -> bool:
+        if not see(self, load, has_guests):
             self.order = [*self.order[1:], self.order[0]]
         return True
 
@@ -183,6 +189,68 @@ def train_moving(*arguments: Any, has_state: bool = True) -> RunRecord:
 def checkpoints_moving(*arguments: Any) -> dict[str, Any]:
     """Trains and saves with experts that move before every step."""
     with moving():
+        return checkpoint_workers.train(*arguments)
+
+
+@contextmanager
+def having_guests(moves: bool, fault: str = "") -> Iterator[None]:
+    """Lets ranks hold experts of other ranks too in every step, each some of their rows.
+
+    Args:
+        moves: whether experts move before every step, too.
+        fault: "gradients" loses those of guests, "values" copies those of the first step.
+    """
+    steps: list[int] = []
+    copy, give_back, drop = ExpertShards.copy_guests, ExpertShards.return_guests, ExpertShards.drop_guests
+    first: dict[nn.Parameter, Tensor] = {}
+
+    def forced(load: Any, order: Any, num_ranks: int) -> Guests:
+        found = best_guests(load, order, num_ranks).guests
+        if not found:  # loads are even: the first rank's largest expert is on all others too
+            largest = max(order[: bounds_of(len(order), num_ranks)[1]], key=lambda e: load[e])
+            rows = load[largest] // num_ranks
+            found = tuple(Guest(largest, rank, rows) for rank in range(1, num_ranks)) if rows else ()
+        return Guests(found, 0)
+
+    def noted(self: ExpertShards, held: Any) -> None:
+        steps.append(len(held))
+        now = {p: p.data for p in held}
+        if fault == "values":
+            for parameter in held:
+                parameter.data = first.setdefault(parameter, parameter.data.clone())
+        copy(self, held)
+        for parameter, values in now.items():
+            parameter.data[: len(values)] = values
+
+    def returned(self: ExpertShards, sums: Any) -> None:
+        assert self._guests, "no expert is on several ranks in this step"
+        if fault != "gradients":
+            give_back(self, sums)
+        for parameter in self._guests:
+            total = sums.take(parameter)
+            sums.add([parameter], [total[: len(total) - sum(self._guests[parameter][1])]])
+        drop(self)
+
+    with (
+        moving() if moves else patch.object(ExpertPlacement, "see", lambda *_: False),
+        patch.object(expert_placement, "ROWS_PER_GUEST", 0),
+        patch.object(step_plans, "best_guests", forced),
+        patch.object(ExpertShards, "copy_guests", noted),
+        patch.object(ExpertShards, "return_guests", returned),
+    ):
+        yield
+    assert steps, "no expert was on several ranks"
+
+
+def train_with_guests(*arguments: Any, moves: bool = False, fault: str = "") -> RunRecord:
+    """Trains with experts that are on several ranks in every step."""
+    with having_guests(moves, fault):
+        return train_in_pipeline(*arguments)
+
+
+def checkpoints_with_guests(*arguments: Any) -> dict[str, Any]:
+    """Trains and saves with experts that are on several ranks in every step, and move before it."""
+    with having_guests(moves=True):
         return checkpoint_workers.train(*arguments)
 
 
