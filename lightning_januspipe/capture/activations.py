@@ -10,7 +10,7 @@ from torch import nn
 from lightning_januspipe.capture.find.grad_call import PotentialCall
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import PhaseMode, run_staged
-from lightning_januspipe.engine.single_process import StageFactory
+from lightning_januspipe.engine.single_process import SingleProcessResult, StageFactory
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
 Sizes = tuple[Mapping[str, int], Mapping[str, int]]
@@ -18,6 +18,28 @@ Sizes = tuple[Mapping[str, int], Mapping[str, int]]
 
 ActivationFactories = Mapping[str, Callable[[Sizes], StageFactory]]
 """For each activation what makes its stages, the fastest first."""
+
+
+MicrobatchRun = Callable[[StageFactory, bool], SingleProcessResult]
+"""Runs a micro-batch through all phases of the stages that are made; the second argument: whether to measure memory."""
+
+
+def run_of_call(
+    staged: StagedPotential, potential: nn.Module, call: PotentialCall, phase_mode: PhaseMode
+) -> MicrobatchRun:
+    """Returns what runs a call of a potential.
+
+    Args:
+        staged: the potential in stages.
+        potential: the live potential.
+        call: the call.
+        phase_mode: how the phases will be run.
+    """
+
+    def run(make_stage: StageFactory, measures_memory: bool) -> SingleProcessResult:
+        return run_staged(staged, potential, call, phase_mode, measures_memory, make_stage=make_stage)[1]
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -36,10 +58,7 @@ class ActivationCosts:
 
 
 def measure_activations(
-    staged: StagedPotential,
-    potential: nn.Module,
-    call: PotentialCall,
-    phase_mode: PhaseMode,
+    run: MicrobatchRun,
     sizes: Sizes,
     costs: Sequence[PhaseCosts],
     factories: ActivationFactories,
@@ -50,11 +69,8 @@ def measure_activations(
     operation by operation are slower than the compiled ones, and all of them alike.
 
     Args:
-        staged: the potential in stages.
-        potential: the live potential.
-        call: the call that is measured.
-        phase_mode: how the phases will be run.
-        sizes: the sizes of this call, and of another one.
+        run: runs the micro-batch.
+        sizes: the sizes of the whole micro-batch, and of another one.
         costs: seconds of the phases of each stage, as the capture measured them.
         factories: the activations.
     """
@@ -62,8 +78,8 @@ def measure_activations(
     first: Sequence[PhaseCosts] = ()
     for name, factory in factories.items():
         make_stage = factory(sizes)
-        times = run_staged(staged, potential, call, phase_mode, num_runs=2, make_stage=make_stage)[1].costs
-        measured = run_staged(staged, potential, call, phase_mode, measure_memory=True, make_stage=make_stage)[1]
+        run(make_stage, False)  # a warm-up
+        times, measured = run(make_stage, False).costs, run(make_stage, True)
         assert measured.memory is not None and measured.host_bytes is not None
         first = first or times
         scaled = [_scaled(*stage) for stage in zip(costs, times, first, strict=True)]

@@ -9,7 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_januspipe.capture.activations import ActivationCosts, ActivationFactories, measure_activations
+from lightning_januspipe.capture.activations import (
+    ActivationCosts,
+    ActivationFactories,
+    measure_activations,
+    run_of_call,
+)
 from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
 from lightning_januspipe.capture.balance import StepTime, balance_parts, balance_stages, fastest
 from lightning_januspipe.capture.cache.key import ProgramKey, program_key
@@ -160,7 +165,8 @@ def capture_module(
             inputs = captured.inputs(job.potential)
             measured, traced = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in (job.other, job.call))
         sizes = measured, traced
-        others = measure_activations(captured, job.potential, job.other, folded, sizes, seconds, activations or {})
+        run = run_of_call(captured, job.potential, job.other, folded)
+        others = measure_activations(run, sizes, seconds, activations or {})
     elapsed = time.perf_counter() - began
     return Capture(captured, seconds, memory, elapsed, origin, sizes, alternative, others)
 

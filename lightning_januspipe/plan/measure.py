@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_januspipe.capture import ActivationCosts, ActivationFactories, Capture, PhaseMode, capture_module
-from lightning_januspipe.capture.activations import measure_activations
+from lightning_januspipe.capture.activations import measure_activations, run_of_call
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report
@@ -249,7 +249,8 @@ def _measured(
         assert result.memory is not None
         memory.append(tuple(result.memory))
         costs = _medians(walks[defer])
-        others.append(measure_activations(captured, submodule, call, mode, capture.sizes, costs, activations(defer)))
+        run = run_of_call(captured, submodule, call, mode)
+        others.append(measure_activations(run, capture.sizes, costs, activations(defer)))
     return Measured(
         captured,
         report(captured, profile),

@@ -32,6 +32,7 @@ from lightning_januspipe.graph.half_rows import ExchangeDtype
 from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
+from lightning_januspipe.runtime.graph_rank_activations import measure_on_graph_ranks
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.training_length import TrainingLength, reason_not_to_compile
@@ -94,10 +95,12 @@ class _Example:
     Attributes:
         inputs: The tensors of the potential's call; nothing where no rank needs them.
         is_to_verify: Whether all ranks have to verify with them that the potential is sharded right.
+        is_to_measure: Whether graph ranks have to measure with them what stages keep.
     """
 
     inputs: Sequence[Tensor] = ()
     is_to_verify: bool = False
+    is_to_measure: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,12 @@ class PipelineBuilder:
         assert self._last is not None
         found = self._last.capture
         spreads_experts = request.trains and mesh.expert_size > 1  # evaluation alone has every expert on every rank
+        if example.is_to_measure and mesh.pipeline_rank == mesh.data_rank == 0:  # of rank 0, which chooses
+            with request.ready(not request.trains):
+                inputs = [t.clone().to(mesh.device) for t in example.inputs]
+                given = self._factories(request, mesh, planner), is_deferred(planner.name)
+                measured = measure_on_graph_ranks(found, request.module, mesh, inputs, *given)
+            found = replace(found, activations=measured)
         limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
         planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
         if request.trains:
@@ -287,7 +296,7 @@ class PipelineBuilder:
             return {}
         names = candidates(self._compiles, self._activation, mesh.device.type)
         if self._compiles:
-            names = () if mesh.shape.graph > 1 or mesh.expert_size > 1 else names
+            names = () if mesh.expert_size > 1 else names
         elif self._activation != "auto":
             names = ()  # the capture itself has measured it
         return activation_factories(self._compiles, names, mesh.device.type, is_deferred(planner.name))
@@ -388,6 +397,8 @@ class PipelineBuilder:
         def step_time(costs: list[PhaseCosts]) -> float:
             return replace(planner, costs=tuple(costs)).step_time(request.num_microbatches)
 
+        factories = self._factories(request, mesh, planner)
+        measures_on_graph_ranks = bool(factories) and self._compiles and mesh.shape.graph > 1
         with request.ready(training):
             examples = request.examples()
             evaluation, step = request.evaluation_step, with_batch(request.step)
@@ -407,7 +418,7 @@ class PipelineBuilder:
                     evaluation_step=None if evaluation is None else with_batch(evaluation),
                     stages=self._stages,
                     cache=ProgramCache.default(),
-                    activations=self._factories(request, mesh, planner),
+                    activations={} if measures_on_graph_ranks else factories,
                     graph_size=mesh.shape.graph,
                 )
                 call = found.potential, request.module, step, examples[1]
@@ -418,9 +429,10 @@ class PipelineBuilder:
                     except CaptureError as error:
                         raise CaptureError(f"{error}{found.alternative}") from error
                 is_to_verify = bool(inputs)
-                if not inputs and self._measures_compiled(request, mesh):
+                is_to_measure = measures_on_graph_ranks and not is_to_verify
+                if is_to_measure or (not inputs and self._measures_compiled(request, mesh)):
                     inputs = call_tensors(*call)
-                return found, _Example([t.detach().cpu() for t in inputs], is_to_verify)
+                return found, _Example([t.detach().cpu() for t in inputs], is_to_verify, is_to_measure)
 
 
 def pipeline_links(mesh: Mesh) -> Links:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,41 @@ def test_it_ends(tmp_path: Path, how: str) -> None:
     assert background.result().failed == {"a": f"the process that compiled it has ended with the exit code {code}"}
     background.end()
     require_none_left(background)
+
+
+def _train_until_killed(tmp_path: Path) -> None:
+    background = started(tmp_path, a=Source(time.sleep, 600))
+    (tmp_path / "part").write_text(str(background._process.pid))
+    os.replace(tmp_path / "part", tmp_path / "pid")
+    time.sleep(600)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:  # a system without such files
+        return True
+    return state != "Z"  # it has ended, and nobody has asked for its exit code
+
+
+@pytest.mark.slow
+def test_it_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
+    training = get_context("spawn").Process(target=_train_until_killed, args=(tmp_path,))
+    training.start()
+    end = time.monotonic() + 200
+    while not (tmp_path / "pid").exists():
+        assert training.is_alive() and time.monotonic() < end, "it does not start"
+        time.sleep(0.1)
+    pid = int((tmp_path / "pid").read_text())
+    assert _is_running(pid)
+    training.kill()
+    training.join()
+    while _is_running(pid):
+        assert time.monotonic() < end, "what compiles runs on"
+        time.sleep(0.1)
 
 
 def test_one_rank_of_each_machine_compiles_a_stage() -> None:

@@ -12,13 +12,16 @@ import pytest
 import tiny
 from compiled_workers import (
     eager_microbatches,
+    first_plan,
     fit_then_evaluate,
-    plan_with_late_phases,
+    smallest_of_two_layers,
     train_changing_over,
     train_changing_over_when_compiled,
     train_compiled,
+    train_compiled_with_deferred_gradients,
     train_interpreted,
     train_interpreted_moving,
+    train_recomputing_within_a_limit,
     train_with_a_misfit_on_one_rank,
     train_without_an_exchange,
 )
@@ -55,7 +58,7 @@ def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> No
 @pytest.mark.parametrize(
     ("devices", "module", "strategy"),
     [
-        (2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
+        slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "keep"}),
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "pointwise"}),
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "shard": "optimizer"}),
@@ -94,7 +97,7 @@ def test_parity_where_compiled_phases_take_over(pool: RankPool, devices: int, st
 def test_the_schedule_is_made_for_the_times_of_compiled_phases(pool: RankPool) -> None:
     """The stages that are late on their rank when they are compiled count as such, on both ranks and in the line."""
     late = 0.1
-    ranks = pool.run(plan_with_late_phases, {"schedule": "wavek", "num_microbatches": 4}, late, world_size=2)
+    ranks = pool.run(first_plan, {"schedule": "wavek", "num_microbatches": 4}, late, world_size=2)
     costs = ranks[0]["costs"]
     assert all(r["costs"] == r["planned"] == costs for r in ranks)
     of_late = [c.total for c, rank in zip(costs, ranks[0]["placement"], strict=True) if rank == 1]
@@ -102,6 +105,12 @@ def test_the_schedule_is_made_for_the_times_of_compiled_phases(pool: RankPool) -
     shares = [int(share) for share in re.findall(r"(\d+) %", ranks[0]["line"])]
     total = sum(c.total for c in costs)
     assert shares == [round(100 * c.total / total) for c in costs]
+
+
+def test_a_memory_limit_chooses_what_graph_ranks_keep(pool: RankPool) -> None:
+    """The whole micro-batch would keep 17.5 MB with "pointwise", and next to nothing with "recompute"."""
+    given = {"compile": True, "graph_size": 2, "pipeline_size": 1, "num_microbatches": 2, "memory_limit": 6e6}
+    check_parity(pool, 2, train=train_recomputing_within_a_limit, **given)
 
 
 @pytest.mark.slow
@@ -112,6 +121,14 @@ def test_inductor_compiles_in_the_background(pool: RankPool) -> None:
     for _ in range(2):
         train, module = train_changing_over_when_compiled, partial(tiny.module, num_layers=1)
         check_parity(pool, 2, module=module, train=train, limit=1100, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_inductor_compiles_deferred_weight_gradients(pool: RankPool) -> None:
+    given = {"compile": True, "schedule": "wavek-zb", "num_microbatches": 4}
+    train = train_compiled_with_deferred_gradients
+    check_parity(pool, 2, module=smallest_of_two_layers, train=train, limit=1400, **given)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_januspipe.capture import ActivationCosts
 from lightning_januspipe.runtime.chosen_activations import ChosenActivations, choose_activations
+from lightning_januspipe.runtime.graph_rank_activations import most_of
 from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
 
@@ -23,6 +24,18 @@ def measured(
         "pointwise": ActivationCosts((fast,) * num_stages, many or (MANY,) * num_stages),
         "recompute": ActivationCosts((slow,) * num_stages, (FEW,) * num_stages),
     }
+
+
+def test_the_graph_rank_that_takes_most_counts() -> None:
+    """Ranks that went by what they hold themselves would not fit, or would choose differently."""
+    one, other = PhaseCosts(1.0, 2.0, 3.0, 4.0, 5.0), PhaseCosts(2.0, 1.0, 3.0, 4.0, 0.0, 6.0)
+    of_ranks = [
+        ActivationCosts((one, one), (MANY, FEW), (0, 7)),
+        ActivationCosts((other, one), (MemoryCosts(90.0, 0.0, 0.0), FEW), (3, 1)),
+    ]
+    assert most_of(of_ranks) == ActivationCosts(
+        (PhaseCosts(2.0, 2.0, 3.0, 4.0, 5.0, 6.0), one), (MemoryCosts(90.0, 60.0, 40.0), FEW), (3, 7)
+    )
 
 
 @pytest.mark.parametrize(

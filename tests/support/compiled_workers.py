@@ -20,14 +20,18 @@ from matris_models import matris
 from torch import Tensor, fx
 from torch._inductor import cpp_builder
 
-from lightning_januspipe.compiled import artifacts, background
+from lightning_januspipe.capture import ActivationCosts
+from lightning_januspipe.compiled import artifacts, background, compiler
 from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.exchanges import exchanges_of
 from lightning_januspipe.compiled.sizes import StageSizes
 from lightning_januspipe.expert_ranks import ExpertAxis
-from lightning_januspipe.runtime import change_over, training_length
+from lightning_januspipe.models import EquivariantPotential, PotentialModule
+from lightning_januspipe.runtime import build_pipeline, change_over, training_length
+from lightning_januspipe.runtime.graph_rank_activations import measure_on_graph_ranks
 from lightning_januspipe.runtime.pipeline import Pipeline
+from lightning_januspipe.schedule import Phase
 from lightning_januspipe.testing import RunRecord, interpreted_phases, quiet_trainer, train_in_pipeline
 
 
@@ -44,6 +48,33 @@ def train_interpreted(*arguments: Any) -> RunRecord:
     with interpreted() as graphs:
         record = train_in_pipeline(*arguments)
     assert graphs, "no phase graph was made"
+    return record
+
+
+def train_recomputing_within_a_limit(*arguments: Any) -> RunRecord:
+    """Trains on graph ranks whose memory limit, by what these have measured of themselves, has them compute again."""
+    kept: list[str] = []
+    runners = compiler.StageCompiler._runners
+
+    def noted(self: Any, function: Any, chain: Any) -> Any:
+        if not self.interprets:
+            kept.append(self.activation_of(function.index))
+        return runners(self, function, chain)
+
+    found: list[dict[str, ActivationCosts]] = []
+
+    def measure(*given: Any) -> dict[str, ActivationCosts]:
+        found.append(measure_on_graph_ranks(*given))
+        return found[-1]
+
+    with (
+        mock.patch.object(compiler.StageCompiler, "_runners", noted),
+        mock.patch.object(build_pipeline, "measure_on_graph_ranks", measure),
+    ):
+        record = train_interpreted(*arguments)
+    assert kept == ["recompute"]
+    pointwise, recompute = (found[0][name].memory[0].total for name in ("pointwise", "recompute"))
+    assert 1e6 < recompute < arguments[2]["memory_limit"] < pointwise < 12e6
     return record
 
 
@@ -112,8 +143,8 @@ def train_with_a_misfit_on_one_rank(*arguments: Any) -> RunRecord:
     return record
 
 
-def plan_with_late_phases(strategy: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Trains one step with phases that take longer on rank 1; returns what the start has planned and told."""
+def first_plan(strategy: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Trains one step with phases that take seconds longer on rank 1; returns what the start has planned and told."""
     is_late, lines = os.environ["RANK"] == "1", list[str]()
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -136,7 +167,7 @@ def plan_with_late_phases(strategy: dict[str, Any], seconds: float) -> dict[str,
     module.on_train_batch_end = look
     with interpreted(change), mock.patch.object(logger, "handlers", [handler]), mock.patch.object(logger, "level", 20):
         trainer.fit(module, tiny.data())
-    return {**found, "line": next((line for line in lines if "of the work" in line), "")}
+    return {**found, "line": next((line for line in lines if "micro-batch" in line), "")}
 
 
 class _Compiling:
@@ -214,6 +245,39 @@ def nothing_compiled_here() -> Iterator[None]:
     with mock.patch.object(cpp_builder, "run_compile_cmd", noted):
         yield
     assert not [c for c in commands if " -shared " in c], "the training process has compiled"
+
+
+def smallest_of_two_layers() -> PotentialModule:
+    """Returns a module whose layers have few features, so that they are compiled in a short time."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    return PotentialModule(EquivariantPotential(["Cu", "Ni", "Al"], 5.0, num_layers=2, num_features=2, l_max=0))
+
+
+def train_compiled_with_deferred_gradients(*arguments: Any) -> RunRecord:
+    """Trains with phases that another process compiles, WF among them, which this process reads and runs."""
+    read: list[set[Phase]] = []
+    ran: list[int] = []
+    runners, weight_force = artifacts.StageArtifacts.runners, CompiledStage.weight_force
+
+    def noted(self: Any, tolerance: float | None) -> Any:
+        read.append(set(self.functions))
+        return runners(self, tolerance)
+
+    def noted_force(self: Any, microbatch: int) -> None:
+        ran.append(microbatch)
+        weight_force(self, microbatch)
+
+    with (
+        nothing_compiled_here(),
+        mock.patch.object(artifacts.StageArtifacts, "runners", noted),
+        mock.patch.object(CompiledStage, "weight_force", noted_force),
+    ):
+        record = train_in_pipeline(*arguments)
+    assert not record.eager and not record.num_misfits
+    assert Phase.WF in set[Phase]().union(*read), "no stage has anything to defer"
+    assert ran, "no WF was an action of its own"
+    return record
 
 
 def train_changing_over_when_compiled(*arguments: Any) -> RunRecord:
