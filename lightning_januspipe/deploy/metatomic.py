@@ -103,6 +103,9 @@ class EnergiesOfAtoms(nn.Module):
         return found
 
     def num_messages(self) -> int:
-        """Returns the most edges between an atom and another one that its energy depends on."""
+        """Returns the most edges between an atom and another one that its energy depends on.
+
+        A block of MatRIS passes on what it knows twice: to the other arm of an angle, and along an edge to an atom.
+        """
         model = self.energy_model
-        return len(model.layers) if hasattr(model, "layers") else 2 * len(model.blocks) + 1
+        return len(model.layers) if hasattr(model, "layers") else 2 * len(model.blocks)

@@ -73,3 +73,22 @@ def test_energies_are_traced_for_other_sizes() -> None:
     for example in others:
         torch.testing.assert_close(traced(*example), energies(*example), rtol=0, atol=1e-10)
     assert energies.num_messages() == 2
+
+
+def test_energies_depend_on_atoms_within_the_reach(potential: torch.nn.Module) -> None:
+    """The end of a chain of neighbours depends on as many more atoms as the reach has edges."""
+    energies = EnergiesOfAtoms(potential)
+    if energies.task is None and len(potential.tasks) > 1:
+        energies.task = 0
+    num = energies.num_messages() + 3
+    positions = torch.zeros(num, 3, dtype=torch.float64)
+    positions[:, 0] = 2.7 * torch.arange(num)
+    positions[1::2, 1] = 0.5
+    forward = torch.stack([torch.arange(num - 1), torch.arange(1, num)])
+    edge_index = torch.cat([forward, forward.flip(0)], dim=1)
+    zeros = torch.zeros(num, dtype=torch.int64)
+    shifts, cell = edge_index.new_zeros(edge_index.shape[1], 3), torch.zeros(1, 3, 3, dtype=torch.float64)
+    of_atoms = energies(positions.requires_grad_(), zeros + 2, edge_index, shifts.double(), cell, zeros)
+    (derivative,) = torch.autograd.grad(of_atoms.flatten()[0], positions)
+    (depends,) = torch.nonzero(derivative.norm(dim=1), as_tuple=True)
+    assert depends.tolist() == list(range(energies.num_messages() + 1))
