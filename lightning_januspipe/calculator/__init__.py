@@ -4,8 +4,10 @@ from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapte
 from lightning_januspipe.calculator.calculator import JanusPipeCalculator
 from lightning_januspipe.calculator.packages import (
     AIMNet2AtomsAdapter,
+    CHGNetAtomsAdapter,
     MACEAtomsAdapter,
     MatGLAtomsAdapter,
+    MatRISAtomsAdapter,
     NequIPAtomsAdapter,
     PETAtomsAdapter,
     SchNetPackAtomsAdapter,
@@ -17,10 +19,12 @@ from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 __all__ = [
     "AIMNet2AtomsAdapter",
     "AtomsAdapter",
+    "CHGNetAtomsAdapter",
     "Edges",
     "JanusPipeCalculator",
     "MACEAtomsAdapter",
     "MatGLAtomsAdapter",
+    "MatRISAtomsAdapter",
     "NequIPAtomsAdapter",
     "PETAtomsAdapter",
     "SchNetPackAtomsAdapter",

@@ -53,6 +53,11 @@ def box() -> Atoms:
     return atoms
 
 
+def boxed(atoms: Atoms) -> Atoms:
+    """Returns a structure that is periodic: a molecule is put into a large cell, for packages that take no others."""
+    return atoms if atoms.pbc.all() else Atoms(atoms.symbols, atoms.positions, cell=[50.0] * 3, pbc=True)
+
+
 def check_calculator(
     module: nn.Module,
     own: Own,
@@ -60,6 +65,7 @@ def check_calculator(
     structures: Sequence[Callable[[], Atoms]] = (crystal, tiny, cluster),
     stress: bool = True,
     repeated: float = 1e-12,
+    lone: bool = True,
 ) -> None:
     """Compares a calculator with the package's own numbers, with finite differences, and with itself.
 
@@ -69,6 +75,7 @@ def check_calculator(
         unknown: An element that the potential does not have; None if it has all.
         structures: Make the structures to compare; without a periodic one, all are molecules.
         stress: The potential has a stress.
+        lone: The potential has an energy of a lone atom.
         repeated: How much the energy of a repeated crystal may differ, relatively.
     """
     shared = JanusPipeCalculator(module)
@@ -98,7 +105,7 @@ def check_calculator(
             large.calc = shared
             assert large.get_potential_energy() == pytest.approx(6 * atoms.get_potential_energy(), rel=repeated)
             np.testing.assert_allclose(large.get_forces(), np.tile(forces, (6, 1)), rtol=0, atol=max(repeated, 1e-10))
-    for atom in (Atoms("Cu"), *([Atoms("Cu", cell=[20.0] * 3, pbc=True)] if periodic else [])):
+    for atom in () if not lone else (Atoms("Cu"), *([Atoms("Cu", cell=[20.0] * 3, pbc=True)] if periodic else [])):
         atom.calc = shared
         assert np.isfinite(atom.get_potential_energy())
         np.testing.assert_array_equal(atom.get_forces(), np.zeros((1, 3)))

@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk
 from capture_models import Step, assert_parity
 from factories import data_of, module_of
 from torch import Tensor, nn
 
+from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
+from .calculator_checks import boxed, check_calculator
 from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
 
 pytestmark = [
@@ -265,3 +267,26 @@ def test_many_angles_are_no_limit() -> None:
         assert_parity(captured(module, few, many, num_stages=1), module, many)
     finally:
         interaction_block.THRESHOLD_VALUE = threshold
+
+
+@pytest.mark.usefixtures("_double")
+@pytest.mark.parametrize("intensive", [True, False])
+def test_calculator(intensive: bool) -> None:
+    """MatRIS's own graphs and forward; its calculator of ASE loads published models only."""
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    model = small(is_intensive=intensive).eval()
+
+    def own(atoms: Atoms) -> dict[str, Any]:
+        out = model([model.graph_converter(AseAtomsAdaptor.get_structure(boxed(atoms)))], task="efs")
+        energy, forces, stress = (out[name][0].detach().numpy() for name in "efs")
+        return {
+            "energy": energy * (len(atoms) if intensive else 1),
+            "forces": forces,
+            "stress": stress * units.GPa,
+        }
+
+    check_calculator(nn.Sequential(model), own, unknown="Am", lone=False)
+    atom = Atoms("Cu", calculator=JanusPipeCalculator(model))
+    with pytest.raises(ValueError, match=r"no two of its 1 atoms are within 5.0 Å.* MatRIS has no energy"):
+        atom.get_potential_energy()

@@ -11,6 +11,7 @@ from lightning_januspipe.calculator.adapter import AtomsAdapter
 from lightning_januspipe.calculator.packages.of_aimnet import AIMNet2AtomsAdapter
 from lightning_januspipe.calculator.packages.of_mace import MACEAtomsAdapter
 from lightning_januspipe.calculator.packages.of_matgl import MatGLAtomsAdapter
+from lightning_januspipe.calculator.packages.of_matris import CHGNetAtomsAdapter, MatRISAtomsAdapter
 from lightning_januspipe.calculator.packages.of_metatrain import PETAtomsAdapter
 from lightning_januspipe.calculator.packages.of_nequip import NequIPAtomsAdapter
 from lightning_januspipe.calculator.packages.of_schnetpack import SchNetPackAtomsAdapter
@@ -19,8 +20,10 @@ from lightning_januspipe.calculator.packages.of_torchmdnet import TorchMDNetAtom
 
 __all__ = [
     "AIMNet2AtomsAdapter",
+    "CHGNetAtomsAdapter",
     "MACEAtomsAdapter",
     "MatGLAtomsAdapter",
+    "MatRISAtomsAdapter",
     "NequIPAtomsAdapter",
     "PETAtomsAdapter",
     "SchNetPackAtomsAdapter",
@@ -38,6 +41,8 @@ _OF_CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("torchmdnet", "TorchMD_Net"): TorchMDNetAtomsAdapter,
     ("aimnet", "AIMNet2"): AIMNet2AtomsAdapter,
     ("metatrain", "PET"): PETAtomsAdapter,
+    ("chgnet", "CHGNet"): CHGNetAtomsAdapter,
+    ("matris", "MatRIS"): MatRISAtomsAdapter,
 }
 """Adapters by the package and the name of a class of potentials."""
 

@@ -61,10 +61,15 @@ def symbols_of(numbers: Iterable[int]) -> list[str]:
     return [chemical_symbols[number] for number in numbers]
 
 
-def embedded_symbols(model: nn.Module) -> list[str]:
-    """Returns the elements that a model's first embedding has, whose row is the atomic number."""
+def embedded_symbols(model: nn.Module, hydrogen: int = 1) -> list[str]:
+    """Returns the elements that a model's first embedding has, with a row for each atomic number.
+
+    Args:
+        model: The model.
+        hydrogen: Row of hydrogen.
+    """
     embedding = next(part for part in model.modules() if isinstance(part, nn.Embedding))
-    return symbols_of(range(1, min(embedding.num_embeddings, len(chemical_symbols))))
+    return symbols_of(range(1, min(embedding.num_embeddings - hydrogen + 1, len(chemical_symbols))))
 
 
 def charge_of(atoms: Atoms) -> float:
