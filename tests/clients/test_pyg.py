@@ -8,10 +8,16 @@ Slow, and skipped where torch-geometric is absent:
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+import torch
+from ase import Atoms
 from factories import factory
 
+from lightning_januspipe.calculator import JanusPipeCalculator
+
+from .calculator_checks import check_calculator, cluster, crystal
 from .compare import ModelConformance
 
 pytestmark = [
@@ -32,3 +38,20 @@ class TestViSNet(ModelConformance):
 class TestDimeNet(ModelConformance):
     make_module = factory("pyg_models", "make_dimenet")
     datamodules = {"molecules": factory("pyg_models", "molecules")}
+
+
+@pytest.mark.parametrize("kind", ["visnet", "dimenet"])
+def test_calculator(kind: str) -> None:
+    """The forward of the package, or of the module that differentiates its energy."""
+    module = factory("pyg_models", f"make_{kind}")().eval()
+
+    def own(atoms: Atoms) -> dict[str, Any]:
+        numbers, positions = torch.tensor(atoms.numbers), torch.tensor(atoms.positions)
+        energy, forces = module.model(numbers, positions, torch.zeros(len(atoms), dtype=torch.int64))
+        return {"energy": energy.detach(), "forces": forces.detach()}
+
+    check_calculator(module, own, unknown="Lr", structures=[cluster], stress=False)
+    atoms = crystal()
+    atoms.calc = JanusPipeCalculator(module)
+    with pytest.raises(ValueError, match=r"the structure is periodic, .*take molecules only"):
+        atoms.get_potential_energy()

@@ -14,6 +14,7 @@ from lightning_januspipe.calculator.packages.of_matgl import MatGLAtomsAdapter
 from lightning_januspipe.calculator.packages.of_matris import CHGNetAtomsAdapter, MatRISAtomsAdapter
 from lightning_januspipe.calculator.packages.of_metatrain import PETAtomsAdapter
 from lightning_januspipe.calculator.packages.of_nequip import NequIPAtomsAdapter
+from lightning_januspipe.calculator.packages.of_pyg import PyGAtomsAdapter
 from lightning_januspipe.calculator.packages.of_schnetpack import SchNetPackAtomsAdapter
 from lightning_januspipe.calculator.packages.of_sevennet import SevenNetAtomsAdapter
 from lightning_januspipe.calculator.packages.of_torchmdnet import TorchMDNetAtomsAdapter
@@ -26,6 +27,7 @@ __all__ = [
     "MatRISAtomsAdapter",
     "NequIPAtomsAdapter",
     "PETAtomsAdapter",
+    "PyGAtomsAdapter",
     "SchNetPackAtomsAdapter",
     "SevenNetAtomsAdapter",
     "TorchMDNetAtomsAdapter",
@@ -43,6 +45,8 @@ _OF_CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("metatrain", "PET"): PETAtomsAdapter,
     ("chgnet", "CHGNet"): CHGNetAtomsAdapter,
     ("matris", "MatRIS"): MatRISAtomsAdapter,
+    ("torch_geometric", "ViSNet"): PyGAtomsAdapter,
+    ("torch_geometric", "DimeNetPlusPlus"): PyGAtomsAdapter,
 }
 """Adapters by the package and the name of a class of potentials."""
 
