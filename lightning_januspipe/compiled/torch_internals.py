@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
 from lightning_januspipe.compiled.small_products import products_of_small_matrices
+from lightning_januspipe.compiled.whole_slices import gradient_of_slice
 
 
 class _AnySizes(ShapeEnv):
@@ -136,7 +137,12 @@ def any_size() -> Iterator[None]:
 
 def traced_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a function of fake tensors and symbolic sizes, in the operations that inductor compiles."""
-    decompositions = {**select_decomp_table(), torch.ops.aten.bmm.default: products_of_small_matrices}
+    aten = torch.ops.aten
+    decompositions: dict[Any, Callable[..., Any]] = {
+        **select_decomp_table(),
+        aten.bmm.default: products_of_small_matrices,
+        aten.slice_backward.default: gradient_of_slice,
+    }
     with any_size(), enable_python_dispatcher():
         trace = make_fx(function, decompositions, tracing_mode="symbolic", _allow_non_fake_inputs=True)
         return trace(*inputs)
