@@ -101,6 +101,9 @@ class CaptureHooks(StrategyState):
         request = CaptureRequest(
             module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length
         )
+        if trains and self.options.compile is True:
+            told = "phases that are not in the cache are compiled before the first step, which may take minutes"
+            self.lib.rank_zero.rank_zero_info(f"januspipe: {told}")
         pipeline, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
         self._chosen_level = self._builder.level
         if self._shutdown is not None:  # replicas may have unequal numbers of batches
