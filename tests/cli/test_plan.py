@@ -405,7 +405,7 @@ class TestRecipe:
         """What does not fit with cheap operations computed again fits with all of them."""
         strategy = "--trainer.strategy.init_args"
         args = ["plan", "--config", write_recipe(), "--repeats", "1", "--schedules", "1f1b-fold", "--output", "out"]
-        main([*args, f"{strategy}.compile=true", "--memory_limit", "30kB"])
+        main([*args, f"{strategy}.compile=true", "--memory_limit", "90kB"])
         text = capsys.readouterr().out
         (row,) = json.loads(Path("out/plan.json").read_text())["schedules"]
         assert row["activation"] == "recompute" and row["fits"]
