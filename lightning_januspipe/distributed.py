@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -324,14 +324,16 @@ _CHUNK = 2**26
 """Bytes that are broadcast at once."""
 
 
-def broadcast_module(module: nn.Module, device: torch.device) -> None:
+def broadcast_module(module: nn.Module, device: torch.device, absent: Collection[Tensor] = ()) -> None:
     """Gives every rank the parameters and buffers of global rank 0, as data-parallel training does at its start.
 
     Args:
         module: The module; its tensors may be on the CPU.
         device: This rank's device, for the messages.
+        absent: Parameters that stay as they are, because some ranks have no memory for them.
     """
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    left_out = set(absent)
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel() and t not in left_out]
     for same in _chunks(tensors):
         flat = torch.cat([t.detach().reshape(-1).to(device) for t in same])
         with waiting("the copying of the module from global rank 0"):

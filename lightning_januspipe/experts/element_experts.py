@@ -28,9 +28,16 @@ class GroupedLinear(nn.Module):
         for name, value in (("num_groups", num_groups), ("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"{name}={value}; expected at least 1")
-        bound = 1 / math.sqrt(in_features)  # as torch.nn.Linear
-        self.weight = nn.Parameter(torch.empty(num_groups, in_features, out_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(num_groups, out_features).uniform_(-bound, bound)) if bias else None
+        self.weight = nn.Parameter(torch.empty(num_groups, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_groups, out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases as ``torch.nn.Linear`` does."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, group: Tensor) -> Tensor:
         """Maps rows.
@@ -93,13 +100,18 @@ class ElementExperts(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k}; expected 1 to num_experts={num_experts}")
         self.top_k = top_k
-        self.logits = nn.Parameter(torch.randn(num_elements, num_experts))
+        self.logits = nn.Parameter(torch.empty(num_elements, num_experts))
+        self.reset_parameters()
         width = out_features if hidden_features is None else hidden_features
         self.core = GroupedLinear(num_experts, in_features, width, bias)
         self.gate = GroupedLinear(num_experts, in_features, width, bias)
         self.out = None if hidden_features is None else GroupedLinear(num_experts, width, out_features, bias)
         self.shared_core = nn.Linear(in_features, out_features) if has_shared else None
         self.shared_gate = nn.Linear(in_features, out_features) if has_shared else None
+
+    def reset_parameters(self) -> None:
+        """Draws the logits of the gates; the experts draw their own weights."""
+        nn.init.normal_(self.logits)
 
     def routes(self) -> tuple[Tensor, Tensor]:
         """Returns the gates and the experts of each element, both (num_elements, top_k)."""

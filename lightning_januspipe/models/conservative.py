@@ -46,11 +46,18 @@ class AtomicEnergies(nn.Module):
 
     def add_scale_and_shift(self, scale: PerTask, shift: PerTask, trainable: bool) -> None:
         """Adds factors and energies in eV by species; call it last, since optimizers know parameters by their order."""
-        scales = torch.tensor(self._by_species("per_species_scale", scale))
-        shifts = torch.tensor(self._by_species("per_species_shift", shift), dtype=torch.float64)
+        self._initial = self._by_species("per_species_scale", scale), self._by_species("per_species_shift", shift)
+        scales = torch.tensor(self._initial[0])
+        shifts = torch.tensor(self._initial[1], dtype=torch.float64)
         self.scale = nn.Parameter(scales) if trainable else nn.Buffer(scales)
         # All-electron energies have more digits than float32: shifts and sums of energies stay in float64.
         self.shift = nn.Parameter(shifts) if trainable else nn.Buffer(shifts)
+
+    def reset_parameters(self) -> None:
+        """Sets the scales and shifts to what :meth:`add_scale_and_shift` was given."""
+        with torch.no_grad():
+            for tensor, values in zip((self.scale, self.shift), self._initial, strict=True):
+                tensor.copy_(torch.tensor(values, dtype=tensor.dtype, device=tensor.device))
 
     def _by_species(self, name: str, given: PerTask) -> list[Any]:
         """Returns a number for each species, or with several tasks a list of one for each task."""
@@ -73,7 +80,12 @@ class AtomicEnergies(nn.Module):
         """Loads the model, but keep its shifts where those in ``state_dict`` are the same ones with fewer digits."""
         saved = state_dict.get(f"{prefix}shift")
         own = self.shift.detach()
-        if isinstance(saved, Tensor) and saved.shape == own.shape and torch.equal(own.to(saved), saved):
+        if (
+            isinstance(saved, Tensor)
+            and not own.is_meta
+            and saved.shape == own.shape
+            and torch.equal(own.to(saved), saved)
+        ):
             state_dict[f"{prefix}shift"] = own
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -11,6 +11,11 @@ from lightning_januspipe.models.radial import RadialNetwork
 from lightning_januspipe.models.spherical import degree_of_component, num_components
 
 
+def _draw(weight: Tensor) -> None:
+    """Draws a weight (…, inputs, outputs) such that outputs have the variance of inputs."""
+    nn.init.normal_(weight, std=weight.shape[-2] ** -0.5)
+
+
 class EquivariantLinear(nn.Module):
     """Applies a linear map to the channels, with one weight matrix for each degree.
 
@@ -21,8 +26,13 @@ class EquivariantLinear(nn.Module):
 
     def __init__(self, l_max: int, num_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(l_max + 1, num_features, num_features) * num_features**-0.5)
+        self.weight = nn.Parameter(torch.empty(l_max + 1, num_features, num_features))
         self.register_buffer("degrees", degree_of_component(l_max), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight."""
+        _draw(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps (N, I, F) features to (N, I, F)."""
@@ -44,8 +54,14 @@ class Gate(nn.Module):
         self.scalar_gain = second_moment_gain(F.silu)
         self.gate_gain = second_moment_gain(torch.sigmoid)
         if l_max:
-            self.weight = nn.Parameter(torch.randn(num_features, l_max * num_features) * num_features**-0.5)
+            self.weight = nn.Parameter(torch.empty(num_features, l_max * num_features))
             self.register_buffer("degrees", degree_of_component(l_max)[1:] - 1, persistent=False)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight, if there are higher degrees."""
+        if self.l_max:
+            _draw(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps (N, I, F) features to (N, I, F)."""
@@ -98,12 +114,19 @@ class Interaction(nn.Module):
         self.linear_up = EquivariantLinear(l_in, num_features)
         self.radial_network = RadialNetwork(num_bessel, radial_hidden, sum(paths_per_degree) * num_features)
         self.linear_down = nn.ParameterList(
-            [torch.randn(width, num_features) * width**-0.5 for width in (n * num_features for n in paths_per_degree)]
+            [torch.empty(num_paths * num_features, num_features) for num_paths in paths_per_degree]
         )
-        self.species_scale = nn.Parameter(torch.ones(num_species, min(l_in, l_out) + 1, num_features))
+        self.species_scale = nn.Parameter(torch.empty(num_species, min(l_in, l_out) + 1, num_features))
+        self.reset_parameters()
         self.register_buffer("degrees", degree_of_component(min(l_in, l_out)), persistent=False)
         self.self_connection = EquivariantLinear(min(l_in, l_out), num_features)
         self.gate = Gate(l_out, num_features)
+
+    def reset_parameters(self) -> None:
+        """Draws the weights that the layer itself has; its parts draw their own."""
+        for weight in self.linear_down:
+            _draw(weight)
+        nn.init.ones_(self.species_scale)
 
     def forward(
         self, features: Tensor, species: Tensor, source: Tensor, target: Tensor, coupling: Tensor, radial_basis: Tensor

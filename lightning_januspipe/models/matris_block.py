@@ -161,14 +161,23 @@ class MatRISBlock(nn.Module):
         self.atom_messages = experts(3)
         self.atom_attention = SmoothAttention(num_features, num_heads)
         self.atom_update = experts(2)
-        self.scale_line = nn.Parameter(torch.full((num_features,), 0.5))
-        self.scale_atom = nn.Parameter(torch.full((num_features,), 0.5))
+        self.scale_line, self.scale_atom = (
+            nn.Parameter(torch.empty(num_features)),
+            nn.Parameter(torch.empty(num_features)),
+        )
         self.refine_angles = self.refine_edges = None
         if not is_last:
             self.refine_angles = GatedPerceptron(4 * num_features, num_features)
             self.refine_edges = GatedPerceptron(3 * num_features, num_features)
-            self.scale_angles = nn.Parameter(torch.full((num_features,), 0.5))
-            self.scale_edges = nn.Parameter(torch.full((num_features,), 0.5))
+            self.scale_angles = nn.Parameter(torch.empty(num_features))
+            self.scale_edges = nn.Parameter(torch.empty(num_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the factors of all updates to 0.5."""
+        for name, parameter in self.named_parameters(recurse=False):
+            assert name.startswith("scale_")
+            nn.init.constant_(parameter, 0.5)
 
     def forward(self, features: Features, near: Neighbors) -> Features:
         """Returns the updated features."""

@@ -61,12 +61,19 @@ class BesselBasis(nn.Module):
         if num_bessel < 1:
             raise ValueError(f"num_bessel must be at least 1, got {num_bessel}")
         self.envelope = PolynomialCutoff(cutoff, exponent)
-        frequencies = torch.pi * torch.arange(1, num_bessel + 1, dtype=torch.get_default_dtype())
+        frequencies = torch.empty(num_bessel, dtype=torch.get_default_dtype())
         self.frequencies: Tensor
         if trainable:
             self.frequencies = nn.Parameter(frequencies)
         else:
             self.register_buffer("frequencies", frequencies)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the frequencies to n π."""
+        with torch.no_grad():
+            n = torch.arange(1, len(self.frequencies) + 1, dtype=self.frequencies.dtype, device=self.frequencies.device)
+            self.frequencies.copy_(torch.pi * n)
 
     def forward(self, lengths: Tensor) -> Tensor:
         """Evaluates the basis.
@@ -97,13 +104,17 @@ class RadialNetwork(nn.Module):
     """
 
     def __init__(self, num_inputs: int, hidden: Sequence[int], num_outputs: int) -> None:
-        from lightning_januspipe.models.e3nn_compat import second_moment_gain
-
         super().__init__()
         widths = [num_inputs, *hidden, num_outputs]
         if min(widths) < 1:
             raise ValueError(f"the radial network needs positive widths, got {widths}; check radial_hidden")
         self.linears = nn.ModuleList([nn.Linear(i, o, bias=False) for i, o in pairwise(widths)])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights of all layers."""
+        from lightning_januspipe.models.e3nn_compat import second_moment_gain
+
         gain = second_moment_gain(F.silu)
         for index, linear in enumerate(self.linears):
             assert isinstance(linear, nn.Linear)

@@ -33,6 +33,7 @@ from lightning_januspipe.mesh import Mesh, MeshShape, as_world
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
 from lightning_januspipe.runtime.graph_rank_activations import measure_on_graph_ranks
+from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.training_length import TrainingLength, reason_not_to_compile
@@ -61,6 +62,7 @@ class CaptureRequest:
         annotate: Returns the context that an action runs in, given the action's name, as profilers do.
         sharing: What the ranks that hold the same stages may share in training.
         length: How long training is going to be.
+        place: Brings the parameters that a rank needs to its device, once its stages are known.
     """
 
     module: Any
@@ -73,6 +75,7 @@ class CaptureRequest:
     annotate: Callable[[str], AbstractContextManager[Any]] | None = None
     sharing: StageSharing = field(default_factory=StageSharing)
     length: TrainingLength = field(default_factory=TrainingLength)
+    place: Callable[[PlacedParameters], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,7 @@ class PipelineBuilder:
             make_stage,
             SpreadOptions(self._expert_placement, self._compiles or change is not None) if spreads_experts else None,
             self._exchange_dtype,
+            request.place,
         )
         pipeline.executor.annotate = request.annotate
         if change is not None:

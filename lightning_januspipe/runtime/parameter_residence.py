@@ -1,22 +1,23 @@
 """Parameters of other stages leave a rank's memory, if the module is made in ``configure_model``.
 
 A rank's stages are known only after capture, for which the first rank needs the whole module on its device. The other
-ranks keep it in host memory until then. Afterwards a rank has on its device the parameters that it trains and the
-parameters that several ranks train; the others are on the meta device, with names, shapes and identity, but without
-values.
+ranks keep it in host memory until then, or on the meta device, if it was made there. Afterwards a rank has on its
+device the parameters that it trains and the parameters that several ranks train; the others are on the meta device,
+with names, shapes and identity, but without values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.runtime.initial_values import give_values, make_room, take_values
 from lightning_januspipe.runtime.parameters import PlacedParameters
 
 _COPYING = "copying of parameters between stages"
@@ -28,10 +29,16 @@ class ParameterResidence:
     Args:
         module: The LightningModule, the same on all ranks.
         mesh: This rank's process groups.
+        absent: Names of the parameters that are on the meta device on some ranks other than the first, which has all
+            values; the same on all ranks.
+
+    Attributes:
+        absent: These parameters.
     """
 
-    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+    def __init__(self, module: nn.Module, mesh: Mesh, absent: Collection[str] = ()) -> None:
         self._module, self._mesh = module, mesh
+        self.absent = [p for n, p in module.named_parameters() if n in absent]
         self._gone: dict[nn.Parameter, int] = {}
         self._stale: dict[nn.Parameter, int] = {}
 
@@ -46,15 +53,35 @@ class ParameterResidence:
         if self._mesh.rank == 0:
             self._module.to(device)
         else:
+            make_room(self._module.buffers(), device)
             self._module._apply(lambda t: t if isinstance(t, nn.Parameter) else t.to(device))
 
     def place(self, parameters: PlacedParameters) -> None:
         """Moves the parameters that this rank's stages and the steps read to its device; the others stay."""
+        self._fill_absent(parameters)
         for parameter in self._module.parameters():
             if _is_needed(parameters, parameter):
                 parameter.data = parameter.data.to(self._mesh.device)
-            elif self._mesh.rank != 0:
+            elif self._mesh.rank != 0 and not parameter.is_meta:
                 parameter.data = parameter.data.cpu()
+
+    def _fill_absent(self, parameters: PlacedParameters) -> None:
+        """Sends absent parameters from global rank 0 to the ranks that need them, one after the other."""
+        if not self.absent:
+            return
+        wanted = [i for i, p in enumerate(self.absent) if p.is_meta and _is_needed(parameters, p)]
+        of_ranks = self._mesh.gathered(wanted, "agreement on the parameters of stages")
+        for index in sorted({i for of_rank in of_ranks for i in of_rank}):
+            parameter = self.absent[index]
+            device = self._mesh.device
+            if self._mesh.rank == 0:
+                values = parameter.detach().to(device).contiguous()
+            else:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            with waiting("copying of parameters from global rank 0"):
+                dist.broadcast(values, 0)
+            if index in wanted:
+                give_values(parameter, values)
 
     def release(self, parameters: PlacedParameters) -> None:
         """Frees the parameters of other stages."""
@@ -66,11 +93,14 @@ class ParameterResidence:
         for parameter in self._gone:
             if not parameters.holds(parameter):
                 parameter.grad = None
-                _replace(parameter, torch.empty_like(parameter, device="meta"))
+                take_values(parameter)
 
     def restore(self) -> None:
-        """Brings all parameters back, those of other stages into host memory; every rank of a pipeline takes part."""
-        self._fetch(keep=True)
+        """Brings all parameters back, those of other stages into host memory; every rank of a pipeline takes part.
+
+        If the module was made on the meta device, only global rank 0 gets those of other stages.
+        """
+        self._fetch(keep=not self.absent or self._mesh.rank == 0)
         self._gone, self._stale = {}, {}
 
     @contextmanager
@@ -107,7 +137,7 @@ class ParameterResidence:
             with waiting(_COPYING, self._mesh.pipeline_group):
                 dist.broadcast(buffer, self._mesh.pipeline_ranks[owner], group=self._mesh.pipeline_group)
             if parameter.is_meta and keep:
-                _replace(parameter, buffer if on_device else buffer.cpu())
+                give_values(parameter, buffer if on_device else buffer.cpu())
                 fetched.append(parameter)
         return fetched
 
@@ -122,11 +152,4 @@ def _is_needed(parameters: PlacedParameters, parameter: nn.Parameter) -> bool:
 
 def _forget(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
-        _replace(parameter, torch.empty_like(parameter, device="meta"))
-
-
-def _replace(parameter: nn.Parameter, values: Tensor) -> None:
-    """Gives a parameter other values on another kind of device; the object stays the same for all who hold it."""
-    other = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    # torch.utils.swap_tensors refuses objects with weak references, which are to this very object, and stay right.
-    torch._C._swap_tensor_impl(parameter, other)  # type: ignore[attr-defined]
+        take_values(parameter)

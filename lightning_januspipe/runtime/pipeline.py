@@ -83,6 +83,7 @@ class Pipeline(Runner):
         experts: How the mesh's ranks that share experts hold them; None if each rank holds all.
         exchange_dtype: What rows are rounded to between graph ranks and ranks with experts; None to send them as they
             are.
+        place: Brings the parameters that this rank needs to its device, before its stages are made.
 
     Attributes:
         compile_report: What was compiled on this rank; None if phases run eagerly.
@@ -105,6 +106,7 @@ class Pipeline(Runner):
         make_stage: StageFactory = eager_stage,
         experts: SpreadOptions | None = None,
         exchange_dtype: ExchangeDtype | None = None,
+        place: Callable[[PlacedParameters], None] | None = None,
     ) -> None:
         self._module, self._mesh, self._links = module, mesh, links
         staged = self._staged = capture.potential
@@ -116,6 +118,8 @@ class Pipeline(Runner):
         inside = dict(potential.named_parameters())
         stages_of = {inside[name]: stages for name, stages in staged.parameter_stages().items()}
         super().__init__(PlacedParameters(module, mesh, stages_of, (self.placement, self.force_placement)), mesh)
+        if place is not None:
+            place(self.parameters)
         self._batch_checks = BatchChecks(staged, module)
         self._step = CapturedStep(staged, module, self._add_outside, self._batch_checks.note)
         with waiting("connection of the stages", mesh.down_group, mixed=True):

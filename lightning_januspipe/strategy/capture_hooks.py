@@ -98,8 +98,9 @@ class CaptureHooks(StrategyState):
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
         annotate = trainer.profiler.profile if is_profiled else None
         length = training_length(trainer) if trains else TrainingLength()
+        place = None if self._residence is None else self._residence.place
         request = CaptureRequest(
-            module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length
+            module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length, place
         )
         if trains and self.options.compile is True:
             told = "phases that are not in the cache are compiled before the first step, which may take minutes"
@@ -114,8 +115,6 @@ class CaptureHooks(StrategyState):
         if news.line:
             self.lib.rank_zero.rank_zero_info(news.line)
             self.lib.rank_zero.rank_zero_debug(news.details)
-        if self._residence is not None:
-            self._residence.place(self.runner.parameters)
 
     def _change_to_compiled(self) -> None:
         """Lets compiled phases run from this step on, if the ranks have compiled all of them in the background."""

@@ -271,7 +271,7 @@ class CheckpointHooks(StrategyState):
                 stage.load(saved)
                 continue
             state = indexed_state(saved, optimizer, names)
-            if self.mesh_shape.pipeline > 1:
+            if self.mesh_shape.pipeline > 1 or self._residence is not None:
                 self._unloaded[id(optimizer)] = state
                 state = {"state": {}, "param_groups": state["param_groups"]}
             states.append(state)
@@ -322,6 +322,12 @@ class CheckpointHooks(StrategyState):
         if self._residence is None:
             return
         if followers(module, self._trainer.callbacks, self.runner.parameters.partly_held()):
+            if self._residence.absent:
+                raise ValueError(
+                    f"averages of the weights of {type(module).__name__} need all parameters on every rank, but it was "
+                    "made on the meta device, so that a rank has those of its own stages only. Leave averages out, or "
+                    "make the module in host memory."
+                )
             self.lib.rank_zero.rank_zero_info(
                 "januspipe: every rank keeps all parameters, because averages of them are kept"
             )

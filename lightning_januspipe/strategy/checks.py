@@ -10,28 +10,6 @@ from torch import nn
 from lightning_januspipe.strategy.precision import SUPPORTED
 
 
-def without_values(module: nn.Module) -> list[str]:
-    """Returns the names of parameters and buffers on the meta device."""
-    return [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
-
-
-def require_values(module: nn.Module) -> None:
-    """Raises an error if parameters or buffers have no values: the potential is run before the stages are known.
-
-    Raises:
-        ValueError: A tensor is on the meta device.
-    """
-    found = without_values(module)
-    if found:
-        raise ValueError(
-            f"{', '.join(found[:3])} of {type(module).__name__} "
-            f"{'is' if len(found) == 1 else 'are'} on the meta device, without values, but global rank 0 runs the "
-            "whole potential to find its stages. Make the module in configure_model in host memory, without "
-            'torch.device("meta"); from the start of training on a rank keeps the parameters of its stages only. '
-            "After an exception in training, load a checkpoint into a new module."
-        )
-
-
 def check_module(module: Any, lib: Any, precision: str) -> None:
     """Raises an error if the module runs its own backward pass, or if the precision is not available.
 

@@ -21,20 +21,15 @@ from lightning_januspipe.engine.gradients import require_finite_gradients
 from lightning_januspipe.loader.microbatch import MicroBatches
 from lightning_januspipe.random_state import broadcast_random_state
 from lightning_januspipe.runtime.chosen_state import measured_link
-from lightning_januspipe.runtime.parameter_residence import ParameterResidence
+from lightning_januspipe.runtime.initial_values import without_values
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.strategy.capture_hooks import CaptureHooks
 from lightning_januspipe.strategy.checkpoint_hooks import CheckpointHooks
-from lightning_januspipe.strategy.checks import (
-    check_compiler,
-    check_module,
-    check_trainer,
-    require_values,
-    without_values,
-)
+from lightning_januspipe.strategy.checks import check_compiler, check_module, check_trainer
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
 from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
 from lightning_januspipe.strategy.failure import shorten_tracebacks
+from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
@@ -50,7 +45,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
 
-class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
+class UnboundStrategy(ProcessHooks, LoaderHooks, InitialValueHooks, CaptureHooks, CheckpointHooks):
     """Trains a conservative potential on several devices: its layers in a pipeline, replicas of it, and atom shards.
 
     Raises:
@@ -72,7 +67,6 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         """Checks that the module can be trained, then sets it up as every strategy does."""
         self._take_over_samplers(trainer)
         ignore_unreduced(self.mesh_shape.data == 1)  # the ranks of one pipeline log the same
-        require_values(self._module)
         self._stays_plain = False
         self.runner = None if self._captures else SingleStage(self._module, self._mesh)
         if self.options.compile is True:
@@ -81,14 +75,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             check_module(self._module, self.lib, str(self.precision_plugin.precision))
             if self.is_distributed:
                 self._shutdown = CoordinatedShutdown(trainer, self._mesh, self._num_runs)
-        if self._shares_replicas and self.lib.helpers.is_overridden("configure_model", self._module):
-            if self._spreads_experts:
-                raise ValueError(
-                    f"expert_size={self.options.expert_size} is not available for a module that is made in "
-                    "configure_model, whose parameters leave the ranks of other stages. Make it in __init__, or use "
-                    "expert_size=1."
-                )
-            self._residence = ParameterResidence(self._module, self._mesh)
+        self._give_initial_values()
         super().setup(trainer)
 
     @override
@@ -103,6 +90,13 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
                     "LBFGS takes inner products over all parameters, but a rank has the gradients of its stages only. "
                     "Use an element-wise optimizer, such as Adam."
                 )
+            if self._residence is not None and any(optimizer.state.get(p) for p in self._residence.absent):
+                self._reset_optimizers_and_schedulers()  # states without values cannot be moved when the run ends
+                raise ValueError(
+                    f"{type(optimizer).__name__} makes its state before the stages are known, when only global rank 0 "
+                    "has parameters that were made on the meta device. Use another optimizer, such as Adam, or make "
+                    "the module in host memory."
+                )
 
     @override
     def model_to_device(self) -> None:
@@ -115,7 +109,8 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.is_distributed:
-            broadcast_module(model, self.root_device)
+            absent = () if self._residence is None else self._residence.absent
+            broadcast_module(model, self.root_device, absent)
             self._metric_gather.attach(model, self._mesh.data_group)
         return model
 
@@ -311,8 +306,11 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
             self._shutdown.release()
         self._train_loader, self._eval_loader, self.runner = None, None, None
         self._shutdown = self._residence = None
-        if residence is not None and residence.is_partial and all(are_there):  # after an exception
-            residence.leave_device()
+        if residence is not None and module is not None and all(are_there):
+            if residence.is_partial:  # after an exception
+                self._note_lost_values(module)
+            if without_values(module):
+                residence.leave_device()
         if not all(are_there) or (module is not None and without_values(module)):
             self._lightning_module = None  # what is not there cannot be moved
         super().teardown()

@@ -1,0 +1,181 @@
+"""Modules that are made on the meta device get the same values on every mesh, from a seed or from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import meta_workers as workers
+import pytest
+import torch
+from torch import nn
+
+from lightning_januspipe.models import EquivariantPotential, MatRISMoE
+from lightning_januspipe.runtime.initial_values import (
+    draw_missing,
+    loading_into_meta,
+    parameters_on_meta,
+    without_values,
+)
+from lightning_januspipe.testing import RankPool
+
+MESHES: dict[str, tuple[dict[str, Any], int]] = {
+    "one rank": ({"pipeline_size": 1}, 1),
+    "2 stages": ({}, 2),
+    "2x2 in shards": ({"pipeline_size": 2, "data_size": 2, "shard": "parameters"}, 4),
+    "2 graph ranks": ({"pipeline_size": 1, "graph_size": 2, "shard": "parameters"}, 2),
+    "2 replicas": ({"pipeline_size": 1, "data_size": 2}, 2),
+}
+STEPS = {"num_steps": 3}
+
+
+def same(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    torch.testing.assert_close({n: expected[n] for n in found}, found, rtol=1e-9, atol=1e-11)
+
+
+def run(
+    pool: RankPool,
+    mesh: str,
+    folder: Path,
+    *args: Any,
+    more: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[Any]:
+    strategy, size = MESHES[mesh]
+    ranks = pool.run(
+        workers.train, strategy | (options or {}), str(folder), STEPS | (more or {}), *args, world_size=size
+    )
+    assert [r["ended"] for r in ranks] == [""] * size
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def drawn(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run on one rank, from values that the seed gives."""
+    (found,) = run(pool, "one rank", tmp_path_factory.mktemp("drawn"))
+    assert not found["absent"]
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["2 stages", "2x2 in shards"])
+def test_values_of_a_seed(pool: RankPool, drawn: dict[str, Any], tmp_path: Path, mesh: str) -> None:
+    """Only global rank 0 ever has more than its own stages, and after training only it has all parameters."""
+    evaluates = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "val_check_interval": 3}
+    first, *others = run(pool, mesh, tmp_path, more={"arguments": evaluates})
+    assert first["state"].keys() == drawn["state"].keys()
+    for found in (first, *others):
+        same(drawn["state"], found["state"])
+    assert not first["absent"]
+    for found in (others[0], others[-1]):
+        assert found["absent"] and 0 < found["most"] < 0.75 * drawn["most"]
+    file = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert file["state_dict"].keys() == drawn["state"].keys()
+    same(drawn["state"], file["state_dict"])
+
+
+@pytest.mark.parametrize("fault", ["other seed", "not filled"])
+def test_other_values_are_noticed(pool: RankPool, drawn: dict[str, Any], tmp_path: Path, fault: str) -> None:
+    first, _ = run(pool, "2 stages", tmp_path, True, fault)
+    with pytest.raises(AssertionError):
+        same(drawn["state"], first["state"])
+
+
+@pytest.fixture(scope="module")
+def continued(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A file of plain Lightning after four steps, and its state when plain Lightning goes on to six."""
+    folder = tmp_path_factory.mktemp("plain")
+    (start,) = pool.run(workers.train, None, str(folder), {"num_steps": 4}, False, world_size=1)
+    more = {"num_steps": 6, "resume": str(folder / "last.ckpt")}
+    (found,) = pool.run(workers.train, None, str(folder / "on"), more, False, world_size=1)
+    assert start["ended"] == found["ended"] == ""
+    return folder / "last.ckpt", found["state"]
+
+
+def test_values_of_checkpoints(pool: RankPool, continued: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """From a file of plain Lightning, and then from a folder of shards."""
+    file, expected = continued
+    folder = {"save_distributed_checkpoint": True}
+    run(pool, "2x2 in shards", tmp_path, more={"num_steps": 5, "resume": str(file)}, options=folder)
+    assert (tmp_path / "last.ckpt").is_dir()
+    first, last = run(pool, "2 stages", tmp_path / "on", more={"num_steps": 6, "resume": str(tmp_path / "last.ckpt")})
+    assert first["state"].keys() == expected.keys() and last["absent"]
+    same(expected, first["state"])
+    same(expected, last["state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_values_of_a_file(pool: RankPool, continued: tuple[Path, dict[str, Any]], tmp_path: Path, mesh: str) -> None:
+    file, expected = continued
+    for found in run(pool, mesh, tmp_path, more={"num_steps": 6, "resume": str(file)}):
+        same(expected, found["state"])
+
+
+@pytest.mark.slow
+def test_errors(pool: RankPool, tmp_path: Path) -> None:
+    for of_rank in pool.run(workers.errors, str(tmp_path), world_size=2):
+        expected = ("Adagrad makes its state", "averages of", "values are lost", "memory_limit=")
+        for message, words in zip(of_rank, expected, strict=True):
+            assert message.startswith("ValueError") and words in message, message
+
+
+def _potential() -> EquivariantPotential:
+    return EquivariantPotential(
+        ["H", "O"], 4.0, num_layers=2, num_features=4, trainable_bessel=True, trainable_scale_shift=True
+    )
+
+
+@pytest.mark.parametrize("make", [_potential, lambda: MatRISMoE(["H", "O"])])
+def test_reference_models_draw_all_their_parameters(make: Any) -> None:
+    plain = make()
+    with parameters_on_meta():
+        first, second, other = make(), make(), make()
+    assert all(p.is_meta for p in first.parameters()) and not any(b.is_meta for b in first.buffers())
+    state = torch.get_rng_state()
+    for module, seed in ((first, 1), (second, 1), (other, 2)):
+        draw_missing(module, seed)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, parameter in plain.named_parameters():
+        drawn = first.get_parameter(name)
+        assert torch.equal(drawn, second.get_parameter(name)) and drawn.requires_grad
+        is_constant = torch.equal(drawn, other.get_parameter(name))
+        assert is_constant == torch.equal(drawn, parameter)
+        if not is_constant and parameter.numel() > 50:
+            assert drawn.std().item() == pytest.approx(parameter.std().item(), rel=0.5), name
+
+
+def test_parts_draw_before_the_modules_around_them_and_values_stay() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.tied = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.tied.weight = self.inside.weight
+
+        def reset_parameters(self) -> None:
+            self.inside.bias.data.zero_()  # a write that autograd does not see
+
+    with torch.device("meta"):
+        module = Last()
+    given = torch.tensor([3.0, 4.0])
+    with loading_into_meta(module):
+        module.load_state_dict({"tied.bias": given}, strict=False)
+    assert without_values(module) == ["inside.weight", "inside.bias"]
+    draw_missing(module, 0)
+    assert torch.equal(module.inside.bias, torch.zeros(2)) and torch.equal(module.tied.bias, given)
+    assert module.tied.weight is module.inside.weight and module.inside.weight.isfinite().all()
+
+
+def test_what_nothing_fills_is_named() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("table", torch.arange(3))
+
+    with torch.device("meta"):
+        module = nn.Sequential(Scaled())
+    with pytest.raises(
+        ValueError, match=r"0\.table of Sequential has no values.*Give Scaled .*reset_parameters.*init_"
+    ):
+        draw_missing(module, 0)
+    assert len(without_values(module)) == 3
