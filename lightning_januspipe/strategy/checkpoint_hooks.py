@@ -53,6 +53,7 @@ class CheckpointHooks(StrategyState):
             return module.state_dict()
         self._had_own_experts = runner.parameters.make_experts_whole()
         if self.options.save_distributed_checkpoint and self._has_own_tensors():
+            runner.parameters.make_whole()  # hooks that add to the checkpoint read parameters of this rank's stages
             runner.parameters.synchronize(self._trainer.callbacks, averages_only=True)
             return runner.parameters.in_parts(module.state_dict(keep_vars=True))
         runner.parameters.make_whole()

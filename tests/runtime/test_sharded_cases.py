@@ -129,6 +129,16 @@ def test_files_of_the_best_steps(pool: RankPool, tmp_path: Path, level: dict[str
         close("validated", validated, found)
 
 
+@pytest.mark.parametrize("level", [pytest.param(PARAMETERS, marks=pytest.mark.slow), {**PARAMETERS, **FOLDER}])
+def test_hooks_of_checkpoints_read_parameters(pool: RankPool, tmp_path: Path, level: dict[str, Any]) -> None:
+    (expected,) = pool.run(workers.train_with_hook, None, str(tmp_path / "plain"), world_size=1)
+    assert len(expected["sums"]) >= 3
+    for found in pool.run(workers.train_with_hook, {**REPLICAS, **level}, str(tmp_path / "shards"), world_size=2):
+        assert found["ended"] == ""
+        close("sums", expected["sums"], found["sums"])
+        close("state", expected["state"], found["state"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy", [{**GRAPH, **OPTIMIZER}, {**GRAPH, **PARAMETERS}, {**GRAPH, **PARAMETERS, **FOLDER}]

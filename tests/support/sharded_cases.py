@@ -79,6 +79,20 @@ def partly_trained(trains_layers: bool) -> Any:
     return made
 
 
+def train_with_hook(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
+    """Trains a module that writes sums of its parameters into each checkpoint; returns these with how it ended."""
+    sums: list[float] = []
+
+    def reading() -> Any:
+        made = tiny.module(num_layers=2)
+        held = list(made.potential.energy_model.layers.parameters())
+        made.on_save_checkpoint = lambda checkpoint: sums.append(sum(float(p.detach().abs().sum()) for p in held))
+        return made
+
+    found = checkpoint_workers.train(strategy, folder, {"num_steps": 3, "module": reading})
+    return {**found, "sums": sums}
+
+
 def freeze_and_unfreeze(strategy: dict[str, Any] | None, folder: str) -> dict[str, Any]:
     """Trains everything, then all but the layers, then everything again, each from the checkpoint before."""
     found: dict[str, Any] = {}
