@@ -73,6 +73,16 @@ def test_values_of_a_seed(pool: RankPool, drawn: dict[str, Any], tmp_path: Path,
     same(drawn["state"], file["state_dict"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["one rank", "2 stages"])
+def test_values_of_a_seed_in_compiled_phases(pool: RankPool, drawn: dict[str, Any], tmp_path: Path, mesh: str) -> None:
+    strategy, size = MESHES[mesh]
+    arguments = {**strategy, "compile": True}, str(tmp_path), STEPS
+    for found in pool.run(workers.train_interpreted, *arguments, world_size=size):
+        assert found["ended"] == ""
+        same(drawn["state"], found["state"])
+
+
 @pytest.mark.parametrize("fault", ["other seed", "not filled"])
 def test_other_values_are_noticed(pool: RankPool, drawn: dict[str, Any], tmp_path: Path, fault: str) -> None:
     first, _ = run(pool, "2 stages", tmp_path, True, fault)

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import checkpoint_workers
+import compiled_workers
 import torch
 from torch import nn
 
@@ -87,3 +88,11 @@ def errors(folder: str) -> list[str]:
     limited = {"pipeline_size": 1, "graph_size": 2, "memory_limit": 1e9, "shard": "auto"}
     graph = checkpoint_workers.train(limited, folder, {"num_steps": 1, "callbacks": (), "module": made_in_hook})
     return [*ended[:2], ended[3], graph["ended"]]
+
+
+def train_interpreted(*arguments: Any) -> dict[str, Any]:
+    """Trains as :func:`train`, with interpreted phase graphs."""
+    with compiled_workers.interpreted() as graphs:
+        found = train(*arguments)
+    assert graphs
+    return found
