@@ -72,7 +72,7 @@ class TestHelp:
             (["fit", QUICKSTART], f"did you mean --config {QUICKSTART}?"),
             (["consolidate", "."], "is no checkpoint folder"),
             (["consolidate"], "missing FOLDER (checkpoint that was saved with save_distributed_checkpoint=True)"),
-            (["export", "best.ckpt"], "missing FILE (file to write; its name ends in .pt2)"),
+            (["export", "best.ckpt"], "missing FILE (file to write: .pt2, or .pt for a model of metatomic)"),
         ],
     )
     def test_a_wrong_argument_is_an_error_of_one_line(
