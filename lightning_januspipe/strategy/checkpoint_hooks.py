@@ -53,7 +53,8 @@ class CheckpointHooks(StrategyState):
             return module.state_dict()
         self._had_own_experts = runner.parameters.make_experts_whole()
         if self.options.save_distributed_checkpoint and self._has_own_tensors():
-            runner.parameters.make_whole()  # hooks that add to the checkpoint read parameters of this rank's stages
+            if self._hooks_add_to_checkpoints():  # they may read parameters of this rank's stages
+                runner.parameters.make_whole()
             runner.parameters.synchronize(self._trainer.callbacks, averages_only=True)
             return runner.parameters.in_parts(module.state_dict(keep_vars=True))
         runner.parameters.make_whole()
@@ -62,6 +63,13 @@ class CheckpointHooks(StrategyState):
                 return self._state_to_keep()
         runner.parameters.synchronize(self._trainer.callbacks)
         return self._state_to_keep()
+
+    def _hooks_add_to_checkpoints(self) -> bool:
+        """Returns whether the module or a callback has a hook that the Trainer calls while a checkpoint is made."""
+        is_overridden, callback = self.lib.helpers.is_overridden, self.lib.callbacks.Callback
+        return is_overridden("on_save_checkpoint", self._module) or any(
+            is_overridden("on_save_checkpoint", one, parent=callback) for one in self._trainer.callbacks
+        )
 
     def _state_to_keep(self) -> dict[str, Any]:
         """Returns the module's state, which stays valid when parameters are released."""

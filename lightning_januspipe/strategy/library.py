@@ -18,6 +18,7 @@ class Library:
         pytorch, fabric = ("lightning.pytorch", "lightning.fabric") if both else (namespace, "lightning_fabric")
         load: Any = importlib.import_module
         self.strategies = load(f"{pytorch}.strategies")
+        self.callbacks = load(f"{pytorch}.callbacks")
         self.launcher = load(f"{pytorch}.strategies.launchers.subprocess_script")
         self.precision = load(f"{pytorch}.plugins.precision")
         self.profilers = load(f"{pytorch}.profilers")
