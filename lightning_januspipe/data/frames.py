@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lightning_januspipe.data.checked_files import locked, read_arrays, write_arrays
 from lightning_januspipe.data.lmdb_rows import LmdbRows
-from lightning_januspipe.data.structures import atoms_of_row
+from lightning_januspipe.data.structures import EXTENDED_XYZ, atoms_of_row, frame_places
 
 _SETTLED = 2_000_000_000
 """A file that was changed less than so many nanoseconds before it was hashed is hashed again the next time."""
@@ -126,21 +126,8 @@ class ExtendedXYZ(FrameFile):
         return os.open(self.path, os.O_RDONLY)
 
     def scan(self) -> NDArray[np.int64]:
-        """Returns the places of all frames; as for ASE, an empty line ends the file."""
-        places, place = [0], 0
-        with open(self.path, "rb") as file:
-            while (line := file.readline()).strip():
-                if not line.strip().isdigit():
-                    raise ValueError(
-                        f"frame {len(places) - 1} begins with {line.decode(errors='replace').strip()[:40]!r}; expected "
-                        "its number of atoms"
-                    )
-                lines = [file.readline() for _ in range(int(line) + 1)]
-                if not all(lines):
-                    raise ValueError(f"frame {len(places) - 1} ends too early; expected {int(line)} atoms")
-                place += len(line) + sum(map(len, lines))
-                places.append(place)
-        return np.array(places, dtype=np.int64)
+        """Returns the places of all frames."""
+        return np.array(frame_places(self.path), dtype=np.int64)
 
     def read(self, opened: int, index: int) -> Atoms:
         """Reads one frame."""
@@ -212,8 +199,7 @@ class AseTrajectory(FrameFile):
 
 
 FORMATS: dict[str, type[FrameFile]] = {
-    ".extxyz": ExtendedXYZ,
-    ".xyz": ExtendedXYZ,
+    **dict.fromkeys(EXTENDED_XYZ, ExtendedXYZ),
     ".db": AseDatabase,
     ".aselmdb": AseLMDB,
     ".lmdb": AseLMDB,

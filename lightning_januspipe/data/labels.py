@@ -181,7 +181,8 @@ def _find(atoms: Atoms, name: str | None, label: str, required: bool, source: st
         if required:
             raise ValueError(
                 f"{source} has no {label} label {name!r}. Keys found: {', '.join(available_keys(atoms)) or 'none'}. "
-                f"Set `{label}_key` to the one that holds the {label}."
+                f"Set `{label}_key` to the one that holds the {label}, or require_labels=False to leave out what is "
+                "missing."
             )
         return None
     if found[0][0] == "results":

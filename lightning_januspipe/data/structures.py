@@ -26,6 +26,9 @@ _FAR = 100.0
 
 ADD_SPECIES = "Add it to `species`, or leave out the structure."
 
+EXTENDED_XYZ = (".extxyz", ".xyz")
+"""Endings of extended XYZ files."""
+
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -68,6 +71,8 @@ def read_structures(path: str | Path) -> list[Atoms]:
             rows = LmdbRows(path)
             frames = [atoms_of_row(rows.row(identity)) for identity in rows.ids()]
         else:
+            if path.suffix in EXTENDED_XYZ:
+                frame_places(path)
             # Without the flag, ASE reads the text after an "@" in a file name as a range of frames.
             read = ase.io.read(path, index=":", do_not_split_by_at_sign=True)
             frames = read if isinstance(read, list) else [read]
@@ -94,6 +99,34 @@ def require_file(path: str | Path) -> Path:
     if content.stat().st_size == 0:
         raise ValueError(f"data file {path} is empty; expected at least one structure")
     return path
+
+
+def frame_places(path: Path) -> list[int]:
+    """Returns the byte at which each frame of an extended XYZ file begins, and the byte at which the last one ends.
+
+    Raises:
+        ValueError: The file is no extended XYZ, or has an empty line between frames, where ASE would stop reading.
+    """
+    places, place, num_lines = [0], 0, 0
+    with open(path, "rb") as file:
+        while (line := file.readline()).strip():
+            if not line.strip().isdigit():
+                raise ValueError(
+                    f"frame {len(places) - 1} begins with {line.decode(errors='replace').strip()[:40]!r}; expected "
+                    "its number of atoms"
+                )
+            lines = [file.readline() for _ in range(int(line) + 1)]
+            if not all(lines):
+                raise ValueError(f"frame {len(places) - 1} ends too early; expected {int(line)} atoms")
+            place += len(line) + sum(map(len, lines))
+            num_lines += 1 + len(lines)
+            places.append(place)
+        if any(rest.strip() for rest in file):
+            raise ValueError(
+                f"line {num_lines + 1} is empty, and ASE would ignore what follows it; remove the empty lines between "
+                "frames"
+            )
+    return places
 
 
 def _read_database(path: Path) -> list[Atoms]:

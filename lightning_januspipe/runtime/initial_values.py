@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 from lightning_januspipe.random_state import seeded
 
@@ -56,8 +57,11 @@ def parameters_on_meta() -> Iterator[None]:
     """
 
     def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            take_values(parameter)
+        if parameter is None or parameter.is_meta:
+            return
+        if is_lazy(parameter):
+            raise ValueError(_without_shape(f"{name} of {type(module).__name__}"))
+        take_values(parameter)
 
     handle = register_module_parameter_registration_hook(move)
     try:
@@ -90,6 +94,13 @@ def draw_missing(module: nn.Module, seed: int) -> None:
     Raises:
         ValueError: No ``reset_parameters`` fills a tensor; the message names it.
     """
+    attributes = [f"{name}.{key}" for name, part in module.named_modules() for key in _plain_tensors_on_meta(part)]
+    if attributes:
+        raise ValueError(
+            f"{_listed(attributes)} of {type(module).__name__}: a tensor on the meta device that is no parameter "
+            "and no buffer gets no values. Use register_buffer for it, and make the module in configure_model within "
+            "self.trainer.init_module(empty_init=True), which leaves buffers as constructors compute them."
+        )
     missing = {id(t) for _, t in _named_tensors(module) if t.is_meta}
     if not missing:
         return
@@ -110,13 +121,29 @@ def draw_missing(module: nn.Module, seed: int) -> None:
         names = [name for name, _ in untouched]
         owner = module.get_submodule(names[0].rpartition(".")[0])
         raise ValueError(
-            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} of "
-            f"{type(module).__name__} {'has' if len(names) == 1 else 'have'} no values: made on the meta device, in no "
-            f"checkpoint given, and filled by no reset_parameters. Give {type(owner).__name__} a method "
-            "reset_parameters that fills its parameters and buffers in place. If only buffers are missing, make the "
-            "module in configure_model within self.trainer.init_module(empty_init=True) instead of "
+            f"{_listed(names)} of {type(module).__name__} {'has' if len(names) == 1 else 'have'} no values: made on "
+            f"the meta device, in no checkpoint given, and filled by no reset_parameters. Give {type(owner).__name__}, "
+            "or a module that contains it, a method reset_parameters that fills its parameters and buffers in place. "
+            "If only buffers are missing, make the module in configure_model within "
+            "self.trainer.init_module(empty_init=True) instead of "
             'torch.device("meta"): it leaves buffers as constructors compute them.'
         )
+
+
+def _plain_tensors_on_meta(part: nn.Module) -> list[str]:
+    """Returns the names of a module's attributes that are tensors on the meta device, but no parameters or buffers."""
+    return [key for key, value in vars(part).items() if isinstance(value, Tensor) and value.is_meta]
+
+
+def _without_shape(what: str) -> str:
+    return (
+        f"{what} has no shape before the first forward pass (it is lazy), and cannot be made on the meta device. Give "
+        "the module its sizes, such as nn.Linear in the place of nn.LazyLinear."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 class _Room:
@@ -126,6 +153,8 @@ class _Room:
         self._given: list[tuple[str, Tensor, int]] = []
         for name, tensor in _named_tensors(module):
             if tensor.is_meta:
+                if is_lazy(tensor):
+                    raise ValueError(_without_shape(name))
                 make_room([tensor])
                 with torch.no_grad():
                     tensor.fill_(_filler(tensor.dtype))

@@ -10,6 +10,7 @@ from ase.io import write
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import atoms_to_sample, read_structures
+from lightning_januspipe.data.disk_dataset import open_dataset
 from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.structures import find_species, resolve_dtype, validate_species
 
@@ -230,6 +231,21 @@ def test_read_errors(tmp_path):
     (tmp_path / "text.unknown").write_text("neither is this\n")
     with pytest.raises(ValueError, match="ASE cannot read"):
         read_structures(tmp_path / "text.unknown")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_frames_after_an_empty_line_are_not_left_out(tmp_path, lazy):
+    """ASE stops at an empty line, such as one between two files that were joined."""
+    write(tmp_path / "one.extxyz", [molecule("H2O"), molecule("CH4")])
+    text = (tmp_path / "one.extxyz").read_text()
+    (tmp_path / "joined.extxyz").write_text(f"{text}\n{text}")
+    with pytest.raises(ValueError, match=r"joined\.extxyz .*line 13 is empty, and ASE would ignore what follows"):
+        open_dataset(tmp_path / "joined.extxyz", lazy=lazy, cache_dir=tmp_path, cutoff=3.0, require_labels=False)
+    (tmp_path / "ended.extxyz").write_text(f"{text}\n \n")
+    assert (
+        len(open_dataset(tmp_path / "ended.extxyz", lazy=lazy, cache_dir=tmp_path, cutoff=3.0, require_labels=False))
+        == 2
+    )
 
 
 def test_at_sign_in_a_file_name(tmp_path):

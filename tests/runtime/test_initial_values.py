@@ -185,7 +185,26 @@ def test_what_nothing_fills_is_named() -> None:
     with torch.device("meta"):
         module = nn.Sequential(Scaled())
     with pytest.raises(
-        ValueError, match=r"0\.table of Sequential has no values.*Give Scaled .*reset_parameters.*init_"
+        ValueError, match=r"0\.table of Sequential has no values.*Give Scaled, or a .*reset_parameters.*init_"
     ):
         draw_missing(module, 0)
     assert len(without_values(module)) == 3
+
+
+def test_tensors_that_nothing_can_fill_are_named() -> None:
+    """Attributes that are plain tensors, and parameters without a shape."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.centers = torch.arange(3)
+
+    with torch.device("meta"):
+        module, lazy = nn.Sequential(Scaled()), nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"0\.centers of Sequential: a tensor on the meta device .*register_buffer"):
+        draw_missing(module, 0)
+    with pytest.raises(ValueError, match=r"0\.weight has no shape before the first forward pass"):
+        draw_missing(lazy, 0)
+    with parameters_on_meta(), pytest.raises(ValueError, match="weight of LazyLinear has no shape"):
+        nn.LazyLinear(2)
