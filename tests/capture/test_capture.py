@@ -202,8 +202,8 @@ class FlaggedStep(Step):
 def test_evaluation_may_call_the_potential_with_other_options() -> None:
     module = FlaggedStep(Flagged(2))
     captured = capture(module, 2, evaluation_step=module.validation_step).potential
-    assert captured.call.evaluation == {"[1]['training']": "(no value)"}
-    assert capture(module, 2).potential.call.evaluation == {"[1]['training']": False}, (
+    assert captured.call.evaluation == {"kwargs['training']": "(no value)"}
+    assert capture(module, 2).potential.call.evaluation == {"kwargs['training']": False}, (
         "from the step in evaluation mode"
     )
     with pytest.raises(CaptureError, match="returns only 1 tensors in evaluation.*same options"):

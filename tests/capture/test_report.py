@@ -32,7 +32,7 @@ def test_numbers_are_those_of_the_example_batch(shared_filters: Traced) -> None:
         assert all(tensor.shape.count("atoms") == 1 for tensor in boundary.tensors)
         assert str(boundary) == f"{num_bytes // num_atoms} B per atom"
     assert summary(captured) == "boundaries of 48 bytes per atom"
-    assert found.defined == {"edge": "[0][0]['edges']"}
+    assert found.defined == {"edge": "args[0]['edges']"}
 
 
 def test_what_is_computed_again(shared_filters: Traced) -> None:

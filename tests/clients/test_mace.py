@@ -135,7 +135,7 @@ def test_capture(layers: int, options: dict[str, Any], program: Any) -> None:
         assert_parity(captured, module, batch(*indices))
 
 
-_OF_ATOMS = {f"[0][0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
+_OF_ATOMS = {f"args[0][{name!r}]" for name in ("positions", "node_attrs", "batch")}
 
 
 @pytest.mark.parametrize("kind", ["scaleshift", "mace"])

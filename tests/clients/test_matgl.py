@@ -126,8 +126,8 @@ class Client:
         return capture_module(self.module, step, self.batch(2, 4), self.batch(1), [[0, 1]], **options).potential
 
 
-ATOMS, BONDS = ("[1]['g'].batch", 0), ("[1]['g'].edge_index", 1)
-CLOSE_BONDS, ANGLES = ("[1]['l_g']['kept_edge_ids']", 0), ("[1]['l_g']['line_edge_index']", 1)
+ATOMS, BONDS = ("kwargs['g'].batch", 0), ("kwargs['g'].edge_index", 1)
+CLOSE_BONDS, ANGLES = ("kwargs['l_g']['kept_edge_ids']", 0), ("kwargs['l_g']['line_edge_index']", 1)
 
 
 @pytest.mark.parametrize(

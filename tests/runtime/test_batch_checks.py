@@ -64,12 +64,12 @@ def prepared(module: Step, found: Capture, *batches: Any) -> None:
 @pytest.mark.parametrize(
     ("potential", "batch", "words"),
     [
-        (Single, make_batch((5,)), r"this batch has .*size 1 in dimension 0 of \[0\]\[0\]\['cell'\].*differs from"),
-        (NoEdges, make_batch((1, 1)), r"size 0 in dimension 1 of \[0\]\[0\]\['edges'\]"),
+        (Single, make_batch((5,)), r"this batch has .*size 1 in dimension 0 of args\[0\]\['cell'\].*differs from"),
+        (NoEdges, make_batch((1, 1)), r"size 0 in dimension 1 of args\[0\]\['edges'\]"),
         (
             Charged,
             {**make_batch(OTHER), "charge": torch.tensor(3.0, dtype=torch.float64)},
-            r"an entry \[0\]\[0\]\['charge'\]",
+            r"an entry args\[0\]\['charge'\]",
         ),
     ],
 )

@@ -94,7 +94,7 @@ def test_random_numbers_go_on_after_the_step(traced: Traced) -> None:
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
     second = step.prepare(1, module.training_step, batch).tensors
-    place = captured.call.tensors.index("[0][0]['positions']")
+    place = captured.call.tensors.index("args[0]['positions']")
     assert not torch.allclose(first[place], second[place])
 
 

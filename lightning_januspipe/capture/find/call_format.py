@@ -15,8 +15,8 @@ from lightning_januspipe.errors import CaptureError, quoted
 
 
 def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of a call by their place in it, in a fixed order."""
-    return dict(sorted(leaves((args, kwargs))))
+    """Returns the leaves of a call by their place in it, such as ``args[0]['positions']``, in a fixed order."""
+    return dict(sorted([*leaves(args, "args"), *leaves(kwargs, "kwargs")]))
 
 
 def size_carrier(size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -146,8 +146,7 @@ class CallFormat:
         carriers = tensors[len(self.tensors) :]
         values.update({p: c.shape[0] for p, c in zip(self.sizes, carriers, strict=False)})
         replace: Callable[[str, Any], Any] = lambda place, leaf: values.get(place, leaf)  # noqa: E731
-        changed: tuple[tuple[Any, ...], dict[str, Any]] = with_leaves((args, kwargs), replace)
-        return changed
+        return with_leaves(args, replace, "args"), with_leaves(kwargs, replace, "kwargs")
 
 
 def _list_of(place: str) -> str:

@@ -23,7 +23,7 @@ from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters import Adapter, joined
-from lightning_januspipe.capture.find.call_format import CallFormat
+from lightning_januspipe.capture.find.call_format import CallFormat, call_leaves
 from lightning_januspipe.capture.find.grad_call import PotentialCall, as_sequence, grad_arguments
 from lightning_januspipe.capture.patches import quiet_loggers
 from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_casts_explicit
@@ -139,7 +139,7 @@ def trace_potential(
     """
     form = form or CallFormat.of(call.args, call.kwargs)
     if not form.tensors:
-        found = {place: type(leaf).__name__ for place, leaf in leaves((call.args, call.kwargs))}
+        found = {place: type(leaf).__name__ for place, leaf in call_leaves(call.args, call.kwargs).items()}
         raise CaptureError(
             f"the potential {quoted(call.path)} ({type(potential).__name__}) is called without tensors: its arguments "
             f"hold {found}. Tensors are searched in dicts, lists, tuples and attributes of objects: let the dataset "

@@ -32,7 +32,7 @@ def four_layers() -> Traced:
 
 
 def atoms_symbol(traced: Traced) -> int | str:
-    place = traced.format.tensors.index("[0][0]['positions']")
+    place = traced.format.tensors.index("args[0]['positions']")
     spec = traced.program.by_name[traced.program.inputs[place]].spec
     assert spec is not None and isinstance(spec.shape[0], str)
     return spec.shape[0]
@@ -111,7 +111,7 @@ def test_cut_follows_the_costs(four_layers: Traced) -> None:
 def test_wide_values_are_not_sent(four_layers: Traced) -> None:
     """Inside a layer there are messages per edge; with many edges no cut goes there."""
     traced = four_layers
-    edges = traced.program.by_name[traced.program.inputs[traced.format.tensors.index("[0][0]['edges']")]].spec
+    edges = traced.program.by_name[traced.program.inputs[traced.format.tensors.index("args[0]['edges']")]].spec
     assert edges is not None
     per_edge = {n.name for n in traced.program.nodes if n.spec and edges.shape[1] in n.spec.shape}
     num_bytes = {n: 20 * b if n in per_edge else b for n, b in traced.profile.num_bytes.items()}

@@ -23,7 +23,7 @@ def test_order_of_entries_does_not_matter() -> None:
     found = bind(form, {"a": A, "b": B}, kind="x", mask=C)
     assert [x.data_ptr() for x in found] == [x.data_ptr() for x in bind(form, {"b": B, "a": A}, mask=C, kind="x")]
     assert {id(x) for x in found} == {id(A), id(B), id(C)}
-    assert form.constants == {"[1]['kind']": "x"}
+    assert form.constants == {"kwargs['kind']": "x"}
 
 
 def test_positions_matter() -> None:
@@ -37,7 +37,7 @@ def test_entries_that_were_not_there_are_ignored() -> None:
 
 def test_missing_entries() -> None:
     form = CallFormat.of(({"a": A, "b": B},), {})
-    with pytest.raises(CaptureError, match=r"captured with.*without \[\"\[0\]\[0\]\['b'\]\"\].*same entries"):
+    with pytest.raises(CaptureError, match=r"captured with.*without \[\"args\[0\]\['b'\]\"\].*same entries"):
         bind(form, {"a": A})
     with pytest.raises(CaptureError, match="without"):
         bind(form, {"a": A, "b": 3})
@@ -47,7 +47,7 @@ def test_missing_entries() -> None:
 def test_changing_constants(traced: object, given: object) -> None:
     form = CallFormat.of((A, traced), {})
     assert bind(form, B, traced) == [B]
-    with pytest.raises(CaptureError, match=r"captured with \[0\]\[1\] = .*have to be tensors or integers"):
+    with pytest.raises(CaptureError, match=r"captured with args\[1\] = .*have to be tensors or integers"):
         bind(form, B, given)
     with pytest.raises(CaptureError, match="captured with"):
         bind(form, B)
@@ -55,12 +55,12 @@ def test_changing_constants(traced: object, given: object) -> None:
 
 def test_integers_are_inputs_as_lengths() -> None:
     form = CallFormat.of((A, 3), {"flag": 1, "changes": 1}, ((A, 3), {"flag": 1, "changes": 4}))
-    assert form.sizes == ["[0][1]", "[1]['changes']"] and form.constants == {"[1]['flag']": 1}
+    assert form.sizes == ["args[1]", "kwargs['changes']"] and form.constants == {"kwargs['flag']": 1}
     found = bind(form, B, 7, flag=1, changes=0)
     assert found[0] is B and [tuple(t.shape) for t in found[1:]] == [(7, 0), (0, 0)]
     args, kwargs = form.unbind((A, 3), {"flag": 1, "changes": 1}, found)
     assert args[0] is B and args[1] == 7 and kwargs == {"flag": 1, "changes": 0}
-    with pytest.raises(CaptureError, match=r"calls it without \[\"\[0\]\[1\]\"\]|without \['\[0\]\[1\]'\]"):
+    with pytest.raises(CaptureError, match=r"calls it without \[\"args\[1\]\"\]|without \['args\[1\]'\]"):
         bind(form, B, -1, flag=1, changes=0)
 
 
@@ -90,7 +90,7 @@ class Graph:
 
 def test_number_of_graphs_in_a_batch_of_graphs() -> None:
     form = CallFormat.of((Graph(2, x=A),), {}, ((Graph(3, x=B),), {}))
-    assert form.tensors == ["[0][0].x"] and form.sizes == ["[0][0]._num_graphs"] and form.constants == {}
+    assert form.tensors == ["args[0].x"] and form.sizes == ["args[0]._num_graphs"] and form.constants == {}
     given = Graph(2, x=A)
     ((changed,), _) = form.unbind((given,), {}, bind(form, Graph(5, x=C)))
     assert changed._store._num_graphs == 5 and changed._store["x"] is C
@@ -115,8 +115,8 @@ def test_evaluation_may_have_other_constants_or_leave_them_out() -> None:
 
 def test_leaves_are_sorted_by_place() -> None:
     assert list(call_leaves(({"b": 1, "a": [2, 3]},), {"k": 4})) == [
-        "[0][0]['a'][0]",
-        "[0][0]['a'][1]",
-        "[0][0]['b']",
-        "[1]['k']",
+        "args[0]['a'][0]",
+        "args[0]['a'][1]",
+        "args[0]['b']",
+        "kwargs['k']",
     ]
