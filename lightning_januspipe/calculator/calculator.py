@@ -16,15 +16,16 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_januspipe import keys
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
+from lightning_januspipe.calculator.captured_phases import CapturedPhases, examples_of, parts_of
 from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
 from lightning_januspipe.calculator.packages import known_potential
-from lightning_januspipe.calculator.skin import SkinNeighborList
+from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 from lightning_januspipe.compiled.compiled_potential import TOLERANCES, CompiledPotential, conditions_of
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.data.tasks import NAMES
+from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.models import load
 
 _FIRST_COMPILED = 50
@@ -120,7 +121,7 @@ class JanusPipeCalculator(Calculator):
             raise ValueError(f"compile=True, but {problem}")
         self._compile: bool | str = compile
         self._num_evaluations = 0
-        self._compiled: CompiledPotential | None = None
+        self._compiled: CompiledPotential | CapturedPhases | None = None
 
     @override
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
@@ -151,13 +152,13 @@ class JanusPipeCalculator(Calculator):
         super().calculate(atoms, list(properties), list(system_changes))
         structure = self.atoms
         assert structure is not None, "ASE keeps a copy of the structure"
-        batch = self._batch(structure, self.neighbors)
+        edges = self.neighbors.edges(structure)
+        batch = self._batch(structure, edges)
         if self._graph_ranks is not None and len(structure) >= LEAST_ATOMS:
-            whole = SkinNeighborList(self.adapter.cutoff, 0.0)
             with torch.inference_mode(False):
-                found = self._graph_ranks.evaluate(batch, structure, lambda part: self._batch(part, whole))
+                found = self._graph_ranks.evaluate(batch, lambda: self._batches(parts_of(structure)))
         else:
-            found = self._evaluate(batch)
+            found = self._evaluate(batch, structure, edges.edge_index.shape[1])
         if "energies" in properties and "energies" not in found:
             with torch.inference_mode(False), torch.no_grad():
                 energies = self.adapter.energies_of_atoms(self.potential, batch)
@@ -176,44 +177,57 @@ class JanusPipeCalculator(Calculator):
         if "stress" in arrays and structure.pbc.any() and structure.cell.rank == 3:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"].reshape(3, 3))
 
-    def _batch(self, structure: Atoms, neighbors: SkinNeighborList) -> Any:
+    def _batch(self, structure: Atoms, edges: Edges) -> Any:
         """Returns the batch of a structure, on the device."""
-        return _moved(self.adapter.batch_from_atoms(structure, neighbors.edges(structure), self.dtype), self.device)
+        return _moved(self.adapter.batch_from_atoms(structure, edges, self.dtype), self.device)
+
+    def _batches(self, structures: Sequence[Atoms]) -> tuple[Any, ...]:
+        """Returns the batches of structures that have no neighbour lists yet."""
+        neighbors = SkinNeighborList(self.adapter.cutoff, 0.0)
+        return tuple(self._batch(atoms, neighbors.edges(atoms)) for atoms in structures)
 
     def _results(self, potential: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Returns the results of a batch by the potential as it is."""
         return self.adapter.results(potential, batch, self.adapter.call(potential, batch))
 
-    def _evaluate(self, batch: Any) -> dict[str, Tensor]:
+    def _evaluate(self, batch: Any, structure: Atoms, num_edges: int) -> dict[str, Tensor]:
         """Returns the results of a batch, by compiled code where there is some that fits."""
-        if self._graph_ranks is not None:
+        if self._graph_ranks is not None or num_edges < 2:
             return self._eager(batch)
         self._num_evaluations += 1
         if self._compile is True or (self._compile == "auto" and self._num_evaluations >= _FIRST_COMPILED):
-            self._compile_once(batch)
-        if self._compiled is not None and self._compiled.misfit(batch) is None:
-            return self._compiled(batch)
-        return self._eager(batch)
+            self._compile_once(batch, structure)
+        if self._compiled is None:
+            return self._eager(batch)
+        return self._by_compiled(self._compiled, batch, structure)
+
+    def _by_compiled(
+        self, compiled: CompiledPotential | CapturedPhases, batch: Any, structure: Atoms
+    ) -> dict[str, Tensor]:
+        with torch.inference_mode(False):
+            if isinstance(compiled, CapturedPhases):
+                return compiled.evaluate(batch, lambda: self._batches(examples_of(structure)))
+            return compiled(batch) if compiled.misfit(batch) is None else self._eager(batch)
 
     def _eager(self, batch: Any) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             return self._results(self.potential, batch)
 
-    def _compile_once(self, batch: Any) -> None:
+    def _compile_once(self, batch: Any, structure: Atoms) -> None:
         """Compiles the potential, and compares the compiled code with it on a batch.
 
         Raises:
             ValueError: The potential cannot be compiled, or its code gives other results, and ``compile`` is True.
         """
-        if self._compiled is not None or len(batch[keys.EDGE_INDEX][0]) < 2:
+        if self._compiled is not None:
             return
         always = self._compile is True
         self._compile = always  # "auto" tries once
         problem = self._why_not()
         if not problem:
             try:
-                compiled = CompiledPotential(self.potential, self.dtype, self.device)
-                problem = compiled.misfit(batch) or self._difference(compiled, batch)
+                compiled = self._compiler()
+                problem = self._problem(compiled, batch, structure)
             except Exception as error:  # torch's tracing and compiling may fail in any way
                 cause = f"{type(error).__name__}: {error}".split("\n", 1)[0]
                 problem = f"{type(self.potential).__name__} cannot be compiled ({cause})"
@@ -226,21 +240,28 @@ class JanusPipeCalculator(Calculator):
         else:
             warnings.warn(f"JanusPipeCalculator stays eager: {problem}", stacklevel=4)
 
+    def _compiler(self) -> CompiledPotential | CapturedPhases:
+        """Returns the compiled potential; one of another package is captured at its first evaluation."""
+        if type(self.adapter) is StructureAdapter:
+            return CompiledPotential(self.potential, self.dtype, self.device)
+        alone = Mesh(MeshShape(1, 1, 1), 0, self.device)
+        return CapturedPhases(copy.deepcopy(self.potential), self._results, alone, compiles=True)
+
     def _why_not(self) -> str | None:
         """Returns in words why nothing can be compiled; None where nothing is known against it."""
-        if type(self.adapter) is not StructureAdapter:
-            return (
-                f"{type(self.adapter).__name__} makes the batches; expected a potential without an adapter of its own"
-            )
         return missing_compiler(self.device.type)
 
-    def _difference(self, compiled: CompiledPotential, batch: Any) -> str | None:
-        """Returns in words what compiled code gives else than the potential; None where they agree."""
-        with torch.inference_mode(False), torch.enable_grad():
-            expected = self.potential(batch)
-        for name, value in compiled(batch).items():
-            scale = max(1.0, float(expected[name].abs().max()))
-            error = float((value - expected[name]).abs().max())
+    def _problem(self, compiled: CompiledPotential | CapturedPhases, batch: Any, structure: Atoms) -> str | None:
+        """Returns in words why compiled code cannot be used; None where it gives what the potential does."""
+        if isinstance(compiled, CompiledPotential) and (problem := compiled.misfit(batch)):
+            return problem
+        expected, found = self._eager(batch), self._by_compiled(compiled, batch, structure)
+        if isinstance(compiled, CapturedPhases) and (problem := compiled.why_eager()):
+            return problem
+        for name, value in found.items():
+            right, is_number = expected[name].detach(), expected[name].isfinite()
+            scale = max(1.0, float(right.abs().masked_fill(~is_number, 0.0).max()))
+            error = float((value.detach() - right).abs().masked_fill(~is_number & ~value.isfinite(), 0.0).max())
             if not error <= TOLERANCES[self.dtype] * scale:
                 return f"its {name} result differs by {error:.2e} from that of the potential, at a scale of {scale:.2e}"
         return None

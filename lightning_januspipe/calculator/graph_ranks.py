@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from ase import Atoms
 from torch import Tensor, nn
+from typing_extensions import override
 
+from lightning_januspipe.calculator.captured_phases import CapturedPhases
 from lightning_januspipe.distributed import broadcast_module, waiting
 from lightning_januspipe.mesh import Mesh, MeshShape
-
-if TYPE_CHECKING:
-    from lightning_januspipe.runtime.pipeline import Pipeline
 
 LEAST_ATOMS = 8
 """Structures with fewer atoms are evaluated whole, by every rank."""
 
-_LARGEST_EXAMPLE = 20
-"""Atoms of the larger one of the structures that the potential is captured with."""
 
-
-class GraphRanks(nn.Module):
+class GraphRanks(CapturedPhases):
     """Evaluates structures whose atoms are sharded over all ranks of the job; every rank gets all results.
 
     The potential is captured at the first evaluation, with two small parts of the structure. All ranks have to evaluate
@@ -51,52 +44,11 @@ class GraphRanks(nn.Module):
         num_ranks: int,
         compiles: bool,
     ) -> None:
-        super().__init__()
         join(num_ranks, device)
-        self.potential, self._evaluate, self._compiles = potential, evaluate, compiles
-        for parameter in potential.parameters():  # a capture is validated by the gradients of all parameters
-            parameter.requires_grad_(parameter.is_floating_point())
-        self._mesh = Mesh(MeshShape(1, 1, num_ranks), dist.get_rank(), device)
+        super().__init__(potential, evaluate, Mesh(MeshShape(1, 1, num_ranks), dist.get_rank(), device), compiles)
         broadcast_module(potential, device)
-        self._pipeline: Pipeline | None = None
 
-    def step(self, batch: Any) -> dict[str, Tensor]:
-        """Returns the results of a batch; this is what is captured."""
-        return self._evaluate(self.potential, batch)
-
-    def evaluate(self, batch: Any, atoms: Atoms, make_batch: Callable[[Atoms], Any]) -> dict[str, Tensor]:
-        """Returns the results of one structure on every rank.
-
-        Args:
-            batch: The batch of the structure.
-            atoms: The structure.
-            make_batch: Makes a batch of a structure.
-
-        Raises:
-            CaptureError: The potential cannot be captured, or not be sharded.
-            PipelineError: The ranks have different structures.
-        """
-        if self._pipeline is None:
-            self._pipeline = self._captured(lambda: (make_batch(part) for part in parts_of(atoms)))
-        found: dict[str, Tensor] = self._pipeline.evaluate_step(self.step, batch)
-        return found
-
-    def _captured(self, examples: Callable[[], Any]) -> Pipeline:
-        from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
-
-        @contextmanager
-        def ready(training: bool) -> Generator[None, None, None]:
-            self.train(training)
-            try:
-                with torch.enable_grad():
-                    yield
-            finally:
-                self.eval()
-
-        builder = PipelineBuilder("1f1b-fold", "auto", None, None, "auto", compiles=self._compiles)
-        request = CaptureRequest(self, self.step, lambda: tuple(examples()), 1, ready, trains=False)
-        return builder.pipeline(request, self._mesh, self._mesh.rank, self._broadcast)[0]
-
+    @override
     def _broadcast(self, value: Any) -> Any:
         held = [value]
         with waiting("what the first rank has captured", self._mesh.host_group):
@@ -122,10 +74,3 @@ def join(num_ranks: int, device: torch.device) -> None:
         )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def parts_of(atoms: Atoms) -> tuple[Atoms, Atoms]:
-    """Returns two small parts of a structure around its first atom, with as many periodic directions and the cell."""
-    order = np.argsort(atoms.get_distances(0, np.arange(len(atoms)), mic=bool(atoms.pbc.any())), kind="stable")
-    larger = min(len(atoms), _LARGEST_EXAMPLE)
-    return atoms[order[: larger // 2]], atoms[order[:larger]]

@@ -35,7 +35,8 @@ class PredictionWriter(Callback):
     The structures of the file have ``energy`` (eV), ``forces`` (eV/Å) and, if periodic, ``stress`` (eV/Å³) as
     results of a calculator, where ASE and most programs look for them. Labels of the data are kept as ``given_energy``,
     ``given_forces`` and ``given_stress``, with ``energy_error`` (eV/atom), ``force_rmse`` (eV/Å) and ``stress_rmse``
-    (eV/Å³) beside them, and everything else that a structure had stays.
+    (eV/Å³) beside them, and everything else that a structure had stays. ``given_stress`` has the six components
+    xx, yy, zz, yz, xz and xy.
 
     Each replica writes its predictions to a file beside the output as they come, and the first process makes one of
     them in the end, so that no process ever holds all. It prints the throughput, and a table of errors if there are
@@ -140,7 +141,9 @@ def predicted_structure(atoms: Atoms, record: Record) -> Atoms:
         found.arrays["given_forces"] = record.given_forces
         found.info["force_rmse"] = record.force_rmse
     if is_known(record.given_stress):
-        found.info |= {"given_stress": record.given_stress, "stress_rmse": record.stress_rmse}
+        # Six numbers, as ASE has them: extended XYZ has no matrices, which ASE would write as JSON.
+        found.info["given_stress"] = full_3x3_to_voigt_6_stress(record.given_stress)
+        found.info["stress_rmse"] = record.stress_rmse
     found.calc = SinglePointCalculator(found, **results)
     return found
 

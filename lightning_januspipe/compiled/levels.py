@@ -54,6 +54,7 @@ def without_mutations(joint: Joint) -> Joint:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(joint.graph, {}))
+    order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graphs.operations(graph):
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
@@ -61,11 +62,17 @@ def without_mutations(joint: Joint) -> Joint:
         written, name = (node.args or (None,))[0], target._schema.name.split("::")[1]
         is_own = False
         if isinstance(written, fx.Node) and written.op == "call_function":
-            is_own = len(written.users) == 1 and work_of(written) is not KindOfWork.VIEW
+            readers = [user for user in written.users if user is not node]
+            is_own = not _is_view(written) and all(order[r] < order[node] and not _is_view(r) for r in readers)
         if not is_own or not name.endswith("_"):
             raise CaptureError(f"the operation {target} writes to a tensor that other operations may read")
         node.target = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1]), target._overloadname)
     return replace(joint, graph=graph)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Returns whether a node shares memory with its input."""
+    return work_of(node) is KindOfWork.VIEW or node.target in _UNCHANGED
 
 
 def drop_repetitions(joint: Joint) -> Joint:

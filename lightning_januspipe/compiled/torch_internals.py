@@ -24,6 +24,7 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -173,6 +174,24 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
             if "serialize" not in str(error):
                 raise
         return torch._inductor.standalone_compile(module, fakes, dynamic_shapes="from_tracing_context")
+
+
+@contextmanager
+def checking_inputs(code: str) -> Iterator[None]:
+    """Gives the files that AOTInductor compiles inside the block other checks of their inputs.
+
+    Torch's own checks run only where an environment variable asks for them, and know nothing of values.
+
+    Args:
+        code: C++ that defines ``__check_inputs_outputs``, which gets the handles of inputs and outputs before anything
+            reads them, and ``_check_aoti_runtime_check_inputs_env``, whether torch's checks of strides run.
+    """
+
+    def write(wrapper: CppWrapperCpu) -> None:
+        wrapper.prefix.splice_aot(code)
+
+    with mock.patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", write):
+        yield
 
 
 def packed(function: Callable[..., Sequence[Tensor]]) -> bytes | None:

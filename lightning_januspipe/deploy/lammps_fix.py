@@ -18,25 +18,29 @@ from lightning_januspipe.calculator import JanusPipeCalculator
 class LammpsPotential:
     """Gives the forces, the energy and the virial of a potential to LAMMPS, which runs in this process.
 
+    With several MPI processes each gets the positions of all atoms, and evaluates the whole structure; with
+    ``graph_size`` as large as their number, and processes that ``torch.distributed`` has joined in the order of their
+    MPI ranks, they share its atoms.
+
     LAMMPS keeps its integrators, thermostats, barostats, computes and dumps. The potential takes the place of a pair
     style, so ``pair_style zero`` defines the range of ghost atoms only. Every step is evaluated by a
     :class:`~lightning_januspipe.calculator.JanusPipeCalculator`.
 
     Args:
-        lammps: An instance of ``lammps.lammps`` in one MPI process, with ``units metal``, a box and atoms with
-            consecutive ids.
+        lammps: An instance of ``lammps.lammps`` with ``units metal``, a box and atoms with the ids 1 to N.
         model: What the calculator takes: a checkpoint or a module.
         species: Chemical symbol of each atom type of LAMMPS, in their order.
         fix_id: Name of the fix, which is made.
-        calculator: Further arguments of the calculator, such as ``dtype`` and ``compile``.
+        calculator: Further arguments of the calculator, such as ``dtype``, ``compile`` and ``graph_size``.
 
     Attributes:
         calculator: The calculator.
         num_evaluations: Number of evaluations so far.
 
     Raises:
-        ValueError: There are several MPI processes, other units, no atoms, or another number of species than of types.
+        ValueError: There are other units, no atoms, or another number of species than of types.
         RuntimeError: This LAMMPS has no fix external.
+        Exception: LAMMPS's own, where the ids of the atoms are not 1 to N.
 
     Example:
         ::
@@ -61,8 +65,6 @@ class LammpsPotential:
     ) -> None:
         if not lammps.has_style("fix", "external"):
             raise RuntimeError("this LAMMPS has no fix external; build it with the package MISC")
-        if (num := lammps.extract_setting("world_size")) != 1:
-            raise ValueError(f"LAMMPS runs in {num} MPI processes; expected one, because each sees its own atoms only")
         if (units := lammps.extract_global("units")) != "metal":
             raise ValueError(f"LAMMPS has units {units}; expected metal: eV and Å")
         if not (num_atoms := lammps.get_natoms()):
@@ -74,6 +76,7 @@ class LammpsPotential:
         self._lammps, self._fix = lammps, fix_id
         self._numbers = np.array([atomic_numbers[symbol] for symbol in species])
         self._num_atoms = int(num_atoms)
+        self.atoms()  # raises an error if the ids are others
         lammps.command(f"fix {fix_id} all external pf/callback 1 1")
         lammps.command(f"fix_modify {fix_id} energy yes virial yes")
         self._error: Exception | None = None
@@ -96,20 +99,24 @@ class LammpsPotential:
                 raise RuntimeError(f"the forces of a step could not be evaluated: {error}") from error
 
     def atoms(self) -> Atoms:
-        """Returns the structure that LAMMPS has now, in the order of the ids of the atoms."""
+        """Returns the structure that LAMMPS has now, in the order of the ids of the atoms; all processes have to call.
+
+        Raises:
+            Exception: LAMMPS's own, where the ids are not 1 to N, or atoms are lost.
+        """
         low, high, xy, yz, xz, periodic, _ = self._lammps.extract_box()
         cell = np.diag(np.subtract(high, low))
         cell[1, 0], cell[2, 0], cell[2, 1] = xy, xz, yz
-        local = self._lammps.extract_global("nlocal")
-        tags, types, positions = (self._lammps.numpy.extract_atom(name)[:local] for name in ("id", "type", "x"))
-        order = np.argsort(tags)
-        numbers = self._numbers[types[order] - 1]
-        return Atoms(numbers, positions[order] - low, cell=cell, pbc=np.array(periodic, dtype=bool))
+        positions, types = (
+            np.array(self._lammps.gather_atoms(*what))
+            for what in (("x", 1, 3), ("type", 0, 1))  # of all processes
+        )
+        return Atoms(self._numbers[types - 1], positions.reshape(-1, 3) - low, cell=cell, pbc=np.array(periodic, bool))
 
     def _called(self, caller: Any, step: int, num_local: int, tags: Any, positions: Any, forces: Any) -> None:
         """Is called by LAMMPS in every step."""
         try:
-            self._evaluate(step, tags[:num_local], forces)
+            self._evaluate(step, tags[:num_local], forces[:num_local])
         except Exception as error:  # LAMMPS would ignore any, and go on with the forces of before
             forces[:] = np.nan
             self._error = self._error or error
@@ -121,7 +128,7 @@ class LammpsPotential:
             raise ValueError(f"LAMMPS has {len(atoms)} atoms in step {step}, and had {self._num_atoms} before")
         self.calculator.calculate(atoms, ["energy", "forces", "stress"])
         results = self.calculator.results
-        forces[np.argsort(tags)] = results["forces"]
+        forces[:] = results["forces"][tags - 1]
         self._lammps.fix_external_set_energy_global(self._fix, results["energy"])
         virial = np.zeros((3, 3))
         if "stress" in results:

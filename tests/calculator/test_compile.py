@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx as inductor
 
-from lightning_januspipe.calculator import AtomsAdapter, JanusPipeCalculator
+from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.calculator import calculator as module
 from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
@@ -116,6 +116,20 @@ def test_auto_compiles_after_some_evaluations(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_three_layers(compilations: list[str]) -> None:
+    torch.manual_seed(0)
+    potential = EquivariantPotential(["Al", "Cu"], 4.0, num_layers=3, num_features=4, radial_hidden=[8]).double()
+    atoms = hot()
+    both = Both(potential, atoms)
+    both()
+    dynamics = Langevin(atoms, 2 * units.fs, temperature_K=900, friction=0.02 / units.fs, rng=np.random.default_rng(1))
+    dynamics.attach(both)
+    dynamics.run(5)
+    assert len(both.num_edges) > 1 and compilations == ["graph"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_one_compilation_serves_all_tasks(compilations: list[str]) -> None:
     torch.manual_seed(0)
     shifts = {"pbe": -1.0, "r2scan": -2.0}
@@ -187,8 +201,6 @@ def test_code_that_gives_other_results_is_not_used(branching: Branching, monkeyp
 def test_errors(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="compile='yes'; expected True, False or 'auto'"):
         JanusPipeCalculator(branching, compile="yes")
-    with pytest.raises(ValueError, match="compile=True, but AtomsAdapter makes the batches; expected a"):
-        JanusPipeCalculator(branching, compile=True, adapter=AtomsAdapter(4.0))
     monkeypatch.setattr(module, "missing_compiler", lambda device: f"there is no compiler for {device}")
     with pytest.raises(ValueError, match="compile=True, but there is no compiler for cpu"):
         JanusPipeCalculator(branching, compile=True, device="cpu")

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.callbacks import PredictionWriter
@@ -45,7 +46,11 @@ def assert_predicted(found: list[Atoms], given: list[Atoms]) -> None:
         np.testing.assert_allclose(atoms.arrays["given_forces"], results["forces"], rtol=0, atol=1e-6)
         errors = atoms.get_forces() - results["forces"]
         assert atoms.info["force_rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), abs=1e-6)
-        assert atoms.info["stress_rmse"] > 0
+        stress = atoms.info["given_stress"]
+        assert stress.shape == (6,)
+        np.testing.assert_allclose(stress, label.get_stress(), rtol=0, atol=1e-7)
+        errors = voigt_6_to_full_3x3_stress(atoms.get_stress() - stress)
+        assert atoms.info["stress_rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), abs=1e-7)
 
 
 @pytest.mark.parametrize("ending", ["extxyz", "traj", "db"])
@@ -57,6 +62,7 @@ def test_one_process(tmp_path, float64, capsys, ending: str) -> None:
         workers.predicted(None, str(tmp_path / "given.extxyz"), str(output), 2, None)
     found = ase.io.read(output, index=":")
     if ending == "extxyz":
+        assert "_JSON" not in output.read_text()
         assert_predicted(found, given)
     for atoms, expected in zip(found, predictions(given), strict=True):  # ASE writes no arrays to the other two
         assert atoms.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-6)

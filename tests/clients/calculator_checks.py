@@ -13,6 +13,7 @@ from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_s
 from torch import nn
 
 from lightning_januspipe.calculator import JanusPipeCalculator
+from lightning_januspipe.testing.interpreted import interpreted_phases
 
 Own = Callable[[Atoms], Mapping[str, Any]]
 """From a structure to the package's own energy in eV, forces in eV/Å and, of crystals, stress in eV/Å³."""
@@ -66,6 +67,7 @@ def check_calculator(
     stress: bool = True,
     repeated: float = 1e-12,
     lone: bool = True,
+    why_not_compiled: str | None = None,
 ) -> None:
     """Compares a calculator with the package's own numbers, with finite differences, and with itself.
 
@@ -77,6 +79,7 @@ def check_calculator(
         stress: The potential has a stress.
         lone: The potential has an energy of a lone atom.
         repeated: How much the energy of a repeated crystal may differ, relatively.
+        why_not_compiled: What the error says if the potential cannot be compiled.
     """
     shared = JanusPipeCalculator(module)
     assert "float64" in str(shared.dtype)
@@ -114,3 +117,36 @@ def check_calculator(
         stranger.calc = shared
         with pytest.raises(ValueError, match=f"unknown species {unknown}"):
             stranger.get_potential_energy()
+    check_compiled(module, structures, why_not_compiled)
+
+
+def check_compiled(module: nn.Module, structures: Sequence[Callable[[], Atoms]], why_not: str | None = None) -> None:
+    """Compares compiled evaluations, whose graphs are interpreted here, with eager ones, along changing structures.
+
+    Args:
+        module: The module that was trained.
+        structures: Make the structures; those with fewer than two edges are eager.
+        why_not: What the error says if the potential cannot be compiled.
+    """
+    eager, compiled = JanusPipeCalculator(module), JanusPipeCalculator(module, compile=True)
+    with interpreted_phases() as graphs:
+        for make in structures:
+            atoms = make()
+            atoms.calc = compiled
+            if why_not is not None:
+                with pytest.raises(ValueError, match=why_not):
+                    atoms.get_forces()
+                return
+            for step in range(3):
+                other = atoms.copy()
+                other.calc = eager
+                assert atoms.get_potential_energy() == pytest.approx(other.get_potential_energy(), rel=0, abs=1e-10)
+                np.testing.assert_allclose(atoms.get_forces(), other.get_forces(), rtol=0, atol=1e-10)
+                for name in ("stress", "energies"):
+                    assert (name in compiled.results) == (name in eager.results), name
+                    if name in eager.results:
+                        np.testing.assert_allclose(compiled.results[name], eager.results[name], rtol=0, atol=1e-10)
+                atoms.rattle(0.1, seed=step)
+    assert len(graphs) == 2, "FE and FF are compiled once"
+    (stage,) = compiled._compiled._pipeline.executor.stages.values()
+    assert stage.num_misfits <= 1, stage.misfit

@@ -211,6 +211,23 @@ def writes(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def test_an_operation_may_write_to_what_was_read_before(joints: list[Joint]) -> None:
+    """The gradient of a norm is filled with zeros in place, where the norm is zero."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made = x.sin()
+        read = made * 2
+        return made.copy_(x), read
+
+    x = torch.randn(3)
+    graph = make_fx(function)(x).graph
+    assert any(writes(node) for node in graph.nodes)
+    changed = levels.without_mutations(replace(joints[0], graph=graph)).graph
+    assert not any(writes(node) for node in changed.nodes)
+    for found, expected in zip(torch.fx.GraphModule({}, changed)(x), (x, 2 * x.sin()), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_an_operation_that_writes_to_what_others_read_is_refused(joints: list[Joint]) -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")

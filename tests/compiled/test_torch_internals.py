@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -95,3 +97,21 @@ def test_a_process_that_is_one_of_several_compiles_in_itself(monkeypatch: pytest
     monkeypatch.setattr(internals.inductor_config, "compile_threads", 4)
     internals.compile_one_by_one()
     assert internals.inductor_config.compile_threads == 1
+
+
+def test_exported_files_call_the_checks_of_their_inputs() -> None:
+    wrapper = internals.CppWrapperCpu
+    before = wrapper.generate_input_output_runtime_checks
+    source = inspect.getsource(wrapper)
+    assert "__check_inputs_outputs(input_handles, output_handles);" in source
+    assert "if (_check_aoti_runtime_check_inputs_env())" in source
+
+    class Prefix:
+        def splice_aot(self, code: str) -> None:
+            self.code = code
+
+    made = mock.Mock(prefix=Prefix())
+    with internals.checking_inputs("the checks"):
+        wrapper.generate_input_output_runtime_checks(made)
+    assert made.prefix.code == "the checks"
+    assert wrapper.generate_input_output_runtime_checks is before

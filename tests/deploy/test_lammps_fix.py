@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lammps_workers as workers
 import numpy as np
 import pytest
-import torch
 from ase import units
-from ase.build import bulk
-from ase.io import write
 
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.deploy.lammps_fix import LammpsPotential
@@ -18,36 +22,16 @@ lammps = pytest.importorskip("lammps")
 
 @pytest.fixture
 def potential() -> EquivariantPotential:
-    torch.manual_seed(0)
-    return EquivariantPotential(["Al", "Cu"], 3.6, num_layers=2, num_features=4, radial_hidden=[8]).double()
+    return workers.potential()
 
 
 @pytest.fixture
 def run(tmp_path):
     """An instance of LAMMPS with a crystal of copper and aluminium in a box that is not orthogonal."""
     try:
-        instance = lammps.lammps(cmdargs=["-screen", "none", "-log", "none"])
+        instance = workers.crystal(tmp_path)
     except OSError as error:
         pytest.skip(f"LAMMPS does not load here: {error}")
-    atoms = bulk("Cu", a=3.7) * (3, 3, 2)
-    atoms.symbols[::4] = "Al"
-    atoms.rattle(0.05, seed=0)
-    write(tmp_path / "crystal.data", atoms, format="lammps-data", specorder=["Cu", "Al"])
-    for line in (
-        "units metal",
-        "atom_style atomic",
-        "atom_modify map array sort 5 3.0",
-        "box tilt large",
-        f"read_data {tmp_path / 'crystal.data'}",
-        "mass 1 63.546",
-        "mass 2 26.982",
-        "pair_style zero 4.0 nocoeff",
-        "pair_coeff * *",
-        "velocity all create 900 1",
-        "timestep 0.002",
-        "thermo_style custom step pe press pxx pxy etotal",
-    ):
-        instance.command(line)
     yield instance
     instance.close()
 
@@ -77,6 +61,36 @@ def test_forces_energy_and_pressure_along_a_trajectory(potential, run, ensemble:
     else:
         assert np.ptp([volume for *_, volume in found]) > 0.1
     assert fix.num_evaluations > 100 and fix.calculator.neighbors.num_searches < fix.num_evaluations / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph_size", [1, 2])
+def test_several_mpi_processes(potential, run, tmp_path, graph_size: int) -> None:
+    """Two processes give what one does: whole structures in each of them, or their atoms shared."""
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if mpiexec is None:
+        pytest.skip("mpiexec was not found: pip install mpich")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    command = [mpiexec, "-n", "2", sys.executable, workers.__file__, str(folder), str(graph_size)]
+    found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    fix = LammpsPotential(run, potential, ["Cu", "Al"])
+    expected = workers.trajectory(run, fix)
+    of_ranks = [np.load(folder / f"{rank}.npz") for rank in range(2)]
+    assert [int(one["num_local"]) > 0 for one in of_ranks] == [True, True]
+    assert sum(int(one["num_local"]) for one in of_ranks) == len(fix.atoms())
+    for one in of_ranks:
+        for name, value in expected.items():
+            if name != "num_local":
+                np.testing.assert_allclose(one[name], value, rtol=1e-9, atol=1e-6, err_msg=name)
+
+
+def test_ids_with_gaps_are_refused(potential, run) -> None:
+    run.command("group first id 1")
+    run.command("delete_atoms group first compress no")
+    with pytest.raises(Exception, match="Atom-IDs must exist and be consecutive"):
+        LammpsPotential(run, potential, ["Cu", "Al"])
 
 
 def test_errors(potential, run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,10 @@ def potential(request: pytest.FixtureRequest) -> torch.nn.Module:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.skipif(find_spec("metatomic") is None, reason="metatomic-torch is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_same_as_the_calculator(potential: torch.nn.Module, tmp_path: Path) -> None:
-    ase_calculator = pytest.importorskip("metatomic_ase")
+    reason = "metatomic is not installed; the extra 'test' has it"
+    ase_calculator = pytest.importorskip("metatomic_ase", reason=reason)
     task = "r2scan" if len(potential.tasks) > 1 else None
     export_metatomic(potential, tmp_path / "model.pt", task=task)
     theirs = ase_calculator.MetatomicCalculator(str(tmp_path / "model.pt"))
@@ -54,8 +54,9 @@ def test_same_as_the_calculator(potential: torch.nn.Module, tmp_path: Path) -> N
             np.testing.assert_allclose(other.get_stress(), atoms.get_stress(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.skipif(find_spec("metatomic") is not None, reason="metatomic-torch is installed")
-def test_metatomic_is_asked_for(tmp_path: Path) -> None:
+def test_metatomic_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_januspipe.deploy.metatomic_model", raising=False)
+    monkeypatch.setitem(sys.modules, "metatomic.torch", None)
     with pytest.raises(ImportError, match="metatomic needs a package .*: pip install metatomic-torch"):
         export_metatomic(EquivariantPotential(SPECIES, 3.5, num_layers=1, num_features=2), tmp_path / "model.pt")
 

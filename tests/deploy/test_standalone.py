@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,13 @@ try:
 except ImportError:
     pass
 run = torch._inductor.aoti_load_package(sys.argv[1])
-torch.save([run(*arguments) for arguments in torch.load(sys.argv[2])], sys.argv[3])
+found = []
+for arguments in torch.load(sys.argv[2]):
+    try:
+        found.append(run(*arguments))
+    except Exception as error:
+        found.append(str(error))
+torch.save(found, sys.argv[3])
 print(json.dumps(run.get_metadata()))
 """
 
@@ -66,25 +73,87 @@ def arguments(structures: list[Atoms]) -> list[torch.Tensor]:
     return [batch[name] for name in INPUTS]
 
 
+def alone(path: Path, given: list[list[torch.Tensor]], folder: Path) -> tuple[list, dict[str, str]]:
+    """Returns what a process without this package gets from a file, results or errors, and the file's metadata."""
+    torch.save(given, folder / "given.pt")
+    script = folder / "alone.py"
+    script.write_text(ALONE)
+    command = [sys.executable, "-I", str(script), str(path), str(folder / "given.pt"), str(folder / "found.pt")]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "found.pt"), json.loads(done.stdout)
+
+
 def test_in_a_process_without_this_package(potential: EquivariantPotential, exported: Path, tmp_path: Path) -> None:
     crystal = bulk("Cu", "fcc", a=3.6, cubic=True) * (3, 2, 2)
     crystal.rattle(0.1, seed=1)
     water = molecule("H2O")
     cases = [[crystal], [Atoms("Cu")], [Atoms("CuO", [[0, 0, 0], [0, 0, 9.0]])], [water, crystal, Atoms("O"), water]]
     given = [arguments(case) for case in cases]
-    torch.save(given, tmp_path / "given.pt")
-    script = tmp_path / "alone.py"
-    script.write_text(ALONE)
-    command = [sys.executable, "-I", str(script), str(exported), str(tmp_path / "given.pt"), str(tmp_path / "found.pt")]
-    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for one, found in zip(given, torch.load(tmp_path / "found.pt"), strict=True):
+    results, told = alone(exported, given, tmp_path)
+    for one, found in zip(given, results, strict=True):
         expected = potential(dict(zip(INPUTS, one, strict=True)))
         for name, value in zip(OUTPUTS, found, strict=True):
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
-    told = json.loads(done.stdout)
     assert json.loads(told["species"]) == SPECIES and float(told["cutoff"]) == 3.5 and told["dtype"] == "float64"
     assert list(json.loads(told["inputs"])) == list(INPUTS) and json.loads(told["outputs"]) == list(OUTPUTS)
+
+
+def test_arguments_may_be_laid_out_in_memory_in_any_way(
+    potential: EquivariantPotential, exported: Path, tmp_path: Path
+) -> None:
+    crystal = bulk("Cu", "fcc", a=3.6, cubic=True)
+    crystal.rattle(0.1, seed=3)
+    right = arguments([crystal, molecule("H2O")])
+    cases = [transposed(argument) for argument in right]
+    given = [right[:i] + [case] + right[i + 1 :] for i, case in enumerate(cases)]
+    assert sum(not case.is_contiguous() for case in cases) == len(INPUTS)
+    every = [*given, cases]
+    expected = potential(dict(zip(INPUTS, right, strict=True)))
+    for found in alone(exported, every, tmp_path)[0]:
+        for name, value in zip(OUTPUTS, found, strict=True):
+            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the same values with other strides: in reverse order of dimensions, every second one in memory."""
+    order = list(reversed(range(tensor.dim())))
+    reversed_twice = torch.stack([tensor.permute(order), torch.zeros_like(tensor).permute(order)], dim=-1)
+    return reversed_twice[..., 0].permute(order)
+
+
+def test_wrong_arguments_are_refused(exported: Path, tmp_path: Path) -> None:
+    crystal = bulk("Cu", "fcc", a=3.6, cubic=True)
+    names = list(INPUTS)
+
+    def changed(name: str, value: torch.Tensor) -> list[torch.Tensor]:
+        given = arguments([crystal, molecule("H2O")])
+        given[names.index(name)] = value
+        return given
+
+    right = dict(zip(names, arguments([crystal, molecule("H2O")]), strict=True))
+    edges, num_atoms, num_edges = right["edge_index"], len(right["species"]), right["edge_index"].shape[1]
+    another, negative, joined = edges.clone(), edges.clone(), edges.clone()
+    another[0, 7], negative[1, 3], joined[1, 0] = num_atoms, -1, num_atoms - 1
+    cases = [
+        ("positions", right["positions"].float(), "positions has another type; expected float64"),
+        ("species", right["species"].int(), "species has another type; expected int64"),
+        ("species", right["species"] + 1, r"species has the value 3; expected 0 to 2: an index in the list of species"),
+        ("species", right["species"] - 1, "species has the value -1; expected 0 to 2"),
+        ("species", right["species"][1:], rf"species has shape \({num_atoms - 1},\); expected \(N,\)"),
+        ("edge_index", edges.T, rf"edge_index has shape \({num_edges}, 2\); expected \(2, E\)"),
+        ("edge_index", another, f"edge_index has the value {num_atoms}; expected 0 to {num_atoms - 1}"),
+        ("edge_index", negative, f"edge_index has the value -1; expected 0 to {num_atoms - 1}"),
+        ("edge_index", joined, "edge 0 joins atoms of two structures"),
+        ("edge_index", edges[:, 1:], rf"cell_shifts has shape \({num_edges}, 3\); expected \(E, 3\)"),
+        ("cell_shifts", right["cell_shifts"] * 3.6, "cell_shifts has the value -?3.6.*; expected whole numbers"),
+        ("cell", right["cell"][0], r"cell has shape \(3, 3\); expected \(B, 3, 3\)"),
+        ("cell", right["cell"][:1], "batch has the value 1; expected 0 to 0: an index of a structure"),
+    ]
+    found, _ = alone(exported, [changed(name, value) for name, value, _ in cases], tmp_path)
+    for (name, _, message), error in zip(cases, found, strict=True):
+        assert isinstance(error, str), f"{name} was accepted"
+        assert re.search(message, error), error
 
 
 def test_gives_what_the_calculator_gives(potential: EquivariantPotential, exported: Path) -> None:
