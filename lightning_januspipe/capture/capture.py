@@ -138,7 +138,7 @@ def capture_module(
     """
     began = time.perf_counter()
     with unchanged(module), capturing(module):
-        found = find_potential(module, step, traced_batch, potential)
+        found = find_potential(module, step, traced_batch, potential, graph_size)
         args, kwargs = call_arguments(module, found.path, step, other_batch, found.replaced is not None)
         job = _CaptureJob(
             potential_of(module, step, found),
@@ -222,9 +222,7 @@ def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, lis
 
 def _from_trace(job: _CaptureJob) -> tuple[CapturedPotential, list[PhaseCosts], str]:
     """Returns the potential in stages from a trace, new or cached; a cached trace is validated like a new one."""
-    adapters = adapters_of(job.potential)
-    for adapter in adapters:
-        adapter.graph_size = job.graph_size
+    adapters = adapters_of(job.potential, job.graph_size)
     call, other = (
         replace(c, args=args, kwargs=kwargs)
         for c in (job.call, job.other)
@@ -257,7 +255,14 @@ def _cut(
     """Returns a traced potential in balanced, validated stages, and the stages' times."""
     regions = find_regions(program, call.read_outputs)
     captured = CapturedPotential(
-        call.path, program, regions, Cut([], [], []), form, call.replaced, call.step_parameters
+        call.path,
+        program,
+        regions,
+        Cut([], [], []),
+        form,
+        call.replaced,
+        call.step_parameters,
+        graph_size=job.graph_size,
     )
     profile = measure(program, regions, job.potential, captured.inputs(job.potential)(job.other.args, job.other.kwargs))
     measured: list[tuple[CapturedPotential, list[PhaseCosts]]] = []

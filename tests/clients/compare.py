@@ -101,7 +101,9 @@ class ModelConformance(PotentialConformance):
         "two-stages-4-microbatches": {"pipeline_size": 2, "num_microbatches": 4},
         "two-graph-ranks": {"graph_size": 2, "num_microbatches": 1},
         "two-stages-of-two-graph-ranks": {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 4},
+        "one-stage-compiled": {"num_microbatches": 1, "compile": True},
         "two-stages-compiled": {"pipeline_size": 2, "num_microbatches": 4, "compile": True},
+        "two-graph-ranks-compiled": {"graph_size": 2, "num_microbatches": 1, "compile": True},
     }
     timeout = 600.0
 
@@ -109,9 +111,6 @@ class ModelConformance(PotentialConformance):
         super().__init_subclass__()
         cls.preload = (f"{cls.__module__.rpartition('test_')[-1]}_models",)
 
-
-PIPELINES = {name: s for name, s in ModelConformance.strategies.items() if "graph_size" not in s}
-"""The strategies for models that cannot be sharded over graph ranks."""
 
 TWO_STAGES = {"two-stages": {"pipeline_size": 2, "num_microbatches": 1}}
 THREE_STAGES = {"three-stages": {"pipeline_size": 3, "num_microbatches": 1}}

@@ -1,4 +1,4 @@
-"""AIMNet2 in an ordinary LightningModule, on pipelines. Packed batches can be sharded over graph ranks.
+"""AIMNet2 in an ordinary LightningModule, on pipelines and graph ranks.
 
 Slow, and skipped where aimnet is absent:
 
@@ -18,7 +18,7 @@ from factories import factory
 from lightning_januspipe.calculator import JanusPipeCalculator
 
 from .calculator_checks import check_calculator, cluster, crystal, tiny
-from .compare import PIPELINES, ModelConformance
+from .compare import ModelConformance
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,7 +35,6 @@ class TestPadded(ModelConformance):
 
     make_module = factory("aimnet_models", "make_dense")
     datamodules = {"molecules": factory("aimnet_models", "molecules_padded")}
-    strategies = PIPELINES
 
 
 class TestPacked(ModelConformance):

@@ -105,8 +105,12 @@ def _registered(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=GROUP))
 
 
-def adapters_of(potential: nn.Module) -> list[Adapter]:
+def adapters_of(potential: nn.Module, graph_size: int = 1) -> list[Adapter]:
     """Returns the adapters for the packages that define a potential or one of its parts, registered ones first.
+
+    Args:
+        potential: the potential.
+        graph_size: number of graph ranks, which the adapters get.
 
     Raises:
         CaptureError: a registered adapter cannot be loaded.
@@ -122,6 +126,8 @@ def adapters_of(potential: nn.Module) -> list[Adapter]:
         if package not in registered and concerns(package):
             module, _, name = place.partition(":")
             found.append(getattr(importlib.import_module(module), name)())
+    for adapter in found:
+        adapter.graph_size = graph_size
     return found
 
 

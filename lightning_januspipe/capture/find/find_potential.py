@@ -6,7 +6,7 @@ One ordinary step of the user's module runs on a real batch under a ``TorchFunct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_januspipe.capture.adapters import adapters_of, joined
+from lightning_januspipe.capture.adapters import Adapter, adapters_of, joined
 from lightning_januspipe.capture.find.grad_call import (
     PotentialCall,
     StepFunction,
@@ -116,7 +116,9 @@ class _StepObserver(TorchFunctionMode):
         return result
 
 
-def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential: str | None = None) -> PotentialCall:
+def find_potential(
+    module: nn.Module, step: StepFunction, batch: Any, potential: str | None = None, graph_size: int = 1
+) -> PotentialCall:
     """Runs one step, and returns the call of the potential in it.
 
     Args:
@@ -124,6 +126,7 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
         step: a training (or evaluation) step of ``module``, from a batch to what it returns.
         batch: the batch that the step runs on.
         potential: dotted name of the potential, where the user gave one.
+        graph_size: number of graph ranks that will share the atoms of each micro-batch.
 
     Raises:
         CaptureError: no energy is differentiated; two are; the graph is not kept for the second derivative; the step
@@ -156,9 +159,9 @@ def find_potential(module: nn.Module, step: StepFunction, batch: Any, potential:
             "parameters: use weight_decay of the optimizer for regularization, or train with "
             "pipeline_size=1 and graph_size=1."
         )
-    read = _read_of_joined(
-        module.get_submodule(path), returned.output, {leaf for i, leaf, _ in observer.read if i == position}
-    )
+    adapters = adapters_of(module.get_submodule(path), graph_size)
+    of_output = {leaf for i, leaf, _ in observer.read if i == position}
+    read = _read_of_joined(module.get_submodule(path), adapters, returned.output, of_output)
     args, kwargs = call_arguments(module, path, step, batch)
     # Every rank holds frozen parameters. It holds trained ones only if the step itself is the potential.
     step_parameters = tuple(sorted(name.removeprefix(prefix) for name in read_outside))
@@ -197,9 +200,8 @@ def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> Potentia
     return PotentialCall("", (batch,), {}, tuple(sorted(read)), tuple(names), tuple(sorted(own)))
 
 
-def _read_of_joined(potential: nn.Module, returned: Any, read: set[int]) -> set[int]:
+def _read_of_joined(potential: nn.Module, adapters: Sequence[Adapter], returned: Any, read: set[int]) -> set[int]:
     """Returns which tensors of the traced call's return value the step reads; adapters may join tensors of a list."""
-    adapters = adapters_of(potential)
     if not adapters:
         return read
     places = [p for p, x in leaves(returned) if isinstance(x, Tensor)]

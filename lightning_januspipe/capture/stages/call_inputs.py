@@ -30,7 +30,7 @@ class CallInputs:
 
     def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
         self._captured, self._potential = captured, potential
-        self._adapters = adapters_of(potential)
+        self._adapters = adapters_of(potential, captured.graph_size)
         self._steps = _evaluation_steps(captured, potential)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -42,6 +42,7 @@ class CapturedPotential:
         replaced: see :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`.
         step_parameters: see there.
         validated_kinds: kinds of calls that its stages were validated on.
+        graph_size: number of graph ranks that it was captured for.
     """
 
     path: str
@@ -52,6 +53,7 @@ class CapturedPotential:
     replaced: tuple[str, ...] | None = None
     step_parameters: tuple[str, ...] = ()
     validated_kinds: frozenset[str] = frozenset()
+    graph_size: int = 1
 
     @property
     def chain(self) -> ChainSpec:
@@ -193,7 +195,7 @@ class CapturedPotential:
 
     def with_evaluation(self, potential: nn.Module, call: PotentialCall) -> CapturedPotential:
         """Returns the same potential, which also takes the constants that a call has in evaluation."""
-        arguments = adapted(adapters_of(potential), potential, call.args, call.kwargs)
+        arguments = adapted(adapters_of(potential, self.graph_size), potential, call.args, call.kwargs)
         return replace(self, call=self.call.with_evaluation(*arguments))
 
     def received(self, stage: int) -> list[str]:
@@ -372,7 +374,7 @@ class Epilogue:
     def __init__(self, captured: CapturedPotential, potential: nn.Module) -> None:
         program, regions = captured.program, captured.regions
         self._program, self._kept = program, regions.outputs
-        self._potential, self._adapters = potential, adapters_of(potential)
+        self._potential, self._adapters = potential, adapters_of(potential, captured.graph_size)
         wanted, given = [program.outputs[i] for i in regions.outputs], [program.gradient, *regions.observables]
         self.function = ProgramFunction(program, potential, regions.epilogue, wanted, given)
         self.parameters = self.function.parameters

@@ -20,7 +20,7 @@ BOX = 14.0
 
 
 class Structures(lightning.LightningDataModule):
-    """Structures of unequal size in batches of four.
+    """Structures of unequal size in batches.
 
     Args:
         kind: "crystals" or "molecules".
@@ -28,6 +28,7 @@ class Structures(lightning.LightningDataModule):
         collate: from samples to a batch.
         boxed: whether molecules are put into a periodic box.
         loader: makes the loader of samples, where it is not torch's.
+        batch_size: structures in a batch.
     """
 
     def __init__(
@@ -37,14 +38,16 @@ class Structures(lightning.LightningDataModule):
         collate: Callable[[list[Any]], Any] | None = None,
         boxed: bool = False,
         loader: Callable[..., Any] = DataLoader,
+        batch_size: int = 4,
     ) -> None:
         super().__init__()
         self._kind, self._sample, self._collate, self._boxed, self._loader = kind, sample, collate, boxed, loader
+        self._batch_size = batch_size
 
     def train_dataloader(self) -> Any:
         samples = [self._sample(atoms) for atoms in structures(self._kind, self._boxed)]
         more = {} if self._collate is None else {"collate_fn": self._collate}
-        return self._loader(samples, batch_size=4, **more)
+        return self._loader(samples, batch_size=self._batch_size, **more)
 
 
 def structures(kind: str, boxed: bool = False) -> list[Atoms]:
