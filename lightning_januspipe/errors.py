@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+WITHOUT_CAPTURE = "pipeline_size=1 and graph_size=1, without expert_size, compile, activation and memory_limit"
+"""Options with which a potential is trained as it is, for the end of an error."""
+
 
 class CaptureError(ValueError):
     """Says that the potential cannot be captured: what was found, what was expected and what to do."""

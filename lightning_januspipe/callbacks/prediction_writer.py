@@ -20,10 +20,13 @@ from typing_extensions import override
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.error_groups import ErrorGroups
 from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
-from lightning_januspipe.callbacks.records import Record, Recording, dataset_of, is_known, structure_of
+from lightning_januspipe.callbacks.records import Record, Recording, dataset_of, file_of, is_known, structure_of
 
 _CHUNK = 256
 """So many structures are written at a time."""
+
+_ERRORS = ("energy_error", "force_rmse", "stress_rmse")
+"""Names under which structures have the errors of their predictions."""
 
 _APPENDED = ("extxyz", "xyz", "db")
 """Formats in which structures can be written after those of a file."""
@@ -48,7 +51,8 @@ class PredictionWriter(Callback):
             ``.db`` and others.
 
     Raises:
-        ValueError: ASE does not write such files, or not with several structures.
+        ValueError: ASE does not write such files, or not with several structures; the output is a folder, or the file
+            that the structures are read from.
 
     .. code-block:: yaml
 
@@ -61,6 +65,8 @@ class PredictionWriter(Callback):
     def __init__(self, output: str) -> None:
         super().__init__()
         self.output = Path(output)
+        if self.output.is_dir():
+            raise ValueError(f"output={output!r} is a folder; expected a file, such as {self.output / 'out.extxyz'}")
         self._format = _format_of(self.output)
         self._recording: Recording | None = None
         self._start = 0.0
@@ -68,7 +74,12 @@ class PredictionWriter(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the file of this replica."""
-        dataset_of(trainer.predict_dataloaders)
+        read = file_of(dataset_of(trainer.predict_dataloaders))
+        if read is not None and self.output.exists() and self.output.samefile(read):
+            raise ValueError(
+                f"output={str(self.output)!r} is the file that the structures are read from, whose labels the "
+                "predictions would replace; choose another name"
+            )
         self._recording = Recording(trainer, self.output.absolute().parent, self.output.name)
         self._start = time.perf_counter()
 
@@ -105,8 +116,10 @@ class PredictionWriter(Callback):
                 num_atoms += len(record.numbers)
                 yield predicted_structure(given, record)
 
-        _write(structures(), self.output, self._format)
-        records.remove()
+        try:
+            _write(structures(), self.output, self._format)
+        finally:
+            records.remove()
         console = Console()
         for table in groups.tables():
             console.print(table)
@@ -135,6 +148,8 @@ def predicted_structure(atoms: Atoms, record: Record) -> Atoms:
     for place in (found.info, found.arrays):
         for name in (keys.ENERGY, keys.FORCES, keys.STRESS):
             place.pop(name, None)
+    for name in _ERRORS:  # of earlier predictions
+        found.info.pop(name, None)
     if is_known(record.given_energy):
         found.info |= {"given_energy": record.given_energy, "energy_error": record.energy_error}
     if is_known(record.given_forces):
@@ -163,13 +178,19 @@ def _write(structures: Iterator[Atoms], path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     part.unlink(missing_ok=True)
-    if name == "traj":
-        with Trajectory(part, "w") as file:
-            for atoms in structures:
-                file.write(atoms)
-    elif name in _APPENDED:
-        while chunk := list(islice(structures, _CHUNK)):
-            ase.io.write(part, chunk, format=name, append=True)
-    else:
-        ase.io.write(part, list(structures), format=name)
+    try:
+        if name == "traj":
+            with Trajectory(part, "w") as file:
+                for atoms in structures:
+                    file.write(atoms)
+        elif name in _APPENDED:
+            while chunk := list(islice(structures, _CHUNK)):
+                ase.io.write(part, chunk, format=name, append=True)
+        else:
+            ase.io.write(part, list(structures), format=name)
+    except Exception as error:  # the writers of the formats raise errors of any type
+        part.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} could not be written as {name!r} ({type(error).__name__}: {error}); .extxyz holds all structures"
+        ) from error
     part.replace(path)

@@ -217,6 +217,13 @@ def structure_of(dataset: Any, index: int) -> Any:
     return dataset.atoms(index)
 
 
+def file_of(dataset: Any) -> Path | None:
+    """Returns the file that a dataset, or a ``Subset`` of it, has read its structures from; None if there is none."""
+    while not hasattr(dataset, "file") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return getattr(dataset, "file", None)
+
+
 def dataset_of(loaders: Any) -> Any:
     """Returns the dataset of the one loader of an evaluation.
 

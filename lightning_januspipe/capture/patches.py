@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError
 
 _ABSENT = object()
 
@@ -49,7 +49,7 @@ def patched_package(owner: Any, name: str, value: Any, release: str) -> Iterator
     if not hasattr(owner, name):
         raise CaptureError(
             f"{owner.__name__} has no {name!r}: the adapter is written for {release}. Install {release}, or train "
-            "with pipeline_size=1 and graph_size=1."
+            f"with {WITHOUT_CAPTURE}."
         )
     with patched(owner, name, value):
         yield

@@ -218,6 +218,11 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             for atoms in self._structures
         ]
 
+    @property
+    def file(self) -> Path | None:
+        """Returns the file that the structures were read from; None if they were given as ``Atoms``."""
+        return Path(self._source) if self._source else None
+
     def describe(self, index: int) -> str:
         """Returns the name of a structure in messages: its file and frame."""
         return frame_name(self._source, index)

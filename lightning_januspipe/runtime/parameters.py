@@ -13,6 +13,7 @@ from lightning_januspipe.checkpoint.averages import followers, held_by_all
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradients
 from lightning_januspipe.engine.stage_state import Collective
+from lightning_januspipe.errors import WITHOUT_CAPTURE
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
@@ -94,8 +95,8 @@ class PlacedParameters:
         if changed:
             raise ValueError(
                 f"requires_grad of {', '.join(sorted(changed)[:3])} was changed after training had started, when "
-                "stages and shards were made. Freeze and unfreeze before Trainer.fit, or train with pipeline_size=1, "
-                'graph_size=1 and shard="none".'
+                "stages and shards were made. Freeze and unfreeze before Trainer.fit, or train with "
+                f'{WITHOUT_CAPTURE}, and shard="none".'
             )
 
     def gradients(self) -> dict[nn.Parameter, Tensor | None]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_januspipe.distributed import waiting
-from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.errors import WITHOUT_CAPTURE, PipelineError
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.expert_shards import require_element_wise
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards, to_cpu
@@ -210,7 +210,7 @@ class StageOptimizer:
             raise ValueError(
                 f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, but had {len(self._groups)} "
                 "when training started. Make all groups in configure_optimizers, or train "
-                "with pipeline_size=1, graph_size=1 and shard='none'."
+                f"with {WITHOUT_CAPTURE}, and shard='none'."
             )
 
 

@@ -69,8 +69,13 @@ class CaptureHooks(StrategyState):
         except CaptureError as error:
             if self._has_to_capture:
                 raise
-            self._stays_plain, self.runner = True, SingleStage(self._module, self._mesh)
-            self.lib.rank_zero.rank_zero_info(f"januspipe: the module is trained as it is, not compiled: {error}")
+            self._stay_plain(error)
+
+    def _stay_plain(self, reason: Exception, check: Callable[[], None] = lambda: None) -> None:
+        """Trains the module as it is, where it need not be captured, if that passes a check."""
+        self._stays_plain, self.runner = True, SingleStage(self._module, self._mesh)
+        check()
+        self.lib.rank_zero.rank_zero_info(f"januspipe: the module is trained as it is, not compiled: {reason}")
 
     def _capture(self, loader: Any, step: Callable[..., Any], num_microbatches: int) -> None:
         """Has one rank capture; all ranks get the same result or the same error."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_januspipe.errors import WITHOUT_CAPTURE
 from lightning_januspipe.strategy.precision import SUPPORTED
 
 
@@ -70,6 +71,7 @@ def check_trainer(trainer: Any, is_captured: bool, has_parts: bool, spreads_expe
         _check_clipping(owner)
     if is_captured:
         _refuse_watching(module)
+        _refuse_gradient_hooks(module)
     for callback in trainer.callbacks if is_captured or has_parts else ():
         _check_callback(callback, module)
         if spreads_experts:
@@ -83,8 +85,30 @@ def _refuse_watching(module: nn.Module) -> None:
             f"logger.watch of Weights & Biases sees gradients and parameters of the whole {type(module).__name__}, "
             "but each rank runs its own stages, micro-batch by micro-batch. Leave it out and log norms, with "
             "lightning_januspipe.strategy.gradient_norm.grad_norm in on_before_optimizer_step; or train with "
-            "pipeline_size=1 and graph_size=1, without compile, activation and memory_limit."
+            f"{WITHOUT_CAPTURE}."
         )
+
+
+def _refuse_gradient_hooks(module: nn.Module) -> None:
+    """Refuses hooks on gradients of parameters and submodules: phases compute a gradient in parts, or without them."""
+    hooked = [f"parameter {n}" for n, p in module.named_parameters() if _has_gradient_hooks(p)]
+    hooked += [
+        f"submodule {n or type(module).__name__}"
+        for n, m in module.named_modules()
+        if m._backward_hooks or m._backward_pre_hooks
+    ]
+    if hooked:
+        raise ValueError(
+            f"{', '.join(hooked[:3])}{f' and {len(hooked) - 3} more' if len(hooked) > 3 else ''} of "
+            f"{type(module).__name__} has a hook that sees gradients (register_hook, "
+            "register_post_accumulate_grad_hook, register_full_backward_hook), but phases compute a gradient in "
+            "several parts. Change .grad in on_before_optimizer_step instead, entry by entry; or train with "
+            f"{WITHOUT_CAPTURE}."
+        )
+
+
+def _has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    return any(getattr(parameter, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def _check_callback(callback: Any, module: nn.Module) -> None:
@@ -93,7 +117,7 @@ def _check_callback(callback: Any, module: nn.Module) -> None:
         raise ValueError(
             f"{name} unfreezes parameters in the middle of training, but the stages are made when training starts. "
             "Freeze parameters before Trainer.fit, for example in the module's __init__, and unfreeze them before "
-            'another Trainer.fit of the same module; or use pipeline_size=1, graph_size=1 and shard="none".'
+            f'another Trainer.fit of the same module; or use {WITHOUT_CAPTURE}, and shard="none".'
         )
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
     if "StochasticWeightAveraging" in bases and has_norms:

@@ -131,12 +131,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, InitialValueHooks, CaptureHooks
         """Captures the potential and keeps only this rank's part of the optimizer."""
         has_parts = self._shares_replicas or self._shard_levels != ("none",) or self._spreads_experts
         if self.num_microbatches() > 1 or self._captures or has_parts:
-            check_trainer(
-                self._trainer,
-                is_captured=self._captures,
-                has_parts=has_parts,
-                spreads_experts=self._spreads_experts,
-            )
+            self._check_trainer(has_parts)
         self._give_batches_to_transfer_hooks()
         if self._shard_levels != ("none",):
             self._mesh.join_stage_ranks()
@@ -152,6 +147,24 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, InitialValueHooks, CaptureHooks
         if self._captures:
             self._free_other_stages()
         self._progress.training_starts()
+
+    def _check_trainer(self, has_parts: bool) -> None:
+        """Refuses what stages or parts of gradients would make wrong; without need nothing is captured then."""
+
+        def check() -> None:
+            check_trainer(
+                self._trainer,
+                is_captured=self._captures,
+                has_parts=has_parts,
+                spreads_experts=self._spreads_experts,
+            )
+
+        try:
+            check()
+        except ValueError as error:
+            if self._has_to_capture or not self._captures:
+                raise
+            self._stay_plain(error, check)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

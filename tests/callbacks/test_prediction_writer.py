@@ -13,6 +13,8 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.callbacks import PredictionWriter
+from lightning_januspipe.callbacks.prediction_writer import predicted_structure
+from lightning_januspipe.callbacks.records import Record
 from lightning_januspipe.data import StructureDataset
 from lightning_januspipe.data.dataset import IndexedDataset
 from lightning_januspipe.testing import RankPool, quiet_trainer
@@ -119,6 +121,30 @@ def test_fewer_structures_than_replicas_are_refused(pool: RankPool, tmp_path) ->
 def test_other_formats_are_refused_at_once(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PredictionWriter(name)
+
+
+def test_files_that_would_be_lost_are_refused(tmp_path, float64) -> None:
+    """The file of the labels, also by another name, and a folder; what cannot be written leaves nothing behind."""
+    file = tmp_path / "given.extxyz"
+    ase.io.write(file, [*workers.structures(1), Atoms("Cu", cell=[2.4, 0, 0], pbc=[True, False, False])])
+    (tmp_path / "link.extxyz").symlink_to(file)
+    text = file.read_text()
+    for name in ("given.extxyz", "link.extxyz"):
+        with pytest.raises(ValueError, match="is the file that the structures are read from"):
+            workers.predicted(None, str(file), str(tmp_path / name), 2, None)
+    assert file.read_text() == text
+    with pytest.raises(ValueError, match="is a folder; expected a file"):
+        PredictionWriter(str(tmp_path))
+    with pytest.raises(ValueError, match=r"out\.cif could not be written as 'cif' \(ValueError: CIF"):
+        workers.predicted(None, str(file), str(tmp_path / "out.cif"), 2, None)
+    assert workers.leftovers(str(tmp_path)) == []
+
+
+def test_errors_of_earlier_predictions_are_removed() -> None:
+    atoms = Atoms("Cu", info={"energy_error": 1.0, "force_rmse": 2.0, "stress_rmse": 3.0, "other": 4.0})
+    none = np.full((3, 3), np.nan)
+    record = Record(0, np.array([29]), 1.0, np.zeros((1, 3)), none, np.nan, none[:1], none)
+    assert predicted_structure(atoms, record).info == {"other": 4.0}
 
 
 def test_data_without_indices_is_refused(tmp_path, float64) -> None:

@@ -239,6 +239,17 @@ def test_what_cannot_be_captured_is_trained_as_it_is(
         strategy_workers.fit(COMPILED, {"max_steps": 1})
 
 
+def test_what_stages_would_make_wrong_is_trained_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    module = tiny.module()
+    module.potential.energy_model.embedding.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        quiet_trainer(AUTO, max_steps=1).fit(module, tiny.data())
+    (line,) = lines_of(caplog, "trained as it is")
+    assert "not compiled: parameter potential.energy_model.embedding.weight of" in line
+    with pytest.raises(ValueError, match="has a hook that sees gradients"):
+        quiet_trainer(COMPILED, max_steps=1).fit(module, tiny.data())
+
+
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
 def test_what_compiles_is_ended_with_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[BaseException] | None

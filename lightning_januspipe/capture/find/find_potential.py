@@ -26,7 +26,7 @@ from lightning_januspipe.capture.find.grad_call import (
     grad_arguments,
 )
 from lightning_januspipe.capture.trees import copied, leaves
-from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError
 
 _NO_WAY = ("appears to not have been used in the graph", "does not require grad")
 """Words in torch's errors for a derivative that does not exist."""
@@ -157,7 +157,7 @@ def find_potential(
             f"the step of {type(module).__name__} uses parameters of its potential {path!r} outside the potential's "
             f"forward ({', '.join(sorted(outside)[:3])}). In a pipeline every rank holds only its own stage's "
             "parameters: use weight_decay of the optimizer for regularization, or train with "
-            "pipeline_size=1 and graph_size=1."
+            f"{WITHOUT_CAPTURE}."
         )
     adapters = adapters_of(module.get_submodule(path), graph_size)
     of_output = {leaf for i, leaf, _ in observer.read if i == position}

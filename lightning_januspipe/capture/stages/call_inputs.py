@@ -14,7 +14,7 @@ from lightning_januspipe.capture.trace.fixed_values_and_draws import FixedValue
 from lightning_januspipe.capture.trace.function import ProgramFunction
 from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.program import symbols_in
-from lightning_januspipe.errors import CaptureError, quoted
+from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError, quoted
 
 if TYPE_CHECKING:
     from lightning_januspipe.capture.stages.captured import CapturedPotential
@@ -69,7 +69,7 @@ class CallInputs:
                 f"the potential {quoted(self._captured.path)} was captured with the value {fixed.value!r} at "
                 f"{fixed.place}, but this batch has the value {found!r} there. A trace holds one branch only: use "
                 "torch.where instead, choose batches in the dataset that all take this branch, or train with "
-                "pipeline_size=1 and graph_size=1."
+                f"{WITHOUT_CAPTURE}."
             )
 
 

@@ -26,7 +26,7 @@ from lightning_januspipe.capture.trace.operators import SHAPE_ONLY, operator_of
 from lightning_januspipe.capture.trace.program import Program, ReturnedSize
 from lightning_januspipe.capture.trees import with_leaves
 from lightning_januspipe.engine.specs import ChainSpec, StageOutput, TensorSpec, violated_sizes
-from lightning_januspipe.errors import CaptureError, quoted
+from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError, quoted
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class CapturedPotential:
 
 _OTHER_SIZES = (
     "The forward turns that size into a constant (int(...), len(...)) or has a Python branch that depends on it: use "
-    "tensor.shape and torch.where instead, or train with pipeline_size=1 and graph_size=1."
+    f"tensor.shape and torch.where instead, or train with {WITHOUT_CAPTURE}."
 )
 
 
@@ -430,7 +430,7 @@ class _Unavailable:
         raise CaptureError(
             f"output {self._position} of the potential is read now, but was not read by the step on which the "
             "potential was captured, so it is not computed. Read it in training_step too, or "
-            "set pipeline_size=1 and graph_size=1."
+            f"train with {WITHOUT_CAPTURE}."
         )
 
     @classmethod

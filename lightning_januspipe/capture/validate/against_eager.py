@@ -23,7 +23,7 @@ from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import SingleProcessResult, StageFactory, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, StageFunction, StageOutput
-from lightning_januspipe.errors import CaptureError, quoted
+from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError, quoted
 from lightning_januspipe.random_state import seeded
 from lightning_januspipe.schedule import PhaseCosts
 
@@ -382,8 +382,8 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance
     raise CaptureError(
         f"the captured potential {quoted(path)} differs from the module itself on a batch of other sizes: {what} has "
         f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
-        "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Train with "
-        "pipeline_size=1 and graph_size=1, or rewrite that part."
+        "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Rewrite "
+        f"that part, or train with {WITHOUT_CAPTURE}."
     )
 
 
