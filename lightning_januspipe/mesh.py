@@ -81,6 +81,23 @@ class MeshShape:
         return (pipeline * self.data + data) * self.graph + graph
 
 
+@dataclass(frozen=True)
+class Holders:
+    """Names the ranks that hold the same parameters.
+
+    Attributes:
+        ranks: these ranks in order, by global rank.
+        index: index of this rank among them.
+        group: their process group.
+        control_group: the same ranks, on the host.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    group: dist.ProcessGroup | None
+    control_group: dist.ProcessGroup | None
+
+
 class Mesh:
     """Holds the process groups of one rank. In one process there are none.
 
@@ -107,6 +124,7 @@ class Mesh:
         expert_rank: Index of this rank among them.
         expert_group: These ranks; expert_control_group has the same ones, on the host.
         expert_copies_group: The ranks that hold the same experts as this rank; None if no other rank does.
+            expert_copies_control_group has the same ones, on the host.
         alone_group: This rank alone.
     """
 
@@ -127,6 +145,7 @@ class Mesh:
         self.expert_group: dist.ProcessGroup | None = None
         self.expert_control_group: dist.ProcessGroup | None = None
         self.expert_copies_group: dist.ProcessGroup | None = None
+        self.expert_copies_control_group: dist.ProcessGroup | None = None
         self._made: list[dist.ProcessGroup] = []
         if shape.size == 1:
             return
@@ -189,12 +208,27 @@ class Mesh:
         if size < num:
             copies = [ranks[first::size] for ranks in stages for first in range(size)]
             self.expert_copies_group = self._own_group(copies, timeout=self.timeout)
+            self.expert_copies_control_group = self._own_group(copies, timeout=self.timeout, backend="gloo")
 
     @property
     def expert_ranks(self) -> list[int]:
         """Returns the global ranks that share the experts of this rank's stages."""
         first = self.stage_rank - self.expert_rank
         return self.stage_ranks[first : first + self.expert_size]
+
+    @property
+    def stage_holders(self) -> Holders:
+        """Returns the ranks that hold the same stages as this one, after :meth:`join_stage_ranks`."""
+        return Holders(tuple(self.stage_ranks), self.stage_rank, self.stage_group, self.stage_control_group)
+
+    @property
+    def expert_holders(self) -> Holders | None:
+        """Returns the ranks that hold the same experts as this one; None if no other rank does."""
+        if self.expert_copies_group is None:
+            return None
+        ranks = tuple(self.stage_ranks[self.expert_rank :: self.expert_size])
+        group, control_group = self.expert_copies_group, self.expert_copies_control_group
+        return Holders(ranks, self.stage_rank // self.expert_size, group, control_group)
 
     def gathered(self, mine: _T, what: str) -> list[_T]:
         """Returns an object of every rank of the mesh, on all ranks.
@@ -234,6 +268,7 @@ class Mesh:
         self.down_group = self.up_group = self.control_group = self.host_group = self.pipeline_group = None
         self.replica_group = self.graph_group = self.data_group = self.stage_group = self.stage_control_group = None
         self.alone_group = self.expert_group = self.expert_control_group = self.expert_copies_group = None
+        self.expert_copies_control_group = None
         _destroy(self._made)
 
     def _own_group(self, lists: list[list[int]], **options: Any) -> dist.ProcessGroup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning_januspipe.compiled.blueprint import TraceableStage, first_places
 from lightning_januspipe.compiled.joint import shape_of
 from lightning_januspipe.compiled.phase_graphs import PhaseSignature, StagePhases
 from lightning_januspipe.compiled.ports import Kind, Port
-from lightning_januspipe.compiled.twin import EagerTwin
+from lightning_januspipe.compiled.twin import EagerTwin, Results
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.host_memory import KeptTensor, KeptValues
 from lightning_januspipe.engine.specs import ChainSpec, TensorSpec
@@ -24,7 +24,6 @@ from lightning_januspipe.schedule.actions import Phase
 Runner = Callable[..., Sequence[Tensor]]
 """A phase graph as a function: interpreted, or compiled."""
 
-_Results = Sequence[Sequence[Tensor]]
 _Given = Mapping[Kind, Sequence[Tensor | None]]
 
 
@@ -169,7 +168,8 @@ class CompiledStage(Stage):
         self._running[microbatch] = _Inflight(sizes, known, values)
         if not self._runnable.is_verified and not self._twins:
             assert self._runnable.tolerance is not None
-            self._twins[microbatch] = EagerTwin(self.function, self._autocast, self._runnable.tolerance)
+            tolerance = self._runnable.tolerance
+            self._twins[microbatch] = EagerTwin(self.function, self._autocast, tolerance, values, self._uncompared)
         found = self._run(Phase.FE, microbatch, {Kind.BOUNDARY_IN: boundary})
         sent = found[Kind.BOUNDARY_OUT], found[Kind.OBSERVABLE]
         self._compare(Phase.FE, microbatch, sent, lambda s: s.forward_energy(microbatch, tensors, boundary))
@@ -252,7 +252,7 @@ class CompiledStage(Stage):
             return
         self._run(Phase.WF, microbatch, {})
         if microbatch in self._twins:
-            self._twins[microbatch].stage.weight_force(microbatch)
+            self._twins[microbatch].run(Phase.WF, lambda s: s.weight_force(microbatch))
 
     def weight_energy(self, microbatch: int) -> None:
         """Runs WE; see :meth:`~lightning_januspipe.engine.stage.Stage.weight_energy`."""
@@ -262,7 +262,7 @@ class CompiledStage(Stage):
             return
         self._run(Phase.WE, microbatch, {})
         if microbatch in self._twins:
-            self._twins[microbatch].stage.weight_energy(microbatch)
+            self._twins[microbatch].run(Phase.WE, lambda s: s.weight_energy(microbatch))
         self._end(microbatch)
 
     def _note_misfit(self, reason: str) -> None:
@@ -275,13 +275,15 @@ class CompiledStage(Stage):
                 stacklevel=3,
             )
 
-    def _compare(
-        self, phase: Phase, microbatch: int, found: _Results, run_eagerly: Callable[[Stage], _Results]
-    ) -> None:
+    def _uncompared(self, gradients: GradientBuffers) -> CompiledStage:
+        """Returns a stage that runs the same phases, of which nothing is compared."""
+        return CompiledStage(self._traceable, replace(self._runnable, tolerance=None), gradients, self._chain)
+
+    def _compare(self, phase: Phase, microbatch: int, found: Results, run_with: Callable[[Stage], Results]) -> None:
         """Compares the results of a phase with those of the eager phase, if this micro-batch has a twin."""
         twin = self._twins.get(microbatch)
         if twin is not None:
-            twin.compare(phase, run_eagerly(twin.stage), found)
+            twin.run(phase, run_with, found)
             self._runnable.verified = phase if phase is Phase.FF else self._runnable.verified
 
     def _end(self, microbatch: int) -> None:

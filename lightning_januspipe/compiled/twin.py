@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,39 +17,60 @@ from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.schedule.actions import Phase
 
+Results = Sequence[Sequence[Tensor]]
+"""What a phase returns: lists of tensors of one kind."""
+
 
 class EagerTwin:
     """Runs the phases of one micro-batch eagerly, and compares what they return with what compiled phases returned.
 
     The phases get the same messages. A micro-batch takes the memory of both meanwhile.
 
+    Where exchanges round rows, the last digit of a sum may decide how a number is rounded. So compiled phases then run
+    a second time for the comparison, with rows that travel as they are, as those of the eager phases do.
+
     Args:
         function: the stage.
         autocast: what FF differentiates under.
         tolerance: the largest difference that rounding explains, relative to the scale of a value.
+        values: what the stage reads, with its exchanges.
+        make_compiled: makes the stage that runs the compiled phases, with buffers for its parameter gradients.
 
     Attributes:
-        stage: runs the eager phases.
-        gradients: takes the parameter gradients of the compiled phases.
+        gradients: takes the parameter gradients of the compiled phases that training goes on with.
     """
 
-    def __init__(self, function: StageFunction, autocast: Autocast, tolerance: float) -> None:
+    def __init__(
+        self,
+        function: StageFunction,
+        autocast: Autocast,
+        tolerance: float,
+        values: Sequence[Any],
+        make_compiled: Callable[[GradientBuffers], Stage],
+    ) -> None:
         self._function, self._tolerance = function, tolerance
-        self._expected = GradientBuffers()
-        self.stage = Stage(function, self._expected, autocast)
-        self.gradients = GradientBuffers()
+        self._expected, self._found = GradientBuffers(), GradientBuffers()
+        self._eager = Stage(function, self._expected, autocast)
+        self._rounding = [v for v in values if not isinstance(v, Tensor) and getattr(v, "half", None) is not None]
+        self._compiled = make_compiled(self._found) if self._rounding else None
+        self.gradients = GradientBuffers() if self._rounding else self._found
 
-    def compare(self, phase: Phase, expected: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Tensor]]) -> None:
-        """Compares the results of one phase.
+    def run(self, phase: Phase, run_with: Callable[[Stage], Results | None], found: Results = ()) -> None:
+        """Runs a phase eagerly, and compares what it returns.
 
         Args:
-            phase: the phase that has run.
-            expected: what the eager phase returned: lists of tensors of one kind.
+            phase: the phase.
+            run_with: runs the phase with a stage.
             found: what the compiled phase returned.
 
         Raises:
             CaptureError: they differ.
         """
+        with _unrounded(self._rounding):
+            exact = found if self._compiled is None else run_with(self._compiled)
+            self._compare_all(phase, run_with(self._eager) or (), exact or ())
+
+    def _compare_all(self, phase: Phase, expected: Results, found: Results) -> None:
         for kind_expected, kind_found in zip(expected, found, strict=True):
             floor = smallest_scale(kind_expected, self._tolerance)
             for place, (a, b) in enumerate(zip(kind_expected, kind_found, strict=True)):
@@ -62,7 +85,7 @@ class EagerTwin:
         parameters = self._function.parameters
         scale = max((_scale(g) for g in self._expected.sums()), default=0.0)
         for place, parameter in enumerate(parameters):
-            a, b = self._expected.get(parameter), self.gradients.get(parameter)
+            a, b = self._expected.get(parameter), self._found.get(parameter)
             what = f"the gradient of parameter {place} of {len(parameters)}, of shape {tuple(parameter.shape)},"
             if (a is None) != (b is None):
                 missing = "missing" if b is None else "there, though the loss does not depend on the parameter"
@@ -89,6 +112,19 @@ class EagerTwin:
             f"stage {self._function.index}, compiled, computes something else than the same stage run eagerly, on its "
             f"first micro-batch: {what}. Train with compile=False, and report this potential."
         )
+
+
+@contextmanager
+def _unrounded(exchanges: Sequence[Any]) -> Iterator[None]:
+    """Lets exchanges send rows as they are."""
+    halves = [exchange.half for exchange in exchanges]
+    try:
+        for exchange in exchanges:
+            exchange.half = None
+        yield
+    finally:
+        for exchange, half in zip(exchanges, halves, strict=True):
+            exchange.half = half
 
 
 def _scale(tensor: Tensor) -> float:

@@ -60,25 +60,28 @@ class SpreadExperts:
     mixtures: tuple[Mixture, ...]
 
 
-def spread_experts(captured: CapturedPotential, num_ranks: int, rank: int = 0) -> SpreadExperts:
+def spread_experts(
+    captured: CapturedPotential, num_ranks: int, rank: int = 0, has_guests: bool = False
+) -> SpreadExperts:
     """Returns a copy of a captured potential with exchanges of rows inserted.
 
     Args:
         captured: The potential, possibly with exchanges between graph ranks; it stays as it is.
         num_ranks: X, the number of ranks that share the experts.
         rank: index of this rank.
+        has_guests: Whether ranks may hold experts of other ranks too during a step.
 
     Raises:
         CaptureError: No weight can be spread, there are fewer experts than ranks, or the experts of rows follow from
             what another stage computes.
     """
-    return _ExchangeInserter(captured, num_ranks, rank).run()
+    return _ExchangeInserter(captured, num_ranks, rank, has_guests).run()
 
 
 class _ExchangeInserter:
-    def __init__(self, captured: CapturedPotential, num_ranks: int, rank: int) -> None:
+    def __init__(self, captured: CapturedPotential, num_ranks: int, rank: int, has_guests: bool) -> None:
         self._captured, self._program = captured, captured.program
-        self._num_ranks, self._rank = num_ranks, rank
+        self._num_ranks, self._rank, self._has_guests = num_ranks, rank, has_guests
         self._stage_of = {n: stage for stage, body in enumerate(captured.cut.bodies) for n in body}
         self._repeated = {n for names in captured.cut.replicated for n in names}
         self._new: dict[str, list[Node]] = {}
@@ -103,7 +106,8 @@ class _ExchangeInserter:
             elif is_pointwise(node):
                 self._move(node)
         parameters = {program.parameters[name]: num for name, num in weights.items()}
-        return SpreadExperts(self._result(weights), parameters, self._sites, self._mixtures(weights))
+        mixtures = self._mixtures(weights)
+        return SpreadExperts(self._result(weights, mixtures), parameters, self._sites, mixtures)
 
     def _mixtures(self, weights: Mapping[str, int]) -> tuple[Mixture, ...]:
         found = []
@@ -211,9 +215,9 @@ class _ExchangeInserter:
             self._new.setdefault(node.name, []).append(extra)
         return self._sent[key]
 
-    def _result(self, weights: Mapping[str, int]) -> PotentialWithExperts:
+    def _result(self, weights: Mapping[str, int], mixtures: Sequence[Mixture]) -> PotentialWithExperts:
         program, captured = self._program, self._captured
-        exchanges = {_input(site): RowExchangeSpec(site, program.spec(site).shape[0]) for site in self._sites}
+        exchanges = {_input(site): self._exchange(site, num) for site, (_, num) in self._sites.items()}
         experts = {_experts(s.site): TensorSpec((s.received,), torch.int64) for s in exchanges.values()}
         nodes = [n for n in program.nodes if n.is_placeholder]
         nodes += [Node(name, "placeholder", name, (), {}, None) for name in exchanges]
@@ -225,9 +229,10 @@ class _ExchangeInserter:
             return [n for name in names for n in (*(new.name for new in self._new.get(name, ())), name)]
 
         own = {}
+        site_of = {parameter: m.sites[0] for m in mixtures for parameter in m.parameters}
         for name, num in weights.items():
-            begin, end = bounds_of(num, self._num_ranks)[self._rank : self._rank + 2]
-            own[name] = replace(program.spec(name), shape=(end - begin, *program.spec(name).shape[1:]))
+            held = exchanges[_input(site_of[program.parameters[name]])].held if self._has_guests else self._num_own(num)
+            own[name] = replace(program.spec(name), shape=(held, *program.spec(name).shape[1:]))
         changed = {
             "program": replace(program, nodes=nodes, inputs=[*program.inputs, *exchanges, *experts]),
             "regions": replace(captured.regions, body=longer(captured.regions.body)),
@@ -235,6 +240,15 @@ class _ExchangeInserter:
         }
         same = {f.name: getattr(captured, f.name) for f in fields(CapturedPotential)}
         return PotentialWithExperts(**{**same, **changed}, given=captured, added={**exchanges, **experts}, own=own)
+
+    def _exchange(self, site: str, num_experts: int) -> RowExchangeSpec:
+        num_held = self._num_own(num_experts) if self._has_guests else None
+        return RowExchangeSpec(site, self._program.spec(site).shape[0], num_held)
+
+    def _num_own(self, num_experts: int) -> int:
+        """Returns how many experts of a mixture this rank owns."""
+        begin, end = bounds_of(num_experts, self._num_ranks)[self._rank : self._rank + 2]
+        return end - begin
 
 
 def _input(site: str) -> str:

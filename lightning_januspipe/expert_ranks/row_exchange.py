@@ -33,6 +33,7 @@ class RowExchange(WithHandle):
         receive_counts: (X,) number of rows of each rank for this rank's experts.
         arrangement: (R',) the received rows in the order of this rank's experts.
         experts: (R',) the expert of each received row in that order; 0 is this rank's first expert.
+        num_held: number of experts that this rank holds.
         group: the ranks that share the experts; None for a single rank.
         sizes_of_ranks: values of the size symbols of the micro-batch on all ranks that hold the stage, if these have
             told them each other.
@@ -44,6 +45,7 @@ class RowExchange(WithHandle):
     receive_counts: tuple[int, ...]
     arrangement: Tensor
     experts: Tensor
+    num_held: int
     group: dist.ProcessGroup | None = None
     sizes_of_ranks: Sequence[Mapping[str, int]] = field(default=(), repr=False)
     half: HalfRows | None = None
@@ -128,6 +130,7 @@ def plan_rows(
         receive_counts=tuple(own.sum(1).tolist()),
         arrangement=arrangement.to(device),
         experts=received[arrangement].to(device),
+        num_held=num_own,
         group=group,
     )
 

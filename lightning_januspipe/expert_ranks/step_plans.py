@@ -57,6 +57,7 @@ class ExpertAxis:
         ranks: the ranks that share the experts.
         stages: the stages that this rank runs.
         dtype: what rows are rounded to on the way; None to send them as they are.
+        has_guests: whether ranks may hold experts of other ranks too during a step.
 
     Attributes:
         parameters: the weights that are spread, of this rank's stages.
@@ -77,8 +78,9 @@ class ExpertAxis:
         ranks: ExpertGroup,
         stages: Sequence[int],
         dtype: torch.dtype | None = None,
+        has_guests: bool = False,
     ) -> None:
-        self._spread = spread_experts(captured, ranks.size, ranks.rank)
+        self._spread = spread_experts(captured, ranks.size, ranks.rank, has_guests)
         self._ranks, self._group = ranks, ranks.group
         self._of_stage, self._copies = ranks.of_stage, ranks.copies
         program, regions = captured.program, captured.regions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,10 +70,12 @@ class RowExchangeSpec:
     Attributes:
         site: the value with the expert of each row.
         rows: its number of rows, as an expression of size symbols.
+        num_held: the number of experts that this rank holds outside of steps, if it may hold more in a step; else None.
     """
 
     site: str
     rows: int | str
+    num_held: int | None = field(default=None, repr=False)  # graphs are right for any number
 
     @property
     def received(self) -> str:
@@ -85,10 +87,16 @@ class RowExchangeSpec:
         """Returns the name under which graphs take the exchange's handle, as one of their sizes."""
         return f"handle_{self.site}"
 
+    @property
+    def held(self) -> str:
+        """Returns the size symbol of the number of experts that this rank holds, if that may change."""
+        return f"held_{self.site}"
+
     def example(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Returns sizes for those of an example call, in which a rank gets as many rows as it has."""
         rows = self.rows if isinstance(self.rows, int) else int(evaluate(self.rows, sizes))
-        return {self.received: rows, self.handle: 2}
+        held = {} if self.num_held is None else {self.held: self.num_held + 1}
+        return {self.received: rows, self.handle: 2, **held}
 
     def traced(self, sizes: Mapping[str, Any]) -> TracedRowExchange:
         """Returns the exchange that a trace takes.
@@ -160,6 +168,7 @@ class StageWithExperts(CapturedStage):
         exchanges = {spec: tensors[place] for spec, place in self._exchanges.items()}
         for spec, exchange in exchanges.items():
             own |= {spec.handle: exchange.handle, spec.received: exchange.num_received}
+            own |= {} if spec.num_held is None else {spec.held: exchange.num_held}
         for exchange in exchanges.values():
             return [own, *(own | told for told in exchange.sizes_of_ranks)]
         return [own, *of_others]

@@ -34,6 +34,7 @@ class _Operator:
 
 _OPERATORS = {
     "gather_halo": _Operator(Exchange.gathered, 1),
+    "gather_halo_exactly": _Operator(lambda exchange, x: exchange.gathered(x, is_exact=True), 1),
     "sum_halo": _Operator(Exchange.summed, -1),
     "largest_in_halo": _Operator(Exchange.largest, -1),
     "sum_over_ranks": _Operator(Exchange.total, 0),
@@ -76,7 +77,7 @@ class TracedExchange(Exchange):
 
     def gathered(self, x: Tensor, is_exact: bool = False) -> Tensor:
         """Returns what :meth:`.Exchange.gathered` returns, as one operation."""
-        return self._operation("gather_halo", x)
+        return self._operation("gather_halo_exactly" if is_exact else "gather_halo", x)
 
     def summed(self, y: Tensor) -> Tensor:
         """Returns what :meth:`.Exchange.summed` returns, as one operation."""

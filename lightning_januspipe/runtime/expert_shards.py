@@ -2,12 +2,14 @@
 
 A parameter with an entry for each expert keeps its place in the module, and so its name in checkpoints and its place in
 the optimizer. While training steps run it holds the entries of this rank's experts only. For checkpoints and at the end
-of training it is whole on every rank.
+of training it is whole on every rank. Where several ranks own the same experts, their optimizer state may be sharded
+over these ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +23,8 @@ from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradien
 from lightning_januspipe.expert_ranks import bounds_of
 from lightning_januspipe.graph.exchange import send_rows_to_each
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, to_cpu
+from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, OptimizerShards, to_cpu
+from lightning_januspipe.runtime.released import has_gradient_elsewhere
 
 _GATHERING = "gathering of experts"
 _MOVING = "moving of experts to other ranks"
@@ -40,6 +43,7 @@ class ExpertShards:
         parameters: See above.
         are_whole: Whether parameters have the entries of all experts now.
         optimizers: Those whose state moves with the experts.
+        state_shards: How the ranks that own the same experts share the state of an optimizer, if they do.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
@@ -51,6 +55,7 @@ class ExpertShards:
         # during a step: positions of own entries that each rank holds too, and how many of each rank's this one holds
         self._guests: dict[nn.Parameter, tuple[list[list[int]], list[int]]] = {}
         self.optimizers: list[Optimizer] = []
+        self.state_shards: dict[Optimizer, OptimizerShards] = {}
         self.parameters = list(parameters)
         self.are_whole = True
 
@@ -62,9 +67,14 @@ class ExpertShards:
         if not self.are_whole:
             return
         for parameter in self.parameters:
-            parameter.grad = None
+            has_gradient = not has_gradient_elsewhere(parameter)
+            if has_gradient:
+                parameter.grad = None
             parameter.data = self._own(parameter, parameter.data)
-            parameter.grad = self._gradients.pop(parameter, None)
+            if has_gradient:
+                parameter.grad = self._gradients.pop(parameter, None)
+        for shards in self.state_shards.values():
+            shards.refresh_leaves()
         self.are_whole = False
 
     def make_whole(self) -> None:
@@ -73,28 +83,49 @@ class ExpertShards:
             return
         for parameter in self.parameters:
             whole = self._gathered(parameter, parameter.data)
-            self._gradients[parameter], parameter.grad = parameter.grad, None
+            if not has_gradient_elsewhere(parameter):
+                self._gradients[parameter], parameter.grad = parameter.grad, None
             parameter.data = whole
         self.are_whole = True
 
+    @contextmanager
+    def own_shapes(self) -> Iterator[None]:
+        """Gives parameters the entries of own experts inside, without their gradients."""
+        values = [(p, p.data) for p in self.parameters] if self.are_whole else []
+        for parameter, whole in values:
+            parameter.data = self._own(parameter, whole)
+        yield
+        for parameter, whole in values:
+            parameter.data = whole
+
     def reduce_gradients(self) -> None:
-        """Sums ``.grad`` over the ranks that own the same experts, and averages it over replicas."""
+        """Sums ``.grad`` over the ranks that own the same experts, and averages it over replicas.
+
+        Gradients whose parameters are in :attr:`state_shards` are left to these.
+        """
         mesh = self._mesh
+        in_shards = {p for shards in self.state_shards.values() for p in shards.parameters}
+        every = [p for p in self.parameters if p not in in_shards]
         if mesh.expert_copies_group is not None:
             with waiting("reduction of gradients of experts", mesh.expert_copies_group, mixed=True):
-                reduce_gradients(self.parameters, mesh.expert_copies_group)
-        for parameter in self.parameters:
+                reduce_gradients(every, mesh.expert_copies_group)
+        for parameter in every:
             if parameter.grad is not None:
                 parameter.grad /= mesh.shape.data
 
-    def gradients(self) -> dict[nn.Parameter, Tensor | None]:
-        """Returns the whole gradients after :meth:`reduce_gradients`; every rank that holds the stages takes part."""
+    def gradients(self, of_own: Mapping[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor | None]:
+        """Returns the whole gradients after :meth:`reduce_gradients`; every rank that holds the stages takes part.
+
+        Args:
+            of_own: The gradients of own entries.
+        """
         found: dict[nn.Parameter, Tensor | None] = {}
         for parameter in self.parameters:
-            has = torch.tensor(float(parameter.grad is not None), device=parameter.device)
+            gradient = of_own.get(parameter)
+            has = torch.tensor(float(gradient is not None), device=parameter.device)
             with waiting(_GATHERING, self._mesh.expert_group):
                 dist.all_reduce(has, group=self._mesh.expert_group)
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            own = torch.zeros_like(parameter) if gradient is None else gradient
             found[parameter] = self._gathered(parameter, own) if has else None
         return found
 
@@ -109,11 +140,11 @@ class ExpertShards:
         assert not self.are_whole
         group = self._mesh.expert_group
         have_gradients = self._exist_on_any([p.grad for p in orders], _MOVING)
+        states = {optimizer: self._own_states(optimizer) for optimizer in self.optimizers}
         for (parameter, order), has in zip(orders.items(), have_gradients, strict=True):
             moved = [parameter.data]
-            for optimizer in self.optimizers:
-                state = optimizer.state.get(parameter, {})
-                moved += [value for value in state.values() if _has_shape(value, parameter.shape)]
+            for of_optimizer in states.values():
+                moved += [v for v in of_optimizer.get(parameter, {}).values() if _has_shape(v, parameter.shape)]
             if has:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 moved.append(parameter.grad)
@@ -121,6 +152,17 @@ class ExpertShards:
             for tensor in moved:
                 _move(tensor, *routes, group)
             self._orders[parameter] = list(order)
+        for optimizer, of_optimizer in states.items():
+            if optimizer in self.state_shards:
+                of_moved = {p: state for p, state in of_optimizer.items() if p in orders}
+                self.state_shards[optimizer].take_parts(optimizer, of_moved)
+
+    def _own_states(self, optimizer: Optimizer) -> Mapping[Any, Mapping[str, Any]]:
+        """Returns the optimizer state of own entries, gathered from the ranks that share it."""
+        if optimizer not in self.state_shards:
+            return optimizer.state
+        found = self.state_shards[optimizer].states_everywhere(optimizer)
+        return {p: {k: _on(v, p.device) for k, v in state.items()} for p, state in found.items()}
 
     def copy_guests(self, held: Mapping[nn.Parameter, Sequence[Sequence[int]]]) -> None:
         """Copies entries of other ranks' experts behind this rank's own ones, until :meth:`return_guests`.
@@ -227,9 +269,11 @@ class ExpertShards:
         Only the first rank that holds the stages gets it.
         """
         found = {}
-        group = self._mesh.expert_control_group
+        group, shards = self._mesh.expert_control_group, self.state_shards.get(optimizer)
+        # Of the ranks that share a state, the first has it all; the others bring nothing.
+        states: Mapping[Any, Any] = optimizer.state if shards is None else shards.whole_states(optimizer)
         for parameter in self.parameters:
-            mine = to_cpu(dict(optimizer.state[parameter])) if parameter in optimizer.state else None
+            mine = to_cpu(dict(states[parameter])) if parameter in states else None
             parts: list[Any] | None = [None] * self._mesh.expert_size if self._mesh.expert_rank == 0 else None
             with waiting("gathering of optimizer states of experts", group):
                 dist.gather_object(mine, parts, self._mesh.expert_ranks[0], group=group)
@@ -276,6 +320,10 @@ def _with_returned(
     for positions, part in zip(sent, into.split(counts), strict=True):
         own[positions] += part  # a rank has at most one copy of an expert, so no position is there twice
     return own
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) and value.dim() else value
 
 
 def _has_shape(value: Any, shape: torch.Size) -> bool:

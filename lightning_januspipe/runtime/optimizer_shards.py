@@ -1,8 +1,9 @@
-"""Shards optimizer state: of the ranks that hold the same stage, each updates a part of the stage's parameters.
+"""Shards optimizer state: of the ranks that hold the same parameters, each updates a part of them.
 
-These ranks are the D replicas times the G graph ranks of a stage. Their gradients are summed by a reduce-scatter, so
-that each rank gets the part that it updates; the updated values are gathered after the optimizer's step, or, if the
-parameters are in shards too, before the next use. Both together send the bytes of one all-reduce.
+These ranks are the D replicas times the G graph ranks of a stage; for experts, the ranks among these that own the same.
+Their gradients are summed by a reduce-scatter, so that each rank gets the part that it updates; the updated values are
+gathered after the optimizer's step, or, if the parameters are in shards too, before the next use. Both together send
+the bytes of one all-reduce.
 
 FSDP cannot do this for forces: its hooks break where a backward pass is differentiated again. Here all phases of a
 stage have run before its gradients are reduced, so the sums are exact. (Janus, arXiv 2604.15821, shards the state of
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_januspipe.checkpoint.parts import Part
 from lightning_januspipe.distributed import waiting
-from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.mesh import Holders
 from lightning_januspipe.runtime.state_units import StateUnit
 
 ELEMENT_WISE: tuple[type[Optimizer], ...] = (
@@ -32,16 +33,19 @@ ELEMENT_WISE: tuple[type[Optimizer], ...] = (
 """Optimizers that update each entry of a parameter by itself, so that a shard may begin and end inside of one."""
 
 
+_GATHERING = "gathering of sharded optimizer states"
+
+
 class OptimizerShards:
     """Holds the shards of one optimizer's parameters, in units of one stage and one dtype.
 
-    Every rank that holds the stages makes it with the same parameters, in the same order.
+    Every rank that holds the parameters makes it with the same ones, in the same order.
 
     Args:
         parameters: The parameters of the optimizer that this rank's stages train.
         optimizer: The optimizer; if it is none of :data:`ELEMENT_WISE`, a parameter is never cut, which is exact for
             every optimizer that treats parameters one by one.
-        mesh: This rank's process groups.
+        holders: The ranks that hold the parameters.
         stage_of: Returns the stage that alone reads a parameter; None if there is none.
         releases: Whether the parameters that one stage reads are in shards too.
         names: Names of the parameters, for errors.
@@ -57,19 +61,21 @@ class OptimizerShards:
         self,
         parameters: Sequence[nn.Parameter],
         optimizer: Optimizer,
-        mesh: Mesh,
+        holders: Holders,
         stage_of: Callable[[nn.Parameter], int | None] = lambda _: None,
         releases: bool = False,
         names: Mapping[nn.Parameter, str] | None = None,
     ) -> None:
-        self._mesh = mesh
+        self._holders = holders
+        self._shapes = {p: p.shape for p in parameters}  # experts are in other shapes at times
         may_cut = type(optimizer) in ELEMENT_WISE
         same: dict[tuple[int | None, torch.dtype], list[nn.Parameter]] = {}
         for parameter in parameters:
             same.setdefault((stage_of(parameter), parameter.dtype), []).append(parameter)
         order = sorted(same.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0))
         self.units = [
-            StateUnit(found, stage, mesh, may_cut, releases and stage is not None, names) for (stage, _), found in order
+            StateUnit(found, stage, holders, may_cut, releases and stage is not None, names)
+            for (stage, _), found in order
         ]
         self.keeps_whole = False
         self.leaves = {p: leaf for unit in self.units for p, leaf in unit.leaves.items()}
@@ -87,13 +93,18 @@ class OptimizerShards:
         are_there = [unit.dissolve() for unit in self.units]
         return all(are_there)
 
+    def refresh_leaves(self) -> None:
+        """Lets leaves that are parts of parameters have the values of these."""
+        for unit in self.units:
+            unit.refresh_leaves()
+
     def spread_updates(self) -> None:
         """Lets the other ranks have the values that this one has updated."""
         for unit in self.units:
             unit.spread_updates(self.keeps_whole)
 
     def gradients(self) -> dict[nn.Parameter, Tensor | None]:
-        """Returns the whole gradients after their reduction; every rank that holds the stages takes part."""
+        """Returns the whole gradients after their reduction; every rank that holds the parameters takes part."""
         return {p: g for unit in self.units for p, g in unit.gradients().items()}
 
     # -- optimizer state ---------------------------------------------------------------------------------------------
@@ -116,7 +127,7 @@ class OptimizerShards:
         if segment.is_whole:
             return dict(state)
         return {
-            key: segment.of(value).clone() if _is_like(value, parameter.shape) else value
+            key: segment.of(value).clone() if _is_like(value, self._shapes[parameter]) else value
             for key, value in state.items()
         }
 
@@ -133,7 +144,7 @@ class OptimizerShards:
             state = states.get(leaf)
             if state is not None and not segment.is_whole:
                 parts = {
-                    key: Part(value.detach().reshape(-1), segment.start, parameter.shape)
+                    key: Part(value.detach().reshape(-1), segment.start, self._shapes[parameter])
                     for key, value in state.items()
                     if _is_like(value, leaf.shape)
                 }
@@ -154,29 +165,57 @@ class OptimizerShards:
         return found
 
     def whole_states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
-        """Returns the optimizer state of whole parameters in host memory, on the first rank that holds the stage.
+        """Returns the optimizer state of whole parameters in host memory, on the first rank that holds them.
 
-        Every rank that holds the stage takes part; the others get nothing.
+        Every rank that holds them takes part; the others get nothing.
         """
-        order = [p for unit in self.units for p in unit.parameters]
-        index = {p: i for i, p in enumerate(order)}
-        states = self.states(optimizer)
-        mine = [
+        holders = self._holders
+        parts: list[Any] | None = [None] * len(holders.ranks) if holders.index == 0 else None
+        with waiting(_GATHERING, holders.control_group):
+            dist.gather_object(self._mine(optimizer), parts, holders.ranks[0], group=holders.control_group)
+        return self._joined(parts or ())
+
+    def states_everywhere(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+        """Returns what :meth:`whole_states` returns, on every rank that holds the parameters."""
+        parts: list[Any] = [None] * len(self._holders.ranks)
+        with waiting(_GATHERING, self._holders.control_group):
+            dist.all_gather_object(parts, self._mine(optimizer), group=self._holders.control_group)
+        return self._joined(parts)
+
+    def take_parts(self, optimizer: Optimizer, states: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Puts this rank's parts of changed states of whole parameters into an optimizer.
+
+        Args:
+            optimizer: The optimizer, which has states of these parts.
+            states: The states of some parameters.
+        """
+        for parameter, state in states.items():
+            if parameter in self._own:
+                of_entries = {k: v for k, v in state.items() if _is_like(v, self._shapes[parameter])}
+                optimizer.state[self.leaves[parameter]].update(self.part_of_state(parameter, of_entries))
+
+    def _mine(self, optimizer: Optimizer) -> list[tuple[int, int, int, Any]]:
+        """Returns for each own segment its parameter's index, its ends, and its state in host memory."""
+        index, states = {p: i for i, p in enumerate(self._order)}, self.states(optimizer)
+        return [
             (index[p], s.start, s.end, to_cpu(states[self.leaves[p]]))
             for p, s in self._own.items()
             if self.leaves[p] in states
         ]
-        is_first = self._mesh.stage_rank == 0
-        parts: list[Any] | None = [None] * (self._mesh.shape.data * self._mesh.shape.graph) if is_first else None
-        with waiting("gathering of sharded optimizer states", self._mesh.stage_control_group):
-            dist.gather_object(mine, parts, self._mesh.stage_ranks[0], group=self._mesh.stage_control_group)
+
+    @property
+    def _order(self) -> list[nn.Parameter]:
+        return [p for unit in self.units for p in unit.parameters]
+
+    def _joined(self, of_ranks: Sequence[Any]) -> dict[nn.Parameter, dict[str, Any]]:
         of_parameter: dict[int, list[Any]] = {}
-        for i, *part in sorted((p for parts_of in parts or () for p in parts_of), key=lambda p: p[:2]):
+        for i, *part in sorted((p for parts_of in of_ranks for p in parts_of), key=lambda p: p[:2]):
             of_parameter.setdefault(i, []).append(part)
-        return {order[i]: _joined(order[i], found) for i, found in of_parameter.items()}
+        order = self._order
+        return {order[i]: _joined(self._shapes[order[i]], found) for i, found in of_parameter.items()}
 
 
-def _joined(parameter: nn.Parameter, parts: Sequence[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
+def _joined(shape: torch.Size, parts: Sequence[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
     """Returns the state of a parameter from the states of its segments, which are in order."""
     first: dict[str, Any] = parts[0][2]
     if len(parts) == 1:
@@ -184,7 +223,7 @@ def _joined(parameter: nn.Parameter, parts: Sequence[tuple[int, int, dict[str, A
     whole = {}
     for key, value in first.items():
         if _is_like(value, torch.Size([parts[0][1] - parts[0][0]])):
-            value = torch.cat([state[key] for _, _, state in parts]).view(parameter.shape)
+            value = torch.cat([state[key] for _, _, state in parts]).view(shape)
         whole[key] = value
     return whole
 

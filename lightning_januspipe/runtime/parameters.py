@@ -106,11 +106,15 @@ class PlacedParameters:
         found = {p: p.grad for p in every if p.requires_grad and self.holds(p)}
         for shards in self.shards:
             found |= shards.gradients()
-        return found if self.experts is None else found | self.experts.gradients()
+        return found if self.experts is None else found | self.experts.gradients(found)
 
     def is_spread(self, parameter: nn.Parameter) -> bool:
         """Returns whether this rank trains its own experts' entries of a parameter only."""
         return self.experts is not None and parameter in self.experts
+
+    def is_in_shards(self, leaf: nn.Parameter) -> bool:
+        """Returns whether what this rank's optimizer updates is a shard of its parameters' state."""
+        return any(leaf in shards.parameter_of for shards in self.shards)
 
     @property
     def is_accumulating(self) -> bool:
@@ -189,7 +193,7 @@ class PlacedParameters:
             link: Costs of a message between two of them.
         """
         size = self._mesh.shape.data * self._mesh.shape.graph
-        units = list(self._units())
+        units = [unit for unit in self._units() if unit.num_ranks == size]  # those of experts have fewer
         whole = sum(p.numel() * p.element_size() for unit in units for p in unit.parameters)
         gathered = sum(p.numel() * p.element_size() for unit in units if unit.releases for p in unit.parameters)
         words = f"{size} ranks hold the stages of rank 0, and each has 1/{size} of their optimizer state"

@@ -295,19 +295,15 @@ class Pipeline(Runner):
                 "expert_size > 1 needs captured stages, but this potential declares its own. Use stages='captured', or "
                 "expert_size=1."
             )
-        if any(self.schedules.first.is_split(stage) for stage in stages):
-            raise CaptureError(
-                f"expert_size > 1 is not possible with schedule={self.schedules.first.name!r}, which runs the phases "
-                "of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or expert_size=1."
-            )
         of_stage = mesh.stage_control_group if options.is_compiled else None
         sharing, copies = mesh.expert_group, mesh.expert_copies_group
         group = ExpertGroup(mesh.expert_size, mesh.expert_rank, sharing, of_stage, copies)
-        axis = ExpertAxis(local, potential, group, stages, self._rows_as)
+        has_guests = options.placement == "replicate"
+        axis = ExpertAxis(local, potential, group, stages, self._rows_as, has_guests)
         self.parameters.experts = shards = ExpertShards(axis.parameters, mesh)
         if options.placement != "order":
             axis.move = shards.place
-        if options.placement == "replicate":
+        if has_guests:
             axis.copy_guests = shards.copy_guests
         return axis
 

@@ -121,6 +121,11 @@ def guard_gradient(parameter: nn.Parameter, name: str) -> None:
         parameter.__class__ = _guarded(type(parameter))
 
 
+def has_gradient_elsewhere(parameter: nn.Parameter) -> bool:
+    """Returns whether reading or setting a parameter's gradient is an error."""
+    return _GUARDED in vars(parameter)
+
+
 def allow_gradient(parameter: nn.Parameter) -> None:
     """Makes a parameter's gradient readable again."""
     vars(parameter).pop(_GUARDED, None)

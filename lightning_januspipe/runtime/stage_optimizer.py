@@ -61,21 +61,35 @@ class StageOptimizer:
             require_element_wise(optimizer)
             parameters.experts.optimizers.append(optimizer)
         self._shards: OptimizerShards | None = None
-        self._in_parts: set[nn.Parameter] = set()
+        self._shards_of: dict[nn.Parameter, OptimizerShards] = {}  # with those of experts
         self._writes_whole = True
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._require_same_groups())]
         if mesh is not None:
             trained = [p for group in self._groups for p in group if parameters.holds(p) and p.requires_grad]
-            held = [p for p in trained if not parameters.is_spread(p)]  # experts are on their owners anyway
+            held = [p for p in trained if not parameters.is_spread(p)]
             releases = level == "parameters"
-            self._shards = OptimizerShards(held, optimizer, mesh, parameters.stage_of, releases, names)
-            parameters.shards.append(self._shards)
-            self._in_parts = self._shards.parameters
+            self._shards = OptimizerShards(held, optimizer, mesh.stage_holders, parameters.stage_of, releases, names)
+            every = [self._shards, *self._shards_of_experts(trained, mesh, names)]
+            parameters.shards += every
+            self._shards_of = {p: shards for shards in every for p in shards.parameters}
             self._writes_whole = mesh.stage_rank == 0
             self._hooks.append(optimizer.register_step_post_hook(self._spread_updates))
         self._prune()
         if state is not None:
             self._load_held(state)
+
+    def _shards_of_experts(
+        self, trained: Sequence[nn.Parameter], mesh: Mesh, names: Mapping[nn.Parameter, str]
+    ) -> list[OptimizerShards]:
+        """Returns the shards of experts' state, if other ranks have the same experts."""
+        experts, holders = self._parameters.experts, mesh.expert_holders
+        if experts is None or holders is None:
+            return []
+        with experts.own_shapes():
+            spread = [p for p in trained if p in experts]
+            shards = OptimizerShards(spread, self.optimizer, holders, lambda _: None, names=names)
+        experts.state_shards[self.optimizer] = shards
+        return [shards]
 
     @property
     def has_parts(self) -> bool:
@@ -104,15 +118,19 @@ class StageOptimizer:
         if self._shards is not None:
             states = self._shards.states(self.optimizer)
             whole = {p: states.get(leaf) for leaf, p in self._shards.parameter_of.items() if leaf.shape == p.shape}
-            self._shards.take_states(self.optimizer)
+            for shards in self._every_shards():
+                shards.take_states(self.optimizer)
             self.optimizer.state.update({p: state for p, state in whole.items() if state is not None})
             return self._shards.dissolve()
         return True
 
     def _spread_updates(self, *_: Any) -> None:
-        assert self._shards is not None
         self._parameters.allow_gradients()
-        self._shards.spread_updates()
+        for shards in self._every_shards():
+            shards.spread_updates()
+
+    def _every_shards(self) -> list[OptimizerShards]:
+        return list(dict.fromkeys(self._shards_of.values()))
 
     def make_whole(self) -> None:
         """Gives the optimizer its own parameter groups back, as the user made them."""
@@ -134,19 +152,14 @@ class StageOptimizer:
         """Returns what the optimizer of this rank updates of a parameter: all, a part, or None."""
         if not self._parameters.holds(parameter):
             return None
-        if self._parameters.is_spread(parameter):
-            return parameter
-        if self._shards is None or parameter not in self._in_parts:  # it may be frozen, and have a state from before
-            return parameter
-        return self._shards.leaves.get(parameter)
+        shards = self._shards_of.get(parameter)  # None if it is frozen; it may have a state from before
+        return parameter if shards is None else shards.leaves.get(parameter)
 
     def _own_part(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        experts = self._parameters.experts
+        experts, shards = self._parameters.experts, self._shards_of.get(parameter)
         if experts is not None and parameter in experts:
-            return experts.part_of_state(parameter, state)
-        if self._shards is None or parameter not in self._in_parts:
-            return state
-        return self._shards.part_of_state(parameter, state)
+            state = experts.part_of_state(parameter, state)
+        return state if shards is None else shards.part_of_state(parameter, state)
 
     def _load_held(self, state: Mapping[int, Any]) -> None:
         held = self.optimizer.state_dict()
@@ -198,7 +211,7 @@ class StageOptimizer:
 
     def _whole_states(self) -> dict[nn.Parameter, dict[str, Any]]:
         """Returns the states of parameters that are in no shards, on the ranks that write these."""
-        every = [p for group in self._groups for p in group if p not in self._in_parts] if self._writes_whole else []
+        every = [p for group in self._groups for p in group if p not in self._shards_of] if self._writes_whole else []
         states = {p: self.optimizer.state[p] for p in every if p in self.optimizer.state}
         experts = self._parameters.experts
         if experts is None:

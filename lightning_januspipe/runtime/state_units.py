@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_januspipe.distributed import waiting
-from lightning_januspipe.mesh import Mesh
+from lightning_januspipe.mesh import Holders
 from lightning_januspipe.runtime.released import hide, show
 
 # Older releases of torch have these collectives under other names only.
@@ -24,16 +24,17 @@ _GATHERING = "gathering of sharded parameters"
 
 @dataclass(frozen=True)
 class Segment:
-    """Names the entries ``start`` to ``end`` of a flattened parameter."""
+    """Names the entries ``start`` to ``end`` of a flattened parameter that has ``size`` entries in all."""
 
     parameter: nn.Parameter
     start: int
     end: int
+    size: int
 
     @property
     def is_whole(self) -> bool:
         """Tells whether these are all entries of the parameter."""
-        return self.end - self.start == self.parameter.numel()
+        return self.end - self.start == self.size
 
     @property
     def length(self) -> int:
@@ -64,7 +65,7 @@ def segments(parameters: Sequence[nn.Parameter], num_shards: int, may_cut: bool)
         for shard, (first, last) in enumerate(itertools.pairwise(bounds)):
             low, high = max(first, start), min(last, end)
             if low < high:
-                found[shard].append(Segment(parameter, low - start, high - start))
+                found[shard].append(Segment(parameter, low - start, high - start, end - start))
     return found
 
 
@@ -157,14 +158,14 @@ class _FlatMemory:
 
 
 class StateUnit:
-    """Shards the state of parameters of one stage, of one dtype and one optimizer, over the ranks that hold the stage.
+    """Shards the state of parameters of one stage, of one dtype and one optimizer, over the ranks that hold them.
 
     All of these ranks make it with the same parameters, and call its methods in the same order.
 
     Args:
         parameters: The parameters, in one order on all ranks.
         stage: The stage that reads them; None for parameters that several stages or the user's step read.
-        mesh: This rank's process groups.
+        holders: The ranks that hold the parameters.
         may_cut: Whether the optimizer may update a part of a parameter.
         releases: Whether the parameters themselves are in shards too, and their memory is released between steps.
         names: Names of the parameters, for errors.
@@ -180,22 +181,23 @@ class StateUnit:
         self,
         parameters: Sequence[nn.Parameter],
         stage: int | None,
-        mesh: Mesh,
+        holders: Holders,
         may_cut: bool,
         releases: bool = False,
         names: Mapping[nn.Parameter, str] | None = None,
     ) -> None:
-        self.stage, self.releases, self._mesh, self._group = stage, releases, mesh, mesh.stage_group
-        self._size = mesh.shape.data * mesh.shape.graph
+        self.stage, self.releases, self._group = stage, releases, holders.group
+        self._size, self._rank = len(holders.ranks), holders.index
+        self._shapes = {p: p.shape for p in parameters}  # experts are in other shapes at times
         if releases:
             for parameter in parameters:
                 parameter.data = parameter.data.contiguous()
         self.shards = segments(parameters, self._size, may_cut)
-        mine = self.shards[mesh.stage_rank]
+        mine = self.shards[self._rank]
         self.own = {s.parameter: s for s in mine}
         self._memory: _FlatMemory | None = None
         if releases and self.parameters:
-            memory = self._memory = _FlatMemory(self.shards, mesh.stage_rank, names or {})
+            memory = self._memory = _FlatMemory(self.shards, self._rank, names or {})
             parts = zip(mine, memory.own.split(_lengths(mine, memory.own.numel())), strict=False)
             self.leaves = {
                 s.parameter: nn.Parameter(v.view(s.parameter.shape) if s.is_whole else v, s.parameter.requires_grad)
@@ -221,6 +223,11 @@ class StateUnit:
     def reduced_tensors(self) -> list[Tensor]:
         """Returns the gradients of the reduction that is under way."""
         return [t for t in (self._sent, self._reduced) if t is not None]
+
+    @property
+    def num_ranks(self) -> int:
+        """Returns the number of shards."""
+        return self._size
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -259,7 +266,7 @@ class StateUnit:
             keep: Whether parameters in shards have to be there between steps.
         """
         if self._memory is None:
-            for segment, values in self._gathered(lambda s: s.of(s.parameter)):
+            for segment, values in self._gathered(lambda s: self.leaves[s.parameter].detach().reshape(-1)):
                 segment.of(segment.parameter.data).copy_(values)
             return
         self._memory.drop()
@@ -309,15 +316,20 @@ class StateUnit:
         with waiting(_REDUCTION, self._group):
             self._work.wait()
         assert self._reduced is not None
-        shard = self.shards[self._mesh.stage_rank]
+        shard = self.shards[self._rank]
         values, counts = self._reduced.split([length := _longest(self.shards), self._reduced.numel() - length])
         values.mul_(scale)
+        self.refresh_leaves()
         for (segment, part), count in zip(self._parts(values, shard), counts.tolist(), strict=False):
             leaf = self.leaves[segment.parameter]
-            if self._memory is None and not segment.is_whole:
-                leaf.data = segment.of(segment.parameter)  # a parameter may have been given other memory
             leaf.grad = part.view_as(leaf) if count > 0 else None
         self._sent = self._reduced = self._work = None
+
+    def refresh_leaves(self) -> None:
+        """Lets leaves that are parts of parameters have the values of these, which may have been given other memory."""
+        for parameter, segment in self.own.items():
+            if self._memory is None and not segment.is_whole:
+                self.leaves[parameter].data = segment.of(parameter)
 
     @staticmethod
     def _parts(row: Tensor, shard: Sequence[Segment]) -> list[tuple[Segment, Tensor]]:
@@ -336,7 +348,7 @@ class StateUnit:
             parameter = segment.parameter
             gradient = found[parameter]
             if gradient is None:
-                gradient = found[parameter] = values.new_zeros(parameter.shape)
+                gradient = found[parameter] = values.new_zeros(self._shapes[parameter])
             segment.of(gradient).copy_(values)
         return found
 
@@ -352,7 +364,7 @@ class StateUnit:
             return []
         length, like = _longest(self.shards), _first(self.shards)
         mine = torch.zeros(length, dtype=like.dtype, device=like.device)
-        for segment, part in self._parts(mine, self.shards[self._mesh.stage_rank]):
+        for segment, part in self._parts(mine, self.shards[self._rank]):
             part.copy_(value(segment))
         found = mine.new_empty(self._size * length)
         with waiting(_GATHERING, self._group):

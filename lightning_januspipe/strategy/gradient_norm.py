@@ -73,12 +73,13 @@ def clip_gradients_by_norm(
         The norm before clipping, the same on every rank.
     """
     counted = [p for p in parameters if p.grad is not None and placed.owns(p)]
-    square = _sum_of_squares([p for p in counted if not placed.is_spread(p)], mesh)
+    experts = [p for p in counted if placed.is_spread(p) and not placed.is_in_shards(p)]
+    square = _sum_of_squares([p for p in counted if all(p is not e for e in experts)], mesh)
     if placed.shards:
         with waiting("clipping of gradients over replicas and graph ranks", mesh.stage_group):
             dist.all_reduce(square, group=mesh.stage_group)
     if placed.experts is not None:
-        of_experts = _sum_of_squares([p for p in counted if placed.is_spread(p)], mesh)
+        of_experts = _sum_of_squares(experts, mesh)
         with waiting("clipping of gradients over ranks with experts", mesh.expert_group):
             dist.all_reduce(of_experts, group=mesh.expert_group)
         square += of_experts

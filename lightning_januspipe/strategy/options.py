@@ -97,8 +97,7 @@ class StrategyOptions:
     """Which experts a rank has with expert_size > 1. "order": consecutive ones. "load": those with which the ranks get
     about equal numbers of rows, by the steps so far and the one to come; experts move, with their optimizer state, as
     soon as rows that wait for another rank have cost as much as the move. "replicate": those of "load", and where this
-    costs less than it saves, experts with many rows are also on other ranks for one step, which share their rows; this
-    needs compile=False."""
+    costs less than it saves, experts with many rows are also on other ranks for one step, which share their rows."""
 
     save_distributed_checkpoint: bool = False
     """Whether to save checkpoints as folders of torch.distributed.checkpoint, into which each rank writes its part,
@@ -162,16 +161,6 @@ class StrategyOptions:
                     "leaves all experts on every rank. Use expert_size=2 or more, or expert_placement='order'."
                 )
             return
-        if self.expert_placement == "replicate" and self.compile:
-            raise ValueError(
-                f"expert_placement='replicate' is not available with compile={self.compile!r}: compiled phases have a "
-                "fixed number of experts on a rank. Use compile=False, or expert_placement='load'."
-            )
-        if is_unfolded(self.schedule):
-            raise ValueError(
-                f"expert_size={self.expert_size} is not available with schedule={self.schedule!r}, which runs the "
-                "phases of a stage on two ranks. Use a folded schedule, such as 'wavek-zb', or expert_size=1."
-            )
         if self.stages == "explicit":
             raise ValueError(
                 f"expert_size={self.expert_size} is not available with stages='explicit': exchanges of rows are put "
@@ -181,12 +170,6 @@ class StrategyOptions:
     def _check_exchanges(self) -> None:
         if self.exchange_dtype is None:
             return
-        if self.compile:
-            raise ValueError(
-                f"exchange_dtype={self.exchange_dtype!r} is not available with compile={self.compile!r}: compiled "
-                "phases are compared with eager ones, whose rounded rows may differ in their last digit. Use "
-                "compile=False, or leave it out."
-            )
         if self.graph_size == self.expert_size == 1:
             raise ValueError(
                 f"exchange_dtype={self.exchange_dtype!r}, but with graph_size=1 and expert_size=1 no rows travel "

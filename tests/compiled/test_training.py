@@ -21,15 +21,16 @@ from compiled_workers import (
     train_compiled_with_deferred_gradients,
     train_interpreted,
     train_interpreted_moving,
+    train_interpreted_with_guests,
     train_recomputing_within_a_limit,
     train_with_a_misfit_on_one_rank,
     train_without_an_exchange,
 )
-from expert_workers import experts, matris
+from expert_workers import experts, matris, train_with_guests
 from parity_check import check_parity
 from pools import pool_of, slow
 
-from lightning_januspipe.testing import RankError, RankPool
+from lightning_januspipe.testing import RankError, RankPool, compare_records, train_in_pipeline, train_reference
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,56 @@ def test_parity_of_experts_that_move(pool: RankPool) -> None:
     more = {**given, "expert_placement": "load"}
     data, module = graph_models.Data, partial(experts, 2)
     check_parity(pool, 2, module=module, data=data, train=train_interpreted_moving, **more)
+
+
+@pytest.mark.parametrize(
+    ("devices", "module", "strategy"),
+    [
+        (2, partial(experts, 1, num_layers=1), {"pipeline_size": 1, "data_size": 2}),
+        slow(2, partial(experts, 2, num_layers=1), {"pipeline_size": 1, "graph_size": 2}),
+        slow(2, partial(experts, 1, 0), {"pipeline_size": 1, "data_size": 2, "activation": "recompute"}),
+        slow(4, partial(experts, 2), {"pipeline_size": 2, "data_size": 2, "schedule": "wavek-zb"}),
+        slow(4, partial(experts, 2), {"pipeline_size": 2, "graph_size": 2, "shard": "parameters"}),
+        slow(4, partial(experts, 2), {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "expert_size": 4}),
+    ],
+)
+def test_parity_of_experts_on_several_ranks(
+    pool: RankPool, devices: int, module: Any, strategy: dict[str, object]
+) -> None:
+    """In every step the graphs take guests too; how many, they are told with the sizes of the micro-batch."""
+    given = {"compile": True, "num_microbatches": 2, "expert_size": 2, "expert_placement": "replicate", **strategy}
+    check_parity(pool, devices, graph_models.Data, module, train=train_interpreted_with_guests, **given)
+
+
+@pytest.mark.parametrize(
+    ("module", "strategy", "trains"),
+    [
+        (partial(experts, 1, num_layers=1), {"graph_size": 2, "expert_size": 2, "exchange_dtype": "fp16"}, None),
+        slow(partial(experts, 1), {"data_size": 2, "expert_size": 2, "exchange_dtype": "bf16"}, None),
+        slow(graph_models.attention, {"graph_size": 2, "exchange_dtype": "fp16", "activation": "recompute"}, None),
+        slow(
+            partial(experts, 2),
+            {"data_size": 2, "expert_size": 2, "exchange_dtype": "fp16", "expert_placement": "replicate"},
+            (train_with_guests, train_interpreted_with_guests),
+        ),
+    ],
+)
+def test_rounded_rows_are_those_of_eager_phases(
+    pool: RankPool, module: Any, strategy: dict[str, Any], trains: tuple[Any, Any] | None
+) -> None:
+    """Compiled phases train as eager ones with the same rounding, and near one process."""
+    eager, compiled = trains or (train_in_pipeline, train_interpreted)
+    more: dict[str, Any] = {"pipeline_size": 1, "num_microbatches": 2, **strategy}
+    of_eager = {name: value for name, value in more.items() if name != "activation"}
+    expected = pool.run(eager, module, graph_models.Data, of_eager, 1, {}, world_size=2)
+    found = pool.run(compiled, module, graph_models.Data, {**more, "compile": True}, 1, {}, world_size=2)
+    compare_records(expected[0], found, 1e-9)
+    replicas = strategy.get("data_size", 1)
+    plain = {"pipeline_size": 1, "data_size": replicas, "num_microbatches": 2}
+    (reference,) = pool.run(train_reference, module, graph_models.Data, plain, 1, {}, replicas, world_size=1)
+    compare_records(reference, found, 0.02)
+    with pytest.raises(AssertionError, match="differs by|instead of"):  # rows are rounded
+        compare_records(reference, found, 1e-7)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_workers
+import compiled_workers
 import expert_workers as workers
 import graph_models
 import pytest
@@ -14,7 +15,15 @@ import torch
 from parity_check import check_parity
 from pools import pool_of, slow
 
-from lightning_januspipe.testing import RankError, RankPool
+from lightning_januspipe.experts import ElementExperts
+from lightning_januspipe.testing import (
+    RankError,
+    RankPool,
+    RunRecord,
+    compare_records,
+    train_in_pipeline,
+    train_reference,
+)
 
 SPREAD = {"expert_size": 2}
 REPLICAS = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
@@ -62,6 +71,66 @@ def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], module: Any)
 def test_more_ranks(pool: RankPool, devices: int, more: dict[str, Any]) -> None:
     """Four owners of five experts; experts that two ranks hold each; stages that compute again what they need."""
     check_parity(pool, devices, graph_models.Data, workers.experts, **more)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "module", "compiled"),
+    [
+        (REPLICAS, partial(workers.experts_and_more, 1), False),
+        (GRAPH, partial(workers.experts_and_more, 1, 0), True),
+        slow(GRAPH, partial(workers.experts_and_more, 1), False),
+        slow(GRAPH, partial(workers.experts_and_more, 1, 0), False),
+        slow(REPLICAS, partial(workers.experts_and_more, 2), True),
+        slow(REPLICAS, partial(workers.experts_and_more, 1, 0), False),
+    ],
+)
+def test_absent_elements_experts_without_rows_and_all_rows_to_one_expert(
+    pool: RankPool, mesh: dict[str, Any], module: Any, compiled: bool
+) -> None:
+    """Their gradients are zeros where plain Lightning's are, and None where these are."""
+    strategy = {**mesh, **SPREAD, "num_microbatches": 4 if mesh is REPLICAS else 2, "compile": compiled}
+    replicas, data = mesh.get("data_size", 1), workers.FewElements
+    (plain,) = pool.run(train_reference, module, data, {**strategy, **PLAIN}, 2, {}, replicas, world_size=1)
+    train = compiled_workers.train_interpreted if compiled else train_in_pipeline
+    compare_records(plain, pool.run(train, module, data, strategy, 2, {}, world_size=2), 1e-9)
+    # Replicas see all structures in each step, one after the other; graph ranks half of them.
+    _require_experts_without_rows(plain, module(), [[0, 1], [0] if mesh is GRAPH else [0, 1]])
+
+
+PLAIN = {"graph_size": 1, "expert_size": 1, "compile": False}
+
+
+def _require_experts_without_rows(plain: RunRecord, module: Any, elements_of_steps: list[list[int]]) -> None:
+    """Raises an error unless the training has met what the test is for."""
+    for step, elements in enumerate(elements_of_steps):
+        gradients = plain.gradients[step]
+        absent = {n for n, g in gradients.items() if g is None}
+        assert absent > {"potential.unread.weight", "potential.unread.bias"}
+        for name, part in module.named_modules():
+            if isinstance(part, ElementExperts):
+                chosen = set(part.routes()[1][elements].flatten().tolist())
+                rows = [bool(g.any()) for g in gradients[f"{name}.core.weight"]]
+                assert rows == [e in chosen for e in range(workers.NUM_EXPERTS)] and len(chosen) < workers.NUM_EXPERTS
+                assert not gradients[f"{name}.logits"][2].any()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more"),
+    [
+        ("1f1b-2nd", {}),
+        slow("gpipe", {}),
+        slow("1f1b-fold", {}),
+        slow("wavek", {}),
+        slow("wavek-zb", {}),
+        slow("hanayo-2nd", {}),
+        slow("1f1b-2nd", {"shard": "parameters"}),
+        slow("hanayo-2nd", {"shard": "optimizer", "expert_placement": "load", "train": workers.train_moving}),
+        slow("1f1b-2nd", {"expert_placement": "replicate", "train": workers.train_with_guests}),
+    ],
+)
+def test_every_schedule(pool: RankPool, schedule: str, more: dict[str, Any]) -> None:
+    given = {**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 4, "schedule": schedule, **more}
+    check_parity(pool, 4, graph_models.Data, partial(workers.experts, 2), {"gradient_clip_val": 0.5}, **given)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +280,35 @@ def test_each_rank_holds_its_own_experts(pool: RankPool) -> None:
     assert shares == pytest.approx([2 / 5, 3 / 5], rel=0.01)
 
 
+COPIES = {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1, **SPREAD}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "module", "train"),
+    [
+        ({**COPIES, "shard": "optimizer"}, partial(workers.experts, 2), None),
+        slow({**COPIES, "shard": "parameters"}, workers.saving, None),
+        slow({**BOTH, **SPREAD, "shard": "optimizer"}, partial(workers.experts, 1), None),
+        slow(
+            {**COPIES, "shard": "optimizer", "expert_placement": "load"},
+            partial(workers.experts, 2),
+            workers.train_moving,
+        ),
+        slow(
+            {**COPIES, "shard": "parameters", "expert_placement": "replicate"},
+            partial(workers.experts, 2),
+            partial(workers.train_with_guests, moves=True),
+        ),
+    ],
+)
+def test_ranks_with_the_same_experts_share_their_state(
+    pool: RankPool, mesh: dict[str, Any], module: Any, train: Any
+) -> None:
+    """Each of two owners of an expert updates a part of it, in every step of Adam with clipped gradients."""
+    more = {} if train is None else {"train": train}
+    check_parity(pool, 4, graph_models.Data, module, {"gradient_clip_val": 0.5}, 5, **more, **mesh)
+
+
 PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
     "plain": (None, 1),
     "one process": ({"pipeline_size": 1}, 1),
@@ -222,6 +320,8 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
     ),
     "placed by load": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "expert_placement": "load"}, 2),
     "on several ranks": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "expert_placement": "replicate"}, 2),
+    "owners share state": ({**COPIES, "shard": "optimizer"}, 4),
+    "owners share state and move": ({**COPIES, "shard": "optimizer", "expert_placement": "load"}, 4),
     "stages and replicas": ({**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1}, 4),
     "stages and replicas, folder": (
         {**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1, "save_distributed_checkpoint": True},
@@ -231,7 +331,11 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
 
 
 def _train(place: str) -> Any:
-    forced = {"placed by load": workers.checkpoints_moving, "on several ranks": workers.checkpoints_with_guests}
+    forced = {
+        "placed by load": workers.checkpoints_moving,
+        "owners share state and move": workers.checkpoints_moving,
+        "on several ranks": workers.checkpoints_with_guests,
+    }
     return forced.get(place, checkpoint_workers.train)
 
 
@@ -244,6 +348,8 @@ def _train(place: str) -> Any:
         slow("stages and replicas, folder", "replicas"),
         slow("replicas", "stages and replicas, folder"),
         slow("replicas", "parameters in shards"),
+        slow("owners share state", "replicas"),
+        slow("plain", "owners share state and move"),
         slow("parameters in shards", "one process"),
         slow("placed by load", "stages and replicas"),
         slow("plain", "placed by load"),
@@ -282,7 +388,11 @@ def test_goes_on_in_plain_lightning(pool: RankPool, tmp_path: Path, before: str)
 
 
 @pytest.mark.parametrize(
-    "place", [slow("replicas"), "parameters in shards", slow("placed by load"), slow("on several ranks")]
+    "place",
+    [
+        *(slow("replicas"), "parameters in shards", slow("placed by load"), slow("on several ranks")),
+        slow("owners share state"),
+    ],
 )
 def test_files_are_those_of_plain_lightning(
     pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, place: str

@@ -15,7 +15,7 @@ from unittest import mock
 import strategy_workers
 import tiny
 import torch
-from expert_workers import moving
+from expert_workers import having_guests, moving
 from matris_models import matris
 from torch import Tensor, fx
 from torch._inductor import cpp_builder
@@ -81,6 +81,12 @@ def train_recomputing_within_a_limit(*arguments: Any) -> RunRecord:
 def train_interpreted_moving(*arguments: Any) -> RunRecord:
     """Trains with interpreted phase graphs, and with experts that move before every step."""
     with moving():
+        return train_interpreted(*arguments)
+
+
+def train_interpreted_with_guests(*arguments: Any) -> RunRecord:
+    """Trains with interpreted phase graphs, and with experts that are on several ranks in every step."""
+    with having_guests(moves=False):
         return train_interpreted(*arguments)
 
 

@@ -12,11 +12,13 @@ from unittest.mock import patch
 import checkpoint_workers
 import torch
 import torch.distributed as dist
-from capture_models import DTYPE, Batch, Layer, Potential
-from graph_models import Module
+from capture_models import DTYPE, Batch, Layer, Potential, make_batch
+from graph_models import SIZES, Data, Module
 from lightning.pytorch.callbacks import Callback
 from matris_models import matris
+from plain_modules import collate
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_januspipe import JanusPipeStrategy
 from lightning_januspipe.expert_ranks import (
@@ -35,7 +37,7 @@ from lightning_januspipe.expert_ranks.expert_placement import (
     Guests,
     best_guests,
 )
-from lightning_januspipe.experts import ElementExperts, grouped_linear
+from lightning_januspipe.experts import ElementExperts, GroupedLinear, grouped_linear
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
 from lightning_januspipe.testing import RunRecord, quiet_trainer, train_in_pipeline
@@ -73,18 +75,38 @@ class Experts(Potential):
         return h
 
 
-def experts(top_k: int = 2, chosen: int | None = None) -> Any:
+def experts(top_k: int = 2, chosen: int | None = None, num_layers: int = 2) -> Any:
     """Returns a module with experts.
 
     Args:
         top_k: experts of each element; with less than two, some of the five experts have no rows.
         chosen: an expert that all elements choose before others.
+        num_layers: layers, with two mixtures each.
     """
-    module = Module(Experts(top_k))
+    module = Module(Experts(top_k, num_layers))
     if chosen is not None:
         for part in module.modules():
             if isinstance(part, ElementExperts):
                 part.logits.data[:, chosen] += 9.0
+    return module
+
+
+class FewElements(Data):
+    """The structures of :class:`Data`, of which one alone has the second element, and none the third."""
+
+    def train_dataloader(self) -> Any:
+        samples: Any = [make_batch((size,), seed) for seed, size in enumerate(SIZES)]
+        for size, sample in zip(SIZES, samples, strict=True):
+            sample["species"] = sample["species"] % 2 if size == max(SIZES) else torch.zeros_like(sample["species"])
+        return DataLoader(samples, batch_size=4, collate_fn=collate)
+
+
+def experts_and_more(top_k: int, chosen: int | None = None) -> Any:
+    """Returns the module of :func:`experts` with one layer, and a mixture that nothing reads."""
+    module: Any = experts(top_k, chosen, num_layers=1)
+    module.potential.unread = GroupedLinear(NUM_EXPERTS, 3, 3).to(DTYPE)
+    for parameter in module.potential.unread.parameters():
+        nn.init.constant_(parameter, 0.1)  # the same in all processes
     return module
 
 
@@ -297,7 +319,10 @@ def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:
 
 
 class _Bytes(Callback):
-    """Notes bytes of parameters, gradients and optimizer state of experts, and of all others, after the last step."""
+    """Notes bytes of parameters, gradients and optimizer state of experts, and of all others, after the last step.
+
+    Beside them it notes the bytes of the parameters of experts alone.
+    """
 
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
@@ -305,13 +330,16 @@ class _Bytes(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         (optimizer,) = trainer.optimizers
         names = {p: n for n, p in pl_module.named_parameters()}
-        kinds: dict[str, list[Tensor]] = {"experts": [], "others": []}
+        kinds: dict[str, list[Tensor]] = {"experts": [], "others": [], "parameters of experts": []}
+        of_leaves = {leaf: p for s in trainer.strategy.runner.parameters.shards for leaf, p in s.parameter_of.items()}
         # Parts of parameters that are in shards are in the optimizer's groups.
         for leaf in dict.fromkeys([*(p for g in optimizer.param_groups for p in g["params"]), *names]):
-            is_expert = leaf in names and leaf.dim() == 3 and "shared" not in names[leaf]
+            parameter = of_leaves.get(leaf, leaf)
+            is_expert = parameter.dim() == 3 and "shared" not in names[parameter]
             gradient = leaf.grad if any(leaf is p for g in optimizer.param_groups for p in g["params"]) else None
             found = [leaf, gradient, *optimizer.state.get(leaf, {}).values()]
             kinds["experts" if is_expert else "others"] += [t for t in found if t is not None]
+            kinds["parameters of experts"] += [leaf] if is_expert and leaf in names else []
         for kind, tensors in kinds.items():
             storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
             self.seen[kind] = sum(storages.values())
