@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from ase import Atoms
 from structures import CUTOFF, labelled
@@ -60,7 +61,7 @@ def structures(kind: str, boxed: bool = False) -> list[Atoms]:
             atoms.pbc = True
             atoms.calc = calculator
             calculator.atoms = atoms.copy()
-            calculator.results["stress"] = torch.zeros(6).numpy()
+            calculator.results["stress"] = np.zeros(6)
     return found
 
 
