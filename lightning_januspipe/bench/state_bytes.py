@@ -24,17 +24,24 @@ _COLUMNS = (
 _MICROBATCHES = 2
 
 
-def state_bytes(ranks: str = "1,2,4", num_layers: int = 2, num_features: int = 32, pool: RankPool | None = None) -> str:
+def state_bytes(
+    ranks: str = "1,2,4",
+    num_layers: int = 2,
+    num_features: int = 32,
+    accumulate_grad_batches: int = 1,
+    pool: RankPool | None = None,
+) -> str:
     """Counts the bytes of parameters, gradients and Adam's state on replicas, which hold the same stage.
 
     The reference potential trains on two micro-batches of metal for two steps, in float32. Bytes are those of the
-    memory that tensors have on the fullest rank: in the last micro-batch of the second step, and before its optimizer
-    step.
+    memory that tensors have on the fullest rank: in the last micro-batch of the second step (of its last batch, where
+    batches are accumulated), and before its optimizer step.
 
     Args:
         ranks: Numbers of replicas, with commas between them.
         num_layers: Layers of the potential.
         num_features: Channels of the potential.
+        accumulate_grad_batches: Batches of an optimizer step.
         pool: The processes; None starts some for each number.
 
     Returns:
@@ -45,8 +52,10 @@ def state_bytes(ranks: str = "1,2,4", num_layers: int = 2, num_features: int = 3
         own = pool or device_pool(size)
         try:
             for level in LEVELS if size > 1 else LEVELS[:1]:
-                found = own.run(count_on_rank, level, size, num_layers, num_features, world_size=size)
-                share = state_share(level, size, found[0]["parameters"], 2 * found[0]["parameters"])
+                given = level, size, num_layers, num_features, accumulate_grad_batches
+                found = own.run(count_on_rank, *given, world_size=size)
+                whole = found[0]["parameters"]
+                share = state_share(level, size, whole, 2 * whole, accumulate_grad_batches > 1)
                 counted = [max(of_rank[when] for of_rank in found) for when in ("in phases", "optimizer")]
                 cells = level, str(size), counted[0], share.in_phases, counted[1], share.between
                 lines.append(f"| {' | '.join(c if isinstance(c, str) else format_bytes(c) for c in cells)} |")
@@ -56,7 +65,9 @@ def state_bytes(ranks: str = "1,2,4", num_layers: int = 2, num_features: int = 3
     return "\n".join(lines)
 
 
-def count_on_rank(level: ShardLevel, size: int, num_layers: int, num_features: int) -> dict[str, int]:
+def count_on_rank(
+    level: ShardLevel, size: int, num_layers: int, num_features: int, accumulate_grad_batches: int = 1
+) -> dict[str, int]:
     """Trains as one replica, and counts the bytes of its state.
 
     Args:
@@ -64,6 +75,7 @@ def count_on_rank(level: ShardLevel, size: int, num_layers: int, num_features: i
         size: Number of replicas.
         num_layers: Layers of the potential.
         num_features: Channels of the potential.
+        accumulate_grad_batches: Batches of an optimizer step.
 
     Returns:
         Bytes of the whole parameters, and of all that this rank has of them, of gradients and of moments, in phases and
@@ -88,7 +100,8 @@ def count_on_rank(level: ShardLevel, size: int, num_layers: int, num_features: i
 
     module.training_step = counting
     world = int(os.environ["WORLD_SIZE"])
-    trainer = quiet_trainer(strategy, devices=world, max_steps=2, limit_val_batches=0, callbacks=[counter])
+    steps: dict[str, Any] = {"max_steps": 2, "accumulate_grad_batches": accumulate_grad_batches}
+    trainer = quiet_trainer(strategy, devices=world, limit_val_batches=0, callbacks=[counter], **steps)
     trainer.fit(module, data)
     parameters = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     return {"parameters": parameters, **counter.found}

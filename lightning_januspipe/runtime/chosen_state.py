@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_januspipe.capture import Capture
+from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.distributed import waiting
+from lightning_januspipe.expert_ranks import bounds_of, spread_experts
 from lightning_januspipe.mesh import Mesh
 from lightning_januspipe.runtime.chosen_activations import ChosenActivations, choose_activations
 from lightning_januspipe.runtime.optimizer_bytes import optimizer_state_bytes
@@ -40,6 +43,8 @@ class StageSharing:
         link: Costs of a message between two of them.
         optimizers: The user's optimizers over the whole module.
         others_leave: Whether the parameters of other stages leave a rank's memory.
+        accumulates: Whether an optimizer step has several batches.
+        expert_size: Number of these ranks that share experts.
     """
 
     levels: Sequence[ShardLevel] = ("none",)
@@ -47,6 +52,8 @@ class StageSharing:
     link: Link = field(default_factory=Link)
     optimizers: Sequence[Optimizer] = ()
     others_leave: bool = False
+    accumulates: bool = False
+    expert_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,18 @@ class _StageState:
         placements = schedule.placement, schedule.force_placement
         every = range(schedule.num_ranks)
         of_stages = [0] * schedule.num_stages
+        spread: Collection[str] = ()
+        if sharing.expert_size > 1 and isinstance(found.potential, CapturedPotential):
+            spread = spread_experts(found.potential, sharing.expert_size).parameters
+        self._spread = {inside[name] for name in spread}
         self._ranks = {}
         self._alone = set()
         for parameter in module.parameters():
             stages = stages_of.get(parameter)
             ranks = {p[s] for s in stages for p in placements} if stages else set(every)
             self._ranks[parameter] = ranks
-            if stages and parameter.requires_grad and len(stages) == len(ranks) == 1:
+            is_alone = bool(stages) and len(stages or ()) == len(ranks) == 1 and parameter not in self._spread
+            if stages and is_alone and parameter.requires_grad:
                 self._alone.add(parameter)
                 of_stages[next(iter(stages))] += _bytes(parameter)
         self._every = every
@@ -171,22 +183,38 @@ class _StageState:
 
     def bytes(self, level: ShardLevel) -> tuple[float, float]:
         """Returns the bytes of the fullest rank while phases run, and the most of any rank at any time."""
-        in_phases, most = 0.0, 0.0
+        sharing, in_phases, most = self._sharing, 0.0, 0.0
         for rank in self._every:
-            own = others = state = whole = 0
+            own = others = state = whole = experts = of_experts = 0.0
             for parameter, ranks in self._ranks.items():
                 size = _bytes(parameter)
-                if rank in ranks or not self._sharing.others_leave:
+                if rank in ranks and parameter in self._spread:
+                    part = self._part_of_experts(parameter)
+                    whole += part * size
+                    if parameter in self._kept:
+                        experts += part * size
+                        of_experts += part * self._kept[parameter]
+                    continue
+                if rank in ranks or not sharing.others_leave:
                     whole += size
                 if rank in ranks and parameter in self._kept:
                     own, others = (own + size, others) if parameter in self._alone else (own, others + size)
                     state += self._kept[parameter]
-            share = state_share(level, self._sharing.num_ranks, own, state)
-            rest = whole - own + others
-            copied = others if self._sharing.num_ranks > 1 else 0
-            in_phases = max(in_phases, share.in_phases + rest)
-            most = max(most, share.in_phases + rest, share.in_reduction + rest + copied)
+            share = state_share(level, sharing.num_ranks, own, state, sharing.accumulates)
+            gradients = others + experts
+            rest = whole - own + gradients + of_experts
+            accumulated = gradients if sharing.accumulates else 0.0
+            copied = others if sharing.num_ranks > 1 else 0.0
+            copied += experts if sharing.num_ranks > sharing.expert_size else 0.0
+            in_phases = max(in_phases, share.in_phases + rest + accumulated)
+            most = max(most, in_phases, share.in_reduction + rest + copied)
         return in_phases, most
+
+    def _part_of_experts(self, parameter: nn.Parameter) -> float:
+        """Returns the largest part of a parameter of experts that a rank holds."""
+        num_experts = parameter.shape[0]
+        bounds = bounds_of(num_experts, self._sharing.expert_size)
+        return max(end - begin for begin, end in pairwise(bounds)) / num_experts
 
 
 def _bytes(parameter: nn.Parameter) -> int:

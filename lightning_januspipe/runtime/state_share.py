@@ -37,7 +37,9 @@ class StateShare:
     num_messages: int
 
 
-def state_share(level: ShardLevel, num_ranks: int, parameters: float, state: float) -> StateShare:
+def state_share(
+    level: ShardLevel, num_ranks: int, parameters: float, state: float, accumulates: bool = False
+) -> StateShare:
     """Returns what a level takes on a rank.
 
     Args:
@@ -45,13 +47,16 @@ def state_share(level: ShardLevel, num_ranks: int, parameters: float, state: flo
         num_ranks: The number of these ranks.
         parameters: Bytes of the stage's parameters; its gradients are as many.
         state: Bytes of the optimizer state of the whole stage.
+        accumulates: Whether an optimizer step has several batches. Their gradients are then in ``.grad``, beside the
+            sums of the present batch; those of shards are in these sums.
     """
     part = 1 / num_ranks
     kept = state if level == "none" else state * part
     own = parameters * part if level == "parameters" else 0.0  # the rank's own part, beside the gathered parameters
-    in_phases = 2 * parameters + own + kept
+    gradients = 2 * parameters if accumulates and level == "none" else parameters
+    in_phases = parameters + gradients + own + kept
     sent_copy = parameters if num_ranks > 1 else 0.0
-    in_reduction = in_phases + sent_copy - (parameters if level == "parameters" else 0.0)
+    in_reduction = 2 * parameters + own + kept + sent_copy - (parameters if level == "parameters" else 0.0)
     between = own or parameters
     between += parameters if level == "none" else parameters * part
     # An all-reduce is a reduce-scatter and an all-gather; so each level sends the same.

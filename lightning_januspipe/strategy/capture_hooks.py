@@ -15,7 +15,14 @@ from lightning_januspipe.runtime.chosen_state import StageSharing
 from lightning_januspipe.runtime.pipeline import Pipeline
 from lightning_januspipe.runtime.single_stage import SingleStage
 from lightning_januspipe.runtime.training_length import TrainingLength
-from lightning_januspipe.strategy.contexts import differentiable, is_fitting, training_length, training_mode, unlogged
+from lightning_januspipe.strategy.contexts import (
+    accumulates,
+    differentiable,
+    is_fitting,
+    training_length,
+    training_mode,
+    unlogged,
+)
 from lightning_januspipe.strategy.options import StrategyOptions
 from lightning_januspipe.strategy.shared_state import StrategyState
 
@@ -140,7 +147,15 @@ class CaptureHooks(StrategyState):
     def _sharing(self) -> StageSharing:
         """Returns what the ranks that hold the same stages may share in training."""
         size = self._mesh.shape.data * self._mesh.shape.graph
-        return StageSharing(self._shard_levels, size, self._stage_link, self.optimizers, self._residence is not None)
+        return StageSharing(
+            self._shard_levels,
+            size,
+            self._stage_link,
+            self.optimizers,
+            others_leave=self._residence is not None,
+            accumulates=accumulates(self._trainer),
+            expert_size=self.options.expert_size,
+        )
 
     def _moved(self, batch: Any) -> Any:
         batch = self.precision_plugin.convert_input(batch)

@@ -20,6 +20,12 @@ def is_fitting(trainer: Any) -> bool:
     return getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
 
 
+def accumulates(trainer: Any) -> bool:
+    """Returns whether an optimizer step of the Trainer ever has several batches."""
+    schedules = [getattr(callback, "scheduling", {}) for callback in trainer.callbacks]
+    return max([trainer.accumulate_grad_batches, *(n for found in schedules for n in found.values())]) > 1
+
+
 def training_length(trainer: Any) -> TrainingLength:
     """Returns how long training is going to be, as far as the Trainer's limits tell.
 

@@ -172,7 +172,7 @@ class StrategyState(ParallelStrategy):
     @property
     def _shard_levels(self) -> tuple[ShardLevel, ...]:
         """Returns what these ranks may share, the simplest first."""
-        chooses = self.options.memory_limit is not None and not self._spreads_experts
+        chooses = self.options.memory_limit is not None
         return levels_of(self.options.shard, self.mesh_shape.data * self.mesh_shape.graph, chooses)
 
     @property

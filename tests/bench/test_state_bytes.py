@@ -10,11 +10,11 @@ from lightning_januspipe.schedule.state_actions import ShardLevel
 from lightning_januspipe.testing import RankPool
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_counts_are_those_of_the_table(pool: RankPool, level: ShardLevel) -> None:
-    found = pool.run(count_on_rank, level, 2, 1, 8, world_size=2)
+@pytest.mark.parametrize(("level", "batches"), [*((level, 1) for level in LEVELS), ("none", 2), ("parameters", 2)])
+def test_counts_are_those_of_the_table(pool: RankPool, level: ShardLevel, batches: int) -> None:
+    found = pool.run(count_on_rank, level, 2, 1, 8, batches, world_size=2)
     whole = found[0]["parameters"]
-    share = state_share(level, 2, whole, 2 * whole)
+    share = state_share(level, 2, whole, 2 * whole, accumulates=batches > 1)
     rest = 0.02 * whole  # shards have one length
     for of_rank in found:
         assert of_rank["in phases"] == pytest.approx(share.in_phases, abs=rest)

@@ -13,6 +13,7 @@ from parity_check import check_parity
 from torch import nn
 
 from lightning_januspipe.capture import ActivationCosts
+from lightning_januspipe.runtime import chosen_state
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
 from lightning_januspipe.runtime.optimizer_bytes import optimizer_state_bytes
 from lightning_januspipe.runtime.planner import Planner
@@ -49,13 +50,14 @@ def _choose(
     levels: Any = LEVELS,
     activations: dict[str, ActivationCosts] | None = None,
     sizes: tuple[int, int] = (100, 100),
+    **more: Any,
 ) -> ChosenState:
     """Chooses for two stages with a parameter each, on two ranks and four replicas."""
     module = nn.Module()
     module.potential = nn.ParameterList([torch.zeros(size) for size in sizes])
     potential = SimpleNamespace(path="potential", parameter_stages=lambda: {"0": {0}, "1": {1}})
     found: Any = SimpleNamespace(potential=potential, activations=activations or {})
-    sharing = StageSharing(levels, 4, link, [torch.optim.SGD(module.parameters(), momentum=0.9)], others_leave=True)
+    sharing = StageSharing(levels, 4, link, [torch.optim.SGD(module.parameters(), momentum=0.9)], True, **more)
     return choose_state(Planner("wavek", 2, COSTS, MEMORY), found, module, sharing, limit, 4)
 
 
@@ -78,6 +80,24 @@ def test_the_fastest_level_is_taken() -> None:
     planner = chosen.on(Planner("wavek", 2, COSTS, MEMORY, memory_limit=1e6))
     assert planner.step_time(4) == pytest.approx(chosen.seconds["parameters"])
     assert planner.reserved == chosen.state["parameters"]
+
+
+def test_gradients_of_accumulated_batches_count() -> None:
+    """Without shards they are in ``.grad``, beside the sums of the present batch."""
+    chosen = _choose(1e6, Link(), accumulates=True)
+    assert chosen.state == {"none": 4 * STAGE, "optimizer": 2.25 * STAGE, "parameters": 2.5 * STAGE}
+
+
+def test_experts_count_on_the_rank_that_has_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second parameter has five experts, three of them on one of two ranks; no level shares them further."""
+    monkeypatch.setattr(chosen_state, "CapturedPotential", SimpleNamespace)
+    monkeypatch.setattr(chosen_state, "spread_experts", lambda *_: SimpleNamespace(parameters=["1"]))
+    experts = 3 * 0.6 * 5 * 4
+    assert _choose(1e6, Link(), sizes=(1, 5), expert_size=2).state == dict.fromkeys(LEVELS, experts)
+    with pytest.raises(ValueError, match="alone take 48 B with shard='none', 48 B"):
+        _choose(47.0, Link(), sizes=(1, 5), expert_size=2)
+    twice = _choose(1e6, Link(), sizes=(1, 5), expert_size=2, accumulates=True)
+    assert twice.state == dict.fromkeys(LEVELS, 4 / 3 * experts)
 
 
 @pytest.mark.parametrize(

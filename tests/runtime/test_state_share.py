@@ -20,6 +20,9 @@ def test_bytes_and_messages(level: ShardLevel, in_phases: float, between: float)
     share = state_share(level, 4, 100.0, 200.0)
     assert (share.in_phases, share.between) == (in_phases, between)
     assert (share.sent, share.num_messages) == (2 * 75, 6)
+    accumulated = state_share(level, 4, 100.0, 200.0, accumulates=True)
+    assert accumulated.in_phases == in_phases + (100 if level == "none" else 0)
+    assert (accumulated.between, accumulated.in_reduction) == (share.between, share.in_reduction)
 
 
 @pytest.mark.parametrize("level", ["none", "optimizer"])
