@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
 from lightning_januspipe.calculator.captured_phases import CapturedPhases, examples_of, parts_of
 from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
-from lightning_januspipe.calculator.packages import known_potential
+from lightning_januspipe.calculator.packages import known_potential, potential_of
 from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 from lightning_januspipe.compiled.compiled_potential import TOLERANCES, CompiledPotential, conditions_of
 from lightning_januspipe.compiled.torch_internals import missing_compiler
@@ -106,9 +106,14 @@ class JanusPipeCalculator(Calculator):
         if adapter is not None and task is not None:
             raise ValueError(f"task={task!r} with an adapter of its own; expected one of them")
         module = load(model) if isinstance(model, (str, Path)) else model
-        potential, self.adapter = (module, adapter) if adapter is not None else _potential_of(module, task)
+        if adapter is None:
+            potential, self.adapter = _potential_of(module, task)
+        else:
+            potential, self.adapter = potential_of(module, adapter), adapter
         self.device = torch.device(_first_device() if device == "auto" else device)
-        self.potential = copy.deepcopy(potential).eval().requires_grad_(False).to(self.device)
+        self.potential = copy.deepcopy(potential)
+        self.potential.eval()  # which returns nothing for models of some packages
+        self.potential.requires_grad_(False).to(self.device)
         if dtype is not None:
             self.potential.to(resolve_dtype(dtype))
         self.dtype = _dtype_of(self.potential)

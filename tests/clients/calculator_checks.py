@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
-from torch import nn
+from calculator_ranks import adapter_of
+from factories import factory
+from torch import Tensor, nn
 
-from lightning_januspipe.calculator import JanusPipeCalculator
+import lightning_januspipe
+from lightning_januspipe.calculator import AtomsAdapter, JanusPipeCalculator
 from lightning_januspipe.testing.interpreted import interpreted_phases
 
 Own = Callable[[Atoms], Mapping[str, Any]]
@@ -67,7 +73,9 @@ def check_calculator(
     stress: bool = True,
     repeated: float = 1e-12,
     lone: bool = True,
+    adapter: AtomsAdapter | None = None,
     why_not_compiled: str | None = None,
+    compiled: bool = True,
 ) -> None:
     """Compares a calculator with the package's own numbers, with finite differences, and with itself.
 
@@ -79,9 +87,11 @@ def check_calculator(
         stress: The potential has a stress.
         lone: The potential has an energy of a lone atom.
         repeated: How much the energy of a repeated crystal may differ, relatively.
+        adapter: Makes the batches of potentials that have no adapter of themselves.
         why_not_compiled: What the error says if the potential cannot be compiled.
+        compiled: Compiled evaluations are compared too.
     """
-    shared = JanusPipeCalculator(module)
+    shared = JanusPipeCalculator(module, adapter=adapter)
     assert "float64" in str(shared.dtype)
     periodic = any(make().pbc.all() for make in structures)
     for make in structures:
@@ -117,7 +127,8 @@ def check_calculator(
         stranger.calc = shared
         with pytest.raises(ValueError, match=f"unknown species {unknown}"):
             stranger.get_potential_energy()
-    check_compiled(module, structures, why_not_compiled)
+    if compiled:
+        check_compiled(module, structures, why_not_compiled)
 
 
 def check_compiled(module: nn.Module, structures: Sequence[Callable[[], Atoms]], why_not: str | None = None) -> None:
@@ -150,3 +161,64 @@ def check_compiled(module: nn.Module, structures: Sequence[Callable[[], Atoms]],
     assert len(graphs) == 2, "FE and FF are compiled once"
     (stage,) = compiled._compiled._pipeline.executor.stages.values()
     assert stage.num_misfits <= 1, stage.misfit
+
+
+class Checkpointed(lightning.LightningModule):
+    """A module of another package whose checkpoint holds what makes it again: a program of this folder, by name.
+
+    Args:
+        program: File in the folder ``programs``.
+        function: Name of the function that makes the module.
+    """
+
+    def __init__(self, program: str, function: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.made = factory(program, function)()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.made.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return self.made.configure_optimizers()
+
+
+def check_checkpoint(program: str, function: str, data: str, folder: Path) -> None:
+    """Trains a step, and compares a calculator of the checkpoint with one of the module that was trained.
+
+    Args:
+        program: File in the folder ``programs``.
+        function: Name of the function that makes the module.
+        data: Name of the function that makes its data.
+        folder: Folder for the checkpoint.
+    """
+
+    def energy(module: Any) -> float:
+        atoms = crystal()
+        atoms.calc = JanusPipeCalculator(module, adapter=adapter_of(program, module.made.model))
+        return float(atoms.get_potential_energy())
+
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False, **options)
+    module = Checkpointed(program, function)
+    untrained = energy(module)
+    trainer.fit(module, factory(program, data)())
+    trainer.save_checkpoint(folder / "one.ckpt")
+    loaded = lightning_januspipe.load(folder / "one.ckpt", Checkpointed)
+    found, trained = energy(loaded), energy(module)
+    assert found == pytest.approx(trained, rel=0, abs=1e-10)
+    assert abs(trained - untrained) > 1e-7
+
+
+def check_single_precision(module: nn.Module, monkeypatch: pytest.MonkeyPatch, adapter: Any = None) -> None:
+    """Compares a calculator in float32 with one in float64, without what lets programs run in double precision."""
+    found = []
+    for dtype in ("float64", "float32"):
+        atoms = crystal()
+        if dtype == "float32" and "float" in vars(torch.Tensor):
+            monkeypatch.delattr(torch.Tensor, "float")
+        atoms.calc = JanusPipeCalculator(module, adapter=adapter, dtype=dtype)
+        found.append([np.array(atoms.get_potential_energy()), atoms.get_forces()])
+    for double, single in zip(*found, strict=True):
+        difference, scale = np.abs(double - single).max(), np.abs(double).max()
+        assert 0 < difference < 1e-5 * max(1.0, scale)

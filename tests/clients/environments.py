@@ -93,8 +93,14 @@ CLIENTS = {
     ),
     # Its models need neither torch-scatter nor torch-cluster, which it asks for.
     "newtonnet": Client(("torch-geometric==2.8.1",), alone=("newtonnet==2.0.1",)),
-    # Importing its model for torch imports JAX.
-    "nequix": Client(("torch-geometric==2.8.1", "e3nn==0.6.0", "jax==0.10.2"), alone=("nequix==0.4.5",)),
+    # Importing its model for torch imports JAX, and its calculator more of it.
+    "nequix": Client(
+        (
+            *("torch-geometric==2.8.1", "e3nn==0.6.0", "jax==0.10.2", "jraph==0.0.6.dev0", "equinox==0.13.8"),
+            *("e3nn-jax==0.21.0", "optax==0.2.8", "matscipy==1.3.1", "cloudpickle==3.1.3", "h5py==3.16.0"),
+        ),
+        alone=("nequix==0.4.5",),
+    ),
 }
 
 

@@ -8,10 +8,18 @@ Slow, and skipped where orb-models is absent:
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import calculator_ranks
 import pytest
+from ase import Atoms
 from factories import factory
 
+from lightning_januspipe.calculator import JanusPipeCalculator
+from lightning_januspipe.testing import RankPool
+
+from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, crystal
 from .compare import ModelConformance
 
 pytestmark = [
@@ -37,3 +45,41 @@ class TestRunningMeans(ModelConformance):
     make_module = factory("orb_small", "make_with_running_means")
     datamodules = {"crystals": factory("orb_small", "crystals")}
     strategies = {name: s for name, s in ModelConformance.strategies.items() if s["num_microbatches"] == 1}
+
+
+def test_calculator(float64: None) -> None:
+    """Orb's own calculator, whose graphs have the default type."""
+    module = factory("orb_small", "make_scaled")().eval()
+    from orb_models.forcefield.calculator import ORBCalculator
+
+    other = ORBCalculator(module.model, device="cpu")
+
+    def own(atoms: Atoms) -> dict[str, Any]:
+        atoms.calc = other
+        found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
+
+    check_calculator(module, own, unknown=None, compiled=False)
+
+
+def test_structures_that_orb_does_not_take() -> None:
+    atoms = crystal()
+    atoms.pbc = [True, True, False]
+    atoms.calc = JanusPipeCalculator(factory("orb_small", "make_module")())
+    with pytest.raises(ValueError, match=r"pbc=\[True, True, False\]; Orb takes structures with three periodic"):
+        atoms.get_potential_energy()
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    check_checkpoint("orb_small", "make_module", "crystals", tmp_path)
+
+
+def test_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_single_precision(factory("orb_small", "make_module")(), monkeypatch)
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_graph_ranks(pool: RankPool, periodic: bool) -> None:
+    arguments = ("orb_small", "make_scaled", periodic)
+    for found in pool.run(calculator_ranks.differences, *arguments, world_size=2, timeout=600):
+        calculator_ranks.check(found, periodic)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from ase import Atoms
@@ -75,3 +77,15 @@ def embedded_symbols(model: nn.Module, hydrogen: int = 1) -> list[str]:
 def charge_of(atoms: Atoms) -> float:
     """Returns the charge of a structure in elementary charges: ``Atoms.info["charge"]``, or 0."""
     return float(atoms.info.get(keys.CHARGE, 0))
+
+
+@contextmanager
+def double_for_float(dtype: torch.dtype) -> Iterator[None]:
+    """Lets ``tensor.float()``, by which a package asks for single precision, return float64 inside the block.
+
+    Args:
+        dtype: Type of the computation; nothing is changed unless it is float64.
+    """
+    doubled = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+    with doubled if dtype == torch.float64 else nullcontext():
+        yield

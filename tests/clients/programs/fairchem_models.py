@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def sample(atoms: Atoms, edges: bool = True) -> AtomicData:
+def unlabelled(atoms: Atoms, edges: bool = True) -> AtomicData:
     """Returns a structure with charge 0 and spin 0, and its edges."""
     data = AtomicData.from_ase(atoms, r_edges=False, target_dtype=torch.float64, r_forces=False, r_stress=False)
     data.charge, data.spin, data.dataset = torch.zeros(1).long(), torch.zeros(1).long(), ["omat"]
@@ -42,6 +42,12 @@ def sample(atoms: Atoms, edges: bool = True) -> AtomicData:
         data.edge_index = torch.stack([target, source])[:, order]
         data.cell_offsets = offsets[order]
         data.nedges = torch.tensor([len(source)])
+    return data
+
+
+def sample(atoms: Atoms) -> AtomicData:
+    """Returns a structure with charge 0 and spin 0, its edges and its labels."""
+    data = unlabelled(atoms)
     for name, value in labels_of(atoms).items():
         setattr(data, name, value)
     return data

@@ -44,4 +44,11 @@ def make_module() -> Training:
     )
 
 
+def adapter(model: Any) -> Any:
+    """Returns a calculator's adapter, which needs the elements."""
+    from lightning_januspipe.calculator import NequixAtomsAdapter
+
+    return NequixAtomsAdapter(model, NUMBERS)
+
+
 crystals = partial(Structures, "crystals", sample, loader=DataLoader)
