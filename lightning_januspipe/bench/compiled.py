@@ -118,9 +118,10 @@ def time_steps(job: Job) -> StepTimes:
         is_counted = is_gpu and len(times) == work.steps + _WARM_UP
         if runner is not None and runner.is_staged:
             found[:] = [runner]
-            is_noted = runner.compile_report is not None and len(times) < _WARM_UP
+            report = runner.compile_report
+            is_noted = report is not None and not report.eager and len(times) < _WARM_UP
             runner.executor.annotate = _noting(kept, runner.executor) if is_noted else None
-            if is_counted and runner.compile_report is not None:
+            if is_counted and report is not None:
                 runner.executor.annotate = counts.timed
         if is_counted:
             counts.begin()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 import torch
 from torch import Tensor, fx
+
+from lightning_januspipe.compiled.small_products import MOST_TERMS
 
 
 class KindOfWork(Enum):
@@ -46,7 +49,10 @@ EXCHANGES = "januspipe"
 
 
 def work_of(node: fx.Node) -> KindOfWork:
-    """Returns the kind of work that a node does; a pointwise operation is known by torch's own tag."""
+    """Returns the kind of work that a node does.
+
+    Pointwise operations are known by torch's own tag. A sum of a few numbers counts as one, as it costs little more.
+    """
     if node.op == "get_attr":
         return KindOfWork.MAKE
     if not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
@@ -56,8 +62,18 @@ def work_of(node: fx.Node) -> KindOfWork:
         if target.namespace == EXCHANGES and any(a.name == "handle" for a in target._schema.arguments):
             return KindOfWork.EXCHANGE
         name = target._schema.name.split("::")[1]
-        if name not in _NAMED and torch.Tag.pointwise in target.tags:
+        if name not in _NAMED and (torch.Tag.pointwise in target.tags or _is_short_sum(node, name)):
             return KindOfWork.POINTWISE
     else:
         name = getattr(target, "__name__", str(target))
     return _NAMED.get(name, KindOfWork.SUM)
+
+
+def _is_short_sum(node: fx.Node, name: str) -> bool:
+    """Tells whether each result of a node is a sum of as few numbers as those of a product that is written out."""
+    if name != "sum" or len(node.args) < 2:
+        return False
+    source, dims = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(dims, (tuple, list))
+    sizes = [source.meta["val"].shape[dim] for dim in dims]
+    return bool(sizes) and all(isinstance(s, int) for s in sizes) and math.prod(sizes) <= MOST_TERMS

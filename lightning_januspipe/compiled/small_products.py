@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_TERMS = 8
-"""The longest sum that is written out."""
-LARGEST = 1024
+MOST_TERMS = 9
+"""The longest sum that is written out: over the components of a feature of degrees up to 2."""
+LARGEST = 2048
 """The most numbers of one resulting matrix."""
 _HALF = (torch.float16, torch.bfloat16)  # libraries add these up in float32
 

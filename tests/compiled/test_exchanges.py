@@ -13,6 +13,8 @@ import graph_models as models
 import pytest
 from capture_models import OTHER, TRACED, Potential, Step, Traced, make_batch
 from compiled_models import graphs_of
+from compiled_mutants import zeros_that_are_not_found
+from pools import slow
 
 from lightning_januspipe.compiled import compiler as compiler_module
 from lightning_januspipe.compiled import levels, minimum_cut
@@ -22,12 +24,14 @@ from lightning_januspipe.compiled.compiler import StageCompiler
 from lightning_januspipe.compiled.exchanges import exchange_order, exchanges_of, first_difference
 from lightning_januspipe.compiled.joint import Joint
 from lightning_januspipe.compiled.kinds_of_work import KindOfWork
+from lightning_januspipe.compiled.minimum_cut import Activation
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.compiled.ports import Kind
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.graph.insert_exchanges import ShardedProgram, shard_captured
 from lightning_januspipe.schedule import Phase
+from lightning_januspipe.testing import RankPool
 
 SIZES = tuple(models.angles_of(make_batch(sizes)) for sizes in (TRACED, OTHER))
 
@@ -66,6 +70,22 @@ def test_what_is_kept_of_exchanges() -> None:
         whole = phase_graphs(joint, "keep").phases
         for phase in (Phase.FE, Phase.FF, Phase.BF):
             assert graphs.phases.held_bytes(phase) < whole.held_bytes(phase)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_stages", "activation", "defer", "least"),
+    [
+        (Potential, 1, "recompute", True, 6),
+        slow(Potential, 2, "pointwise", False, 20),
+        slow(models.States, 2, "recompute", True, 15),
+    ],
+)
+def test_every_value_that_graph_ranks_keep_matters(
+    pool: RankPool, kind: type[Potential], num_stages: int, activation: Activation, defer: bool, least: int
+) -> None:
+    """Zeros in the place of any of them change parameter gradients; without them, these are those of one process."""
+    for num_kept, missed in pool.run(zeros_that_are_not_found, kind, num_stages, activation, defer, world_size=2):
+        assert num_kept >= least and not missed
 
 
 def test_an_exchange_that_is_computed_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from capture_models import Batch, Potential, Step, Traced, assert_parity, make_batch
-from compiled_models import factory, joint_graphs
+from compiled_models import factory, joint_graphs, kept_values_of, with_zeros
 from parity_models import AtomicEnergies, ChargeStep
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,7 +16,7 @@ from lightning_januspipe.compiled import levels
 from lightning_januspipe.compiled import phase_graphs as phases
 from lightning_januspipe.compiled.joint import Joint
 from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
-from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS
+from lightning_januspipe.compiled.minimum_cut import ACTIVATIONS, Activation
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.compiled.ports import Kind
 from lightning_januspipe.errors import CaptureError
@@ -130,37 +128,21 @@ def test_results_of_one_operation_are_taken_in_its_phase() -> None:
     _parity(traced, captured, [graphs])
 
 
-def _with_zeros(graphs: PhaseGraphs, phase: Phase, name: str) -> PhaseGraphs:
-    """The same phases, one of which keeps zeros in the place of a value."""
-    signature, module = graphs.phases.signatures[phase], graphs.modules[phase]
-    place = len(signature.results) + signature.kept.index(name)
-
-    def run(*inputs: Any) -> list[torch.Tensor]:
-        out = list(module(*inputs))
-        out[place] = torch.zeros_like(out[place])
-        return out
-
-    modules: Mapping[Phase, Any] = {**graphs.modules, phase: run}
-    return replace(graphs, modules=modules)
-
-
 @pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize(("activation", "least"), [("keep", 60), ("pointwise", 20), ("recompute", 2)])
 def test_every_kept_value_matters(
-    traced: Traced, captured: CapturedPotential, joints: list[Joint], defer: bool
+    traced: Traced, captured: CapturedPotential, joints: list[Joint], activation: Activation, least: int, defer: bool
 ) -> None:
     """Zeros in the place of any of them are found by the parity check."""
-    graphs = [phase_graphs(j, "pointwise", defer) for j in joints]
+    graphs = [phase_graphs(j, activation, defer) for j in joints]
     _parity(traced, captured, graphs, defer)
-    num = 0
-    for stage, own in enumerate(graphs):
-        for phase, signature in own.phases.signatures.items():
-            for name in signature.kept:
-                broken = list(graphs)
-                broken[stage] = _with_zeros(own, phase, name)
-                with pytest.raises((AssertionError, FloatingPointError)):
-                    _parity(traced, captured, broken, defer)
-                num += 1
-    assert num > 20
+    kept = kept_values_of(graphs)
+    assert len(kept) >= least
+    for stage, phase, name in kept:
+        broken = list(graphs)
+        broken[stage] = with_zeros(graphs[stage], phase, name)
+        with pytest.raises((AssertionError, FloatingPointError)):
+            _parity(traced, captured, broken, defer)
 
 
 @pytest.mark.parametrize(

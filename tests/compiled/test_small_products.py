@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_januspipe.compiled import torch_internals as internals
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 
 
 def products_of(graph: torch.fx.GraphModule) -> int:
@@ -21,7 +22,7 @@ def traced(shape: tuple[int, int, int], dtype: torch.dtype, rows: int = 5) -> to
     return internals.traced_graph(lambda _, a, b: [a @ b], [size, first, second])
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 32), (1, 8, 3), (32, 5, 1)])
+@pytest.mark.parametrize("shape", [(4, 2, 32), (1, 9, 3), (32, 5, 1), (35, 9, 32)])
 def test_small_products_are_written_out(shape: tuple[int, int, int]) -> None:
     graph = traced(shape, torch.float64)
     assert not products_of(graph)
@@ -33,7 +34,24 @@ def test_small_products_are_written_out(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((4, 9, 4), torch.float64), ((64, 4, 32), torch.float64), ((4, 4, 4), torch.bfloat16), ((4, 0, 4), torch.float64)],
+    [
+        ((4, 10, 4), torch.float64),
+        ((64, 4, 64), torch.float64),
+        ((4, 4, 4), torch.bfloat16),
+        ((4, 0, 4), torch.float64),
+    ],
 )
 def test_other_products_stay(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert products_of(traced(shape, dtype)) == 1
+
+
+@pytest.mark.parametrize(("dims", "work"), [([1], "POINTWISE"), ([1, 2], "SUM"), ([0], "SUM"), ([0, 1], "SUM")])
+def test_short_sums_are_pointwise(dims: list[int], work: str) -> None:
+    """Those over nine numbers, whatever the number of rows."""
+    mode = internals.symbolic_mode()
+    size = internals.new_size(mode, "rows", 5)
+    with mode:
+        x = torch.empty(size, 9, 2)
+    graph = internals.traced_graph(lambda _, x: [x.sum(dims)], [size, x]).graph
+    (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+    assert work_of(node) is KindOfWork[work]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from capture_models import OTHER, TRACED, Batch, Traced, make_batch
+from torch import Tensor
 
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.compiled.blueprint import blueprint
@@ -14,6 +17,7 @@ from lightning_januspipe.compiled.joint import Joint, trace_joint
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec
+from lightning_januspipe.schedule import Phase
 
 
 def joint_graphs(
@@ -45,3 +49,29 @@ def factory(graphs: Sequence[PhaseGraphs], made: list[CompiledStage] | None = No
         return stage
 
     return make
+
+
+def kept_values_of(graphs: Sequence[PhaseGraphs]) -> list[tuple[int, Phase, str]]:
+    """Returns the tensors that phases keep, without sizes: the stage, the phase that computes it, and its name."""
+    return [
+        (stage, phase, node.name)
+        for stage, own in enumerate(graphs)
+        for phase, signature in own.phases.signatures.items()
+        for node in own.modules[phase].graph.nodes
+        if node.name in signature.kept and isinstance(node.meta["val"], Tensor)
+    ]
+
+
+def with_zeros(graphs: PhaseGraphs, phase: Phase, name: str) -> PhaseGraphs:
+    """Returns the same phases, one of which keeps zeros in the place of a value; ones in the place of zeros."""
+    signature, module = graphs.phases.signatures[phase], graphs.modules[phase]
+    place = len(signature.results) + signature.kept.index(name)
+
+    def run(*inputs: Any) -> list[Tensor]:
+        out = list(module(*inputs))
+        value = out[place]
+        out[place] = torch.full_like(value, 0 if value.any() else 1)
+        return out
+
+    modules: Mapping[Phase, Any] = {**graphs.modules, phase: run}
+    return replace(graphs, modules=modules)

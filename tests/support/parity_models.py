@@ -102,6 +102,17 @@ class Strained(Potential):
         return {"energy": energy, "forces": -forces, "stress": virial / 700}
 
 
+class Norms(Potential):
+    """Distances are norms, whose derivative torch computes in a tensor that it then changes."""
+
+    def features(self, batch: Batch, vectors: Tensor) -> Tensor:
+        return super().features(batch, vectors) * (1 + 0.1 * self.pool_edges(batch, torch.linalg.norm(vectors, dim=-1)))
+
+    def pool_edges(self, batch: Batch, values: Tensor) -> Tensor:
+        """Sums values (E,) over the edges that reach each atom; shape (N, 1)."""
+        return values.new_zeros(batch["positions"].shape[0], 1).index_add(0, batch["edges"][1], values[:, None])
+
+
 class GradOutputs(Potential):
     """Differentiates the vector of energies, weighted by grad_outputs."""
 
@@ -125,6 +136,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "learnable-weight": lambda: LearnableWeight(Potential(3)),
     "edge-forces": lambda: Step(EdgeForces(3)),
     "strained": lambda: Step(Strained(3)),
+    "norms": lambda: Step(Norms(3)),
     "grad-outputs": lambda: Step(GradOutputs(3)),
     "frozen": lambda: Step(frozen(3)),
     "shared-filter": lambda: Step(Potential(3, share_filter=True)),
