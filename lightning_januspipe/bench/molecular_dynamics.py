@@ -104,8 +104,7 @@ def molecular_dynamics(work: Work, runs: int = 1, rows: list[RowName] | None = N
     Args:
         work: The potential, and the number of steps.
         runs: Runs of each row; the table has their medians.
-        rows: eager, compiled, and own for the calculator of the factory's package. By default eager and compiled, or
-            with a factory own and eager.
+        rows: eager, compiled, and own for the calculator of the factory's package. By default all that there are.
         factory: A function as module:function, which gets the work and returns a module of a package, and a function of
             a structure that returns the package's own calculator with the same weights. By default the reference
             potential is run.
@@ -116,7 +115,7 @@ def molecular_dynamics(work: Work, runs: int = 1, rows: list[RowName] | None = N
     Raises:
         ValueError: The row ``own`` is asked for without a factory, or there is no such factory.
     """
-    rows = rows or (["eager", "compiled"] if factory is None else ["own", "eager"])
+    rows = rows or (["eager", "compiled"] if factory is None else ["own", "eager", "compiled"])
     if "own" in rows and factory is None:
         raise ValueError("the row own needs --factory, which makes the calculator of a package")
     lines = [

@@ -127,6 +127,8 @@ class JanusPipeCalculator(Calculator):
         self._compile: bool | str = compile
         self._num_evaluations = 0
         self._compiled: CompiledPotential | CapturedPhases | None = None
+        # Copied now: potentials that keep values of an evaluation cannot be copied after it.
+        self._to_capture = copy.deepcopy(self.potential) if compile and graph_size == 1 and self._is_foreign else None
 
     @override
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
@@ -247,10 +249,15 @@ class JanusPipeCalculator(Calculator):
 
     def _compiler(self) -> CompiledPotential | CapturedPhases:
         """Returns the compiled potential; one of another package is captured at its first evaluation."""
-        if type(self.adapter) is StructureAdapter:
+        if self._to_capture is None:
             return CompiledPotential(self.potential, self.dtype, self.device)
-        alone = Mesh(MeshShape(1, 1, 1), 0, self.device)
-        return CapturedPhases(copy.deepcopy(self.potential), self._results, alone, compiles=True)
+        alone, potential = Mesh(MeshShape(1, 1, 1), 0, self.device), self._to_capture
+        return CapturedPhases(potential, self._results, alone, compiles=True)
+
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether the potential takes other batches than those of this package."""
+        return type(self.adapter) is not StructureAdapter
 
     def _why_not(self) -> str | None:
         """Returns in words why nothing can be compiled; None where nothing is known against it."""

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "Eq": operator.eq,
-    "Ne": operator.ne,
-    "And": lambda *terms: all(terms),
-    "Or": lambda *terms: any(terms),
-    "Not": operator.not_,
-    "FloorDiv": operator.floordiv,
-    "CleanDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "PythonMod": operator.mod,
-    "Max": max,
-    "Min": min,
-}
+from lightning_januspipe.engine.specs import compiled_expression as compiled_expression
 
 
 @dataclass(frozen=True)
@@ -111,17 +97,3 @@ def agree(
         else:
             constants[symbol] = first[symbol]
     return [*(tuple(g) for g in groups.values()), *alone], constants
-
-
-@lru_cache(maxsize=4096)
-def compiled_expression(text: str) -> tuple[tuple[str, ...], Callable[..., Any]]:
-    """Returns an expression or relation of sizes as a function, and the names of its arguments.
-
-    The function also takes symbolic sizes.
-
-    Args:
-        text: as torch's symbolic shapes print it, which is Python but for the functions in it.
-    """
-    names = tuple(sorted(set(compile(text, "<sizes>", "eval").co_names) - set(_FUNCTIONS)))
-    function = eval(f"lambda {', '.join(names)}: {text}", dict(_FUNCTIONS))
-    return names, function

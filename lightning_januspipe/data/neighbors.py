@@ -67,16 +67,19 @@ def neighbor_list(
     search_points, search_box = _complete_cell(points, box, periodic, cutoff)
     target, source, shifts = search(search_points, search_box, periodic, cutoff)
     order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], source, target))
-    edge_index = np.stack([source, target]).astype(np.int64)[:, order]
-    cell_shifts = shifts.astype(np.int64)[order]
+    edge_index = np.stack([source.take(order), target.take(order)]).astype(np.int64)
+    cell_shifts = shifts.take(order, axis=0).astype(np.int64)
 
-    vectors = points[edge_index[0]] + cell_shifts @ search_box - points[edge_index[1]]
-    distances = np.linalg.norm(vectors, axis=1)
-    if distances.size and distances.min() < _MIN_DISTANCE:
-        j, i = edge_index[:, int(distances.argmin())]
+    vectors = points.take(edge_index[0], axis=0)
+    vectors += cell_shifts.astype(np.float64) @ search_box
+    vectors -= points.take(edge_index[1], axis=0)
+    squares = np.einsum("ij,ij->i", vectors, vectors)
+    if squares.size and squares.min() < _MIN_DISTANCE**2:
+        j, i = edge_index[:, int(squares.argmin())]
+        distance = squares.min() ** 0.5
         raise ValueError(
-            f"atoms {min(i, j)} and {max(i, j)} are {distances.min():.1e} Å apart (with periodic images); expected "
-            "distinct positions. Remove the duplicate atom or correct the cell."
+            f"atoms {min(i, j)} and {max(i, j)} are {distance:.1e} Å apart (with periodic images); expected distinct "
+            "positions. Remove the duplicate atom or correct the cell."
         )
     return edge_index, cell_shifts
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_januspipe.engine.autocast import OFF, Autocast
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Eq": operator.eq,
+    "Ne": operator.ne,
+    "And": lambda *terms: all(terms),
+    "Or": lambda *terms: any(terms),
+    "Not": operator.not_,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": max,
+    "Min": min,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]
 
 
 def evaluate(expression: str, symbols: Mapping[str, int]) -> Any:
-    """Returns the value of an expression of size symbols: an int where it is one symbol, else a number of sympy's."""
+    """Returns the value of an expression of size symbols: an int, or a number of sympy's."""
     if expression in symbols:
         return symbols[expression]
     names, function = _compiled(expression)
@@ -60,8 +76,11 @@ def evaluate(expression: str, symbols: Mapping[str, int]) -> Any:
 def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
     """Returns the symbols of an expression of torch's symbolic shapes, and a function of their values.
 
-    sympy is slow, so each expression is compiled once.
+    sympy needs milliseconds for each new value, and there are new ones in every batch; so it is for expressions only
+    that mean something else in Python.
     """
+    if _is_python(expression):
+        return compiled_expression(expression)
     import sympy
     from torch.utils._sympy import functions
 
@@ -72,6 +91,30 @@ def _compiled(expression: str) -> tuple[tuple[str, ...], Any]:
     def function(*values: int) -> Any:
         return parsed.subs(dict(zip(names, values, strict=True)))
 
+    return names, function
+
+
+def _is_python(expression: str) -> bool:
+    """Returns whether an expression has the same value in Python as in sympy."""
+    for node in ast.walk(ast.parse(expression, mode="eval")):
+        if isinstance(node, (ast.Div, ast.Invert)):
+            return False
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS):
+            return False
+    return True
+
+
+@lru_cache(maxsize=4096)
+def compiled_expression(text: str) -> tuple[tuple[str, ...], Callable[..., Any]]:
+    """Returns an expression or relation of sizes as a function, and the names of its arguments.
+
+    The function also takes symbolic sizes.
+
+    Args:
+        text: as torch's symbolic shapes print it, which is Python but for the functions in it.
+    """
+    names = tuple(sorted(set(compile(text, "<sizes>", "eval").co_names) - set(_FUNCTIONS)))
+    function = eval(f"lambda {', '.join(names)}: {text}", dict(_FUNCTIONS))
     return names, function
 
 

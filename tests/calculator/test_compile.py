@@ -124,7 +124,7 @@ def test_three_layers(compilations: list[str]) -> None:
     both()
     dynamics = Langevin(atoms, 2 * units.fs, temperature_K=900, friction=0.02 / units.fs, rng=np.random.default_rng(1))
     dynamics.attach(both)
-    dynamics.run(5)
+    dynamics.run(20)
     assert len(both.num_edges) > 1 and compilations == ["graph"]
 
 

@@ -70,7 +70,7 @@ def test_calculator(model: str) -> None:
         energy, forces, stress = program.predict(module.model, data)
         return {"energy": energy.detach(), "forces": forces.detach(), "stress": stress.reshape(3, 3).detach()}
 
-    check_calculator(module, own, unknown="Fm", compiled=False)
+    check_calculator(module, own, unknown="Fm")
 
 
 def predict_unit(folder: Path) -> Any:
@@ -136,7 +136,7 @@ def test_calculator_of_the_package(task: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task=None; the model has the tasks \['omat', 'omol'\]"):
         JanusPipeCalculator(model)
     own(crystal())  # which puts the model into double precision
-    check_calculator(model, own, unknown="Fm", adapter=FairchemAtomsAdapter(model, task), compiled=False)
+    check_calculator(model, own, unknown="Fm", adapter=FairchemAtomsAdapter(model, task))
 
 
 def test_charge_and_spin(tmp_path: Path) -> None:

@@ -185,4 +185,4 @@ def test_calculator(model: str) -> None:
         energy, forces, stress = (v.detach().numpy() for v in potential(graph, lattice, torch.tensor(state))[:3])
         return {"energy": energy, "forces": forces, "stress": stress / matgl.apps.pes.EV_PER_ANG3_TO_GPA}
 
-    check_calculator(module, own)
+    check_calculator(module, own, compiles=True)

@@ -149,6 +149,6 @@ def test_calculator(ema: bool) -> None:
             stress = voigt_6_to_full_3x3_stress(other.results["stress"]) if atoms.pbc.all() else None
             return {**other.results, "stress": stress}
 
-        check_calculator(module, own)
+        check_calculator(module, own, compiles=True)
     finally:
         torch.set_default_dtype(before)

@@ -71,7 +71,7 @@ def test_calculator() -> None:
         stress = -out.virial[0].detach().numpy() / 2 / atoms.cell.volume if atoms.pbc.all() else None
         return {"energy": out.energy.detach(), "forces": out.gradient_force.detach(), "stress": stress}
 
-    check_calculator(module, own, unknown=None, compiled=False)
+    check_calculator(module, own, unknown=None)
 
 
 def rectangular() -> Atoms:
@@ -97,7 +97,7 @@ def test_calculator_of_the_package(tmp_path: Path) -> None:
         stress = voigt_6_to_full_3x3_stress(other.results["stress"]) if "stress" in names else None
         return {**other.results, "stress": stress}
 
-    check_calculator(module, own, unknown=None, structures=(rectangular, cluster), compiled=False)
+    check_calculator(module, own, unknown=None, structures=(rectangular, cluster))
 
 
 def test_energies_alone() -> None:
@@ -114,7 +114,7 @@ def test_energies_alone() -> None:
         found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
         return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
 
-    check_calculator(bare, own, unknown=None, compiled=False)
+    check_calculator(bare, own, unknown=None)
 
 
 def test_checkpoint(tmp_path: Path) -> None:

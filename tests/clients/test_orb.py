@@ -59,7 +59,7 @@ def test_calculator(float64: None) -> None:
         found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
         return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
 
-    check_calculator(module, own, unknown=None, compiled=False)
+    check_calculator(module, own, unknown=None)
 
 
 def test_structures_that_orb_does_not_take() -> None:

@@ -56,4 +56,4 @@ def test_calculator() -> None:
         energy, forces, stress = (found[f"inferred_{n}"].detach().numpy() for n in ("total_energy", "force", "stress"))
         return {"energy": energy, "forces": forces, "stress": voigt_6_to_full_3x3_stress(-stress[[0, 1, 2, 4, 5, 3]])}
 
-    check_calculator(module, own)
+    check_calculator(module, own, compiles=True)

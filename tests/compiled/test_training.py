@@ -56,6 +56,12 @@ def test_parity(pool: RankPool, devices: int, strategy: dict[str, object]) -> No
     check_parity(pool, devices, train=train_interpreted, compile=True, **strategy)
 
 
+def test_parity_of_several_tasks(pool: RankPool) -> None:
+    """Each task has a readout of its own, and structures of a micro-batch have different ones."""
+    small = {"module": tiny.small_tasks_module, "data": tiny.tasks_data, "steps": 2}
+    check_parity(pool, 1, train=train_interpreted, compile=True, num_microbatches=2, **small)
+
+
 @pytest.mark.parametrize(
     ("devices", "module", "strategy"),
     [

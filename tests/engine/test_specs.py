@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy import functions
 
+from lightning_januspipe.engine import specs
 from lightning_januspipe.engine.specs import TensorSpec
 
 SYMBOLS = {"s0": 7, "s1": 5, "s77": 12}
@@ -88,3 +92,32 @@ def test_shapes_as_torch_prints_them(name: str) -> None:
     for num_x, num_y in ((9, 6), (14, 11), (23, 8)):
         found = TensorSpec(shape, torch.float32).sizes(dict(zip(names, (num_x, 3, num_y, 3), strict=True)))
         assert found == tuple(operation(torch.zeros(num_x, 3), torch.zeros(num_y, 3)).shape)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2*s0 + s1**2",
+        "FloorDiv(s0 + 1, 3)",
+        "((s0 + s1)//2)",
+        "Eq((s0//2), s1 % 3)",
+        "Max(1, s0, s1)",
+        "Ne(Mod(s0*s1, 3), 0)",
+        "Eq(s0, 1 - s1)",
+        "(s0 > 1) & (s1 < 5)",
+        "s0/2",
+    ],
+)
+def test_expressions_have_their_values_in_sympy(text: str) -> None:
+    known = {name: getattr(functions, name) for name in ("FloorDiv", "Max", "Mod")}
+    parsed = sympy.sympify(text, locals=known)
+    for s0, s1 in product(range(4), range(4)):
+        given = {"s0": s0, "s1": s1}
+        assert specs.evaluate(text, given) == parsed.subs(given), given
+
+
+def test_sizes_are_compared_without_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sympy, "sympify", None)
+    specs._compiled.cache_clear()
+    assert specs.violated_sizes("Ne(Mod(s0, 7), 3)", {"s0": 10, "s1": 2}) == {"s0": 10}
+    assert specs.TensorSpec((3, "2*s0"), torch.float32).sizes({"s0": 4}) == (3, 8)

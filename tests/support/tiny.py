@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+SMALL = {"num_layers": 1, "num_features": 4, "l_max": 1, "radial_hidden": [8]}
+
 
 def module(num_layers: int = 4, stress_weight: float = 1.0, **arguments: Any) -> Any:
     """Returns a seeded PotentialModule with energy, force and stress losses."""
@@ -50,9 +52,14 @@ def _module_of(**arguments: Any) -> Any:
 
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    sizes = {"num_layers": 3, "num_features": 8}
-    potential = EquivariantPotential(["Cu", "Ni", "Al"], 5.0, trainable_scale_shift=True, **sizes, **arguments)
+    sizes = {"num_layers": 3, "num_features": 8, "trainable_scale_shift": True}
+    potential = EquivariantPotential(["Cu", "Ni", "Al"], 5.0, **(sizes | arguments))
     return PotentialModule(potential, stress_weight=1.0)
+
+
+def small_tasks_module() -> Any:
+    """Returns a small module with two tasks, which is traced in seconds: degrees up to 2 make much larger graphs."""
+    return _module_of(per_species_shift={"emt": [-1.0, -2.0, -3.0], "morse": 0.5}, tasks=["emt", "morse"], **SMALL)
 
 
 def tasks_data() -> Any:
