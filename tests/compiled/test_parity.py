@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
-from capture_models import Potential, Step, Traced, assert_parity, make_batch
+import tiny
+from capture_models import Batch, Potential, Step, Traced, assert_parity, make_batch, structures_of
 from compiled_models import factory, joint_graphs
 from parity_models import CASES
 from pools import slow
@@ -40,4 +42,35 @@ def test_every_activation_and_size(num_stages: int) -> None:
         make = factory([phase_graphs(joint, activation, defer) for joint in joints], made)
         for sizes in (SIZES[i % 4], SIZES[(i + num_stages) % 4]):
             assert_parity(captured, plain.module, make_batch(sizes, seed=1), make_stage=make, defer=defer)
+    assert not any(stage.num_misfits for stage in made)
+
+
+ODD = [(0, 3, 4), (6,), (2,), (1, 6)]
+"""Structures of other sizes than traced; one atom without edges; a cell of one atom; no edges."""
+
+
+class _WithoutStress(Step):
+    """Some of the structures have no cell."""
+
+    def training_step(self, batch: Batch) -> Any:
+        out = self.potential(batch)
+        return sum((out[k] - batch[k]).square().mean() for k in ("energy", "forces"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_reference_potential(num_stages: int, float64: None) -> None:
+    """The same of the reference potential."""
+    module = _WithoutStress(tiny.module(num_layers=num_stages).potential)
+    traced = Traced(module, structures_of(tiny.data(8), 3))
+    captured = traced.cut(num_stages)
+    joints = joint_graphs(traced, captured, (structures_of(tiny.data(8), 3), structures_of(tiny.data(8), 5)))
+    loader = tiny.OddStructures().train_dataloader()
+    batches = [loader.collate_fn([loader.dataset[i] for i in indices]) for indices in ODD]
+    made: list[CompiledStage] = []
+    for i, (activation, defer) in enumerate(product(ACTIVATIONS, (False, True))):
+        make = factory([phase_graphs(joint, activation, defer) for joint in joints], made)
+        for batch in (batches[i % 4], batches[(i + 1 + num_stages) % 4]):
+            assert_parity(captured, traced.module, batch, make_stage=make, defer=defer)
     assert not any(stage.num_misfits for stage in made)
