@@ -86,7 +86,7 @@ def summary(checkpoint: Path) -> Path:
 class ClientConformance(PotentialConformance):
     """The tests that the models of every package pass, with five steps each; ``preload`` names a package's program."""
 
-    steps, timeout = 5, 600.0
+    steps, timeout = 5, 1800.0
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -105,7 +105,7 @@ class ModelConformance(PotentialConformance):
         "two-stages-compiled": {"pipeline_size": 2, "num_microbatches": 4, "compile": True},
         "two-graph-ranks-compiled": {"graph_size": 2, "num_microbatches": 1, "compile": True},
     }
-    timeout = 600.0
+    timeout = 1800.0
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

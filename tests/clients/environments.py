@@ -128,7 +128,8 @@ def make(name: str, environment: Path) -> str:
     shutil.rmtree(environment, ignore_errors=True)
     venv.create(environment, with_pip=True)
     for arguments in installs:
-        command = [str(python_of(environment)), "-m", "pip", "install", "--quiet", *arguments]
+        # Bytecode is made when a module is imported; that of whole packages takes most of the time of an installation.
+        command = [str(python_of(environment)), "-m", "pip", "install", "--quiet", "--no-compile", *arguments]
         print(f"{name}: pip install {' '.join(arguments)}", flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:

@@ -30,7 +30,7 @@ class Commands:
 
     @property
     def installed(self) -> list[list[str]]:
-        return [c[5:] for c in self.run_commands if c[2:4] == ["pip", "install"]]
+        return [c[6:] for c in self.run_commands if c[2:4] == ["pip", "install"]]
 
 
 def commands(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> Commands:
