@@ -17,7 +17,7 @@ from lightning_januspipe import keys
 from lightning_januspipe.calculator import StructureAdapter
 from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.compiled.compiled_potential import TOLERANCES
-from lightning_januspipe.deploy.standalone import converted, example_arguments, potential_of
+from lightning_januspipe.deploy.standalone import converted, example_arguments, file_to_write, potential_of
 
 
 def export_metatomic(
@@ -39,16 +39,15 @@ def export_metatomic(
     Raises:
         FileNotFoundError: There is no checkpoint.
         ImportError: ``metatomic-torch`` is not installed.
-        ValueError: The path does not end in ``.pt``, the potential has no energies of atoms, ``task`` is none of its
-            tasks, or the traced energies differ from those of the potential.
+        ValueError: The path does not end in ``.pt``, is a folder or the checkpoint, or cannot be written, the potential
+            has no energies of atoms, ``task`` is none of its tasks, or the traced energies differ from those of the
+            potential.
     """
     try:
         from lightning_januspipe.deploy.metatomic_model import saved
     except ModuleNotFoundError as error:
         raise ImportError(f"metatomic needs a package ({error}): pip install metatomic-torch") from error
-    path = Path(path)
-    if path.suffix != ".pt":
-        raise ValueError(f"{path}: models of metatomic have names that end in .pt; give such a name")
+    path = file_to_write(path, ".pt", "models of metatomic are files whose", model)
     potential, species, cutoff = potential_of(model, task)
     floats = converted(potential, dtype)
     energies = EnergiesOfAtoms(potential)
@@ -64,7 +63,7 @@ def export_metatomic(
             )
     reach = cutoff * energies.num_messages()
     numbers = [atomic_numbers[symbol] for symbol in species]
-    with atomic.replacing(path.absolute()) as target:
+    with atomic.replacing(path) as target:
         saved(traced, numbers, cutoff, reach, floats, target)
 
 

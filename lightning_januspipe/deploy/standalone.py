@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -64,12 +65,11 @@ def export_potential(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The path does not end in ``.pt2``, the potential takes other batches, ``task`` is none of its tasks,
-            or the compiled file gives other results than the potential.
+        ValueError: The path does not end in ``.pt2``, is a folder or the checkpoint, or cannot be written, the
+            potential takes other batches, ``task`` is none of its tasks, or the compiled file gives other results than
+            the potential.
     """
-    path = Path(path)
-    if path.suffix != ".pt2":
-        raise ValueError(f"{path}: torch loads files whose names end in .pt2; give such a name")
+    path = file_to_write(path, ".pt2", "torch loads files whose", model)
     potential, species, cutoff = potential_of(model, task)
     potential = potential.to(device)
     floats = converted(potential, dtype)
@@ -97,9 +97,37 @@ def export_potential(
             torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
         for sizes in ([1], [2, 1, 3, 1]):
             _require_same(part, potential, example_arguments(adapter, sizes, floats, device), floats)
-        with atomic.replacing(path.absolute()) as target:
+        with atomic.replacing(path) as target:
             shutil.copyfile(part, target)
     return metadata
+
+
+def file_to_write(path: str | Path, suffix: str, whose: str, model: str | Path | nn.Module) -> Path:
+    """Returns the absolute path of a file to export to, which is checked before anything is compiled.
+
+    Args:
+        path: The path as the user gave it.
+        suffix: What its name has to end in.
+        whose: Whose names end so, as the beginning of a sentence.
+        model: What is exported; a checkpoint is not to be replaced by what is made of it.
+
+    Raises:
+        ValueError: The name ends in something else, or is that of a folder or of the checkpoint, or the folder cannot
+            be written to.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ValueError(f"{path}: {whose} names end in {suffix}; give such a name")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    if isinstance(model, (str, Path)) and path.exists() and path.samefile(model):
+        raise ValueError(f"{path} is the checkpoint, which the exported file would replace; give another name")
+    path = path.absolute()
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if parent.is_dir() else "is no folder"
+        raise ValueError(f"{path} cannot be made: {parent} {reason}")
+    return path
 
 
 def potential_of(model: str | Path | nn.Module, task: str | None = None) -> tuple[nn.Module, list[str], float]:

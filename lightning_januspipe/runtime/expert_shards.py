@@ -114,13 +114,15 @@ class ExpertShards:
                 parameter.grad /= mesh.shape.data
 
     def gradients(self, of_own: Mapping[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor | None]:
-        """Returns the whole gradients after :meth:`reduce_gradients`; every rank that holds the stages takes part.
+        """Returns the whole gradients of experts that are trained, after :meth:`reduce_gradients`.
+
+        Every rank that holds the stages takes part.
 
         Args:
             of_own: The gradients of own entries.
         """
         found: dict[nn.Parameter, Tensor | None] = {}
-        for parameter in self.parameters:
+        for parameter in (p for p in self.parameters if p.requires_grad):
             gradient = of_own.get(parameter)
             has = torch.tensor(float(gradient is not None), device=parameter.device)
             with waiting(_GATHERING, self._mesh.expert_group):

@@ -34,6 +34,7 @@ from lightning_januspipe.graph.half_rows import HALF, ExchangeDtype
 from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.runtime.agreed_schedules import AgreedSchedules
 from lightning_januspipe.runtime.batch_checks import BatchChecks
+from lightning_januspipe.runtime.captured_attributes import CapturedAttributes
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.fingerprint import require_same_batches
 from lightning_januspipe.runtime.parameters import PlacedParameters
@@ -111,6 +112,7 @@ class Pipeline(Runner):
         self._module, self._mesh, self._links = module, mesh, links
         staged = self._staged = capture.potential
         potential = module.get_submodule(staged.path)
+        self._attributes = CapturedAttributes(potential)
         self.schedules = AgreedSchedules(planner, mesh, num_microbatches)
         first = self.schedules.first
         self.placement, self.force_placement = first.placement, first.force_placement
@@ -166,6 +168,8 @@ class Pipeline(Runner):
     ) -> list[Any]:
         """Runs all phases of all micro-batches; see :meth:`.Runner.train_step`."""
         self.parameters.require_same_trained()
+        if self._mesh.rank == 0:
+            self._attributes.warn_of_changes()
         with self._abort_on_error():
             if self.shard_level == "parameters":
                 # Any replica may have a batch of a new kind, whose check needs parameters: they are on their way then.

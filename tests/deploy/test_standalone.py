@@ -179,6 +179,27 @@ def test_what_cannot_be_exported(potential: EquivariantPotential, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_written_is_told_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, the checkpoint itself, a file in place of a folder, and a folder that refuses."""
+    folder, checkpoint, file = tmp_path / "a folder.pt2", tmp_path / "epoch 3.pt2", tmp_path / "file"
+    folder.mkdir()
+    checkpoint.touch()
+    file.touch()
+    for path, reason in (
+        (folder, "is a folder; give the name of a file"),
+        (tmp_path / "." / checkpoint.name, "is the checkpoint, which the exported file would replace"),
+        (file / "new" / "model.pt2", "cannot be made: .*file is no folder"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            export_potential(checkpoint, path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"new.model\.pt2 cannot be made: .* cannot be written to"):
+        export_potential(checkpoint, tmp_path / "new" / "model.pt2")
+    assert sorted(tmp_path.iterdir()) == sorted([folder, checkpoint, file])
+
+
 def test_a_wrong_file_is_not_kept(
     potential: EquivariantPotential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

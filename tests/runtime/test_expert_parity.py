@@ -52,6 +52,7 @@ BOTH = {"pipeline_size": 1, "data_size": 2, "graph_size": 2, "num_microbatches":
         slow(4, {**STAGES_AND_GRAPH, "shard": "parameters"}, partial(workers.experts, 4)),
         slow(4, {**BOTH, "shard": "parameters"}, partial(workers.experts, 2)),
         slow(2, {**REPLICAS, "num_microbatches": 4}, partial(workers.experts, 1)),  # of one element, or without edges
+        slow(2, REPLICAS, workers.frozen),
     ],
 )
 def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], module: Any) -> None:

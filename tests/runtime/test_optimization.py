@@ -130,6 +130,13 @@ REFUSED = {
     "callback clips": [*OWN_CLIPPING, "ClipsItself.on_before_optimizer_step calls clip_grad_norm_"],
     "module clips": [*OWN_CLIPPING, "Module.configure_gradient_clipping calls clip_grad_norm_"],
     "watched": ["ValueError", "logger.watch", "gradient_norm.grad_norm", "pipeline_size=1"],
+    "hook of a parameter": [
+        "ValueError",
+        "parameter potential.energy_model.embedding.weight of",
+        "without expert_size",
+    ],
+    "hook of a sum": ["ValueError", "parameter potential.energy_model.embedding.weight of", "on_before_optimizer_step"],
+    "hook of a submodule": ["ValueError", "submodule potential.energy_model.embedding of", "on_before_optimizer_step"],
     "batch size": ["Batch size finder is not supported with distributed strategies"],  # Lightning's own words
 }
 

@@ -110,6 +110,14 @@ def experts_and_more(top_k: int, chosen: int | None = None) -> Any:
     return module
 
 
+def frozen() -> Any:
+    """Returns a module some of whose experts are not trained."""
+    module = experts()
+    module.potential.layers[0].messages.core.requires_grad_(False)
+    module.potential.layers[1].updates.gate.requires_grad_(False)
+    return module
+
+
 class _Saving(Module):
     """Saves a checkpoint, and looks at whole parameters, between the backward pass and the optimizer step."""
 

@@ -6,6 +6,7 @@ import csv
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,19 @@ def _with_batch_norm() -> Any:
     return made
 
 
+def _hooked(kind: str) -> Any:
+    """Returns a module with a hook that would see gradients."""
+    made = tiny.module(num_layers=2)
+    weight = made.potential.energy_model.embedding.weight
+    if kind == "parameter":
+        weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    elif kind == "sum":
+        weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    else:
+        made.potential.energy_model.embedding.register_full_backward_hook(lambda *_: None)
+    return made
+
+
 def _watched() -> Any:
     from wandb.integration.torch.wandb_torch import TorchHistory
 
@@ -337,6 +351,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], list[Any]]]] = {
     "module clips": (_module_clips_itself, list),
     "batch size": (MODULES["plain"], lambda: [callbacks.BatchSizeFinder()]),
     "watched": (_watched, list),
+    **{f"hook of a {kind}": (partial(_hooked, kind), list) for kind in ("parameter", "sum", "submodule")},
 }
 
 
