@@ -202,6 +202,8 @@ class _StageState:
                     state += self._kept[parameter]
             share = state_share(level, sharing.num_ranks, own, state, sharing.accumulates)
             gradients = others + experts
+            if level != "none":  # shared by the ranks that own the same experts
+                of_experts *= sharing.expert_size / sharing.num_ranks
             rest = whole - own + gradients + of_experts
             accumulated = gradients if sharing.accumulates else 0.0
             copied = others if sharing.num_ranks > 1 else 0.0

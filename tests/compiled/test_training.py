@@ -203,6 +203,15 @@ def test_parity_of_experts_on_several_ranks(
     check_parity(pool, devices, graph_models.Data, module, train=train_interpreted_with_guests, **given)
 
 
+@pytest.mark.slow
+def test_gradients_of_guests_that_are_lost_are_found(pool: RankPool) -> None:
+    strategy = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "compile": True, "expert_size": 2}
+    train = partial(train_interpreted_with_guests, fault="gradients")
+    with pytest.raises(AssertionError, match="gradient of .* in step 0 differs by") as error:
+        check_parity(pool, 2, graph_models.Data, experts, train=train, **strategy, expert_placement="replicate")
+    assert not isinstance(error.value, RankError)
+
+
 @pytest.mark.parametrize(
     ("module", "strategy", "trains"),
     [
@@ -252,8 +261,11 @@ def test_evaluation_with_experts_in_and_after_training(pool: RankPool) -> None:
         assert ours["test"][0] == pytest.approx(others["test"][0], rel=1e-9)
 
 
-def test_an_exchange_that_is_lost_ends_training_before_the_first_optimizer_step(pool: RankPool) -> None:
-    strategy = {"compile": True, "graph_size": 2, "pipeline_size": 1, "num_microbatches": 2}
+@pytest.mark.parametrize("more", [{}, pytest.param({"exchange_dtype": "fp16"}, marks=pytest.mark.slow)])
+def test_an_exchange_that_is_lost_ends_training_before_the_first_optimizer_step(
+    pool: RankPool, more: dict[str, str]
+) -> None:
+    strategy = {"compile": True, "graph_size": 2, "pipeline_size": 1, "num_microbatches": 2, **more}
     with pytest.raises(RankError, match="stage 0, compiled, computes something else"):
         pool.run(train_without_an_exchange, graph_models.states, graph_models.Data, strategy, 1, {}, world_size=2)
 

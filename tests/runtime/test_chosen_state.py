@@ -89,15 +89,18 @@ def test_gradients_of_accumulated_batches_count() -> None:
 
 
 def test_experts_count_on_the_rank_that_has_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second parameter has five experts, three of them on one of two ranks; no level shares them further."""
+    """The second parameter has five experts, three of them on two of four ranks, which share their momentum."""
     monkeypatch.setattr(chosen_state, "CapturedPotential", SimpleNamespace)
     monkeypatch.setattr(chosen_state, "spread_experts", lambda *_: SimpleNamespace(parameters=["1"]))
-    experts = 3 * 0.6 * 5 * 4
-    assert _choose(1e6, Link(), sizes=(1, 5), expert_size=2).state == dict.fromkeys(LEVELS, experts)
-    with pytest.raises(ValueError, match="alone take 48 B with shard='none', 48 B"):
-        _choose(47.0, Link(), sizes=(1, 5), expert_size=2)
+    own = 0.6 * 5 * 4
+    alone, shared = 3 * own, 2.5 * own
+    levels = {"none": alone, "optimizer": shared, "parameters": shared}
+    assert _choose(1e6, Link(), sizes=(1, 5), expert_size=2).state == levels
+    with pytest.raises(ValueError, match="alone take 48 B with shard='none', 42 B"):
+        _choose(41.0, Link(), sizes=(1, 5), expert_size=2)
     twice = _choose(1e6, Link(), sizes=(1, 5), expert_size=2, accumulates=True)
-    assert twice.state == dict.fromkeys(LEVELS, 4 / 3 * experts)
+    assert twice.state == {level: size + own for level, size in levels.items()}
+    assert _choose(1e6, Link(), sizes=(1, 4), expert_size=4).state == dict.fromkeys(LEVELS, 3 * 4)
 
 
 @pytest.mark.parametrize(

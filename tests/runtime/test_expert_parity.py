@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoint_workers
 import compiled_workers
+import expert_bytes
 import expert_workers as workers
 import graph_models
 import pytest
@@ -16,6 +17,8 @@ from parity_check import check_parity
 from pools import pool_of, slow
 
 from lightning_januspipe.experts import ElementExperts
+from lightning_januspipe.runtime.state_share import state_share
+from lightning_januspipe.schedule.state_actions import ShardLevel
 from lightning_januspipe.testing import (
     RankError,
     RankPool,
@@ -269,18 +272,6 @@ def test_accumulated_batches_of_experts_that_move(pool: RankPool, placement: str
     check_parity(pool, 2, graph_models.Data, workers.experts, trainer, 4, train=train, **more)
 
 
-@pytest.mark.slow
-def test_each_rank_holds_its_own_experts(pool: RankPool) -> None:
-    """Parameters, gradients and optimizer state of the five experts are on two ranks, two and three on each."""
-    (alone,) = pool.run(workers.bytes_of_experts, {"pipeline_size": 1}, world_size=1)
-    found = pool.run(workers.bytes_of_experts, {**REPLICAS, **SPREAD, "num_microbatches": 1}, world_size=2)
-    assert found[0]["others"] == found[1]["others"]
-    steps = 8 * 4  # a step counter of 4 bytes for each of the parameters
-    assert alone["experts"] > 10 * steps
-    shares = [f["experts"] / alone["experts"] for f in found]
-    assert shares == pytest.approx([2 / 5, 3 / 5], rel=0.01)
-
-
 COPIES = {"pipeline_size": 1, "data_size": 4, "num_microbatches": 1, **SPREAD}
 
 
@@ -308,6 +299,40 @@ def test_ranks_with_the_same_experts_share_their_state(
     """Each of two owners of an expert updates a part of it, in every step of Adam with clipped gradients."""
     more = {} if train is None else {"train": train}
     check_parity(pool, 4, graph_models.Data, module, {"gradient_clip_val": 0.5}, 5, **more, **mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "train"),
+    [
+        ({}, workers.train_without_others_updates),
+        ({"expert_placement": "load"}, partial(workers.train_moving, has_state=False)),
+    ],
+)
+def test_parts_of_owners_that_are_lost_are_found(pool: RankPool, more: dict[str, Any], train: Any) -> None:
+    """Updates of the other owners, and a state that does not move with its experts."""
+    with pytest.raises(AssertionError, match="differs by") as error:
+        check_parity(
+            pool, 4, graph_models.Data, workers.experts, steps=5, train=train, **COPIES, shard="optimizer", **more
+        )
+    assert not isinstance(error.value, RankError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "size"), expert_bytes.CASES)
+def test_bytes_of_each_rank(pool: RankPool, level: ShardLevel, size: int) -> None:
+    """They are as predicted: parameters, gradients and moments of own experts, and a part of what ranks share."""
+    (alone,) = pool.run(workers.bytes_of_experts, {"pipeline_size": 1}, world_size=1)
+    experts, others = alone["experts"] / 4, alone["others"] / 4  # parameters, gradients and two moments
+    found = pool.run(workers.bytes_of_experts, expert_bytes.strategy_of(level, size), world_size=4)
+    # Beside gradients stand counts of the ranks that have one, and a part may be shorter than others.
+    tolerance = 0 if level == "none" else 8 * 2 * alone["num"]
+    for rank, of_rank in enumerate(found):
+        if size == 1:  # experts are as other parameters, and a part may have entries of both
+            expected = {"all": state_share(level, 4, experts + others, 2 * (experts + others)).between}
+        else:
+            expected = expert_bytes.predicted_bytes(level, size, rank, experts, others)
+        assert {key: of_rank[key] for key in expected} == pytest.approx(expected, rel=1e-12, abs=tolerance)
 
 
 PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {

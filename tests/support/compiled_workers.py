@@ -84,9 +84,9 @@ def train_interpreted_moving(*arguments: Any) -> RunRecord:
         return train_interpreted(*arguments)
 
 
-def train_interpreted_with_guests(*arguments: Any) -> RunRecord:
+def train_interpreted_with_guests(*arguments: Any, fault: str = "") -> RunRecord:
     """Trains with interpreted phase graphs, and with experts that are on several ranks in every step."""
-    with having_guests(moves=False):
+    with having_guests(moves=False, fault=fault):
         return train_interpreted(*arguments)
 
 

@@ -39,6 +39,7 @@ from lightning_januspipe.expert_ranks.expert_placement import (
 )
 from lightning_januspipe.experts import ElementExperts, GroupedLinear, grouped_linear
 from lightning_januspipe.runtime.expert_shards import ExpertShards
+from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
 from lightning_januspipe.testing import RunRecord, quiet_trainer, train_in_pipeline
 
@@ -216,6 +217,18 @@ def train_moving(*arguments: Any, has_state: bool = True) -> RunRecord:
         return train_in_pipeline(*arguments)
 
 
+def train_without_others_updates(*arguments: Any) -> RunRecord:
+    """Trains with owners of experts that do not get the parts which the other owners update."""
+    spread = OptimizerShards.spread_updates
+
+    def of_others(self: OptimizerShards) -> None:
+        if self._holders.ranks == tuple(range(dist.get_world_size())):  # those of a stage, without experts
+            spread(self)
+
+    with patch.object(OptimizerShards, "spread_updates", of_others):
+        return train_in_pipeline(*arguments)
+
+
 def checkpoints_moving(*arguments: Any) -> dict[str, Any]:
     """Trains and saves with experts that move before every step."""
     with moving():
@@ -327,10 +340,7 @@ def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:
 
 
 class _Bytes(Callback):
-    """Notes bytes of parameters, gradients and optimizer state of experts, and of all others, after the last step.
-
-    Beside them it notes the bytes of the parameters of experts alone.
-    """
+    """Notes bytes of parameters, gradients and moments of experts, of all others, and of both, after the last step."""
 
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
@@ -338,23 +348,32 @@ class _Bytes(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         (optimizer,) = trainer.optimizers
         names = {p: n for n, p in pl_module.named_parameters()}
-        kinds: dict[str, list[Tensor]] = {"experts": [], "others": [], "parameters of experts": []}
+        kinds: dict[str, list[Tensor]] = {"experts": [], "others": [], "all": []}
         of_leaves = {leaf: p for s in trainer.strategy.runner.parameters.shards for leaf, p in s.parameter_of.items()}
         # Parts of parameters that are in shards are in the optimizer's groups.
-        for leaf in dict.fromkeys([*(p for g in optimizer.param_groups for p in g["params"]), *names]):
-            parameter = of_leaves.get(leaf, leaf)
-            is_expert = parameter.dim() == 3 and "shared" not in names[parameter]
-            gradient = leaf.grad if any(leaf is p for g in optimizer.param_groups for p in g["params"]) else None
-            found = [leaf, gradient, *optimizer.state.get(leaf, {}).values()]
-            kinds["experts" if is_expert else "others"] += [t for t in found if t is not None]
-            kinds["parameters of experts"] += [leaf] if is_expert and leaf in names else []
+        leaves = [p for g in optimizer.param_groups for p in g["params"]]
+        for leaf in dict.fromkeys([*leaves, *names]):
+            name = names[of_leaves.get(leaf, leaf)]
+            gradient = leaf.grad if any(leaf is p for p in leaves) else None
+            moments = [t for t in optimizer.state.get(leaf, {}).values() if t.dim() > 0]
+            found = [leaf, *moments] if gradient is None else [leaf, gradient, *moments]
+            kinds["experts" if is_of_experts(name, pl_module) else "others"] += found
+            kinds["all"] += found
         for kind, tensors in kinds.items():
+            # Parts of several parameters may have one memory.
             storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
             self.seen[kind] = sum(storages.values())
+        self.seen["num"] = len(names)
+
+
+def is_of_experts(name: str, module: nn.Module) -> bool:
+    """Returns whether a parameter has an entry for each expert."""
+    owner, _, own_name = name.rpartition(".")
+    return isinstance(module.get_submodule(owner), GroupedLinear) and own_name == "weight"
 
 
 def bytes_of_experts(strategy: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes that one rank holds of experts and of other parameters, with gradients and optimizer state."""
+    """Returns the bytes that one rank holds of experts, of other parameters and of both, with gradients and moments."""
     import tiny
 
     callback = _Bytes()
