@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_januspipe.bench.emulate.emulated_mesh import device_pool
+from lightning_januspipe.callbacks.lightning_classes import Callback
 from lightning_januspipe.runtime.state_share import LEVELS, state_share
 from lightning_januspipe.schedule.costs import format_bytes
 from lightning_januspipe.schedule.state_actions import ShardLevel
@@ -107,7 +107,7 @@ def count_on_rank(
     return {"parameters": parameters, **counter.found}
 
 
-class _Counter(lightning.Callback):
+class _Counter(Callback):
     """Counts the memory of state in the second step."""
 
     def __init__(self) -> None:

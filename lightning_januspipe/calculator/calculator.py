@@ -213,6 +213,8 @@ class JanusPipeCalculator(Calculator):
     ) -> dict[str, Tensor]:
         with torch.inference_mode(False):
             if isinstance(compiled, CapturedPhases):
+                if not compiled.takes(batch):
+                    return self._eager(batch)
                 return compiled.evaluate(batch, lambda: self._batches(examples_of(structure)))
             return compiled(batch) if compiled.misfit(batch) is None else self._eager(batch)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class CapturedPhases(nn.Module):
         for parameter in potential.parameters():  # a capture is validated by the gradients of all parameters
             parameter.requires_grad_(parameter.is_floating_point())
         self._pipeline: Pipeline | None = None
+        self._entries: frozenset[Any] = frozenset()
 
     def step(self, batch: Any) -> dict[str, Tensor]:
         """Returns the results of a batch; this is what is captured."""
@@ -58,9 +59,13 @@ class CapturedPhases(nn.Module):
             PipelineError: The ranks have different batches.
         """
         if self._pipeline is None:
-            self._pipeline = self._captured(examples)
+            self._pipeline, self._entries = self._captured(examples), _entries(batch)
         found: dict[str, Tensor] = self._pipeline.evaluate_step(self.step, batch)
         return found
+
+    def takes(self, batch: Any) -> bool:
+        """Returns whether a batch has the entries of the first one, such as a cell."""
+        return self._pipeline is None or _entries(batch) == self._entries
 
     def why_eager(self) -> str | None:
         """Returns in words why phases are not compiled, after the first evaluation; None where they are."""
@@ -86,6 +91,12 @@ class CapturedPhases(nn.Module):
     def _broadcast(self, value: Any) -> Any:
         """Returns a value of the first rank."""
         return value
+
+
+def _entries(batch: Any) -> frozenset[Any]:
+    """Returns the names of what a batch has, where it is a mapping."""
+    items = batch.items() if isinstance(batch, Mapping) else ()
+    return frozenset(name for name, value in items if value is not None)
 
 
 def examples_of(atoms: Atoms) -> tuple[Atoms, Atoms]:

@@ -26,7 +26,8 @@ def products_of_small_matrices(first: Tensor, second: Tensor) -> Any:
         second: matrices, shape ``[n, b, c]``.
 
     Returns:
-        The products, shape ``[n, a, c]``; ``NotImplemented`` for larger matrices and for those of symbolic size.
+        The products, shape ``[n, a, c]``, contiguous; ``NotImplemented`` for larger matrices and for those of symbolic
+        size.
     """
     num_rows, num_terms = first.shape[1:]
     num_columns = second.shape[2]
@@ -37,4 +38,4 @@ def products_of_small_matrices(first: Tensor, second: Tensor) -> Any:
     result = first[:, :, :1] * second[:, :1]
     for i in range(1, num_terms):
         result = torch.addcmul(result, first[:, :, i : i + 1], second[:, i : i + 1])
-    return result
+    return result.contiguous()  # as the result of aten.bmm is, of which programs take views

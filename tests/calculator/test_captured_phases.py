@@ -101,6 +101,27 @@ def test_one_capture_serves_all_structures(first: int) -> None:
     assert stage.num_misfits == 0
 
 
+class Boundary(PairsAdapter):
+    """Says of crystals which directions are periodic."""
+
+    def batch_from_atoms(self, atoms, edges, dtype):
+        batch = super().batch_from_atoms(atoms, edges, dtype)
+        return batch | {"pbc": torch.tensor(atoms.pbc) if atoms.pbc.any() else None}
+
+
+def test_batches_with_other_entries_are_evaluated_eagerly() -> None:
+    """A molecule after a crystal, which was captured; the next crystal is not captured again."""
+    crystal, ethanol, *_ = structures()
+    potential = Pairs()
+    eager, compiled = (JanusPipeCalculator(potential, adapter=Boundary(4.0), compile=c) for c in (False, True))
+    with interpreted_phases() as graphs:
+        for atoms in (crystal, ethanol, crystal):
+            atoms.rattle(0.01, seed=1)
+            atoms.calc = compiled
+            assert_same(atoms, eager)
+    assert len(graphs) == 2, "FE and FF, once"
+
+
 def test_the_potential_stays_as_it_is() -> None:
     compiled = calculator(compile=True)
     with interpreted_phases():

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,11 @@ from torch import Tensor, nn
 import lightning_januspipe
 from lightning_januspipe.calculator import AtomsAdapter, JanusPipeCalculator
 from lightning_januspipe.testing.interpreted import interpreted_phases
+
+try:
+    import lightning
+except ModuleNotFoundError:
+    import pytorch_lightning as lightning
 
 Own = Callable[[Atoms], Mapping[str, Any]]
 """From a structure to the package's own energy in eV, forces in eV/Å and, of crystals, stress in eV/Å³."""

@@ -52,7 +52,7 @@ def test_calculator(monkeypatch: pytest.MonkeyPatch) -> None:
             {"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {}
         )
 
-    check_calculator(module, own)
+    check_calculator(module, own, compiles=True)
     atoms = crystal()
     atoms.calc = JanusPipeCalculator(module.model.model)
     assert atoms.get_potential_energy() == pytest.approx(float(own(atoms.copy())["energy"]), rel=0, abs=1e-10)

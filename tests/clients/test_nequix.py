@@ -66,7 +66,7 @@ def test_calculator() -> None:
         found = {"energy": energies.sum().detach(), "forces": forces.detach()}
         return found | ({} if stress is None else {"stress": stress[0].detach()})
 
-    check_calculator(module, own, adapter=NequixAtomsAdapter(module.model, ELEMENTS))
+    check_calculator(module, own, adapter=NequixAtomsAdapter(module.model, ELEMENTS), compiles=True)
     atoms = crystal()
     atoms.calc = JanusPipeCalculator(module, adapter=NequixAtomsAdapter(module.model, ELEMENTS))
     assert atoms.get_potential_energies().sum() == pytest.approx(atoms.get_potential_energy(), rel=1e-12)

@@ -71,7 +71,7 @@ def test_calculator() -> None:
         stress = -out.virial[0].detach().numpy() / 2 / atoms.cell.volume if atoms.pbc.all() else None
         return {"energy": out.energy.detach(), "forces": out.gradient_force.detach(), "stress": stress}
 
-    check_calculator(module, own, unknown=None)
+    check_calculator(module, own, unknown=None, compiles=True)
 
 
 def rectangular() -> Atoms:
@@ -114,7 +114,7 @@ def test_energies_alone() -> None:
         found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
         return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
 
-    check_calculator(bare, own, unknown=None)
+    check_calculator(bare, own, unknown=None, compiles=True)
 
 
 def test_checkpoint(tmp_path: Path) -> None:

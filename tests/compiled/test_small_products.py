@@ -32,6 +32,18 @@ def test_small_products_are_written_out(shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(found, first @ second, rtol=1e-13, atol=1e-13)
 
 
+def test_views_of_products_of_transposed_matrices() -> None:
+    """Results are contiguous, as those of bmm are."""
+    mode = internals.symbolic_mode()
+    size = internals.new_size(mode, "rows", 5)
+    with mode:
+        first, second = torch.empty(3, size, 2).transpose(0, 1), torch.empty(size, 2, 4)
+    graph = internals.traced_graph(lambda n, a, b: [torch.bmm(a, b).view(n, 12)], [size, first, second])
+    assert not products_of(graph)
+    first, second = torch.randn(3, 7, 2).transpose(0, 1), torch.randn(7, 2, 4)
+    torch.testing.assert_close(graph(7, first, second)[0], torch.bmm(first, second).view(7, 12))
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [

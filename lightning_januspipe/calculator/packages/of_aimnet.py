@@ -19,7 +19,7 @@ from lightning_januspipe.data.structures import species_index
 
 
 class AIMNet2AtomsAdapter(EnergyAtomsAdapter):
-    """Makes the batches of AIMNet2's models: of all pairs for molecules, of a matrix of neighbours for periodic ones.
+    """Makes the batches of AIMNet2's models: a matrix of neighbours, or all pairs for terms of long range.
 
     Raises:
         ValueError: The model's energy is not whole without modules of AIMNet2's calculator, or it has spin charges.
@@ -50,12 +50,12 @@ class AIMNet2AtomsAdapter(EnergyAtomsAdapter):
             "numbers": torch.tensor(atoms.numbers, dtype=torch.int64),
             "charge": torch.tensor([charge_of(atoms)], dtype=dtype),
         }
-        if not atoms.pbc.any():
-            return batch
-        if self.long_range:
+        if self.long_range and atoms.pbc.any():
             raise ValueError(
                 "the structure is periodic, and the model of AIMNet2 has terms of long range; no pbc expected"
             )
+        if self.long_range:
+            return batch
         neighbors, shifts = _neighbor_matrix(edges, len(atoms))
         return batch | {"nbmat": torch.from_numpy(neighbors), "shifts": torch.tensor(shifts, dtype=dtype)}
 
@@ -72,7 +72,7 @@ class AIMNet2AtomsAdapter(EnergyAtomsAdapter):
                 "nbmat": batch["nbmat"],
                 "shifts": batch["shifts"],
                 "cell": cell,
-                "mol_idx": torch.zeros(len(numbers) + 1, dtype=torch.int64, device=numbers.device),
+                "mol_idx": torch.zeros(numbers.shape[0] + 1, dtype=torch.int64, device=numbers.device),
             }
         return potential(data)["energy"]
 
