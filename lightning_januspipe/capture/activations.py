@@ -37,7 +37,7 @@ def run_of_call(
     """
 
     def run(make_stage: StageFactory, measures_memory: bool) -> SingleProcessResult:
-        return run_staged(staged, potential, call, phase_mode, measures_memory, make_stage=make_stage)[1]
+        return run_staged(staged, potential, call, phase_mode, measures_memory, make_stage=make_stage, kept=())[1]
 
     return run
 

@@ -65,7 +65,8 @@ def balance_stages(
     folded = replace(phase_mode, split_stages=False)  # costs are those of a stage with all phases on one rank
 
     def measured(candidate: CapturedPotential) -> list[PhaseCosts]:
-        return validate_stages(candidate, potential, call, folded, num_runs=2)  # the first run is a warm-up
+        # The first run is a warm-up.
+        return validate_stages(candidate, potential, call, folded, num_runs=2, one_group=True)
 
     several = placement if len(placement) > len(set(placement)) else None
     best, best_seconds = captured, measured(captured)
@@ -128,13 +129,13 @@ def balance_parts(
         TooFewParts: every placement has more stages than there are parts.
     """
     folded = replace(phase_mode, split_stages=False)
-    of_parts = validate_stages(parts, potential, call, folded, num_runs=2)
+    of_parts = validate_stages(parts, potential, call, folded, num_runs=2, one_group=True)
     found = []
     for placement in placements:
         if len(placement) > parts.num_stages:
             continue
         joined = replace(parts, bounds=_bounds([s.total for s in of_parts], placement))
-        found.append((joined, validate_stages(joined, potential, call, folded, num_runs=2)))
+        found.append((joined, validate_stages(joined, potential, call, folded, num_runs=2, one_group=True)))
     if not found:
         raise TooFewParts(
             f"pipeline_size={len(set(placements[0]))}, but the potential {quoted(parts.path)} has {parts.num_stages} "

@@ -151,7 +151,7 @@ def capture_module(
             graph_size,
         )
         captured, seconds, origin, alternative = _stages(job, stages)
-        if phase_mode.split_stages:
+        if phase_mode.split_stages or phase_mode.gradient_bytes is not None:
             validate_stages(captured, job.potential, job.other, phase_mode)
         evaluated = potential_of(module, evaluation_step or step, found)
         evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
@@ -159,7 +159,7 @@ def capture_module(
         validate_evaluation(captured, evaluated, evaluation)
         captured = captured.with_validated((job.potential, job.other), (evaluated, evaluation))
         folded = replace(phase_mode, split_stages=False)
-        memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True)[1].memory
+        memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True, kept=())[1].memory
         assert memory is not None
         with seeded(0):
             inputs = captured.inputs(job.potential)

@@ -14,16 +14,21 @@ from torch import Tensor, nn
 
 
 class GradientBuffers:
-    """Sums the gradients of each parameter; gradients in half precision are summed in float32."""
+    """Sums the gradients of each parameter; gradients in half precision are summed in float32.
 
-    def __init__(self) -> None:
+    Args:
+        only: The parameters whose gradients are kept; None for all.
+    """
+
+    def __init__(self, only: Collection[nn.Parameter] | None = None) -> None:
+        self._only = None if only is None else frozenset(only)
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._owned: set[nn.Parameter] = set()
 
     def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """Adds one gradient to each parameter's sum (None adds nothing)."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
+            if gradient is None or (self._only is not None and parameter not in self._only):
                 continue
             total = self._sums.get(parameter)
             if total is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from lightning_januspipe.engine.clock import clock
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.memory import StorageCounter
 from lightning_januspipe.engine.messages import Parts
@@ -67,6 +67,7 @@ def run_single_process(
     measure_memory: bool = False,
     on_action: Callable[[Action], None] | None = None,
     make_stage: StageFactory | None = None,
+    gradients: GradientBuffers | None = None,
 ) -> SingleProcessResult:
     """Runs all phases of all stages for one micro-batch.
 
@@ -80,8 +81,9 @@ def run_single_process(
         measure_memory: Also measure what each stage holds between its phases (times then mean little).
         on_action: Called before each action.
         make_stage: Makes what runs the phases of stages that are not split; None for stages that run eagerly.
+        gradients: Sums parameter gradients; None for new sums of all.
     """
-    gradients = GradientBuffers()
+    gradients = GradientBuffers() if gradients is None else gradients
     stages = {
         i: SplitStage(function, gradients, chain.autocast)
         if i in split_stages
@@ -221,13 +223,13 @@ class _MeasuredPhases(StepPhases):
         self, action: Action, function: Callable[..., _Result], messages: Sequence[Sequence[Tensor | None]]
     ) -> _Result:
         self._synchronize()
-        stage, began = self._stages[action.stage], time.perf_counter()
+        stage, began = self._stages[action.stage], clock()
         stage.fetch(action.microbatch, action.phase)
         result = function(*messages)
         stage.to_host(action.microbatch, None)
         self._synchronize()
         key = action.stage, action.phase
-        self._spent[key] = self._spent.get(key, 0.0) + time.perf_counter() - began
+        self._spent[key] = self._spent.get(key, 0.0) + clock() - began
         return result
 
     def _synchronize(self) -> None:

@@ -18,7 +18,7 @@ from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.against_eager import validate_evaluation, validate_stages
+from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, validate_evaluation, validate_stages
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError
 
@@ -26,23 +26,27 @@ from lightning_januspipe.errors import CaptureError
 class BatchChecks:
     """Compares a potential in stages with the module itself on the first batch of each kind.
 
-    Every rank of a pipeline holds the whole module and the same batch, and so comes to the same result.
+    The ranks of a pipeline have the same batch, and those with the whole module come to the same result. A rank on
+    which parameters have no values leaves the comparison to the others.
 
     Args:
         staged: The potential in stages, validated on ordinary batches.
         module: The LightningModule.
 
     Attributes:
+        phase_mode: How the phases are run in a comparison.
         before: Called before a comparison.
-        whole: A context in which the module has all its parameters on this rank; every rank of a pipeline enters it.
+        whole: A context in which the module has all its parameters, on this rank or on the first of a pipeline, whose
+            ranks all enter it.
     """
 
     def __init__(self, staged: StagedPotential, module: nn.Module) -> None:
         self._staged, self._module = staged, module
         self._validated: set[frozenset[str]] = set()
         self._noted: dict[frozenset[str], tuple[nn.Module, PotentialCall]] = {}
+        self.phase_mode = DEFAULT_MODE
         self.before: Callable[[], None] = lambda: None
-        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.whole: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def note(
         self, step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]
@@ -79,14 +83,15 @@ class BatchChecks:
         self.before()
         with self.whole(), unchanged(self._module), capturing(self._module):
             for kinds, (potential, call) in noted.items():
-                self._validate(kinds, potential, call)
+                if not any(p.is_meta for p in potential.parameters()):
+                    self._validate(kinds, potential, call)
         self._validated.update(noted)
 
     def _validate(self, kinds: frozenset[str], potential: nn.Module, call: PotentialCall) -> None:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 if potential.training:
-                    validate_stages(self._staged, potential, call)
+                    validate_stages(self._staged, potential, call, self.phase_mode)
                 else:
                     validate_evaluation(self._staged, potential, call)
         except CaptureError as error:

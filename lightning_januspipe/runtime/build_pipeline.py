@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -63,6 +63,8 @@ class CaptureRequest:
         sharing: What the ranks that hold the same stages may share in training.
         length: How long training is going to be.
         place: Brings the parameters that a rank needs to its device, once its stages are known.
+        whole: A context in which the module has all its parameters on the rank that captures.
+        gradient_bytes: See :class:`.PhaseMode`.
     """
 
     module: Any
@@ -76,6 +78,8 @@ class CaptureRequest:
     sharing: StageSharing = field(default_factory=StageSharing)
     length: TrainingLength = field(default_factory=TrainingLength)
     place: Callable[[PlacedParameters], None] | None = None
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext
+    gradient_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,7 @@ class PipelineBuilder:
             self._exchange_dtype,
             request.place,
         )
+        pipeline.fetch_parameters_with(request.whole, request.gradient_bytes)
         pipeline.executor.annotate = request.annotate
         if change is not None:
             why_not = self._begin(change, pipeline)
@@ -403,7 +408,7 @@ class PipelineBuilder:
 
         factories = self._factories(request, mesh, planner)
         measures_on_graph_ranks = bool(factories) and self._compiles and mesh.shape.graph > 1
-        with request.ready(training):
+        with request.ready(training), request.whole():
             examples = request.examples()
             evaluation, step = request.evaluation_step, with_batch(request.step)
             with as_world(mesh.alone_group):  # this rank alone runs the step now, with its collectives
@@ -417,6 +422,7 @@ class PipelineBuilder:
                         defer=is_deferred(planner.name),
                         split_stages=is_unfolded(planner.name),
                         activation="keep" if self._compiles else self._usual_activation,
+                        gradient_bytes=request.gradient_bytes,
                     ),
                     step_time=step_time,
                     evaluation_step=None if evaluation is None else with_batch(evaluation),

@@ -7,7 +7,7 @@ This seed depends on the run's seed and on the submodule's name only. So the val
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,10 @@ def take_values(tensor: Tensor) -> None:
     give_values(tensor, torch.empty_like(tensor, device="meta"))
 
 
+MakeRoom = Callable[[Iterable[Tensor]], None]
+"""Gives memory with undefined values to those tensors that are on the meta device."""
+
+
 def make_room(tensors: Iterable[Tensor], device: torch.device | str = "cpu") -> None:
     """Gives memory with undefined values to those tensors that are on the meta device."""
     for tensor in tensors:
@@ -71,9 +75,14 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def loading_into_meta(module: nn.Module) -> Iterator[None]:
-    """Gives host memory to tensors on the meta device inside the block; those that nothing writes to go back to it."""
-    room = _Room(module)
+def loading_into_meta(module: nn.Module, make_room: MakeRoom = make_room) -> Iterator[None]:
+    """Gives memory to tensors on the meta device inside the block; those that nothing writes to go back to it.
+
+    Args:
+        module: The LightningModule.
+        make_room: Gives the memory, by default that of the host.
+    """
+    room = _Room(module, make_room)
     try:
         yield
     finally:
@@ -81,8 +90,8 @@ def loading_into_meta(module: nn.Module) -> Iterator[None]:
             take_values(tensor)
 
 
-def draw_missing(module: nn.Module, seed: int) -> None:
-    """Fills parameters and buffers on the meta device in host memory by ``reset_parameters`` of their submodules.
+def draw_missing(module: nn.Module, seed: int, make_room: MakeRoom = make_room) -> None:
+    """Fills parameters and buffers on the meta device by ``reset_parameters`` of their submodules.
 
     Submodules draw after the submodules that they contain, as constructors do, each with its own seed. Tensors that
     have values keep them.
@@ -90,6 +99,7 @@ def draw_missing(module: nn.Module, seed: int) -> None:
     Args:
         module: The LightningModule.
         seed: The seed of the run.
+        make_room: Gives memory to tensors on the meta device, by default that of the host.
 
     Raises:
         ValueError: No ``reset_parameters`` fills a tensor; the message names it.
@@ -104,7 +114,7 @@ def draw_missing(module: nn.Module, seed: int) -> None:
     missing = {id(t) for _, t in _named_tensors(module) if t.is_meta}
     if not missing:
         return
-    room = _Room(module)
+    room = _Room(module, make_room)
     for name, part in reversed(list(module.named_modules())):
         tensors = [t for _, t in _named_tensors(part)]
         reset = getattr(part, "reset_parameters", None)
@@ -147,9 +157,9 @@ def _listed(names: list[str]) -> str:
 
 
 class _Room:
-    """Gives host memory to the tensors of a module on the meta device, and tells which nothing has written to."""
+    """Gives memory to the tensors of a module on the meta device, and tells which nothing has written to."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, make_room: MakeRoom) -> None:
         self._given: list[tuple[str, Tensor, int]] = []
         for name, tensor in _named_tensors(module):
             if tensor.is_meta:

@@ -36,7 +36,8 @@ def optimizer_state_bytes(optimizer: Optimizer) -> dict[nn.Parameter, int]:
 
 
 def _state_of_stand_in(optimizer: Optimizer, index: int, parameter: nn.Parameter) -> int:
-    stand_in = nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+    device = "cpu" if parameter.is_meta else parameter.device
+    stand_in = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype, device=device))
     stand_in.grad = torch.zeros_like(stand_in)
     other: Any = object.__new__(type(optimizer))
     vars(other).update(vars(optimizer))

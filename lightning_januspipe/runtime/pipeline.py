@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_januspipe.capture import Capture
 from lightning_januspipe.capture.find.grad_call import StepFunction
 from lightning_januspipe.capture.stages.captured import CapturedPotential
+from lightning_januspipe.capture.validate.against_eager import PhaseMode
 from lightning_januspipe.capture.validate.probe_loss import probe_seeds
 from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.distributed import waiting
@@ -361,9 +362,12 @@ class Pipeline(Runner):
         of_ranks = dict(enumerate(self._mesh.gathered_over_pipeline(own.spans, "gathering of recorded times")))
         return RecordedStep(own.schedule, predicted, recorded_report(own.schedule, of_ranks))
 
-    def fetch_parameters_with(self, whole: Callable[[], AbstractContextManager[None]]) -> None:
+    def fetch_parameters_with(
+        self, whole: Callable[[], AbstractContextManager[Any]], gradient_bytes: float | None = None
+    ) -> None:
         """Lets batch checks, which run the whole potential, fetch parameters that have left this rank."""
         self._batch_checks.whole = whole
+        self._batch_checks.phase_mode = PhaseMode(gradient_bytes=gradient_bytes)
 
     @contextmanager
     def _abort_on_error(self) -> Iterator[None]:

@@ -101,9 +101,13 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def fetch_parameters_with(self, whole: Callable[[], AbstractContextManager[None]]) -> None:
+    def fetch_parameters_with(
+        self, whole: Callable[[], AbstractContextManager[Any]], gradient_bytes: float | None = None
+    ) -> None:
         """Tells where to get the values of parameters that have left this rank's memory.
 
         Args:
-            whole: A context in which the module has all parameters on this rank; all ranks of a pipeline enter it.
+            whole: A context in which the module has all parameters, on each rank of a pipeline or on the first only;
+                all of them enter it.
+            gradient_bytes: See :class:`~lightning_januspipe.capture.validate.against_eager.PhaseMode`.
         """

@@ -78,5 +78,7 @@ class SingleStage(Runner):
     def recorded_step(self) -> None:
         """Returns None: without stages there is no schedule to compare a step with."""
 
-    def fetch_parameters_with(self, whole: Callable[[], AbstractContextManager[None]]) -> None:
+    def fetch_parameters_with(
+        self, whole: Callable[[], AbstractContextManager[Any]], gradient_bytes: float | None = None
+    ) -> None:
         """Does nothing: all parameters stay."""

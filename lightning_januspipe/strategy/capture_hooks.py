@@ -23,11 +23,11 @@ from lightning_januspipe.strategy.contexts import (
     training_mode,
     unlogged,
 )
+from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
 from lightning_januspipe.strategy.options import StrategyOptions
-from lightning_januspipe.strategy.shared_state import StrategyState
 
 
-class CaptureHooks(StrategyState):
+class CaptureHooks(InitialValueHooks):
     """Captures the potential, and gets the runner of this rank's stages."""
 
     def __init__(self, options: StrategyOptions) -> None:
@@ -111,9 +111,8 @@ class CaptureHooks(StrategyState):
         annotate = trainer.profiler.profile if is_profiled else None
         length = training_length(trainer) if trains else TrainingLength()
         place = None if self._residence is None else self._residence.place
-        request = CaptureRequest(
-            module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length, place
-        )
+        given = module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length, place
+        request = CaptureRequest(*given, *self._paging())
         if trains and self.options.compile is True:
             told = "phases that are not in the cache are compiled before the first step, which may take minutes"
             self.lib.rank_zero.rank_zero_info(f"januspipe: {told}")
@@ -123,6 +122,8 @@ class CaptureHooks(StrategyState):
             pipeline.schedules.before_meeting = self._shutdown.hear
             if pipeline.change_over is not None:
                 self._shutdown.is_compiling = pipeline.change_over.is_waiting
+        if self._residence is not None and not self._residence.is_paged:
+            pipeline.fetch_parameters_with(self._residence.whole)
         self.runner = pipeline
         if news.line:
             self.lib.rank_zero.rank_zero_info(news.line)

@@ -20,12 +20,12 @@ from lightning_januspipe.errors import PipelineError, RankLostError
 from lightning_januspipe.loader.resume import KEY
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
-from lightning_januspipe.strategy.shared_state import StrategyState
+from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
 
 _T = TypeVar("_T")
 
 
-class CheckpointHooks(StrategyState):
+class CheckpointHooks(InitialValueHooks):
     """Saves and loads checkpoints; every rank takes part in saving."""
 
     @property
@@ -49,8 +49,8 @@ class CheckpointHooks(StrategyState):
         """Returns the module's state: all of it on global rank 0, or for a folder the values that this rank owns."""
         module, runner = self._module, self.runner
         self._require_all_ranks()
-        if runner is None:  # after training everything is whole
-            return module.state_dict()
+        if runner is None:  # after training everything is whole, in memory or in the file of global rank 0
+            return {n: self._value_in_file(v) for n, v in module.state_dict(keep_vars=True).items()}
         self._had_own_experts = runner.parameters.make_experts_whole()
         if self.options.save_distributed_checkpoint and self._has_own_tensors():
             if self._hooks_add_to_checkpoints():  # they may read parameters of this rank's stages
@@ -342,7 +342,6 @@ class CheckpointHooks(StrategyState):
             )
             return
         self._residence.release(self.runner.parameters)
-        self.runner.fetch_parameters_with(self._residence.whole)
 
 
 def _names(module: nn.Module) -> dict[nn.Parameter, str]:

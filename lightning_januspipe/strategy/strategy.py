@@ -29,7 +29,6 @@ from lightning_januspipe.strategy.checks import check_compiler, check_module, ch
 from lightning_januspipe.strategy.contexts import differentiable, is_fitting, without_inference
 from lightning_januspipe.strategy.ending import describe_interruption, newest_checkpoint
 from lightning_januspipe.strategy.failure import shorten_tracebacks
-from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
 from lightning_januspipe.strategy.launch import ProcessHooks
 from lightning_januspipe.strategy.loaders import LoaderHooks
 from lightning_januspipe.strategy.metric_gather import ReplicaGather
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
 
-class UnboundStrategy(ProcessHooks, LoaderHooks, InitialValueHooks, CaptureHooks, CheckpointHooks):
+class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
     """Trains a conservative potential on several devices: its layers in a pipeline, replicas of it, and atom shards.
 
     Raises:

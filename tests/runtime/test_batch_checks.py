@@ -88,7 +88,7 @@ def test_each_kind_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen = []
     monkeypatch.setattr(
-        batch_checks, "validate_stages", lambda staged, potential, call: seen.append(call.args[0]["cell"].shape[0])
+        batch_checks, "validate_stages", lambda _, potential, call, mode: seen.append(call.args[0]["cell"].shape[0])
     )
     module, found = captured(SqueezedSingle())
     with_label = {**make_batch(OTHER), "label": torch.zeros(2)}

@@ -121,6 +121,32 @@ def test_values_of_a_file(pool: RankPool, continued: tuple[Path, dict[str, Any]]
         same(expected, found["state"])
 
 
+def in_turn(pool: RankPool, mesh: str, *arguments: Any) -> list[dict[str, Any]]:
+    """Returns what ranks found, when it is what plain Lightning finds."""
+    (expected,) = pool.run(workers.in_turn, None, *arguments, world_size=1)
+    strategy, size = MESHES[mesh]
+    ranks = pool.run(workers.in_turn, strategy, *arguments, world_size=size)
+    assert expected["ended"] == [""] * len(expected["ended"])
+    for found in ranks:
+        assert found["ended"] == expected["ended"]
+        torch.testing.assert_close(found["metrics"], expected["metrics"], rtol=1e-9, atol=1e-11)
+        same(expected["state"], found["state"])
+    assert ranks[0]["state"].keys() == expected["state"].keys()
+    return list(ranks)
+
+
+@pytest.mark.parametrize("mesh", ["2 stages"])
+def test_evaluation_with_a_batch_of_a_new_kind(pool: RankPool, mesh: str) -> None:
+    """The last batch has one structure only; the comparison with the module needs all parameters."""
+    assert all(found["num_checks"] == 1 for found in in_turn(pool, mesh, ("validate",), 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [("validate", "fit"), ("fit", "fit", "test")])
+def test_runs_in_turn(pool: RankPool, runs: tuple[str, ...]) -> None:
+    in_turn(pool, "2 stages", runs)
+
+
 @pytest.mark.slow
 def test_errors(pool: RankPool, tmp_path: Path) -> None:
     for of_rank in pool.run(workers.errors, str(tmp_path), world_size=2):
@@ -208,3 +234,28 @@ def test_tensors_that_nothing_can_fill_are_named() -> None:
         draw_missing(lazy, 0)
     with parameters_on_meta(), pytest.raises(ValueError, match="weight of LazyLinear has no shape"):
         nn.LazyLinear(2)
+
+
+@pytest.mark.slow
+def test_a_module_larger_than_global_rank_0(pool: RankPool, tmp_path: Path) -> None:
+    """A file has its values for its capture; a second run goes on from a checkpoint, with the trace from the cache."""
+    (plain,) = pool.run(workers.train_drawn, str(tmp_path / "plain"), STEPS, 2, world_size=1)
+    assert plain["ended"] == ""
+    memory = 1.5  # times all parameters; they and two copies of their gradients are three times as much
+    runs = [
+        ({}, {"num_steps": 2}, True),
+        ({"save_distributed_checkpoint": True}, {"num_steps": 3, "resume": str(tmp_path / "0" / "last.ckpt")}, False),
+    ]
+    for number, (options, more, is_new) in enumerate(runs):
+        arguments = options, str(tmp_path / str(number)), more, memory, str(tmp_path / "traces")
+        ranks = pool.run(workers.train_large, *arguments, world_size=2)
+        assert [r["ended"] for r in ranks] == ["", ""]
+        assert [r["traces"] for r in ranks] == [int(is_new), 0]
+        for found in ranks:
+            assert 0 < found["parameters"] < 0.9 * found["whole"]
+        assert 0 < ranks[0]["gradients"] <= memory / 6 * ranks[0]["whole"]
+    first, other = ranks
+    assert first["state"].keys() == plain["state"].keys() and first["absent"] and other["absent"]
+    same(plain["state"], first["state"])
+    same(plain["state"], other["state"])
+    assert (tmp_path / "1" / "last.ckpt").is_dir()

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import checkpoint_workers
 import compiled_workers
+import lightning
+import strategy_workers
 import torch
 from torch import nn
 
-from lightning_januspipe.runtime import initial_values, parameter_residence
+from lightning_januspipe.capture import capture
+from lightning_januspipe.capture.cache.store import VARIABLE
+from lightning_januspipe.engine.gradients import GradientBuffers
+from lightning_januspipe.runtime import initial_values, paged_parameters, parameter_residence
+from lightning_januspipe.runtime.batch_checks import BatchChecks
+from lightning_januspipe.runtime.paged_parameters import PagedParameters
+from lightning_januspipe.runtime.parameter_residence import ParameterResidence
+from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
+from lightning_januspipe.testing import quiet_trainer
 
 
-def made_in_hook(on_meta: bool = True) -> Any:
+def made_in_hook(on_meta: bool = True, num_layers: int = 4) -> Any:
     """Returns a module whose parameters have no values when it is made, or all of them."""
     from lightning_januspipe.models import EquivariantPotential, PotentialModule
 
@@ -29,7 +42,7 @@ def made_in_hook(on_meta: bool = True) -> Any:
                 torch.manual_seed(3)
                 with self.trainer.init_module(empty_init=on_meta):
                     self.potential = EquivariantPotential(
-                        ["Cu", "Ni", "Al"], 5.0, num_layers=4, num_features=8, l_max=1
+                        ["Cu", "Ni", "Al"], 5.0, num_layers=num_layers, num_features=8, l_max=1
                     )
                 assert all(p.is_meta == on_meta for p in self.parameters())
 
@@ -96,3 +109,141 @@ def train_interpreted(*arguments: Any) -> dict[str, Any]:
         found = train(*arguments)
     assert graphs
     return found
+
+
+def train_drawn(folder: str, more: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Trains with plain Lightning, from the values that a module on the meta device gets from the seed."""
+    made = made_in_hook(on_meta=False, num_layers=num_layers)
+    made.configure_model = partial(_draw, made, made.configure_model)
+    return checkpoint_workers.train(None, folder, {"module": lambda: made, **more})
+
+
+def train_large(
+    strategy: dict[str, Any], folder: str, more: dict[str, Any], share: float, cache: str
+) -> dict[str, Any]:
+    """Trains as :func:`train` does, with less memory than the capture of the whole module takes.
+
+    Besides, it returns the most bytes of parameters that were there at once, those of gradients that the capture has
+    summed, and how often a trace was made. Parameters are counted whenever some get values, also those that come from
+    a file for one operation only; those of a checkpoint in a single file do not count.
+
+    Args:
+        strategy: Arguments of the strategy.
+        folder: Where checkpoints are saved.
+        more: More arguments of :func:`checkpoint_workers.train`.
+        share: The memory of a rank, in bytes of all parameters.
+        cache: The folder of traces.
+    """
+    made = made_in_hook(num_layers=2)
+    memory = property(lambda _: share * sum(p.nbytes for p in made.parameters()))
+    most = {"parameters": 0, "gradients": 0, "traces": 0}
+    is_saving = False
+
+    def count() -> None:
+        if not is_saving:
+            most["parameters"] = max(most["parameters"], checkpoint_workers._memory(made.parameters()))
+
+    def given(tensor: Any, values: Any) -> None:
+        give_values(tensor, values)
+        count()
+
+    def bring(pages: Any, wanted: Any) -> None:
+        brought(pages, wanted)
+        count()
+
+    def add(buffers: Any, parameters: Any, gradients: Any) -> None:
+        added(buffers, parameters, gradients)
+        if made.trainer.strategy.runner is None:
+            most["gradients"] = max(most["gradients"], sum(t.nbytes for t in buffers.sums()))
+
+    def trace(*arguments: Any) -> Any:
+        most["traces"] += 1
+        return traced(*arguments)
+
+    @contextmanager
+    def saving(residence: Any) -> Iterator[None]:
+        nonlocal is_saving
+        is_saving = True
+        with whole(residence):
+            yield
+        is_saving = False
+
+    give_values, brought, added = initial_values.give_values, PagedParameters._bring, GradientBuffers.add
+    traced, whole = capture.trace_potential, ParameterResidence.whole_on_first_rank
+    with (
+        patch.object(parameter_residence, "give_values", given),
+        patch.object(paged_parameters, "give_values", given),
+        patch.object(initial_values, "give_values", given),
+        patch.object(PagedParameters, "_bring", bring),
+        patch.object(ParameterResidence, "whole_on_first_rank", saving),
+        patch.object(GradientBuffers, "add", add),
+        patch.object(capture, "trace_potential", trace),
+        patch.object(InitialValueHooks, "_memory", memory),
+        patch.dict(os.environ, {VARIABLE: cache}),
+    ):
+        found = checkpoint_workers.train(strategy, folder, {"module": lambda: made, **more})
+    file = vars(made).get("_januspipe_file")
+    names = [n for n, p in made.named_parameters() if p.is_meta]
+    state = {n: v for n, v in found["state"].items() if not v.is_meta}
+    if file is not None:
+        state |= {n: file.values(p) for n, p in made.named_parameters() if p.is_meta}
+    return found | most | {"state": state, "absent": names, "whole": sum(p.nbytes for p in made.parameters())}
+
+
+def in_turn(strategy: dict[str, Any] | None, runs: tuple[str, ...], num_evaluated: int = 4) -> dict[str, Any]:
+    """Runs a Trainer's methods on one module, each with a new Trainer; the values come from the seed.
+
+    Args:
+        strategy: Arguments of the strategy; None is plain Lightning.
+        runs: Names of the methods.
+        num_evaluated: Structures to evaluate, in batches of two.
+
+    Returns:
+        How the runs ended, their metrics, the module's state, and how often a rank has compared a batch of a new kind.
+    """
+    from lightning_januspipe.data import EMTDataModule
+
+    made = made_in_hook(on_meta=strategy is not None, num_layers=2)
+    if strategy is None:
+        made.configure_model = partial(_draw, made, made.configure_model)
+    num_checks = 0
+    validate = BatchChecks._validate
+
+    def counted(*arguments: Any) -> None:
+        nonlocal num_checks
+        validate(*arguments)
+        num_checks += 1
+
+    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60, "shard": "none"}
+    ended, metrics = [], []
+    for name in runs:
+        lightning.seed_everything(1, verbose=False)
+        data = EMTDataModule(
+            num_train=8,
+            num_val=num_evaluated,
+            num_test=num_evaluated,
+            sizes=(4,),
+            dtype="float64",
+            batch_size=2,
+            shuffle=False,  # the random numbers of an order would be others after the constructors' own
+        )
+        arguments = {"max_steps": 2, "limit_val_batches": 1.0, "use_distributed_sampler": False}
+        trainer = quiet_trainer(None if strategy is None else given | strategy, **arguments)
+        with patch.object(BatchChecks, "_validate", counted):
+            try:
+                getattr(trainer, name)(made, datamodule=data)
+                ended.append("")
+            except Exception as error:
+                ended.append(f"{type(error).__name__}: {error}")
+        metrics.append(strategy_workers.plain(trainer.callback_metrics))
+    state = {n: v.clone() for n, v in made.state_dict().items() if not v.is_meta}
+    return {"ended": ended, "metrics": metrics, "state": state, "num_checks": num_checks}
+
+
+def _draw(module: Any, make: Callable[[], None]) -> None:
+    """Makes the potential, with the values that a module on the meta device gets from the seed."""
+    if module.potential is None:
+        make()
+        for parameter in module.parameters():
+            initial_values.take_values(parameter)
+        initial_values.draw_missing(module, torch.initial_seed())

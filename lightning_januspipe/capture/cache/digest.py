@@ -32,7 +32,7 @@ _NO_STATE = frozenset(
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
         *("_trainer", "_fabric", "_fabric_optimizers", "_metric_attributes", "_param_requires_grad_state"),
         *("_current_fx_name", "_hparams_initial", "_compiler_ctx", "_device_mesh", "_jit_is_scripting"),
-        "_compiled_call_impl",
+        *("_compiled_call_impl", "_januspipe_file"),
     }
 )
 """Attributes of modules that are written in ways of their own, or without effect on a forward."""

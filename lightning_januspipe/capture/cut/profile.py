@@ -13,6 +13,7 @@ from lightning_januspipe.capture.trace.function import PlaceholderValues, new_le
 from lightning_januspipe.capture.trace.operators import target_function
 from lightning_januspipe.capture.trace.program import Program, replace_refs
 from lightning_januspipe.engine.autocast import OFF, autocast_as
+from lightning_januspipe.engine.clock import clock
 
 # At least so many runs, and more while there is time: on a busy machine the least time of a few runs says little.
 _LEAST_REPEATS, _MOST_REPEATS = 3, 20
@@ -51,11 +52,11 @@ def measure(
             for node, function in zip(nodes, functions, strict=True):
                 args = replace_refs(node.args, values.__getitem__)
                 kwargs = replace_refs(node.kwargs, values.__getitem__)
-                began = time.perf_counter()
+                began = clock()
                 value = function(*args, **kwargs)
                 if on_cuda:
                     torch.cuda.synchronize()
-                spent = time.perf_counter() - began
+                spent = clock() - began
                 if node.name in coordinates and isinstance(value, Tensor) and not value.requires_grad:
                     value = new_leaf(value)
                 values[node.name] = value

@@ -5,7 +5,7 @@ Energies and forces that agree say nothing about training, so the parameter grad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,22 @@ class _KeepGrad(TorchFunctionMode):
         return result
 
 
-def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential) -> ProbeResult:
+def run_eager(
+    potential: nn.Module,
+    call: PotentialCall,
+    staged: StagedPotential,
+    groups: Sequence[Sequence[nn.Parameter]] | None = None,
+    is_known: bool = False,
+) -> ProbeResult:
     """Runs the eager module on one call, and differentiates a loss of its outputs.
 
     Args:
         potential: the live potential.
         call: the arguments that the potential is called with.
         staged: the staged potential, which says which outputs are available.
+        groups: trained parameters whose gradients may be there together, those of the first group to be computed; None
+            for all in one group.
+        is_known: whether the potential is known to be twice differentiable.
 
     Raises:
         CaptureError: the forward returns something else than in training, is not twice differentiable in training, or
@@ -85,14 +94,15 @@ def run_eager(potential: nn.Module, call: PotentialCall, staged: StagedPotential
     outputs = [tensors[i] for i in staged.outputs]
     gradients: dict[nn.Parameter, Tensor] = {}
     if potential.training:
-        parameters = [p for p in potential.parameters() if p.requires_grad]
+        groups = gradient_groups(potential, None) if groups is None else groups
         with torch.enable_grad():
-            _refuse_first_order(potential, call.path, keep.derivatives)
-            _refuse_detached(call, tensors, staged)
+            if not is_known:
+                _refuse_first_order(potential, call.path, keep.derivatives, groups)
+                _refuse_detached(call, tensors, staged)
             loss = probe_loss(outputs)
             with autocast_as(OFF):  # as a Trainer's backward pass
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+                found = torch.autograd.grad(loss, groups[0], allow_unused=True)
+        gradients = {p: g for p, g in zip(groups[0], found, strict=True) if g is not None}
     return ProbeResult([d.detach() for d in keep.derivatives], [x.detach() for x in outputs], gradients)
 
 
@@ -125,27 +135,28 @@ _VANISHING = 1e-9
 """Derivatives below this, in eV/Å, are rounding."""
 
 
-def _refuse_first_order(potential: nn.Module, path: str, derivatives: Sequence[Tensor]) -> None:
+def _refuse_first_order(
+    potential: nn.Module, path: str, derivatives: Sequence[Tensor], groups: Sequence[Sequence[nn.Parameter]]
+) -> None:
     """Refuses a potential whose force loss has no parameter gradient: its forces would silently not be trained."""
-    parameters = [p for p in potential.parameters() if p.requires_grad]
-    if not parameters:
+    if not groups:
         raise CaptureError(f"the potential {quoted(path)} has no trainable parameters (requires_grad is False for all)")
     trainable = [d for d in derivatives if d.requires_grad]
-    found: Sequence[Tensor | None] = []
+    # Forces that vanish by symmetry, in a perfect crystal say, vanish whatever the parameters are.
+    vanish = all(bool((d.detach().abs() < _VANISHING).all()) for d in trainable)
     if trainable:
         loss = sum(((d - probe_targets(d)) ** 2).sum() for d in trainable)
         assert isinstance(loss, Tensor)
-        with autocast_as(OFF):
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    known = [g for g in found if g is not None]
-    # Forces that vanish by symmetry, in a perfect crystal say, vanish whatever the parameters are.
-    vanish = all(bool((d.detach().abs() < _VANISHING).all()) for d in trainable)
-    if not known or (not vanish and not any(bool((g != 0).any()) for g in known)):
-        raise CaptureError(
-            f"the potential {quoted(path)} ({type(potential).__name__}) is not twice differentiable: a loss of its "
-            "forces has zero or missing gradients for every parameter. Look for a detach(), a torch.no_grad() or a "
-            "non-differentiable operation between positions and energy, or create_graph=False."
-        )
+        for parameters in groups:
+            with autocast_as(OFF):
+                found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+            if any(g is not None and (vanish or bool((g != 0).any())) for g in found):
+                return
+    raise CaptureError(
+        f"the potential {quoted(path)} ({type(potential).__name__}) is not twice differentiable: a loss of its "
+        "forces has zero or missing gradients for every parameter. Look for a detach(), a torch.no_grad() or a "
+        "non-differentiable operation between positions and energy, or create_graph=False."
+    )
 
 
 def _refuse_detached(call: PotentialCall, outputs: Sequence[Tensor], staged: StagedPotential) -> None:
@@ -167,15 +178,31 @@ class PhaseMode:
         defer: leave weight gradients to WF and WE.
         split_stages: run FF and BF of every stage as on another rank than its FE and BE.
         activation: what stages keep between phases; see :data:`~lightning_januspipe.engine.eager_stages.EAGER_STAGES`.
+        gradient_bytes: the most bytes of parameter gradients that a validation has at once, twice; None for all. With
+            several groups of them the phases run once for each.
     """
 
     defer: bool = False
     split_stages: bool = False
     activation: str = "keep"
+    gradient_bytes: float | None = None
 
 
 DEFAULT_MODE = PhaseMode()
 """All phases of a stage on one rank, and nothing deferred."""
+
+
+def gradient_groups(potential: nn.Module, most_bytes: float | None) -> list[list[nn.Parameter]]:
+    """Returns the trained parameters of a potential in groups; a group has at most so many bytes, or one parameter."""
+    groups: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in (p for p in potential.parameters() if p.requires_grad):
+        if not groups or (most_bytes is not None and size + parameter.nbytes > most_bytes):
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += parameter.nbytes
+    return groups
 
 
 class _CheckedStage:
@@ -206,6 +233,7 @@ def run_staged(
     measure_memory: bool = False,
     num_runs: int = 1,
     make_stage: StageFactory | None = None,
+    kept: Collection[nn.Parameter] | None = None,
 ) -> tuple[ProbeResult, SingleProcessResult]:
     """Runs one call through the phases of all stages in this process, with the loss of :func:`run_eager`.
 
@@ -219,6 +247,7 @@ def run_staged(
         measure_memory: measure the memory of each stage.
         num_runs: how often the phases run; times and memory are those of the last run.
         make_stage: makes what runs the phases; None for stages that run eagerly.
+        kept: the parameters whose gradients are kept; None for all.
     """
     epilogue = staged.return_value(potential)
     with seeded(_SEED):  # the forward draws the same numbers as that of the module
@@ -245,7 +274,7 @@ def run_staged(
     probe: ProbeResult | None = None
     for _ in range(num_runs):
         outputs: list[Tensor] = []
-        outside = GradientBuffers()
+        outside = GradientBuffers(kept)
         result = run_single_process(
             stages,
             staged.chain,
@@ -255,6 +284,7 @@ def run_staged(
             split_stages=range(len(stages)) if phase_mode.split_stages else (),
             measure_memory=measure_memory,
             make_stage=make_stage,
+            gradients=GradientBuffers(kept),
         )
         if probe is None:
             parts = [
@@ -273,6 +303,7 @@ def validate_stages(
     call: PotentialCall,
     phase_mode: PhaseMode = DEFAULT_MODE,
     num_runs: int = 1,
+    one_group: bool = False,
 ) -> list[PhaseCosts]:
     """Compares a potential in stages with the eager module.
 
@@ -282,6 +313,7 @@ def validate_stages(
         call: a call with other numbers of atoms, edges and structures than the traced call.
         phase_mode: how the phases are run.
         num_runs: how often the phases run; the first run takes longer.
+        one_group: whether to compare the gradients of the first of several groups only.
 
     Returns:
         Measured phase times of each stage in the last run.
@@ -291,8 +323,30 @@ def validate_stages(
     """
     staged.bind_sizes(staged.inputs(potential)(call.args, call.kwargs))
     names = {p: n for n, p in potential.named_parameters()}
-    eager = run_eager(potential, call, staged)
-    found, result = run_staged(staged, potential, call, phase_mode, num_runs=num_runs)
+    groups = gradient_groups(potential, phase_mode.gradient_bytes)
+    is_whole = len(groups) <= 1
+    compared = groups[:1] or [[]] if one_group or is_whole or not potential.training else groups
+    tolerance = rounding_tolerance(staged, potential)
+    largest: dict[str, float] = {}
+    scale = 0.0
+    for index, group in enumerate(compared):
+        eager = run_eager(potential, call, staged, groups[index:] if group else None, is_known=index > 0)
+        kept = None if is_whole else group
+        found, result = run_staged(staged, potential, call, phase_mode, num_runs=num_runs, kept=kept)
+        if not index:
+            _compare_outputs(staged, eager, found, tolerance)
+        scale = max([scale, *(float(g.abs().max()) for g in eager.gradients.values() if g.numel())])
+        for parameter in dict.fromkeys([*eager.gradients, *found.gradients]):
+            a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
+            largest[names[parameter]] = _largest_difference(a, b)
+    for name in (name for name in names.values() if name in largest):
+        if not largest[name] <= tolerance * max(scale, 1e-12):
+            what = f"the parameter gradient of a force loss for {name!r}"
+            raise _differs(what, f"largest difference {largest[name]:.2e} at a scale of {scale:.2e}", staged.path)
+    return result.costs
+
+
+def _compare_outputs(staged: StagedPotential, eager: ProbeResult, found: ProbeResult, tolerance: float) -> None:
     expected, given = eager.derivatives, found.derivatives
     if len(expected) != len(given):  # of each structure's own tensors, which an adapter has joined in their order
         expected, given = ([torch.cat([x.reshape(-1) for x in values])] for values in (expected, given))
@@ -300,20 +354,10 @@ def validate_stages(
     derivatives = [
         ("∂E/∂x", a.reshape(b.shape), b) for a, b in zip(expected, given, strict=True) if a.numel() == b.numel()
     ]
-    pairs = [
-        *derivatives,
-        *zip((f"output {k}" for k in staged.outputs), eager.outputs, found.outputs, strict=True),
-    ]
-    scale = max((float(g.abs().max()) for g in eager.gradients.values() if g.numel()), default=0.0)
-    tolerance = rounding_tolerance(staged, potential)
+    outputs = zip((f"output {k}" for k in staged.outputs), eager.outputs, found.outputs, strict=True)
     floor = smallest_scale([a for _, a, _ in derivatives], tolerance)
-    for what, a, b in pairs:
+    for what, a, b in (*derivatives, *outputs):
         _compare(what, a, b, max(_scale(a), floor), tolerance, staged.path)
-    for parameter, name in names.items():
-        if parameter in eager.gradients or parameter in found.gradients:
-            a, b = (g.get(parameter, torch.zeros_like(parameter)) for g in (eager.gradients, found.gradients))
-            _compare(f"the parameter gradient of a force loss for {name!r}", a, b, scale, tolerance, staged.path)
-    return result.costs
 
 
 def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: PotentialCall) -> None:
@@ -327,7 +371,7 @@ def validate_evaluation(staged: StagedPotential, potential: nn.Module, call: Pot
     modes = {m: m.training for m in potential.modules()}
     potential.eval()
     try:
-        found, _ = run_staged(staged, potential, call)
+        found, _ = run_staged(staged, potential, call, kept=())
         eager = run_eager(potential, call, staged)
     finally:
         for module, mode in modes.items():
@@ -374,12 +418,21 @@ def _compare(what: str, eager: Tensor, captured: Tensor, scale: float, tolerance
             return
         reason = "other values"
     else:
-        no_numbers = ~(eager.isfinite() | captured.isfinite())
-        error = float((eager - captured).abs().masked_fill(no_numbers, 0.0).max()) if eager.numel() else 0.0
+        error = _largest_difference(eager, captured)
         if error <= tolerance * max(scale, 1e-12):
             return
         reason = f"largest difference {error:.2e} at a scale of {scale:.2e}"
-    raise CaptureError(
+    raise _differs(what, reason, path)
+
+
+def _largest_difference(eager: Tensor, captured: Tensor) -> float:
+    """Returns the largest difference of two tensors of one shape; entries that are finite in neither are equal."""
+    no_numbers = ~(eager.isfinite() | captured.isfinite())
+    return float((eager - captured).abs().masked_fill(no_numbers, 0.0).max()) if eager.numel() else 0.0
+
+
+def _differs(what: str, reason: str, path: str) -> CaptureError:
+    return CaptureError(
         f"the captured potential {quoted(path)} differs from the module itself on a batch of other sizes: {what} has "
         f"{reason}. Usual causes: a size that was turned into a constant (int(...), TorchScript), a Python branch that "
         "depends on the batch, torch.no_grad() in the forward, or state that the forward changes. Rewrite "
