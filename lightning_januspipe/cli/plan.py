@@ -182,7 +182,7 @@ def _plan_recipe(recipe: Recipe) -> None:
             console.print(activation_table(one))
         console.print(ACTIVATION_LEGEND, soft_wrap=True)
     console.print()
-    console.print(state_table(parameters))
+    console.print(state_table(parameters, asked.accumulates))
     console.print(STATE_LEGEND)
     for line in level_lines(plans, plan):
         console.print(line, soft_wrap=True)
@@ -310,7 +310,8 @@ def _options(recipe: Recipe, num_ranks: int, num_microbatches: int, latency: flo
     given, asked = recipe.plan_arguments, recipe.asked
     limit = given.memory_limit if given.memory_limit is not None else asked.memory_limit
     wave_size = given.wave_size or asked.wave_size
-    return PlanOptions(num_ranks, num_microbatches, wave_size, given.max_live, limit, latency, bandwidth)
+    options = PlanOptions(num_ranks, num_microbatches, wave_size, given.max_live, limit, latency, bandwidth)
+    return replace(options, accumulates=asked.accumulates)
 
 
 def _about(

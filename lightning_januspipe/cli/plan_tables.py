@@ -314,11 +314,12 @@ MESH_STATE_LEGEND = (
 )
 
 
-def state_table(parameters: float) -> Table:
+def state_table(parameters: float, accumulates: bool = False) -> Table:
     """Returns what each level of ``shard`` takes on a rank, for several numbers of ranks that hold a stage.
 
     Args:
         parameters: Bytes of the parameters of the largest rank.
+        accumulates: Whether an optimizer step has several batches.
     """
     table = _table(
         f"State of the largest rank: {format_bytes(parameters)} of parameters, with Adam",
@@ -328,7 +329,7 @@ def state_table(parameters: float) -> Table:
     for level in LEVELS:
         cells: list[str] = []
         for size in _SHARING:
-            share = state_share(level, size, parameters, 2 * parameters)
+            share = state_share(level, size, parameters, 2 * parameters, accumulates)
             cells += [format_bytes(share.in_phases), format_bytes(share.between)]
             cells += [format_bytes(share.sent), str(share.num_messages)]
         table.add_row(level, *cells)

@@ -91,6 +91,7 @@ class StrategyArguments:
         activation: What stages keep between phases, or "auto".
         num_sharing: Ranks that hold the same stages.
         shard: What these ranks share, or "auto".
+        accumulates: Whether an optimizer step has several batches.
     """
 
     num_ranks: int
@@ -105,6 +106,7 @@ class StrategyArguments:
     activation: str = "auto"
     num_sharing: int = 1
     shard: ShardLevel | Literal["auto"] = "auto"
+    accumulates: bool = False
 
     def levels(self, has_limit: bool) -> tuple[ShardLevel, ...]:
         """Returns what the ranks that hold the same stages may share, the simplest first."""
@@ -128,7 +130,7 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
     """Returns the arguments of JanusPipeStrategy in a recipe; for another strategy, a pipeline over all devices.
 
     Args:
-        trainer: ``devices``, ``num_nodes`` and ``strategy`` as a parsed configuration has them.
+        trainer: The Trainer's arguments as a parsed configuration has them.
 
     Raises:
         ValueError: The product of the sizes is not the number of processes.
@@ -156,7 +158,16 @@ def strategy_arguments(trainer: Any) -> StrategyArguments:
         given.get("activation", "auto"),
         shape.data * shape.graph,
         "none" if spreads_experts and level == "auto" else level,
+        _accumulates(trainer),
     )
+
+
+def _accumulates(trainer: Any) -> bool:
+    """Returns whether an optimizer step has several batches, by the Trainer's argument or by a callback's."""
+    callbacks = trainer.callbacks or []
+    arguments = [getattr(c, "init_args", None) for c in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    schedules = [getattr(given, "scheduling", None) or {} for given in arguments]
+    return max([trainer.accumulate_grad_batches or 1, *(n for found in schedules for n in found.values())]) > 1
 
 
 def _num_devices(devices: Any, accelerator: str) -> int:

@@ -65,6 +65,7 @@ class PlanOptions:
         level: What the ranks that hold the same stages share.
         num_sharing: The number of these ranks, D·G.
         parameters: Bytes of the parameters of the largest rank; 0 if the state does not count for the memory limit.
+        accumulates: Whether an optimizer step has several batches, whose gradients are kept a second time.
     """
 
     num_ranks: int
@@ -77,11 +78,12 @@ class PlanOptions:
     level: ShardLevel = "none"
     num_sharing: int = 1
     parameters: float = 0.0
+    accumulates: bool = False
 
     @property
     def share(self) -> StateShare:
         """Returns what the state of the largest rank takes, with Adam."""
-        return state_share(self.level, self.num_sharing, self.parameters, 2 * self.parameters)
+        return state_share(self.level, self.num_sharing, self.parameters, 2 * self.parameters, self.accumulates)
 
 
 @dataclass(frozen=True)

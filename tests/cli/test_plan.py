@@ -295,10 +295,9 @@ def test_parse_bytes_refuses(text: str) -> None:
 
 
 class TestStrategyArguments:
-    def asked(self, devices: Any, strategy: Any, num_nodes: int = 1) -> Any:
-        return strategy_arguments(
-            SimpleNamespace(devices=devices, num_nodes=num_nodes, accelerator="cpu", strategy=strategy)
-        )
+    def asked(self, devices: Any, strategy: Any, num_nodes: int = 1, **more: Any) -> Any:
+        given = {"devices": devices, "num_nodes": num_nodes, "accelerator": "cpu", "strategy": strategy}
+        return strategy_arguments(SimpleNamespace(**given, **{"callbacks": None, "accumulate_grad_batches": 1, **more}))
 
     def januspipe(self, **arguments: Any) -> Any:
         path = "lightning_januspipe.JanusPipeStrategy"
@@ -317,6 +316,21 @@ class TestStrategyArguments:
         asked = self.asked(8, strategy)
         assert (asked.num_ranks, asked.num_microbatches, asked.memory_limit) == (4, 6, 1e9)
         assert (asked.potential, asked.wave_size) == ("net", 3)
+
+    def test_accumulation_by_argument_or_callback(self) -> None:
+        def callback(**arguments: Any) -> Any:
+            return SimpleNamespace(class_path="some.Callback", init_args=SimpleNamespace(**arguments))
+
+        later = callback(scheduling={0: 1, 5: 4})
+        never = callback(scheduling={0: 1})
+        for more, expected in (
+            ({}, False),
+            ({"accumulate_grad_batches": 2}, True),
+            ({"callbacks": [callback(monitor="val_loss"), later]}, True),
+            ({"callbacks": later}, True),
+            ({"callbacks": [never, SimpleNamespace(class_path="some.Callback")]}, False),
+        ):
+            assert self.asked(2, "auto", **more).accumulates is expected
 
     def test_sizes_that_do_not_multiply(self) -> None:
         with pytest.raises(ValueError, match="pipeline_size × data_size"):
@@ -353,7 +367,7 @@ def write_recipe(**trainer: Any) -> str:
 
 class TestRecipe:
     def test_plan(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        recipe = write_recipe(precision="64-true")
+        recipe = write_recipe(precision="64-true", accumulate_grad_batches=2)
         main(["plan", "--config", recipe, "--repeats", "2", "--output", "out", "--memory_limit", "1GiB"])
         text = capsys.readouterr().out
         content = json.loads((tmp_path / "out" / "plan.json").read_text())
@@ -363,6 +377,8 @@ class TestRecipe:
         # Batches of 8 in 4 micro-batches: two structures of four atoms.
         assert (content["structures_per_microbatch"], content["atoms_per_microbatch"]) == (2, 8)
         assert "2 structures with 8 atoms" in text
+        # Parameters, two values of Adam for each, the gradients, and their sums over the accumulated batches.
+        assert f"State of the largest rank: {format_bytes(content['state'] / 5)} of parameters" in text
 
         titles = [
             f"{name} stages" if name.isdigit() else name.replace(" on", " stages on") for name in content["stages"]

@@ -125,7 +125,11 @@ class TestMeshes:
     }
 
     def compare(
-        self, found: SimpleNamespace, limit: float | None = None, shares: dict[int, GraphShare] = SHARES
+        self,
+        found: SimpleNamespace,
+        limit: float | None = None,
+        shares: dict[int, GraphShare] = SHARES,
+        accumulates: bool = False,
     ) -> Meshes:
         def measure(num_stages: int) -> Measured:
             if num_stages > 2:
@@ -142,7 +146,7 @@ class TestMeshes:
             measure,
             lambda _, share: share,
             SMALL().potential,
-            PlanOptions(1, 4, memory_limit=limit, latency=20e-6, bandwidth=1e9),
+            PlanOptions(1, 4, memory_limit=limit, latency=20e-6, bandwidth=1e9, accumulates=accumulates),
             ["gpipe", "wavek"],
             GraphLink(20e-6, 1e9),
             structures=2,
@@ -203,6 +207,15 @@ class TestMeshes:
             assert ('shard="optimizer"' in row.arguments()) == (level == "optimizer")
             assert [p.options.share.in_phases / weights for p in row.levels] == pytest.approx([4, 2.5, 2.75])
             assert row.plan.options.share.sent == pytest.approx(2 * 3 / 4 * weights)
+
+    def test_accumulated_gradients_within_a_limit(self, found: SimpleNamespace) -> None:
+        """Without shards the gradients of accumulated batches are there beside the sums of the present batch."""
+        weights = sum(p.nbytes for p in SMALL().potential.parameters())
+        for of_weights, level in ((4.1, "optimizer"), (5.1, "none")):
+            meshes = self.compare(found, 5e6 + of_weights * weights, accumulates=True)
+            row = next(row for row in meshes.rows if row.shape == MeshShape(1, 4, 1))
+            assert row.plan.options.level == level
+            assert [p.options.share.in_phases / weights for p in row.levels] == pytest.approx([5, 2.5, 2.75])
 
     def test_shapes(self) -> None:
         assert MeshShape(3, 2, 1) in shapes(6, (1, 4)) and {s.graph for s in shapes(6, (1, 4))} == {1}
