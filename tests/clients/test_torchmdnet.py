@@ -61,7 +61,7 @@ def test_calculator(kind: str, derivative: bool) -> None:
         return {"energy": energy.detach(), "forces": forces}
 
     model.derivative = derivative
-    check_calculator(module, own, structures=(box, cluster), stress=False)
+    check_calculator(module, own, structures=(box, cluster), stress=False, compiles=derivative)
 
 
 def test_cells_without_edges_are_refused() -> None:
