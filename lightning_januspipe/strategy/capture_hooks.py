@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.errors import CaptureError, PipelineError
 from lightning_januspipe.loader.examples import example_batches
 from lightning_januspipe.runtime.build_pipeline import CaptureRequest, PipelineBuilder
 from lightning_januspipe.runtime.chosen_state import StageSharing
@@ -51,6 +51,8 @@ class CaptureHooks(InitialValueHooks):
         self._capture_for_evaluation("validation_step")
         if self.runner is not None:  # replicas may have unequal numbers of batches, and cannot meet in steps
             self.runner.parameters.make_whole()
+            if self._exchanges_with_replicas:
+                self._require_as_many_batches()
 
     @override
     def on_test_start(self) -> None:
@@ -61,6 +63,23 @@ class CaptureHooks(InitialValueHooks):
     def on_predict_start(self) -> None:
         """Does the same as :meth:`on_validation_start`."""
         self._capture_for_evaluation("predict_step")
+
+    def _require_as_many_batches(self) -> None:
+        """Refuses validation where a replica has fewer batches than others, to whose rows its experts are applied.
+
+        Raises:
+            PipelineError: The replicas have unequal numbers of batches.
+        """
+        mesh = self._mesh
+        counts = mesh.gathered((mesh.data_rank, tuple(self._trainer.num_val_batches)), "numbers of validation batches")
+        if len({numbers for _, numbers in counts}) > 1:
+            found = ", ".join(f"{list(numbers)} of replica {replica}" for replica, numbers in sorted(set(counts)))
+            raise PipelineError(
+                f"the replicas have unequal numbers of validation batches ({found}), but expert_size="
+                f"{self.options.expert_size} spreads experts over replicas, which evaluate batches together. Give all "
+                "replicas the same number of batches, or set limit_val_batches to the smallest one; or use an "
+                f"expert_size that divides graph_size={self.mesh_shape.graph}."
+            )
 
     def _capture_for_evaluation(self, name: str) -> None:
         # The sanity check before training needs no stages where each rank holds the whole module and whole structures.

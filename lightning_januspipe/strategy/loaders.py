@@ -56,6 +56,7 @@ class LoaderHooks(StrategyState):
                 self.replica_index,
                 trains=trainer.training,
                 may_shuffle=not trainer.overfit_batches,
+                may_repeat=self._exchanges_with_replicas,
             )
         if self._shares_samples and trainer.predicting:
             self._require_samples_for_all(dataloader)

@@ -13,7 +13,14 @@ from lightning_januspipe.strategy.library import Library
 
 
 def share_samples(
-    loader: Any, lib: Library, num_replicas: int, replica: int, *, trains: bool, may_shuffle: bool = True
+    loader: Any,
+    lib: Library,
+    num_replicas: int,
+    replica: int,
+    *,
+    trains: bool,
+    may_shuffle: bool = True,
+    may_repeat: bool = False,
 ) -> Any:
     """Returns a copy of a loader that gives each replica its samples.
 
@@ -29,6 +36,7 @@ def share_samples(
         trains: Whether the loader is for training, where all replicas need as many samples and some are repeated.
             Otherwise each sample is given once; but a replica for which none is left gets one that another has too.
         may_shuffle: Whether samples may be shuffled at all.
+        may_repeat: Whether some samples are repeated in evaluation too, until all replicas have as many.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
@@ -46,7 +54,7 @@ def share_samples(
         seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
     )
     total = len(sampler.dataset)
-    if not trains and total >= num_replicas:
+    if not (trains or may_repeat) and total >= num_replicas:
         sampler.total_size, sampler.num_samples = total, len(range(replica, total, num_replicas))
     return lib.data._update_dataloader(loader, sampler)
 

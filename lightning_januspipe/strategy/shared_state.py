@@ -159,6 +159,11 @@ class StrategyState(ParallelStrategy):
         return self.options.expert_size > 1
 
     @property
+    def _exchanges_with_replicas(self) -> bool:
+        """Tells whether replicas evaluate batches together, as the experts of a stage are spread over several."""
+        return is_fitting(self._trainer) and self.mesh_shape.graph % self.options.expert_size != 0
+
+    @property
     def _shares_replicas(self) -> bool:
         """Tells whether several ranks work on the samples of a replica."""
         return self.mesh_shape.ranks_per_replica > 1

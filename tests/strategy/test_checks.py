@@ -23,7 +23,7 @@ CASES = [
     ("two optimizers", ["multiple optimizers is only supported with manual optimization"]),  # Lightning's own words
     ("optimizer over all parameters at once", ["ValueError", "LBFGS", "element-wise"]),
     ("different batches", ["PipelineError", "got different batches", "micro-batch 0", "use_distributed_sampler"]),
-    ("on the meta device", ["ValueError", "no values", "reset_parameters", "init_module"]),
+    ("on the meta device", ["ValueError", "gets no values", "register_buffer", "init_module"]),
     ("empty dataset", ["ValueError", "dataset", "is empty"]),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import evaluation_workers as workers
 import pytest
 
-from lightning_januspipe.testing import RankPool
+from lightning_januspipe.testing import RankError, RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,6 +32,19 @@ def test_each_structure_is_evaluated_once(
     assert {"test_loss", "val_loss", "test_energy_rmse", "val_stress_mae"} <= set(expected)
     for found in pool.run(workers.evaluated, strategy, num, batch_size, budget, world_size=world):
         assert found == pytest.approx(expected, rel=1e-9)
+
+
+EXPERTS = {**REPLICAS, "expert_size": 2}
+
+
+def test_validation_where_replicas_evaluate_together(pool: RankPool) -> None:
+    """Experts are spread over replicas, so that these have as many batches; one structure is repeated for that."""
+    (expected,) = pool.run(workers.validated_in_training, None, 4, world_size=1)
+    assert pool.run(workers.validated_in_training, EXPERTS, 4, world_size=2) == pytest.approx([expected] * 2, rel=1e-9)
+    first, second = pool.run(workers.validated_in_training, EXPERTS, 5, world_size=2)
+    assert first == second > 0
+    with pytest.raises(RankError, match=r"validation batches \(\[1\] of replica 0, \[2\] of replica 1"):
+        pool.run(workers.validated_in_training, EXPERTS, 8, (1, 2), world_size=2)
 
 
 def test_every_form_of_logging_counts_each_sample_once(pool: RankPool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import tiny
 import torch
+from matris_models import matris
 
 
 class Labels(torch.utils.data.Dataset[torch.Tensor]):
@@ -37,6 +39,26 @@ def evaluated(
     (found,) = trainer.test(module, data, verbose=False)
     (validated,) = trainer.validate(module, data, verbose=False)
     return {**found, **validated}
+
+
+def validated_in_training(
+    strategy: dict[str, Any] | None, num_val: int, limit_of_replica: tuple[int, int] | None = None
+) -> float:
+    """Returns the validation loss of a potential with experts after one step.
+
+    Args:
+        strategy: Arguments of the strategy.
+        num_val: Number of structures for validation, in batches of two.
+        limit_of_replica: Most batches of each replica.
+    """
+    from lightning_januspipe.data import EMTDataModule
+    from lightning_januspipe.testing import quiet_trainer
+
+    data = EMTDataModule(4, num_val, 2, sizes=(4,), dtype="float64", batch_size=2 if strategy else 4, shuffle=False)
+    limit = limit_of_replica[int(os.environ["RANK"])] if limit_of_replica else None
+    trainer = quiet_trainer(strategy, max_steps=1, use_distributed_sampler=True, limit_val_batches=limit)
+    trainer.fit(matris(), data)
+    return float(trainer.callback_metrics["val_loss"])
 
 
 def logged(strategy: dict[str, Any] | None, nums: tuple[int, ...]) -> list[dict[str, Any]]:
