@@ -66,15 +66,21 @@ class Both:
         self.num_edges.add(self.eager.neighbors.edges(other).edge_index.shape[1])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)  # compiling takes ten times as long on a busy machine
-def test_one_compilation_serves_all_structures(trained: PotentialModule, compilations: list[str]) -> None:
-    atoms = hot()
-    both = Both(trained, atoms)
+def compared_in_dynamics(potential: nn.Module, atoms: Atoms) -> Both:
+    """Runs 20 steps of dynamics, each with both calculators; the compiled one stays with the atoms."""
+    both = Both(potential, atoms)
     both()
     dynamics = Langevin(atoms, 2 * units.fs, temperature_K=900, friction=0.02 / units.fs, rng=np.random.default_rng(1))
     dynamics.attach(both)
     dynamics.run(20)
+    return both
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes ten times as long on a busy machine
+def test_one_compilation_serves_all_structures(trained: PotentialModule, compilations: list[str]) -> None:
+    atoms = hot()
+    both = compared_in_dynamics(trained, atoms)
     barostat = IsotropicMTKNPT(
         atoms, timestep=2 * units.fs, temperature_K=900, pressure_au=0.0, tdamp=100 * units.fs, pdamp=1000 * units.fs
     )
@@ -120,11 +126,7 @@ def test_three_layers(compilations: list[str]) -> None:
     torch.manual_seed(0)
     potential = EquivariantPotential(["Al", "Cu"], 4.0, num_layers=3, num_features=4, radial_hidden=[8]).double()
     atoms = hot()
-    both = Both(potential, atoms)
-    both()
-    dynamics = Langevin(atoms, 2 * units.fs, temperature_K=900, friction=0.02 / units.fs, rng=np.random.default_rng(1))
-    dynamics.attach(both)
-    dynamics.run(20)
+    both = compared_in_dynamics(potential, atoms)
     assert len(both.num_edges) > 1 and compilations == ["graph"]
 
 
