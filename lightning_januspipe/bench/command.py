@@ -20,6 +20,7 @@ from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.janus import predicted_steps
 from lightning_januspipe.bench.largest import largest
 from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
+from lightning_januspipe.bench.parameter_uses import parameter_uses
 from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.rounded_rows import exchange_errors
 from lightning_januspipe.bench.state_bytes import state_bytes
@@ -86,6 +87,9 @@ def main(args: Sequence[str]) -> None:
     state = CommandParser(description="Counts the bytes of parameters, gradients and optimizer state on each rank.")
     state.add_function_arguments(state_bytes, skip={"pool"})
     commands.add_subcommand("state", state, help=state.description)
+    uses = CommandParser(description="Counts how often a step would gather parameters that are released between uses.")
+    uses.add_function_arguments(parameter_uses)
+    commands.add_subcommand("uses", uses, help=uses.description)
     experts = CommandParser(description="Counts how evenly experts load ranks, with and without placement by load.")
     experts.add_function_arguments(expert_loads)
     commands.add_subcommand("experts", experts, help=experts.description)
@@ -106,6 +110,8 @@ def main(args: Sequence[str]) -> None:
             text = emulate_sharded(**values)
         elif given.name == "state":
             text = state_bytes(**values)
+        elif given.name == "uses":
+            text = parameter_uses(**values)
         elif given.name == "experts":
             text = expert_loads(**values)
         elif given.name == "exchanges":

@@ -62,6 +62,12 @@ def require_checkpoint(file: Path) -> None:
         raise CheckpointError(f"{file} is no checkpoint: torch.save has not written it. Check the path.")
 
 
+def is_archive(file: Path) -> bool:
+    """Returns whether a file is a zip archive, as ``torch.save`` writes it since 1.6."""
+    with open(file, "rb") as stream:
+        return stream.read(len(_ARCHIVE)) == _ARCHIVE or zipfile.is_zipfile(file)
+
+
 def verify_file(file: Path) -> None:
     """Verifies that a file of ``torch.save`` is whole; files in torch's format before 1.6 are only opened.
 
@@ -71,12 +77,12 @@ def verify_file(file: Path) -> None:
     require_checkpoint(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
-        start = stream.read(4)
+        start = stream.read(len(_ARCHIVE))
         stream.seek(max(0, size - _END_RECORD))
         end = stream.read()
     if not size:
         raise CheckpointError(f"the checkpoint {file} is empty: its writing was interrupted. {_TO_DO}")
-    if start != _ARCHIVE and not zipfile.is_zipfile(file):
+    if not is_archive(file):
         return
     try:
         if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):  # torch writes no comment behind it

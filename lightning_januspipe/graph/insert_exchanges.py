@@ -73,9 +73,11 @@ class ShardedProgram(ShardedPotential):
         function = ProgramFunction(self.captured.program, potential, forward, names)
         return lambda tensors: dict(zip(names, function(tensors), strict=True))
 
-    def verify(self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int) -> bool:
+    def verify(
+        self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int, gradient_bytes: float | None = None
+    ) -> bool:
         """Compares all ranks in lock-step with the whole micro-batch; see :meth:`ShardedPotential.verify`."""
-        compare_in_lock_step(self.captured, self.potential, self, potential, tensors, num_ranks)
+        compare_in_lock_step(self.captured, self.potential, self, potential, tensors, num_ranks, gradient_bytes)
         return True
 
 

@@ -77,13 +77,16 @@ class ShardedPotential:
         assert not self.computed and not self.values
         return lambda _: {}
 
-    def verify(self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int) -> bool:
+    def verify(
+        self, potential: nn.Module, tensors: Sequence[Tensor], num_ranks: int, gradient_bytes: float | None = None
+    ) -> bool:
         """Compares a micro-batch that is sharded over graph ranks with the whole one, in this process.
 
         Args:
             potential: the live potential.
             tensors: the inputs of the whole micro-batch.
             num_ranks: G.
+            gradient_bytes: the most bytes of parameter gradients that are there at once, twice; None for all.
 
         Returns:
             False where that takes all ranks together; see

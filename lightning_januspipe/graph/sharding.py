@@ -43,7 +43,12 @@ def _(staged: ExplicitPotential, potential: nn.Module) -> ShardedPotential:
 
 
 def verify_sharding(
-    staged: StagedPotential, module: nn.Module, step: StepFunction, batch: Any, num_ranks: int
+    staged: StagedPotential,
+    module: nn.Module,
+    step: StepFunction,
+    batch: Any,
+    num_ranks: int,
+    gradient_bytes: float | None = None,
 ) -> Sequence[Tensor]:
     """Verifies that a potential can be sharded over graph ranks, on its call in one step.
 
@@ -53,6 +58,7 @@ def verify_sharding(
         step: its step, from a batch to its output.
         batch: one micro-batch.
         num_ranks: G.
+        gradient_bytes: The most bytes of parameter gradients that are there at once, twice; None for all.
 
     Returns:
         The potential's inputs where all ranks have to verify it together, with
@@ -64,7 +70,7 @@ def verify_sharding(
     potential = module.get_submodule(staged.path)
     sharded = shard_potential(staged, potential)
     tensors = call_tensors(staged, module, step, batch)
-    return () if sharded.verify(potential, tensors, num_ranks) else tensors
+    return () if sharded.verify(potential, tensors, num_ranks, gradient_bytes) else tensors
 
 
 def call_tensors(staged: StagedPotential, module: nn.Module, step: StepFunction, batch: Any) -> list[Tensor]:

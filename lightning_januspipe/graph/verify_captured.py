@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lightning_januspipe.capture.trace.function import PlaceholderValues, new_le
 from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.operators import target_function
 from lightning_januspipe.capture.trace.program import Node, replace_refs
-from lightning_januspipe.capture.validate.against_eager import rounding_tolerance, smallest_scale
+from lightning_januspipe.capture.validate.against_eager import gradient_groups, rounding_tolerance, smallest_scale
 from lightning_januspipe.capture.validate.probe_loss import probe_loss
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.errors import CaptureError, quoted
@@ -39,6 +39,7 @@ def compare_in_lock_step(
     potential: nn.Module,
     tensors: Sequence[Tensor],
     num_ranks: int,
+    gradient_bytes: float | None = None,
 ) -> None:
     """Compares a micro-batch that is sharded over graph ranks with the whole one.
 
@@ -49,6 +50,7 @@ def compare_in_lock_step(
         potential: the live potential.
         tensors: the inputs of a micro-batch.
         num_ranks: G.
+        gradient_bytes: the most bytes of parameter gradients that are there at once, twice; None for all.
 
     Raises:
         CaptureError: they differ.
@@ -64,12 +66,20 @@ def compare_in_lock_step(
     whole = _LockStep(captured, potential, [dict(zip(own, tensors, strict=True))], {}, same)
     expected = whole.results([REPLICATE] * len(sharded.observables))
     found = of_ranks.results(sharded.observables)
-    require_same(expected, found, rounding_tolerance(captured, potential), captured.path, num_ranks)
+
+    def pairs() -> Iterator[tuple[NamedTensors, NamedTensors]]:
+        yield expected, found
+        for parameters in gradient_groups(potential, gradient_bytes):
+            yield whole.gradients(parameters), of_ranks.gradients(parameters)
+
+    require_same(pairs(), rounding_tolerance(captured, potential), captured.path, num_ranks)
+
+
+NamedTensors = Sequence[tuple[str, Tensor]]
 
 
 def require_same(
-    expected: Sequence[tuple[str, Tensor]],
-    found: Sequence[tuple[str, Tensor]],
+    pairs: Iterable[tuple[NamedTensors, NamedTensors]],
     tolerance: float,
     path: str,
     num_ranks: int,
@@ -78,8 +88,8 @@ def require_same(
     """Compares what a sharded micro-batch gives with what the whole one gives.
 
     Args:
-        expected: energies, derivatives and parameter gradients of the whole one, each with its name.
-        found: the same of the sharded one.
+        pairs: energies, derivatives and parameter gradients of the whole one, each with its name, and the same of the
+            sharded one; all together, or energies and derivatives first, and then some gradients after the other.
         tolerance: largest error, relative to the largest entry; of parameter gradients, to the largest entry of all.
         path: dotted name of the potential.
         num_ranks: G.
@@ -88,17 +98,31 @@ def require_same(
     Raises:
         CaptureError: they differ.
     """
-    floor = smallest_scale([a for what, a in expected if what.startswith(DERIVATIVE)], tolerance)
-    for (what, a), (_, b) in zip(expected, found, strict=True):
-        scale = max(float(a.abs().max()) if a.numel() else 0.0, floor)
-        if what.startswith(GRADIENT):
-            scale = max(float(x.abs().max()) for w, x in expected if w.startswith(GRADIENT))
-        error = float((a - b).abs().max()) if a.numel() and a.shape == b.shape else 0.0
-        if a.shape != b.shape or not error <= tolerance * max(scale, 1e-12):
+    errors: list[tuple[str, float, float]] = []
+    for pair in pairs:
+        errors += _errors(*pair, tolerance)
+        del pair  # before the next gradients are computed
+    largest_gradient = max((scale for what, _, scale in errors if what.startswith(GRADIENT)), default=0.0)
+    for what, error, own_scale in errors:
+        scale = largest_gradient if what.startswith(GRADIENT) else own_scale
+        if not error <= tolerance * max(scale, 1e-12):
             raise CaptureError(
                 f"graph_size > 1 is not possible: sharded over {num_ranks} ranks, {what} of the potential "
                 f"{quoted(path)} differs by {error:.2e} at a scale of {scale:.2e}. {why} Or use graph_size=1."
             )
+
+
+def _errors(expected: NamedTensors, found: NamedTensors, tolerance: float) -> list[tuple[str, float, float]]:
+    """Returns for each value its name, its largest error, and the scale at which it is compared."""
+    floor = smallest_scale([a for what, a in expected if what.startswith(DERIVATIVE)], tolerance)
+    return [
+        (
+            what,
+            math.inf if a.shape != b.shape else float((a - b).abs().max()) if a.numel() else 0.0,
+            max(float(a.abs().max()) if a.numel() else 0.0, 0.0 if what.startswith(GRADIENT) else floor),
+        )
+        for (what, a), (_, b) in zip(expected, found, strict=True)
+    ]
 
 
 DERIVATIVE = "the derivative by "
@@ -178,7 +202,7 @@ class _LockStep:
         self._leaves[place] = [v[name] for v in self._values]
 
     def results(self, observables: Sequence[Placement]) -> list[tuple[str, Tensor]]:
-        """Returns observables, derivatives and parameter gradients of a force loss, each with its name.
+        """Returns observables and derivatives, each with its name, from which :meth:`gradients` are computed.
 
         Args:
             observables: placements of the observables.
@@ -198,11 +222,18 @@ class _LockStep:
             if not placement.is_sharded:  # each rank computes with a copy of its own
                 gradients = [torch.stack(gradients).sum(0)]
             outputs.append((f"{DERIVATIVE}{name}", self._gathered(gradients, placement)))
-        parameters = list(self._parameters.values())
-        loss = probe_loss([x for _, x in outputs])
-        trained = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        named = [(f"{GRADIENT}{n!r}", g) for n, g in zip(self._parameters, trained, strict=True)]
-        return [*((name, x.detach()) for name, x in outputs), *named]
+        self._loss = probe_loss([x for _, x in outputs])
+        return [(name, x.detach()) for name, x in outputs]
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[tuple[str, Tensor]]:
+        """Returns the gradients of a force loss by those of the parameters that the program reads, with their names."""
+        chosen = set(parameters)
+        read = {n: p for n, p in self._parameters.items() if p in chosen}
+        if not read:
+            return []
+        given = self._loss, list(read.values())
+        found = torch.autograd.grad(*given, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return [(f"{GRADIENT}{n!r}", g) for n, g in zip(read, found, strict=True)]
 
     def _gathered(self, of_ranks: Sequence[Tensor], placement: Placement) -> Tensor:
         if not placement.is_sharded:

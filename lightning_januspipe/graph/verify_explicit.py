@@ -58,7 +58,7 @@ def verify_explicit_sharding(
         for what, gradient in found:
             if what.startswith(GRADIENT):
                 axis.sum_over_ranks(gradient)
-        require_same(expected, found, rounding_tolerance(staged, potential), staged.path, axis.size, _CAUSES)
+        require_same([(expected, found)], rounding_tolerance(staged, potential), staged.path, axis.size, _CAUSES)
 
 
 _CAUSES = (

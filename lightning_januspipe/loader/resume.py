@@ -127,6 +127,22 @@ def batches_done(checkpoint: Mapping[str, Any]) -> int:
     return 0 if progress.get("is_last_batch") and done >= current["ready"] else done
 
 
+def reopen_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Makes an epoch the present one again that training has left before its last batch, and that is counted as done.
+
+    Lightning counts an epoch whenever it leaves it, also because of ``max_steps`` or a callback. From a checkpoint that
+    was saved then, it would begin the next epoch, while the loader goes on with the rest of this one.
+
+    Args:
+        checkpoint: A whole checkpoint; the numbers of epochs of its training loop are changed.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
+    if progress and batches_done(checkpoint):
+        for counts in (progress["total"], progress["current"]):
+            for stage in ("processed", "completed"):
+                counts[stage] = min(counts[stage], counts["ready"] - 1)
+
+
 class _Tracked(AnyLoader):
     """Adds reports of its passes to the class of a loader; see :func:`copied_loader`."""
 

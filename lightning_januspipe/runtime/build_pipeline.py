@@ -435,7 +435,7 @@ class PipelineBuilder:
                 inputs: Sequence[Tensor] = ()
                 if mesh.shape.graph > 1:
                     try:
-                        inputs = verify_sharding(*call, mesh.shape.graph)
+                        inputs = verify_sharding(*call, mesh.shape.graph, request.gradient_bytes)
                     except CaptureError as error:
                         raise CaptureError(f"{error}{found.alternative}") from error
                 is_to_verify = bool(inputs)

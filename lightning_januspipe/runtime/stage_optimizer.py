@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_januspipe.checkpoint.io import copy_from_file
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.errors import WITHOUT_CAPTURE, PipelineError
 from lightning_januspipe.mesh import Mesh
@@ -167,6 +168,7 @@ class StageOptimizer:
         index = {p: i for i, p in enumerate(p for group in self._groups for p in group)}
         held["state"] = {i: self._own_part(p, state[index[p]]) for i, p in enumerate(order) if index[p] in state}
         self.optimizer.load_state_dict(held)
+        copy_from_file(self.optimizer.state)
 
     def own_state_dict(self) -> dict[str, Any]:
         """Returns what this rank writes into a folder: the state of parameters that it owns and all groups, by name.

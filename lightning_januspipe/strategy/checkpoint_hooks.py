@@ -13,11 +13,11 @@ from typing_extensions import override
 
 from lightning_januspipe.checkpoint import atomic, sharded
 from lightning_januspipe.checkpoint.averages import followers
-from lightning_januspipe.checkpoint.io import atomic_checkpoint_io
+from lightning_januspipe.checkpoint.io import atomic_checkpoint_io, copy_from_file
 from lightning_januspipe.checkpoint.parts import Part, shapes
 from lightning_januspipe.distributed import on_every_rank, on_first_rank, portable, waiting
 from lightning_januspipe.errors import PipelineError, RankLostError
-from lightning_januspipe.loader.resume import KEY
+from lightning_januspipe.loader.resume import KEY, reopen_epoch
 from lightning_januspipe.runtime.stage_optimizer import StageOptimizer, indexed_state, named_state_dict
 from lightning_januspipe.strategy.contexts import is_fitting
 from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
@@ -252,7 +252,7 @@ class CheckpointHooks(InitialValueHooks):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a file or a folder, whichever is there, into host memory of every rank."""
+        """Reads a file or a folder, whichever is there; see :func:`.map_checkpoint` for what a file is read into."""
         torch.cuda.empty_cache()
         path = Path(checkpoint_path)
         self._on_first_rank(lambda: atomic.recover(path))
@@ -267,6 +267,7 @@ class CheckpointHooks(InitialValueHooks):
         checkpoint = on_every_rank(read, self._gathered)
         if is_fitting(self._trainer):
             self._progress.resume(checkpoint, self.replica_index)
+            reopen_epoch(checkpoint)
         return checkpoint
 
     @override
@@ -286,6 +287,7 @@ class CheckpointHooks(InitialValueHooks):
             states.append(state)
         if states:
             super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+            copy_from_file([optimizer.state for optimizer in self.optimizers])
 
     def _prune_optimizers(self) -> None:
         """Keeps only this rank's part of all optimizers, and of the states that were loaded for them."""

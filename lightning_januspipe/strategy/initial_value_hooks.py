@@ -136,7 +136,7 @@ class InitialValueHooks(StrategyState):
     def _is_too_large(self) -> bool:
         """Tells whether parameters were made on the meta device, and one rank cannot hold what their capture needs."""
         is_large = _OF_CAPTURE * _bytes(self._module) > self._memory
-        return is_large and self.mesh_shape.pipeline > 1 and bool(without_values(self._module))
+        return is_large and self._shares_replicas and bool(without_values(self._module))
 
     @contextmanager
     def _room(self) -> Iterator[MakeRoom]:

@@ -237,6 +237,29 @@ def test_random_numbers(pool: RankPool, tmp_path: Path, strategy: dict[str, Any]
         same(a["state"], b["state"])
 
 
+@pytest.mark.parametrize(
+    ("before", "step", "saves"),
+    [
+        (None, 6, "every epoch"),
+        *(
+            pytest.param(before, step, saves, marks=pytest.mark.slow)
+            for before in (None, {})
+            for step, saves in [(3, "at the end"), (4, "at the end"), (6, "every epoch")]
+            if (before, step) != (None, 6)
+        ),
+    ],
+)
+def test_epochs_that_a_number_of_steps_has_ended(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, before: Any, step: int, saves: str
+) -> None:
+    """Lightning counts such an epoch as done, but it goes on, so that the last epoch ends after the same steps."""
+    pool.run(workers.train, before, str(tmp_path), {"num_steps": step, "callbacks": (saves,)}, world_size=1)
+    more = {"num_steps": -1, "arguments": {"max_epochs": 2}, "resume": str(tmp_path / "end.ckpt"), "callbacks": ()}
+    for found in pool.run(workers.train, {}, str(tmp_path), more, world_size=2):
+        assert found["ended"] == "" and found["step"] == 8
+        same(uninterrupted["state"], found["state"])
+
+
 def test_parameters_of_other_stages_leave_memory(pool: RankPool, tmp_path: Path) -> None:
     """Where the module is made in ``configure_model``; the trained module and its checkpoints are the same."""
     more: dict[str, Any] = {"num_features": 16, "num_steps": 6}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 
 import graph_models as models
 import pytest
 from capture_models import Potential, Step, Traced, make_batch
 from graph_contract_workers import Values
+from torch import Tensor, nn
 
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.graph import exchange_ops
@@ -130,3 +133,26 @@ def test_a_missing_exchange_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module._EXCHANGES, exchange_ops.gather_halo, module._EXCHANGES[exchange_ops.with_room])
     with pytest.raises(CaptureError, match="sharded over 2 ranks, .* differs by"):
         found.verify(source.potential, tensors, 2)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, -1])
+def test_gradients_are_compared_in_groups(monkeypatch: pytest.MonkeyPatch, wrong: int | None) -> None:
+    from lightning_januspipe.graph.verify_captured import _LockStep
+
+    source, found = with_exchanges(Potential)
+    call = source.call_on(BATCH)
+    tensors = source.cut(2).inputs(source.potential)(call.args, call.kwargs)
+    trained = [name for name, p in source.potential.named_parameters() if p.requires_grad]
+    changed = "" if wrong is None else repr(trained[wrong])
+    gradients, groups = _LockStep.gradients, []
+
+    def noted(ranks: _LockStep, parameters: Sequence[nn.Parameter]) -> list[tuple[str, Tensor]]:
+        result = gradients(ranks, parameters)
+        groups.append(len(result))
+        is_wrong = bool(changed and ranks._shards)
+        return [(what, g + 1 if is_wrong and what.endswith(changed) else g) for what, g in result]
+
+    monkeypatch.setattr(_LockStep, "gradients", noted)
+    with nullcontext() if wrong is None else pytest.raises(CaptureError, match=f"for {changed} of the potential"):
+        found.verify(source.potential, tensors, 2, gradient_bytes=1.0)
+    assert groups == [1] * 2 * len(trained)

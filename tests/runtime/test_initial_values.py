@@ -25,6 +25,7 @@ MESHES: dict[str, tuple[dict[str, Any], int]] = {
     "2x2 in shards": ({"pipeline_size": 2, "data_size": 2, "shard": "parameters"}, 4),
     "2 graph ranks": ({"pipeline_size": 1, "graph_size": 2, "shard": "parameters"}, 2),
     "2 replicas": ({"pipeline_size": 1, "data_size": 2}, 2),
+    "2 replicas in shards": ({"pipeline_size": 1, "data_size": 2, "shard": "parameters"}, 2),
 }
 STEPS = {"num_steps": 3}
 
@@ -121,11 +122,13 @@ def test_values_of_a_file(pool: RankPool, continued: tuple[Path, dict[str, Any]]
         same(expected, found["state"])
 
 
-def in_turn(pool: RankPool, mesh: str, *arguments: Any) -> list[dict[str, Any]]:
+def in_turn(
+    pool: RankPool, mesh: str, runs: tuple[str, ...], num_evaluated: int = 4, share: float | None = None
+) -> list[dict[str, Any]]:
     """Returns what ranks found, when it is what plain Lightning finds."""
-    (expected,) = pool.run(workers.in_turn, None, *arguments, world_size=1)
+    (expected,) = pool.run(workers.in_turn, None, runs, num_evaluated, world_size=1)
     strategy, size = MESHES[mesh]
-    ranks = pool.run(workers.in_turn, strategy, *arguments, world_size=size)
+    ranks = pool.run(workers.in_turn, strategy, runs, num_evaluated, share, world_size=size)
     assert expected["ended"] == [""] * len(expected["ended"])
     for found in ranks:
         assert found["ended"] == expected["ended"]
@@ -145,6 +148,12 @@ def test_evaluation_with_a_batch_of_a_new_kind(pool: RankPool, mesh: str) -> Non
 @pytest.mark.parametrize("runs", [("validate", "fit"), ("fit", "fit", "test")])
 def test_runs_in_turn(pool: RankPool, runs: tuple[str, ...]) -> None:
     in_turn(pool, "2 stages", runs)
+
+
+@pytest.mark.parametrize("runs", [("validate", "fit"), pytest.param(("fit", "fit", "test"), marks=pytest.mark.slow)])
+def test_runs_in_turn_of_a_module_larger_than_global_rank_0(pool: RankPool, runs: tuple[str, ...]) -> None:
+    first, other = in_turn(pool, "2 stages", runs, share=1.5)
+    assert first["has_file"] and not other["has_file"]
 
 
 @pytest.mark.slow
@@ -259,3 +268,28 @@ def test_a_module_larger_than_global_rank_0(pool: RankPool, tmp_path: Path) -> N
     same(plain["state"], first["state"])
     same(plain["state"], other["state"])
     assert (tmp_path / "1" / "last.ckpt").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "more", "gradients"),
+    [("2x2 in shards", {}, 0.25), ("2 graph ranks", {}, 0.25)],
+)
+def test_a_module_larger_than_global_rank_0_on_meshes(
+    pool: RankPool, tmp_path: Path, mesh: str, more: dict[str, Any], gradients: float
+) -> None:
+    """With parameters in shards between steps, and on graph ranks, where each has all parameters in steps.
+
+    The capture compares a sixth of 1.5 times the gradients at once.
+    """
+    (plain,) = pool.run(workers.train_drawn, str(tmp_path / "plain"), STEPS, 2, world_size=1)
+    strategy, size = MESHES[mesh]
+    arguments = strategy | more, str(tmp_path), STEPS, 1.5, str(tmp_path / "traces")
+    first, *others = pool.run(workers.train_large, *arguments, world_size=size)
+    assert [r["ended"] for r in (plain, first, *others)] == [""] * (size + 1)
+    assert first["pages"] > 100 and 0 < first["gradients"] <= gradients * first["whole"]
+    if strategy.get("pipeline_size") != 1:
+        assert all(0 < found["parameters"] < 0.9 * found["whole"] for found in (first, *others))
+    assert first["state"].keys() == plain["state"].keys()
+    for found in (first, *others):
+        same(plain["state"], found["state"])

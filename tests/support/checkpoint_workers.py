@@ -72,6 +72,16 @@ class Stop(Callback):
         os.kill(os.getpid(), {"sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}[self.how])
 
 
+class SaveAtEnd(Callback):
+    """Saves when the loops have ended."""
+
+    def __init__(self, folder: str) -> None:
+        self.file = f"{folder}/end.ckpt"
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.file)
+
+
 class Residents(Callback):
     """Notes how many bytes of parameters, and of the optimizer's states, are in memory in training."""
 
@@ -221,6 +231,8 @@ CALLBACKS: dict[str, Any] = {
         folder, "{step}", every_n_train_steps=3, save_last="link", save_on_exception=True
     ),
     "average": lambda folder: EMAWeightAveraging(decay=0.8),
+    "every epoch": lambda folder: ModelCheckpoint(folder, "end"),
+    "at the end": SaveAtEnd,
     "noise": lambda folder: Noise(),
 }
 

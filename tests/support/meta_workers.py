@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -124,19 +124,19 @@ def train_large(
     """Trains as :func:`train` does, with less memory than the capture of the whole module takes.
 
     Besides, it returns the most bytes of parameters that were there at once, those of gradients that the capture has
-    summed, and how often a trace was made. Parameters are counted whenever some get values, also those that come from
-    a file for one operation only; those of a checkpoint in a single file do not count.
+    summed, how often a trace was made, and how often an operation has asked for parameters of a file. Parameters are
+    counted whenever some get values, also those that come from a file for one operation only; those of a checkpoint in
+    a single file do not count.
 
     Args:
-        strategy: Arguments of the strategy.
+        strategy: Arguments of the strategy; with ``compile`` phase graphs are interpreted.
         folder: Where checkpoints are saved.
         more: More arguments of :func:`checkpoint_workers.train`.
         share: The memory of a rank, in bytes of all parameters.
         cache: The folder of traces.
     """
     made = made_in_hook(num_layers=2)
-    memory = property(lambda _: share * sum(p.nbytes for p in made.parameters()))
-    most = {"parameters": 0, "gradients": 0, "traces": 0}
+    most = {"parameters": 0, "gradients": 0, "traces": 0, "pages": 0}
     is_saving = False
 
     def count() -> None:
@@ -149,6 +149,7 @@ def train_large(
 
     def bring(pages: Any, wanted: Any) -> None:
         brought(pages, wanted)
+        most["pages"] += 1
         count()
 
     def add(buffers: Any, parameters: Any, gradients: Any) -> None:
@@ -178,28 +179,45 @@ def train_large(
         patch.object(ParameterResidence, "whole_on_first_rank", saving),
         patch.object(GradientBuffers, "add", add),
         patch.object(capture, "trace_potential", trace),
-        patch.object(InitialValueHooks, "_memory", memory),
+        memory_for(made, share),
         patch.dict(os.environ, {VARIABLE: cache}),
+        compiled_workers.interpreted() if strategy.get("compile") else nullcontext() as graphs,
     ):
         found = checkpoint_workers.train(strategy, folder, {"module": lambda: made, **more})
-    file = vars(made).get("_januspipe_file")
+    assert graphs is None or graphs
     names = [n for n, p in made.named_parameters() if p.is_meta]
-    state = {n: v for n, v in found["state"].items() if not v.is_meta}
-    if file is not None:
-        state |= {n: file.values(p) for n, p in made.named_parameters() if p.is_meta}
-    return found | most | {"state": state, "absent": names, "whole": sum(p.nbytes for p in made.parameters())}
+    whole = sum(p.nbytes for p in made.parameters())
+    return found | most | {"state": _values(made), "absent": names, "whole": whole}
 
 
-def in_turn(strategy: dict[str, Any] | None, runs: tuple[str, ...], num_evaluated: int = 4) -> dict[str, Any]:
+def memory_for(made: Any, share: float) -> Any:
+    """Returns a context in which a rank has memory for a share of the bytes of a module's parameters."""
+    memory = property(lambda _: share * sum(p.nbytes for p in made.parameters()))
+    return patch.object(InitialValueHooks, "_memory", memory)
+
+
+def _values(made: Any) -> dict[str, Any]:
+    """Returns what this rank has of a module's state, in memory or in a file."""
+    file, parameters = vars(made).get("_januspipe_file"), dict(made.named_parameters())
+    state = {n: v.clone() for n, v in made.state_dict().items() if not v.is_meta}
+    absent = {n: p for n, p in parameters.items() if file is not None and p.is_meta}
+    return state | {n: file.values(p) for n, p in absent.items()}
+
+
+def in_turn(
+    strategy: dict[str, Any] | None, runs: tuple[str, ...], num_evaluated: int = 4, share: float | None = None
+) -> dict[str, Any]:
     """Runs a Trainer's methods on one module, each with a new Trainer; the values come from the seed.
 
     Args:
         strategy: Arguments of the strategy; None is plain Lightning.
         runs: Names of the methods.
         num_evaluated: Structures to evaluate, in batches of two.
+        share: The memory of a rank, in bytes of all parameters; None is that of the machine.
 
     Returns:
-        How the runs ended, their metrics, the module's state, and how often a rank has compared a batch of a new kind.
+        How the runs ended, their metrics, the module's state, how often a rank has compared a batch of a new kind, and
+        whether a file has parameters.
     """
     from lightning_januspipe.data import EMTDataModule
 
@@ -229,15 +247,16 @@ def in_turn(strategy: dict[str, Any] | None, runs: tuple[str, ...], num_evaluate
         )
         arguments = {"max_steps": 2, "limit_val_batches": 1.0, "use_distributed_sampler": False}
         trainer = quiet_trainer(None if strategy is None else given | strategy, **arguments)
-        with patch.object(BatchChecks, "_validate", counted):
+        with patch.object(BatchChecks, "_validate", counted), memory_for(made, share) if share else nullcontext():
             try:
                 getattr(trainer, name)(made, datamodule=data)
                 ended.append("")
             except Exception as error:
                 ended.append(f"{type(error).__name__}: {error}")
         metrics.append(strategy_workers.plain(trainer.callback_metrics))
-    state = {n: v.clone() for n, v in made.state_dict().items() if not v.is_meta}
-    return {"ended": ended, "metrics": metrics, "state": state, "num_checks": num_checks}
+    has_file = "_januspipe_file" in vars(made)
+    found = {"ended": ended, "metrics": metrics, "num_checks": num_checks, "has_file": has_file}
+    return found | {"state": _values(made)}
 
 
 def _draw(module: Any, make: Callable[[], None]) -> None:
