@@ -1,11 +1,13 @@
-"""Changes attributes of objects, and levels of loggers, for a while."""
+"""Changes attributes of objects, levels of loggers and hooks of modules for a while."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError
 
@@ -72,3 +74,20 @@ def quiet_loggers(names: Sequence[str], level: int) -> Iterator[None]:
     finally:
         for logger, before in zip(loggers, levels, strict=True):
             logger.setLevel(before)
+
+
+@contextmanager
+def module_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Runs functions before and after the forward of every module, inside the block.
+
+    Args:
+        enter: gets the module and its positional arguments.
+        leave: gets the module, its positional arguments and what it returned.
+    """
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

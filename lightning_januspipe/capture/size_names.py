@@ -39,7 +39,7 @@ class SizeWords:
     def per(self, spec: TensorSpec) -> str:
         """Returns what a tensor has an entry for: ``"atom"``, ...; ``"batch"`` where all its sizes are constants."""
         sizes = [s for s in spec.shape if isinstance(s, str)]
-        return " x ".join(self.word(s) or s for s in sizes) or "batch"
+        return " x ".join(self.word(s) or "other row" for s in sizes) or "batch"
 
 
 def words_of_inputs(

@@ -146,7 +146,7 @@ class CapturedStep:
             if self._staged.replaced is None:
                 with patched(self._potential, "forward", lambda *args, **kwargs: value_for(args, kwargs)):
                     return prepared.step(copied(prepared.batch))
-            with step_with(self._module, *value_for((prepared.batch,), {})):
+            with step_with(self._module, self._staged.replaced, *value_for((prepared.batch,), {})):
                 return prepared.step(copied(prepared.batch))
 
     def clear(self) -> None:

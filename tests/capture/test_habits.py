@@ -17,6 +17,8 @@ from graph_habits import (
     FindsPairs,
     LooksUpPairs,
     MasksLast,
+    NetworkOfEachElement,
+    ReadsBothEnds,
     ReducesByScatter,
     Repeats,
     RotatesAll,
@@ -185,7 +187,6 @@ def test_buffer_that_changes() -> None:
     [
         (BranchesOnEnergy, r"reads the value True from a tensor that depends on parameters.*energy.sum\(\) > -1e9"),
         (LoopsOverStructures, r"a loop over structures.*ends = torch.cumsum"),
-        (TwoEnergies, "differentiates 2 times, and not the same energy"),
         (Hessian, r"differentiates a derivative again in its forward \(a Hessian"),
     ],
 )
@@ -215,9 +216,11 @@ def test_frozen_parameters_that_the_step_reads() -> None:
         traced(step)
 
 
-def test_forces_and_stress_one_after_the_other() -> None:
-    program = trains(Step(TwoDerivatives())).program
-    assert len(program.coordinates) == 2
+@pytest.mark.parametrize(("potential", "energies"), [(TwoDerivatives, 1), (TwoEnergies, 2)])
+def test_forces_and_stress_one_after_the_other(potential: type[Potential], energies: int) -> None:
+    """The stress may be of another energy, which is computed from copies of positions and strain then."""
+    program = trains(Step(potential()), stages=(1, 2)).program
+    assert len(program.coordinates) == 2 and len(program.energies) == energies
 
 
 @pytest.mark.parametrize("positions", ["crystal", "lone"])
@@ -284,10 +287,25 @@ def test_random_numbers_that_depend_on_values_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "potential",
-    [MakesEdges, MasksEdges, FindsPairs, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs, FillsGrid, CountsWithin],
+    [
+        *(MakesEdges, MasksEdges, FindsPairs, Repeats, ReducesByScatter, RotatesAll, LooksUpPairs, FillsGrid),
+        *(CountsWithin, ReadsBothEnds, NetworkOfEachElement),
+    ],
 )
 def test_lengths_that_depend_on_values(potential: type[Potential]) -> None:
     trains(Step(potential()))
+
+
+def test_an_element_that_a_batch_lacks() -> None:
+    """The trace takes the branch of an element that is there; a batch without it is one of a kind of its own."""
+    found = traced(Step(NetworkOfEachElement()))
+    lacking = batch(*OTHER)
+    lacking["z"] = torch.where(lacking["z"] == 3, 1, lacking["z"])
+    call, captured = found.call_on(lacking), found.cut(2)
+    symbols = captured.bind_sizes(captured.inputs(found.potential)(call.args, call.kwargs))
+    (kind,) = captured.unvalidated_kinds(found.potential, call.args, call.kwargs, symbols)
+    assert kind.startswith("size 0 in dimension 0")
+    validate_stages(captured, found.potential, call)
 
 
 def test_messages_have_lengths_that_every_rank_knows() -> None:
@@ -317,6 +335,7 @@ def test_messages_have_lengths_that_every_rank_knows() -> None:
         FillsGrid,
         CountsWithin,
         MasksLast,
+        ReadsBothEnds,
     ],
 )
 def test_atoms_are_sharded(potential: type[Potential]) -> None:

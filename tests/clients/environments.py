@@ -91,6 +91,17 @@ CLIENTS = {
         ),
         alone=("mattersim==1.2.3",),
     ),
+    # It pins an older e3nn; these are its other dependencies.
+    "graphpes": Client(
+        (
+            *("pytorch-lightning==2.6.6", "dacite==1.9.2", "locache==4.0.2", "load-atoms==0.3.10"),
+            *("data2objects==0.1.0", "vesin==0.6.2", "scikit-learn==1.9.1", "e3nn==0.6.0"),
+            *("rich==15.0.0", "wandb==0.31.0"),
+        ),
+        alone=("graph-pes==1.0.2",),
+    ),
+    "so3krates": Client(("So3krates-torch==0.2.1",)),
+    "torchani": Client(("torchani==2.9.0",)),
     # Its models need neither torch-scatter nor torch-cluster, which it asks for.
     "newtonnet": Client(("torch-geometric==2.8.1",), alone=("newtonnet==2.0.1",)),
     # Importing its model for torch imports JAX, and its calculator more of it.

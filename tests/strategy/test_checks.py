@@ -14,7 +14,7 @@ from lightning_januspipe.testing import RankError, RankPool
 
 CASES = [
     ("direct forces", ["CaptureError", "never called torch.autograd.grad", "create_graph=True"]),
-    ("two derivatives", ["CaptureError", "differentiates 2 times", "one call"]),
+    ("derivative of a derivative", ["CaptureError", "differentiates a derivative again", "of the energy only"]),
     ("no second derivative", ["CaptureError", "not twice differentiable", "detach()"]),
     ("no graph of the derivative", ["CaptureError", "create_graph=True"]),
     ("objects of a local class", ["ValueError", "cannot be sent", "Outputs", "module level"]),

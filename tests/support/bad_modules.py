@@ -63,13 +63,13 @@ class Direct(Energy):
 
 
 class Twice(Energy):
-    """Two derivatives."""
+    """A derivative of a derivative."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         positions = batch["positions"].detach().requires_grad_()
         energy = self.energy(batch, positions)
         (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
-        (again,) = torch.autograd.grad(energy.square().sum(), positions, create_graph=True)
+        (again,) = torch.autograd.grad(gradient.square().sum(), positions, create_graph=True)
         return {"energy": energy, "forces": -gradient - 0 * again}
 
 
@@ -180,7 +180,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "good": _with(Module),
     "direct forces": _with(Module, Direct),
     "one spring": _with(Module, Spring),
-    "two derivatives": _with(Module, Twice),
+    "derivative of a derivative": _with(Module, Twice),
     "no second derivative": _with(Module, Detached),
     "no graph of the derivative": _with(Module, FirstOrder),
     "objects of a local class": _with(Module, OfLocalClass),

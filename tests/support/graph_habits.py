@@ -97,6 +97,39 @@ class LooksUpPairs(Potential):
         return self.energy(b, pos) + of_edges(b, 1e-2 * w * squares(b, pos))
 
 
+class ReadsBothEnds(Potential):
+    """Reads the features of both ends of edges by (2, E) indices, and sums messages by indices that ones widen."""
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        r = squares(b, pos).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            source, target = h[b["edge_index"]]
+            m = layer.b(torch.tanh(layer.a(torch.cat([source, target, r[:, None]], 1))))
+            messages = torch.stack([m, m * r[:, None]], 1)
+            widened = (torch.ones_like(messages).transpose(0, -1) * b["edge_index"][1]).transpose(0, -1).long()
+            sums = torch.zeros(len(h), *messages.shape[1:], dtype=DTYPE).scatter_add(0, widened, messages)
+            h = h + sums[:, 0] - 0.1 * sums[:, 1]
+        return per_structure(b, self.readout(h)[:, 0])
+
+
+class NetworkOfEachElement(Potential):
+    """Has a network for each element, and calls those of the elements that a batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(nn.Linear(6, 1, dtype=DTYPE) for _ in range(4))
+
+    def total(self, b: Any, pos: Tensor) -> Tensor:
+        h = self.embedding(b["z"]).index_add(0, b["edge_index"][1], squares(b, pos)[:, None].expand(-1, 6).cos())
+        energies = h.new_zeros(len(h))
+        for element, network in enumerate(self.networks):
+            atoms = (b["z"] == element).nonzero().flatten()
+            if atoms.shape[0] > 0:
+                energies = energies.index_add(0, atoms, network(h[atoms]).tanh()[:, 0])
+        return per_structure(b, energies)
+
+
 class ReducesByScatter(Potential):
     """Sums messages, and forces of edge vectors, by scatter_reduce_ with an expanded index."""
 

@@ -24,6 +24,7 @@ BUILT_IN = {
     "matgl": "lightning_januspipe.capture.adapters.matgl:MatGLAdapter",
     "matris": "lightning_januspipe.capture.adapters.matris:MatRISAdapter",
     "nequip": "lightning_januspipe.capture.adapters.nequip:NequIPAdapter",
+    "torchani": "lightning_januspipe.capture.adapters.torchani:TorchANIAdapter",
     "torchmdnet": "lightning_januspipe.capture.adapters.torchmdnet:TorchMDNetAdapter",
 }
 

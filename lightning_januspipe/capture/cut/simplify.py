@@ -1,6 +1,7 @@
 """Drops operations that return their input unchanged, and operations that nothing reads.
 
-Each such view costs a node of autograd in every one of the four phases.
+Each such view costs a node of autograd in every one of the four phases. Products with ones become views, which show
+that indices stay indices.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_januspipe.capture.trace.graph_walks import drop_unread, renamed
-from lightning_januspipe.capture.trace.operators import argument, operator_of
+from lightning_januspipe.capture.trace.operators import KEEPS_VALUES, ONES, argument, operator_of
 from lightning_januspipe.capture.trace.program import LARGEST_SIZE, Node, Program, Ref
+from lightning_januspipe.engine.specs import TensorSpec
 
 
 def simplify(program: Program) -> Program:
@@ -30,6 +32,8 @@ def simplify(program: Program) -> Program:
             _name_dimensions(program, node)
         if operator_of(node) in _VIEWS:
             _give_size(node)
+        if operator_of(node) == "aten.mul":
+            kept += _without_ones(program, node)
         if _returns_its_input(program, node):
             same[node.name] = node.args[0].name
         else:
@@ -51,6 +55,32 @@ def _name_dimensions(program: Program, node: Node) -> None:
     given = argument(node, 1, range(len(shape)))
     dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if shape else []
     node.target, node.args = "aten.squeeze.dims", (node.args[0], [d for d in dims if shape[d] == 1])
+
+
+def _without_ones(program: Program, node: Node) -> list[Node]:
+    """Makes a product with ones a view of the other factor, converted to the product's type.
+
+    Returns:
+        The view before the conversion; nothing where no factor consists of ones in the product's shape.
+    """
+    factors = [program.by_name[a.name] for a in node.args if isinstance(a, Ref)]
+    for ones, other in (factors, factors[::-1]) if len(factors) == 2 else ():
+        if _is_one(program, ones) and ones.spec is not None and other.spec is not None and ones.spec == node.spec:
+            spec = TensorSpec(node.spec.shape, other.spec.dtype)
+            args = (Ref(other.name), Ref(ones.name))
+            view = Node(f"{node.name}_view", "call_function", "aten.expand_as.default", args, {}, spec)
+            node.target, node.args = "aten._to_copy.default", (Ref(view.name),)
+            node.kwargs = {"dtype": node.spec.dtype}
+            program.by_name[view.name] = view
+            return [view]
+    return []
+
+
+def _is_one(program: Program, node: Node) -> bool:
+    """Tells whether every number of a tensor is one."""
+    if operator_of(node) in KEEPS_VALUES and isinstance(node.args[0], Ref):
+        return _is_one(program, program.by_name[node.args[0].name])
+    return operator_of(node) in ONES
 
 
 _VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape")

@@ -1,30 +1,31 @@
 """Finds the potential of a LightningModule: the submodule that differentiates an energy in its ``forward``.
 
 One ordinary step of the user's module runs on a real batch under a ``TorchFunctionMode``, which sees every call of
-``torch.autograd.grad``. Where the step itself makes that call, the part of the step before it stands for the potential.
+``torch.autograd.grad``. Where the step itself makes such calls, or several submodules do, the part of the step up to
+the last of them stands for the potential.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters import Adapter, adapters_of, joined
 from lightning_januspipe.capture.find.grad_call import (
     PotentialCall,
+    ReplacedCalls,
     StepFunction,
     as_sequence,
     call_arguments,
     grad_arguments,
 )
+from lightning_januspipe.capture.patches import module_hooks
 from lightning_januspipe.capture.trees import copied, leaves
 from lightning_januspipe.errors import WITHOUT_CAPTURE, CaptureError
 
@@ -46,6 +47,11 @@ class _Returned:
     name: str
     output: Any
     num_grads: tuple[int, int]  # calls of torch.autograd.grad before it was called, and before it returned
+
+    @property
+    def differentiates(self) -> bool:
+        """Tells whether it called torch.autograd.grad."""
+        return self.num_grads[0] < self.num_grads[1]
 
 
 class _StepObserver(TorchFunctionMode):
@@ -129,9 +135,9 @@ def find_potential(
         graph_size: number of graph ranks that will share the atoms of each micro-batch.
 
     Raises:
-        CaptureError: no energy is differentiated; two are; the graph is not kept for the second derivative; the step
-            differentiates what no submodule computes; or ``potential`` names no submodule, or one that differentiates
-            nothing.
+        CaptureError: no energy is differentiated; the graph is not kept for the second derivative; the step
+            differentiates what no submodule computes, or calls a submodule twice for it; or ``potential`` names no
+            submodule, or one that differentiates nothing.
     """
     if potential is not None and potential not in dict(module.named_modules()):
         raise CaptureError(
@@ -139,7 +145,7 @@ def find_potential(
             f"{[n for n, _ in module.named_children()]}. Give the dotted name of the one that returns the forces."
         )
     observer = _StepObserver(module, potential)
-    with _global_hooks(observer.enter, observer.leave), observer:
+    with module_hooks(observer.enter, observer.leave), observer:
         step(copied(batch))
     _refuse_other_calls(module, observer, potential)
     whole = (0, len(observer.grads))
@@ -169,9 +175,9 @@ def find_potential(
 
 
 def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> PotentialCall:
-    """Returns the call of a step that stands for the potential, up to its call of ``torch.autograd.grad``."""
-    name = type(module).__name__
-    before = [r for r in observer.returned if r.num_grads == (0, 0) and _is_differentiable(r.output)]
+    """Returns the call of a step that stands for the potential, up to its last ``torch.autograd.grad``."""
+    name, num_grads = type(module).__name__, len(observer.grads)
+    before = [r for r in observer.returned if r.num_grads[0] < num_grads and (r.differentiates or _has_graph(r.output))]
     whole = [r for r in before if not r.name]  # the LightningModule's own forward
     outer = whole or before
     names = [r.name for r in outer]
@@ -183,10 +189,12 @@ def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> Potentia
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise CaptureError(
-            f"the step of {name} calls {twice or 'its own forward'!r} twice before torch.autograd.grad; each submodule "
-            "can be called once for an energy. Concatenate the two batches, or give each call a module of its own."
+            f"the step of {name} calls {twice or 'its own forward'!r} twice for what it differentiates; each submodule "
+            "can be called once. Concatenate the two batches, or give each call a module of its own."
         )
-    position, read = observer.grads[0].num_inputs, set(range(observer.grads[0].num_inputs))
+    num_inputs = tuple(g.num_inputs for g in observer.grads if not any(n in g.stack for n in names))
+    position = sum(num_inputs)
+    read = set(range(position))
     for returned in outer:
         index = observer.returned.index(returned)
         read |= {position + leaf for i, leaf, reader in observer.read if i == index and reader not in names}
@@ -197,7 +205,8 @@ def _in_step(module: nn.Module, observer: _StepObserver, batch: Any) -> Potentia
     own = {p for p in parameters if any(p.startswith(n) for n in inside)} | {
         p for p, running in observer.parameters_read if not any(running)
     }
-    return PotentialCall("", (batch,), {}, tuple(sorted(read)), tuple(names), tuple(sorted(own)))
+    replaced = ReplacedCalls(tuple(names), num_inputs)
+    return PotentialCall("", (batch,), {}, tuple(sorted(read)), replaced, tuple(sorted(own)))
 
 
 def _read_of_joined(potential: nn.Module, adapters: Sequence[Adapter], returned: Any, read: set[int]) -> set[int]:
@@ -210,7 +219,7 @@ def _read_of_joined(potential: nn.Module, adapters: Sequence[Adapter], returned:
     return {k for those in found for k in those or range(len(traced))}
 
 
-def _is_differentiable(output: Any) -> bool:
+def _has_graph(output: Any) -> bool:
     return any(x.requires_grad for x in _tensors(output))
 
 
@@ -241,26 +250,20 @@ def evaluation_call(module: nn.Module, step: StepFunction, call: PotentialCall, 
 
 def _refuse_other_calls(module: nn.Module, observer: _StepObserver, potential: str | None) -> None:
     """Raises the error that says what is wrong with the calls of ``torch.autograd.grad`` that were seen."""
-    step, grads = f"the step of {type(module).__name__}", observer.grads
+    grads = observer.grads
     if not grads:
         raise CaptureError(
-            f"{step} never called torch.autograd.grad, so no forces -dE/dr were found. The januspipe strategy trains "
-            "conservative potentials; compute forces with torch.autograd.grad(energy, positions, create_graph=True), "
-            "or use another strategy for direct-force models."
+            f"the step of {type(module).__name__} never called torch.autograd.grad, so no forces -dE/dr were found. "
+            "The januspipe strategy trains conservative potentials; compute forces with "
+            "torch.autograd.grad(energy, positions, create_graph=True), or use another strategy for direct-force "
+            "models."
         )
     places = [next((n for n in g.stack if n), "the step itself") for g in grads]
-    if potential is not None and not any(r.num_grads[0] < r.num_grads[1] for r in observer.returned):
+    if potential is not None and not any(r.differentiates for r in observer.returned):
         raise CaptureError(
             f"potential={potential!r} was named, but torch.autograd.grad is called in {places[0]!r}. "
             + (f"Pass potential={places[0]!r}, or leave it out" if any(grads[0].stack) else "Leave it out")
             + " to have it found."
-        )
-    # Several in one forward may be of one energy, which the trace shows.
-    if len(grads) > 1 and not any(r.num_grads == (0, len(grads)) and any(grads[0].stack) for r in observer.returned):
-        raise CaptureError(
-            f"{step} differentiates {len(grads)} times (in {', '.join(map(repr, places))}); exactly one "
-            "torch.autograd.grad call in one call of the potential can be pipelined. Ask for all derivatives in one "
-            "call, e.g. torch.autograd.grad(energy.sum(), [positions, strain], create_graph=True)."
         )
     if not all(g.create_graph for g in grads) and module.training:
         raise CaptureError(
@@ -268,15 +271,3 @@ def _refuse_other_calls(module: nn.Module, observer: _StepObserver, potential: s
             "called without create_graph=True, so a force loss gives no parameter gradients. Pass "
             "create_graph=self.training."
         )
-
-
-@contextmanager
-def _global_hooks(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Registers hooks on every module inside the block."""
-    before = register_module_forward_pre_hook(enter)
-    after = register_module_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()

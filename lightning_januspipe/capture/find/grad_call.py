@@ -14,6 +14,19 @@ from lightning_januspipe.errors import CaptureError
 StepFunction = Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class ReplacedCalls:
+    """Tells which calls in a step return what the stages compute.
+
+    Attributes:
+        submodules: names of the submodules that return energies, or differentiate energies in their own forward.
+        num_inputs: for each ``torch.autograd.grad`` of the step itself, the number of tensors it differentiates by.
+    """
+
+    submodules: tuple[str, ...]
+    num_inputs: tuple[int, ...]
+
+
 @dataclass
 class PotentialCall:
     """Holds one call of the potential, as the user's step made it.
@@ -23,9 +36,9 @@ class PotentialCall:
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
         read_outputs: which of the tensors in the returned tree the step reads after the call.
-        replaced: for a step that differentiates the energy itself, the names of the submodules that return the energy;
-            the call's one argument is then the batch (see
-            :class:`~lightning_januspipe.capture.find.in_step.StepPotential`). None for other steps.
+        replaced: for a step that differentiates energies itself, which calls in it are replaced; the call's one
+            argument is then the batch (see :class:`~lightning_januspipe.capture.find.in_step.StepPotential`). None for
+            other steps.
         step_parameters: names of parameters inside the potential that such a step reads itself.
     """
 
@@ -33,7 +46,7 @@ class PotentialCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     read_outputs: tuple[int, ...] = ()
-    replaced: tuple[str, ...] | None = None
+    replaced: ReplacedCalls | None = None
     step_parameters: tuple[str, ...] = ()
 
 

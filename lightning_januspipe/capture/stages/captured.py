@@ -15,7 +15,7 @@ from lightning_januspipe.capture.cut.cut import Cut, Profile, Regions
 from lightning_januspipe.capture.cut.dependence import dependence_of
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
-from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.find.grad_call import PotentialCall, ReplacedCalls
 from lightning_januspipe.capture.size_names import SizeWords, words_of_program
 from lightning_januspipe.capture.stages.call_inputs import CallInputs
 from lightning_januspipe.capture.stages.stage_body import StageBody, stage_body
@@ -50,7 +50,7 @@ class CapturedPotential:
     regions: Regions
     cut: Cut
     call: CallFormat
-    replaced: tuple[str, ...] | None = None
+    replaced: ReplacedCalls | None = None
     step_parameters: tuple[str, ...] = ()
     validated_kinds: frozenset[str] = frozenset()
     graph_size: int = 1
@@ -444,10 +444,11 @@ class _Unavailable:
 def independent_coordinates(program: Program) -> list[str]:
     """Returns the differentiation inputs that depend on no other one: these become leaves of autograd.
 
-    Strained positions that depend on the strain stay what they are. Zeros of the shape of another one depend on none.
+    Strained positions that depend on the strain stay what they are. Zeros of the shape of another one depend on none,
+    nor does a detached copy.
     """
     names = set(program.coordinates)
-    by_shape = {n.name for n in program.operations if operator_of(n) in SHAPE_ONLY}
+    by_shape = {n.name for n in program.operations if operator_of(n) in SHAPE_ONLY | {"aten.detach"}}
     found = []
     for name in in_order(program, names):
         computed = set() if name in by_shape else ancestors(program, [name], given=by_shape)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.find.grad_call import PotentialCall, ReplacedCalls
 from lightning_januspipe.capture.size_names import SizeWords, words_of_inputs
 from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trees import leaves
@@ -127,7 +127,7 @@ class ExplicitPotential:
     outputs: tuple[int, ...]
     derived: tuple[int, ...]
     autocast: Autocast = OFF
-    replaced: tuple[str, ...] | None = None
+    replaced: ReplacedCalls | None = None
     step_parameters: tuple[str, ...] = ()
 
     @property

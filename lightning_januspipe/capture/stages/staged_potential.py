@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_januspipe.capture.cut.cut import Profile
-from lightning_januspipe.capture.find.grad_call import PotentialCall
+from lightning_januspipe.capture.find.grad_call import PotentialCall, ReplacedCalls
 from lightning_januspipe.capture.size_names import SizeWords
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction, TensorSpec
 
@@ -76,7 +76,7 @@ class StagedPotential(Protocol):
         """Returns the dotted name of the potential inside the LightningModule."""
 
     @property
-    def replaced(self) -> tuple[str, ...] | None:
+    def replaced(self) -> ReplacedCalls | None:
         """Returns the field of the same name of :class:`~lightning_januspipe.capture.find.grad_call.PotentialCall`."""
 
     @property

@@ -93,6 +93,9 @@ SHAPE_ONLY = _aten("zeros_like ones_like empty_like full_like new_zeros new_ones
 CREATES = SHAPE_ONLY | _aten("zeros ones empty full scalar_tensor")
 """Operators that make a tensor of one value."""
 
+ONES = _aten("ones ones_like new_ones")
+"""Operators that make a tensor of ones."""
+
 ZEROS = _aten("zeros zeros_like new_zeros")
 """Operators that make a tensor of zeros."""
 

@@ -1,7 +1,8 @@
 """Splits a look-up of both ends of edges into one look-up for each end.
 
 ``types.index_select(0, edge_index.reshape(-1)).view(edge_index.shape)`` reads rows with a flattened (2, E) input. With
-two look-ups, each with one index for each edge, edges can be sharded.
+two look-ups, each with one index for each edge, edges can be sharded. ``features[edge_index]`` reads both ends too; its
+two look-ups are stacked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from lightning_januspipe.capture.trace.operators import GATHERS, RESHAPES, argum
 from lightning_januspipe.capture.trace.program import Node, Program, Ref
 from lightning_januspipe.engine.specs import TensorSpec
 
+_LOOKUP = "aten.index_select.default"
+
 
 def split_pair_lookups(program: Program) -> Program:
     """``Program -> Program``: makes two look-ups, one for each end of the edges, of one look-up for both ends."""
@@ -21,16 +24,40 @@ def split_pair_lookups(program: Program) -> Program:
         found = _end_of_pairs(program, node)
         if found is not None:
             lookup, pairs, dim, entry = found
-            index, spec = f"{node.name}__index", program.spec(pairs.name)
-            rows = TensorSpec(tuple(size for d, size in enumerate(spec.shape) if d != dim), spec.dtype)
-            nodes.append(Node(index, "call_function", "aten.select.int", (Ref(pairs.name), dim, entry), {}, rows))
-            node.target, node.kwargs = "aten.index_select.default", {}
-            node.args = (lookup.args[0], 0, Ref(index))
+            index = _end(pairs, dim, entry, f"{node.name}__index")
+            nodes.append(index)
+            node.target, node.args, node.kwargs = _LOOKUP, (lookup.args[0], 0, Ref(index.name)), {}
+        elif (both := _pairs_of(program, node)) is not None:
+            ends = [_end(both, 0, entry, f"{node.name}__index{entry}") for entry in (0, 1)]
+            spec = program.spec(node.name)
+            of_end = TensorSpec(spec.shape[1:], spec.dtype)
+            names = [f"{node.name}__end{entry}" for entry in (0, 1)]
+            nodes += ends
+            for name, end in zip(names, ends, strict=True):
+                nodes.append(Node(name, "call_function", _LOOKUP, (node.args[0], 0, Ref(end.name)), {}, of_end))
+            node.target, node.args, node.kwargs = "aten.stack.default", (list(map(Ref, names)),), {}
         nodes.append(node)
     if len(nodes) > len(program.nodes):
         program.replace_nodes(nodes)
         drop_unread(program)
     return program
+
+
+def _end(pairs: Node, dim: int, entry: int, name: str) -> Node:
+    """Returns the indices of one end."""
+    assert pairs.spec is not None
+    rows = TensorSpec(tuple(size for d, size in enumerate(pairs.spec.shape) if d != dim), pairs.spec.dtype)
+    return Node(name, "call_function", "aten.select.int", (Ref(pairs.name), dim, entry), {}, rows)
+
+
+def _pairs_of(program: Program, node: Node) -> Node | None:
+    """Returns the (2, E) input with whose indices a node looks the rows of both ends up."""
+    if operator_of(node) not in ("aten.index", "aten._unsafe_index") or [dim for dim, _ in indices(node)] != [0]:
+        return None
+    ((_, index),) = indices(node)
+    pairs, spec = program.by_name[index], program.by_name[index].spec
+    are_indices = index in program.inputs and spec is not None and not spec.dtype.is_floating_point
+    return pairs if are_indices and spec is not None and len(spec.shape) == 2 and spec.shape[0] == 2 else None
 
 
 def _end_of_pairs(program: Program, node: Node) -> tuple[Node, Node, int, int] | None:

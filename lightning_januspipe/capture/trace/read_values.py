@@ -17,7 +17,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,15 @@ def _read(source: Tensor) -> Any:
         return torch._C.TensorBase.tolist(source)
 
 
+def line_of_user(frames: Iterable[traceback.FrameSummary]) -> str:
+    """Returns the innermost line of code that is neither torch's nor this package's; empty if there is none."""
+    ours = (f"{os.path.dirname(torch.__file__)}{os.sep}", f"{Path(__file__).parents[2]}{os.sep}", "<")
+    found = [f"{f.filename}:{f.lineno}, {f.line!r}" for f in frames if not f.filename.startswith(ours)]
+    return found[-1] if found else ""
+
+
 def _place() -> str:
-    """Returns the innermost line of code that is neither torch's nor this package's."""
-    ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]), "<")
-    frame = next((f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(ours)), None)
-    return f"{frame.filename}:{frame.lineno}, {frame.line!r}" if frame else "an unknown line"
+    return line_of_user(traceback.extract_stack()) or "an unknown line"
 
 
 def _is_integer(tensor: Tensor) -> bool:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from lightning_januspipe.capture.adapters import Adapter, joined
@@ -30,7 +31,7 @@ from lightning_januspipe.capture.trace.autocast_casts import has_casts, make_cas
 from lightning_januspipe.capture.trace.from_export import program_from_export
 from lightning_januspipe.capture.trace.program import SLOT, Program, returned_leaf
 from lightning_januspipe.capture.trace.random_draws import ShownDropout
-from lightning_januspipe.capture.trace.read_values import ReadValues, eager_branches, symbolic_sizes
+from lightning_januspipe.capture.trace.read_values import ReadValues, eager_branches, line_of_user, symbolic_sizes
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
@@ -163,6 +164,7 @@ def trace_potential(
             tensors += values.carriers(tensors[0].device)
             stack.enter_context(_quiet())
             stack.enter_context(symbolic_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+            stack.enter_context(_selections_have_entries())
             exported = _exported(wrapper, tensors, form)
             ambient = Autocast.current()
             if ambient != OFF or has_casts(exported):
@@ -257,10 +259,26 @@ def _first_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Returns the innermost line of code that is neither torch's nor this package's."""
-    ours = (os.path.dirname(torch.__file__), str(Path(__file__).parents[2]))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
-    return f" (at {frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line!r})" if frames else ""
+    line = line_of_user(traceback.extract_tb(error.__traceback__))
+    return f" (at {line})" if line else ""
+
+
+@contextmanager
+def _selections_have_entries() -> Iterator[None]:
+    """Answers branches on the length of a selection by a mask (``if len(pairs) == 0``) as for two or more entries.
+
+    A batch that selects fewer is one of a new kind, which is compared with the module itself.
+    """
+    own = SymNode.guard_bool
+
+    def guard_bool(node: SymNode, file: str, line: int) -> bool:
+        try:
+            return own(node, file, line)
+        except GuardOnDataDependentSymNode:
+            return node.guard_size_oblivious(file, line)
+
+    with mock.patch.object(SymNode, "guard_bool", guard_bool):
+        yield
 
 
 @contextmanager

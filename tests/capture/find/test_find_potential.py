@@ -10,7 +10,7 @@ from capture_models import OTHER, TRACED, Potential, Step, make_batch
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.find_potential import find_potential
-from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
+from lightning_januspipe.capture.find.grad_call import PotentialCall, ReplacedCalls, call_arguments
 from lightning_januspipe.errors import CaptureError
 
 
@@ -121,7 +121,7 @@ def test_potential_called_twice() -> None:
         def training_step(self, batch: Any) -> Any:
             return self.potential(batch)["energy"].sum() + self.potential(batch)["forces"].square().sum()
 
-    with pytest.raises(CaptureError, match="differentiates 2 times"):
+    with pytest.raises(CaptureError, match="calls 'potential' twice for what it differentiates"):
         find(Twice(Potential(1)))
 
 
@@ -134,8 +134,8 @@ def test_two_potentials() -> None:
         def training_step(self, batch: Any) -> Any:
             return self.potential(batch)["energy"].sum() + self.second(batch)["energy"].sum()
 
-    with pytest.raises(CaptureError, match=r"2 times \(in 'potential', 'second'\)"):
-        find(Ensemble())
+    call = find(Ensemble())
+    assert call.path == "" and call.replaced == ReplacedCalls(("potential", "second"), ())
 
 
 class GradInStep(Step):
@@ -150,7 +150,7 @@ class GradInStep(Step):
 
 def test_grad_in_the_step_itself() -> None:
     found = find(GradInStep(nn.Linear(3, 1, dtype=torch.float64)))
-    assert (found.path, found.replaced, found.step_parameters) == ("", ("potential",), ())
+    assert (found.path, found.replaced, found.step_parameters) == ("", ReplacedCalls(("potential",), (1,)), ())
     assert set(found.args[0]) == set(make_batch(TRACED)), "its argument is the batch"
     assert found.read_outputs == (0, 1)  # the derivative, and the energy that is summed
 

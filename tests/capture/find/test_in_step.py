@@ -8,9 +8,11 @@ import pytest
 import torch
 from capture_models import DTYPE, OTHER, TRACED, Batch, Potential, Step, Traced, assert_parity, make_batch
 from torch import Tensor, nn
+from torch.autograd import grad
 
 from lightning_januspipe.capture.capture import capture_module
 from lightning_januspipe.capture.find.find_potential import find_potential
+from lightning_januspipe.capture.find.grad_call import ReplacedCalls
 from lightning_januspipe.errors import CaptureError
 
 
@@ -65,7 +67,7 @@ class Weighted(nn.Module):
 def test_parity(num_stages: int) -> None:
     module = PlainStep()
     traced = Traced(module)
-    assert traced.call.replaced == ("model",)
+    assert traced.call.replaced == ReplacedCalls(("model",), (2,))
     assert set(traced.call.step_parameters) == {"shift", "scale"}
     captured = traced.cut(num_stages)
     for sizes in (OTHER, TRACED, (1, 4)):
@@ -113,7 +115,7 @@ def test_several_submodules() -> None:
 
     module = Chain()
     traced = Traced(module)
-    assert traced.call.replaced == ("potential", "head")
+    assert traced.call.replaced == ReplacedCalls(("potential", "head"), (1,))
     assert len(traced.regions.outputs) == 2, "the derivative and the energy; features go no further than the head"
     assert_parity(traced.cut(2), module, make_batch(OTHER))
 
@@ -137,7 +139,7 @@ def test_forward_of_the_lightning_module_itself() -> None:
             (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
             return (energy - batch["energy"]).square().mean() + (gradient + batch["forces"]).square().mean()
 
-    for module, replaced in ((Whole(2), None), (WholeEnergy(2), ("",))):
+    for module, replaced in ((Whole(2), None), (WholeEnergy(2), ReplacedCalls(("",), (1,)))):
         traced = Traced(module)
         assert (traced.call.path, traced.call.replaced) == ("", replaced)
         assert_parity(traced.cut(2), module, make_batch(OTHER))
@@ -164,7 +166,7 @@ def test_submodule_called_twice() -> None:
             first, charges = super().energies(batch, positions)
             return first + super().energies(batch, positions)[0], charges
 
-    with pytest.raises(CaptureError, match="'model' twice before"):
+    with pytest.raises(CaptureError, match="'model' twice for what"):
         find(Twice())
 
 
@@ -189,7 +191,51 @@ def test_capture_leaves_the_module_as_it_was() -> None:
     module = PlainStep()
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     capture = capture_module(module, module.training_step, make_batch(TRACED), make_batch(OTHER), [[0, 1]])
-    assert capture.potential.replaced == ("model",)
+    assert capture.potential.replaced == ReplacedCalls(("model",), (2,))
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
     assert list(module._modules) == ["model", "criterion"] and module.training
     assert not module.model._forward_hooks and "forward" not in vars(module.model)
+
+
+class Terms(PlainStep):
+    """Adds the forces of three terms: offsets, which have none, and two energies of the same positions.
+
+    Args:
+        differentiates: whether the second energy is differentiated by a submodule, not by the step itself.
+    """
+
+    def __init__(self, differentiates: bool) -> None:
+        super().__init__(2)
+        self.second = Forces(2, width=12) if differentiates else Energy(2, width=12)
+
+    def training_step(self, batch: Batch) -> Any:
+        positions = batch["positions"].detach().requires_grad_()
+        offsets = self.shift[batch["species"]]
+        no_forces = grad(offsets.sum(), positions, create_graph=True, allow_unused=True)[0]
+        assert no_forces is None or not no_forces.any()
+        first = self.model(batch, positions)
+        forces = -grad(first["energy"].sum(), positions, create_graph=True)[0]
+        second = self.second(batch, positions)
+        if "forces" not in second:
+            second["forces"] = -grad(second["energy"].sum(), positions, create_graph=True)[0]
+        errors = (first["energy"] + second["energy"] - batch["energy"], forces + second["forces"] - batch["forces"])
+        return sum(e.square().mean() for e in errors) + (first["charges"] + offsets).square().mean()
+
+
+class Forces(Energy):
+    """Energies and forces."""
+
+    def forward(self, batch: Batch, positions: Tensor) -> Any:
+        out = super().forward(batch, positions)
+        return {**out, "forces": -grad(out["energy"].sum(), positions, create_graph=True)[0]}
+
+
+@pytest.mark.parametrize(("differentiates", "num_inputs"), [(False, (1, 1, 1)), (True, (1, 1))])
+def test_sum_of_derivatives(differentiates: bool, num_inputs: tuple[int, ...]) -> None:
+    module = Terms(differentiates)
+    traced = Traced(module)
+    assert traced.call.replaced == ReplacedCalls(("model", "second"), num_inputs)
+    assert len(traced.program.energies) == len(traced.program.coordinates) == 2
+    for num_stages in (1, 2):
+        for sizes in (OTHER, (1, 4)):
+            assert_parity(traced.cut(num_stages), module, make_batch(sizes))

@@ -1,0 +1,32 @@
+"""TorchANI in an ordinary LightningModule, on pipelines.
+
+Slow, and skipped where torchani is absent:
+
+    python tests/clients/environments.py torchani --folder /some/folder --run
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+from factories import factory
+
+from .compare import ModelConformance
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("torchani") is None, reason="torchani is not installed"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+class TestTorchANI(ModelConformance):
+    """Padded molecules, of one to seven atoms; they are not sharded."""
+
+    make_module = factory("torchani_models", "make_module")
+    datamodules = {kind: factory("torchani_models", kind) for kind in ("molecules", "lone")}
+    strategies = {name: s for name, s in ModelConformance.strategies.items() if "graph_size" not in s}
