@@ -43,12 +43,12 @@ from lightning_januspipe.testing import RankError, RankPool, compare_records, tr
         slow(2, {"schedule": "1f1b-fold", "num_microbatches": 8}),
         slow(2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}),
         slow(2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "optimizer"}),
-        (2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "parameters"}),
+        slow(2, {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "shard": "parameters"}),
         slow(4, {"pipeline_size": 2, "data_size": 2, "num_microbatches": 4, "shard": "optimizer"}),
         slow(4, {"pipeline_size": 2, "data_size": 2, "num_microbatches": 4, "shard": "parameters"}),
         slow(4, {"pipeline_size": 2, "schedule": "wavek-zb", "num_microbatches": 4}),
         slow(1, {"num_microbatches": 2, "activation": "offload"}),
-        (2, {"schedule": "gpipe", "num_microbatches": 4, "activation": "offload"}),
+        slow(2, {"schedule": "gpipe", "num_microbatches": 4, "activation": "offload"}),
         slow(2, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "offload"}),
     ],
 )
@@ -70,7 +70,7 @@ def test_parity_of_several_tasks(pool: RankPool) -> None:
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "pointwise"}),
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "shard": "optimizer"}),
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "shard": "parameters"}),
-        (4, None, {"schedule": "wavek-zb", "num_microbatches": 4}),
+        slow(4, None, {"schedule": "wavek-zb", "num_microbatches": 4}),
         slow(4, None, {"schedule": "wavek", "num_microbatches": 4, "activation": "recompute"}),
         slow(4, None, {"schedule": "wavek", "num_microbatches": 4, "activation": "keep"}),
         slow(4, None, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "recompute"}),
@@ -114,6 +114,7 @@ def test_the_schedule_is_made_for_the_times_of_compiled_phases(pool: RankPool) -
     assert shares == [round(100 * c.total / total) for c in costs]
 
 
+@pytest.mark.slow
 def test_a_memory_limit_chooses_what_graph_ranks_keep(pool: RankPool) -> None:
     """The whole micro-batch would keep 17.5 MB with "pointwise", and next to nothing with "recompute"."""
     given = {"compile": True, "graph_size": 2, "pipeline_size": 1, "num_microbatches": 2, "memory_limit": 6e6}
@@ -150,7 +151,7 @@ def test_parity_where_compiled_phases_with_experts_take_over(pool: RankPool, axi
     ("devices", "module", "strategy"),
     [
         (2, partial(experts, 1), {"pipeline_size": 1, "data_size": 2, "shard": "parameters"}),
-        (2, partial(experts, 2), {"pipeline_size": 1, "graph_size": 2}),
+        slow(2, partial(experts, 2), {"pipeline_size": 1, "graph_size": 2}),
         slow(2, partial(experts, 4), {"pipeline_size": 1, "data_size": 2, "activation": "recompute"}),
         slow(2, partial(experts, 1, 0), {"pipeline_size": 1, "data_size": 2, "activation": "keep"}),
         slow(2, partial(experts, 1), {"pipeline_size": 1, "graph_size": 2, "activation": "offload"}),

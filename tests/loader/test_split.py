@@ -85,7 +85,7 @@ def test_batches_of_variable_size() -> None:
     assert [b.num_samples for b in loader] == [[2, 1, 1], [1, 1], [1], [1], [1]]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_split_too(start: str) -> None:
     user = _loader(
         Samples(12), num_workers=1, persistent_workers=True, prefetch_factor=3, multiprocessing_context=start

@@ -81,7 +81,7 @@ def test_more_ranks(pool: RankPool, devices: int, more: dict[str, Any]) -> None:
     ("mesh", "module", "compiled"),
     [
         (REPLICAS, partial(workers.experts_and_more, 1), False),
-        (GRAPH, partial(workers.experts_and_more, 1, 0), True),
+        slow(GRAPH, partial(workers.experts_and_more, 1, 0), True),
         slow(GRAPH, partial(workers.experts_and_more, 1), False),
         slow(GRAPH, partial(workers.experts_and_more, 1, 0), False),
         slow(REPLICAS, partial(workers.experts_and_more, 2), True),

@@ -56,7 +56,7 @@ def test_atoms_joined_in_other_ways(pool: RankPool, module: object, more: dict[s
     )
 
 
-@pytest.mark.parametrize("strategy", [slow({"pipeline_size": 1}), {"pipeline_size": 2}])
+@pytest.mark.parametrize("strategy", [slow({"pipeline_size": 1}), slow({"pipeline_size": 2})])
 def test_water(pool: RankPool, strategy: dict[str, int]) -> None:
     """Boxes that no rank can have as a whole: every layer reads rows of other ranks."""
     tiny.require("water.extxyz")

@@ -27,7 +27,7 @@ BOTH: dict[str, Any] = {**GRAPH, "pipeline_size": 2, "schedule": "wavek"}
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [slow("before"), slow("sharding"), "loss", slow("not finite"), "evaluation"])
+@pytest.mark.parametrize("how", [slow("before"), slow("sharding"), "loss", slow("not finite"), slow("evaluation")])
 def test_a_fault_of_one_graph_rank_ends_all(pool: RankPool, how: str) -> None:
     """At once, although its process lives on."""
     (others, seconds), (own, _) = pool.run(workers.ended, how, GRAPH, world_size=2, timeout=120)

@@ -147,7 +147,7 @@ def started(
     return [json.loads(f.read_text()) for f in files]
 
 
-@pytest.mark.parametrize("launcher", [slow("slurm"), "nodes", "torchrun"])
+@pytest.mark.parametrize("launcher", [slow("slurm"), slow("nodes"), "torchrun"])
 def test_launchers(pool: RankPool, tmp_path: Path, launcher: str) -> None:
     """Tasks of srun on two machines; a script on each of two, which starts a second process; torchrun on one.
 

@@ -156,12 +156,12 @@ def error(found: Tensor, expected: Tensor) -> float:
     ("precision", "num_microbatches", "rounding"),
     [
         ("32-true", 3, 1e-6),
-        pytest.param("bf16-true", 1, 4e-2, marks=pytest.mark.slow),
-        ("bf16-true", 3, 4e-2),
+        ("bf16-true", 1, 4e-2),
+        slow("bf16-true", 3, 4e-2),
         pytest.param("16-true", 3, 5e-3, marks=pytest.mark.slow),
         pytest.param("bf16-mixed", 1, 2.5e-2, marks=pytest.mark.slow),
         ("bf16-mixed", 3, 2.5e-2),
-        ("16-mixed", 1, 3e-3),
+        slow("16-mixed", 1, 3e-3),
         ("16-mixed", 3, 3e-3),
     ],
 )
@@ -266,7 +266,7 @@ def test_scaler_asks_all_ranks(pool: RankPool, case: str) -> None:
     ("precision", "schedule"),
     [
         ("32-true", "wavek-zb"),
-        ("64-true", "1f1b-2nd"),
+        slow("64-true", "1f1b-2nd"),
         pytest.param("32-true", "1f1b-2nd", marks=pytest.mark.slow),
         pytest.param("64-true", "wavek-zb", marks=pytest.mark.slow),
     ],

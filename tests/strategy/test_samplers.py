@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import evaluation_workers as workers
 import pytest
+from pools import slow
 
 from lightning_januspipe.testing import RankError, RankPool
 
@@ -16,12 +17,12 @@ PIPELINE = {"pipeline_size": 2, "num_microbatches": 2}
 @pytest.mark.parametrize(
     ("strategy", "world", "num", "batch_size", "budget"),
     [
-        (REPLICAS, 2, 5, 2, None),  # three and two structures
+        slow(REPLICAS, 2, 5, 2, None),  # three and two structures
         (REPLICAS, 4, 5, 8, None),
         (REPLICAS, 3, 2, 8, None),  # none is left for the last replica
         (REPLICAS, 2, 5, 8, 16),  # batches by numbers of atoms
         (REPLICAS, 3, 1, 8, 16),
-        (PIPELINE, 2, 5, 2, None),
+        slow(PIPELINE, 2, 5, 2, None),
         (PIPELINE, 4, 5, 2, None),  # two pipelines
     ],
 )
@@ -66,7 +67,7 @@ def test_every_form_of_logging_counts_each_sample_once(pool: RankPool) -> None:
             assert found[f"sum/dataloader_idx_{index}"] == pytest.approx(nums[index] * (nums[index] + 1) / 2)
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shuffle", [slow(False), True])
 def test_order_of_training_samples(pool: RankPool, shuffle: bool) -> None:
     """Without shuffling a step has the samples that it has in one process; with it, replicas share what is shuffled."""
     (alone,) = pool.run(workers.order, None, shuffle, world_size=1)
