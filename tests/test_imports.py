@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "expert_ranks": {"capture", "distributed", "engine", "errors", "graph"},
     "graph": {"capture", "distributed", "engine", "errors", "loader"},
     "data": {"checkpoint", "keys", "loader"},
-    "calculator": {"compiled", "data", "distributed", "keys", "mesh", "models", "runtime"},
+    "calculator": {"compiled", "data", "distributed", "errors", "keys", "mesh", "models", "runtime"},
     "models": {"checkpoint", "experts", "keys"},
     "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},
     "runtime": {

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_januspipe import keys
 from lightning_januspipe.calculator.skin import Edges
-from lightning_januspipe.data.neighbors import Bools, Floats, Ints
 from lightning_januspipe.data.structures import species_index
 from lightning_januspipe.data.tasks import read_task
 
@@ -53,7 +52,7 @@ class AtomsAdapter:
         """Returns the batch of one structure, on the CPU.
 
         Args:
-            atoms: Structure of N atoms.
+            atoms: Structure of N atoms, which have been moved near the origin: see :func:`near_origin`.
             edges: Its neighbour list.
             dtype: Type of floating-point tensors.
         """
@@ -119,19 +118,16 @@ class StructureAdapter(AtomsAdapter):
         """Returns the batch of one structure.
 
         Raises:
-            ValueError: There are no atoms, an element is not among the species, or the task is not known.
+            ValueError: An element is not among the species, or the task is not known.
         """
-        if len(atoms) == 0:
-            raise ValueError("the structure has no atoms; expected at least one")
         pbc = np.array(atoms.pbc, dtype=bool)
         cell = np.array(atoms.cell, dtype=np.float64) if pbc.any() else np.zeros((3, 3))
-        positions, shifts = _wrapped(atoms.positions, cell, pbc, edges)
         return {
-            keys.POSITIONS: torch.tensor(positions, dtype=dtype),
+            keys.POSITIONS: torch.tensor(atoms.positions, dtype=dtype),
             keys.SPECIES: torch.from_numpy(species_index(atoms, self.species, "the structure", TRAINED)),
             keys.ATOMIC_NUMBERS: torch.tensor(atoms.numbers, dtype=torch.int64),
             keys.EDGE_INDEX: torch.from_numpy(edges.edge_index),
-            keys.CELL_SHIFTS: torch.tensor(shifts, dtype=dtype),
+            keys.CELL_SHIFTS: torch.tensor(edges.cell_shifts, dtype=dtype),
             keys.CELL: torch.tensor(cell, dtype=dtype).unsqueeze(0),
             keys.BATCH: torch.zeros(len(atoms), dtype=torch.int64),
             keys.PBC: torch.tensor(pbc).unsqueeze(0),
@@ -146,13 +142,29 @@ class StructureAdapter(AtomsAdapter):
         return model.atomic_energies(batch, batch[keys.POSITIONS], torch.zeros_like(batch[keys.CELL]))
 
 
-def _wrapped(positions: Floats, cell: Floats, pbc: Bools, edges: Edges) -> tuple[Floats, Ints]:
-    """Returns positions in the cell, around the origin, and the shifts of the same edges.
+def near_origin(atoms: Atoms, edges: Edges) -> tuple[Atoms, Edges]:
+    """Returns a structure with its atoms in the cell, around the origin, and the same edges.
 
     Atoms that have moved far in a long trajectory would have fewer digits in float32.
+
+    Args:
+        atoms: Structure, which stays as it is.
+        edges: Its neighbour list.
+
+    Raises:
+        ValueError: There are no atoms.
     """
-    box = np.array(complete_cell(cell * pbc[:, None]))
-    cells = np.floor(np.linalg.solve(box.T, positions.T).T).astype(np.int64) * pbc
-    wrapped = positions - cells @ box
-    source, target = edges.edge_index
-    return wrapped - wrapped.mean(axis=0), edges.cell_shifts + cells[source] - cells[target]
+    if len(atoms) == 0:
+        raise ValueError("the structure has no atoms; expected at least one")
+    periodic = atoms.pbc[:, None]
+    box = np.array(complete_cell(atoms.cell.array * periodic))
+    cells = np.floor(np.linalg.solve(box.T, atoms.positions.T).T).astype(np.int64) * atoms.pbc
+    moved, source, target = atoms.copy(), *edges.edge_index
+    moved.set_constraint()
+    moved.positions -= cells @ box
+    moved.positions -= moved.positions.mean(axis=0)
+    if not cells.any():
+        return moved, edges
+    return moved, edges._replace(
+        cell_shifts=edges.cell_shifts + cells.take(source, axis=0) - cells.take(target, axis=0)
+    )

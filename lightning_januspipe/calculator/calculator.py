@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter
+from lightning_januspipe.calculator.adapter import AtomsAdapter, StructureAdapter, near_origin
 from lightning_januspipe.calculator.captured_phases import CapturedPhases, examples_of, parts_of
 from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
 from lightning_januspipe.calculator.packages import known_potential, potential_of
@@ -25,11 +26,12 @@ from lightning_januspipe.compiled.compiled_potential import TOLERANCES, Compiled
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.data.tasks import NAMES
+from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.models import load
 
-_FIRST_COMPILED = 50
-"""The evaluation at which ``compile="auto"`` compiles: before it, compiling costs more than it gives."""
+_SECONDS_BEFORE_COMPILING = 60.0
+"""Time of eager evaluations after which ``compile="auto"`` compiles: it takes about as long, so a run loses little."""
 
 
 class JanusPipeCalculator(Calculator):
@@ -53,9 +55,9 @@ class JanusPipeCalculator(Calculator):
         skin: How far the neighbour list reaches beyond the cutoff in Å, so that it serves for several steps; 0 makes a
             new one at every step.
         compile: Evaluate by code that torch's inductor compiles from the potential and its derivatives, once for all
-            numbers of atoms and edges. True compiles at the first evaluation, ``"auto"`` at the 50th, and stays with
-            the eager potential, with a warning, where it cannot be compiled. Structures without pairs of neighbours
-            are evaluated eagerly.
+            numbers of atoms and edges. True compiles at the first evaluation; ``"auto"`` when evaluations have taken a
+            minute, and stays with the eager potential, with a warning, where it cannot be compiled; False never.
+            Structures without pairs of neighbours are evaluated eagerly. With several processes ``"auto"`` is False.
         task: Name of the task by which all structures are evaluated, for potentials of several tasks; None for the one
             that ``Atoms.info["task"]`` names.
         graph_size: Number of processes, started by ``torchrun``, among which the atoms of each structure are shared.
@@ -92,7 +94,7 @@ class JanusPipeCalculator(Calculator):
         dtype: Literal["float32", "float64"] | torch.dtype | None = None,
         adapter: AtomsAdapter | None = None,
         skin: float = 1.0,
-        compile: bool | Literal["auto"] = False,
+        compile: bool | Literal["auto"] = "auto",
         task: str | None = None,
         graph_size: int = 1,
     ) -> None:
@@ -101,8 +103,6 @@ class JanusPipeCalculator(Calculator):
             raise ValueError(f"compile={compile!r}; expected True, False or 'auto'")
         if isinstance(graph_size, bool) or not isinstance(graph_size, int) or graph_size < 1:
             raise ValueError(f"graph_size={graph_size!r}; expected a positive integer")
-        if graph_size > 1 and compile == "auto":
-            raise ValueError("compile='auto' is not possible with graph_size > 1; expected True or False")
         if adapter is not None and task is not None:
             raise ValueError(f"task={task!r} with an adapter of its own; expected one of them")
         module = load(model) if isinstance(model, (str, Path)) else model
@@ -124,11 +124,16 @@ class JanusPipeCalculator(Calculator):
             self._graph_ranks = GraphRanks(self.potential, self._results, self.device, graph_size, compile is True)
         elif compile is True and (problem := self._why_not()):
             raise ValueError(f"compile=True, but {problem}")
-        self._compile: bool | str = compile
-        self._num_evaluations = 0
+        self._compile, self._has_tried, self._has_warned, self._eager_seconds = compile, False, False, 0.0
         self._compiled: CompiledPotential | CapturedPhases | None = None
         # Copied now: potentials that keep values of an evaluation cannot be copied after it.
-        self._to_capture = copy.deepcopy(self.potential) if compile and graph_size == 1 and self._is_foreign else None
+        self._to_capture = (
+            _with_same_values(self.potential) if compile and graph_size == 1 and self._is_foreign else None
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out compiled code, which a copy and another process have to make again."""
+        return self.__dict__ | {"_compiled": None, "_has_tried": False}
 
     @override
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
@@ -145,7 +150,7 @@ class JanusPipeCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
-        """Evaluates a structure, and keep the results.
+        """Evaluates a structure, and keeps the results.
 
         Args:
             atoms: The structure; None for that of the last call.
@@ -156,7 +161,10 @@ class JanusPipeCalculator(Calculator):
             PropertyNotImplementedError: The potential has no energies of atoms, and they are asked for.
             ValueError: The structure has an unknown species, or no neighbour list.
         """
+        began = time.perf_counter()
         super().calculate(atoms, list(properties), list(system_changes))
+        if system_changes:
+            self.results = {}
         structure = self.atoms
         assert structure is not None, "ASE keeps a copy of the structure"
         edges = self.neighbors.edges(structure)
@@ -183,10 +191,12 @@ class JanusPipeCalculator(Calculator):
             self.results["energies"] = arrays["energies"].reshape(len(structure))
         if "stress" in arrays and structure.pbc.any() and structure.cell.rank == 3:
             self.results["stress"] = full_3x3_to_voigt_6_stress(arrays["stress"].reshape(3, 3))
+        if self._compiled is None:
+            self._eager_seconds += time.perf_counter() - began
 
     def _batch(self, structure: Atoms, edges: Edges) -> Any:
         """Returns the batch of a structure, on the device."""
-        return _moved(self.adapter.batch_from_atoms(structure, edges, self.dtype), self.device)
+        return _moved(self.adapter.batch_from_atoms(*near_origin(structure, edges), self.dtype), self.device)
 
     def _batches(self, structures: Sequence[Atoms]) -> tuple[Any, ...]:
         """Returns the batches of structures that have no neighbour lists yet."""
@@ -201,12 +211,20 @@ class JanusPipeCalculator(Calculator):
         """Returns the results of a batch, by compiled code where there is some that fits."""
         if self._graph_ranks is not None or num_edges < 2:
             return self._eager(batch)
-        self._num_evaluations += 1
-        if self._compile is True or (self._compile == "auto" and self._num_evaluations >= _FIRST_COMPILED):
+        is_long = self._eager_seconds >= _SECONDS_BEFORE_COMPILING
+        if self._compile is True or (self._compile == "auto" and is_long and not self._has_tried):
             self._compile_once(batch, structure)
         if self._compiled is None:
             return self._eager(batch)
-        return self._by_compiled(self._compiled, batch, structure)
+        try:
+            return self._by_compiled(self._compiled, batch, structure)
+        except CaptureError as error:  # the captured phases are not right for a structure like this one
+            if not self._has_warned:
+                warnings.warn(
+                    f"JanusPipeCalculator evaluates a structure eagerly, and others like it: {error}", stacklevel=3
+                )
+            self._has_warned = True
+            return self._eager(batch)
 
     def _by_compiled(
         self, compiled: CompiledPotential | CapturedPhases, batch: Any, structure: Atoms
@@ -230,8 +248,7 @@ class JanusPipeCalculator(Calculator):
         """
         if self._compiled is not None:
             return
-        always = self._compile is True
-        self._compile = always  # "auto" tries once
+        always, self._has_tried = self._compile is True, True
         problem = self._why_not()
         if not problem:
             try:
@@ -298,6 +315,12 @@ def _potential_of(module: nn.Module, task: str | None) -> tuple[nn.Module, Atoms
             "and is of no known package; give an adapter=..., see lightning_januspipe.calculator.AtomsAdapter"
         )
     return found
+
+
+def _with_same_values(potential: nn.Module) -> nn.Module:
+    """Returns a copy of a potential whose parameters have the same memory as those that are given."""
+    same = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in potential.parameters()}
+    return copy.deepcopy(potential, same)
 
 
 def _first_device() -> str:

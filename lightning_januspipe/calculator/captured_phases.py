@@ -105,6 +105,8 @@ def examples_of(atoms: Atoms) -> tuple[Atoms, Atoms]:
     Args:
         atoms: The structure; any number of atoms with a pair of neighbours among them.
     """
+    atoms = atoms.copy()
+    atoms.set_constraint()  # some constraints cannot be repeated
     if len(atoms) >= _LARGEST_EXAMPLE:
         return parts_of(atoms)
     smaller = atoms

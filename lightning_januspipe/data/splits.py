@@ -44,8 +44,9 @@ def split_indices(
     num_train = num_structures - num_val - num_test if train is None else _count("train", train, num_structures)
     if num_train < 1 or num_train + num_val + num_test > num_structures:
         raise ValueError(
-            f"cannot split {num_structures} structures into train={train}, val={val}, test={test}: {num_train} + "
-            f"{num_val} + {num_test} must not be more than {num_structures}, with at least one to train on"
+            f"cannot split {num_structures} structures into train={train}, val={val}, test={test}: "
+            f"{max(num_train, 0)} + {num_val} + {num_test} must not be more than {num_structures}, with at least one "
+            "to train on"
         )
     rng = np.random.default_rng(seed)
     order = rng.permutation(num_structures)

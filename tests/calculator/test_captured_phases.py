@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
+from ase.constraints import FixBondLengths
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from torch import nn
@@ -131,6 +133,51 @@ def test_the_potential_stays_as_it_is() -> None:
     assert not any(p.requires_grad for p in compiled.potential.parameters()) and not compiled.potential.training
 
 
+def test_sizes_that_were_not_captured_are_evaluated_eagerly() -> None:
+    """A forward that does something else for 40 atoms and more is captured with fewer."""
+
+    class Limited(Pairs):
+        def forward(self, batch):
+            found = super().forward(batch)
+            return found if batch["positions"].shape[0] < 40 else {**found, "energy": 2 * found["energy"]}
+
+    potential = Limited()
+    eager, compiled = (JanusPipeCalculator(potential, adapter=PairsAdapter(4.0), compile=c) for c in (False, True))
+    with interpreted_phases() as graphs:
+        for repeat in (1, 3, 1):
+            atoms = structures()[0] * (repeat, 1, 1)
+            atoms.rattle(0.01, seed=repeat)
+            atoms.calc = compiled
+            if repeat == 3:
+                with pytest.warns(UserWarning, match="evaluates a structure eagerly, and others like it: .*captured"):
+                    atoms.get_potential_energy()
+            assert_same(atoms, eager)
+    assert len(graphs) == 2, "FE and FF, once"
+
+
+def test_copies_compile_again() -> None:
+    """Structures go to other processes with their calculators."""
+    with interpreted_phases() as graphs:
+        atoms = structures()[0]
+        atoms.calc = calculator(compile=True)
+        forces = atoms.get_forces()
+        other = pickle.loads(pickle.dumps(atoms))
+        assert other.calc.results["energy"] == atoms.get_potential_energy() and len(graphs) == 2
+        other.positions += 0.1
+        np.testing.assert_allclose(other.get_forces(), forces, rtol=0, atol=1e-10)
+    assert len(graphs) == 4
+
+
+def test_constraints_that_cannot_be_repeated() -> None:
+    """The structures that a potential is captured with have none."""
+    atoms = bulk("Cu", a=3.7, cubic=True)
+    atoms.set_constraint(FixBondLengths([[0, 1]]))
+    atoms.calc = calculator(compile=True)
+    with interpreted_phases() as graphs:
+        atoms.get_potential_energy()
+    assert len(graphs) == 2 and atoms.constraints
+
+
 def test_wrong_phases_are_not_used() -> None:
     def changed(graph):
         return lambda *given: [1.001 * value for value in graph(*given)]
@@ -153,7 +200,7 @@ def test_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     atoms.calc = JanusPipeCalculator(Branching(), adapter=PairsAdapter(4.0), compile=True)
     with interpreted_phases(), pytest.raises(ValueError, match="compile=True, but Branching cannot be compiled"):
         atoms.get_forces()
-    monkeypatch.setattr(module, "_FIRST_COMPILED", 1)
+    monkeypatch.setattr(module, "_SECONDS_BEFORE_COMPILING", 0.0)
     atoms.calc = JanusPipeCalculator(Branching(), adapter=PairsAdapter(4.0), compile="auto")
     with interpreted_phases(), pytest.warns(UserWarning, match="stays eager: Branching cannot be compiled"):
         atoms.get_forces()

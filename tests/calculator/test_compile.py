@@ -51,7 +51,7 @@ class Both:
     """Compares each evaluation of a compiled calculator with that of an eager one."""
 
     def __init__(self, trained: nn.Module, atoms: Atoms, **options) -> None:
-        self.atoms, self.eager = atoms, JanusPipeCalculator(trained)
+        self.atoms, self.eager = atoms, JanusPipeCalculator(trained, compile=False)
         atoms.calc = JanusPipeCalculator(trained, compile=True, **options)
         self.num_edges: set[int] = set()
 
@@ -103,14 +103,15 @@ def test_one_compilation_serves_all_structures(trained: PotentialModule, compila
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # compiling takes ten times as long on a busy machine
-def test_auto_compiles_after_some_evaluations(
+def test_auto_compiles_after_some_time(
     trained: PotentialModule, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FIRST_COMPILED", 3)
     atoms, alone = crystal(2), crystal(2)
-    atoms.calc, alone.calc = JanusPipeCalculator(trained, compile="auto"), JanusPipeCalculator(trained)
+    atoms.calc, alone.calc = JanusPipeCalculator(trained), JanusPipeCalculator(trained, compile=False)
     for step in range(5):
         assert len(compilations) == (step > 2)
+        if step == 2:
+            monkeypatch.setattr(module, "_SECONDS_BEFORE_COMPILING", atoms.calc._eager_seconds)
         for one in (atoms, alone):
             one.positions += 0.01
         np.testing.assert_allclose(atoms.get_forces(), alone.get_forces(), rtol=0, atol=1e-10)
@@ -171,8 +172,8 @@ def test_what_cannot_be_compiled(branching: Branching, monkeypatch: pytest.Monke
     for _ in range(2):
         with pytest.raises(ValueError, match=r"compile=True, but Branching cannot be compiled \(.*Use compile=F"):
             atoms.get_forces()
-    monkeypatch.setattr(module, "_FIRST_COMPILED", 2)
-    atoms.calc = JanusPipeCalculator(branching, compile="auto")
+    monkeypatch.setattr(module, "_SECONDS_BEFORE_COMPILING", 1e-9)
+    atoms.calc = JanusPipeCalculator(branching)
     atoms.get_forces()
     for one in (atoms, alone):
         one.positions[0] += 0.1

@@ -28,5 +28,3 @@ def test_errors() -> None:
         JanusPipeCalculator(potential, graph_size=2)
     with pytest.raises(ValueError, match=r"graph_size=0; expected a positive integer"):
         JanusPipeCalculator(potential, graph_size=0)
-    with pytest.raises(ValueError, match=r"compile='auto' is not possible with graph_size > 1"):
-        JanusPipeCalculator(potential, graph_size=2, compile="auto")

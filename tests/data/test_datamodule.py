@@ -148,6 +148,7 @@ def test_split_indices():
     ("sizes", "message"),
     [
         ({"val": 10}, r"cannot split 10 structures .* 0 \+ 10 \+ 0"),
+        ({"val": 6, "test": 6}, r"cannot split 10 structures .* 0 \+ 6 \+ 6"),
         ({"train": 8, "val": 2, "test": 1}, r"8 \+ 2 \+ 1 must not be more than 10"),
         ({"val": 1.0}, "val=1.0; expected a number of structures .int. or a fraction below 1"),
         ({"test": -1}, "test=-1"),
