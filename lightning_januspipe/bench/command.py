@@ -72,10 +72,12 @@ def main(args: Sequence[str]) -> None:
                 help="Run the simulated meshes instead, with a process for each of their 32 ranks, real messages, and "
                 "phases that sleep. Each of --steps takes more than a minute.",
             )
+        if "compile" in options:
+            own.add_argument("--compile", action="store_true", help="Compile the phases of all ranks before training.")
         if "num_structures" in options:
             default = options["num_structures"].default
             own.add_argument("--num_structures", type=PositiveInt, default=default, help="Structures that are made.")
-        own.add_function_arguments(benchmark, skip={"work", "runs", "emulate", "num_structures"})
+        own.add_function_arguments(benchmark, skip={"work", "runs", "emulate", "compile", "num_structures"})
         own.add_class_arguments(Work)
         commands.add_subcommand(name, own, help=(inspect.getdoc(benchmark) or "").partition("\n")[0])
     emulate = CommandParser(description="Runs schedules with real messages between processes, and phases that sleep.")

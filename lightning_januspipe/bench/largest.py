@@ -1,17 +1,18 @@
 """Finds the largest structure that trains within a limit of memory, by what phases keep and by graph ranks.
 
 Each attempt runs in fresh processes, which share what was traced and compiled. The largest size is found by straight
-lines through the last two peaks, as memory grows with the number of atoms, until the largest size that fits and the
-smallest that does not are close to each other.
+lines through two peaks, as memory grows with the number of atoms, until the peak is just below the limit.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import combinations_with_replacement
 from typing import Any, Literal
 
 from lightning_januspipe.bench.graph import ALLOCATOR, environment
@@ -37,7 +38,8 @@ _ROWS: dict[RowName, tuple[str, int, dict[str, Any] | None]] = {
 }
 _ATOMS_PER_CELL = 4
 _LIMIT = ByteSize(4e9)
-_MOST_ATTEMPTS = 12
+_MOST_ATTEMPTS = 8
+_LARGEST_STEP = 10
 
 
 def peak_of_a_step(work: Work, strategy: dict[str, Any] | None, cache: str) -> int:
@@ -90,39 +92,40 @@ def largest_size(peak: Callable[[int], int], limit: float, first: int, tolerance
         peak: Returns the peak for a number of atoms.
         limit: The most bytes.
         first: The number of atoms to begin with; the second is twice that.
-        tolerance: How close the largest size that fits and the smallest that does not have to be, relative.
+        tolerance: How close to the limit the peak has to be, relative.
 
     Returns:
         The most atoms that fit, and their peak; zeros if not even the first number of atoms fits.
     """
     found: dict[int, int] = {}
     size = first
-    for _ in range(_MOST_ATTEMPTS):
+    while size not in found and len(found) < _MOST_ATTEMPTS:
         found[size] = peak(size)
-        fitting = [n for n, bytes in found.items() if bytes <= limit]
-        others = [n for n, bytes in found.items() if bytes > limit]
-        if not fitting or (others and min(others) <= max(fitting) * (1 + tolerance)):
+        most = max((n for n, bytes in found.items() if bytes <= limit), default=0)
+        if not most or found[most] >= (1 - tolerance) * limit:
             break
-        size = _next_size(found, limit, tolerance)
-        if size in found:
-            break
-    most = max((n for n, bytes in found.items() if bytes <= limit), default=0)
+        size = _next_size(found, most, (1 - tolerance / 4) * limit, limit)
     return most, found.get(most, 0)
 
 
-def _next_size(found: dict[int, int], limit: float, tolerance: float) -> int:
-    """Returns the size to try next: at most twice the largest that fits, and between what fits and what does not."""
-    fitting = max(n for n, bytes in found.items() if bytes <= limit)
-    others = [n for n, bytes in found.items() if bytes > limit]
+def _next_size(found: dict[int, int], most: int, aim: float, limit: float) -> int:
+    """Returns the size to try next: where a line through two peaks reaches the aim, above the largest that fits."""
     if len(found) == 1:
-        return 2 * fitting
-    a, b = sorted(found, key=lambda n: abs(found[n] - limit))[:2]
+        return _compact(2 * most)
+    a, b = sorted(found, key=lambda n: abs(found[n] - aim))[:2]
     slope = (found[b] - found[a]) / (b - a)
-    wanted = a + (limit - found[a]) / slope if slope > 0 else 2 * fitting
-    top = min(others) - _ATOMS_PER_CELL if others else 2 * fitting
-    # Once near, a size a little beyond what fits shows that nothing much larger does.
-    wanted = max(wanted, fitting * (1 + 0.8 * tolerance))
-    return max(fitting + _ATOMS_PER_CELL, min(int(wanted), top)) // _ATOMS_PER_CELL * _ATOMS_PER_CELL
+    wanted = a + (aim - found[a]) / slope if slope > 0 else 2 * most
+    others = [n for n, bytes in found.items() if bytes > limit]
+    top = min(others) if others else _LARGEST_STEP * most
+    return _compact(int(min(max(wanted, most), top)))
+
+
+def _compact(num_atoms: int) -> int:
+    """Returns the most atoms of a nearly cubic box, up to a number: graph ranks cut long boxes at small faces."""
+    side = int((num_atoms / _ATOMS_PER_CELL) ** (1 / 3) + 1e-9)
+    blocks = combinations_with_replacement(range(max(side * 4 // 5, 1), side * 5 // 4 + 2), 3)
+    sizes = (_ATOMS_PER_CELL * math.prod(sides) for sides in blocks)
+    return max(size for size in sizes if size <= num_atoms)
 
 
 def _largest_peak(work: Work, runs: int, name: RowName, cache: str, num_atoms: int) -> int:
@@ -151,7 +154,7 @@ def largest(
         rows: The configurations: plain; eager-recompute; compiled: keep, pointwise, recompute; graph and
             graph-recompute on two graph ranks. By default all.
         limit: The most resident memory of a process, with its libraries, such as 4GB.
-        tolerance: How close the answer is, relative to it.
+        tolerance: How close to the limit the peak has to be, relative to it.
     """
     lines = ["| configuration | atoms | peak of a rank (MB) |", "|---|---|---|"]
     for name in rows or _ROWS:

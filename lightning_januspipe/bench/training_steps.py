@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lightning_januspipe.bench.work import Work, trainer_of
-from lightning_januspipe.schedule.build_schedule import GENERATORS
+from lightning_januspipe.runtime.planner import is_unfolded
+from lightning_januspipe.schedule.build_schedule import GENERATORS, ScheduleName
 from lightning_januspipe.testing import RankPool
 
 _WARM_UP = 5
@@ -28,6 +29,7 @@ class RunTiming:
 
     Attributes:
         step: Median seconds of an optimizer step.
+        cpu: Median CPU time of one in seconds, which other programs on the machine change little.
         loss: Loss of the last step, which shows that the work was the same.
         memory: Peak resident memory above what the process had before training, in bytes.
         predicted: Simulated seconds of the phases of each timed step, where steps were recorded.
@@ -35,6 +37,7 @@ class RunTiming:
     """
 
     step: float
+    cpu: float
     loss: float
     memory: int
     predicted: list[float]
@@ -57,6 +60,7 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     torch.set_default_dtype(dtype)
     module, loader = module_and_loader(work, dtype, energy_weight=1.0)
     times: list[float] = []
+    cpu_times: list[float] = []
     losses: list[float] = []
     predicted: list[float] = []
     recorded: list[float] = []
@@ -66,11 +70,12 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
             if record and len(times) >= _WARM_UP:
                 trainer.strategy.runner.record_next_step()
             trainer.strategy.barrier()
-            self._began = time.perf_counter()
+            self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             trainer.strategy.barrier()
             times.append(time.perf_counter() - self._began)
+            cpu_times.append(time.process_time() - self._cpu_began)
             losses.append(float(outputs["loss"]))
             if record and len(times) > _WARM_UP:
                 step = trainer.strategy.runner.recorded_step()
@@ -82,7 +87,8 @@ def run_once(work: Work, strategy: dict[str, Any] | None, record: bool = False) 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer.fit(module, loader)
     memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return RunTiming(statistics.median(times[_WARM_UP:]), losses[-1], memory, predicted, recorded)
+    step, cpu = (statistics.median(values[_WARM_UP:]) for values in (times, cpu_times))
+    return RunTiming(step, cpu, losses[-1], memory, predicted, recorded)
 
 
 def module_and_loader(work: Work, dtype: torch.dtype, energy_weight: float) -> tuple[Any, Any]:
@@ -116,11 +122,12 @@ class _Samples(torch.utils.data.Dataset[Any]):
 
 @dataclass(frozen=True)
 class Configuration:
-    """Holds the medians of one configuration over its runs; times in seconds, memory of each rank in bytes."""
+    """Holds the medians of one configuration over its runs; times in seconds, memory and CPU time of each rank."""
 
     name: str
     step: float
     steps: list[float]
+    cpu: list[float]
     memory: list[int]
     loss: float
 
@@ -148,8 +155,10 @@ def time_configurations(
     rows = []
     for name, results in found.items():
         steps = [max(t.step for t in ranks) for ranks in results]
-        memory = [max(ranks[r].memory for ranks in results) for r in range(len(results[0]))]
-        rows.append(Configuration(name, statistics.median(steps), steps, memory, results[-1][0].loss))
+        of_rank = list(zip(*results, strict=True))
+        memory = [max(timing.memory for timing in timings) for timings in of_rank]
+        cpu = [statistics.median(timing.cpu for timing in timings) for timings in of_rank]
+        rows.append(Configuration(name, statistics.median(steps), steps, cpu, memory, results[-1][0].loss))
     return rows
 
 
@@ -157,14 +166,15 @@ def timing_table(rows: list[Configuration]) -> str:
     """Returns a Markdown table; speeds are against the first row."""
     first = rows[0]
     lines = [
-        "| configuration | step, median (s) | range (s) | speed | peak memory per rank (MB) | last loss |",
-        "|---|---|---|---|---|---|",
+        "| configuration | step, median (s) | range (s) | speed | CPU time per rank (s) | peak memory per rank (MB) "
+        "| last loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        memory = ", ".join(f"{m / 1e6:.0f}" for m in row.memory)
+        memory, cpu = ", ".join(f"{m / 1e6:.0f}" for m in row.memory), ", ".join(f"{c:.3f}" for c in row.cpu)
         lines.append(
             f"| {row.name} | {row.step:.3f} | {min(row.steps):.3f} to {max(row.steps):.3f} "
-            f"| {first.step / row.step:.2f} | {memory} | {row.loss:.6g} |"
+            f"| {first.step / row.step:.2f} | {cpu} | {memory} | {row.loss:.6g} |"
         )
     return "\n".join(lines)
 
@@ -176,14 +186,21 @@ def single_process(work: Work, runs: int = 5) -> str:
     )
 
 
-def two_ranks(work: Work, runs: int = 5) -> str:
-    """Times two ranks with each schedule against one rank, with one structure in a micro-batch."""
-    split = {"num_microbatches": work.batch_size}
+def two_ranks(work: Work, runs: int = 5, schedules: list[ScheduleName] | None = None, compile: bool = False) -> str:
+    """Times two ranks with each schedule against one rank, with one structure in a micro-batch.
+
+    Args:
+        work: The work of each configuration.
+        runs: Number of runs of each.
+        schedules: The schedules; by default all that have such phases.
+        compile: Compile all phases before the first step.
+    """
+    split = _split(work, compile)
     return timing_table(
         time_configurations(
             {
                 "one rank": (1, split),
-                **{f"two ranks, {name}": (2, {**split, "schedule": name}) for name in reversed(list(GENERATORS))},
+                **{f"two ranks, {n}": (2, {**split, "schedule": n}) for n in _schedules(schedules, compile)},
             },
             work,
             runs,
@@ -200,14 +217,21 @@ def contention(work: Work, runs: int = 5) -> str:
     )
 
 
-def simulation(work: Work, runs: int = 5) -> str:
-    """Times steps of two ranks against their simulation, which has the phase times of earlier steps of the run."""
+def simulation(work: Work, runs: int = 5, schedules: list[ScheduleName] | None = None, compile: bool = False) -> str:
+    """Times steps of two ranks against their simulation, which has the phase times of earlier steps of the run.
+
+    Args:
+        work: The work of each configuration.
+        runs: Number of runs of each.
+        schedules: The schedules; by default all that have such phases.
+        compile: Compile all phases before the first step.
+    """
     lines = ["| schedule | simulated (s) | recorded, median (s) | difference | range |", "|---|---|---|---|---|"]
-    for name in reversed(list(GENERATORS)):
+    for name in _schedules(schedules, compile):
         predicted, recorded = [], []
         for _ in range(runs):
             with RankPool(2) as pool:
-                strategy = {"num_microbatches": work.batch_size, "schedule": name}
+                strategy = {**_split(work, compile), "schedule": name}
                 timing = pool.run(run_once, work, strategy, True, timeout=1800)[0]
             predicted += timing.predicted
             recorded += timing.recorded
@@ -217,6 +241,17 @@ def simulation(work: Work, runs: int = 5) -> str:
             f"| {statistics.median(errors):+.1f} % | {min(errors):+.1f} to {max(errors):+.1f} % |"
         )
     return "\n".join(lines)
+
+
+def _split(work: Work, compile: bool) -> dict[str, Any]:
+    """Returns the arguments of a strategy with one structure in a micro-batch."""
+    return {"num_microbatches": work.batch_size, "compile": compile}
+
+
+def _schedules(names: list[ScheduleName] | None, compile: bool) -> list[str]:
+    """Returns the schedules to run, by default all that there are for such phases."""
+    usual = [name for name in reversed(list(GENERATORS)) if not (compile and is_unfolded(name))]
+    return usual if names is None else list(names)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def assign_phases(joint: Joint, defer: bool) -> Levels:
     """``(joint, defer) -> levels``: finds the phase in which each operation runs first.
 
     It is the natural one, with two changes. What FE's own results do not need goes to FF: in the last stage no input
-    tells them apart. With ``defer``, what only parameter gradients need leaves BF and BE for WF and WE.
+    tells them apart. With ``defer``, what only parameter gradients need leaves BF and BE for WF and WE. Arithmetic of
+    sizes stays: a number is kept instead of the tensor whose size it is.
 
     Args:
         joint: the joint graph; its levels are found anew.
@@ -164,6 +165,8 @@ def assign_phases(joint: Joint, defer: bool) -> Levels:
     on_path = graphs.closure(node for node, port in joint.wanted if port.kind is not Kind.PARAMETER_GRADIENT)
     later = {Phase.BF: Phase.WF, Phase.BE: Phase.WE}
     for node in graphs.operations(joint.graph):
+        if work_of(node) is KindOfWork.SIZE:
+            continue
         # One of several results of an operation is taken where the operation runs: they are kept one by one.
         needs: Any = node.args[0] if node.target is operator.getitem else node
         if levels[node] is Phase.FE and needs not in of_energy:

@@ -181,13 +181,13 @@ class _Cutter:
     def _found(self, phase: Phase, after: list[Phase], held: set[fx.Node]) -> list[fx.Node]:
         """Returns what is kept after a phase, for the results of all phases after it."""
         needed = {node for (node, _), end in zip(self._wanted, self._ends, strict=True) if end in after}
-        if phase is Phase.WF:
-            # Sums over weights, if any, to which both WF and WE contribute.
-            region = graphs.closure(needed, held | self._free)
-            is_read = {n for n in region for user in n.users if self._levels.get(user) is Phase.WE}
-            return [n for n in self._joint.graph.nodes if n in self._of_weight_force and n in is_read]
         other = self._of_weight_force if phase is Phase.BE else set()
         region = graphs.closure(needed, held | self._free | other)
+        if phase is Phase.WF:  # BE has kept what else WE needs
+            needed = {
+                n for n in region & self._of_weight_force if any(self._levels.get(u) is Phase.WE for u in n.users)
+            }
+            region = graphs.closure(needed, held | self._free)
         by_now = {phase, *BEFORE[phase]}
 
         def is_early(node: fx.Node) -> bool:

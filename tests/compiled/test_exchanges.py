@@ -12,7 +12,7 @@ from typing import Any
 import graph_models as models
 import pytest
 from capture_models import OTHER, TRACED, Potential, Step, Traced, make_batch
-from compiled_models import graphs_of
+from compiled_models import graphs_of, kept_values_of
 from compiled_mutants import zeros_that_are_not_found
 from pools import slow
 
@@ -22,8 +22,9 @@ from lightning_januspipe.compiled import phase_graphs as phases
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.compiler import StageCompiler
 from lightning_januspipe.compiled.exchanges import exchange_order, exchanges_of, first_difference
+from lightning_januspipe.compiled.graphs import placeholders
 from lightning_januspipe.compiled.joint import Joint
-from lightning_januspipe.compiled.kinds_of_work import KindOfWork
+from lightning_januspipe.compiled.kinds_of_work import KindOfWork, work_of
 from lightning_januspipe.compiled.minimum_cut import Activation
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
 from lightning_januspipe.compiled.ports import Kind
@@ -72,10 +73,22 @@ def test_what_is_kept_of_exchanges() -> None:
             assert graphs.phases.held_bytes(phase) < whole.held_bytes(phase)
 
 
+def test_no_tensor_is_kept_for_its_size() -> None:
+    """The number itself is kept, of rows that an exchange brought as of any other."""
+    for joint, activation in product(sharded(Potential)[2], ("keep", "pointwise", "recompute")):
+        graphs = phase_graphs(joint, activation)
+        given = [n for module in graphs.modules.values() for n in placeholders(module.graph)]
+        read = {n.name for n in given if any(work_of(user) is not KindOfWork.SIZE for user in n.users)}
+        kept = kept_values_of([graphs])
+        assert kept and not {name for *_, name in kept} - read
+
+
 @pytest.mark.parametrize(
     ("kind", "num_stages", "activation", "defer", "least"),
     [
         (Potential, 1, "recompute", True, 6),
+        (Potential, 1, "keep", False, 20),
+        slow(Potential, 2, "keep", True, 60),
         slow(Potential, 2, "pointwise", False, 20),
         slow(models.States, 2, "recompute", True, 15),
     ],

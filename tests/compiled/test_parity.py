@@ -59,7 +59,7 @@ class _WithoutStress(Step):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
 def test_reference_potential(num_stages: int, float64: None) -> None:
     """The same of the reference potential."""
     module = _WithoutStress(tiny.module(num_layers=num_stages).potential)

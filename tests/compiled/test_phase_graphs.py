@@ -64,6 +64,10 @@ def test_what_is_kept(joints: list[Joint]) -> None:
             assert held["recompute"] < 0.2 * held["pointwise"] < 0.2 * held["keep"]
         assert not found["recompute"].signatures[Phase.FE].kept, "only the boundary is kept"
         assert all(p.held_bytes(Phase.BE) == 0 for p in found.values())
+        deferred = {a: phase_graphs(joint, a, defer=True).phases for a in ("pointwise", "recompute")}
+        for phase in (Phase.BF, Phase.BE, Phase.WF):
+            held = {a: p.held_bytes(phase) for a, p in deferred.items()}
+            assert held["recompute"] < 0.3 * held["pointwise"], f"after {phase.value}, for WE"
 
 
 def test_parameter_gradients_are_returned_as_soon_as_they_are_complete(joints: list[Joint]) -> None:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -20,6 +21,7 @@ from matris_models import matris
 from torch import Tensor, fx
 from torch._inductor import cpp_builder
 
+from lightning_januspipe.bench.training_steps import RunTiming, run_once
 from lightning_januspipe.capture import ActivationCosts
 from lightning_januspipe.compiled import artifacts, background, compiler
 from lightning_januspipe.compiled.compile_process import CompileResult
@@ -49,6 +51,12 @@ def train_interpreted(*arguments: Any) -> RunRecord:
         record = train_in_pipeline(*arguments)
     assert graphs, "no phase graph was made"
     return record
+
+
+def run_once_interpreted(*arguments: Any) -> RunTiming:
+    """Times steps as ``januspipe bench`` does, with interpreted phase graphs."""
+    with interpreted():
+        return run_once(*arguments)
 
 
 def train_recomputing_within_a_limit(*arguments: Any) -> RunRecord:
@@ -199,30 +207,66 @@ class _Compiling:
         self.ended.append(self)
 
 
-def train_changing_over(*arguments: Any) -> RunRecord:
-    """Trains with stages that are eager first, and compiled after some steps."""
+@dataclass
+class Changes:
+    """Notes how a rank changes over from eager to compiled stages.
+
+    Attributes:
+        after: The steps that ran before.
+        kept: What each of its stages keeps between phases afterwards.
+    """
+
+    after: int = 0
+    kept: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ChangedRecord(RunRecord):
+    """Holds what a training leaves that changed over, and how it did."""
+
+    changes: Changes = field(default_factory=Changes)
+
+
+@contextmanager
+def changing_over() -> Iterator[Changes]:
+    """Has trainings inside begin with eager stages, and change over to interpreted phases after a step or two."""
     _Compiling.ended.clear()
-    kinds: list[str] = []
-    change = Pipeline.change_to_compiled
+    found, num_steps = Changes(), 0
+    change, train_step = Pipeline.change_to_compiled, Pipeline.train_step
+
+    def counted(self: Pipeline, *arguments: Any, **options: Any) -> list[Any]:
+        nonlocal num_steps
+        num_steps += 1
+        return train_step(self, *arguments, **options)
 
     def noted(self: Pipeline) -> str:
-        kinds.extend(type(stage).__name__ for stage in self.executor.stages.values())
+        assert not any(isinstance(stage, CompiledStage) for stage in self.executor.stages.values())
+        assert not found.kept, "it has changed over before"
         words = change(self)
-        kinds.extend(type(stage).__name__ for stage in self.executor.stages.values())
+        found.after = num_steps
+        stages = self.executor.stages.values()
+        found.kept = [stage._phases.activation if isinstance(stage, CompiledStage) else "" for stage in stages]
         return words
 
     with (
         interpreted() as graphs,
         mock.patch.object(change_over, "BackgroundCompile", _Compiling),
         mock.patch.object(Pipeline, "change_to_compiled", noted),
+        mock.patch.object(Pipeline, "train_step", counted),
         mock.patch.object(training_length, "LEAST_RATIO", 0.0),
     ):
-        record = train_in_pipeline(*arguments)
-    num = len(kinds) // 2
-    assert num and "CompiledStage" not in kinds[:num] and kinds[num:] == ["CompiledStage"] * num, kinds
-    assert graphs and not record.eager
+        yield found
+    assert graphs and found.kept and all(found.kept), f"the stages keep {found.kept} after {found.after} steps"
+    assert 0 < found.after < num_steps, "no step was eager, or none compiled"
     assert _Compiling.ended or int(os.environ["RANK"]), "what compiles was not ended"
-    return record
+
+
+def train_changing_over(*arguments: Any) -> ChangedRecord:
+    """Trains with stages that are eager first, and compiled after some steps."""
+    with changing_over() as changes:
+        record = train_in_pipeline(*arguments)
+    assert not record.eager
+    return ChangedRecord(**vars(record), changes=changes)
 
 
 def eager_microbatches(agrees: bool, *arguments: Any) -> int:

@@ -27,7 +27,7 @@ def check_parity(
     tolerance: float = 1e-9,
     limit: float = 300.0,
     **strategy: Any,
-) -> None:
+) -> list[Any]:
     """Trains in a pipeline, and compares losses, gradients and parameters with those of one process.
 
     Args:
@@ -42,6 +42,9 @@ def check_parity(
         tolerance: The largest difference, relative to the largest entry.
         limit: Seconds after which the ranks are killed.
         strategy: Arguments of the strategy.
+
+    Returns:
+        What ``train`` returned, by rank.
     """
     more = (steps, trainer or {})
     ranks = pool.run(train, module, data, strategy, *more, world_size=devices, timeout=limit)
@@ -54,3 +57,4 @@ def check_parity(
     if key not in _REFERENCES:
         (_REFERENCES[key],) = pool.run(train_reference, *given, world_size=1)
     compare_records(_REFERENCES[key], ranks, tolerance)
+    return ranks
