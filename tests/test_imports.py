@@ -30,8 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"checkpoint", "experts", "keys"},
     "deploy": {"__init__", "calculator", "checkpoint", "compiled", "keys", "models"},
     "runtime": {
-        *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "expert_ranks", "graph", "mesh"),
-        *("random_state", "schedule"),
+        *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "expert_ranks", "experts", "graph"),
+        *("mesh", "random_state", "schedule"),
     },
     "strategy": {
         *("capture", "checkpoint", "compiled", "distributed", "engine", "errors", "graph", "loader", "mesh"),

@@ -15,6 +15,7 @@ from lightning_januspipe.bench.compiled import compiled
 from lightning_januspipe.bench.datasets import datasets
 from lightning_januspipe.bench.emulate.schedules import emulate_schedules
 from lightning_januspipe.bench.emulate.sharded_steps import emulate_sharded
+from lightning_januspipe.bench.expert_steps import expert_placements
 from lightning_januspipe.bench.experts import expert_loads
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.janus import predicted_steps
@@ -95,6 +96,9 @@ def main(args: Sequence[str]) -> None:
     experts = CommandParser(description="Counts how evenly experts load ranks, with and without placement by load.")
     experts.add_function_arguments(expert_loads)
     commands.add_subcommand("experts", experts, help=experts.description)
+    placements = CommandParser(description="Times steps with experts on 2 and 4 ranks, as planned and as they are.")
+    placements.add_function_arguments(expert_placements)
+    commands.add_subcommand("placements", placements, help=placements.description)
     exchanges = CommandParser(description="Measures errors of gradients with rounded rows between ranks.")
     exchanges.add_function_arguments(exchange_errors)
     commands.add_subcommand("exchanges", exchanges, help=exchanges.description)
@@ -116,6 +120,8 @@ def main(args: Sequence[str]) -> None:
             text = parameter_uses(**values)
         elif given.name == "experts":
             text = expert_loads(**values)
+        elif given.name == "placements":
+            text = expert_placements(**values)
         elif given.name == "exchanges":
             text = exchange_errors(**values)
         elif given.name == "janus":

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
+from lightning_januspipe.expert_ranks.expert_costs import DECLARED
 from lightning_januspipe.expert_ranks.expert_placement import (
     ExpertPlacement,
     Guests,
     best_guests,
     rows_of_ranks,
 )
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 _METALS = {"rocksalt": ("Mg", "Ca", "Ti", "Mn", "Fe", "Ni"), "fluorite": ("Zr", "Ce", "Hf", "U")}
 _CONSTANTS = {"rocksalt": 4.4, "fluorite": 5.2}
@@ -36,7 +40,7 @@ def expert_loads(
     """
     from lightning_januspipe.models.matris_moe import ELEMENTS, SIZES
 
-    structures = _structures()
+    structures = [[_described(atoms) for atoms in kind] for kind in mixture_of_structures()]
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     batches = [
         [draw.choice(structures[draw.random() < share_of_oxides]) for _ in range(batch_size * num_replicas)]
@@ -75,7 +79,7 @@ def _imbalance(
         if placement != "order":
             placed.see(load, has_guests)
         rows = max(rows_of_ranks(load, placed.order, num_ranks))
-        found = best_guests(load, placed.order, num_ranks) if has_guests else Guests((), rows)
+        found = best_guests(load, placed.order, num_ranks, DECLARED.guest) if has_guests else Guests((), rows)
         largest.append(found.slowest * num_ranks / max(sum(load), 1))
         num_guests.append(len(found.guests))
     return float(np.mean(largest)), placed.num_moves, float(np.mean(num_guests))
@@ -98,22 +102,27 @@ def _rows_of_elements(batch: Sequence[Any], elements: Sequence[str]) -> np.ndarr
     return found
 
 
-def _structures() -> tuple[list[Any], list[Any]]:
-    """Returns molecules (the G2 set of ASE) and oxides, each as atomic numbers and numbers of neighbours within 6 Å."""
+def mixture_of_structures(repeat: int = 2) -> tuple[list[Atoms], list[Atoms]]:
+    """Returns molecules (the G2 set of ASE without single atoms), and oxides with two structures.
+
+    Args:
+        repeat: Cubic cells of an oxide along two axes.
+    """
     from ase.build import bulk
     from ase.collections import g2
 
-    from lightning_januspipe.data.neighbors import neighbor_list
-
     oxides = [
-        bulk(f"{metal}O" if kind == "rocksalt" else f"{metal}O2", kind, a=_CONSTANTS[kind], cubic=True) * (2, 2, 1)
+        bulk(f"{metal}O" if kind == "rocksalt" else f"{metal}O2", kind, a=_CONSTANTS[kind], cubic=True)
+        * (repeat, repeat, 1)
         for kind, metals in _METALS.items()
         for metal in metals
     ]
-    molecules = [g2[name] for name in g2.names]
+    return [atoms for name in g2.names if len(atoms := g2[name]) > 1], oxides
 
-    def described(atoms: Any) -> tuple[Any, Any]:
-        edges = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 6.0)[0]
-        return atoms.numbers, np.bincount(edges[1], minlength=len(atoms))
 
-    return [described(a) for a in molecules if len(a) > 1], [described(a) for a in oxides]
+def _described(atoms: Atoms) -> tuple[Any, Any]:
+    """Returns atomic numbers, and numbers of neighbours within 6 Å."""
+    from lightning_januspipe.data.neighbors import neighbor_list
+
+    edges = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 6.0)[0]
+    return atoms.numbers, np.bincount(edges[1], minlength=len(atoms))

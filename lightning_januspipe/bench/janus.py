@@ -40,6 +40,7 @@ def predicted_steps(
     unit_bandwidth: float = 3e11,
     network_bandwidth: float = 4e10,
     exchange_bytes: int = _FLOAT,
+    measure: bool = False,
 ) -> str:
     """Predicts memory and step time of MatRIS-MoE S, M and L on 8 to 1,024 GPUs.
 
@@ -55,10 +56,15 @@ def predicted_steps(
         unit_bandwidth: Bytes that a GPU sends in a second to others of its unit.
         network_bandwidth: Bytes that a GPU sends in a second to other units.
         exchange_bytes: Bytes of each number of the rows that travel; 2 would be half precision.
+        measure: Whether operations are measured on this machine, on its first GPU if it has one, instead.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    operations = _measured_operations(device) if measure else operations
+    how = f"measured on {device.type}" if measure else "declared"
     lines = [
-        f"{atoms} atoms with {edges} neighbours on each GPU; units of {ranks_of_a_unit}; declared: {operations:.3g} "
-        f"operations, {unit_bandwidth:.3g} B in a unit and {network_bandwidth:.3g} B between units in a second",
+        f"{atoms} atoms with {edges} neighbours on each GPU; units of {ranks_of_a_unit}; {how}: {operations:.3g} "
+        f"operations in a second; declared: {unit_bandwidth:.3g} B in a unit and {network_bandwidth:.3g} B between "
+        "units in a second",
         "",
         "| size | GPUs | GB between steps | GB in a step | products, s | rows, s | state, s | step, s |",
         "|---|---|---|---|---|---|---|---|",
@@ -78,6 +84,17 @@ def predicted_steps(
             words = " | ".join(f"{t:.3g}" for t in times)
             lines.append(f"| {size} | {gpus:,} | {between / 1e9:.3g} | {during / 1e9:.3g} | {words} |")
     return "\n".join(lines)
+
+
+def _measured_operations(device: torch.device, num_experts: int = 3, num_rows: int = 2048) -> float:
+    """Returns how many additions and multiplications experts of the width of S do in a second, in the four phases."""
+    from lightning_januspipe.models.matris_moe import SIZES
+    from lightning_januspipe.runtime.expert_times import seconds_of_row
+
+    width = SIZES["S"]["expert_features"]
+    shapes = [(128, width), (128, width), (width, 128)]
+    weights = [torch.rand(num_experts, *shape, device=device) for shape in shapes]
+    return 2 * PRODUCTS * sum(w[0].numel() for w in weights) / seconds_of_row(weights, num_rows, device)
 
 
 def _count(size: Any, edges: int) -> _Counted:

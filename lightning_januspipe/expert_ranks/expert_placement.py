@@ -12,20 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lightning_januspipe.expert_ranks.expert_costs import DECLARED, ExpertCosts, RowCost
 from lightning_januspipe.expert_ranks.row_exchange import bounds_of
-
-ROWS_PER_MOVE = 100
-"""How many rows cost as much as moving one expert.
-
-With Adam's state an expert is sent as 12 bytes for each of its numbers in float32, and a row takes about 12 operations
-for each number in the four phases. So this is the number of operations that a device does while it sends a byte.
-"""
-
-ROWS_PER_GUEST = ROWS_PER_MOVE * 8 // 12
-"""How many rows cost as much as one guest: a copy of an expert for one step.
-
-Its parameters come, and their gradients go back, as 8 bytes for each of its numbers in float32.
-"""
 
 
 def rows_of_ranks(load: Sequence[int], order: Sequence[int], num_ranks: int) -> list[int]:
@@ -97,13 +85,12 @@ class Guests:
     guests: tuple[Guest, ...]
     slowest: int
 
-    @property
-    def cost(self) -> int:
+    def cost(self, guest: RowCost) -> int:
         """Returns the rows of the rank with the most, and the rows that cost as much as all copies."""
-        return self.slowest + ROWS_PER_GUEST * len(self.guests)
+        return self.slowest + guest.of(len(self.guests))
 
 
-def best_guests(load: Sequence[int], order: Sequence[int], num_ranks: int) -> Guests:
+def best_guests(load: Sequence[int], order: Sequence[int], num_ranks: int, guest: RowCost) -> Guests:
     """Returns the guests with which a step costs least; none where a copy costs more than the rows that it saves.
 
     One by one, the rank with the most rows shares its largest expert with the rank with the fewest, up to the mean of
@@ -113,6 +100,7 @@ def best_guests(load: Sequence[int], order: Sequence[int], num_ranks: int) -> Gu
         load: (K,) rows of each expert in the step.
         order: (K,) experts in the order in which ranks hold them.
         num_ranks: X.
+        guest: what guests cost.
     """
     bounds, left = bounds_of(len(order), num_ranks), list(load)
     rows, share = rows_of_ranks(load, order, num_ranks), -(-sum(load) // num_ranks)
@@ -126,7 +114,7 @@ def best_guests(load: Sequence[int], order: Sequence[int], num_ranks: int) -> Gu
         left[expert] -= given
         rows[busiest] -= given
         rows[idlest] += given
-        best = min(best, Guests(tuple(guests), max(rows)), key=lambda found: found.cost)
+        best = min(best, Guests(tuple(guests), max(rows)), key=lambda found: found.cost(guest))
     return best
 
 
@@ -139,13 +127,16 @@ class ExpertPlacement:
     Args:
         num_experts: K.
         num_ranks: X.
+        costs: What moves and guests cost, the same on all ranks.
 
     Attributes:
+        costs: See above; other ones count from the next step on.
         order: (K,) experts in the order in which ranks hold them.
         num_moves: experts that have moved so far.
     """
 
-    def __init__(self, num_experts: int, num_ranks: int) -> None:
+    def __init__(self, num_experts: int, num_ranks: int, costs: ExpertCosts = DECLARED) -> None:
+        self.costs = costs
         self.order, self.num_moves = list(range(num_experts)), 0
         self._num_ranks = num_ranks
         self._lost = 0
@@ -163,7 +154,7 @@ class ExpertPlacement:
         moved = num_moved(self.order, best, self._num_ranks)
         present, better = (self._cost(load, order, has_guests) for order in (self.order, best))
         self._lost += max(0, present - better)
-        if not moved or self._lost < ROWS_PER_MOVE * moved:
+        if not moved or self._lost < self.costs.move.of(moved):
             return False
         self.order, self._lost = best, 0
         self._seen = list(load)
@@ -172,5 +163,5 @@ class ExpertPlacement:
 
     def _cost(self, load: Sequence[int], order: Sequence[int], has_guests: bool) -> int:
         if has_guests:
-            return best_guests(load, order, self._num_ranks).cost
+            return best_guests(load, order, self._num_ranks, self.costs.guest).cost(self.costs.guest)
         return max(rows_of_ranks(load, order, self._num_ranks))

@@ -15,6 +15,7 @@ from lightning_januspipe.capture.trace.row_types import looked_up_by
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.specs import MicrobatchInput
 from lightning_januspipe.errors import PipelineError
+from lightning_januspipe.expert_ranks.expert_costs import ExpertCosts
 from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement, Guests, best_guests
 from lightning_januspipe.expert_ranks.held_experts import HeldExperts
 from lightning_januspipe.expert_ranks.insert_row_exchanges import Mixture, num_rows_of, spread_experts
@@ -66,6 +67,8 @@ class ExpertAxis:
             experts where they are.
         copy_guests: copies the entries of weights that each rank holds beside its own ones during a step; None to let
             each expert be on one rank.
+        measure: measures what moves and guests cost, from the own entries of the weights of each mixture and the number
+            of its rows; None for costs that are declared.
 
     Raises:
         CaptureError: the experts cannot be spread.
@@ -102,11 +105,18 @@ class ExpertAxis:
         self._mixture_of = {site: m for m in mixtures for site in m.sites}
         self.move: Callable[[Mapping[nn.Parameter, Sequence[int]]], None] | None = None
         self.copy_guests: Callable[[Mapping[nn.Parameter, Sequence[Sequence[int]]]], None] | None = None
+        self.measure: Callable[[Sequence[Sequence[Tensor]], Sequence[int]], Sequence[ExpertCosts]] | None = None
+        self._num_steps = 0  # those in which experts may have moved
 
     @property
     def potential(self) -> PotentialWithExperts:
         """Returns the potential whose stages exchange rows."""
         return self._spread.potential
+
+    @property
+    def placements(self) -> list[ExpertPlacement]:
+        """Returns what decides where the experts of each mixture of this rank's stages are."""
+        return list(self._placements.values())
 
     def plan(
         self, inputs: Sequence[MicrobatchInput], may_move: bool = False, may_have_guests: bool = False
@@ -127,9 +137,10 @@ class ExpertAxis:
             found = [self._experts(given.tensors) for given in inputs]
         experts, types = [f[: len(sizes)] for f in found], [f[len(sizes) :] for f in found]
         counts = self._gathered(experts, sizes)
-        if may_move and self.move is not None:
+        knows_costs = self._knows_costs(counts, may_move)
+        if may_move and knows_costs and self.move is not None:
             self._place(counts.to(self._experts_device(experts)), self.move)
-        held = self._held(counts, self.copy_guests if may_have_guests else None)
+        held = self._held(counts, self.copy_guests if may_have_guests and knows_costs else None)
         self._exchanges = []
         planned = []
         for microbatch, (given, of_sites) in enumerate(zip(inputs, experts, strict=True)):
@@ -149,6 +160,27 @@ class ExpertAxis:
         if self._of_stage is not None:
             self._tell_sizes(planned)
         return planned
+
+    def _knows_costs(self, counts: Tensor, may_move: bool) -> bool:
+        """Returns whether it is known what moves and guests cost.
+
+        That is measured before the second step in which experts may move: the first one warms up, and makes the state
+        of the optimizer.
+
+        Args:
+            counts: (X, micro-batches, sites, experts) rows of each rank of the group.
+            may_move: whether experts may move before the step.
+        """
+        if self.measure is None:
+            return True
+        if may_move and self._num_steps == 1 and self._placements:
+            loads, num = self._loads(counts.sum((0, 1))), self._ranks.size * max(counts.shape[1], 1)
+            rows = [sum(loads[mixture]) // num for mixture in self._placements]
+            costs = self.measure([self._weights[mixture] for mixture in self._placements], rows)
+            for placement, of_mixture in zip(self._placements.values(), costs, strict=True):
+                placement.costs = of_mixture
+        self._num_steps += may_move
+        return self._num_steps > 1
 
     def _place(self, counts: Tensor, move: Callable[[Mapping[nn.Parameter, Sequence[int]]], None]) -> None:
         """Moves experts to other ranks where it pays, by the rows of this step and of those before.
@@ -183,7 +215,7 @@ class ExpertAxis:
         guests: dict[nn.Parameter, list[list[int]]] = {}
         for mixture, placement in self._placements.items():
             load, order = loads[mixture], placement.order
-            found = Guests((), 0) if copy is None else best_guests(load, order, num_ranks)
+            found = Guests((), 0) if copy is None else best_guests(load, order, num_ranks, placement.costs.guest)
             held[mixture] = HeldExperts(order, num_ranks, load, found.guests)
             if found.guests:
                 guests |= dict.fromkeys(self._weights[mixture], held[mixture].guests)

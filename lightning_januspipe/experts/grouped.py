@@ -25,27 +25,57 @@ def grouped_linear(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
             ``nn.Linear`` has its weight the other way round, (O, I); give ``linear.weight.T``.
         group: (R,) integers from 0 to K - 1, the group of each row; sorted ones are fastest.
 
+    Under autocast rows of float32 are cast to its type, as for ``nn.Linear``, and matrices to the type of the rows.
+
     Returns:
         (R, ..., O); a group may have any number of rows, also none.
 
     Raises:
-        ValueError: The shapes do not fit each other.
+        ValueError: The shapes or types do not fit each other.
     """
     if x.dim() < 2 or weight.dim() != 3 or group.dim() != 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x of shape {tuple(x.shape)}, weight of shape {tuple(weight.shape)}, group of shape {tuple(group.shape)}; "
             "expected (R, ..., I), (K, I, O) and (R,)"
         )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x
+    elif x.dtype != weight.dtype:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; expected the same type for both outside autocast")
     result: Tensor = torch.ops.januspipe.grouped_linear(x, weight, group)
     return result
 
 
+_GROUPED_MM: Any = getattr(torch.nn.functional, "grouped_mm", None)  # of newer versions of torch
+
+
+def _fits_grouped_mm(*operands: Tensor) -> bool:
+    """Returns whether torch's own product by groups takes operands.
+
+    It is used where it was measured to be faster than a loop, and gave the same numbers: on the CPU, in single and half
+    precision. It refuses float64, and strides that are not multiples of 16 bytes.
+    """
+    return _GROUPED_MM is not None and all(
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype == operands[0].dtype
+        and x.numel() > 0
+        and (x.is_contiguous() or (x.dim() == 3 and x.mT.is_contiguous()))
+        and all(size * x.element_size() % 16 == 0 for size in x.shape[1:])
+        for x in operands
+    )
+
+
 @torch.library.custom_op("januspipe::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    order, parts = _groups(group, weight.shape[0])
-    rows = x if order is None else x.index_select(0, order)
-    products = [part @ matrix for part, matrix in zip(rows.split(parts), weight, strict=True)]
-    return _restored(torch.cat(products), order)
+    """Multiplies rows by the matrices of their groups, in the type of the rows."""
+    order, counts = _groups(group, weight.shape[0])
+    rows, weight = x if order is None else x.index_select(0, order), weight.to(x.dtype)
+    if x.dim() == 2 and _fits_grouped_mm(rows, weight):
+        products = _GROUPED_MM(rows, weight, offs=counts.cumsum(0, dtype=torch.int32))
+    else:
+        products = torch.cat([part @ matrix for part, matrix in zip(rows.split(counts.tolist()), weight, strict=True)])
+    return _restored(products, order)
 
 
 @_grouped_linear.register_fake
@@ -55,20 +85,25 @@ def _(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
 
 @torch.library.custom_op("januspipe::grouped_outer", mutates_args=())
 def _grouped_outer(a: Tensor, b: Tensor, group: Tensor, like: Tensor) -> Tensor:
-    """Sums the outer products of the rows of each group: (R, ..., I) and (R, ..., O) to (K, I, O)."""
-    order, parts = _groups(group, like.shape[0])
-    a, b = ((t if order is None else t.index_select(0, order)).split(parts) for t in (a, b))
-    return torch.stack([x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1]) for x, y in zip(a, b, strict=True)])
+    """Sums the outer products of the rows of each group, (R, ..., I) and (R, ..., O) to (K, I, O), in a type like."""
+    order, counts = _groups(group, like.shape[0])
+    a, b = (t if order is None else t.index_select(0, order) for t in (a, b))
+    if a.dim() == 2 and _fits_grouped_mm(a, b):
+        sums = _GROUPED_MM(a.T, b, offs=counts.cumsum(0, dtype=torch.int32))
+    else:
+        parts = zip(*(t.split(counts.tolist()) for t in (a, b)), strict=True)
+        sums = torch.stack([x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1]) for x, y in parts])
+    return sums.to(like.dtype)
 
 
 @_grouped_outer.register_fake
 def _(a: Tensor, b: Tensor, group: Tensor, like: Tensor) -> Tensor:
-    return a.new_empty([like.shape[0], a.shape[-1], b.shape[-1]])
+    return like.new_empty([like.shape[0], a.shape[-1], b.shape[-1]])
 
 
-def _groups(group: Tensor, num: int) -> tuple[Tensor | None, list[int]]:
+def _groups(group: Tensor, num: int) -> tuple[Tensor | None, Tensor]:
     """Returns an order with the rows of each group together (None for the given order), and their numbers."""
-    counts: list[int] = torch.bincount(group, minlength=num).tolist()
+    counts = torch.bincount(group, minlength=num)
     if len(counts) > num:
         raise ValueError(f"a row is of group {len(counts) - 1}, but there are {num} matrices, from 0 to {num - 1}")
     is_sorted = bool((group[1:] >= group[:-1]).all())
@@ -87,7 +122,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, group = ctx.saved_tensors
     to_rows, to_weight = ctx.needs_input_grad[:2]
     return (
-        grouped_linear(gradient, weight.transpose(1, 2), group) if to_rows else None,
+        _grouped_linear(gradient, weight.transpose(1, 2), group) if to_rows else None,
         torch.ops.januspipe.grouped_outer(x, gradient, group, weight) if to_weight else None,
         None,
     )
@@ -97,8 +132,8 @@ def _outer_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     a, b, group, _ = ctx.saved_tensors
     to_a, to_b = ctx.needs_input_grad[:2]
     return (
-        grouped_linear(b, gradient.transpose(1, 2), group) if to_a else None,
-        grouped_linear(a, gradient, group) if to_b else None,
+        _grouped_linear(b, gradient.transpose(1, 2), group) if to_a else None,
+        _grouped_linear(a, gradient, group) if to_b else None,
         None,
         None,
     )

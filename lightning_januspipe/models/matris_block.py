@@ -105,13 +105,13 @@ class SmoothAttention(nn.Module):
         products = self.query(receivers)[index] * self.key(messages)
         logits = products.unflatten(1, (self.num_heads, -1)).sum(-1) / heads.shape[-1] ** 0.5
         # All terms are divided by exp(largest), on which the shares do not depend; so it needs no derivative.
-        largest = torch.zeros_like(receivers[:, : self.num_heads]).scatter_reduce(
+        largest = torch.zeros_like(receivers[:, : self.num_heads], dtype=logits.dtype).scatter_reduce(
             0, index[:, None].expand(-1, self.num_heads), logits.detach(), "amax"
         )
         powers = weight[:, None] * (logits - largest[index]).exp()
-        total = (-largest).exp() + torch.zeros_like(largest).index_add(0, index, powers)
+        total = (-largest).exp() + torch.zeros_like(largest, dtype=powers.dtype).index_add(0, index, powers)
         shared = (heads * (powers / total[index])[:, :, None]).flatten(1)
-        return self.out(torch.zeros_like(receivers).index_add(0, index, shared))
+        return self.out(torch.zeros_like(receivers, dtype=shared.dtype).index_add(0, index, shared))
 
 
 class MatRISBlock(nn.Module):

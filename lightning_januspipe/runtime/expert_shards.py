@@ -62,6 +62,12 @@ class ExpertShards:
     def __contains__(self, parameter: object) -> bool:
         return parameter in self._bounds
 
+    @property
+    def num_states(self) -> int:
+        """Returns how many numbers optimizers keep for each number of a parameter, at most."""
+        states = [state.values() for optimizer in self.optimizers for state in optimizer.state.values()]
+        return max((sum(isinstance(v, Tensor) and v.dim() > 0 for v in values) for values in states), default=0)
+
     def keep_own(self) -> None:
         """Frees the entries of other ranks' experts; gradients that wait for the next micro-batches come back."""
         if not self.are_whole:

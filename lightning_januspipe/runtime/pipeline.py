@@ -37,6 +37,7 @@ from lightning_januspipe.runtime.agreed_schedules import AgreedSchedules
 from lightning_januspipe.runtime.batch_checks import BatchChecks
 from lightning_januspipe.runtime.captured_attributes import CapturedAttributes
 from lightning_januspipe.runtime.expert_shards import ExpertShards
+from lightning_januspipe.runtime.expert_times import expert_costs
 from lightning_januspipe.runtime.fingerprint import require_same_batches
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.planner import Planner
@@ -308,6 +309,7 @@ class Pipeline(Runner):
         self.parameters.experts = shards = ExpertShards(axis.parameters, mesh)
         if options.placement != "order":
             axis.move = shards.place
+            axis.measure = lambda mixtures, rows: expert_costs(mixtures, rows, shards.num_states, mesh)
         if has_guests:
             axis.copy_guests = shards.copy_guests
         return axis

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_januspipe.bench.janus import EXCHANGES, PRODUCTS, _count
+from lightning_januspipe.bench.janus import EXCHANGES, PRODUCTS, _count, _measured_operations
 from lightning_januspipe.expert_ranks import bounds_of, plan_rows, return_rows, row_exchange, send_rows
 from lightning_januspipe.experts import grouped_linear
+from lightning_januspipe.models import matris_moe
+from lightning_januspipe.runtime import expert_times
 
 
 def test_products_and_exchanges_of_the_four_phases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +62,10 @@ def test_what_one_size_has() -> None:
     assert counted.experts == 2 * 4 * (of_messages + of_updates)
     assert counted.products == 2 * 2 * (10 * of_messages + of_updates)
     assert counted.sent == 2 * 2 * (10 * (48 + 16) + 32 + 16)
+
+
+def test_operations_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose six products take a second for each of the three matrices of an expert."""
+    monkeypatch.setattr(expert_times, "_seconds", lambda run, _: float(run.args[1]))
+    monkeypatch.setitem(matris_moe.SIZES, "S", {"expert_features": 2})
+    assert _measured_operations(torch.device("cpu")) == pytest.approx(12 * 3 * 128 * 2)

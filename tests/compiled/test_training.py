@@ -19,6 +19,7 @@ from compiled_workers import (
     train_changing_over_when_compiled,
     train_compiled,
     train_compiled_with_deferred_gradients,
+    train_compiled_with_guests,
     train_interpreted,
     train_interpreted_moving,
     train_interpreted_with_guests,
@@ -254,6 +255,23 @@ def test_rounded_rows_are_those_of_eager_phases(
 def test_inductor_compiles_exchanges_of_rows_of_experts(pool: RankPool) -> None:
     more = {"compile": True, "pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "expert_size": 2}
     check_parity(pool, 2, module=partial(experts, 1), data=graph_models.Data, train=train_compiled, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_inductor_compiles_stages_with_guests_and_rounded_rows(pool: RankPool) -> None:
+    more: dict[str, Any] = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "expert_size": 2}
+    module, data = partial(experts, 1, num_layers=1), graph_models.Data
+    given = {**more, "compile": True, "expert_placement": "replicate"}
+    check_parity(pool, 2, data, module, train=train_compiled_with_guests, limit=1100, **given)
+    rounded = {**given, "exchange_dtype": "fp16"}
+    eager = {**rounded, "compile": False}
+    (expected, *_) = pool.run(train_with_guests, module, data, eager, 1, {}, world_size=2)
+    found = pool.run(train_compiled_with_guests, module, data, rounded, 1, {}, world_size=2, timeout=1100)
+    compare_records(expected, found, 1e-3)  # a sum whose last digit differs may be rounded to the next number
+    (exact, *_) = pool.run(train_in_pipeline, module, data, more, 1, {}, world_size=2)
+    with pytest.raises(AssertionError, match="differs by|instead of"):
+        compare_records(exact, found, 1e-7)
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from lightning_januspipe.experts import grouped_linear
+from lightning_januspipe.experts import grouped, grouped_linear
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1, 3, 3, 3], [3, 0, 1, 3, 0, 3], []])
@@ -30,3 +33,52 @@ def test_shapes_and_groups_that_do_not_fit() -> None:
         grouped_linear(x, weights.transpose(1, 2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="a row is of group 4, but there are 4 matrices"):
         grouped_linear(x, weights, torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_linear_maps(dtype: torch.dtype) -> None:
+    """Second derivatives too: rows are in half precision, and gradients of matrices in float32."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, requires_grad=True)
+    weights = torch.randn(4, 5, 3, requires_grad=True)  # as those of nn.Linear
+    index = torch.tensor([0, 0, 1, 3, 3, 3])
+
+    def gradients(forward: Callable[[], Tensor]) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=dtype):
+            out = forward()
+            assert out.dtype == dtype
+            (force,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(force.square().sum(), [x, weights]))
+
+    expected = gradients(lambda: torch.cat([nn.functional.linear(x[i, None], weights[b]) for i, b in enumerate(index)]))
+    found = gradients(lambda: grouped_linear(x, weights.transpose(1, 2), index))
+    assert [g.dtype for g in found] == [torch.float32] * 2
+    for ours, others in zip(found, expected, strict=True):
+        assert (ours - others).norm() < 4 * torch.finfo(dtype).eps * others.norm()
+    with pytest.raises(ValueError, match="expected the same type for both outside autocast"):
+        grouped_linear(x.to(dtype), weights.transpose(1, 2), index)
+
+
+@pytest.mark.parametrize("index", [[0, 0, 1, 3, 3, 3], [3, 0, 1, 3, 0, 3], [2] * 6])
+def test_products_of_torch_are_those_of_the_loop(index: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(6, 4), torch.randn(4, 4, 8)
+    products = grouped._GROUPED_MM
+    calls: list[int] = []
+
+    def counted(*operands: Tensor, offs: Tensor) -> Tensor:
+        calls.append(len(operands))
+        result: Tensor = products(*operands, offs=offs)
+        return result
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        rows, matrices = (t.to(dtype, copy=True).requires_grad_() for t in (x, weights))
+        energy = grouped_linear(rows, matrices, torch.tensor(index)).square().sum()
+        (force,) = torch.autograd.grad(energy, rows, create_graph=True)
+        return [force.detach(), *torch.autograd.grad(force.square().sum(), [rows, matrices])]
+
+    monkeypatch.setattr(grouped, "_GROUPED_MM", products and counted)
+    found, expected = gradients(torch.float32), gradients(torch.float64)
+    assert bool(calls) == (products is not None)
+    for ours, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, others.float(), rtol=1e-5, atol=1e-4)

@@ -161,6 +161,22 @@ def test_a_step_in_the_envelope_is_noticed(monkeypatch) -> None:
 
 
 @double
+def test_mixed_precision() -> None:
+    """The gradient of a loss of forces is near that without rounding."""
+    potential = make().float().train()
+    batch = {name: t.float() if t.is_floating_point() else t for name, t in batch_of([cluster()]).items()}
+
+    def gradient(is_mixed: bool) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_mixed):
+            loss = potential(batch)[keys.FORCES].float().square().sum()
+        found = torch.autograd.grad(loss, list(potential.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    expected, found = gradient(False), gradient(True)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
+
+
+@double
 def test_tasks_charges_and_spins_have_energies_of_their_own() -> None:
     potential = make(tasks=["first", "second"])
     batch = batch_of([cluster()] * 4)

@@ -28,6 +28,8 @@ from lightning_januspipe.testing import (
     train_reference,
 )
 
+pytestmark = pytest.mark.timeout(1200)  # several trainings, each with a limit of its own
+
 SPREAD = {"expert_size": 2}
 REPLICAS = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2}
 GRAPH = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2}
@@ -161,7 +163,6 @@ def test_matris_moe(pool: RankPool, devices: int, mesh: dict[str, Any]) -> None:
     check_parity(pool, devices, module=workers.matris, **mesh, **SPREAD)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("level", [slow("none"), slow("parameters")])
 def test_three_dimensions(level: str) -> None:
     with pool_of(8) as pool:
@@ -231,7 +232,6 @@ def test_experts_with_many_rows_are_on_several_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_experts_on_several_ranks_in_three_dimensions() -> None:
     with pool_of(8) as pool:
         mesh = {"pipeline_size": 2, "data_size": 2, "graph_size": 2, "num_microbatches": 2, "expert_size": 4}
@@ -348,6 +348,10 @@ PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
     "on several ranks": ({**REPLICAS, **SPREAD, "num_microbatches": 1, "expert_placement": "replicate"}, 2),
     "owners share state": ({**COPIES, "shard": "optimizer"}, 4),
     "owners share state and move": ({**COPIES, "shard": "optimizer", "expert_placement": "load"}, 4),
+    "four owners, folder": (
+        {"pipeline_size": 1, "data_size": 4, "expert_size": 4, "save_distributed_checkpoint": True},
+        4,
+    ),
     "stages and replicas": ({**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1}, 4),
     "stages and replicas, folder": (
         {**STAGES_AND_REPLICAS, **SPREAD, "num_microbatches": 1, "save_distributed_checkpoint": True},
@@ -381,6 +385,7 @@ def _train(place: str) -> Any:
         slow("plain", "placed by load"),
         slow("on several ranks", "stages and replicas"),
         slow("parameters in shards, folder", "stages and replicas"),
+        slow("four owners, folder", "owners share state"),
     ],
 )
 def test_goes_on_from_a_checkpoint(

@@ -186,7 +186,8 @@ def _train(
     chosen = [CALLBACKS[name](folder) for name in callbacks]
     chosen += [Stop(*stop)] if stop else []
     num_replicas = 1 if strategy is None else strategy.get("data_size", 1)
-    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60, "shard": "none", **(strategy or {})}
+    # No rank waits that long in vain: one that has failed closes its connections.
+    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 300, "shard": "none", **(strategy or {})}
     residents = Residents()
     lightning.seed_everything(1, verbose=False)
     trainer = quiet_trainer(

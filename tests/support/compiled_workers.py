@@ -107,6 +107,12 @@ def train_compiled(*arguments: Any) -> RunRecord:
     return record
 
 
+def train_compiled_with_guests(*arguments: Any) -> RunRecord:
+    """Trains with phases that inductor compiles, and with experts that are on several ranks in every step."""
+    with having_guests(moves=False):
+        return train_compiled(*arguments)
+
+
 def fit_then_evaluate(strategy: dict[str, Any]) -> dict[str, Any]:
     """Trains a MatRIS-MoE on two replicas, with validation, and tests it; phases are interpreted, if compiled."""
     with interpreted():

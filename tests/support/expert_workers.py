@@ -24,26 +24,23 @@ from lightning_januspipe import JanusPipeStrategy
 from lightning_januspipe.expert_ranks import (
     RowExchange,
     bounds_of,
-    expert_placement,
     plan_rows,
     return_rows,
     row_exchange,
     send_rows,
     step_plans,
 )
-from lightning_januspipe.expert_ranks.expert_placement import (
-    ExpertPlacement,
-    Guest,
-    Guests,
-    best_guests,
-)
+from lightning_januspipe.expert_ranks.expert_costs import ExpertCosts, RowCost
+from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement, Guest, Guests, best_guests
 from lightning_januspipe.experts import ElementExperts, GroupedLinear, grouped_linear
+from lightning_januspipe.runtime import expert_times
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
 from lightning_januspipe.testing import RunRecord, quiet_trainer, train_in_pipeline
 
 NUM_EXPERTS = 5
+FREE = RowCost(0, 0)
 
 
 class _ExpertLayer(Layer):
@@ -193,6 +190,7 @@ def moving(has_state: bool = True) -> Iterator[None]:
     place, see = ExpertShards.place, ExpertPlacement.see
 
     def eager(self: ExpertPlacement, load: Any, has_guests: bool = False) -> bool:
+        self.costs = ExpertCosts(FREE, FREE)
         if not see(self, load, has_guests):
             self.order = [*self.order[1:], self.order[0]]
         return True
@@ -203,7 +201,7 @@ def moving(has_state: bool = True) -> Iterator[None]:
         place(self, orders)
 
     with (
-        patch.object(expert_placement, "ROWS_PER_MOVE", 0),
+        patch.object(step_plans.ExpertAxis, "_knows_costs", lambda *_: True),
         patch.object(ExpertPlacement, "see", eager),
         patch.object(ExpertShards, "place", noted),
     ):
@@ -247,8 +245,8 @@ def having_guests(moves: bool, fault: str = "") -> Iterator[None]:
     copy, give_back, drop = ExpertShards.copy_guests, ExpertShards.return_guests, ExpertShards.drop_guests
     first: dict[nn.Parameter, Tensor] = {}
 
-    def forced(load: Any, order: Any, num_ranks: int) -> Guests:
-        found = best_guests(load, order, num_ranks).guests
+    def forced(load: Any, order: Any, num_ranks: int, _: RowCost) -> Guests:
+        found = best_guests(load, order, num_ranks, FREE).guests
         if not found:  # loads are even: the first rank's largest expert is on all others too
             largest = max(order[: bounds_of(len(order), num_ranks)[1]], key=lambda e: load[e])
             rows = load[largest] // num_ranks
@@ -276,7 +274,7 @@ def having_guests(moves: bool, fault: str = "") -> Iterator[None]:
 
     with (
         moving() if moves else patch.object(ExpertPlacement, "see", lambda *_: False),
-        patch.object(expert_placement, "ROWS_PER_GUEST", 0),
+        patch.object(step_plans.ExpertAxis, "_knows_costs", lambda *_: True),
         patch.object(step_plans, "best_guests", forced),
         patch.object(ExpertShards, "copy_guests", noted),
         patch.object(ExpertShards, "return_guests", returned),
@@ -295,6 +293,23 @@ def checkpoints_with_guests(*arguments: Any) -> dict[str, Any]:
     """Trains and saves with experts that are on several ranks in every step, and move before it."""
     with having_guests(moves=True):
         return checkpoint_workers.train(*arguments)
+
+
+def costs_of_steps(strategy: dict[str, Any]) -> list[list[ExpertCosts]]:
+    """Returns after each of three steps what experts of each mixture cost, if later ranks are slower."""
+    seen: list[list[ExpertCosts]] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            seen.append([placement.costs for placement in trainer.strategy.runner._experts.placements])
+
+    def seconds(function: Any, device: Any) -> float:
+        function()
+        return 1e-6 * (1 + dist.get_rank())
+
+    with patch.object(expert_times, "_seconds", seconds):
+        train_in_pipeline(partial(experts, 2), Data, strategy, 3, {"callbacks": [Look()]})
+    return seen
 
 
 def force_loss(sizes: list[int]) -> dict[str, list[Tensor]]:

@@ -23,6 +23,8 @@ from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 
 _CAST = torch.ops.aten._to_copy.default
 _WRAP = torch.ops.higher_order.wrap_with_autocast
+_UNKNOWN_SIZE = 7
+"""An example of a size that follows from values."""
 
 
 def has_casts(exported: ExportedProgram) -> bool:
@@ -183,6 +185,9 @@ def _example(value: Any) -> Any:
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
     if isinstance(value, (list, tuple)):
         return type(value)(_example(v) for v in value)
+    if isinstance(value, torch.SymInt) and value.node.hint is None:  # it follows from values, as that of nonzero
+        known, expression = value.node.shape_env.var_to_val, value.node.expr
+        return int(expression.subs({s: known.get(s, _UNKNOWN_SIZE) for s in expression.free_symbols}))
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
