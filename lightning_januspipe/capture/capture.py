@@ -62,6 +62,7 @@ class Capture:
         sizes: values of the size symbols in the call that the stages were measured on, and in the call that was traced.
         alternative: in words, what to try where these stages cannot be sharded; empty where there is nothing else.
         activations: what the stages take with each activation that was asked for, the fastest first.
+        not_evaluated: in words, why the stages cannot evaluate; empty where they can.
     """
 
     potential: StagedPotential
@@ -72,6 +73,7 @@ class Capture:
     sizes: tuple[dict[str, int], dict[str, int]]
     alternative: str = ""
     activations: dict[str, ActivationCosts] = field(default_factory=dict)
+    not_evaluated: str = ""
 
     def describe(self, num_ranks: int | None = None) -> str:
         """Returns one line for a user: which potential was found, and how it is cut.
@@ -126,8 +128,7 @@ def capture_module(
         potential: dotted name of the potential, where the user gave one.
         phase_mode: how the phases will be run.
         step_time: from the measured phases of each stage to the time of a training step; needed for several placements.
-        evaluation_step: the step that Lightning runs for validation during training. A step that differentiates the
-            energy itself has to differentiate the same energy as the training step.
+        evaluation_step: the step that Lightning runs for validation during training.
         stages: where the stages come from; "auto" tries to trace the potential, and then takes the potential's own.
         cache: a cache of traced potentials; None to trace always.
         activations: activations to measure too.
@@ -153,11 +154,18 @@ def capture_module(
         captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages or phase_mode.gradient_bytes is not None:
             validate_stages(captured, job.potential, job.other, phase_mode)
-        evaluated = potential_of(module, evaluation_step or step, found)
-        evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
-        captured = captured.with_evaluation(evaluated, evaluation)
-        validate_evaluation(captured, evaluated, evaluation)
-        captured = captured.with_validated((job.potential, job.other), (evaluated, evaluation))
+        captured = captured.with_validated((job.potential, job.other))
+        not_evaluated = ""
+        try:
+            evaluated = potential_of(module, evaluation_step or step, found)
+            evaluation = evaluation_call(module, evaluation_step or step, job.other, other_batch)
+            evaluating = captured.with_evaluation(evaluated, evaluation)
+            validate_evaluation(evaluating, evaluated, evaluation)
+            captured = evaluating.with_validated((evaluated, evaluation))
+        except CaptureError as error:
+            if evaluation_step is None or phase_mode.gradient_bytes is not None:
+                raise
+            not_evaluated = str(error)
         folded = replace(phase_mode, split_stages=False)
         memory = run_staged(captured, job.potential, job.other, folded, measure_memory=True, kept=())[1].memory
         assert memory is not None
@@ -168,7 +176,7 @@ def capture_module(
         run = run_of_call(captured, job.potential, job.other, folded)
         others = measure_activations(run, sizes, seconds, activations or {})
     elapsed = time.perf_counter() - began
-    return Capture(captured, seconds, memory, elapsed, origin, sizes, alternative, others)
+    return Capture(captured, seconds, memory, elapsed, origin, sizes, alternative, others, not_evaluated)
 
 
 @dataclass(frozen=True)

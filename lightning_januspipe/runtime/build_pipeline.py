@@ -274,6 +274,9 @@ class PipelineBuilder:
         if not is_new:
             return pipeline, News()
         told = replace(found, costs=list(pipeline.schedules.costs))
+        if found.not_evaluated:
+            reason = found.not_evaluated.partition(". ")[0]
+            news.append(f"validation runs the whole module on every rank, because {reason}")
         lines = ["; ".join([told.describe(mesh.shape.pipeline), *news]), found.describe_capture()]
         return pipeline, News(*(f"januspipe: {line}" for line in lines))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,6 +118,7 @@ class Pipeline(Runner):
         self.schedules = AgreedSchedules(planner, mesh, num_microbatches)
         first = self.schedules.first
         self.placement, self.force_placement = first.placement, first.force_placement
+        self._evaluates_whole, self._is_synchronized = bool(capture.not_evaluated), False
         self._evaluation = evaluation_schedule(self.placement, self.force_placement, mesh.shape.pipeline, 1)
         inside = dict(potential.named_parameters())
         stages_of = {inside[name]: stages for name, stages in staged.parameter_stages().items()}
@@ -170,6 +171,7 @@ class Pipeline(Runner):
     ) -> list[Any]:
         """Runs all phases of all micro-batches; see :meth:`.Runner.train_step`."""
         self.parameters.require_same_trained()
+        self._is_synchronized = False
         if self._mesh.rank == 0:
             self._attributes.warn_of_changes()
         with self._abort_on_error():
@@ -253,6 +255,8 @@ class Pipeline(Runner):
 
     def evaluate_step(self, step: StepFunction, batch: Any) -> Any:
         """Runs FE and FF of one batch, then the user's step on every rank."""
+        if self._evaluates_whole:
+            return self._evaluate_whole(step, batch)
         with self._abort_on_error():
             inputs = self._inputs([step], [batch])
             (result,) = self.executor.evaluate(self._evaluation, inputs)
@@ -262,6 +266,20 @@ class Pipeline(Runner):
             group = self._mesh.data_group
             with as_world(group), waiting("collective in a step of evaluation", group, mixed=True):
                 return self._step.finish(0, observables, derivatives)
+
+    def _evaluate_whole(self, step: StepFunction, batch: Any) -> Any:
+        """Runs the user's step on every rank with all parameters."""
+        with self._abort_on_error():
+            if self._batch_checks.whole is not nullcontext:
+                self.parameters.make_whole()
+                self.parameters.make_experts_whole()
+            elif not self._is_synchronized:
+                self.parameters.synchronize()
+            self._is_synchronized = True
+            group = self._mesh.data_group
+            told = waiting("collective in a step of evaluation", group, mixed=True)
+            with self._batch_checks.whole(), as_world(group), told:
+                return step(batch)
 
     def _inputs(
         self,

@@ -23,6 +23,7 @@ from graph_habits import (
     Repeats,
     RotatesAll,
     Stacked,
+    StacksPairs,
     stacked,
 )
 from habits import (
@@ -100,6 +101,7 @@ def trains(step: nn.Module, make: Callable[[Any], Any] = lambda b: b, stages: Se
         (Potential, SlottedBatch, lambda b: b),
         (WritesVectors, lambda b: Graphs(b, {}), lambda g: g.nodes),
         (Stacked, stacked, lambda b: b),
+        (StacksPairs, stacked, lambda b: b),
     ],
 )
 def test_batches_of_any_form(potential: Any, make: Any, labels: Any) -> None:

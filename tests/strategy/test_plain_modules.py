@@ -9,7 +9,7 @@ import plain_modules
 import pytest
 from pools import InSessionPool
 
-from lightning_januspipe.testing import PotentialConformance, RankError, RankPool
+from lightning_januspipe.testing import PotentialConformance, RankPool
 
 
 class ModuleConformance(InSessionPool, PotentialConformance):
@@ -68,6 +68,18 @@ def test_validation_in_training(pool: RankPool, kind: Any) -> None:
         assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_validation_of_another_energy_is_refused(pool: RankPool) -> None:
-    with pytest.raises(RankError, match="differs from the module itself.*in evaluation mode output"):
-        pool.run(plain_modules.with_validation, {"num_microbatches": 1}, plain_modules.OtherEvaluation, world_size=2)
+WHOLE: list[tuple[Any, dict[str, Any]]] = [
+    (plain_modules.OtherEvaluation, {"num_microbatches": 2}),
+    (plain_modules.ValidatesMore, {"num_microbatches": 1}),
+    (plain_modules.MadeLater, {"num_microbatches": 1}),
+    (plain_modules.OtherEvaluation, {"pipeline_size": 1, "graph_size": 2, "shard": "parameters"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "strategy"), WHOLE)
+def test_validation_of_another_energy(pool: RankPool, kind: Any, strategy: dict[str, Any]) -> None:
+    """The stages cannot evaluate it, so every rank runs the whole module with the parameters of all ranks."""
+    (expected,) = pool.run(plain_modules.with_validation, None, kind, world_size=1)
+    assert len(expected) == 3 and len(set(expected)) == 3
+    for found in pool.run(plain_modules.with_validation, strategy, kind, world_size=2):
+        assert found == pytest.approx(expected, rel=1e-9)

@@ -97,6 +97,21 @@ class LooksUpPairs(Potential):
         return self.energy(b, pos) + of_edges(b, 1e-2 * w * squares(b, pos))
 
 
+class StacksPairs(Potential):
+    """Takes structures of one size, stacked to (B, N, 3), and sums over the pairs of a triangle of indices."""
+
+    def forward(self, b: Any) -> Any:
+        pos = b["pos"].requires_grad_()
+        first, second = torch.triu_indices(pos.shape[1], pos.shape[1], 1)
+        distances = (pos[:, first] - pos[:, second]).pow(2).sum(-1).add(1e-6).sqrt()
+        h = self.embedding(b["z"])
+        for layer in self.layers:
+            pairs = torch.tanh(layer.a(torch.cat([h[:, first], h[:, second], distances[..., None]], -1)))
+            h = h.index_add(1, first, layer.b(pairs)).index_add(1, second, layer.b(pairs))
+        energy = self.readout(h).sum((1, 2))
+        return {"energy": energy, "forces": -torch.autograd.grad(energy.sum(), pos, create_graph=True)[0]}
+
+
 class ReadsBothEnds(Potential):
     """Reads the features of both ends of edges by (2, E) indices, and sums messages by indices that ones widen."""
 

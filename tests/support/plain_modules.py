@@ -103,6 +103,29 @@ class OtherEvaluation(InStep):
         super().validation_step({**batch, "positions": 1.1 * batch["positions"]}, batch_idx)
 
 
+class ValidatesMore(InStep):
+    """Predicts the virial in validation only."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        positions = batch["positions"].detach().requires_grad_()
+        energy, charges = self.model(batch, positions)
+        gradient = torch.autograd.grad(energy.sum(), positions, create_graph=True)[0]
+        return losses(batch, energy, -gradient, batch["stress"]) + 0.1 * charges.square().mean()
+
+
+class MadeLater(OtherEvaluation):
+    """Makes its potential in ``configure_model``, so that parameters of other stages leave a rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = Energies(4)
+
+
 class OwnForward(Base):
     """The LightningModule is the potential: ``self(batch)``."""
 

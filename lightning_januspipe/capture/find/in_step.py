@@ -26,6 +26,11 @@ from lightning_januspipe.capture.find.grad_call import (
 from lightning_januspipe.capture.patches import module_hooks, patched
 from lightning_januspipe.errors import CaptureError
 
+_SAME_COORDINATES = (
+    "Training and evaluation steps have to differentiate with respect to the same coordinates, in one order: where "
+    "validation predicts a stress, let training predict it too, or leave it out of validation."
+)
+
 
 class StepPotential(nn.Module):
     """Runs a step up to its last derivative as its forward, with the parameters of the LightningModule.
@@ -58,7 +63,7 @@ class StepPotential(nn.Module):
         """Returns the derivatives, and the outputs of the submodules by name."""
         names = self._replaced.submodules
         # Looked up here, as a trace may put other modules into the places of these.
-        observer = _Observer({n: self._owner[0].get_submodule(n) for n in names}, len(self._replaced.num_inputs))
+        observer = _Observer({n: self._owner[0].get_submodule(n) for n in names}, self._replaced.num_inputs)
         with module_hooks(observer.enter, observer.leave):
             try:
                 with observer:
@@ -87,13 +92,13 @@ class _Observer(TorchFunctionMode):
 
     Args:
         replaced: the submodules by name.
-        num_grads: how many times the step itself calls ``torch.autograd.grad``.
+        num_inputs: see :class:`~lightning_januspipe.capture.find.grad_call.ReplacedCalls`.
     """
 
-    def __init__(self, replaced: Mapping[str, nn.Module], num_grads: int) -> None:
+    def __init__(self, replaced: Mapping[str, nn.Module], num_inputs: Sequence[int]) -> None:
         super().__init__()
         self._names = {submodule: name for name, submodule in replaced.items()}
-        self._num_grads = num_grads
+        self._num_inputs = list(num_inputs)
         self._running: list[nn.Module] = []
         self.derivatives: list[Tensor] = []
         self.outputs: dict[str, Any] = {}
@@ -101,7 +106,7 @@ class _Observer(TorchFunctionMode):
     @property
     def is_done(self) -> bool:
         """Tells whether nothing is missing."""
-        return self._num_grads <= 0 and len(self.outputs) == len(self._names)
+        return not self._num_inputs and len(self.outputs) == len(self._names)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Runs before the forward of every module."""
@@ -119,8 +124,12 @@ class _Observer(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.autograd.grad and not any(m in self._names for m in self._running):
             inputs = as_sequence(grad_arguments(args, kwargs or {})["inputs"])
+            if len(inputs) != (expected := self._num_inputs.pop(0)):
+                raise CaptureError(
+                    f"the step differentiates with respect to {len(inputs)} tensors of shapes "
+                    f"{[tuple(x.shape) for x in inputs]}; it was captured with {expected}. {_SAME_COORDINATES}"
+                )
             self.derivatives += [torch.zeros_like(x) if g is None else g for g, x in zip(result, inputs, strict=True)]
-            self._num_grads -= 1
             if self.is_done and not self._running:
                 raise _AllComputed
         return result
@@ -141,8 +150,7 @@ class _GiveGrad(TorchFunctionMode):
         if [x.shape for x in inputs] != [d.shape for d in given]:
             raise CaptureError(
                 f"the step differentiates with respect to tensors of shapes {[tuple(x.shape) for x in inputs]}; it was "
-                f"captured with {[tuple(d.shape) for d in given]}. Training and evaluation steps have to "
-                "differentiate with respect to the same coordinates, in one order."
+                f"captured with {[tuple(d.shape) for d in given]}. {_SAME_COORDINATES}"
             )
         return tuple(given)
 

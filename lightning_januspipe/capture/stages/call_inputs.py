@@ -39,12 +39,13 @@ class CallInputs:
         Random numbers are drawn from the global generator; dropout is on if the potential is in training mode.
 
         Raises:
-            CaptureError: the call lacks a tensor, or has other constants than the captured call, or the forward reads
-                another value from it.
+            CaptureError: the call lacks a tensor, or has other constants or sizes than the captured call, or the
+                forward reads another value from it.
         """
         program = self._captured.program
         args, kwargs = adapted(self._adapters, self._potential, args, kwargs)
         tensors: list[Any] = self._captured.call.bind(self._captured.path, args, kwargs)
+        self._captured.require_limits(tensors)
         device = tensors[0].device
         tensors += [None] * (len(program.inputs) - len(tensors))
         for step in self._steps:

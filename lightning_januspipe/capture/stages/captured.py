@@ -149,14 +149,7 @@ class CapturedPotential:
         Raises:
             CaptureError: a size for which the traced forward would have done something else.
         """
-        for (position, dim), (lower, upper) in self.program.limits.items():
-            shape = tensors[position].shape
-            if dim >= len(shape) or not lower <= shape[dim] <= upper:
-                expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
-                raise CaptureError(
-                    f"the potential {quoted(self.path)} was captured for size {expected} of dimension {dim} of its "
-                    f"input {self._places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
-                )
+        self.require_limits(tensors)
         symbols = self.program.bind(tensors)
         for condition in self.program.conditions:
             sizes = violated_sizes(condition, symbols)
@@ -170,6 +163,19 @@ class CapturedPotential:
                     f"{', '.join(given)}. {_OTHER_SIZES}"
                 )
         return symbols
+
+    def require_limits(self, tensors: Sequence[Tensor]) -> None:
+        """Raises an error if an input, of the first ones that are given, has a size that was not captured."""
+        for (position, dim), (lower, upper) in self.program.limits.items():
+            if position >= len(tensors):
+                continue
+            shape = tensors[position].shape
+            if dim >= len(shape) or not lower <= shape[dim] <= upper:
+                expected = str(lower) if lower == upper else f"at least {lower}" if lower else f"at most {upper}"
+                raise CaptureError(
+                    f"the potential {quoted(self.path)} was captured for size {expected} of dimension {dim} of its "
+                    f"input {self._places[position]}, but this batch gives it the shape {tuple(shape)}. {_OTHER_SIZES}"
+                )
 
     def unvalidated_kinds(
         self, potential: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: Mapping[str, int]

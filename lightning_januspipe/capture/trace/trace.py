@@ -33,6 +33,7 @@ from lightning_januspipe.capture.trace.program import SLOT, Program, returned_le
 from lightning_januspipe.capture.trace.random_draws import ShownDropout
 from lightning_januspipe.capture.trace.read_values import ReadValues, eager_branches, line_of_user, symbolic_sizes
 from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
+from lightning_januspipe.capture.trace.triangles import SymbolicTriangles
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
 from lightning_januspipe.errors import CaptureError, quoted
@@ -114,7 +115,7 @@ class _TracedCall(nn.Module):
         num_own = len(tensors) - len(values.sizes)
         args, kwargs = form.unbind(call.args, call.kwargs, list(tensors[:num_own]))
         values.begin(tensors)
-        with ShownDropout(), _MarkGrad() as mark:
+        with ShownDropout(), SymbolicTriangles(), _MarkGrad() as mark:
             output = joined(adapters, self.potential, self.potential(*args, **kwargs))
         found = [x for _, x in leaves(output) if isinstance(x, Tensor)]
         record(with_leaves(output, lambda _, x: SLOT if isinstance(x, Tensor) else x), len(found), mark.autocast)

@@ -37,6 +37,7 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     joined = {name: torch.cat([s[name] for s in samples]) for name in samples[0] if name != "edge_index"}
     edges = torch.cat([s["edge_index"] + first for s, first in zip(samples, ptr[:-1], strict=True)], 1)
     of_structures = {name: torch.zeros(len(samples)).double() for name in ("total_charge", "total_spin")}
+    of_structures["head"] = torch.zeros(len(samples), dtype=torch.int64)
     batch = torch.repeat_interleave(torch.arange(len(samples)), sizes)
     return {**joined, **of_structures, "edge_index": edges, "batch": batch, "ptr": ptr}
 
