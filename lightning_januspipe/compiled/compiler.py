@@ -253,7 +253,7 @@ class StageCompiler:
             if held > self.most_bytes[index]:
                 raise CaptureError(
                     f"its compiled phases would keep {format_bytes(held)} of a micro-batch, more than the "
-                    f"{format_bytes(self.most_bytes[index])} that the schedule was planned with"
+                    f"{format_bytes(self.most_bytes[index])} that the memory limit has room for"
                 )
 
 

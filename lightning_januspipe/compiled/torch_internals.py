@@ -24,6 +24,8 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -36,6 +38,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._triton import has_triton
 
+from lightning_januspipe.compiled.joined_kernels import NAME, joined
 from lightning_januspipe.compiled.small_products import products_of_small_matrices
 from lightning_januspipe.compiled.whole_slices import gradient_of_slice
 
@@ -166,6 +169,7 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     with ExitStack() as stack:
         stack.enter_context(any_size())
+        stack.enter_context(kernels_in_one_library())
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(torch.no_grad())
         try:
@@ -174,6 +178,49 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
             if "serialize" not in str(error):
                 raise
         return torch._inductor.standalone_compile(module, fakes, dynamic_shapes="from_tracing_context")
+
+
+@dataclass(frozen=True)
+class _WaitingKernel:
+    """Stands for a C++ kernel that is compiled together with the others of its graph."""
+
+    argument_types: list[str]
+    source: str
+
+
+@contextmanager
+def kernels_in_one_library() -> Iterator[None]:
+    """Makes inductor compile all C++ kernels of a graph together inside the block, and load them so."""
+    wait, alone = AsyncCompile.wait, AsyncCompile.cpp_pybinding
+
+    def collect(self: AsyncCompile, argtypes: list[str], source_code: str) -> _WaitingKernel:
+        return _WaitingKernel(argtypes, source_code)
+
+    def load(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        waiting = {name: value for name, value in scope.items() if isinstance(value, _WaitingKernel)}
+        sources = [kernel.source for kernel in waiting.values()]
+        source = joined(sources, [_binding(kernel.argument_types) for kernel in waiting.values()]) if waiting else None
+        if source is None:
+            scope.update({name: alone(self, kernel.argument_types, kernel.source) for name, kernel in waiting.items()})
+        else:
+            library = CppPythonBindingsCodeCache.load(source)
+            scope.update({name: getattr(library, f"{NAME}_{i}") for i, name in enumerate(waiting)})
+        wait(self, scope)
+
+    with mock.patch.object(AsyncCompile, "cpp_pybinding", collect), mock.patch.object(AsyncCompile, "wait", load):
+        yield
+
+
+def _binding(argument_types: list[str]) -> str:
+    """Returns the source with which inductor makes a Python module of a kernel."""
+    cls = CppPythonBindingsCodeCache
+    arguments = [f"parse_arg<{t.replace('const ', '')}>(args, {n})" for n, t in enumerate(argument_types)]
+    return cls.suffix_template.format(
+        arg_len=len(argument_types),
+        call_entry_func=cls.call_entry_function.format(", ".join(arguments)),
+        entry_func=cls.entry_function,
+        extra_parse_arg=cls.extra_parse_arg.format(array_len=-1),
+    )
 
 
 @contextmanager
@@ -204,7 +251,8 @@ def packed(function: Callable[..., Sequence[Tensor]]) -> bytes | None:
 
 def unpacked(content: bytes) -> Callable[..., Sequence[Tensor]]:
     """Returns the function that :func:`packed` made bytes of."""
-    return AOTCompiledArtifact.deserialize(content)
+    with kernels_in_one_library():
+        return AOTCompiledArtifact.deserialize(content)
 
 
 @dataclass(frozen=True)

@@ -343,7 +343,7 @@ class PipelineBuilder:
             kept = {"keep": "pointwise"} if self._activation == "auto" else {}
             compiler.activations = cast("tuple[Activation, ...]", tuple(kept.get(a, a) for a in self._activations))
             if planner.memory_limit is not None:
-                compiler.most_bytes = tuple(memory.total for memory in planner.memory)
+                compiler.most_bytes = planner.room(request.num_microbatches)
         modules = {type(m).__module__ for m in request.module.modules()}
         imports = sorted(name for name in modules if name != "__main__" and not name.startswith("torch."))
         return ChangeOver(compiler, mesh, self._activations, imports, self._in_background)

@@ -85,6 +85,19 @@ class Planner:
         """Simulates a schedule, in seconds and bytes."""
         return simulate(schedule, self.costs, comm=self.latency, memory=self.memory, state=self.state or None)
 
+    def room(self, num_microbatches: int) -> tuple[float, ...]:
+        """Returns the bytes that a micro-batch may keep in each stage.
+
+        These are the planned ones, and a share of those that the limit leaves if all micro-batches are held at once.
+
+        Args:
+            num_microbatches: The micro-batches of a step.
+        """
+        assert self.memory_limit is not None
+        planned = [memory.total for memory in self.memory]
+        left = (self.memory_limit - self.reserved) / num_microbatches - sum(planned)
+        return tuple(bytes + max(left, 0.0) / len(planned) for bytes in planned)
+
     def improved(self, schedule: Schedule, costs: tuple[PhaseCosts, ...]) -> Schedule | None:
         """Searches a schedule for other costs; returns it if it gains more than the costs are uncertain.
 

@@ -104,8 +104,8 @@ def test_a_stage_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.Monkey
             assert_parity(captured, traced.module, make_batch(sizes, seed=1), make_stage=make)
         assert not compiler.refused and compiler.report().num_compiled == 1
         assert all(isinstance(stage, CompiledStage) and not stage.num_misfits for stage in made)
-        libraries = [c for c in commands if " -shared " in c]
-        assert bool(libraries) is compiles, "the second start has compiled, or the first one has not"
+        libraries = [c for c in commands if "main.cpp" in c]
+        assert len(libraries) == (4 if compiles else 0), "a phase is not one library, or the second start has compiled"
         commands.clear()
 
 
@@ -149,4 +149,4 @@ def test_phases_that_keep_more_than_was_planned_leave_a_stage_eager(monkeypatch:
         stage = compiler(captured.stage(0, traced.potential), GradientBuffers(), captured.chain)
         assert isinstance(stage, CompiledStage) is is_compiled
     (line,) = compiler.report().eager
-    assert "would keep" in line and "more than the 100 B that the schedule was planned with" in line
+    assert "would keep" in line and "more than the 100 B that the memory limit has room for" in line

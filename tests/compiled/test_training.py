@@ -107,6 +107,15 @@ def test_parity_where_compiled_phases_take_over(pool: RankPool, devices: int, st
     assert len({rank.changes.after for rank in ranks}) == 1, "ranks changed over before unequal steps"
 
 
+@pytest.mark.parametrize(("limit", "kept"), [slow(1e9, "pointwise"), slow(8e6, "recompute")])
+def test_compiled_phases_take_over_within_a_memory_limit(pool: RankPool, limit: float, kept: str) -> None:
+    """Eager phases are planned, and compiled ones keep no more than these."""
+    given = {"compile": "auto", "schedule": "wavek-zb", "num_microbatches": 4, "memory_limit": limit}
+    ranks = check_parity(pool, 2, train=train_changing_over, **given)
+    assert [set(rank.changes.kept) for rank in ranks] == [{kept}] * 2
+    assert len({rank.changes.after for rank in ranks}) == 1
+
+
 def test_the_schedule_is_made_for_the_times_of_compiled_phases(pool: RankPool) -> None:
     """The stages that are late on their rank when they are compiled count as such, on both ranks and in the line."""
     late = 0.1

@@ -26,6 +26,15 @@ def measured(
     }
 
 
+@pytest.mark.parametrize(("num_microbatches", "spare"), [(5, 8.5), (6, 0.0)])
+def test_stages_have_room_for_what_the_limit_leaves(num_microbatches: int, spare: float) -> None:
+    """All micro-batches in flight together, and what is reserved, keep within the limit; else what was planned."""
+    planner = Planner("wavek", 2, memory=(MANY, FEW), memory_limit=1100.0, reserved=100.0)
+    room = planner.room(num_microbatches)
+    assert room == (MANY.total + spare, FEW.total + spare)
+    assert spare == 0.0 or num_microbatches * sum(room) + 100.0 == 1100.0
+
+
 def test_the_graph_rank_that_takes_most_counts() -> None:
     """Ranks that went by what they hold themselves would not fit, or would choose differently."""
     one, other = PhaseCosts(1.0, 2.0, 3.0, 4.0, 5.0), PhaseCosts(2.0, 1.0, 3.0, 4.0, 0.0, 6.0)
