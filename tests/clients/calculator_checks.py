@@ -79,6 +79,7 @@ def check_calculator(
     lone: bool = True,
     adapter: AtomsAdapter | None = None,
     compiles: bool = False,
+    most_misfits: int = 1,
 ) -> None:
     """Compares a calculator with the package's own numbers, with finite differences, and with itself.
 
@@ -92,6 +93,7 @@ def check_calculator(
         repeated: How much the energy of a repeated crystal may differ, relatively.
         adapter: Makes the batches of potentials that have no adapter of themselves.
         compiles: Whether the potential is known to compile, which is checked too.
+        most_misfits: See :func:`check_compiled`.
     """
     shared, compiled = (JanusPipeCalculator(module, adapter=adapter, compile=c) for c in (False, True))
     assert "float64" in str(shared.dtype)
@@ -130,20 +132,22 @@ def check_calculator(
         with pytest.raises(ValueError, match=f"unknown species {unknown}"):
             stranger.get_potential_energy()
     if compiles:
-        check_compiled(shared, compiled, structures)
+        check_compiled(shared, compiled, structures, most_misfits)
 
 
 def check_compiled(
     eager: JanusPipeCalculator,
     compiled: JanusPipeCalculator,
     structures: Sequence[Callable[[], Atoms]],
+    most_misfits: int,
 ) -> None:
     """Compares compiled evaluations, whose graphs are interpreted here, with eager ones, along changing structures.
 
     Args:
         eager: The calculator.
         compiled: The same, with ``compile=True``.
-        structures: Make the structures; those with fewer than two edges are eager.
+        structures: Make the structures, of which three versions are evaluated; with fewer than two edges, eagerly.
+        most_misfits: How many evaluations may be eager because the phases are not right for their sizes.
     """
     with interpreted_phases() as graphs:
         for make in structures:
@@ -161,7 +165,7 @@ def check_compiled(
                 atoms.rattle(0.1, seed=step)
     assert len(graphs) == 2, "FE and FF are compiled once"
     (stage,) = compiled._compiled._pipeline.executor.stages.values()
-    assert stage.num_misfits <= 1, stage.misfit
+    assert stage.num_misfits <= most_misfits, stage.misfit
 
 
 class Checkpointed(lightning.LightningModule):

@@ -65,6 +65,14 @@ def test_calculator(model: Any) -> None:
     assert atoms.get_potential_energies().sum() == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
 
 
+def test_evaluations_are_eager(model: Any) -> None:
+    """PET returns objects of metatensor, in which capture sees no tensors; a compiled calculator says so."""
+    atoms = crystal()
+    atoms.calc = JanusPipeCalculator(model, compile=True)
+    with pytest.raises(ValueError, match="PET cannot be compiled .*an energy that no submodule returned.*compile=Fal"):
+        atoms.get_potential_energy()
+
+
 def test_targets_are_named(model: Any) -> None:
     with pytest.raises(ValueError, match=r"target='other'; the model has the energies \['energy'\]"):
         PETAtomsAdapter(model, "other")

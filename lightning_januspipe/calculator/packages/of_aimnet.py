@@ -83,7 +83,8 @@ def _neighbor_matrix(edges: Edges, num_atoms: int) -> tuple[Ints, Ints]:
     counts = np.bincount(target, minlength=num_atoms)
     order = np.argsort(target, kind="stable")
     places = np.arange(len(target)) - np.repeat(np.cumsum(counts) - counts, counts)
-    width = max(1, int(counts.max(initial=0)))
+    # A structure of twice as many atoms has another width, so that capture takes the width for a size.
+    width = max(1, int(counts.max(initial=0))) + num_atoms.bit_length() % 2
     neighbors = np.full((num_atoms + 1, width), num_atoms, dtype=np.int64)
     shifts = np.zeros((num_atoms + 1, width, 3), dtype=np.int64)
     neighbors[target[order], places] = source[order]
