@@ -54,7 +54,7 @@ def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, tit
         lines = [
             ("MAE", f"{format_error(float(np.abs(errors).mean()))} m{unit}"),
             ("RMSE", f"{format_error(float(np.sqrt((errors**2).mean())))} m{unit}"),
-            *([("R²", f"{1 - ((predicted - given) ** 2).sum() / spread:.4f}")] if spread > 0 else []),
+            *([("R²", _explained(1 - ((predicted - given) ** 2).sum() / spread))] if spread > 0 else []),
             (f"{len(given):,} {what}", ""),
         ]
         for line, (label, value) in enumerate(lines):
@@ -64,9 +64,14 @@ def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, tit
         draw.save(figure, path, path.suffix)
 
 
+def _explained(share: float) -> str:
+    """Returns R² as text; predictions that are worse than the mean of the labels have a negative one of any size."""
+    return f"{share:.4f}" if share >= 0 else "below 0"
+
+
 def _draw_density(figure: Any, axes: Axes, given: Floats, predicted: Floats) -> None:
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     both = np.concatenate([given, predicted])
     low, high = float(both.min()), float(both.max())
@@ -81,6 +86,10 @@ def _draw_density(figure: Any, axes: Axes, given: Floats, predicted: Floats) -> 
         shown = np.ma.masked_equal(counts.T, 0)
         mesh = axes.pcolormesh(x, y, shown, cmap=colours, norm=LogNorm(1, max(2.0, counts.max())), rasterized=True)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05)
+        ticks = [t * 10**k for k in range(12) for t in (1, 2, 5) if t * 10**k <= max(2.0, counts.max())]
+        bar.set_ticks(ticks if len(ticks) <= 5 else [t for t in ticks if str(t).startswith("1")])
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+        bar.ax.minorticks_off()
         bar.ax.set_title("count", fontsize=8)
         bar.outline.set_visible(False)
     axes.set_xlim(limits)
