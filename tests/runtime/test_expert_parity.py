@@ -335,6 +335,26 @@ def test_bytes_of_each_rank(pool: RankPool, level: ShardLevel, size: int) -> Non
         assert {key: of_rank[key] for key in expected} == pytest.approx(expected, rel=1e-12, abs=tolerance)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"exchange_dtype": "fp16"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"shard": "optimizer"}, marks=pytest.mark.slow),
+    ],
+)
+def test_mixed_precision(pool: RankPool, more: dict[str, Any]) -> None:
+    """Gradients are near those of one process, and a step in which an expert overflows is skipped on all ranks."""
+    given = {"pipeline_size": 1, "num_microbatches": 1}
+    (alone,) = pool.run(workers.scaled_steps, {**given, "activation": "recompute"}, world_size=1)
+    first, second = pool.run(workers.scaled_steps, {**given, "data_size": 2, **SPREAD, **more}, 1, world_size=2)
+    error = sum(float((first["gradients"][n] - g).square().sum()) for n, g in alone["gradients"].items())
+    assert error < 1e-5 * sum(float(g.square().sum()) for g in alone["gradients"].values())
+    assert first["scales"] == second["scales"] == [256.0, 128.0, 128.0]
+    for name, value in first["parameters"].items():
+        assert value.isfinite().all() and torch.equal(value, second["parameters"][name])
+
+
 PLACES: dict[str, tuple[dict[str, Any] | None, int]] = {
     "plain": (None, 1),
     "one process": ({"pipeline_size": 1}, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -293,6 +294,43 @@ def checkpoints_with_guests(*arguments: Any) -> dict[str, Any]:
     """Trains and saves with experts that are on several ranks in every step, and move before it."""
     with having_guests(moves=True):
         return checkpoint_workers.train(*arguments)
+
+
+def scaled_steps(strategy: dict[str, Any], overflows: int | None = None) -> dict[str, Any]:
+    """Trains a MatRIS-MoE for three steps in 16-mixed; returns scales, the first gradients and the last parameters.
+
+    Args:
+        strategy: arguments of the strategy.
+        overflows: a rank on which the gradient of an own expert becomes infinite in the second step.
+    """
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from lightning_januspipe.data import EMTDataModule
+
+    module, replicas = matris().float(), strategy.get("data_size", 1)
+    data = EMTDataModule(
+        num_train=16, num_val=2, num_test=2, sizes=(4,), dtype="float32", batch_size=4 // replicas, shuffle=False
+    )
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))  # type: ignore[arg-type]
+    scales, gradients = list[float](), list[dict[str, Tensor]]()
+
+    class Look(Callback):
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.global_step == 1 and trainer.global_rank == overflows:
+                weight = next(p for n, p in pl_module.named_parameters() if is_of_experts(n, pl_module))
+                weight.grad[0, 0, 0] = math.inf
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            names = {p: n for n, p in pl_module.named_parameters()}
+            found = trainer.strategy.runner.parameters.gradients()
+            gradients.append({names[p]: g.clone() for p, g in found.items() if g is not None})
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            scales.append(float(plugin.scaler.get_scale()))  # type: ignore[union-attr]
+
+    more = {"max_steps": 3, "limit_val_batches": 0, "use_distributed_sampler": True}
+    quiet_trainer(strategy, plugins=[plugin], callbacks=[Look()], **more).fit(module, data)
+    return {"scales": scales, "gradients": gradients[0], "parameters": dict(module.state_dict())}
 
 
 def costs_of_steps(strategy: dict[str, Any]) -> list[list[ExpertCosts]]:
