@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.exchanges import chain_exchanges, exchanges_of
@@ -22,7 +23,7 @@ from lightning_januspipe.compiled.levels import (
     without_mutations,
 )
 from lightning_januspipe.compiled.minimum_cut import Activation, kept_values
-from lightning_januspipe.compiled.ports import FREE, GIVEN, Port
+from lightning_januspipe.compiled.ports import FREE, GIVEN, Kind, Port
 from lightning_januspipe.compiled.sizes import StageSizes
 from lightning_januspipe.compiled.torch_internals import FakeTensorMode
 from lightning_januspipe.schedule.actions import Phase
@@ -201,10 +202,11 @@ class _Cutter:
         results = [self._wanted[i] for i in here]
         fresh = [n for n in self._kept[phase] if n not in held and n.op != "placeholder"]
         wanted = [*(node for node, _ in results), *fresh]
-        body = graphs.closure(wanted, held | self._free)
-        nodes = [n for n in self._joint.graph.nodes if n in body]
         if not wanted:
             return
+        body = graphs.closure(wanted, held | self._free)
+        body |= self._sizes_in_shapes([n for n in body if n.op == "placeholder" or n in held])
+        nodes = [n for n in self._joint.graph.nodes if n in body]
         module = graphs.part(self._joint.root, nodes, held | self._free, wanted)
         self._modules[phase] = module
         self._signatures[phase] = PhaseSignature(
@@ -214,6 +216,14 @@ class _Cutter:
             seeds=tuple(self._seeds[i] for i in here),
             kept=tuple(n.name for n in fresh),
         )
+
+    def _sizes_in_shapes(self, inputs: Sequence[fx.Node]) -> set[fx.Node]:
+        """Returns the sizes n of inputs with n + 1 rows, for example, from whose shapes inductor does not find n."""
+        shapes = [n.meta["val"].shape for n in inputs if isinstance(n.meta.get("val"), Tensor)]
+        found = [s.node.expr for shape in shapes for s in shape if isinstance(s, torch.SymInt)]
+        names = {str(symbol) for size in found if not size.is_Symbol for symbol in size.free_symbols}
+        ports = self._ports.items()
+        return {n for n, port in ports if port.kind is Kind.SIZE and str(n.meta["val"].node.expr) in names}
 
 
 def verify_phases(joint: Joint, found: PhaseGraphs) -> None:

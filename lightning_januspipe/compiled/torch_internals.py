@@ -157,6 +157,14 @@ def without_repetitions(graph: fx.Graph) -> fx.Graph:
     return fx_graph_cse(graph)
 
 
+EXACT = {"force_pointwise_cat": True}
+"""Settings without which inductor of torch 2.13 computes other values than the graph.
+
+A concatenation that is no pointwise operation may read a tensor as it was before ``index_put`` has written to it, as in
+SchNetPack's PaiNN.
+"""
+
+
 def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequence[Tensor]]:
     """Returns a graph as a function that inductor compiled, for all sizes that the guards allow.
 
@@ -169,6 +177,7 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     with ExitStack() as stack:
         stack.enter_context(any_size())
+        stack.enter_context(inductor_config.patch(EXACT))
         stack.enter_context(kernels_in_one_library())
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(torch.no_grad())
@@ -294,7 +303,7 @@ class Settings:
             torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
             torch.get_float32_matmul_precision(),
-            {k: v for k, v in inductor_config.save_config_portable().items() if k != "compile_threads"},
+            {k: v for k, v in inductor_config.save_config_portable().items() if k != "compile_threads"} | EXACT,
             device,
             machine,
         )

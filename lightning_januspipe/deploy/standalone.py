@@ -26,7 +26,7 @@ from lightning_januspipe import keys
 from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
 from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS, TOLERANCES, trace_evaluation
-from lightning_januspipe.compiled.torch_internals import checking_inputs
+from lightning_januspipe.compiled.torch_internals import EXACT, checking_inputs
 from lightning_januspipe.deploy.input_checks import code_of_checks
 from lightning_januspipe.models import load
 
@@ -92,7 +92,7 @@ def export_potential(
     program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple(dynamic),))
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / path.name
-        settings = {"aot_inductor.metadata": metadata}
+        settings = {"aot_inductor.metadata": metadata, **EXACT}
         with checking_inputs(code_of_checks(len(species), floats, torch.device(device).type)):
             torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
         for sizes in ([1], [2, 1, 3, 1]):

@@ -41,6 +41,29 @@ def joints(traced: Traced, captured: CapturedPotential) -> list[Joint]:
     return joint_graphs(traced, captured)
 
 
+class ReadsNumberOfStructures(Potential):
+    """Sums energies into one more structure than the largest index, as SchNetPack's models do."""
+
+    def pool(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        num = int(batch["index"].max()) + 1
+        return values.new_zeros(num).index_add(0, batch["index"], values)
+
+
+def test_sizes_that_shapes_compute_with_are_inputs() -> None:
+    """A tensor with n + 1 rows gives inductor no value of n."""
+    traced = Traced(Step(ReadsNumberOfStructures(1)))
+    (joint,) = joint_graphs(traced, traced.cut(1))
+    num_computed = 0
+    for module in phase_graphs(joint).modules.values():
+        values = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+        sizes = {str(v) for v in values if isinstance(v, torch.SymInt)}
+        shapes = [s for v in values if isinstance(v, torch.Tensor) for s in v.shape if isinstance(s, torch.SymInt)]
+        computed = [s.node.expr for s in shapes if not s.node.expr.is_Symbol]
+        assert all({str(symbol) for symbol in size.free_symbols} <= sizes for size in computed)
+        num_computed += len(computed)
+    assert num_computed
+
+
 def products(graph: torch.fx.Graph) -> int:
     """Matrix products in a graph."""
     return sum(n.op == "call_function" and "mm" in str(n.target) for n in graph.nodes)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from lightning_januspipe.compiled import torch_internals as internals
@@ -32,6 +34,33 @@ def test_sizes_may_be_zero_and_one_and_are_inputs() -> None:
         torch.testing.assert_close(found, x.sin().sum(1))
     assert internals.hint_of(rows) == 5 == internals.hint_of(5)
     assert internals.expression_of(2 * rows) == f"2*{internals.expression_of(rows)}"
+
+
+@pytest.mark.slow
+def test_sums_into_rows_are_concatenated() -> None:
+    """As in PaiNN, where inductor by itself reads the sums before they are there."""
+    mode = internals.symbolic_mode()
+    rows, edges = internals.new_size(mode, "rows", 5), internals.new_size(mode, "edges", 12)
+    with mode:
+        fakes = [torch.empty(9, 16), torch.empty(edges, 1, 16), torch.empty(16, 16)]
+        species, index = torch.empty(rows, dtype=torch.int64), torch.empty(edges, dtype=torch.int64)
+
+    def function(
+        rows: Any, edges: Any, table: Tensor, messages: Tensor, weight: Tensor, species: Tensor, index: Tensor
+    ) -> list[Tensor]:
+        x = torch.nn.functional.embedding(species, table).unsqueeze(1)
+        features = (x.view(rows, 16) @ weight).view(rows, 1, 16).sigmoid()
+        sums = x.new_zeros(rows, 1, 16).index_add(0, index, messages * features[index])
+        vectors = x.new_zeros(rows, 3, 16).index_add(0, index, messages.expand(-1, 3, -1))
+        total = x + sums
+        norms = (vectors.view(3 * rows, 16) @ weight).view(rows, 3, 16).square().sum(1, keepdim=True).add(1e-8).sqrt()
+        return [total, torch.cat([total, norms], -1)]
+
+    graph = internals.traced_graph(function, [rows, edges, *fakes, species, index])
+    places = torch.arange(7) % 4
+    given = 4, 7, torch.randn(9, 16), torch.randn(7, 1, 16), torch.randn(16, 16), torch.arange(4), places
+    for found, expected in zip(internals.compiled(graph, mode)(*given), graph(*given), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_guards_are_recorded() -> None:

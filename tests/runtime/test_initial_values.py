@@ -273,14 +273,14 @@ def test_a_module_larger_than_global_rank_0(pool: RankPool, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "more", "gradients"),
-    [("2x2 in shards", {}, 0.25), ("2 graph ranks", {}, 0.25)],
+    [("2x2 in shards", {}, 0.25), ("2 graph ranks", {}, 0.25), ("2 stages", {"compile": True}, 0.6)],
 )
 def test_a_module_larger_than_global_rank_0_on_meshes(
     pool: RankPool, tmp_path: Path, mesh: str, more: dict[str, Any], gradients: float
 ) -> None:
-    """With parameters in shards between steps, and on graph ranks, where each has all parameters in steps.
+    """With parameters in shards between steps, on graph ranks, where each has all parameters in steps, and compiled.
 
-    The capture compares a sixth of 1.5 times the gradients at once.
+    The capture compares a sixth of 1.5 times the gradients at once; compiled phases compute those of one stage.
     """
     (plain,) = pool.run(workers.train_drawn, str(tmp_path / "plain"), STEPS, 2, world_size=1)
     strategy, size = MESHES[mesh]
