@@ -35,10 +35,12 @@ class LoaderProgress:
         self._at_first: dict[str, Any] | None = None  # random states when its first batch was asked for
         self._after_next: dict[str, Any] | None = None  # random states after its next batch was read ahead
         self._is_training = False
+        self._epoch: int | None = None  # index of the epoch that the last batch was of
 
     def state(self) -> dict[str, Any]:
         """Returns the entry of a checkpoint from which training resumes here."""
-        return {"now": random_state(self._device), "began": self._at_start, "first": self._at_first}
+        states = {"now": random_state(self._device), "began": self._at_start, "first": self._at_first}
+        return {**states, "epoch": self._epoch}
 
     def resume(self, checkpoint: Mapping[str, Any], replica: int) -> None:
         """Resumes from a checkpoint as soon as there is a loader.
@@ -107,8 +109,9 @@ class LoaderProgress:
         self._is_training = True
         self._set(self._after_next or (self._resumed or {}).get("now"))
 
-    def batch_is_taken(self) -> None:
-        """Makes the next pass a new one: the interrupted one goes on."""
+    def batch_is_taken(self, epoch: int) -> None:
+        """Makes the next pass a new one: the interrupted one goes on, in the epoch with this index."""
+        self._epoch = epoch
         self._resumed = self._after_next = None
 
     def _set(self, state: Mapping[str, Any] | None) -> None:
@@ -130,17 +133,28 @@ def batches_done(checkpoint: Mapping[str, Any]) -> int:
 def reopen_epoch(checkpoint: Mapping[str, Any]) -> None:
     """Makes an epoch the present one again that training has left before its last batch, and that is counted as done.
 
-    Lightning counts an epoch whenever it leaves it, also because of ``max_steps`` or a callback. From a checkpoint that
-    was saved then, it would begin the next epoch, while the loader goes on with the rest of this one.
+    Lightning counts an epoch whenever it leaves it, also because of ``max_steps`` or a callback, but not always in a
+    run that was resumed. From a checkpoint that was saved after it was counted, Lightning would begin the next epoch,
+    while the loader goes on with the rest of this one. A file of plain Lightning does not tell the index of its last
+    epoch: it is assumed to be the last one that was begun, unless that would be the first one after batches of another.
 
     Args:
         checkpoint: A whole checkpoint; the numbers of epochs of its training loop are changed.
     """
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
-    if progress and batches_done(checkpoint):
-        for counts in (progress["total"], progress["current"]):
-            for stage in ("processed", "completed"):
-                counts[stage] = min(counts[stage], counts["ready"] - 1)
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loop.get("epoch_progress")
+    if not progress or not batches_done(checkpoint):
+        return
+    batches = loop["epoch_loop.batch_progress"]
+    is_later = batches["total"]["ready"] > batches["current"]["ready"]
+    done = progress["current"]["processed"]
+    saved = checkpoint.get(KEY, {}).get("replicas") or [{}]
+    epoch = saved[0].get("epoch")
+    if epoch is None:
+        epoch = max(progress["current"]["ready"] - 1, min(done, int(is_later)))
+    for counts in (progress["total"], progress["current"]):
+        for stage in ("processed", "completed"):
+            counts[stage] -= max(done - epoch, 0)
 
 
 class _Tracked(AnyLoader):

@@ -171,7 +171,7 @@ class UnboundStrategy(ProcessHooks, LoaderHooks, CaptureHooks, CheckpointHooks):
         results = self._trainer._results
         if isinstance(batch, MicroBatches) and results is not None:
             results.batch_size = sum(batch.num_samples) or None  # for hooks that log without a batch_size
-        self._progress.batch_is_taken()
+        self._progress.batch_is_taken(self._trainer.current_epoch)
         if self._shutdown is not None:
             self._shutdown.ask()
 

@@ -93,11 +93,10 @@ def test_other_values_are_noticed(pool: RankPool, drawn: dict[str, Any], tmp_pat
 
 @pytest.fixture(scope="module")
 def continued(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A file of plain Lightning after four steps, and its state when plain Lightning goes on to six."""
+    """A file of plain Lightning after four steps, and the state that plain Lightning has after six without a break."""
     folder = tmp_path_factory.mktemp("plain")
     (start,) = pool.run(workers.train, None, str(folder), {"num_steps": 4}, False, world_size=1)
-    more = {"num_steps": 6, "resume": str(folder / "last.ckpt")}
-    (found,) = pool.run(workers.train, None, str(folder / "on"), more, False, world_size=1)
+    (found,) = pool.run(workers.train, None, str(folder / "on"), {"num_steps": 6}, False, world_size=1)
     assert start["ended"] == found["ended"] == ""
     return folder / "last.ckpt", found["state"]
 
