@@ -186,8 +186,9 @@ def _train(
     chosen = [CALLBACKS[name](folder) for name in callbacks]
     chosen += [Stop(*stop)] if stop else []
     num_replicas = 1 if strategy is None else strategy.get("data_size", 1)
-    # No rank waits that long in vain: one that has failed closes its connections.
-    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 300, "shard": "none", **(strategy or {})}
+    # In a pool a rank may wait in vain for ranks that have failed: their processes, and their connections, live on.
+    given = {"num_microbatches": 1, "schedule": "wavek", "timeout": 60 if stop else 300, "shard": "none"}
+    given |= strategy or {}
     residents = Residents()
     lightning.seed_everything(1, verbose=False)
     trainer = quiet_trainer(
