@@ -338,6 +338,8 @@ def test_messages_have_lengths_that_every_rank_knows() -> None:
         CountsWithin,
         MasksLast,
         ReadsBothEnds,
+        NetworkOfEachElement,
+        TwoEnergies,
     ],
 )
 def test_atoms_are_sharded(potential: type[Potential]) -> None:
