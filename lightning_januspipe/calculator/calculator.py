@@ -14,6 +14,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -56,8 +57,9 @@ class JanusPipeCalculator(Calculator):
             new one at every step.
         compile: Evaluate by code that torch's inductor compiles from the potential and its derivatives, once for all
             numbers of atoms and edges. True compiles at the first evaluation; ``"auto"`` when evaluations have taken a
-            minute, and stays with the eager potential, with a warning, where it cannot be compiled; False never.
-            Structures without pairs of neighbours are evaluated eagerly. With several processes ``"auto"`` is False.
+            minute, and stays with the eager potential, with a warning, where it cannot be compiled; False never. One
+            line says when compiling begins, and another how long it took. Structures without pairs of neighbours are
+            evaluated eagerly. With several processes ``"auto"`` is False.
         task: Name of the task by which all structures are evaluated, for potentials of several tasks; None for the one
             that ``Atoms.info["task"]`` names.
         graph_size: Number of processes, started by ``torchrun``, among which the atoms of each structure are shared.
@@ -251,16 +253,20 @@ class JanusPipeCalculator(Calculator):
         always, self._has_tried = self._compile is True, True
         problem = self._why_not()
         if not problem:
+            name, began = type(self.potential).__name__, time.perf_counter()
+            after = "" if always else f" after {self._eager_seconds:.0f} s of evaluations"
+            rank_zero_info(f"JanusPipeCalculator compiles {name}{after}, once, which may take some minutes")
             try:
                 compiled = self._compiler()
                 problem = self._problem(compiled, batch, structure)
             except Exception as error:  # torch's tracing and compiling may fail in any way
                 cause = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-                problem = f"{type(self.potential).__name__} cannot be compiled ({cause})"
+                problem = f"{name} cannot be compiled ({cause})"
                 if always:
                     raise ValueError(f"compile=True, but {problem}. Use compile=False") from error
         if not problem:
             self._compiled = compiled
+            rank_zero_info(f"JanusPipeCalculator has compiled {name} in {time.perf_counter() - began:.0f} s")
         elif always:
             raise ValueError(f"compile=True, but {problem}. Use compile=False")
         else:

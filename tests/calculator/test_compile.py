@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ase.md.langevin import Langevin
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.optimize import BFGS
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx as inductor
 
@@ -183,18 +185,45 @@ def test_what_cannot_be_compiled(branching: Branching, monkeypatch: pytest.Monke
     atoms.get_forces()  # without another warning
 
 
+class Uncompiled:
+    """Stands for compiled code, with an error in the forces in eV/Å."""
+
+    error = 0.0
+
+    def __init__(self, potential: nn.Module, *_: object) -> None:
+        self.potential = potential
+
+    def misfit(self, batch: object) -> None:
+        return None
+
+    def __call__(self, batch: object) -> dict[str, Tensor]:
+        return {n: x.detach() + self.error * (n == "forces") for n, x in self.potential(batch).items()}
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_compiling_is_told_once(branching: Branching, monkeypatch: pytest.MonkeyPatch, compile: Any) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(module, "rank_zero_info", told.append)
+    monkeypatch.setattr(module, "CompiledPotential", Uncompiled)
+    atoms = crystal(1)
+    atoms.calc = JanusPipeCalculator(branching, compile=compile)
+    if compile == "auto":
+        atoms.get_forces()
+        assert told == []
+        atoms.calc._eager_seconds = 61.4
+    for _ in range(2):
+        atoms.positions[0] += 0.1
+        atoms.get_forces()
+    assert told == [
+        f"JanusPipeCalculator compiles Branching{' after 61 s of evaluations' if compile == 'auto' else ''}, once, "
+        "which may take some minutes",
+        "JanusPipeCalculator has compiled Branching in 0 s",
+    ]
+
+
 def test_code_that_gives_other_results_is_not_used(branching: Branching, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong:
-        def __init__(self, potential, *_: object) -> None:
-            self.potential = potential
-
-        def misfit(self, batch) -> None:
-            return None
-
-        def __call__(self, batch):
-            return {name: value.detach() + 1e-6 for name, value in self.potential(batch).items() if name == "forces"}
-
-    monkeypatch.setattr(module, "CompiledPotential", Wrong)
+    monkeypatch.setattr(Uncompiled, "error", 1e-6)
+    monkeypatch.setattr(module, "CompiledPotential", Uncompiled)
     atoms = crystal(1)
     atoms.calc = JanusPipeCalculator(branching, compile=True)
     with pytest.raises(ValueError, match=r"compile=True, but its forces result differs by 1.00e-06 from that"):
