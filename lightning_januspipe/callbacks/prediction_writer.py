@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.error_groups import ErrorGroups
 from lightning_januspipe.callbacks.lightning_classes import Callback, LightningModule, Trainer
-from lightning_januspipe.callbacks.records import Record, Recording, dataset_of, file_of, is_known, structure_of
+from lightning_januspipe.callbacks.records import Record, Recording, dataset_of, files_of, is_known, structure_of
 
 _CHUNK = 256
 """So many structures are written at a time."""
@@ -74,10 +74,10 @@ class PredictionWriter(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the file of this replica."""
-        read = file_of(dataset_of(trainer.predict_dataloaders))
-        if read is not None and self.output.exists() and self.output.samefile(read):
+        read = files_of(dataset_of(trainer.predict_dataloaders))
+        if self.output.exists() and any(self.output.samefile(file) for file in read):
             raise ValueError(
-                f"output={str(self.output)!r} is the file that the structures are read from, whose labels the "
+                f"output={str(self.output)!r} is a file that the structures are read from, whose labels the "
                 "predictions would replace; choose another name"
             )
         self._recording = Recording(trainer, self.output.absolute().parent, self.output.name)

@@ -217,11 +217,11 @@ def structure_of(dataset: Any, index: int) -> Any:
     return dataset.atoms(index)
 
 
-def file_of(dataset: Any) -> Path | None:
-    """Returns the file that a dataset, or a ``Subset`` of it, has read its structures from; None if there is none."""
-    while not hasattr(dataset, "file") and hasattr(dataset, "dataset"):
+def files_of(dataset: Any) -> list[Path]:
+    """Returns the files that a dataset, or a ``Subset`` of it, has read its structures from."""
+    while not hasattr(dataset, "files") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
-    return getattr(dataset, "file", None)
+    return getattr(dataset, "files", [])
 
 
 def dataset_of(loaders: Any) -> Any:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_januspipe.data.datamodule import StructureDataModule
 from lightning_januspipe.data.dataset import StructureDataset
-from lightning_januspipe.data.disk_dataset import open_dataset
+from lightning_januspipe.data.joined_dataset import Files, check_files, find_files, open_datasets
 from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.references import References, choose_references, isolated_energies, of_task
 from lightning_januspipe.data.splits import Split, check_size, split_indices
@@ -40,12 +40,12 @@ class ASEDataModule(StructureDataModule):
 
     def __init__(
         self,
-        train_file: str,
+        train_file: Files,
         *,
-        val_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
-        replay_file: str | None = None,
+        val_file: Files | None = None,
+        test_file: Files | None = None,
+        predict_file: Files | None = None,
+        replay_file: Files | None = None,
         replay_ratio: float = 1.0,
         train_size: int | float | None = None,
         val_size: int | float | None = None,
@@ -75,7 +75,8 @@ class ASEDataModule(StructureDataModule):
         """Keeps the options; ``setup`` reads the files.
 
         Args:
-            train_file: File with training structures.
+            train_file: File with training structures, a pattern such as ``folder/*.extxyz``, or a list of files and
+                patterns, whose structures follow one another. The same holds for the files below.
             val_file: File with validation structures.
             test_file: File with test structures.
             predict_file: File with structures to predict, which need no labels. Default: the test data.
@@ -118,8 +119,8 @@ class ASEDataModule(StructureDataModule):
             loader: Options of :class:`StructureDataModule`.
 
         Raises:
-            ValueError: A size is neither a number nor a fraction, a file is given for the same split, ``replay_ratio``
-                is not positive, or ``predict_task`` is none of the tasks.
+            ValueError: A size is neither a number nor a fraction, a file is given for the same split or is no path,
+                ``replay_ratio`` is not positive, or ``predict_task`` is none of the tasks.
         """
         super().__init__(**loader)
         if not 0 < replay_ratio < float("inf"):
@@ -130,9 +131,10 @@ class ASEDataModule(StructureDataModule):
         self._sizes = {"train": train_size, "val": val_size, "test": test_size}
         for name, size in self._sizes.items():
             check_size(f"{name}_size", size)
-        self._files: dict[str, str | None] = {"val": val_file, "test": test_file, "predict": predict_file}
-        self._train_file = train_file
-        self._replay_file, self._replay_ratio = replay_file, replay_ratio
+        given = {"val": val_file, "test": test_file, "predict": predict_file, "replay": replay_file}
+        self._files = {name: check_files(f"{name}_file", files) for name, files in given.items() if files is not None}
+        self._files["train"] = check_files("train_file", train_file)
+        self._replay_ratio = replay_ratio
         self._seed = seed
         self._cutoff = cutoff
         self._species = None if species == "auto" else validate_species(species)
@@ -178,11 +180,10 @@ class ASEDataModule(StructureDataModule):
             ValueError: A file or the labels of a structure are not usable, or the sizes of the splits exceed the
                 number of structures.
         """
-        file = self._files.get(split)
-        if file is not None:
+        if split != "train" and split in self._files:
             is_predicted = split == "predict"
             task = self._predict_task if is_predicted else None
-            return self._read(file, self.species, require_labels=self._require_labels and not is_predicted, task=task)
+            return self._read(split, self.species, require_labels=self._require_labels and not is_predicted, task=task)
         if split == "predict":
             return self.dataset("test")
         if split != "train" and self._sizes[split] is None:
@@ -195,12 +196,11 @@ class ASEDataModule(StructureDataModule):
         parts = split_indices(len(others), **self._sizes, seed=self._seed, kinds=kinds)
         chosen = {others[i] for i in parts[split]}
         own = Subset(source, sorted(chosen | isolated if split == "train" else chosen))
-        return self._with_replay(own) if split == "train" and self._replay_file is not None else own
+        return self._with_replay(own) if split == "train" and "replay" in self._files else own
 
     def _with_replay(self, own: Subset[dict[str, Tensor]]) -> SampleDataset:
         """Returns the training structures with those that are replayed."""
-        assert self._replay_file is not None
-        others = self._read(self._replay_file, self.species, require_labels=self._require_labels)
+        others = self._read("replay", self.species, require_labels=self._require_labels)
         wanted, rng = round(self._replay_ratio * len(own)), np.random.default_rng([self._seed, 1])
         if not wanted:
             raise ValueError(
@@ -240,18 +240,19 @@ class ASEDataModule(StructureDataModule):
 
     def _source(self) -> StructureDataset:
         if self._train_source is None:
-            self._train_source = self._read(self._train_file, self._species, require_labels=self._require_labels)
+            self._train_source = self._read("train", self._species, require_labels=self._require_labels)
         return self._train_source
 
     def _read(
-        self, file: str, species: list[str] | None, *, require_labels: bool, task: str | None = None
+        self, name: str, species: list[str] | None, *, require_labels: bool, task: str | None = None
     ) -> StructureDataset:
-        return open_dataset(
-            file,
+        """Reads the files of one option."""
+        return open_datasets(
+            find_files(f"{name}_file", self._files[name]),
             lazy=self._lazy,
             cache_dir=self._cache_dir,
             cutoff=self._cutoff,
-            species="auto" if species is None else species,
+            species=species,
             dtype=self._dtype,
             require_labels=require_labels,
             precompute=self._precompute,

@@ -218,10 +218,19 @@ class StructureDataset(Dataset[dict[str, Tensor]]):
             for atoms in self._structures
         ]
 
+    def use_species(self, species: Sequence[str]) -> None:
+        """Sets the species of a dataset that has made no samples yet.
+
+        Args:
+            species: Chemical symbols in the model's order.
+        """
+        assert not self._samples, "samples have indices of the species before"
+        self.species = list(species)
+
     @property
-    def file(self) -> Path | None:
-        """Returns the file that the structures were read from; None if they were given as ``Atoms``."""
-        return Path(self._source) if self._source else None
+    def files(self) -> list[Path]:
+        """Returns the files that the structures were read from; none if they were given as ``Atoms``."""
+        return [Path(self._source)] if self._source else []
 
     def describe(self, index: int) -> str:
         """Returns the name of a structure in messages: its file and frame."""

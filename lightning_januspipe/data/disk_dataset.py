@@ -79,9 +79,7 @@ class DiskDataset(StructureDataset):
             check_database_units(path, self.labels)
         self._cache = SampleCache(self._structures, self._recipe, root, chunk_size)
         found = [chemical_symbols[number] for number in sorted(self._cache.table.all_elements()) if number]
-        self.species = found if species == "auto" else validate_species(species)
-        self._species_of = np.full(256, -1)
-        self._species_of[[chemical_symbols.index(symbol) for symbol in self.species]] = range(len(self.species))
+        self.use_species(found if species == "auto" else validate_species(species))
 
     @override
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -97,6 +95,13 @@ class DiskDataset(StructureDataset):
         if self.tasks:
             sample |= read_task(kind.info() | self._asked, self.tasks, self.describe(index))
         return sample
+
+    @override
+    def use_species(self, species: Sequence[str]) -> None:
+        """Sets the species; see :class:`StructureDataset`."""
+        self.species = list(species)
+        self._species_of = np.full(256, -1)
+        self._species_of[[chemical_symbols.index(symbol) for symbol in self.species]] = range(len(self.species))
 
     @override
     def sample_sizes(self) -> tuple[Any, Any]:

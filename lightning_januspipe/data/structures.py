@@ -94,6 +94,8 @@ def require_file(path: str | Path) -> Path:
     """
     path = Path(path)
     content = path / "data.mdb" if path.is_dir() and path.suffix in LMDB else path
+    if content.is_dir():
+        raise ValueError(f"data file {path} is a folder; expected a file, or a pattern such as '{path}/*.extxyz'")
     if not content.is_file():
         raise ValueError(f"no such data file: {path} (looked in {path.absolute().parent}); check the path")
     if content.stat().st_size == 0:

@@ -130,7 +130,7 @@ def test_files_that_would_be_lost_are_refused(tmp_path, float64) -> None:
     (tmp_path / "link.extxyz").symlink_to(file)
     text = file.read_text()
     for name in ("given.extxyz", "link.extxyz"):
-        with pytest.raises(ValueError, match="is the file that the structures are read from"):
+        with pytest.raises(ValueError, match="is a file that the structures are read from"):
             workers.predicted(None, str(file), str(tmp_path / name), 2, None)
     assert file.read_text() == text
     with pytest.raises(ValueError, match="is a folder; expected a file"):
