@@ -28,6 +28,12 @@ def quoted(path: str) -> str:
     return repr(path) if path else "(the LightningModule itself)"
 
 
+def in_one_line(error: BaseException) -> str:
+    """Returns an error's type and the first line of its message that is not empty."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {text}"
+
+
 class PipelineError(RuntimeError):
     """Says that a rank could not go on, in which phase, stage and micro-batch."""
 

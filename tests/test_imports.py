@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,13 @@ def test_no_two_public_classes_have_one_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found.setdefault(node.name, []).append(module)
     assert not {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def test_private_names_stay_in_their_file() -> None:
+    imports = re.compile(rf"from {PACKAGE}[\w.]* import (\([^)]*\)|.*)")
+    for file in [*Path(__file__).parent.rglob("*.py"), *ROOT.rglob("*.py")]:
+        private = re.findall(r"\b_[a-zA-Z]\w*", " ".join(imports.findall(file.read_text())))
+        assert not private, f"{file} imports {private}: give them public names, or test what uses them"
 
 
 def test_few_files_at_the_root() -> None:

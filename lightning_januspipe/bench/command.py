@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse.typing import PositiveInt
 
@@ -25,7 +25,6 @@ from lightning_januspipe.bench.parameter_uses import parameter_uses
 from lightning_januspipe.bench.replicas import unequal_structures
 from lightning_januspipe.bench.rounded_rows import exchange_errors
 from lightning_januspipe.bench.state_bytes import state_bytes
-from lightning_januspipe.bench.work import Work
 from lightning_januspipe.cli.parsers import CommandParser
 
 BENCHMARKS: Mapping[str, Callable[..., str]] = {
@@ -40,8 +39,28 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "largest": largest,
     "data": datasets,
     "md": molecular_dynamics,
+    "emulate": emulate_schedules,
+    "shard": emulate_sharded,
+    "state": state_bytes,
+    "uses": parameter_uses,
+    "experts": expert_loads,
+    "placements": expert_placements,
+    "exchanges": exchange_errors,
+    "janus": predicted_steps,
 }
-"""The benchmarks that train on this machine; each returns its tables."""
+"""The benchmarks; each returns its tables. If one has a parameter ``work``, its options are the fields of that type."""
+
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "runs": {"type": PositiveInt, "help": "Runs of each configuration, of which medians are taken."},
+    "num_structures": {"type": PositiveInt, "help": "Structures that are made."},
+    "compile": {"action": "store_true", "help": "Compile the phases of all ranks before training."},
+    "emulate": {
+        "action": "store_true",
+        "help": "Run the simulated meshes instead, with a process for each of their 32 ranks, real messages, and "
+        "phases that sleep. Each of --steps takes more than a minute.",
+    },
+}
+"""Arguments of benchmarks that jsonargparse would make other options of."""
 
 _DESCRIPTION = """\
 Measures this machine: several configurations on the same work, in turn, in fresh processes. docs/benchmarks.md shows
@@ -58,77 +77,35 @@ def main(args: Sequence[str]) -> None:
     parser = CommandParser("januspipe bench", _DESCRIPTION)
     commands = parser.add_subcommands(dest="name", metavar="NAME", title="benchmarks", description=None)
     for name, benchmark in BENCHMARKS.items():
-        own = CommandParser(description=(inspect.getdoc(benchmark) or "").partition("\n\nArgs:")[0])
-        options = inspect.signature(benchmark).parameters
-        own.add_argument(
-            "--runs",
-            type=PositiveInt,
-            default=options["runs"].default,
-            help="Runs of each configuration, of which medians are taken.",
-        )
-        if "emulate" in options:
-            own.add_argument(
-                "--emulate",
-                action="store_true",
-                help="Run the simulated meshes instead, with a process for each of their 32 ranks, real messages, and "
-                "phases that sleep. Each of --steps takes more than a minute.",
-            )
-        if "compile" in options:
-            own.add_argument("--compile", action="store_true", help="Compile the phases of all ranks before training.")
-        if "num_structures" in options:
-            default = options["num_structures"].default
-            own.add_argument("--num_structures", type=PositiveInt, default=default, help="Structures that are made.")
-        own.add_function_arguments(benchmark, skip={"work", "runs", "emulate", "compile", "num_structures"})
-        own.add_class_arguments(Work)
-        commands.add_subcommand(name, own, help=(inspect.getdoc(benchmark) or "").partition("\n")[0])
-    emulate = CommandParser(description="Runs schedules with real messages between processes, and phases that sleep.")
-    emulate.add_function_arguments(emulate_schedules)
-    commands.add_subcommand("emulate", emulate, help=emulate.description)
-    shard = CommandParser(description="Runs steps with sharded state, whose phases sleep, against their simulation.")
-    shard.add_function_arguments(emulate_sharded, skip={"pool"})
-    commands.add_subcommand("shard", shard, help=shard.description)
-    state = CommandParser(description="Counts the bytes of parameters, gradients and optimizer state on each rank.")
-    state.add_function_arguments(state_bytes, skip={"pool"})
-    commands.add_subcommand("state", state, help=state.description)
-    uses = CommandParser(description="Counts how often a step would gather parameters that are released between uses.")
-    uses.add_function_arguments(parameter_uses)
-    commands.add_subcommand("uses", uses, help=uses.description)
-    experts = CommandParser(description="Counts how evenly experts load ranks, with and without placement by load.")
-    experts.add_function_arguments(expert_loads)
-    commands.add_subcommand("experts", experts, help=experts.description)
-    placements = CommandParser(description="Times steps with experts on 2 and 4 ranks, as planned and as they are.")
-    placements.add_function_arguments(expert_placements)
-    commands.add_subcommand("placements", placements, help=placements.description)
-    exchanges = CommandParser(description="Measures errors of gradients with rounded rows between ranks.")
-    exchanges.add_function_arguments(exchange_errors)
-    commands.add_subcommand("exchanges", exchanges, help=exchanges.description)
-    janus = CommandParser(description="Predicts memory and step time of MatRIS-MoE on many GPUs; nothing is measured.")
-    janus.add_function_arguments(predicted_steps)
-    commands.add_subcommand("janus", janus, help=janus.description)
+        commands.add_subcommand(name, _parser_of(benchmark), help=(inspect.getdoc(benchmark) or "").partition("\n")[0])
     words = ["emulate", *args[1:]] if args[:1] == ["--emulate"] else list(args)
     given = parser.parse_args(words or ["--help"])
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    values: dict[str, Any] = vars(given[given.name])
+    benchmark, values = BENCHMARKS[given.name], vars(given[given.name])
+    work = _work_of(benchmark)
+    if work is not None:
+        values["work"] = work(**{field.name: values.pop(field.name) for field in fields(work)})
     try:
-        if given.name == "emulate":
-            text = emulate_schedules(**values)
-        elif given.name == "shard":
-            text = emulate_sharded(**values)
-        elif given.name == "state":
-            text = state_bytes(**values)
-        elif given.name == "uses":
-            text = parameter_uses(**values)
-        elif given.name == "experts":
-            text = expert_loads(**values)
-        elif given.name == "placements":
-            text = expert_placements(**values)
-        elif given.name == "exchanges":
-            text = exchange_errors(**values)
-        elif given.name == "janus":
-            text = predicted_steps(**values)
-        else:
-            work = Work(**{field.name: values.pop(field.name) for field in fields(Work)})
-            text = BENCHMARKS[given.name](work, **values)
+        text = benchmark(**values)
     except ValueError as error:
         parser.error(str(error))
     print(f"\n{text}")
+
+
+def _parser_of(benchmark: Callable[..., str]) -> CommandParser:
+    """Returns a parser of a benchmark's arguments."""
+    parser = CommandParser(description=(inspect.getdoc(benchmark) or "").partition("\n\nArgs:")[0])
+    parameters = inspect.signature(benchmark).parameters
+    own = [name for name in _OPTIONS if name in parameters]
+    for name in own:
+        parser.add_argument(f"--{name}", default=parameters[name].default, **_OPTIONS[name])
+    parser.add_function_arguments(benchmark, skip={name for name in ("work", "pool", *own) if name in parameters})
+    work = _work_of(benchmark)
+    if work is not None:
+        parser.add_class_arguments(work)
+    return parser
+
+
+def _work_of(benchmark: Callable[..., str]) -> Any:
+    """Returns the dataclass of a benchmark's parameter ``work``; None if it has no such parameter."""
+    return get_type_hints(benchmark).get("work")

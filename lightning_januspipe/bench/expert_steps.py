@@ -29,17 +29,28 @@ _CUTOFF = 4.5
 
 
 @dataclass(frozen=True)
-class Options:
-    """Holds the options of :func:`expert_placements`."""
+class MixtureWork:
+    """Describes the training of a MatRIS-MoE with one block, and so two mixtures.
 
-    steps: int
-    batch_size: int
-    num_features: int
-    num_experts: int
-    top_k: int
-    expert_features: int
-    share_of_oxides: float
-    seed: int
+    Attributes:
+        steps: Timed steps of each configuration, all on the same structures; three more warm up.
+        batch_size: Structures of each replica in a step.
+        num_features: Width of the features.
+        num_experts: Experts of each mixture.
+        top_k: Experts of each element.
+        expert_features: Width of the experts.
+        share_of_oxides: How many of the structures are oxides.
+        seed: Seed of the structures and of the potential.
+    """
+
+    steps: int = 12
+    batch_size: int = 8
+    num_features: int = 32
+    num_experts: int = 12
+    top_k: int = 2
+    expert_features: int = 256
+    share_of_oxides: float = 0.5
+    seed: int = 0
 
 
 @dataclass
@@ -78,29 +89,12 @@ class PlacedSteps:
     moved: int = 0
 
 
-def expert_placements(
-    steps: int = 12,
-    batch_size: int = 8,
-    num_features: int = 32,
-    num_experts: int = 12,
-    top_k: int = 2,
-    expert_features: int = 256,
-    share_of_oxides: float = 0.5,
-    seed: int = 0,
-) -> str:
+def expert_placements(work: MixtureWork) -> str:
     """Times steps of a MatRIS-MoE with one block on 2 and 4 replicas that share its experts, on molecules and oxides.
 
     Args:
-        steps: Timed steps of each configuration, all on the same structures; three more warm up.
-        batch_size: Structures of each replica in a step.
-        num_features: Width of the features.
-        num_experts: Experts of each of the two mixtures.
-        top_k: Experts of each element.
-        expert_features: Width of the experts.
-        share_of_oxides: How many of the structures are oxides.
-        seed: Seed of the structures and of the potential.
+        work: Model and data, the same for every configuration.
     """
-    options = Options(steps, batch_size, num_features, num_experts, top_k, expert_features, share_of_oxides, seed)
     lines = [
         "| ranks | placement | busiest process (s) | speed | step (s) | rows of the busiest rank, over the mean | "
         "experts moved | guests in a step | planning | moving and copying |",
@@ -111,7 +105,7 @@ def expert_placements(
         for num_ranks in (2, 4):
             first: list[float] = []
             for placement, words in PLACEMENTS.items():
-                found = pool.run(trained_steps, placement, options, world_size=num_ranks, timeout=1800)
+                found = pool.run(trained_steps, placement, work, world_size=num_ranks, timeout=1800)
                 row = _Row.of(found)
                 first = first or row.busiest
                 speed = statistics.median(a / b for a, b in zip(first, row.busiest, strict=True))
@@ -158,12 +152,12 @@ class _Row:
         )
 
 
-def trained_steps(placement: str, options: Options) -> PlacedSteps:
+def trained_steps(placement: str, work: MixtureWork) -> PlacedSteps:
     """Trains on this rank, one of the replicas that share experts; returns what its steps took.
 
     Args:
         placement: The strategy's ``expert_placement``.
-        options: Of the benchmark.
+        work: Model and data.
     """
     import lightning
 
@@ -184,14 +178,14 @@ def trained_steps(placement: str, options: Options) -> PlacedSteps:
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     strategy = {"pipeline_size": 1, "data_size": world, "num_microbatches": 1, "expert_size": world}
-    trainer = trainer_of({**strategy, "expert_placement": placement}, options.steps + _WARM_UP, Clock())
+    trainer = trainer_of({**strategy, "expert_placement": placement}, work.steps + _WARM_UP, Clock())
     with _counted(seen, found):
-        trainer.fit(*_module_and_loader(options, rank, world))
+        trainer.fit(*_module_and_loader(work, rank, world))
     found.steps = seen[_WARM_UP:]
     return found
 
 
-def _module_and_loader(options: Options, rank: int, world: int) -> tuple[Any, Any]:
+def _module_and_loader(work: MixtureWork, rank: int, world: int) -> tuple[Any, Any]:
     """Returns the same module on every rank, and this rank's part of the structures."""
     import numpy as np
     from ase.calculators.singlepoint import SinglePointCalculator
@@ -204,27 +198,27 @@ def _module_and_loader(options: Options, rank: int, world: int) -> tuple[Any, An
     every = [atoms for kind in kinds for atoms in kind]
     for atoms in every:
         atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
-    draw = random.Random(options.seed)
+    draw = random.Random(work.seed)
     starts = [0, len(kinds[0])]
     drawn = []
-    for _ in range((options.steps + _WARM_UP) * options.batch_size * world):
-        kind = draw.random() < options.share_of_oxides
+    for _ in range((work.steps + _WARM_UP) * work.batch_size * world):
+        kind = draw.random() < work.share_of_oxides
         drawn.append(starts[kind] + draw.randrange(len(kinds[kind])))
     dataset: Any = StructureDataset(every, cutoff=_CUTOFF)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(work.seed)
     potential = MatRISMoE.from_size(
         "tiny",
         dataset.species,
         cutoff=_CUTOFF,
         angle_cutoff=2.5,
         num_blocks=1,
-        num_features=options.num_features,
-        num_experts=options.num_experts,
-        top_k=options.top_k,
-        expert_features=options.expert_features,
+        num_features=work.num_features,
+        num_experts=work.num_experts,
+        top_k=work.top_k,
+        expert_features=work.expert_features,
     )
     own: Any = Subset(dataset, drawn[rank::world])
-    return PotentialModule(potential), DataLoader(own, options.batch_size, collate_fn=collate_structures)
+    return PotentialModule(potential), DataLoader(own, work.batch_size, collate_fn=collate_structures)
 
 
 @contextmanager

@@ -111,16 +111,16 @@ def largest_size(peak: Callable[[int], int], limit: float, first: int, tolerance
 def _next_size(found: dict[int, int], most: int, aim: float, limit: float) -> int:
     """Returns the size to try next: where a line through two peaks reaches the aim, above the largest that fits."""
     if len(found) == 1:
-        return _compact(2 * most)
+        return compact_size(2 * most)
     a, b = sorted(found, key=lambda n: abs(found[n] - aim))[:2]
     slope = (found[b] - found[a]) / (b - a)
     wanted = a + (aim - found[a]) / slope if slope > 0 else 2 * most
     others = [n for n, bytes in found.items() if bytes > limit]
     top = min(others) if others else _LARGEST_STEP * most
-    return _compact(int(min(max(wanted, most), top)))
+    return compact_size(int(min(max(wanted, most), top)))
 
 
-def _compact(num_atoms: int) -> int:
+def compact_size(num_atoms: int) -> int:
     """Returns the most atoms of a nearly cubic box, up to a number: graph ranks cut long boxes at small faces."""
     side = int((num_atoms / _ATOMS_PER_CELL) ** (1 / 3) + 1e-9)
     blocks = combinations_with_replacement(range(max(side * 4 // 5, 1), side * 5 // 4 + 2), 3)

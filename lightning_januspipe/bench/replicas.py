@@ -12,6 +12,7 @@ import torch
 
 from lightning_januspipe.bench.emulate import EmulatedMesh, MeshWork, MicrobatchWork, emulate_mesh
 from lightning_januspipe.bench.emulate.schedules import COSTS, suitable_unit
+from lightning_januspipe.bench.work import Work
 from lightning_januspipe.graph.partition import MAX_IMBALANCE
 from lightning_januspipe.loader import packing
 from lightning_januspipe.loader.packing import imbalance, pack_samples, plan
@@ -22,7 +23,6 @@ from lightning_januspipe.testing import RankPool, quiet_trainer
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from lightning_januspipe.bench.work import Work
 
 MESHES = ((8, 2, 2), (4, 2, 4))
 """Pipeline × data × graph ranks of simulation and emulation."""

@@ -16,7 +16,7 @@ from lightning_januspipe.bench.work import Work
 from lightning_januspipe.testing import RankPool
 
 
-class _Experts(Work):
+class ExpertWork(Work):
     """Describes work with a small MatRIS-MoE."""
 
     def potential(self, samples: Any, species: Sequence[str]) -> nn.Module:
@@ -35,7 +35,7 @@ def exchange_errors(num_atoms: int = 32, batch_size: int = 4, num_features: int 
         batch_size: Structures in the step, each a micro-batch.
         num_features: Width of a MatRIS-MoE with two blocks, and half the width of its experts.
     """
-    work = _Experts(num_atoms=num_atoms, batch_size=batch_size, num_features=num_features, cutoff=4.5)
+    work = ExpertWork(num_atoms=num_atoms, batch_size=batch_size, num_features=num_features, cutoff=4.5)
     one: dict[str, Any] = {"pipeline_size": 1, "num_microbatches": batch_size}
     halos = {**one, "graph_size": 2}
     both = {**halos, "expert_size": 2}
@@ -63,11 +63,11 @@ def exchange_errors(num_atoms: int = 32, batch_size: int = 4, num_features: int 
 
 def _joined(work: Work, ranks: int, strategy: dict[str, Any], precision: str) -> StepGradients:
     with RankPool(ranks) as pool:
-        found = pool.run(_gradients_and_bytes, work, strategy, precision, timeout=1800)
+        found = pool.run(gradients_and_bytes, work, strategy, precision, timeout=1800)
     return replace(found[0], message_bytes=sum(rank.message_bytes for rank in found))
 
 
-def _gradients_and_bytes(work: Work, strategy: dict[str, Any], precision: str) -> StepGradients:
+def gradients_and_bytes(work: Work, strategy: dict[str, Any], precision: str) -> StepGradients:
     """Returns the gradients of one step, and the bytes of rows that this rank sent to others."""
     sent = 0
     exchange = dist.all_to_all_single

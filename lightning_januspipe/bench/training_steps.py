@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,23 +135,21 @@ class Configuration:
 def time_configurations(
     configurations: dict[str, tuple[int, dict[str, Any] | None]],
     work: Work,
-    runs: int = 5,
-    report: Callable[[str], None] = print,
+    runs: int,
 ) -> list[Configuration]:
-    """Runs every configuration ``runs`` times, in turn.
+    """Runs every configuration ``runs`` times, in turn, and prints a line after each run.
 
     Args:
         configurations: By name the number of ranks and the arguments of the strategy, or None for plain Lightning.
         work: The work of each configuration.
         runs: Number of runs of each.
-        report: Gets a line after each run.
     """
     found: dict[str, list[list[RunTiming]]] = {name: [] for name in configurations}
     for run in range(runs):
         for name, (ranks, strategy) in configurations.items():
             with RankPool(ranks) as pool:
                 found[name].append(pool.run(run_once, work, strategy, timeout=1800))
-            report(f"run {run + 1} of {runs}: {name}: {found[name][-1][0].step:.3f} s per step")
+            print(f"run {run + 1} of {runs}: {name}: {found[name][-1][0].step:.3f} s per step")
     rows = []
     for name, results in found.items():
         steps = [max(t.step for t in ranks) for ranks in results]

@@ -110,8 +110,8 @@ class StructureAdapter(AtomsAdapter):
         super().__init__(cutoff)
         self.species, self.tasks = list(species), list(tasks)
         if task is not None and task not in self.tasks:
-            known = f"the tasks {self.tasks}" if self.tasks else "no tasks"
-            raise ValueError(f"task={task!r}, but the potential has {known}")
+            known = f"has the tasks {self.tasks}" if self.tasks else "was trained without tasks: leave it out"
+            raise ValueError(f"task={task!r}, but the potential {known}")
         self._asked = {} if task is None else {keys.TASK: task}
 
     def batch_from_atoms(self, atoms: Atoms, edges: Edges, dtype: torch.dtype) -> dict[str, Tensor]:

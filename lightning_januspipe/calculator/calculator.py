@@ -27,7 +27,7 @@ from lightning_januspipe.compiled.compiled_potential import TOLERANCES, Compiled
 from lightning_januspipe.compiled.torch_internals import missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.data.tasks import NAMES
-from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.errors import CaptureError, in_one_line
 from lightning_januspipe.mesh import Mesh, MeshShape
 from lightning_januspipe.models import load
 
@@ -260,8 +260,7 @@ class JanusPipeCalculator(Calculator):
                 compiled = self._compiler()
                 problem = self._problem(compiled, batch, structure)
             except Exception as error:  # torch's tracing and compiling may fail in any way
-                cause = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-                problem = f"{name} cannot be compiled ({cause})"
+                problem = f"{name} cannot be compiled ({in_one_line(error)})"
                 if always:
                     raise ValueError(f"compile=True, but {problem}. Use compile=False") from error
         if not problem:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_januspipe.runtime.runner import Runner
-from lightning_januspipe.schedule import draw
+from lightning_januspipe.schedule.figures import SUFFIXES
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -42,8 +42,8 @@ def check_suffix(suffix: str) -> None:
     Raises:
         ValueError: ``suffix`` is neither ``svg`` nor ``png``.
     """
-    if f".{suffix}" not in draw.SUFFIXES:
-        raise ValueError(f"suffix={suffix!r}; expected one of {', '.join(e[1:] for e in draw.SUFFIXES)}")
+    if f".{suffix}" not in SUFFIXES:
+        raise ValueError(f"suffix={suffix!r}; expected one of {', '.join(e[1:] for e in SUFFIXES)}")
 
 
 def output_folder(trainer: Trainer, dirpath: str | None) -> Path:

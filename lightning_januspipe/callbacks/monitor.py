@@ -22,7 +22,7 @@ from lightning_januspipe.callbacks.picture import Curve, draw_run
 from lightning_januspipe.callbacks.rank_metrics import PREFIX, RankNumbers, exchanged, metrics
 from lightning_januspipe.callbacks.throughput import Metered
 from lightning_januspipe.distributed import waiting
-from lightning_januspipe.schedule import draw
+from lightning_januspipe.schedule.figures import Panel
 
 _MEMORY_EVERY = 10  # recorded steps
 
@@ -159,7 +159,7 @@ class PipelineMonitor(Metered):
         strategy: Any = trainer.strategy
         return metrics(exchanged(mine, runner.num_stages, strategy.num_microbatches(), mesh.host_group), mesh.shape)
 
-    def _rows(self, trainer: Trainer) -> list[draw.Panel]:
+    def _rows(self, trainer: Trainer) -> list[Panel]:
         """Returns the last recorded step of each pipeline, on global rank 0."""
         runner, mesh = runner_of(trainer), getattr(trainer.strategy, "mesh", None)
         if runner is None or not runner.is_staged or mesh is None or mesh.aborted:
@@ -175,7 +175,7 @@ class PipelineMonitor(Metered):
         predicted = [("predicted", replicas[0].schedule, replicas[0].predicted)] if replicas else []
         return [*predicted, *((n, s.schedule, s.recorded) for n, s in zip(names, replicas, strict=True))]
 
-    def _write(self, trainer: Trainer, rows: list[draw.Panel]) -> None:
+    def _write(self, trainer: Trainer, rows: list[Panel]) -> None:
         path = self._folder / "pipeline-monitor"
         self._folder.mkdir(parents=True, exist_ok=True)
         mesh = getattr(trainer.strategy, "mesh", None)

@@ -11,7 +11,7 @@ import numpy as np
 from lightning_januspipe import keys
 from lightning_januspipe.callbacks.error_report import format_error
 from lightning_januspipe.callbacks.records import Floats
-from lightning_januspipe.schedule import draw
+from lightning_januspipe.schedule import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, tit
     from matplotlib.figure import Figure
 
     name, unit, what = _LABELS[quantity]
-    with draw.style():
+    with figures.style():
         figure = Figure(figsize=(7.4, 3.6), dpi=150, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
@@ -61,7 +61,7 @@ def draw_parity(quantity: str, given: Floats, predicted: Floats, path: Path, tit
             for x, text in ((0.04, label), (0.2, value)):
                 left.text(x, 0.95 - 0.06 * line, text, transform=left.transAxes, fontsize=8.5, color=_INK)
         _draw_errors(right, errors, f"m{unit}", what)
-        draw.save(figure, path, path.suffix)
+        figures.save(figure, path)
 
 
 def _explained(share: float) -> str:
@@ -137,7 +137,7 @@ def draw_learning_curves(history: Sequence[Mapping[str, float]], path: Path, tit
     panels = [(f"{name}\nMAE ({unit})", f"{name}_mae", 1000.0) for name, unit in units.items()]
     panels = [("loss", "loss", 1.0), *panels]  # of the training data only the last batch is logged
     shown = [panel for panel in panels if any(_known(history, f"val_{panel[1]}")[0])]
-    with draw.style():
+    with figures.style():
         figure = Figure(figsize=(7.4, 0.6 + 1.55 * len(shown)), dpi=150, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         found = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -163,7 +163,7 @@ def draw_learning_curves(history: Sequence[Mapping[str, float]], path: Path, tit
         figure.legend(*_legend(figure.axes), loc="outside upper right", ncols=3)
         found[-1].set_xlabel("epoch")
         found[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        draw.save(figure, path, path.suffix)
+        figures.save(figure, path)
 
 
 def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_januspipe.schedule import draw
+from lightning_januspipe.schedule import draw, figures
 
 _WIDTH, _HEIGHT = 8.0, 1.5  # inches: width of the picture, height of a panel
 _LEFT, _RIGHT, _BOTTOM, _GAP = 0.8, 0.8, 0.5, 0.25
@@ -28,7 +28,7 @@ class Curve:
     values: Sequence[float]
 
 
-def draw_run(rows: Sequence[draw.Panel], panels: Sequence[Sequence[Curve]], path: Path, title: str) -> None:
+def draw_run(rows: Sequence[figures.Panel], panels: Sequence[Sequence[Curve]], path: Path, title: str) -> None:
     """Draws a recorded step above curves with a common axis of batches.
 
     Args:
@@ -46,7 +46,7 @@ def draw_run(rows: Sequence[draw.Panel], panels: Sequence[Sequence[Curve]], path
         figure = Figure(figsize=(_WIDTH, below + 0.3), dpi=150)
         figure.text(_LEFT / _WIDTH, 0.99, title, fontsize=12, fontweight="bold", va="top")
     width, height = figure.get_size_inches()
-    with draw.style():
+    with figures.style():
         for index, curves in enumerate(panels):
             bottom = _BOTTOM + (len(panels) - 1 - index) * (_HEIGHT + _GAP)
             box = (_LEFT / width, bottom / height, 1 - (_LEFT + _RIGHT) / width, _HEIGHT / height)
@@ -60,4 +60,4 @@ def draw_run(rows: Sequence[draw.Panel], panels: Sequence[Sequence[Curve]], path
                 axes.spines["right"].set_visible(bool(place))
             first.tick_params(axis="x", labelbottom=index == len(panels) - 1)
         first.set_xlabel("training batch")
-    draw.save(figure, path, path.suffix)
+    figures.save(figure, path)

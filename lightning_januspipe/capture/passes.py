@@ -2,7 +2,7 @@
 
 A pass is a function ``Program -> Program``: it changes the program that it is given, and returns it. After every pass
 the program gives the same results for every batch, within rounding. Passes may add inputs (random numbers, in the order
-in which the forward draws them, and lists of indices) with their symbols and conditions; other inputs stay. Tracing
+in which the forward draws them, and lists of indices) with their symbols and guards; other inputs stay. Tracing
 applies no pass, and the cache holds programs after all passes.
 
 These functions run after the passes; they read the program and do not change it::

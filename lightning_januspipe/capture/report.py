@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 from lightning_januspipe.capture.cut.cut import Profile
@@ -141,7 +140,7 @@ def report(potential: StagedPotential, profile: Profile | None = None) -> CutRep
 
 
 def summary(potential: StagedPotential) -> str:
-    """Returns the boundaries in a few words, such as ``boundaries of 512, 256 bytes per atom``; one of equal ones."""
+    """Returns the boundaries in a few words, such as ``boundaries of 512 B per atom``; equal ones once."""
     return describe_boundaries(_boundaries(potential, potential.size_words()))
 
 
@@ -149,15 +148,9 @@ def describe_boundaries(found: Sequence[Boundary]) -> str:
     """Returns what :func:`summary` says about these boundaries."""
     if not found:
         return "no boundary"
-    sizes = [boundary.bytes_per for boundary in found]
-    parts = []
-    for units, of_units in groupby(sizes[:1] if all(size == sizes[0] for size in sizes) else sizes, key=tuple):
-        if len(units) == 1:
-            numbers = ", ".join(f"{size[units[0]]:,}" for size in of_units)
-            parts.append(f"{numbers} bytes per {units[0]}")
-        else:
-            parts += [" + ".join(f"{size[unit]:,} bytes per {unit}" for unit in units) for size in of_units]
-    return ("boundaries of " if len(found) > 1 else "a boundary of ") + ", ".join(parts)
+    sizes = [str(boundary) for boundary in found]
+    words = sizes[0] if len(set(sizes)) == 1 else ", ".join(sizes)
+    return f"{'boundaries' if len(found) > 1 else 'a boundary'} of {words}"
 
 
 def _rank(per: str) -> tuple[int, str]:

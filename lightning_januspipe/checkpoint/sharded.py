@@ -120,7 +120,7 @@ def write_shards(
         OSError: The system refused to write, on this rank or on another.
     """
     planner = _OwnedPlanner(writes)
-    writer = _Writer(folder, sync_files=True)
+    writer = PartWriter(folder, sync_files=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint")
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -217,7 +217,7 @@ def _own_errors() -> Iterator[None]:
         raise cause from None
 
 
-class _Writer(FileSystemWriter):
+class PartWriter(FileSystemWriter):
     """Writes shards, and says why the system refuses to: torch's own error is about positions in a file."""
 
     @override

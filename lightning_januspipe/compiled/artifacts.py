@@ -55,7 +55,7 @@ class StageArtifacts:
     """Holds the compiled phases of one stage as bytes.
 
     Attributes:
-        phases: what the phases take, return and keep, with the conditions that compiling has added.
+        phases: what the phases take, return and keep, with the guards that compiling has added.
         order: the exchanges of each phase; see :func:`~.exchanges.exchange_order`.
         functions: the compiled function of each phase.
     """

@@ -21,9 +21,10 @@ from typing import Any, NoReturn
 
 from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.compiled.artifacts import ArtifactCache, StageArtifacts, StageSource
-from lightning_januspipe.compiled.compiler import compile_graph, first_line, require_fit, traced, with_recorded_guards
+from lightning_januspipe.compiled.compiler import compile_graph, require_fit, traced, with_recorded_guards
 from lightning_januspipe.compiled.exchanges import exchange_order
 from lightning_januspipe.compiled.phase_graphs import PhaseGraphs, phase_graphs
+from lightning_januspipe.errors import in_one_line
 from lightning_januspipe.schedule.actions import Phase
 
 REQUEST, RESULT, OUTPUT = "request", "result", "output"
@@ -83,7 +84,7 @@ def main(folder: str) -> None:
             ArtifactCache(request.artifacts).save(key, compiled_stage(source, place, request.num_workers))
         except Exception as error:  # torch's tracing and compiling may fail in any way
             traceback.print_exc()
-            result.failed[key] = f"{type(error).__name__}: {first_line(error)}"
+            result.failed[key] = in_one_line(error)
     result.cpu_seconds = sum(os.times()[:4])
     (place / f"{RESULT}.part").write_bytes(pickle.dumps(result))
     os.replace(place / f"{RESULT}.part", place / RESULT)
@@ -103,14 +104,14 @@ def compiled_stage(source: StageSource, place: Path, num_workers: int) -> StageA
     # A process that has used a GPU must not fork. There inductor itself compiles kernels side by side.
     forks = num_workers > 1 and source.settings.device == "cpu"
     made = _side_by_side(graphs, place, num_workers) if forks else {p: _compiled(graphs, p) for p in graphs.modules}
-    sizes = graphs.phases.sizes.with_conditions([c for _, conditions in made.values() for c in conditions])
+    sizes = graphs.phases.sizes.with_guards([guard for _, guards in made.values() for guard in guards])
     phases = replace(graphs.phases, sizes=sizes)
     require_fit(phases, source)
     return StageArtifacts(phases, order, {phase: made[phase][0] for phase in graphs.modules})
 
 
 def _compiled(graphs: PhaseGraphs, phase: Phase) -> tuple[bytes, tuple[str, ...]]:
-    """Returns the compiled function of one phase, and the conditions on sizes that it is right for."""
+    """Returns the compiled function of one phase, and the guards on sizes that it is right for."""
     function = torch_internals.packed(compile_graph(graphs.modules[phase], graphs.mode))
     if function is None:
         raise RuntimeError(f"torch cannot hand what it has compiled for {phase.value} to another process")
@@ -157,7 +158,7 @@ def _compile_and_end(graphs: PhaseGraphs, phase: Phase, file: Path) -> NoReturn:
             result = _compiled(graphs, phase)
         except Exception as error:
             traceback.print_exc()
-            result = f"{type(error).__name__}: {first_line(error)}"
+            result = in_one_line(error)
         file.write_bytes(pickle.dumps(result))
         status = 0
     finally:

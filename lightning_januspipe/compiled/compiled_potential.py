@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from lightning_januspipe import keys
 from lightning_januspipe.compiled import torch_internals
-from lightning_januspipe.compiled.size_one import conditions_of_ones
+from lightning_januspipe.compiled.size_one import guards_of_ones
 from lightning_januspipe.compiled.sizes import StageSizes
 
 INPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
@@ -103,8 +103,8 @@ class CompiledPotential:
         self._run: Callable[..., Sequence[Tensor]] = torch_internals.compiled(graph, mode)
         self._inputs = tuple(inputs_of(potential))
         names = {torch_internals.expression_of(sizes[name]): (name,) for name in ("N", "E")}
-        guards = torch_internals.size_guards(mode)
-        self._sizes = StageSizes(names, {"B": 1}).with_guards(guards).with_conditions(conditions_of_ones(graph, mode))
+        guards = [*torch_internals.size_guards(mode), *guards_of_ones(graph, mode)]
+        self._sizes = StageSizes(names, {"B": 1}).with_guards(guards)
 
     def misfit(self, batch: Mapping[str, Tensor]) -> str | None:
         """Returns in words why the code is not right for the sizes of a batch, such as no edges; None where it is."""

@@ -24,7 +24,7 @@ from lightning_januspipe.engine.eager_stages import eager_stages
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
-from lightning_januspipe.errors import CaptureError
+from lightning_januspipe.errors import CaptureError, in_one_line
 from lightning_januspipe.schedule.costs import format_bytes
 
 
@@ -175,7 +175,7 @@ class StageCompiler:
             try:
                 self.compiled[index], order = self._runners(cast(TraceableStage, function), chain)
             except Exception as error:  # torch's tracing and compiling may fail in any way
-                reason = f"{type(error).__name__}: {first_line(error)}"
+                reason = in_one_line(error)
         of_ranks = self.over_ranks(_Compiled(reason, order))
         found = [f"on graph rank {r}, {c.refused}" for r, c in enumerate(of_ranks) if c.refused]
         if reason or found:
@@ -264,7 +264,7 @@ def traced(source: StageSource) -> Joint:
 
 
 def require_fit(phases: StagePhases, source: StageSource) -> None:
-    """Raises an error if the phases are not right for the example batch, or their conditions cannot be evaluated.
+    """Raises an error if the phases are not right for the example batch, or their guards cannot be evaluated.
 
     Raises:
         CaptureError: they are not.
@@ -275,11 +275,6 @@ def require_fit(phases: StagePhases, source: StageSource) -> None:
 
 
 def with_recorded_guards(graphs: PhaseGraphs) -> StagePhases:
-    """Returns the phases of a stage with the conditions on sizes that compiling has added."""
+    """Returns the phases of a stage with the guards on sizes that compiling has added."""
     phases = graphs.phases
     return replace(phases, sizes=phases.sizes.with_guards(torch_internals.size_guards(graphs.mode)))
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message that is not empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.blueprint import StageBlueprint, fake_device
 from lightning_januspipe.compiled.ports import Kind, Port
-from lightning_januspipe.compiled.size_one import conditions_of_ones
+from lightning_januspipe.compiled.size_one import guards_of_ones
 from lightning_januspipe.compiled.sizes import StageSizes, compiled_expression
 from lightning_januspipe.compiled.torch_internals import (
     FakeTensorMode,
@@ -115,7 +115,7 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
         return [t.detach().contiguous() if m else t.detach() for (_, t), m in zip(found, is_message, strict=True)]
 
     root = traced_graph(joint, [t for members in given.values() for t in members])
-    sizes = sizes.with_guards(size_guards(mode)).with_conditions(conditions_of_ones(root, mode))
+    sizes = sizes.with_guards([*size_guards(mode), *guards_of_ones(root, mode)])
     return Joint(root.graph, root, inputs, outputs, mode, sizes)
 
 

@@ -19,8 +19,8 @@ from lightning_januspipe.compiled.torch_internals import (
 )
 
 
-def conditions_of_ones(root: fx.GraphModule, mode: FakeTensorMode) -> list[str]:
-    """``graph -> the conditions that sizes are not 1``, for those of which its trace has asked whether they are 1.
+def guards_of_ones(root: fx.GraphModule, mode: FakeTensorMode) -> list[str]:
+    """``graph -> the guards that sizes are not 1``, for the sizes of which its trace has asked whether they are 1.
 
     Operations give the same values for any layout of their operands. So the graph is right if each operation has, for a
     size of 1, a result of the shape that it was traced with: no dimension is dropped or stretched.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lightning_januspipe.engine.specs import compiled_expression as compiled_expression
 
@@ -55,17 +54,9 @@ class StageSizes:
                 return f"the condition {guard} does not hold for {given}"
         return None
 
-    def with_guards(self, guards: Sequence[Any]) -> StageSizes:
-        """Returns the same with the relations that compiling added.
-
-        Args:
-            guards: sympy expressions in the sizes of the graphs.
-        """
-        return self.with_conditions([str(g) for g in guards if getattr(g, "free_symbols", None)])
-
-    def with_conditions(self, conditions: Sequence[str]) -> StageSizes:
-        """Returns the same with more conditions, as :func:`compiled_expression` reads them."""
-        return replace(self, guards=tuple(dict.fromkeys((*self.guards, *conditions))))
+    def with_guards(self, guards: Sequence[str]) -> StageSizes:
+        """Returns the same with more guards, as :func:`compiled_expression` reads them."""
+        return replace(self, guards=tuple(dict.fromkeys((*self.guards, *guards))))
 
 
 def agree(

@@ -48,7 +48,7 @@ class _AnySizes(ShapeEnv):
 
     Torch asks this whenever it wants to know whether a tensor is contiguous, such as a transposed gradient that
     autograd reshapes: strides of a dimension of size 1 do not matter. What it does for other sizes is right for 1 too,
-    unless shapes depend on the answer; :func:`~.size_one.conditions_of_ones` finds that out.
+    unless shapes depend on the answer; :func:`~.size_one.guards_of_ones` finds that out.
 
     Attributes:
         asked: the sizes, by their names.
@@ -112,14 +112,14 @@ def new_size(mode: FakeTensorMode, name: str, hint: int) -> SymInt:
     return size
 
 
-def size_guards(mode: FakeTensorMode) -> list[Any]:
-    """Returns the relations between sizes that torch has taken for granted so far, as sympy expressions.
+def size_guards(mode: FakeTensorMode) -> list[str]:
+    """Returns the relations between sizes that torch has taken for granted so far, as sympy writes them.
 
     They are not simplified: torch replaces a size that it took for another one, and the relation would become "true".
     """
     env = mode.shape_env
     assert env is not None
-    return [guard.expr for guard in env.guards]
+    return [str(guard.expr) for guard in env.guards if getattr(guard.expr, "free_symbols", None)]
 
 
 def hint_of(size: int | SymInt) -> int:

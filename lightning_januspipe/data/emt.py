@@ -133,7 +133,7 @@ def _random_alloy(
     elements = rng.choice(symbols, size=int(rng.integers(1, len(symbols) + 1)), replace=False)
     occupation = [str(symbol) for symbol in rng.choice(elements, size=size)]
     lattice_constant = float(np.mean([_LATTICE_CONSTANTS[symbol] for symbol in occupation]))
-    atoms = bulk("Cu", "fcc", a=lattice_constant, cubic=True).repeat(_repeats(size // _ATOMS_PER_CELL))
+    atoms = bulk("Cu", "fcc", a=lattice_constant, cubic=True).repeat(cubic_repeats(size // _ATOMS_PER_CELL))
     atoms.set_chemical_symbols(occupation)
 
     components = rng.uniform(-strain, strain, size=(3, 3))
@@ -145,7 +145,7 @@ def _random_alloy(
     return atoms
 
 
-def _repeats(num_cells: int) -> tuple[int, int, int]:
+def cubic_repeats(num_cells: int) -> tuple[int, int, int]:
     """Returns the three factors of a number of cells whose block is the most cubic."""
     triples = [
         (num_cells // (b * c), b, c)

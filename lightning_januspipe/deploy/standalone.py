@@ -143,8 +143,8 @@ def potential_of(model: str | Path | nn.Module, task: str | None = None) -> tupl
         )
     tasks = list(getattr(potential, "tasks", ()))
     if (len(tasks) > 1 or task is not None) and task not in tasks:
-        found = f"the tasks {tasks}: name the one that the file is for" if tasks else "no tasks: name none"
-        raise ValueError(f"task={task!r}, and {type(potential).__name__} has {found} (--task, or task= in Python)")
+        known = f"has the tasks {tasks}: name the one" if tasks else "was trained without tasks: name none"
+        raise ValueError(f"task={task!r}, but {type(potential).__name__} {known} (--task, or task= in Python)")
     own = copy.deepcopy(potential).eval().requires_grad_(False)
     return own if task is None else _OneTask(own, tasks.index(task)), list(species), float(cutoff)
 

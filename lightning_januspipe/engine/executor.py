@@ -82,7 +82,7 @@ class Executor:
         Raises:
             RankLostError: A message did not come, or could not be sent.
         """
-        self._run(_Step(self, self._route(schedule), inputs, loss))
+        self._run(StepInProgress(self, self._route(schedule), inputs, loss))
 
     def evaluate(
         self, schedule: Schedule, inputs: Sequence[MicrobatchInput]
@@ -96,11 +96,11 @@ class Executor:
         Returns:
             For each micro-batch all observables and ∂E/∂x, on the rank of the first stage's FF; None on the others.
         """
-        step = _Step(self, self._route(schedule), inputs, None)
+        step = StepInProgress(self, self._route(schedule), inputs, None)
         self._run(step)
         return [step.phases.result(m) for m in range(len(inputs))]
 
-    def _run(self, step: _Step) -> None:
+    def _run(self, step: StepInProgress) -> None:
         try:
             for action in step.route.order:
                 step.run(action)
@@ -124,7 +124,7 @@ class Executor:
         return known[1]
 
 
-class _Step:
+class StepInProgress:
     """Runs one step on one rank, and knows which messages were posted and have come."""
 
     def __init__(
@@ -153,7 +153,7 @@ class _Step:
         with self._observed(action):
             made = self.phases.run(action, came)
         for message in self.route.outputs(action):
-            self._hand_on(message, made.chain if message.target.phase is action.phase else made.own)
+            self.hand_on(message, made.chain if message.target.phase is action.phase else made.own)
 
     def _change(self, state: StageState, action: Action) -> None:
         """Changes sharded state; what takes its time runs beside the phases that follow."""
@@ -222,7 +222,8 @@ class _Step:
                 own = parts
         return Passed(chain, own)
 
-    def _hand_on(self, message: Message, parts: Parts[Tensor]) -> None:
+    def hand_on(self, message: Message, parts: Parts[Tensor]) -> None:
+        """Sends a message, or keeps it for an action of this rank."""
         peer = self.route.rank_of(message.target)
         if peer == self._executor.rank:
             self._arrived[message] = parts
@@ -242,7 +243,7 @@ class _Step:
             index = self.route.index(message)
             while self._posted[peer] < min(len(incoming), index + _RECEIVES_AHEAD):
                 following = incoming[self._posted[peer]]
-                form = self._form(following)
+                form = self.form(following)
                 self._receives[following] = channel.receive(form.shapes()), form
                 self._posted[peer] += 1
             while self._waited[peer] <= index:
@@ -254,7 +255,8 @@ class _Step:
             self._links.to(peer).release(self.route.position(source))
             return self._arrived.pop(message)
 
-    def _form(self, message: Message) -> MessageForm:
+    def form(self, message: Message) -> MessageForm:
+        """Returns the shapes and types of a message's tensors."""
         executor, target = self._executor, message.target
         function = executor.stages[target.stage].function
         specs = message_specs(

@@ -48,16 +48,16 @@ class TensorSpec:
         return tuple(s if isinstance(s, int) else int(evaluate(s, symbols)) for s in self.shape)
 
 
-def violated_sizes(condition: str, symbols: Mapping[str, int]) -> dict[str, int]:
-    """Returns the sizes that violate a condition, by their symbols; none if it holds.
+def violated_sizes(guard: str, symbols: Mapping[str, int]) -> dict[str, int]:
+    """Returns the sizes that violate a guard, by their symbols; none if it holds.
 
-    A condition that only a size of 0 or 1 violates is taken to hold: operations treat such sizes specially.
+    A guard that only a size of 0 or 1 violates is taken to hold: operations treat such sizes specially.
 
     Args:
-        condition: A relation between size symbols.
+        guard: A relation between size symbols.
         symbols: Their values.
     """
-    names, function = _compiled(condition)
+    names, function = _compiled(guard)
     sizes = {n: symbols[n] for n in names}
     if function(*sizes.values()) or function(*(max(size, 2) for size in sizes.values())):
         return {}

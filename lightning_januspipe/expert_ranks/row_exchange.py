@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_januspipe.graph.collectives import Exchanging, transposed
-from lightning_januspipe.graph.exchange import WithHandle, send_rows_to_each
-from lightning_januspipe.graph.half_rows import HalfRows, RowLayout, send_half_rows
+from lightning_januspipe.graph.exchange import WithHandle, check_rows, send_rows_to_each
+from lightning_januspipe.graph.half_rows import HalfRows, RowLayout
 
 _WHAT = "exchange of rows between ranks with experts"
 
@@ -57,32 +57,33 @@ class RowExchange(WithHandle):
 
     def sent(self, x: Tensor) -> Tensor:
         """Returns (R', ...) the rows for this rank's experts; see :func:`send_rows`."""
-        _check_rows(x, len(self.order))
+        check_rows(x, len(self.order))
         received = x.new_empty(self.num_received, *x.shape[1:])
-        rows, half = x.index_select(0, self.order), self.half
-        if half is not None and half.fits(x):
-            send_half_rows(received, rows, half.there, half.here, half.dtype, self.group, _WHAT)
-        else:
-            self._exchange(received, rows, self.receive_counts, self.send_counts)
+        rows = x.index_select(0, self.order)
+        self._exchange(received, rows, self.receive_counts, self.send_counts, self.half)
         return received.index_select(0, self.arrangement)
 
     def returned(self, y: Tensor, num_rows: int) -> Tensor:
         """Returns (R, ...) own rows; see :func:`return_rows`."""
-        _check_rows(y, self.num_received)
+        check_rows(y, self.num_received)
         returned = y.new_empty(num_rows, *y.shape[1:])
         rows = y.new_empty(y.shape).index_copy_(0, self.arrangement, y)
-        half = self.half
-        if half is not None and half.fits(y):
-            send_half_rows(returned, rows, half.here, half.there, half.dtype, self.group, _WHAT)
-        else:
-            self._exchange(returned, rows, self.send_counts, self.receive_counts)
+        half = None if self.half is None else self.half.back
+        self._exchange(returned, rows, self.send_counts, self.receive_counts, half)
         return returned.new_empty(returned.shape).index_copy_(0, self.order, returned)
 
-    def _exchange(self, into: Tensor, rows: Tensor, receive_counts: Sequence[int], send_counts: Sequence[int]) -> None:
+    def _exchange(
+        self,
+        into: Tensor,
+        rows: Tensor,
+        receive_counts: Sequence[int],
+        send_counts: Sequence[int],
+        half: HalfRows | None = None,
+    ) -> None:
         if self.group is None:
             into.copy_(rows)
         else:
-            send_rows_to_each(into, rows, receive_counts, send_counts, self.group, _WHAT)
+            send_rows_to_each(into, rows, receive_counts, send_counts, self.group, _WHAT, half)
 
     def travel_as(self, dtype: torch.dtype, types: Tensor) -> None:
         """Lets rows travel in half precision from now on; all ranks of the group take part.
@@ -94,8 +95,8 @@ class RowExchange(WithHandle):
         mine = types.index_select(0, self.order).to(torch.int32)[:, None]
         told = mine.new_empty(self.num_received, 1)
         self._exchange(told, mine, self.receive_counts, self.send_counts)
-        here, there = RowLayout.of(mine[:, 0], self.send_counts), RowLayout.of(told[:, 0], self.receive_counts)
-        self.half = HalfRows(dtype, here, there) if self.group is not None else None
+        send, receive = RowLayout.of(mine[:, 0], self.send_counts), RowLayout.of(told[:, 0], self.receive_counts)
+        self.half = HalfRows(dtype, send, receive) if self.group is not None else None
 
     def close(self) -> None:
         """Drops the reference to the group, so that its connections can be closed."""
@@ -189,8 +190,3 @@ class _ReturnRows(Exchanging):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         return *transposed(send_rows, ctx, gradients), None
-
-
-def _check_rows(x: Tensor, expected: int) -> None:
-    if x.dim() == 0 or x.shape[0] != expected:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} was given; expected {expected} rows on this rank")

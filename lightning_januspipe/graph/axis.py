@@ -88,18 +88,17 @@ class GraphAxis:
         """Returns the potential whose stages work on this rank's own rows."""
         return self._sharded.potential
 
-    def shard_inputs(self, index: int, tensors: Sequence[Tensor]) -> MicrobatchInput:
-        """Returns a micro-batch with this rank's rows only.
+    def shard_inputs(self, tensors: Sequence[Tensor]) -> MicrobatchInput:
+        """Returns the only micro-batch of a step with this rank's rows only.
 
         Args:
-            index: the micro-batch.
             tensors: the inputs of the whole micro-batch, the same on all graph ranks.
         """
-        return self._own(index, tensors, self._sharder.plan_balanced(tensors))
+        return self._own(0, tensors, self._sharder.plan_balanced(tensors))
 
-    def scatter_inputs(self, index: int, tensors: Sequence[Tensor], over: int | None = None) -> MicrobatchInput:
-        """Shards a micro-batch in the worst way, for validation; see :meth:`.MicrobatchSharder.plan_scattered`."""
-        return self._own(index, tensors, self._sharder.plan_scattered(tensors, over))
+    def scatter_inputs(self, tensors: Sequence[Tensor], over: int | None = None) -> MicrobatchInput:
+        """Does the same in the worst way, for validation; see :meth:`.MicrobatchSharder.plan_scattered`."""
+        return self._own(0, tensors, self._sharder.plan_scattered(tensors, over))
 
     def sum_over_ranks(self, tensor: Tensor) -> None:
         """Sums a tensor over the graph ranks, in place.
@@ -213,5 +212,5 @@ def _half_rows(shard: Shard, types: Tensor | None, dtype: torch.dtype) -> HalfRo
     if types is None:
         types = shard.own.new_zeros(shard.num_rows)
     own, halo = types[shard.own], types[shard.halo]
-    here = RowLayout.of(own[shard.send], shard.send_counts)
-    return HalfRows(dtype, here, RowLayout.of(halo, shard.receive_counts))
+    send = RowLayout.of(own[shard.send], shard.send_counts)
+    return HalfRows(dtype, send, RowLayout.of(halo, shard.receive_counts))

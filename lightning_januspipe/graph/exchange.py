@@ -86,11 +86,11 @@ class Exchange(WithHandle):
 
     def check_own(self, x: Tensor) -> None:
         """Raises an error unless a tensor has the own rows."""
-        _check_rows(x, self.shard.num_own)
+        check_rows(x, self.shard.num_own)
 
     def check_held(self, x: Tensor) -> None:
         """Raises an error unless a tensor has the own rows and those of the halo."""
-        _check_rows(x, self.shard.num_own + self.shard.num_halo)
+        check_rows(x, self.shard.num_own + self.shard.num_halo)
 
     def gathered(self, x: Tensor, is_exact: bool = False) -> Tensor:
         """Returns the own rows, and then those of the halo, which their owners send.
@@ -104,11 +104,8 @@ class Exchange(WithHandle):
         extended[: shard.num_own] = x
         if not shard.is_free:
             sent = x.index_select(0, shard.send)
-            into, half = extended[shard.num_own :], self.half
-            if half is not None and half.fits(x) and not is_exact:
-                send_half_rows(into, sent, half.there, half.here, half.dtype, self.group, _WHAT)
-            else:
-                self._all_to_all(into, sent, shard.receive_counts, shard.send_counts)
+            into, half = extended[shard.num_own :], None if is_exact else self.half
+            send_rows_to_each(into, sent, shard.receive_counts, shard.send_counts, self.group, _WHAT, half)
         return extended
 
     def summed(self, y: Tensor) -> Tensor:
@@ -157,18 +154,11 @@ class Exchange(WithHandle):
         if shard.is_free:
             return []
         received = y.new_empty(sum(shard.send_counts), *y.shape[1:])
-        sent, half = y[shard.num_own :], self.half
-        if half is not None and half.fits(y) and not is_exact:
-            send_half_rows(received, sent, half.here, half.there, half.dtype, self.group, _WHAT)
-        else:
-            self._all_to_all(received, sent, shard.send_counts, shard.receive_counts)
+        half = None if is_exact or self.half is None else self.half.back
+        rows = y[shard.num_own :]
+        send_rows_to_each(received, rows, shard.send_counts, shard.receive_counts, self.group, _WHAT, half)
         parts = shard.send.split(shard.send_counts), received.split(shard.send_counts)
         return [(rows, values) for rows, values in zip(*parts, strict=True) if len(rows)]
-
-    def _all_to_all(
-        self, into: Tensor, rows: Tensor, receive_counts: tuple[int, ...], send_counts: tuple[int, ...]
-    ) -> None:
-        send_rows_to_each(into, rows, receive_counts, send_counts, self.group, _WHAT)
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
         """Calls a collective over the group.
@@ -194,6 +184,7 @@ def send_rows_to_each(
     send_counts: Sequence[int],
     group: dist.ProcessGroup | None,
     what: str,
+    half: HalfRows | None = None,
 ) -> None:
     """Sends rows to each rank, as bytes, which every backend can send.
 
@@ -204,11 +195,16 @@ def send_rows_to_each(
         send_counts: the number of rows to each rank.
         group: the ranks.
         what: what is sent, as a noun.
+        half: how rows travel in half precision, if they are real numbers of more; None for rows as they are.
 
     Raises:
         RankLostError: a rank did not answer.
     """
-    if math.prod(rows.shape[1:]):  # the same on all ranks, unlike the number of rows
+    if not math.prod(rows.shape[1:]):  # on all ranks, unlike the number of rows
+        return
+    if half is not None and half.fits(rows):
+        send_half_rows(into, rows, half, group, what)
+    else:
         with waiting(what, group):
             sizes = list(receive_counts), list(send_counts)
             dist.all_to_all_single(_as_bytes(into), _as_bytes(rows), *sizes, group=group)
@@ -221,6 +217,11 @@ def _as_bytes(rows: Tensor) -> Tensor:
     return rows.view(-1).view(torch.uint8).view(rows.shape[0], width)
 
 
-def _check_rows(x: Tensor, expected: int) -> None:
+def check_rows(x: Tensor, expected: int) -> None:
+    """Raises an error unless a tensor has a number of rows.
+
+    Raises:
+        ValueError: It has another number.
+    """
     if x.dim() == 0 or x.shape[0] != expected:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} was given; expected {expected} rows on this rank")

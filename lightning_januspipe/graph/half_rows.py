@@ -66,17 +66,22 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class HalfRows:
-    """Says how rows travel in half precision between two kinds of places, there and back.
+    """Says how rows travel in half precision.
 
     Attributes:
         dtype: what rows are rounded to.
-        here: rows as this rank has them, in the order in which it sends them.
-        there: rows of other ranks, in the order in which they arrive.
+        send: the rows that this rank sends, in their order.
+        receive: the rows of other ranks, in the order in which they arrive.
     """
 
     dtype: torch.dtype
-    here: RowLayout
-    there: RowLayout
+    send: RowLayout
+    receive: RowLayout
+
+    @property
+    def back(self) -> HalfRows:
+        """Returns how the received rows travel back."""
+        return HalfRows(self.dtype, self.receive, self.send)
 
     @staticmethod
     def fits(x: Tensor) -> bool:
@@ -84,38 +89,27 @@ class HalfRows:
         return x.is_floating_point() and x.element_size() > 2
 
 
-def send_half_rows(
-    into: Tensor,
-    rows: Tensor,
-    receive: RowLayout,
-    send: RowLayout,
-    dtype: torch.dtype,
-    group: dist.ProcessGroup | None,
-    what: str,
-) -> None:
+def send_half_rows(into: Tensor, rows: Tensor, half: HalfRows, group: dist.ProcessGroup | None, what: str) -> None:
     """Sends rows to each rank, rounded, with the scales of their types in front of them.
 
     Args:
         into: receives the rows of all ranks, those of the first rank first.
-        rows: the rows to send, those for the first rank first.
-        receive: the layout of ``into``.
-        send: the layout of ``rows``.
-        dtype: what rows are rounded to.
+        rows: the rows to send, those for the first rank first; at least one number each.
+        half: how they travel.
         group: the ranks.
         what: what is sent, as a noun.
 
     Raises:
         RankLostError: a rank did not answer.
     """
+    send, receive, dtype = half.send, half.receive, half.dtype
     width = math.prod(rows.shape[1:])
-    if not width:  # on all ranks
-        return
     flat = rows.detach().reshape(len(rows), width)
     largest = flat.new_zeros(sum(send.num_scales)).scatter_reduce(0, send.scale, flat.abs().amax(1), "amax")
     scales = (largest / _LARGEST).float()
     scales = torch.where(scales == 0, 1.0, scales)
-    half = (flat / scales.to(flat.dtype)[send.scale, None]).to(dtype)
-    parts = zip(scales.split(send.num_scales), half.split(send.counts), strict=True)
+    rounded = (flat / scales.to(flat.dtype)[send.scale, None]).to(dtype)
+    parts = zip(scales.split(send.num_scales), rounded.split(send.counts), strict=True)
     sent = torch.cat([part.contiguous().view(-1).view(torch.uint8) for pair in parts for part in pair])
     sizes = receive.num_bytes(width, dtype)
     received = sent.new_empty(sum(sizes))

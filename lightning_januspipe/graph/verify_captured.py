@@ -61,9 +61,9 @@ def compare_in_lock_step(
     own, program = captured.program.inputs, with_exchanges.program
     names = [*own, *program.inputs[len(program.inputs) - len(parts[0].extended) :]]
     inputs = [dict(zip(names, [*p.tensors, *p.extended], strict=True)) for p in parts]
-    of_ranks = _LockStep(with_exchanges, potential, inputs, plan.shards, sharded.derivatives)
+    of_ranks = LockStep(with_exchanges, potential, inputs, plan.shards, sharded.derivatives)
     same = [REPLICATE] * len(sharded.derivatives)
-    whole = _LockStep(captured, potential, [dict(zip(own, tensors, strict=True))], {}, same)
+    whole = LockStep(captured, potential, [dict(zip(own, tensors, strict=True))], {}, same)
     expected = whole.results([REPLICATE] * len(sharded.observables))
     found = of_ranks.results(sharded.observables)
 
@@ -132,7 +132,7 @@ GRADIENT = "the parameter gradient of a force loss for "
 """How parameter gradients are named, before the parameter's name."""
 
 
-class _LockStep:
+class LockStep:
     """Runs a program on the rows of several ranks, one operation of all ranks after the other.
 
     Args:

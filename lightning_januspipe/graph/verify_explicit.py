@@ -44,7 +44,7 @@ def verify_explicit_sharding(
     expected = _results(staged, staged, potential, tensors, None)
     for over in (None, 1):
         try:
-            own = axis.scatter_inputs(0, tensors, over).tensors
+            own = axis.scatter_inputs(tensors, over).tensors
             found = _results(axis.potential, staged, potential, own, axis)
         except (PipelineError, torch.OutOfMemoryError):
             raise

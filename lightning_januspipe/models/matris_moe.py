@@ -49,6 +49,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 _ENVELOPE_EXPONENT = 8
+_NUM_WAVES = 8
 _LONGEST_WAVE = 64.0
 """Charges and spins up to this are far apart in their embedding."""
 
@@ -56,11 +57,11 @@ _LONGEST_WAVE = 64.0
 class _NumberEmbedding(nn.Module):
     """Embeds an integer of any size by sines and cosines of several wavelengths, and a linear map without a bias."""
 
-    def __init__(self, num_features: int, num_waves: int = 8) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        lengths = _LONGEST_WAVE ** (torch.arange(1, num_waves + 1, dtype=torch.get_default_dtype()) / num_waves)
+        lengths = _LONGEST_WAVE ** (torch.arange(1, _NUM_WAVES + 1, dtype=torch.get_default_dtype()) / _NUM_WAVES)
         self.register_buffer("frequencies", 2 * torch.pi / lengths, persistent=False)
-        self.linear = nn.Linear(2 * num_waves, num_features, bias=False)
+        self.linear = nn.Linear(2 * _NUM_WAVES, num_features, bias=False)
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Maps (B,) integers to (B, num_features); zero is mapped to zero."""

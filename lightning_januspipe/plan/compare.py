@@ -215,8 +215,8 @@ class SchedulePlan:
             slowest = 100 * (self.rivals[-1].step_time / chosen.step_time - 1)
             names = ", ".join(row.name for row in (chosen, *self.rivals))
             return (
-                f"No verdict: times are measured to {100 * self.uncertainty:.1f} %, and {names} differ by "
-                f"{slowest:.1f} % at most. Measure on an idle machine, or with more --repeats."
+                f"{names} cannot be told apart: they differ by {slowest:.1f} % at most, and times are measured to "
+                f"{100 * self.uncertainty:.1f} %. Measure on an idle machine, or with more --repeats."
             )
         others = sorted((r for r in self.rows if r is not chosen), key=lambda row: row.step_time)
         text = f"{chosen.name}: {chosen.over_ideal:.2f} of the ideal time"

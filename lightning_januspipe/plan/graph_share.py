@@ -270,7 +270,7 @@ class Sharing:
             return seeds if axis is None else axis.own_gradients(0, seeds)
 
         def walk(**manner: Any) -> tuple[SingleProcessResult, Traffic]:
-            part = given if axis is None else axis.shard_inputs(0, tensors)
+            part = given if axis is None else axis.shard_inputs(tensors)
             if group is not None:
                 group.begin()
             on_action = None if group is None else group.on_action

@@ -11,7 +11,7 @@ from lightning_januspipe.plan.compare import SchedulePlan
 from lightning_januspipe.plan.measure import Measured
 from lightning_januspipe.schedule import draw
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
-from lightning_januspipe.schedule.draw import Panel
+from lightning_januspipe.schedule.figures import Panel
 from lightning_januspipe.schedule.step_report import Report
 
 

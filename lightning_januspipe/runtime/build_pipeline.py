@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 from lightning_januspipe.capture import (
@@ -29,20 +30,21 @@ from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
 from lightning_januspipe.graph import call_tensors, verify_sharding
 from lightning_januspipe.graph.half_rows import ExchangeDtype
-from lightning_januspipe.mesh import Mesh, MeshShape, as_world
+from lightning_januspipe.mesh import Mesh, as_world
 from lightning_januspipe.runtime.chosen_activations import activation_factories, candidates
 from lightning_januspipe.runtime.chosen_state import ChosenState, StageSharing, choose_state
 from lightning_januspipe.runtime.graph_rank_activations import measure_on_graph_ranks
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
+from lightning_januspipe.runtime.start_line import News, describe_compiled, describe_run
 from lightning_januspipe.runtime.training_length import TrainingLength, reason_not_to_compile
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.state_actions import ShardLevel
 
 if TYPE_CHECKING:
-    from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler
+    from lightning_januspipe.compiled.compiler import StageCompiler
     from lightning_januspipe.compiled.minimum_cut import Activation
     from lightning_januspipe.runtime.change_over import ChangeOver
 
@@ -83,19 +85,6 @@ class CaptureRequest:
 
 
 @dataclass(frozen=True)
-class News:
-    """Holds what to tell about a new capture; nothing where an earlier one serves again.
-
-    Attributes:
-        line: How the potential is cut, and how the ranks work.
-        details: How it was captured.
-    """
-
-    line: str = ""
-    details: str = ""
-
-
-@dataclass(frozen=True)
 class _Example:
     """Holds a micro-batch that all ranks get before training.
 
@@ -108,6 +97,10 @@ class _Example:
     inputs: Sequence[Tensor] = ()
     is_to_verify: bool = False
     is_to_measure: bool = False
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """Returns copies of the inputs; what was received in Lightning's inference mode cannot be differentiated."""
+        return [t.clone().to(device) for t in self.inputs]
 
 
 @dataclass(frozen=True)
@@ -195,8 +188,7 @@ class PipelineBuilder:
             mine = message_latency(links)
         latency = broadcast(mine)  # one number for all replicas: it decides where stages are placed
         planner = Planner(self._schedule_on(mesh), mesh.shape.pipeline, wave_size=self._wave_size, latency=latency)
-        news: list[str] = []
-        example = _Example()
+        news, example = list[str](), _Example()
         is_new = self._last is None or not self._last.serves(request)
         if is_new:
             capture, example = on_first_rank(lambda: self._capture(request, mesh, planner), rank, broadcast)
@@ -208,24 +200,13 @@ class PipelineBuilder:
         spreads_experts = request.trains and mesh.expert_size > 1  # evaluation alone has every expert on every rank
         if example.is_to_measure and mesh.pipeline_rank == mesh.data_rank == 0:  # of rank 0, which chooses
             with request.ready(not request.trains):
-                inputs = [t.clone().to(mesh.device) for t in example.inputs]
                 given = self._factories(request, mesh, planner), is_deferred(planner.name)
-                measured = measure_on_graph_ranks(found, request.module, mesh, inputs, *given)
+                measured = measure_on_graph_ranks(found, request.module, mesh, example.on(mesh.device), *given)
             found = replace(found, activations=measured)
-        limit = self._memory_limit if request.trains else None  # evaluation keeps nothing between its phases
-        planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory), memory_limit=limit)
-        if request.trains:
-            unlimited, sharing = replace(planner, memory_limit=None), request.sharing
-
-            def choose() -> ChosenState:
-                return choose_state(unlimited, found, request.module, sharing, limit, request.num_microbatches)
-
-            chosen = on_first_rank(choose, rank, broadcast)  # its predictions may take other ways on other machines
-            planner, self.level = chosen.on(planner), chosen.level
-            if chosen.activations is not None:
-                self._activations = chosen.activations.names
-            if limit is not None:
-                news.append(chosen.describe(limit))
+        planner = replace(planner, costs=tuple(found.costs), memory=tuple(found.memory))
+        if request.trains:  # evaluation keeps nothing between its phases
+            planner, words = self._with_chosen_state(request, planner, found, rank, broadcast)
+            news += words
         change, why_not = None, ""
         if self._in_background and request.trains:
             why_not = self._why_not_compile(request, mesh, planner, broadcast)
@@ -264,21 +245,36 @@ class PipelineBuilder:
                 news.append(describe_compiled(of_ranks))
         if example.inputs:
             with request.ready(not request.trains):
-                # What was received in Lightning's inference mode cannot be differentiated.
-                inputs = [t.clone().to(mesh.device) for t in example.inputs]
+                inputs = example.on(mesh.device)
                 if example.is_to_verify:
                     pipeline.verify_sharding(inputs)
                 if pipeline.compile_report is not None and self._measures_compiled(request, mesh):
                     assert self._compiler is not None
                     pipeline.measure_phases(self._compiler.uncompared, inputs)
-        if not is_new:
-            return pipeline, News()
-        told = replace(found, costs=list(pipeline.schedules.costs))
         if found.not_evaluated:
             reason = found.not_evaluated.partition(". ")[0]
             news.append(f"validation runs the whole module on every rank, because {reason}")
-        lines = ["; ".join([told.describe(mesh.shape.pipeline), *news]), found.describe_capture()]
-        return pipeline, News(*(f"januspipe: {line}" for line in lines))
+        told = replace(found, costs=list(pipeline.schedules.costs))
+        return pipeline, News.of(told, mesh.shape.pipeline, news) if is_new else News()
+
+    def _with_chosen_state(
+        self, request: CaptureRequest, planner: Planner, found: Capture, rank: int, broadcast: Callable[[Any], Any]
+    ) -> tuple[Planner, list[str]]:
+        """Chooses what ranks share and what stages keep in training.
+
+        Returns:
+            The planner of this choice, and words about it where there is a limit.
+        """
+        limit = self._memory_limit
+
+        def choose() -> ChosenState:
+            return choose_state(planner, found, request.module, request.sharing, limit, request.num_microbatches)
+
+        chosen = on_first_rank(choose, rank, broadcast)  # its predictions may take other ways on other machines
+        self.level = chosen.level
+        if chosen.activations is not None:
+            self._activations = chosen.activations.names
+        return chosen.on(replace(planner, memory_limit=limit)), [] if limit is None else [chosen.describe(limit)]
 
     def _measures_compiled(self, request: CaptureRequest, mesh: Mesh) -> bool:
         """Tells whether a schedule is made for the times of the compiled phases, if all are compiled at the start.
@@ -451,40 +447,6 @@ class PipelineBuilder:
 def pipeline_links(mesh: Mesh) -> Links:
     """Returns the connections of this rank to the other ranks of its pipeline."""
     return Links(mesh.pipeline_rank, mesh.pipeline_ranks, mesh.down_group, mesh.up_group, mesh.device)
-
-
-def describe_run(schedule: str, num_microbatches: int, shape: MeshShape, expert_size: int = 1) -> str:
-    """Returns in words how the ranks will work.
-
-    Args:
-        schedule: Name of the schedule.
-        num_microbatches: Micro-batches of most steps.
-        shape: Sizes of the mesh.
-        expert_size: Number of ranks that share the experts of a stage.
-    """
-    words = [schedule if shape.pipeline > 1 else "no pipeline"]
-    words.append(f"{num_microbatches} micro-batches" if num_microbatches > 1 else "one micro-batch")
-    if shape.graph > 1:
-        words.append(f"the atoms of each on {shape.graph} ranks")
-    if shape.data > 1:
-        words.append(f"{shape.data} replicas")
-    if expert_size > 1:
-        words.append(f"experts on {expert_size} ranks")
-    return ", ".join(words)
-
-
-def describe_compiled(of_ranks: Sequence[CompileReport]) -> str:
-    """Returns in words what the ranks of a pipeline have compiled.
-
-    Args:
-        of_ranks: The report of each rank.
-    """
-    compiled = sum(report.num_compiled for report in of_ranks)
-    words = [line for report in of_ranks for line in report.eager]
-    if compiled:
-        seconds = max(report.seconds for report in of_ranks)
-        words.insert(0, f"phases of {compiled} {'stage' if compiled == 1 else 'stages'} compiled in {seconds:.1f} s")
-    return "; ".join(words)
 
 
 def _name(step: Callable[..., Any]) -> str:

@@ -29,7 +29,7 @@ from lightning_januspipe.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class _Share:
+class CompileShare:
     """Says what a rank wants to have compiled.
 
     Attributes:
@@ -100,13 +100,14 @@ class ChangeOver:
             self._own = compiler.artifacts = Path(tempfile.mkdtemp(prefix="januspipe-compiled-"))
         sources = self._sources()
         keys = {key: compiler.kept(source, key) is not None for key, source in sources.items()}
-        mine = _Share(socket.gethostname(), str(compiler.artifacts), keys, missing_compiler(compiler.device) or "")
+        lacks = missing_compiler(compiler.device) or ""
+        mine = CompileShare(socket.gethostname(), str(compiler.artifacts), keys, lacks)
         of_ranks = self._mesh.gathered(mine, "agreement on what is compiled")
         lacking = next((share.missing for share in of_ranks if share.missing), "")
         if lacking:
             self.end()
             return f"phases stay eager: {lacking}"
-        owners = _owners(of_ranks)
+        owners = compiling_ranks(of_ranks)
         place, rank = (mine.host, mine.artifacts), self._mesh.rank
         own = {key: source for key, source in sources.items() if owners.get((*place, key)) == rank}
         if own:
@@ -184,7 +185,7 @@ class ChangeOver:
         return "; ".join(words)
 
 
-def _owners(of_ranks: Sequence[_Share]) -> dict[tuple[str, str, str], int]:
+def compiling_ranks(of_ranks: Sequence[CompileShare]) -> dict[tuple[str, str, str], int]:
     """Returns for each machine, folder and key that is not compiled yet the rank that compiles it."""
     found: dict[tuple[str, str, str], int] = {}
     for rank, share in enumerate(of_ranks):

@@ -23,7 +23,7 @@ from lightning_januspipe.engine.gradients import GradientBuffers, reduce_gradien
 from lightning_januspipe.expert_ranks import bounds_of
 from lightning_januspipe.graph.exchange import send_rows_to_each
 from lightning_januspipe.mesh import Mesh
-from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, OptimizerShards, to_cpu
+from lightning_januspipe.runtime.optimizer_shards import ELEMENT_WISE, OptimizerShards, has_shape, to_cpu
 from lightning_januspipe.runtime.released import has_gradient_elsewhere
 
 _GATHERING = "gathering of experts"
@@ -152,7 +152,7 @@ class ExpertShards:
         for (parameter, order), has in zip(orders.items(), have_gradients, strict=True):
             moved = [parameter.data]
             for of_optimizer in states.values():
-                moved += [v for v in of_optimizer.get(parameter, {}).values() if _has_shape(v, parameter.shape)]
+                moved += [v for v in of_optimizer.get(parameter, {}).values() if has_shape(v, parameter.shape)]
             if has:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 moved.append(parameter.grad)
@@ -269,7 +269,7 @@ class ExpertShards:
     def part_of_state(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what this rank keeps of the optimizer state of a whole parameter."""
         whole = self._shapes[parameter]
-        return {k: self._own(parameter, v) if _has_shape(v, whole) else v for k, v in state.items()}
+        return {k: self._own(parameter, v) if has_shape(v, whole) else v for k, v in state.items()}
 
     def whole_states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
         """Returns the optimizer state of whole parameters in host memory; every rank that holds the stages takes part.
@@ -294,8 +294,7 @@ class ExpertShards:
         bounds, rest = self._bounds[parameter], self._shapes[parameter][1:]
         own = torch.Size([bounds[1] - bounds[0], *rest])
         return {
-            k: self._in_order(parameter, [p[k] for p in parts]) if _has_shape(v, own) else v
-            for k, v in parts[0].items()
+            k: self._in_order(parameter, [p[k] for p in parts]) if has_shape(v, own) else v for k, v in parts[0].items()
         }
 
 
@@ -332,10 +331,6 @@ def _with_returned(
 
 def _on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) and value.dim() else value
-
-
-def _has_shape(value: Any, shape: torch.Size) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
 
 
 def require_element_wise(optimizer: Optimizer) -> None:

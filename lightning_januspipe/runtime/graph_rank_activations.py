@@ -58,7 +58,7 @@ def measure_on_graph_ranks(
         def make(function: StageFunction, gradients: GradientBuffers, _: ChainSpec) -> Stage:
             return make_stage(function, gradients, axis.potential.chain)
 
-        own = axis.shard_inputs(0, tensors).tensors
+        own = axis.shard_inputs(tensors).tensors
         return run_single_process(
             functions,
             found.potential.chain,

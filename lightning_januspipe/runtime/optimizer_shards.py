@@ -127,7 +127,7 @@ class OptimizerShards:
         if segment.is_whole:
             return dict(state)
         return {
-            key: segment.of(value).clone() if _is_like(value, self._shapes[parameter]) else value
+            key: segment.of(value).clone() if has_shape(value, self._shapes[parameter]) else value
             for key, value in state.items()
         }
 
@@ -146,7 +146,7 @@ class OptimizerShards:
                 parts = {
                     key: Part(value.detach().reshape(-1), segment.start, self._shapes[parameter])
                     for key, value in state.items()
-                    if _is_like(value, leaf.shape)
+                    if has_shape(value, leaf.shape)
                 }
                 once = {key: value for key, value in state.items() if key not in parts and segment.start == 0}
                 state = {**once, **parts}
@@ -191,7 +191,7 @@ class OptimizerShards:
         """
         for parameter, state in states.items():
             if parameter in self._own:
-                of_entries = {k: v for k, v in state.items() if _is_like(v, self._shapes[parameter])}
+                of_entries = {k: v for k, v in state.items() if has_shape(v, self._shapes[parameter])}
                 optimizer.state[self.leaves[parameter]].update(self.part_of_state(parameter, of_entries))
 
     def _mine(self, optimizer: Optimizer) -> list[tuple[int, int, int, Any]]:
@@ -222,13 +222,14 @@ def _joined(shape: torch.Size, parts: Sequence[tuple[int, int, dict[str, Any]]])
         return first
     whole = {}
     for key, value in first.items():
-        if _is_like(value, torch.Size([parts[0][1] - parts[0][0]])):
+        if has_shape(value, torch.Size([parts[0][1] - parts[0][0]])):
             value = torch.cat([state[key] for _, _, state in parts]).view(shape)
         whole[key] = value
     return whole
 
 
-def _is_like(value: Any, shape: torch.Size) -> bool:
+def has_shape(value: Any, shape: torch.Size) -> bool:
+    """Tells whether an entry of an optimizer's state is a tensor of a shape; single numbers are none."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
 
 

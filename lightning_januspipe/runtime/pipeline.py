@@ -240,7 +240,7 @@ class Pipeline(Runner):
 
         with self._abort_on_error(), unchanged(self._module):
             whole = MicrobatchInput(list(tensors), self._staged.bind_sizes(tensors))
-            inputs = [whole if axis is None else axis.shard_inputs(0, tensors)]
+            inputs = [whole if axis is None else axis.shard_inputs(tensors)]
             for _ in range(2):
                 executor.recorder.reset()
                 executor.run(schedule, inputs, loss)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_januspipe.schedule.actions import Phase, Schedule
-from lightning_januspipe.schedule.draw import Panel, check_panels, first_start
+from lightning_januspipe.schedule.figures import Panel, check_panels, first_start
 from lightning_januspipe.schedule.step_report import Report
 
 COLOUR_NAMES: Mapping[Phase, str] = {

@@ -227,7 +227,11 @@ def action_times(schedule: Schedule, costs: Costs) -> Callable[[Phase, int], flo
 
 def format_bytes(value: float) -> str:
     """Returns bytes as text with the unit that suits them, in steps of 1000."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
+    size, unit = byte_unit(value)
+    return f"{value / size:.3g} {unit}"
+
+
+def byte_unit(value: float) -> tuple[float, str]:
+    """Returns the bytes in the unit that suits some bytes, and its name."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next(((size, unit) for size, unit in units if value >= size), (1.0, "B"))

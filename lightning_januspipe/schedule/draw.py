@@ -11,23 +11,29 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from lightning_januspipe.schedule.actions import Action, Phase, Schedule
+from lightning_januspipe.schedule.costs import byte_unit, format_bytes
+from lightning_januspipe.schedule.figures import (
+    LEFT,
+    POINTS,
+    RIGHT,
+    Panel,
+    check_panels,
+    first_start,
+    last_time,
+    make_panels,
+    points_per_unit,
+    save,
+    style,
+)
 from lightning_januspipe.schedule.step_report import Report
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Panel: TypeAlias = tuple[str, Schedule, Report]
-"""One panel of a picture: its label, the schedule, and the schedule's times."""
-
-SUFFIXES = (".png", ".svg")
-"""Endings of the files that can be written."""
 
 PHASE_COLOURS: Mapping[Phase, str] = {
     Phase.FE: "#7CC4F0",
@@ -66,11 +72,6 @@ _BAR_COLOUR = "#00000090"
 _STATE_HEIGHT = 0.2  # of a rank's row, above its boxes
 _DIGIT_WIDTH = 0.64  # of the font size, in matplotlib's own font
 _LEAST_FONT, _LARGEST_FONT = 5.0, 8.0  # points
-_POINTS = 72.0  # per inch
-_DPI = 150
-# Sizes in inches: what surrounds the panels, and what a panel takes beside its rows.
-_LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 0.15, 0.5, 0.08
-_TITLE, _LEGEND_LINE, _PANEL_TITLE, _GAP = 0.3, 0.2, 0.27, 0.12
 _LEAST_WIDTH, _LARGEST_WIDTH = 8.0, 24.0
 
 
@@ -94,8 +95,7 @@ def gantt(
     Raises:
         ValueError: ``path`` ends otherwise, there is no row, or a report belongs to another schedule.
     """
-    suffix = _suffix(path)
-    save(gantt_figure(rows, unit=unit, title=title, one_axis=one_axis), path, suffix)
+    save(gantt_figure(rows, unit=unit, title=title, one_axis=one_axis), path)
 
 
 def memory(
@@ -119,8 +119,7 @@ def memory(
         ValueError: ``path`` ends otherwise, there is no row, a report belongs to another schedule or has no memory, or
             the limit is not a number > 0.
     """
-    suffix = _suffix(path)
-    save(memory_figure(rows, unit=unit, title=title, limit=limit), path, suffix)
+    save(memory_figure(rows, unit=unit, title=title, limit=limit), path)
 
 
 def gantt_figure(
@@ -137,14 +136,14 @@ def gantt_figure(
     with style():
         heights = [schedule.num_ranks * row_height for _, schedule, _ in rows]
         width = _gantt_width(rows) if one_axis else max(_gantt_width([row]) for row in rows)
-        figure, panels = _panels(width, heights, _gantt_legend(rows), 1.5, rows, unit, title, below)
+        figure, panels = make_panels(width, heights, _gantt_legend(rows), 1.5, rows, unit, title, below)
         for index, (axes, (label, schedule, report)) in enumerate(zip(panels, rows, strict=True)):
             if not one_axis:
-                axes.set_xlim(0.0, _last_time([(label, schedule, report)]))
+                axes.set_xlim(0.0, last_time([(label, schedule, report)]))
                 axes.tick_params(axis="x", labelbottom=True, pad=1.0)
             _set_titles(axes, label, _summary(report, unit))
             _draw_boxes(axes, schedule, report, f"panel{index}")
-            _number_boxes(axes, schedule, report, row_height * _BOX_HEIGHT * _POINTS)
+            _number_boxes(axes, schedule, report, row_height * _BOX_HEIGHT * POINTS)
             axes.axvline(report.ideal, color=_INK, linestyle=_DASHES, linewidth=1.0)
             axes.set_ylim(schedule.num_ranks - 0.5, -0.5)
             axes.set_yticks(range(0, schedule.num_ranks, 1 if schedule.num_ranks <= 16 else 4))
@@ -165,10 +164,10 @@ def memory_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", lim
     if limit is not None and not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"limit is {limit!r}, expected a number of bytes > 0, or None.")
     top = max(limit or 1.0, *(peak for _, _, report in rows for peak in report.peak_memory))
-    bytes_per_unit, byte_unit = _byte_unit(top)
+    bytes_per_unit, unit_of_bytes = byte_unit(top)
     most_ranks = max(schedule.num_ranks for _, schedule, _ in rows)
     with style():
-        figure, panels = _panels(10.0, [1.8] * len(rows), _memory_legend(most_ranks, limit), 1.0, rows, unit, title)
+        figure, panels = make_panels(10.0, [1.8] * len(rows), _memory_legend(most_ranks, limit), 1.0, rows, unit, title)
         for index, (axes, (label, _, report)) in enumerate(zip(panels, rows, strict=True)):
             _set_titles(axes, label, _peak(report, limit))
             origin = first_start(report)
@@ -188,34 +187,9 @@ def memory_figure(rows: Sequence[Panel], *, unit: str = "", title: str = "", lim
             if limit is not None:
                 axes.axhline(limit / bytes_per_unit, color=_LIMIT_COLOUR, linestyle=_DASHES, linewidth=1.2)
             axes.set_ylim(0.0, 1.06 * top / bytes_per_unit)
-            axes.set_ylabel(f"held ({byte_unit})")
+            axes.set_ylabel(f"held ({unit_of_bytes})")
             axes.grid(axis="y", color=_BUBBLE_COLOUR, linewidth=0.6)
     return figure
-
-
-def check_panels(rows: Sequence[Panel]) -> None:
-    """Checks that there are rows, and that the report of each has the times of its schedule's actions.
-
-    Raises:
-        ValueError: There is no row, or a report lacks the time of an action.
-    """
-    if not rows:
-        raise ValueError("There is nothing to draw: rows is empty, expected (label, schedule, report) at least once.")
-    for label, schedule, report in rows:
-        if not report.start:
-            raise ValueError(f"The report of {label!r} is empty, expected the times of the schedule's actions.")
-        for order in schedule.actions:
-            for action in order:
-                if action not in report.start or action not in report.end:
-                    raise ValueError(
-                        f"The report of {label!r} has no time for {action}, expected one for every action of its "
-                        f"schedule {schedule.name!r}: pass each schedule with its own report."
-                    )
-
-
-def first_start(report: Report) -> float:
-    """Returns the time at which the first action starts; pictures count from there."""
-    return min(report.start.values())
 
 
 def _set_titles(axes: Axes, label: str, numbers: str) -> None:
@@ -234,20 +208,7 @@ def _summary(report: Report, unit: str) -> str:
 def _peak(report: Report, limit: float | None) -> str:
     peak = max(report.peak_memory)
     excess = ", more than the limit" if limit is not None and peak > limit else ""
-    return f"peak {_bytes(peak)} on rank {report.peak_memory.index(peak)}{excess}"
-
-
-def _bytes(size: float) -> str:
-    factor, unit = _byte_unit(size)
-    return f"{size / factor:.3g} {unit}"
-
-
-def _byte_unit(size: float) -> tuple[float, str]:
-    """Returns the bytes per unit and the unit's name, for sizes about ``size``."""
-    for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= factor:
-            return factor, name
-    return 1.0, "B"
+    return f"peak {format_bytes(peak)} on rank {report.peak_memory.index(peak)}{excess}"
 
 
 def _chunks(schedule: Schedule) -> list[dict[int, int]]:
@@ -281,7 +242,7 @@ def _draw_boxes(axes: Axes, schedule: Schedule, report: Report, panel: str) -> N
             if chunk := chunks[rank][action.stage]:
                 bars.append(_box(start, end, rank, chunk * bar))
     # A white edge parts neighbours of one colour; among very narrow boxes it would cover them.
-    width = _points_per_unit(axes) * statistics.median(_lengths(report))
+    width = points_per_unit(axes) * statistics.median(_lengths(report))
     edge = min(0.5, 0.06 * width)
     ground = [_box(0.0, report.makespan, rank) for rank in range(schedule.num_ranks)]
     collections = [PolyCollection(ground, facecolors=_BUBBLE_COLOUR, linewidths=0.0, gid=f"{panel}-bubbles")]
@@ -299,7 +260,7 @@ def _number_boxes(axes: Axes, schedule: Schedule, report: Report, height: float)
 
     Boxes that are too narrow get one index together if they follow each other with one phase of one micro-batch.
     """
-    origin, scale = first_start(report), _points_per_unit(axes)
+    origin, scale = first_start(report), points_per_unit(axes)
     room = scale * _short_time(report)
     font = min(max(_LEAST_FONT, room / _number_width(schedule, 1.0)), _LARGEST_FONT, 0.8 * height)
     if font < _LEAST_FONT:
@@ -354,25 +315,14 @@ def _lengths(report: Report) -> list[float]:
     return [end - report.start[action] for action, end in report.end.items() if not action.changes_state]
 
 
-def _last_time(rows: Sequence[Panel]) -> float:
-    """Returns the end of the time axis."""
-    return 1.01 * max(report.makespan for _, _, report in rows)
-
-
 def _gantt_width(rows: Sequence[Panel]) -> float:
     """Returns the width in inches at which most boxes have room for an index, within what fits on a screen."""
-    last = _last_time(rows)
+    last = last_time(rows)
     width = 0.0
     for _, schedule, report in rows:
-        number = _number_width(schedule, 1.04 * _LEAST_FONT) / _POINTS
+        number = _number_width(schedule, 1.04 * _LEAST_FONT) / POINTS
         width = max(width, number * last / max(_short_time(report), 1e-3 * last))
-    return min(max(_LEAST_WIDTH, _LEFT + width + _RIGHT), _LARGEST_WIDTH)
-
-
-def _points_per_unit(axes: Axes) -> float:
-    """Returns the points on paper of one unit of time; it is called after the time axis is set."""
-    first, last = axes.get_xlim()
-    return float(axes.bbox.width / _DPI * _POINTS / (last - first))
+    return min(max(_LEAST_WIDTH, LEFT + width + RIGHT), _LARGEST_WIDTH)
 
 
 def _gantt_legend(rows: Sequence[Panel]) -> list[Artist]:
@@ -402,7 +352,7 @@ def _memory_legend(num_ranks: int, limit: float | None) -> list[Artist]:
         if num_ranks <= 8 or rank in shown
     ]
     if limit is not None:
-        label = f"limit {_bytes(limit)}"
+        label = f"limit {format_bytes(limit)}"
         entries.append(Line2D([], [], color=_LIMIT_COLOUR, linestyle=_DASHES, label=label))
     return entries
 
@@ -412,84 +362,3 @@ def _rank_colour(rank: int, num_ranks: int) -> tuple[float, float, float, float]
 
     red, green, blue, opaque = colormaps["viridis"](0.9 * rank / max(1, num_ranks - 1))
     return float(red), float(green), float(blue), float(opaque)
-
-
-def _panels(
-    width: float,
-    heights: Sequence[float],
-    legend: list[Artist],
-    entry_width: float,
-    rows: Sequence[Panel],
-    unit: str,
-    title: str,
-    below: float = 0.0,
-) -> tuple[Figure, list[Axes]]:
-    """Makes a figure with a title, a legend, and panels of the given heights below each other; sizes in inches."""
-    from matplotlib.figure import Figure
-
-    columns = min(len(legend), max(1, int((width - _LEFT - _RIGHT) / entry_width)))
-    head = _TOP + (_TITLE if title else 0.0) + _LEGEND_LINE * math.ceil(len(legend) / columns) + 0.04
-    height = head + sum(heights) + len(heights) * (_PANEL_TITLE + _GAP) + _BOTTOM + below
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    left, top = _LEFT / width, 1.0 - _TOP / height
-    if title:
-        figure.text(left, top, title, fontsize=12, fontweight="bold", va="top")
-        top -= _TITLE / height
-    figure.legend(
-        handles=legend, loc="upper left", bbox_to_anchor=(left, top), ncols=columns, borderaxespad=0.0, borderpad=0.0
-    )
-    last = _last_time(rows)
-    panels: list[Axes] = []
-    bottom = height - head
-    for panel_height in heights:
-        bottom -= _PANEL_TITLE + panel_height
-        box = (left, bottom / height, 1.0 - (_LEFT + _RIGHT) / width, panel_height / height)
-        axes = figure.add_axes(box)
-        axes.set_xlim(0.0, last)
-        axes.tick_params(axis="x", labelbottom=len(panels) == len(heights) - 1)
-        panels.append(axes)
-        bottom -= _GAP
-    panels[-1].set_xlabel(f"time ({unit})" if unit else "time")
-    return figure, panels
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Gives pictures the same look on every machine, whatever the user's own settings are."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.hashsalt": "lightning_januspipe",
-                "font.size": 9.0,
-                "axes.titlesize": 9.5,
-                "axes.titlepad": 4.0,
-                "axes.edgecolor": "#888888",
-                "axes.linewidth": 0.6,
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "legend.frameon": False,
-                "legend.fontsize": 8.5,
-                "legend.handlelength": 1.4,
-                "legend.columnspacing": 1.4,
-            }
-        )
-        yield
-
-
-def _suffix(path: str | os.PathLike[str]) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"Cannot draw {os.fspath(path)!r}: expected a file that ends in {' or '.join(SUFFIXES)}.")
-    return suffix
-
-
-def save(figure: Figure, path: str | os.PathLike[str], suffix: str) -> None:
-    """Writes a figure to a file, as ``.png`` or ``.svg``."""
-    # Without dates and versions a picture changes only with what it shows.
-    unset = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[suffix]
-    with style():
-        figure.savefig(path, format=suffix.removeprefix("."), metadata=unset)

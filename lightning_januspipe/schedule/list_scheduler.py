@@ -25,21 +25,21 @@ _WF, _WE = 4, 5
 class Priority:
     """Says which of its ready actions a rank starts first.
 
-    Micro-batches are grouped in units of ``unit``. Older units go first, then the phase that comes earlier in
+    Micro-batches are grouped in waves of ``wave_size``. Older waves go first, then the phase that comes earlier in
     ``phases``, then the older micro-batch. Deferred weight gradients come after everything else, unless a rank has put
     off more of them than it may.
 
     Args:
         phases: FE, FF, BF and BE, the most urgent first.
-        unit: Micro-batches per unit.
-        overlap: Whether the backward wave (BF, BE) of a unit counts as equally old as the forward wave (FE, FF) of the
-            next unit, so that ``phases`` decides between the two.
+        wave_size: Micro-batches per wave.
+        overlap: Whether the backward half (BF, BE) of a wave counts as equally old as the forward half (FE, FF) of the
+            next wave, so that ``phases`` decides between the two.
         most_deferred: Most weight gradients that a rank may have put off when it starts another action, or None. They
             keep micro-batches live: under a tight cap, few of them let new micro-batches in earlier.
     """
 
     phases: tuple[Phase, ...]
-    unit: int
+    wave_size: int
     overlap: bool = False
     most_deferred: int | None = None
 
@@ -47,9 +47,9 @@ class Priority:
         """Returns the urgency of each of `CRITICAL_PHASES` and micro-batch; lower goes first and no two are equal."""
         urgency = []
         for index, phase in enumerate(CRITICAL_PHASES):
-            wave = index // 2 if self.overlap else 0
+            half = index // 2 if self.overlap else 0
             order = self.phases.index(phase)
-            ages = (microbatch // self.unit + wave for microbatch in range(num_microbatches))
+            ages = (microbatch // self.wave_size + half for microbatch in range(num_microbatches))
             urgency.append([(age * len(CRITICAL_PHASES) + order) * num_microbatches + m for m, age in enumerate(ages)])
         return urgency
 

@@ -19,6 +19,6 @@ def one_f_one_b(request: Request) -> Schedule:
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
     cap = num_ranks if request.max_live is None else min(num_ranks, request.max_live)
     stages = PlacedStages.folded(num_ranks, (NOMINAL_COSTS,) * num_ranks, tuple(range(num_ranks)), 0.0)
-    found = list_schedule(stages, num_microbatches, Priority(DEPTH_FIRST, unit=num_microbatches), cap)
+    found = list_schedule(stages, num_microbatches, Priority(DEPTH_FIRST, wave_size=num_microbatches), cap)
     assert found is not None
     return Schedule("1f1b-fold", num_ranks, num_microbatches, found.actions)

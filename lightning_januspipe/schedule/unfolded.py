@@ -38,7 +38,7 @@ def hanayo_unfolded(request: Request) -> Schedule:
 def _fastest(name: str, request: Request, parts_per_rank: int, caps: tuple[int, ...]) -> Schedule:
     """Returns the fastest schedule over the numbers of stages and the caps of live micro-batches that are allowed."""
     num_ranks, num_microbatches = request.num_ranks, request.num_microbatches
-    priority = Priority(DEPTH_FIRST, unit=num_microbatches)
+    priority = Priority(DEPTH_FIRST, wave_size=num_microbatches)
     if request.max_live is not None:
         caps = tuple(min(cap, request.max_live) for cap in caps)
     best: tuple[float, Schedule] | None = None

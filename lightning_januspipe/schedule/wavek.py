@@ -1,7 +1,7 @@
-"""Builds ``wavek`` and ``wavek-zb``: units of k micro-batches in alternating forward and backward waves that overlap.
+"""Builds ``wavek`` and ``wavek-zb``: overlapping waves of k micro-batches.
 
-A unit goes down and up the stages in its forward wave (FE, FF), then down and up in its backward wave (BF, BE). The
-phases take unequal times, so the wave of one unit alone leaves gaps; the wave of the next unit fills them (arXiv
+A wave goes down and up the stages in its forward half (FE, FF), then down and up in its backward half (BF, BE). The
+phases take unequal times, so one wave alone leaves gaps; the forward half of the next wave fills them (arXiv
 2605.18404, WaveK). Which phase should go first where two waves meet depends on the costs, so many priorities are
 scheduled and the shortest order is kept.
 
@@ -70,9 +70,9 @@ class WaveKChoice:
         schedule: The chosen schedule.
         makespan: Its simulated makespan.
         bound: The time that no schedule of these stages can beat.
-        wave_size: Micro-batches per unit; more than ``max_live`` means that the cap alone shapes the waves.
+        wave_size: Micro-batches per wave; more than ``max_live`` means that the cap alone shapes the waves.
         max_live: The cap of live micro-batches that it was made under.
-        phases: Phases from the most to the least urgent, where units overlap.
+        phases: Phases from the most to the least urgent, where waves overlap.
     """
 
     schedule: Schedule
@@ -97,8 +97,8 @@ def search_wavek(request: Request, *, deferred: bool = False) -> WaveKChoice:
     """Searches the waves with the least makespan; the same request gives the same choice on every rank.
 
     With ``wave_size="auto"`` the result of ``wavek`` is never slower than ``1f1b-fold`` under the same cap.
-    ``max_live=None`` stands for 2P, and for k where ``wave_size`` k is given: a new unit starts as micro-batches of the
-    unit before end, and units may be smaller if that is faster. A memory limit may lower the cap further.
+    ``max_live=None`` stands for 2P, and for k where ``wave_size`` k is given: a new wave starts as micro-batches of the
+    wave before end, and waves may be smaller if that is faster. A memory limit may lower the cap further.
 
     Args:
         request: The arguments of `build_schedule`.
@@ -172,7 +172,7 @@ def _search_stages(
             if found is None:
                 continue
             schedule = Schedule(name, request.num_ranks, num_microbatches, found.actions, stages.placement)
-            choice = WaveKChoice(schedule, found.makespan, bound, priority.unit, live, priority.phases)
+            choice = WaveKChoice(schedule, found.makespan, bound, priority.wave_size, live, priority.phases)
             num_over += not consider(choice)
             if num_over == _LEAST_TRIES:
                 break
@@ -210,8 +210,8 @@ def _portfolio(request: Request, deferred: bool) -> Iterator[Priority]:
     wished: list[int] = [] if request.wave_size == "auto" else [request.wave_size]
     wished += (num_microbatches, num_ranks, 3 * num_ranks // 2, 2 * num_ranks, num_ranks // 2, 2, 1)
     wave_sizes = list(dict.fromkeys(min(size, num_microbatches) for size in wished if size >= 1))
-    # One unit of all micro-batches is best left to the cap; smaller ones gain from meeting their neighbours.
+    # One wave of all micro-batches is best left to the cap; smaller ones gain from meeting their neighbours.
     shapes = [(size, size < num_microbatches) for size in wave_sizes]
     shapes += [(size, not overlap) for size, overlap in shapes]
-    for (unit, overlap), (order, most_deferred) in product(shapes, dict.fromkeys(orders)):
-        yield Priority(order, unit, overlap, most_deferred)
+    for (size, overlap), (order, most_deferred) in product(shapes, dict.fromkeys(orders)):
+        yield Priority(order, size, overlap, most_deferred)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_januspipe.bench.expert_steps import PLACEMENTS, Options, expert_placements, trained_steps
+from lightning_januspipe.bench.expert_steps import PLACEMENTS, MixtureWork, expert_placements, trained_steps
 from lightning_januspipe.testing import RankPool
 
 
 def test_ranks_compute_the_same_rows_wherever_experts_are(pool: RankPool) -> None:
-    options = Options(2, 2, num_features=8, num_experts=3, top_k=1, expert_features=8, share_of_oxides=0.5, seed=0)
-    in_order, with_guests = (pool.run(trained_steps, p, options, world_size=2) for p in ("order", "replicate"))
+    work = MixtureWork(2, 2, num_features=8, num_experts=3, top_k=1, expert_features=8)
+    in_order, with_guests = (pool.run(trained_steps, p, work, world_size=2) for p in ("order", "replicate"))
     for step in range(2):
         of_orders = [sum(rank.steps[step].rows for rank in ranks) for ranks in (in_order, with_guests)]
         assert of_orders[0] == of_orders[1] > 0
@@ -20,7 +20,8 @@ def test_ranks_compute_the_same_rows_wherever_experts_are(pool: RankPool) -> Non
 
 @pytest.mark.slow
 def test_table() -> None:
-    header, _, *rows = expert_placements(1, 1, num_features=8, expert_features=8).partition("\n\n")[0].splitlines()
+    work = MixtureWork(1, 1, num_features=8, expert_features=8)
+    header, _, *rows = expert_placements(work).partition("\n\n")[0].splitlines()
     assert "busiest process" in header
     found = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
     assert found == [[str(ranks), words] for ranks in (2, 4) for words in PLACEMENTS.values()]

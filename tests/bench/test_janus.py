@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_januspipe.bench.janus import EXCHANGES, PRODUCTS, _count, _measured_operations
+from lightning_januspipe.bench.janus import EXCHANGES, PRODUCTS, count_size, measured_operations
 from lightning_januspipe.expert_ranks import bounds_of, plan_rows, return_rows, row_exchange, send_rows
 from lightning_januspipe.experts import grouped_linear
 from lightning_januspipe.models import matris_moe
@@ -56,7 +56,7 @@ def test_products_and_exchanges_of_the_four_phases(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_one_size_has() -> None:
-    counted = _count("tiny", edges=10)
+    counted = count_size("tiny", edges=10)
     # Two blocks of width 16, experts of width 16, two of four for each row; messages of edges, then updates of atoms.
     of_messages, of_updates = 3 * 16 * 16 * 2 + 16 * 16, 2 * 16 * 16 * 2 + 16 * 16
     assert counted.experts == 2 * 4 * (of_messages + of_updates)
@@ -68,4 +68,4 @@ def test_operations_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row whose six products take a second for each of the three matrices of an expert."""
     monkeypatch.setattr(expert_times, "_seconds", lambda run, _: float(run.args[1]))
     monkeypatch.setitem(matris_moe.SIZES, "S", {"expert_features": 2})
-    assert _measured_operations(torch.device("cpu")) == pytest.approx(12 * 3 * 128 * 2)
+    assert measured_operations(torch.device("cpu")) == pytest.approx(12 * 3 * 128 * 2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from pools import slow
 
-from lightning_januspipe.bench.largest import _compact, largest, largest_size
+from lightning_januspipe.bench.largest import compact_size, largest, largest_size
 from lightning_januspipe.bench.work import Work
-from lightning_januspipe.data.emt import _repeats
+from lightning_januspipe.data.emt import cubic_repeats
 
 
 @pytest.mark.parametrize("power", [1.0, 1.1])
@@ -27,9 +27,9 @@ def test_the_largest_size_is_found_in_few_attempts(first: int, most_attempts: in
 def test_boxes_are_nearly_cubic() -> None:
     """Two graph ranks would cut a box of prime length at a small face."""
     for size in (4, 500, 4 * 997, 4 * 1009):
-        most = _compact(size)
+        most = compact_size(size)
         assert 0.95 * size <= most <= size and most % 4 == 0
-        sides = _repeats(most // 4)
+        sides = cubic_repeats(most // 4)
         assert max(sides) < 2 * min(sides)
 
 

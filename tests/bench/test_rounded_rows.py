@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_januspipe.bench.rounded_rows import _Experts, _gradients_and_bytes
+from lightning_januspipe.bench.rounded_rows import ExpertWork, gradients_and_bytes
 from lightning_januspipe.bench.training_steps import gradient_errors
 from lightning_januspipe.testing import RankPool
 
 
 def test_half_the_bytes_and_the_error_of_rounding(pool: RankPool) -> None:
-    work = _Experts(num_atoms=8, batch_size=1, num_features=16, cutoff=4.0)
+    work = ExpertWork(num_atoms=8, batch_size=1, num_features=16, cutoff=4.0)
     strategy = {"pipeline_size": 1, "graph_size": 2, "expert_size": 2, "num_microbatches": 1}
 
     def joined(**more: Any) -> list[Any]:
-        return pool.run(_gradients_and_bytes, work, {**strategy, **more}, "64-true", world_size=2)
+        return pool.run(gradients_and_bytes, work, {**strategy, **more}, "64-true", world_size=2)
 
     exact, rounded = joined(), joined(exchange_dtype="fp16")
     whole, _ = gradient_errors(rounded[0].gradients, exact[0].gradients)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_januspipe import calculator
 from lightning_januspipe.calculator import JanusPipeCalculator, NequixAtomsAdapter, SkinNeighborList, packages
-from lightning_januspipe.calculator.packages.of_fairchem import _only
+from lightning_januspipe.calculator.packages.of_fairchem import only_output
 from lightning_januspipe.calculator.packages.of_matris import paired_line_graph
 from lightning_januspipe.calculator.packages.package_parts import double_for_float
 from lightning_januspipe.calculator.skin import Edges
@@ -93,10 +93,10 @@ def test_double_for_float() -> None:
     ],
 )
 def test_outputs_of_fairchem_heads(output: dict[str, Any], tasks: list[str], energy: int | None) -> None:
-    assert _only(output, "energy", "omat" if tasks else "", tasks) == energy
+    assert only_output(output, "energy", "omat" if tasks else "", tasks) == energy
 
 
 def test_several_energies_of_fairchem_heads() -> None:
     output: dict[str, Any] = {"a": {"energy": 1}, "b": {"energy": 2}}
     with pytest.raises(ValueError, match=r"give several of energy: \['a.energy', 'b.energy'\]"):
-        _only(output, "energy", "", [])
+        only_output(output, "energy", "", [])

@@ -136,7 +136,7 @@ def test_named_potential() -> None:
 def test_description() -> None:
     found = capture(Step(Potential(3)), 2)
     text = found.describe()
-    assert re.fullmatch(r"potential 'potential' in 2 stages with .*, a boundary of \d+ bytes per atom", text)
+    assert re.fullmatch(r"potential 'potential' in 2 stages with .*, a boundary of \d+ B per atom", text)
     assert re.fullmatch(
         r"potential 'potential' captured \(traced in .* s\): \d+ operations, ready after .* s", found.describe_capture()
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from batch_kinds import CallableBatch, GraphBatch, Graphs, RegistryBatch, SlottedBatch
 from capture_models import Traced, assert_parity, eager_gradients, staged_gradients
 from graph_habits import (
     CountsWithin,
@@ -31,11 +32,8 @@ from habits import (
     Asserts,
     BranchesOnEnergy,
     BroadcastsOne,
-    CallableBatch,
     ChecksMask,
     DrawsAngles,
-    GraphBatch,
-    Graphs,
     HasDropout,
     HasReference,
     Hessian,
@@ -47,11 +45,9 @@ from habits import (
     ReadsConstants,
     ReadsOwnSizes,
     ReferenceStep,
-    RegistryBatch,
     ReturnsBatch,
     ReturnsSizes,
     SamplesByValue,
-    SlottedBatch,
     Step,
     TwoDerivatives,
     TwoEnergies,

@@ -31,7 +31,7 @@ def test_numbers_are_those_of_the_example_batch(shared_filters: Traced) -> None:
         assert num_atoms * boundary.bytes_per["atom"] == num_bytes
         assert all(tensor.shape.count("atoms") == 1 for tensor in boundary.tensors)
         assert str(boundary) == f"{num_bytes // num_atoms} B per atom"
-    assert summary(captured) == "boundaries of 48 bytes per atom"
+    assert summary(captured) == "boundaries of 48 B per atom"
     assert found.defined == {"edge": "args[0]['edges']"}
 
 
@@ -55,16 +55,13 @@ def test_what_is_computed_again(shared_filters: Traced) -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ([{"atom": 512}], "a boundary of 512 bytes per atom"),
-        ([{"atom": 1024}] * 3, "boundaries of 1,024 bytes per atom"),
-        ([{"atom": 256}, {"atom": 768}, {"atom": 768}], "boundaries of 256, 768, 768 bytes per atom"),
-        (
-            [{"atom": 512}, {"atom": 256}, {"structure": 8}],
-            "boundaries of 512, 256 bytes per atom, 8 bytes per structure",
-        ),
+        ([{"atom": 512}], "a boundary of 512 B per atom"),
+        ([{"atom": 1024}] * 3, "boundaries of 1,024 B per atom"),
+        ([{"atom": 256}, {"atom": 768}, {"atom": 768}], "boundaries of 256 B per atom, 768 B per atom, 768 B per atom"),
+        ([{"atom": 512}, {"structure": 8}], "boundaries of 512 B per atom, 8 B per structure"),
         (
             [{"atom": 8, "edge": 4}, {"atom": 16, "edge": 4}, {"atom": 8}],
-            "boundaries of 8 bytes per atom + 4 bytes per edge, 16 bytes per atom + 4 bytes per edge, 8 bytes per atom",
+            "boundaries of 8 B per atom + 4 B per edge, 16 B per atom + 4 B per edge, 8 B per atom",
         ),
         ([], "no boundary"),
     ],
@@ -79,7 +76,7 @@ def test_features_of_edges() -> None:
     for boundary in report(found.cut(3)).boundaries:
         assert set(boundary.bytes_per) == {"atom", "edge"}
         assert "B per atom + " in str(boundary)
-    assert "bytes per edge" in summary(found.cut(3))
+    assert "B per edge" in summary(found.cut(3))
 
 
 @pytest.mark.parametrize("potential", [LearnableBasis, Dense, LateReadouts, AtomNetwork])

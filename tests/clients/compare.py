@@ -13,9 +13,11 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import torch
 
 from lightning_januspipe.testing import PotentialConformance
@@ -23,6 +25,22 @@ from lightning_januspipe.testing import PotentialConformance
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 TIMEOUT = 280.0
+
+
+def client_marks(module: str, package: str = "") -> list[pytest.MarkDecorator]:
+    """Returns the marks of a package's tests: slow, skipped where it is not installed, and deaf to its warnings.
+
+    Args:
+        module: the name by which it is imported.
+        package: the name by which it is installed, if that is another one.
+    """
+    ignored = (UserWarning, DeprecationWarning, FutureWarning)
+    return [
+        pytest.mark.slow,
+        pytest.mark.timeout(1800),
+        pytest.mark.skipif(find_spec(module) is None, reason=f"{package or module} is not installed"),
+        *(pytest.mark.filterwarnings(f"ignore::{warning.__name__}") for warning in ignored),
+    ]
 
 
 def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
@@ -138,7 +156,7 @@ class Runs:
 def sent_per(log: Path) -> set[str]:
     """What a pipeline sends numbers for, ``{"atom"}`` for one, by the line that it printed when it was captured."""
     (line,) = [line for line in log.read_text().splitlines() if "januspipe: potential" in line]
-    return set(re.findall(r"bytes per (\w+)", line))
+    return set(re.findall(r"B per (\w+)", line))
 
 
 def assert_same(reference: Path, found: Path, tolerance: float = 1e-9, losses: bool = True) -> None:

@@ -7,7 +7,6 @@ Slow, and skipped where aimnet is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,16 +17,9 @@ from factories import factory
 from lightning_januspipe.calculator import JanusPipeCalculator
 
 from .calculator_checks import check_calculator, cluster, crystal, tiny
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("aimnet") is None, reason="aimnet is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("aimnet")
 
 
 class TestPadded(ModelConformance):

@@ -7,21 +7,11 @@ Slow, and skipped where nequip-allegro is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-import pytest
 from factories import factory
 
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("allegro") is None, reason="nequip-allegro is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("allegro", "nequip-allegro")
 
 
 class TestAllegro(ModelConformance):

@@ -7,7 +7,6 @@ Slow, and skipped where chgnet is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,16 +15,9 @@ from ase import Atoms, units
 from factories import factory
 
 from .calculator_checks import boxed, check_calculator
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("chgnet") is None, reason="chgnet is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("chgnet")
 
 
 class TestCHGNet(ModelConformance):

@@ -8,7 +8,6 @@ Slow, and skipped where fairchem-core is absent:
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,9 @@ from lightning_januspipe.calculator import FairchemAtomsAdapter, JanusPipeCalcul
 from lightning_januspipe.testing import RankPool
 
 from .calculator_checks import boxed, check_calculator, check_checkpoint, check_single_precision, crystal
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("fairchem") is None, reason="fairchem-core is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("fairchem", "fairchem-core")
 
 
 class TestESEN(ModelConformance):

@@ -7,21 +7,11 @@ Slow, and skipped where graph-pes is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-import pytest
 from factories import factory
 
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("graph_pes") is None, reason="graph-pes is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("graph_pes", "graph-pes")
 
 
 class TestSum(ModelConformance):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,9 @@ from factories import data_of, module_of
 from lightning_januspipe.capture import capture_module
 
 from .calculator_checks import check_calculator, crystal
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, train
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("mace") is None, reason="mace is not installed"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = client_marks("mace")
 
 PROGRAM = "mace_program.py"
 

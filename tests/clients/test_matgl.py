@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,9 @@ from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
 from .calculator_checks import check_calculator
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, train
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("matgl") is None, reason="matgl is not installed"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = client_marks("matgl")
 
 PROGRAM = "matgl_program.py"
 MODELS = ["tensornet", "m3gnet", "chgnet"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,9 @@ from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
 from .calculator_checks import boxed, check_calculator
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, train
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("matris") is None, reason="matris is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("matris")
 
 PROGRAM = "matris_program.py"
 
@@ -163,11 +155,11 @@ def changed_state(model: nn.Module) -> dict[str, Any]:
 def test_batched_graphs_are_those_of_matris() -> None:
     from matris.model.processgraph import process_graphs
 
-    from lightning_januspipe.capture.adapters.matris import _process, batched
+    from lightning_januspipe.capture.adapters.matris import batched, process
 
     graphs = Graphs(small().graph_converter)("Cu2", "K", "lone", "Al")
     for stress in (True, False):
-        expected, found = process_graphs(graphs, stress), _process(batched(graphs), stress)
+        expected, found = process_graphs(graphs, stress), process(batched(graphs), stress)
         for name in ("edge_lengths", "unit_edge_vectors", "volumes", "batch_cart_coords", "lattice", "atom_segment"):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-14, atol=1e-14)
         for name in ("atomic_numbers", "directed2undirected", "undirected2directed"):

@@ -8,7 +8,6 @@ Slow, and skipped where NequIP is absent:
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,9 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from factories import data_of, module_of
 
 from .calculator_checks import check_calculator
-from .compare import ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, execute, sent_per, summary
+from .compare import ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, client_marks, execute, sent_per, summary
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("nequip") is None, reason="nequip is not installed"),
-]
+pytestmark = client_marks("nequip")
 
 ACCUMULATED = ["--batch-size", "1", "--accumulate", "4"]
 

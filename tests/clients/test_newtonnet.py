@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.testing import RankPool
 
 from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, cluster
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("newtonnet") is None, reason="newtonnet is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("newtonnet")
 
 
 class TestNewtonNet(ModelConformance):

@@ -7,7 +7,6 @@ Slow, and skipped where orb-models is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,9 @@ from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.testing import RankPool
 
 from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, crystal
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("orb_models") is None, reason="orb-models is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("orb_models", "orb-models")
 
 
 class TestOrb(ModelConformance):

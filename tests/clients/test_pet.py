@@ -8,7 +8,6 @@ Slow, and skipped where metatrain is absent:
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -19,16 +18,9 @@ from factories import factory
 from lightning_januspipe.calculator import JanusPipeCalculator, PETAtomsAdapter
 
 from .calculator_checks import check_calculator, crystal
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("metatrain") is None, reason="metatrain is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("metatrain")
 
 
 class TestCrystals(ModelConformance):

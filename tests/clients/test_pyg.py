@@ -7,7 +7,6 @@ Slow, and skipped where torch-geometric is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,16 +17,9 @@ from factories import factory
 from lightning_januspipe.calculator import JanusPipeCalculator
 
 from .calculator_checks import check_calculator, cluster, crystal
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("torch_geometric") is None, reason="torch-geometric is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("torch_geometric", "torch-geometric")
 
 
 class TestViSNet(ModelConformance):

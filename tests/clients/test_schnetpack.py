@@ -9,7 +9,6 @@ dependencies (see environments.py):
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,20 @@ import torch.utils.data.dataloader as dataloader
 from factories import data_of, module_of
 
 from .calculator_checks import check_calculator
-from .compare import PROGRAMS, ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, execute, sent_per, summary
+from .compare import (
+    PROGRAMS,
+    ROOT,
+    TWO_STAGES,
+    ClientConformance,
+    Runs,
+    assert_same,
+    client_marks,
+    execute,
+    sent_per,
+    summary,
+)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("schnetpack") is None, reason="schnetpack is not installed"),
-]
+pytestmark = client_marks("schnetpack")
 
 ACCUMULATED = ["--batch-size", "1", "--accumulate", "4"]
 MODELS = ["painn", "schnet"]

@@ -8,26 +8,17 @@ Slow, and skipped where SevenNet is absent:
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from ase.stress import voigt_6_to_full_3x3_stress
 from factories import factory
 
 from .calculator_checks import check_calculator
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("sevenn") is None, reason="sevenn is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("sevenn")
 
 
 class TestSevenNet(ModelConformance):

@@ -7,21 +7,11 @@ Slow, and skipped where So3krates-torch is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-import pytest
 from factories import factory
 
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("so3krates_torch") is None, reason="So3krates-torch is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("so3krates_torch", "So3krates-torch")
 
 
 class TestSo3krates(ModelConformance):

@@ -7,7 +7,6 @@ Slow, and skipped where torchmd-net is absent:
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,16 +17,9 @@ from factories import factory
 from lightning_januspipe.calculator import JanusPipeCalculator
 
 from .calculator_checks import box, check_calculator, cluster, crystal
-from .compare import ModelConformance
+from .compare import ModelConformance, client_marks
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(find_spec("torchmdnet") is None, reason="torchmd-net is not installed"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = client_marks("torchmdnet", "torchmd-net")
 
 
 class TestGraphNetwork(ModelConformance):

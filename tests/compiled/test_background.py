@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_januspipe.compiled.background import BackgroundCompile
-from lightning_januspipe.runtime.change_over import _owners, _Share
+from lightning_januspipe.runtime.change_over import CompileShare, compiling_ranks
 
 
 class Source:
@@ -114,13 +114,13 @@ def test_it_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
 
 def test_one_rank_of_each_machine_compiles_a_stage() -> None:
     shares = [
-        _Share("one", "/cache", {"a": False}, ""),
-        _Share("one", "/cache", {"a": False, "b": False}, ""),
-        _Share("one", "/cache", {"c": True}, ""),
-        _Share("two", "/cache", {"a": False}, ""),
-        _Share("two", "/own", {"a": False}, ""),
+        CompileShare("one", "/cache", {"a": False}, ""),
+        CompileShare("one", "/cache", {"a": False, "b": False}, ""),
+        CompileShare("one", "/cache", {"c": True}, ""),
+        CompileShare("two", "/cache", {"a": False}, ""),
+        CompileShare("two", "/own", {"a": False}, ""),
     ]
-    assert _owners(shares) == {
+    assert compiling_ranks(shares) == {
         ("one", "/cache", "a"): 0,
         ("one", "/cache", "b"): 1,
         ("two", "/cache", "a"): 3,

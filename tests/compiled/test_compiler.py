@@ -119,7 +119,7 @@ def noting(commands: list[str], run: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-def test_conditions_that_cannot_be_evaluated_leave_a_stage_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guards_that_cannot_be_evaluated_leave_a_stage_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch may record a function of sizes that is not known here."""
     traced = Traced(Step(Potential(1)))
     captured = traced.cut(1)
@@ -127,7 +127,7 @@ def test_conditions_that_cannot_be_evaluated_leave_a_stage_eager(monkeypatch: py
     calls = [traced.call_on(make_batch(sizes)) for sizes in (TRACED, OTHER)]
     first, second = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in calls)
     unknown = sympy.Function("Unknown")(sympy.Symbol("s0")) > 1
-    monkeypatch.setattr(torch_internals, "size_guards", lambda mode: [unknown])
+    monkeypatch.setattr(torch_internals, "size_guards", lambda mode: [str(unknown)])
     monkeypatch.setattr(compiler_module, "compile_graph", lambda graph, mode: graph)
     compiler = StageCompiler((first, second), "cpu")
     stage = compiler(captured.stage(0, traced.potential), GradientBuffers(), captured.chain)

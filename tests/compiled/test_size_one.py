@@ -13,7 +13,7 @@ from lightning_januspipe.compiled import torch_internals as internals
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.joint import Joint
 from lightning_januspipe.compiled.phase_graphs import phase_graphs
-from lightning_januspipe.compiled.size_one import conditions_of_ones
+from lightning_januspipe.compiled.size_one import guards_of_ones
 
 
 def traced(function: Callable[[Tensor], list[Tensor]]) -> tuple[torch.fx.GraphModule, internals.FakeTensorMode]:
@@ -31,13 +31,13 @@ def test_layouts_do_not_matter() -> None:
     """A transposed tensor of one row is contiguous, and one of several rows is not."""
     graph, mode = traced(lambda x: [x.t().reshape(-1), x.t().contiguous()])
     assert len(internals.asked_for_one(mode)) == 1
-    assert conditions_of_ones(graph, mode) == []
+    assert guards_of_ones(graph, mode) == []
 
 
 def test_dimensions_that_are_dropped_matter() -> None:
     graph, mode = traced(lambda x: [x.t().reshape(-1), x.squeeze(0)])
     (rows,) = internals.asked_for_one(mode)
-    assert conditions_of_ones(graph, mode) == [f"Ne({rows}, 1)"]
+    assert guards_of_ones(graph, mode) == [f"Ne({rows}, 1)"]
 
 
 def asked_in(joints: list[Joint]) -> int:

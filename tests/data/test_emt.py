@@ -11,7 +11,7 @@ from ase.io import read
 
 from lightning_januspipe import keys
 from lightning_januspipe.data import EMTDataModule, emt_structures, label_with_emt
-from lightning_januspipe.data.emt import EMT_METALS, _repeats
+from lightning_januspipe.data.emt import EMT_METALS, cubic_repeats
 
 
 def test_labels_are_those_of_emt():
@@ -149,7 +149,7 @@ def test_writes_only_when_asked(tmp_path, monkeypatch):
 
 
 def test_repeats_are_as_cubic_as_possible():
-    assert [sorted(_repeats(n)) for n in (1, 2, 4, 8, 12, 27)] == [
+    assert [sorted(cubic_repeats(n)) for n in (1, 2, 4, 8, 12, 27)] == [
         [1, 1, 1],
         [1, 1, 2],
         [1, 2, 2],

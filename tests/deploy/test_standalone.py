@@ -172,9 +172,9 @@ def test_what_cannot_be_exported(potential: EquivariantPotential, tmp_path: Path
         export_potential(torch.nn.Linear(1, 1), tmp_path / "model.pt2")
     several = EquivariantPotential(["Cu"], 3.5, num_layers=1, num_features=2, tasks=["pbe", "r2scan"])
     for task in (None, "hf"):
-        with pytest.raises(ValueError, match=rf"task={task!r}, and Equivariant.* has the tasks \['pbe', 'r2scan'\]"):
+        with pytest.raises(ValueError, match=rf"task={task!r}, but Equivariant.* has the tasks \['pbe', 'r2scan'\]"):
             export_potential(several, tmp_path / "model.pt2", task=task)
-    with pytest.raises(ValueError, match="task='pbe', and EquivariantPotential has the tasks .'default'"):
+    with pytest.raises(ValueError, match="task='pbe', but EquivariantPotential has the tasks .'default'"):
         export_potential(potential, tmp_path / "model.pt2", task="pbe")
     assert list(tmp_path.iterdir()) == []
 

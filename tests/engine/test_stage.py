@@ -1,26 +1,17 @@
-"""The four phases against the plain double backward: same numbers, each graph walked once, nothing left over."""
+"""The four phases against the plain double backward: same numbers, and each graph walked once."""
 
 from __future__ import annotations
 
-import gc
-import time
-import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
+from stage_walk import Products, Walk
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy import CHAINS, FLOAT, assert_close, chain, double_backward, loss_gradients, microbatch
 
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.single_process import run_single_process
 from lightning_januspipe.engine.specs import LossGradients
-from lightning_januspipe.engine.stage import SplitStage, Stage
+from lightning_januspipe.engine.stage import Stage
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -112,35 +103,6 @@ def test_evaluation_keeps_nothing_and_gives_the_same_derivatives() -> None:
         assert_close(found, wanted, "derivative")
 
 
-# -- work ------------------------------------------------------------------------------------------------------------
-
-
-class _Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
-        return func(*args, **(kwargs or {}))
-
-
-class _Failing(TorchDispatchMode):
-    """Fails at the second matrix product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.mm.default
-        if self.count == 2:
-            raise FloatingPointError
-        return func(*args, **(kwargs or {}))
-
-
 def test_six_products_for_each_linear_layer() -> None:
     functions, _ = chain(CHAINS["three stages"])
     tensors = microbatch(5).tensors
@@ -148,21 +110,21 @@ def test_six_products_for_each_linear_layer() -> None:
     counted = {}  # of the middle stage, which has two linear layers whose inputs depend on the coordinates
     boundary, sent = [], []
     for stage in stages:
-        with _Products() as products:
+        with Products() as products:
             boundary, _ = stage.forward_energy(0, tensors, boundary)
         counted.update({"FE": products.count} if stage is stages[1] else {})
     for stage in reversed(stages):
-        with _Products() as products:
+        with Products() as products:
             sent, derivatives = stage.forward_force(0, sent)
         counted.update({"FF": products.count} if stage is stages[1] else {})
     sent = []
     for stage in stages:
-        with _Products() as products:
+        with Products() as products:
             sent, _ = stage.backward_force(0, sent, [torch.ones_like(d) for d in derivatives])
         counted.update({"BF": products.count} if stage is stages[1] else {})
     sent = []
     for stage in reversed(stages):
-        with _Products() as products:
+        with Products() as products:
             sent = stage.backward_energy(0, sent, [torch.ones(2, dtype=FLOAT)] * len(stage.function.observables))
         counted.update({"BE": products.count} if stage is stages[1] else {})
     assert counted == {"FE": 2 * 1, "FF": 2 * 1, "BF": 2 * 2, "BE": 2 * 2}
@@ -170,7 +132,7 @@ def test_six_products_for_each_linear_layer() -> None:
 
 def test_deferred_phases_do_one_product_for_each_linear_layer() -> None:
     functions, _ = chain(CHAINS["three stages"])
-    walk = _Walk([Stage(f, GradientBuffers()) for f in functions], 0, microbatch(5).tensors, defer=True)
+    walk = Walk([Stage(f, GradientBuffers()) for f in functions], 0, microbatch(5).tensors, defer=True)
     middle = {phase: walk.run(phase)[1] for phase in ("FE", "FF", "BF", "BE", "WF", "WE")}
     assert middle == dict.fromkeys(("FE", "FF", "BF", "BE", "WF", "WE"), 2)
 
@@ -178,7 +140,7 @@ def test_deferred_phases_do_one_product_for_each_linear_layer() -> None:
 def test_the_first_stage_defers_all_of_its_backward_energy_phase() -> None:
     functions, _ = chain(CHAINS["three stages"])
     stages = [Stage(f, GradientBuffers()) for f in functions]
-    walk = _Walk(stages, 0, microbatch(5).tensors, defer=True)
+    walk = Walk(stages, 0, microbatch(5).tensors, defer=True)
     for phase in ("FE", "FF", "BF"):
         walk.run(phase)
     assert walk.run("BE")[0] == 0
@@ -191,9 +153,9 @@ def test_the_first_stage_defers_all_of_its_backward_energy_phase() -> None:
 def test_deferral_costs_no_product(name: str) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(6).tensors
-    with _Products() as at_once:
+    with Products() as at_once:
         run_single_process(functions, spec, tensors, loss_gradients)
-    with _Products() as deferred:
+    with Products() as deferred:
         run_single_process(functions, spec, tensors, loss_gradients, defer=True)
     assert deferred.count == at_once.count > 0
 
@@ -202,7 +164,7 @@ def test_deferral_costs_no_product(name: str) -> None:
 def test_deferred_phases_add_gradients_in_wf_and_we_only(name: str) -> None:
     functions, _ = chain(CHAINS[name])
     buffers = [GradientBuffers() for _ in functions]
-    walk = _Walk([Stage(f, b) for f, b in zip(functions, buffers, strict=True)], 0, microbatch(6).tensors, defer=True)
+    walk = Walk([Stage(f, b) for f, b in zip(functions, buffers, strict=True)], 0, microbatch(6).tensors, defer=True)
     for phase in ("FE", "FF", "BF", "BE"):
         walk.run(phase)
     assert all(b.get(p) is None for f, b in zip(functions, buffers, strict=True) for p in f.parameters)
@@ -215,9 +177,9 @@ def test_deferred_phases_add_gradients_in_wf_and_we_only(name: str) -> None:
 def test_as_many_products_as_the_plain_double_backward(name: str) -> None:
     functions, spec = chain(CHAINS[name])
     tensors = microbatch(6).tensors
-    with _Products() as reference:
+    with Products() as reference:
         double_backward(functions, tensors)
-    with _Products() as split:
+    with Products() as split:
         run_single_process(functions, spec, tensors, loss_gradients)
     assert split.count == reference.count > 0
 
@@ -229,148 +191,6 @@ def test_no_hook_is_left_on_the_graph_of_the_forward_pass() -> None:
     weight = stage.function.parameters[0]
     (gradient,) = torch.autograd.grad(state.observables[0].sum(), weight, retain_graph=True)
     assert gradient.abs().max() > 0, "a hook still stops the gradient"
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Saved:
-    """Wraps a tensor saved for backward, so that its life can be watched."""
-
-    tensor: Tensor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Garbage collections look at what the tests make, not at all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@contextmanager
-def _watched() -> Iterator[weakref.WeakSet[_Saved]]:
-    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Saved:
-        # Autograd attaches the graph again; with it, a saved output would hold its own node.
-        saved = _Saved(tensor.detach())
-        alive.add(saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        yield alive
-
-
-def test_each_phase_frees_what_no_later_one_reads() -> None:
-    functions, _ = chain([CHAINS["two stages"][1]])
-    stage = Stage(functions[0], GradientBuffers())
-    tensors = microbatch(7).tensors
-    with _watched() as of_energy:
-        _, (energies,) = stage.forward_energy(0, tensors, [])
-    num_of_energy = len(of_energy)
-    with _watched() as of_force:
-        _, derivatives = stage.forward_force(0, [])
-    gc.collect()
-    assert num_of_energy > 0 and len(of_energy) == num_of_energy and len(of_force) > 0
-
-    stage.backward_force(0, [], [torch.ones_like(d) for d in derivatives])
-    gc.collect()
-    assert len(of_force) == 0, "the graph of FF outlives BF"
-    assert len(of_energy) == num_of_energy, "BE still has to walk the graph of FE"
-    assert stage.num_inflight == 1
-
-    stage.backward_energy(0, [], [torch.ones_like(energies)])
-    gc.collect()
-    assert len(of_energy) == 0, "the graph of FE outlives BE"
-    assert stage.num_inflight == 0
-
-
-@pytest.mark.parametrize("order", ["BF WF BE WE", "BF BE WF WE"])
-def test_deferred_phases_free_what_no_later_one_reads(order: str) -> None:
-    functions, _ = chain(CHAINS["two stages"])
-    stage = Stage(functions[1], GradientBuffers())
-    tensors = microbatch(7).tensors
-    with _watched() as of_energy:
-        _, (energies,) = stage.forward_energy(0, tensors, [torch.ones(7, 5, dtype=FLOAT)])
-    with _watched() as of_force:
-        message, derivatives = stage.forward_force(0, [])
-    alive = {}
-    for phase in order.split():
-        if phase == "BF":
-            stage.backward_force(0, message, [torch.ones_like(d) for d in derivatives], defer=True)
-        elif phase == "BE":
-            stage.backward_energy(0, [], [torch.ones_like(energies)], defer=True)
-        elif phase == "WF":
-            stage.weight_force(0)
-        else:
-            assert stage.num_inflight == 1
-            stage.weight_energy(0)
-        gc.collect()
-        alive[phase] = len(of_energy), len(of_force)
-    assert alive["BF"][0] > 0 and alive["BF"][1] > 0 and alive["BE"][0] > 0
-    assert alive["WF"][0] > 0 and alive["WF"][1] == 0, "the graph of FF outlives WF"
-    assert alive["WE"] == (0, 0), "the graph of FE outlives WE"
-    assert stage.num_inflight == 0
-
-
-@pytest.mark.parametrize("fails", ["BF", "BE", "WF", "WE"])
-def test_an_error_in_the_midst_of_a_phase_leaves_nothing_behind(fails: str) -> None:
-    functions, _ = chain(CHAINS["three stages"])
-    stages = [Stage(f, GradientBuffers()) for f in functions]
-    walk = _Walk(stages, 0, microbatch(7).tensors, defer=True)
-    with _watched() as saved:
-        for phase in ("FE", "FF", "BF", "BE", "WF", "WE"):
-            if phase == "BF":
-                walk.evaluate_loss()
-            if phase == fails:
-                # The engine of autograd leaves what it had still to do in a queue of the thread.
-                with ThreadPoolExecutor(1) as thread:
-                    assert isinstance(thread.submit(_fail, walk, phase).exception(), FloatingPointError)
-                break
-            walk.run(phase)
-    gc.collect()
-    assert len(saved) > 0
-    for stage in stages:
-        stage.clear()
-        assert stage.num_inflight == 0
-    del walk
-    for _ in range(100):  # the thread's own queue goes a moment after the thread has been joined
-        gc.collect()
-        if not saved:
-            break
-        time.sleep(0.05)
-    assert len(saved) == 0
-
-
-def _fail(walk: _Walk, phase: str) -> None:
-    with _Failing():
-        walk.run(phase)
-
-
-def test_split_stages_free_their_graphs() -> None:
-    functions, _ = chain(CHAINS["two stages"])
-    stage = SplitStage(functions[1], GradientBuffers())
-    with _watched() as saved:
-        stage.begin_force(0, microbatch(7).tensors, [torch.ones(7, 5, dtype=FLOAT)])
-        message, derivatives = stage.forward_force(0, [])
-    assert len(saved) > 0 and stage.num_inflight == 1
-    u, mu = stage.backward_force(0, message, derivatives)
-    assert u == [] and [m.shape for m in mu] == [(7, 5)]
-    gc.collect()
-    assert len(saved) == 0 and stage.num_inflight == 0
-
-
-def test_evaluation_frees_the_graph_of_the_forward_pass() -> None:
-    functions, _ = chain([CHAINS["two stages"][1]])
-    stage = Stage(functions[0], GradientBuffers())
-    with _watched() as saved:
-        stage.forward_energy(0, microbatch(8).tensors, [])
-        stage.forward_force(0, [], create_graph=False)
-    gc.collect()
-    assert len(saved) == 0
 
 
 def test_clear_forgets_what_is_in_flight() -> None:
@@ -385,56 +205,6 @@ def _after_forward_force() -> tuple[Stage, list[Tensor]]:
     stage = Stage(functions[0], GradientBuffers())
     stage.forward_energy(0, microbatch(7).tensors, [])
     return stage, stage.forward_force(0, [])[1]
-
-
-# -- several micro-batches in flight ---------------------------------------------------------------------------------
-
-
-class _Walk:
-    """One micro-batch on its way through the phases of all stages."""
-
-    def __init__(self, stages: list[Stage], index: int, tensors: list[Tensor], defer: bool = False) -> None:
-        self._stages, self._index, self._tensors, self._defer = stages, index, tensors, defer
-        self._observables: list[Tensor] = []
-        self._derivatives = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[4])]
-        self._message: list[Tensor] = []
-        self._seeds: LossGradients | None = None
-
-    def evaluate_loss(self) -> None:
-        """Between FF and BF."""
-        self._seeds = self._seeds or loss_gradients(self._observables, self._derivatives)
-
-    def run(self, phase: str) -> list[int]:
-        """One phase of all stages; gives the number of matrix products of each."""
-        self._message = []
-        counts = {}
-        for stage in self._stages if phase in ("FE", "BF", "WF", "WE") else reversed(self._stages):
-            with _Products() as products:
-                self._run(phase, stage)
-            counts[stage.function.index] = products.count
-        return [counts[i] for i in sorted(counts)]
-
-    def _run(self, phase: str, stage: Stage) -> None:
-        if phase == "FE":
-            self._message, found = stage.forward_energy(self._index, self._tensors, self._message)
-            self._observables += found
-        elif phase == "FF":
-            self._message, parts = stage.forward_force(self._index, self._message)
-            self._derivatives = [a + b for a, b in zip(self._derivatives, parts, strict=True)]
-        elif phase == "BF":
-            self.evaluate_loss()
-            assert self._seeds is not None
-            self._message, _ = stage.backward_force(
-                self._index, self._message, self._seeds.derivatives, defer=self._defer
-            )
-        elif phase == "BE":
-            assert self._seeds is not None
-            own = [self._seeds.observables[i] for i in stage.function.observables]
-            self._message = stage.backward_energy(self._index, self._message, own, defer=self._defer)
-        elif phase == "WF":
-            stage.weight_force(self._index)
-        else:
-            stage.weight_energy(self._index)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +224,7 @@ def test_micro_batches_in_flight_do_not_disturb_one_another(order: str) -> None:
     gradients = GradientBuffers()
     stages = [Stage(f, gradients) for f in functions]
     batches = [microbatch(9, num_atoms=6).tensors, microbatch(10, num_atoms=11, num_structures=3).tensors]
-    walks = [_Walk(stages, i, t, defer="WF" in order) for i, t in enumerate(batches)]
+    walks = [Walk(stages, i, t, defer="WF" in order) for i, t in enumerate(batches)]
     for action in order.split():
         walks[int(action[2])].run(action[:2])
     assert [s.num_inflight for s in stages] == [0, 0, 0]

@@ -137,22 +137,22 @@ def test_a_missing_exchange_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 0, -1])
 def test_gradients_are_compared_in_groups(monkeypatch: pytest.MonkeyPatch, wrong: int | None) -> None:
-    from lightning_januspipe.graph.verify_captured import _LockStep
+    from lightning_januspipe.graph.verify_captured import LockStep
 
     source, found = with_exchanges(Potential)
     call = source.call_on(BATCH)
     tensors = source.cut(2).inputs(source.potential)(call.args, call.kwargs)
     trained = [name for name, p in source.potential.named_parameters() if p.requires_grad]
     changed = "" if wrong is None else repr(trained[wrong])
-    gradients, groups = _LockStep.gradients, []
+    gradients, groups = LockStep.gradients, []
 
-    def noted(ranks: _LockStep, parameters: Sequence[nn.Parameter]) -> list[tuple[str, Tensor]]:
+    def noted(ranks: LockStep, parameters: Sequence[nn.Parameter]) -> list[tuple[str, Tensor]]:
         result = gradients(ranks, parameters)
         groups.append(len(result))
         is_wrong = bool(changed and ranks._shards)
         return [(what, g + 1 if is_wrong and what.endswith(changed) else g) for what, g in result]
 
-    monkeypatch.setattr(_LockStep, "gradients", noted)
+    monkeypatch.setattr(LockStep, "gradients", noted)
     with nullcontext() if wrong is None else pytest.raises(CaptureError, match=f"for {changed} of the potential"):
         found.verify(source.potential, tensors, 2, gradient_bytes=1.0)
     assert groups == [1] * 2 * len(trained)

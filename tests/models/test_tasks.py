@@ -152,7 +152,7 @@ def test_from_training_to_the_calculator(file: Path, tmp_path: Path) -> None:
         atoms.get_potential_energy()
     with pytest.raises(ValueError, match=r"task='hf', but the potential has the tasks \['pbe', 'r2scan'\]"):
         JanusPipeCalculator(loaded, task="hf")
-    with pytest.raises(ValueError, match="task='pbe', but the potential has no tasks"):
+    with pytest.raises(ValueError, match="task='pbe', but the potential was trained without tasks: leave it out"):
         JanusPipeCalculator(first, task="pbe")
     with pytest.raises(ValueError, match=r"the potential has the tasks \['pbe', 'r2scan'\], and the data none"):
         quiet_trainer().validate(loaded, opened(file, tasks=None, val_size=4))

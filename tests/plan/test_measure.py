@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_januspipe.engine.executor import Executor, _Step
+from lightning_januspipe.engine.executor import Executor, StepInProgress
 from lightning_januspipe.engine.route import Route
 from lightning_januspipe.engine.specs import MicrobatchInput
 from lightning_januspipe.plan import (
@@ -68,10 +68,10 @@ def test_messages_are_those_of_the_executor(measured: Measured, name: str) -> No
     seen = 0
     for rank in range(3):
         stages = {s: SimpleNamespace(function=functions[s]) for s in schedule.stages_of(rank)}
-        step = _Step(Executor(rank, stages, chain), Route(schedule, rank), inputs, None)  # type: ignore[arg-type]
+        step = StepInProgress(Executor(rank, stages, chain), Route(schedule, rank), inputs, None)  # type: ignore[arg-type]
         for messages in step.route.incoming.values():
             for message in messages:
-                assert measured.message_bytes(message) == packed_size(step._form(message).shapes())
+                assert measured.message_bytes(message) == packed_size(step.form(message).shapes())
                 seen += 1
     assert seen == sum(map(len, schedule.messages().values())) > 0
 

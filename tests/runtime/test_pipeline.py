@@ -13,7 +13,7 @@ from pools import slow
 
 from lightning_januspipe.runtime.planner import Planner
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts, Schedule, validate_schedule
-from lightning_januspipe.schedule.draw import SUFFIXES
+from lightning_januspipe.schedule.figures import SUFFIXES
 from lightning_januspipe.testing import RankPool, compare_records, train_reference
 
 

@@ -38,9 +38,9 @@ def test_priorities_decide_between_ready_actions(priority, expected):
     assert _texts(list_schedule(_chain(1), 3, priority, max_live=3)) == [expected]
 
 
-def test_overlap_lets_the_next_unit_in():
+def test_overlap_lets_the_next_wave_in():
     orders = [
-        _texts(list_schedule(_chain(1), 2, Priority(BREADTH_FIRST, unit=1, overlap=overlap), max_live=2))
+        _texts(list_schedule(_chain(1), 2, Priority(BREADTH_FIRST, wave_size=1, overlap=overlap), max_live=2))
         for overlap in (False, True)
     ]
     assert orders[0] == ["FE0.0 FF0.0 BF0.0 BE0.0 FE0.1 FF0.1 BF0.1 BE0.1"]
@@ -69,7 +69,7 @@ def test_rounding_does_not_decide():
 
 
 def test_it_gives_up_at_its_deadline():
-    priority = Priority(DEPTH_FIRST, unit=8)
+    priority = Priority(DEPTH_FIRST, wave_size=8)
     makespan = list_schedule(_chain(4), 8, priority, max_live=8).makespan
     assert list_schedule(_chain(4), 8, priority, max_live=8, deadline=makespan) is None
     assert list_schedule(_chain(4), 8, priority, max_live=8, deadline=makespan * 1.001).makespan == makespan

@@ -87,7 +87,7 @@ def _gradients(
         return axis.own_gradients(0, seeds)
 
     stages = [axis.potential.stage(i, traced.potential) for i in range(axis.potential.num_stages)]
-    own = axis.scatter_inputs(0, whole).tensors
+    own = axis.scatter_inputs(whole).tensors
     result = run_single_process(stages, axis.potential.chain, own, loss, defer=defer, make_stage=factory(graphs))
     found = {}
     for name, parameter in traced.module.named_parameters():

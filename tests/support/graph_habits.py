@@ -7,7 +7,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from habits import DTYPE, Batch, Potential, of_edges, per_structure, sample, squares
+from batch_kinds import Batch
+from habits import DTYPE, Potential, of_edges, per_structure, sample, squares
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.adapters import Adapter

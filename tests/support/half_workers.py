@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_januspipe.graph.half_rows import RowLayout, send_half_rows
+from lightning_januspipe.graph.half_rows import HalfRows, RowLayout, send_half_rows
 
 
 def exchanged(dtype: torch.dtype, is_typed: bool) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def exchanged(dtype: torch.dtype, is_typed: bool) -> dict[str, Any]:
     expected, of_rows = torch.cat([row[rank] for row in rows]), torch.cat([row[rank] for row in types])
     found, sent = torch.empty_like(expected), torch.cat(rows[rank])
     with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as messages:
-        send_half_rows(found, sent, receive, send, dtype, dist.group.WORLD, "rows")
+        send_half_rows(found, sent, HalfRows(dtype, send, receive), dist.group.WORLD, "rows")
     error = ((found - expected).abs().amax(1) / sizes[of_rows]).max()
     dist.destroy_process_group()
     return {

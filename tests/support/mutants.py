@@ -71,7 +71,7 @@ def _no_second_order_term() -> Mutation:
 
 
 def _scaled_message(phase: Phase, factor: float) -> Mutation:
-    run = executor._Step._hand_on
+    run = executor.StepInProgress.hand_on
 
     def hand_on(self: Any, message: Any, parts: Parts[Tensor]) -> None:
         if message.source.phase is message.target.phase is phase:
@@ -79,7 +79,7 @@ def _scaled_message(phase: Phase, factor: float) -> Mutation:
             parts = replace(parts, boundary=scaled)
         run(self, message, parts)
 
-    return executor._Step, "_hand_on", hand_on
+    return executor.StepInProgress, "hand_on", hand_on
 
 
 def _wrong_weight() -> Mutation:

@@ -16,7 +16,7 @@ from checkpoint_workers import data
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_januspipe.checkpoint import atomic
-from lightning_januspipe.checkpoint.sharded import _Writer
+from lightning_januspipe.checkpoint.sharded import PartWriter
 from lightning_januspipe.distributed import set_timeout
 from lightning_januspipe.testing import quiet_trainer
 
@@ -74,7 +74,7 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     """Trains until a rank stops; the others write to files how and when they have ended, and end the stopped one."""
     stopping = Stopping(rank, place, folder, timeout)
     module = tiny.module()
-    save, write_data = atomic.write, _Writer.write_data
+    save, write_data = atomic.write, PartWriter.write_data
 
     class Module(type(module)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -103,7 +103,7 @@ def train(strategy: dict[str, Any], rank: int, place: str, folder: str, timeout:
     )
     ended = ""
     try:
-        with patch.object(atomic, "write", writing), patch.object(_Writer, "write_data", writing_shards):
+        with patch.object(atomic, "write", writing), patch.object(PartWriter, "write_data", writing_shards):
             trainer.fit(module, data(strategy.get("data_size", 1)))
     except BaseException as error:
         if not (Path(folder) / "mark").exists():

@@ -15,7 +15,8 @@ from lightning_januspipe.schedule import PhaseCosts, Schedule, build_schedule
 from lightning_januspipe.schedule.build_schedule import GENERATORS
 from lightning_januspipe.schedule.chrome_trace import write_chrome_trace
 from lightning_januspipe.schedule.costs import action_times
-from lightning_januspipe.schedule.draw import Panel, gantt
+from lightning_januspipe.schedule.draw import gantt
+from lightning_januspipe.schedule.figures import Panel
 from lightning_januspipe.testing import RankPool
 
 COSTS = PhaseCosts(1.0, 1.35, 1.9, 0.7, 0.8, 0.9)

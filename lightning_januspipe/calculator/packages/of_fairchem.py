@@ -77,7 +77,7 @@ class FairchemAtomsAdapter(AtomsAdapter):
         Raises:
             ValueError: The heads give no energy or several.
         """
-        found = {name: _only(output, name, self.task, self.tasks) for name in ("energy", "forces", "stress")}
+        found = {name: only_output(output, name, self.task, self.tasks) for name in ("energy", "forces", "stress")}
         if found["energy"] is None:
             raise ValueError(f"the heads {list(potential.output_heads)} of fairchem's model give no energy")
         results = {name: value for name, value in found.items() if value is not None}
@@ -107,7 +107,7 @@ def _box(atoms: Atoms, cutoff: float) -> np.ndarray:
     return cell
 
 
-def _only(output: Mapping[str, Any], name: str, task: str, tasks: list[str]) -> Tensor | None:
+def only_output(output: Mapping[str, Any], name: str, task: str, tasks: list[str]) -> Tensor | None:
     """Returns the one output of a name that is not of another task; None if there is none."""
     foreign = {f"{other}_{name}" for other in tasks if other != task}
     paths = [

@@ -168,7 +168,7 @@ def _tracing(potential: Any) -> Iterator[None]:
             return original(graphs, **settings)
 
     with ExitStack() as stack:
-        stack.enter_context(patched_package(model, "process_graphs", _process, _RELEASE))
+        stack.enter_context(patched_package(model, "process_graphs", process, _RELEASE))
         stack.enter_context(patched_package(functions, "fused_silu", torch.nn.functional.silu, _RELEASE))
         stack.enter_context(patched_package(functions, "fused_sigmoid", torch.sigmoid, _RELEASE))
         stack.enter_context(patched_package(interaction_block, "Dimwise_softmax", _softmax, _RELEASE))
@@ -268,7 +268,7 @@ def _softmax(features: Tensor, segment: Tensor, num_segment: int | None = None) 
     return weights / sums[segment]
 
 
-def _process(graphs: Mapping[str, Tensor], compute_stress: bool = True) -> dict[str, Any]:
+def process(graphs: Mapping[str, Tensor], compute_stress: bool = True) -> dict[str, Any]:
     """Returns what ``process_graphs`` returns, as far as MatRIS reads it."""
     positions = graphs["positions"].detach().requires_grad_()
     strained, lattice, strain = positions, graphs["lattice"], None

@@ -151,15 +151,15 @@ class CapturedPotential:
         """
         self.require_limits(tensors)
         symbols = self.program.bind(tensors)
-        for condition in self.program.conditions:
-            sizes = violated_sizes(condition, symbols)
+        for guard in self.program.guards:
+            sizes = violated_sizes(guard, symbols)
             if sizes:
                 where = {s: self.program.symbols[s] for s in sizes}
                 given = [
                     f"{s} = {sizes[s]} (dimension {d} of its input {self._places[i]})" for s, (i, d) in where.items()
                 ]
                 raise CaptureError(
-                    f"the potential {quoted(self.path)} was captured for sizes with {condition}, but this batch has "
+                    f"the potential {quoted(self.path)} was captured for sizes with {guard}, but this batch has "
                     f"{', '.join(given)}. {_OTHER_SIZES}"
                 )
         return symbols

@@ -104,7 +104,7 @@ def program_from_export(
     program.limits = _limits(program, exported)
     if inputs:
         shape_env = placeholders[inputs[0]].meta["val"].fake_mode.shape_env
-        program.conditions, program.equal_sizes = _conditions(program, shape_env), _equal_sizes(shape_env)
+        program.guards, program.equal_sizes = _guards(program, shape_env), _equal_sizes(shape_env)
     return program
 
 
@@ -147,7 +147,7 @@ def _limits(program: Program, exported: ExportedProgram) -> dict[tuple[int, int]
     return limits
 
 
-def _conditions(program: Program, shape_env: Any) -> list[str]:
+def _guards(program: Program, shape_env: Any) -> list[str]:
     """Returns the relations between sizes that the trace assumed, such as ``num_edges > 2 * num_atoms`` in an ``if``.
 
     Args:

@@ -34,7 +34,7 @@ def make_lists_outside(program: Program) -> Program:
 
     Returns:
         The program. If the trace assumed such a length to equal the size of an input, it gets the symbol of that size,
-        and a condition that every batch has to meet.
+        and a guard that every batch has to meet.
     """
     aliases = _Masks(program).run()
     _rename(program, aliases)
@@ -42,7 +42,7 @@ def make_lists_outside(program: Program) -> Program:
     known = set(program.symbols)
     for a, b in ((aliases.get(a, a), aliases.get(b, b)) for a, b in program.equal_sizes):
         if a != b and {a, b} <= known:
-            program.conditions.append(f"Eq({a}, {b})")
+            program.guards.append(f"Eq({a}, {b})")
             made, given = (a, b) if program.symbols[a] > program.symbols[b] else (b, a)
             _rename(program, {made: given})
     return program

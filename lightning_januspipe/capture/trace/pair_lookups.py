@@ -91,7 +91,7 @@ def _look_up(program: Program, view: Node) -> tuple[Node, Node] | None:
         return lookup, pairs
     if viewed[0] == 2 and own[0] in program.symbols and viewed[2:] == own[2:]:
         # The trace has a symbol for the 2 of (2, E) where nothing else that reads the pairs forbids another number.
-        program.conditions = list(dict.fromkeys((*program.conditions, f"Eq({own[0]}, 2)")))
+        program.guards = list(dict.fromkeys((*program.guards, f"Eq({own[0]}, 2)")))
         return lookup, pairs
     return None
 

@@ -110,7 +110,7 @@ class Program:
         prepared: names of operations whose results are inputs, after the random numbers.
         symbols: size symbol -> (input position, dimension) that defines it.
         limits: (input position, dimension) -> least and largest size that the program is right for.
-        conditions: relations between sizes, in size symbols, that the program is right for.
+        guards: relations between sizes, in size symbols, that the program is right for.
         equal_sizes: pairs of size symbols that the trace assumed to be equal; one is a length that depends on values.
         autocast: the autocast under which the energy is differentiated. Casts of the energy itself are operations.
     """
@@ -131,7 +131,7 @@ class Program:
     prepared: list[str] = field(default_factory=list)
     symbols: dict[str, tuple[int, int]] = field(default_factory=dict)
     limits: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    conditions: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
     equal_sizes: list[tuple[str, str]] = field(default_factory=list)
     autocast: Autocast = OFF
 

@@ -36,7 +36,7 @@ from lightning_januspipe.capture.trace.torchscript import inlined_torchscript
 from lightning_januspipe.capture.trace.triangles import SymbolicTriangles
 from lightning_januspipe.capture.trees import leaves, with_leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
-from lightning_januspipe.errors import CaptureError, quoted
+from lightning_januspipe.errors import CaptureError, in_one_line, quoted
 
 _LIBRARY = "januspipe"
 
@@ -178,7 +178,7 @@ def trace_potential(
     except Exception as error:
         raise CaptureError(
             f"the potential {quoted(call.path)} ({type(potential).__name__}) cannot be traced with symbolic sizes: "
-            f"{type(error).__name__}: {_first_line(error)}{_place(error)}. Usual causes: Python branches on tensor "
+            f"{in_one_line(error)}{_place(error)}. Usual causes: Python branches on tensor "
             "values, tensor.tolist(), .numpy() or float(tensor) in the forward, or shapes that depend on values "
             "(nonzero, unique, masks as indices)."
         ) from error
@@ -252,11 +252,6 @@ def _refuse_state(exported: ExportedProgram, path: str) -> None:
             f"the potential {quoted(path)} updates buffers in its forward ({', '.join(mutated[:3])}), which has no "
             "meaning while several micro-batches are in flight. Update them in a hook outside forward, or freeze them."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else "no message"
 
 
 def _place(error: BaseException) -> str:

@@ -1,11 +1,11 @@
-"""The line that a start prints about the ranks."""
+"""What the line that a start prints says about the ranks."""
 
 from __future__ import annotations
 
 import pytest
 
 from lightning_januspipe.mesh import MeshShape
-from lightning_januspipe.runtime.build_pipeline import describe_run
+from lightning_januspipe.runtime.start_line import describe_run
 
 
 @pytest.mark.parametrize(
