@@ -28,6 +28,7 @@ from lightning_januspipe.engine.p2p import Links, message_latency
 from lightning_januspipe.engine.single_process import StageFactory
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
+from lightning_januspipe.errors import quoted
 from lightning_januspipe.graph import call_tensors, verify_sharding
 from lightning_januspipe.graph.half_rows import ExchangeDtype
 from lightning_januspipe.mesh import Mesh, as_world
@@ -67,6 +68,7 @@ class CaptureRequest:
         place: Brings the parameters that a rank needs to its device, once its stages are known.
         whole: A context in which the module has all its parameters on the rank that captures.
         gradient_bytes: See :class:`.PhaseMode`.
+        fetched: A context in which all ranks have all parameters, once these are placed; None where they cannot.
     """
 
     module: Any
@@ -82,6 +84,7 @@ class CaptureRequest:
     place: Callable[[PlacedParameters], None] | None = None
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext
     gradient_bytes: float | None = None
+    fetched: Callable[[], AbstractContextManager[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ class PipelineBuilder:
             self._exchange_dtype,
             request.place,
         )
-        pipeline.fetch_parameters_with(request.whole, request.gradient_bytes)
+        pipeline.fetch_parameters_with(request.fetched or request.whole, request.gradient_bytes)
         pipeline.executor.annotate = request.annotate
         if change is not None:
             why_not = self._begin(change, pipeline)
@@ -438,6 +441,11 @@ class PipelineBuilder:
                     except CaptureError as error:
                         raise CaptureError(f"{error}{found.alternative}") from error
                 is_to_verify = bool(inputs)
+                if is_to_verify and request.gradient_bytes is not None and mesh.shape.pipeline > 1:
+                    raise CaptureError(
+                        f"graph_size > 1 verifies the potential's own stages ({quoted(found.potential.path)}) on every "
+                        "rank, whose memory its parameters and their gradients exceed. Use graph_size=1."
+                    )
                 is_to_measure = measures_on_graph_ranks and not is_to_verify
                 if is_to_measure or (not inputs and self._measures_compiled(request, mesh)):
                     inputs = call_tensors(*call)

@@ -369,7 +369,7 @@ class Pipeline(Runner):
         """
         assert self._graph is not None
         potential = self._module.get_submodule(self._staged.path)
-        with self._abort_on_error(), unchanged(self._module):
+        with self._abort_on_error(), self._batch_checks.whole(), unchanged(self._module):
             verify_explicit_sharding(self._graph, self._staged, potential, tensors)
 
     def recorded_step(self) -> RecordedStep | None:

@@ -129,9 +129,11 @@ class CaptureHooks(InitialValueHooks):
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
         annotate = trainer.profiler.profile if is_profiled else None
         length = training_length(trainer) if trains else TrainingLength()
-        place = None if self._residence is None else self._residence.place
+        residence = self._residence
+        place = None if residence is None else residence.place
         given = module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length, place
-        request = CaptureRequest(*given, *self._paging())
+        fetched = None if residence is None or residence.is_paged else residence.whole
+        request = CaptureRequest(*given, *self._paging(), fetched)
         if trains and self.options.compile is True:
             told = "phases that are not in the cache are compiled before the first step, which may take minutes"
             self.lib.rank_zero.rank_zero_info(f"januspipe: {told}")
@@ -141,8 +143,6 @@ class CaptureHooks(InitialValueHooks):
             pipeline.schedules.before_meeting = self._shutdown.hear
             if pipeline.change_over is not None:
                 self._shutdown.is_compiling = pipeline.change_over.is_waiting
-        if self._residence is not None and not self._residence.is_paged:
-            pipeline.fetch_parameters_with(self._residence.whole)
         self.runner = pipeline
         if news.line:
             self.lib.rank_zero.rank_zero_info(news.line)

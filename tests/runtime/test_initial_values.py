@@ -8,6 +8,7 @@ from typing import Any
 import meta_workers as workers
 import pytest
 import torch
+from pools import slow
 from torch import nn
 
 from lightning_januspipe.models import EquivariantPotential, MatRISMoE
@@ -18,6 +19,7 @@ from lightning_januspipe.runtime.initial_values import (
     without_values,
 )
 from lightning_januspipe.testing import RankPool
+from lightning_januspipe.testing.parity import compare_records
 
 MESHES: dict[str, tuple[dict[str, Any], int]] = {
     "one rank": ({"pipeline_size": 1}, 1),
@@ -153,6 +155,26 @@ def test_runs_in_turn(pool: RankPool, runs: tuple[str, ...]) -> None:
 def test_runs_in_turn_of_a_module_larger_than_global_rank_0(pool: RankPool, runs: tuple[str, ...]) -> None:
     first, other = in_turn(pool, "2 stages", runs, share=1.5)
     assert first["has_file"] and not other["has_file"]
+
+
+OWN_STAGES = {"pipeline_size": 2, "graph_size": 2, "num_microbatches": 2}
+
+
+@pytest.mark.parametrize("level", ["none", slow("parameters")])
+def test_stages_of_its_own_on_graph_ranks(pool: RankPool, level: str) -> None:
+    """Every rank computes all stages once, in the verification of the graph ranks before training."""
+    (reference,) = pool.run(workers.train_explicit, None, world_size=1)
+    ranks = pool.run(workers.train_explicit, {**OWN_STAGES, "shard": level}, world_size=4)
+    for record in ranks[1:]:
+        assert 0 < len(record.parameters) < len(reference.parameters)
+        record.parameters = reference.parameters | record.parameters
+    compare_records(reference, ranks, 1e-9)
+
+
+@pytest.mark.slow
+def test_stages_of_its_own_that_are_larger_than_a_rank_are_refused(pool: RankPool) -> None:
+    for message in pool.run(workers.refused_explicit, OWN_STAGES, 2000.0, world_size=4):
+        assert message.startswith("CaptureError: graph_size > 1 verifies the potential's own stages"), message
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ from unittest.mock import patch
 import checkpoint_workers
 import compiled_workers
 import lightning
+import plain_modules
 import strategy_workers
 import torch
+from explicit_models import SelfDividing
 from torch import nn
 
 from lightning_januspipe.capture import capture
@@ -24,7 +26,7 @@ from lightning_januspipe.runtime.batch_checks import BatchChecks
 from lightning_januspipe.runtime.paged_parameters import PagedParameters
 from lightning_januspipe.runtime.parameter_residence import ParameterResidence
 from lightning_januspipe.strategy.initial_value_hooks import InitialValueHooks
-from lightning_januspipe.testing import quiet_trainer
+from lightning_januspipe.testing import quiet_trainer, runs
 
 
 def made_in_hook(on_meta: bool = True, num_layers: int = 4) -> Any:
@@ -259,10 +261,55 @@ def in_turn(
     return found | {"state": _values(made)}
 
 
+class MadeExplicit(plain_modules.Explicit):
+    """Makes a potential with stages of its own, on the meta device or in one process with the values of the seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential: Any = None
+
+    def configure_model(self) -> None:
+        if self.potential is None:
+            is_alone = os.environ["WORLD_SIZE"] == "1"
+            with self.trainer.init_module(empty_init=not is_alone):
+                self.potential = SelfDividing(num_layers=4)
+            if is_alone:
+                _redraw(self)
+
+
+def train_explicit(strategy: dict[str, Any] | None) -> runs.RunRecord:
+    """Trains a potential with stages of its own; the record has those parameters that have values on this rank.
+
+    Args:
+        strategy: Arguments of the strategy; None for plain Lightning.
+    """
+
+    def copies(module: Any) -> dict[str, Any]:
+        return {n: p.detach().clone() for n, p in module.named_parameters() if not p.is_meta}
+
+    given = MadeExplicit, plain_modules.Data, strategy or {}, 3, {}
+    with patch.object(runs, "_copies", copies):
+        return runs.train_reference(*given, 1) if strategy is None else runs.train_in_pipeline(*given)
+
+
+def refused_explicit(strategy: dict[str, Any], memory: float) -> str:
+    """Returns how training ends where a rank has less memory than the capture of all parameters takes, in bytes."""
+    with patch.object(InitialValueHooks, "_memory", memory):
+        try:
+            train_explicit(strategy)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _draw(module: Any, make: Callable[[], None]) -> None:
     """Makes the potential, with the values that a module on the meta device gets from the seed."""
     if module.potential is None:
         make()
-        for parameter in module.parameters():
-            initial_values.take_values(parameter)
-        initial_values.draw_missing(module, torch.initial_seed())
+        _redraw(module)
+
+
+def _redraw(module: Any) -> None:
+    for parameter in module.parameters():
+        initial_values.take_values(parameter)
+    initial_values.draw_missing(module, torch.initial_seed())
