@@ -135,44 +135,46 @@ def draw_learning_curves(history: Sequence[Mapping[str, float]], path: Path, tit
 
     units = {keys.ENERGY: "meV/atom", keys.FORCES: "meV/Å", keys.STRESS: "meV/Å³"}
     panels = [(f"{name}\nMAE ({unit})", f"{name}_mae", 1000.0) for name, unit in units.items()]
-    panels = [("loss", "loss", 1.0), *panels]  # of the training data only the last batch is logged
+    panels = [("validation\nloss", "loss", 1.0), *panels]  # of the training data only the last batch is logged
     shown = [panel for panel in panels if any(_known(history, f"val_{panel[1]}")[0])]
+    rates = _known(history, "lr")
+    heights = [1.0] * len(shown) + [0.6] * (len(set(rates[1])) > 1)
     with figures.style():
-        figure = Figure(figsize=(7.4, 0.6 + 1.55 * len(shown)), dpi=150, layout="constrained")
+        figure = Figure(figsize=(7.4, 0.6 + 1.55 * sum(heights)), dpi=150, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        found = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (label, name, factor) in zip(found, shown, strict=True):
+        found = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+        for axes, (label, name, factor) in zip(found, shown, strict=False):
             stages = (("train", "training", _GREY), ("val", "validation", _BLUE))[name == "loss" :]
             for stage, legend, colour in stages:
                 epochs, values = _known(history, f"{stage}_{name}")
                 marker = "." if len(epochs) < 60 else ""
                 axes.plot(epochs, factor * np.array(values), color=colour, marker=marker, linewidth=1.2, label=legend)
+            axes.set_ylabel(label)
+        if len(heights) > len(shown):
+            found[-1].plot(*rates, color=_ORANGE, linewidth=1.2)
+            found[-1].set_ylabel("learning\nrate")
+        for axes in found:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            lowest, highest = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 100 * lowest else (1.0,)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.set_ylabel(label)
             axes.grid(axis="y", color="#E4E4E4", linewidth=0.6)
-        rates = _known(history, "lr")
-        if len(set(rates[1])) > 1:
-            other = found[0].twinx()
-            other.plot(*rates, color=_ORANGE, linewidth=0.9, linestyle=(0, (4, 2)), label="learning rate (right)")
-            other.set_yscale("log")
-            other.set_ylabel("learning rate", color=_ORANGE)
-            other.spines["right"].set_visible(True)
-        figure.legend(*_legend(figure.axes), loc="outside upper right", ncols=3)
+        figure.legend(*_legend(found), loc="outside upper right", ncols=2)
+        figure.align_ylabels(found)
         found[-1].set_xlabel("epoch")
         found[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figures.save(figure, path)
 
 
 def _legend(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    """Returns a handle for each label of all axes."""
+    """Returns a handle for each label of all axes, training data before validation data."""
     handles: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    return list(handles.values()), list(handles)
+    names = sorted(handles)
+    return [handles[name] for name in names], names
 
 
 def _known(history: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:

@@ -15,7 +15,7 @@ from lightning_januspipe.data.dataset import StructureDataset
 from lightning_januspipe.data.joined_dataset import Files, check_files, find_files, open_datasets
 from lightning_januspipe.data.labels import LabelKeys
 from lightning_januspipe.data.references import References, choose_references, isolated_energies, of_task
-from lightning_januspipe.data.splits import Split, check_size, split_indices
+from lightning_januspipe.data.splits import Split, as_count, check_size, split_indices
 from lightning_januspipe.data.statistics import DatasetStatistics, SampleDataset, dataset_statistics
 from lightning_januspipe.data.structures import validate_species
 from lightning_januspipe.data.tasks import validate_tasks
@@ -128,7 +128,8 @@ class ASEDataModule(StructureDataModule):
         for name, file, size in (("val", val_file, val_size), ("test", test_file, test_size)):
             if file is not None and size is not None:
                 raise ValueError(f"{name}_file={file!r} and {name}_size={size} are both given; expected one of them")
-        self._sizes = {"train": train_size, "val": val_size, "test": test_size}
+        sizes = {"train": train_size, "val": val_size, "test": test_size}
+        self._sizes = {name: as_count(f"{name}_size", size) for name, size in sizes.items()}
         for name, size in self._sizes.items():
             check_size(f"{name}_size", size)
         given = {"val": val_file, "test": test_file, "predict": predict_file, "replay": replay_file}

@@ -57,8 +57,13 @@ class LmdbRows:
 
     def _opened(self) -> Any:
         """Opens the database for one call, because a process may have it open only once at a time."""
-        # Without a lock file the folder may be read-only; nobody may write to the database meanwhile.
-        return self._open(str(self._path), subdir=self._path.is_dir(), readonly=True, lock=False, readahead=False)
+        try:
+            # Without a lock file the folder may be read-only; nobody may write to the database meanwhile.
+            return self._open(str(self._path), subdir=self._path.is_dir(), readonly=True, lock=False, readahead=False)
+        except Exception as error:
+            if "already open in this process" in str(error):
+                raise ValueError("this process has it open: close the connection that has written it") from error
+            raise
 
 
 def _decoded(content: bytes) -> Any:

@@ -70,6 +70,16 @@ def check_size(name: str, size: int | float | None) -> None:
         raise ValueError(f"{name}={size!r}; expected a number of structures (int) or a fraction below 1 (float)")
 
 
+def as_count(name: str, size: int | float | None) -> int | float | None:
+    """Returns the size of a split, as an int where it is a whole float.
+
+    Command lines may read ``2`` as a float, as ``typing`` keeps unions in the order in which they were first written.
+    ``train_size=1.0`` stays, because it may be meant as all structures.
+    """
+    least = 2 if name == "train_size" else 1
+    return int(size) if isinstance(size, float) and size.is_integer() and size >= least else size
+
+
 def _count(name: str, size: int | float | None, total: int) -> int:
     if size is None:
         return 0

@@ -91,6 +91,20 @@ def check_labels(weights: Mapping[str, float], data: Any, what: str, *, required
     return warnings
 
 
+def describe_unused_labels(weights: Mapping[str, float], data: Any) -> list[str]:
+    """Describes labels of training structures that the loss gives no weight; for the arguments see `check_labels`."""
+    counts = [part.count_labels(indices) for part, indices in _parts(data) if hasattr(part, "count_labels")]
+    total, lines = sum(count.num_structures for count in counts), []
+    for quantity, option in _OPTIONS.items():
+        present = sum(count.present[quantity] for count in counts)
+        if present and not weights.get(quantity, 0.0):
+            lines.append(
+                f"{present} of {total} training structures have a {quantity} label, which the loss does not use with "
+                f"{option}=0"
+            )
+    return lines
+
+
 def _parts(data: Any) -> list[tuple[Any, Sequence[int] | None]]:
     """Returns the datasets that data consists of, and which of their samples it has; None for all."""
     if not hasattr(data, "species") and hasattr(data, "datasets"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_januspipe import keys
-from lightning_januspipe.models.data_checks import check_data, check_labels
+from lightning_januspipe.models.data_checks import check_data, check_labels, describe_unused_labels
 from lightning_januspipe.models.initial_weights import (
     as_buffer,
     describe_frozen,
@@ -288,6 +288,8 @@ class PotentialModule(LightningModule):
         check_data(self.potential, dataset)
         if what != "prediction":
             self._warn(check_labels(self.weights, dataset, what, required=what == "training"))
+        for line in describe_unused_labels(self.weights, dataset) if what == "training" else ():
+            rank_zero_info(line)
 
     def _warn(self, messages: Sequence[str]) -> None:
         for message in messages if self.global_rank == 0 else ():

@@ -29,17 +29,12 @@ from .conftest import crystal
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What inductor was asked to compile in a test, by this package or by anything else in torch."""
     found: list[str] = []
-    compile_fx = inductor.compile_fx
+    compile_graph = inductor._compile_fx_inner
     monkeypatch.setattr(
-        inductor, "compile_fx", lambda *given, **more: found.append("graph") or compile_fx(*given, **more)
+        inductor, "_compile_fx_inner", lambda *given, **more: found.append("graph") or compile_graph(*given, **more)
     )
     counters.clear()
     return found
-
-
-def looked_up() -> int:
-    """Returns how many graphs inductor has looked up in its cache since the test began, found or not."""
-    return sum(counters["inductor"][f"fxgraph_cache_{outcome}"] for outcome in ("hit", "miss", "bypass"))
 
 
 def hot(repeat: int = 2) -> Atoms:
@@ -99,7 +94,7 @@ def test_one_compilation_serves_all_structures(trained: PotentialModule, compila
         alone.calc = JanusPipeCalculator(trained)
         np.testing.assert_allclose(other.get_forces(), alone.get_forces(), rtol=0, atol=1e-10)
         assert other.get_potential_energy() == pytest.approx(alone.get_potential_energy(), rel=0, abs=1e-10)
-    assert compilations == ["graph"] and looked_up() == 1
+    assert compilations == ["graph"]
     assert not counters["frames"], "dynamo, which compiles again for other sizes, has no part in it"
 
 

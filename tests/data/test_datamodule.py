@@ -164,12 +164,19 @@ def test_option_errors(files):
     for options, message in (
         ({"val_file": "a.xyz", "val_size": 3}, "val_file='a.xyz' and val_size=3 are both given"),
         ({"test_size": 1.5}, "test_size=1.5"),
+        ({"train_size": 1.0}, "train_size=1.0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"species": ["Qq"]}, "Qq"),
     ):
         with pytest.raises(ValueError, match=message):
             ASEDataModule(files["train"], **options)
+
+
+def test_numbers_that_a_command_line_reads_as_floats(files):
+    """``Optional[Union[int, float]]`` is the union that another package has named with the float first."""
+    module = ASEDataModule(files["train"], train_size=3.0, val_size=1.0, test_size=2.0, cutoff=3.0)
+    assert [len(module.dataset(split)) for split in ("train", "val", "test")] == [3, 1, 2]
 
 
 def test_base_class_is_abstract():

@@ -212,3 +212,16 @@ def test_same_training(pool: RankPool, file, tmp_path, strategy, world_size):
         # Cuts follow measured times, and with them the order in which gradients are summed.
         torch.testing.assert_close(other, one, rtol=0, atol=1e-9 if strategy else 0)
     assert torch.isfinite(disk[0]["val_loss"])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_database_that_this_process_has_open(tmp_path, lazy):
+    lmdb = pytest.importorskip("lmdb")
+    path = workers.write_file(tmp_path / "alloys.aselmdb", workers.frames(3))
+    options = {"lazy": lazy, "cutoff": 3.0, "cache_dir": tmp_path / "cache"}
+    with (
+        lmdb.open(str(path), subdir=False),
+        pytest.raises(ValueError, match=r"alloys.aselmdb .*this process has it open: close the connection"),
+    ):
+        open_dataset(path, **options)
+    assert len(open_dataset(path, **options)) == 4

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 from ase.build import molecule
 from ase.io import write
@@ -94,3 +96,20 @@ def test_missing_energies_and_forces_are_allowed_where_asked_for(referenced, tmp
     messages = " ".join(str(one.message) for one in said)
     assert "no energy label" in messages and "no forces label" in messages
     assert trainer.callback_metrics["train_loss"].isfinite()
+
+
+def test_labels_that_the_loss_does_not_use_are_said_once(referenced: str, caplog: pytest.LogCaptureFixture) -> None:
+    data = ASEDataModule(referenced, **REF, stress_key="REF_stress", val_size=1)
+    loader = DataLoader(StructureDataset(referenced, **REF, stress_key="REF_stress"), collate_fn=collate_structures)
+    line = "{} of {} training structures have a {} label, which the loss does not use with {}=0"
+    for given, weights, expected in (
+        (loader, {}, [line.format(5, 6, "stress", "stress_weight")]),
+        (loader, {"stress_weight": 1.0}, []),
+        (loader, {"stress_weight": 1.0, "force_weight": 0.0}, [line.format(6, 6, "forces", "force_weight")]),
+        (data, {"stress_weight": 1.0, "energy_weight": 0.0}, [line.format(5, 5, "energy", "energy_weight")]),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            quiet_trainer(max_epochs=2).fit(make_module(**weights), given)
+        said = [record.getMessage() for record in caplog.records]
+        assert [one for one in said if "does not use" in one] == expected
