@@ -53,6 +53,7 @@ class LoaderProgress:
         """
         saved = checkpoint.get(KEY, {}).get("replicas", [])
         self._resumed = saved[replica % len(saved)] if saved else {}
+        self._epoch = self._resumed.get("epoch")
         self._num_done = batches_done(checkpoint)
 
     def tracked(self, loader: Any) -> Any:
@@ -124,37 +125,65 @@ def batches_done(checkpoint: Mapping[str, Any]) -> int:
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
     if not progress:
         return 0
-    total, current = progress["total"], progress["current"]
-    is_counted = total["completed"] == total["processed"]  # otherwise a hook at the end of a batch saved it
-    done = int(current["completed"]) + (not is_counted)
-    return 0 if progress.get("is_last_batch") and done >= current["ready"] else done
+    done = int(progress["current"]["completed"]) + (not _is_counted(progress))
+    return 0 if progress.get("is_last_batch") and done >= progress["current"]["ready"] else done
+
+
+def _is_counted(batches: Mapping[str, Any]) -> bool:
+    """Returns whether the last batch is counted; otherwise a hook at its end has saved the checkpoint."""
+    return bool(batches["total"]["completed"] == batches["total"]["processed"])
 
 
 def reopen_epoch(checkpoint: Mapping[str, Any]) -> None:
-    """Makes an epoch the present one again that training has left before its last batch, and that is counted as done.
+    """Corrects the numbers of epochs with which Lightning's training loop resumes.
 
-    Lightning counts an epoch whenever it leaves it, also because of ``max_steps`` or a callback, but not always in a
-    run that was resumed. From a checkpoint that was saved after it was counted, Lightning would begin the next epoch,
-    while the loader goes on with the rest of this one. A file of plain Lightning does not tell the index of its last
-    epoch: it is assumed to be the last one that was begun, unless that would be the first one after batches of another.
+    - Lightning counts an epoch whenever it leaves it, also because of ``max_steps`` or a callback. From a checkpoint
+      that was saved after it was counted, Lightning would begin the next epoch, while the loader goes on with the rest
+      of this one: it is made the present epoch again.
+    - After a whole epoch, if ``max_steps`` is given, Lightning would leave the next one after its first batch, since it
+      goes on to count the batches of the one before: the next one is made to begin.
+    - A run that was resumed at the end of an epoch does not count that another one has begun, and if nobody knows the
+      number of batches, it goes on to count these too.
 
     Args:
-        checkpoint: A whole checkpoint; the numbers of epochs of its training loop are changed.
+        checkpoint: A whole checkpoint; the numbers of its training loop are changed.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     progress = loop.get("epoch_progress")
-    if not progress or not batches_done(checkpoint):
+    if not progress:
         return
-    batches = loop["epoch_loop.batch_progress"]
-    is_later = batches["total"]["ready"] > batches["current"]["ready"]
-    done = progress["current"]["processed"]
+    current, batches = progress["current"], loop["epoch_loop.batch_progress"]
+    is_whole = not batches_done(checkpoint)
+    if is_whole and not batches.get("is_last_batch"):
+        return  # no batch was trained on
     saved = checkpoint.get(KEY, {}).get("replicas") or [{}]
     epoch = saved[0].get("epoch")
     if epoch is None:
-        epoch = max(progress["current"]["ready"] - 1, min(done, int(is_later)))
-    for counts in (progress["total"], progress["current"]):
-        for stage in ("processed", "completed"):
-            counts[stage] -= max(done - epoch, 0)
+        epoch = _epoch_of_plain_lightning(current, batches, is_whole)
+    is_counted = _is_counted(batches)
+    has_ended = is_whole and (current["processed"] > epoch or not is_counted)
+    ended = epoch + has_ended
+    for stage, number in {"ready": epoch + 1, "started": epoch + 1, "processed": ended, "completed": ended}.items():
+        progress["total"][stage] += number - current[stage]
+        current[stage] = number
+    if has_ended:
+        batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
+    if has_ended and not is_counted:
+        batches["total"]["completed"] += 1
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+
+def _epoch_of_plain_lightning(current: Mapping[str, Any], batches: Mapping[str, Any], is_whole: bool) -> int:
+    """Returns the index of the epoch of the last batch, which a file of plain Lightning does not tell.
+
+    It is assumed to be the last one that was begun, unless that would be the first one after batches of another.
+    """
+    ready, processed = int(current["ready"]), int(current["processed"])
+    if is_whole:
+        is_later = processed > current["completed"] or (_is_counted(batches) and processed >= ready)
+        return processed - int(is_later)
+    is_later = batches["total"]["ready"] > batches["current"]["ready"]
+    return max(ready - 1, min(processed, int(is_later)))
 
 
 class _Tracked(AnyLoader):
