@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 _PHASES = ("FE", "FF", "BF", "BE")
-_COPIED = 1 << 30
+_COPIED = 1 << 30  # bytes
 
 
 class GpuCounts:

@@ -39,7 +39,7 @@ _ROWS: dict[RowName, tuple[str, int, dict[str, Any] | None]] = {
 _ATOMS_PER_CELL = 4
 _LIMIT = ByteSize(4e9)
 _MOST_ATTEMPTS = 8
-_LARGEST_STEP = 10
+_LARGEST_STEP = 10  # times as many atoms as the largest structure that fits
 
 
 def peak_of_a_step(work: Work, strategy: dict[str, Any] | None, cache: str) -> int:

@@ -29,8 +29,8 @@ MESHES = ((8, 2, 2), (4, 2, 4))
 
 WAYS = ("in the loader's order", "microbatches", "replicas")
 
-_NUM_STEPS = 8
-_NUM_GROUPS = 2
+_NUM_STEPS = 8  # simulated
+_NUM_GROUPS = 2  # micro-batches of a replica
 _CUTOFF = 4.0
 _SPECIES = ("H", "C", "N", "O", "Cu", "Ni")
 

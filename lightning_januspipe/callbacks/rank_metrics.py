@@ -18,7 +18,7 @@ from lightning_januspipe.schedule.actions import COMPUTED_PHASES
 PREFIX = "januspipe/"
 
 _PHASES = COMPUTED_PHASES
-_NUM_SCALARS = 8
+_NUM_SCALARS = 8  # the first fields, which are numbers
 
 
 @dataclass(frozen=True)

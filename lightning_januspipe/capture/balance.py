@@ -19,8 +19,8 @@ from lightning_januspipe.capture.validate.against_eager import PhaseMode, valida
 from lightning_januspipe.errors import CaptureError, TooFewParts, quoted
 from lightning_januspipe.schedule import PhaseCosts
 
-_REFINEMENTS = 3
-_LEAST_GAIN = 0.02
+_REFINEMENTS = 3  # times that the cut is moved
+_LEAST_GAIN = 0.02  # share of the step that more stages have to save, as they send more messages
 # Up to this many ways to join parts into stages are tried; beyond it, every stage gets as many parts.
 _TRIED_BOUNDS = 20_000
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 Children = list[tuple[str, Any]]
 
-_DEEPEST = 8
+_DEEPEST = 8  # objects inside objects that are searched for tensors
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 _LEAVES = (Tensor, nn.Module, str, bytes, type(None), type, *_NUMBERS, *_FUNCTIONS)

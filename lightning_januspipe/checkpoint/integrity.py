@@ -17,7 +17,7 @@ import torch
 from lightning_januspipe.errors import CheckpointError
 
 CHECKSUMS = "checksums.json"
-_CHUNK = 2**24
+_CHUNK = 2**24  # bytes that are read at once
 _END_RECORD = 22  # bytes at the end of an archive
 _ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"
 """How files of ``torch.save`` begin; those in its format before 1.6 are pickles."""

@@ -46,7 +46,7 @@ from lightning_januspipe.schedule.costs import format_bytes
 if TYPE_CHECKING:
     from lightning_januspipe.cli.recipe import Recipe
 
-_LARGE_SPREAD = 0.25
+_LARGE_SPREAD = 0.25  # of the middle half of the times, over their median: it is told
 _GRAPH_SIZES = (1, 2, 4)
 _PHASES = ("fe", "ff", "bf", "be", "wf", "we")
 
@@ -167,25 +167,14 @@ def _plan_recipe(recipe: Recipe) -> None:
     plan = best_plan(plans)
     _answer(plan.reason())
     _describe(recipe, measured, structures, atoms, num_microbatches)
-    is_extrapolated = measured[0].num_stages < num_ranks
+    _show_stages(measured, bool(shown))
     console = make_console()
-    for one in measured:
-        console.print()
-        console.print(stage_table(one))
-        for line in cut_lines(one):
-            console.print(line, soft_wrap=True)
-    console.print()
-    console.print(STAGE_LEGEND)
-    if shown:
-        for one in measured:
-            console.print()
-            console.print(activation_table(one))
-        console.print(ACTIVATION_LEGEND, soft_wrap=True)
     console.print()
     console.print(state_table(parameters, asked.accumulates))
     console.print(STATE_LEGEND)
     for line in level_lines(plans, plan):
         console.print(line, soft_wrap=True)
+    is_extrapolated = measured[0].num_stages < num_ranks
     if is_extrapolated:
         console.print(
             f"\nASSUMPTION (--extrapolate): this potential has {_count(measured[0].num_stages, 'cuttable part')}, "
@@ -201,6 +190,23 @@ def _plan_recipe(recipe: Recipe) -> None:
         )
     about = _about(recipe, measured, shares, 1 if used is None else used.num_ranks)
     _show(plan, given, about | {"extrapolated": is_extrapolated}, measured)
+
+
+def _show_stages(measured: Sequence[Measured], has_activations: bool) -> None:
+    """Prints what the stages of each cut take, what they send, and what they keep with each activation."""
+    console = make_console()
+    for one in measured:
+        console.print()
+        console.print(stage_table(one))
+        for line in cut_lines(one):
+            console.print(line, soft_wrap=True)
+    console.print()
+    console.print(STAGE_LEGEND)
+    if has_activations:
+        for one in measured:
+            console.print()
+            console.print(activation_table(one))
+        console.print(ACTIVATION_LEGEND, soft_wrap=True)
 
 
 def _measured_cuts(

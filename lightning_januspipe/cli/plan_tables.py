@@ -314,7 +314,7 @@ MESH_STATE_LEGEND = (
 )
 
 
-def state_table(parameters: float, accumulates: bool = False) -> Table:
+def state_table(parameters: float, accumulates: bool) -> Table:
     """Returns what each level of ``shard`` takes on a rank, for several numbers of ranks that hold a stage.
 
     Args:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from lightning_januspipe.checkpoint import atomic
 
 _MAGIC = b"januspipe data\n\0"
-_DIGEST = 32
+_DIGEST = 32  # bytes of the checksum
 _START = len(_MAGIC) + 8 + _DIGEST  # of the payload, which begins with its own header
-_ALIGNED = 64
-_BLOCK = 1 << 22
+_ALIGNED = 64  # bytes: arrays begin at multiples of it
+_BLOCK = 1 << 22  # bytes that are read at once
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], info: Mapping[str, Any]) -> None:

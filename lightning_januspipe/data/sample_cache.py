@@ -40,7 +40,7 @@ CHUNK_SIZE = 4096
 RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("checksum", "<u4"), ("wide", "?")])
 """Place of a structure's record in the file of its chunk; ``wide`` says that cell shifts have 16 bits instead of 8."""
 
-_MOST_OPEN = 64
+_MOST_OPEN = 64  # files that a process has open at once
 _SOURCES = ("structures", "labels", "neighbors", "units", "facts", "facts_table", "frames", "sample_cache", "tasks")
 """Files of this folder on whose code the content of a cache depends."""
 

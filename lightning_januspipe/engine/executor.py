@@ -27,7 +27,7 @@ from lightning_januspipe.engine.timeline import ActionRecorder
 from lightning_januspipe.schedule import Action, Phase, Schedule
 from lightning_januspipe.schedule.actions import Message
 
-_RECEIVES_AHEAD = 2
+_RECEIVES_AHEAD = 2  # posted before they are waited for
 
 
 class Executor:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_ALIGNMENT = 16
+_ALIGNMENT = 16  # bytes: each tensor in a message begins at a multiple of it
 
 Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each tensor of a message."""

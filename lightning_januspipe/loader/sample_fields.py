@@ -30,7 +30,7 @@ EDGE_FIELDS = (*EDGE_LISTS, *(targets for targets, _ in EDGE_ENDS))
 STRUCTURE_INDICES = (keys.BATCH, "idx_m")
 """Names of the index of the structure that each atom belongs to, (N,)."""
 
-_MAX_DEPTH = 5
+_MAX_DEPTH = 5  # containers inside containers of a sample that are searched
 
 
 def is_named(name: str, names: Collection[str]) -> bool:

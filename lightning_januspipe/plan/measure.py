@@ -29,7 +29,7 @@ from lightning_januspipe.schedule import Action, MemoryCosts, Phase, PhaseCosts
 from lightning_januspipe.schedule.actions import Message
 
 _LEAST_REPEATS = 7
-_SECONDS = 5.0
+_SECONDS = 5.0  # after which no more is measured
 
 
 class TooManyRanks(ValueError):

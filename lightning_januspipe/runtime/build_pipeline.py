@@ -38,7 +38,7 @@ from lightning_januspipe.runtime.graph_rank_activations import measure_on_graph_
 from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
-from lightning_januspipe.runtime.start_line import News, describe_compiled, describe_run
+from lightning_januspipe.runtime.start_line import StartLine, describe_compiled, describe_run
 from lightning_januspipe.runtime.training_length import TrainingLength, reason_not_to_compile
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
@@ -171,7 +171,7 @@ class PipelineBuilder:
 
     def pipeline(
         self, request: CaptureRequest, mesh: Mesh, rank: int, broadcast: Callable[[Any], Any]
-    ) -> tuple[Pipeline, News]:
+    ) -> tuple[Pipeline, StartLine]:
         """Builds this rank's part of a pipeline.
 
         Args:
@@ -258,7 +258,7 @@ class PipelineBuilder:
             reason = found.not_evaluated.partition(". ")[0]
             news.append(f"validation runs the whole module on every rank, because {reason}")
         told = replace(found, costs=list(pipeline.schedules.costs))
-        return pipeline, News.of(told, mesh.shape.pipeline, news) if is_new else News()
+        return pipeline, StartLine.of(told, mesh.shape.pipeline, news) if is_new else StartLine()
 
     def _with_chosen_state(
         self, request: CaptureRequest, planner: Planner, found: Capture, rank: int, broadcast: Callable[[Any], Any]

@@ -29,7 +29,7 @@ from lightning_januspipe.schedule import Link, Schedule, StateCosts
 from lightning_januspipe.schedule.costs import format_bytes
 from lightning_januspipe.schedule.state_actions import ShardLevel
 
-_MEASURED_BYTES = (1 << 10, 1 << 22)
+_MEASURED_BYTES = (1 << 10, 1 << 22)  # of the two messages that latency and bandwidth follow from
 _REPEATS = 3
 
 

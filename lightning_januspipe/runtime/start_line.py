@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class News:
+class StartLine:
     """Holds what to tell about a new capture; nothing where an earlier one serves again.
 
     Attributes:
@@ -26,7 +26,7 @@ class News:
     details: str = ""
 
     @classmethod
-    def of(cls, capture: Capture, num_ranks: int, more: Sequence[str]) -> News:
+    def of(cls, capture: Capture, num_ranks: int, more: Sequence[str]) -> StartLine:
         """Returns what to tell about a capture.
 
         Args:

@@ -62,6 +62,7 @@ STATE_CHANGES = (Phase.UNSHARD, Phase.RESHARD, Phase.REDUCE)
 """The changes of a stage's sharded state, which are of the whole step. Their micro-batch is :data:`WHOLE_STEP`."""
 
 WHOLE_STEP = -1
+"""The micro-batch of actions that are of the whole step."""
 
 _DOWNWARD = (Phase.FE, Phase.BF)
 _PREVIOUS = {Phase.FF: Phase.FE, Phase.BF: Phase.FF, Phase.BE: Phase.BF}

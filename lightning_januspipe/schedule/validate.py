@@ -37,7 +37,7 @@ from lightning_januspipe.schedule.dependency_table import dependency_table
 from lightning_januspipe.schedule.render import render
 from lightning_januspipe.schedule.state_actions import mistake_in_state
 
-_GRID_COLUMNS = 15
+_GRID_COLUMNS = 15  # of the schedule that an error shows, around the failing action
 
 
 class ScheduleError(ValueError):

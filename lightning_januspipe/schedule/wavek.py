@@ -47,13 +47,13 @@ _OFTEN_BEST_DEFERRED = (
     ((Phase.FF, Phase.BF, Phase.BE, Phase.FE), None),
     ((Phase.BE, Phase.BF, Phase.FE, Phase.FF), 2),
 )
-_CHUNKS = (2, 1)
+_CHUNKS = (2, 1)  # stages on a rank, in the order in which they are tried
 # Bounds of the search: actions that are ordered for one cap, but at least and at most so many tries (if the least all
 # exceed the memory limit, the cap is given up), and caps that are searched.
 _SEARCHED_ACTIONS = 100_000
 _LEAST_TRIES, _MOST_TRIES = 4, 400
 _SEARCHED_CAPS = 3
-_SMALL_CAP = 16
+_SMALL_CAP = 16  # up to which all lower caps are tried within a memory limit
 # The search ends this near to the bound.
 _GOOD_ENOUGH = 2e-3
 # A gain within rounding is no gain: the earlier priority stays.

@@ -112,7 +112,6 @@ class CaptureHooks(InitialValueHooks):
             self._mesh.join_expert_ranks(self.options.expert_size)
             if self.options.compile:
                 self._mesh.join_stage_ranks()
-        sharing = self._sharing() if trains else StageSharing()
 
         def examples() -> tuple[Any, Any]:
             # Structures that are sharded over graph ranks may be too large for the rank that captures.
@@ -125,15 +124,24 @@ class CaptureHooks(InitialValueHooks):
             with differentiable(), training_mode(module, training), quiet, self.precision_plugin.forward_context():
                 yield
 
-        evaluation = module.validation_step if trains and trainer.enable_validation else None
         is_profiled = not isinstance(trainer.profiler, self.lib.profilers.PassThroughProfiler)
-        annotate = trainer.profiler.profile if is_profiled else None
-        length = training_length(trainer) if trains else TrainingLength()
-        residence = self._residence
-        place = None if residence is None else residence.place
-        given = module, step, examples, num_microbatches, ready, trains, evaluation, annotate, sharing, length, place
-        fetched = None if residence is None or residence.is_paged else residence.whole
-        request = CaptureRequest(*given, *self._paging(), fetched)
+        residence, (whole, gradient_bytes) = self._residence, self._paging()
+        request = CaptureRequest(
+            module,
+            step,
+            examples,
+            num_microbatches,
+            ready,
+            trains,
+            evaluation_step=module.validation_step if trains and trainer.enable_validation else None,
+            annotate=trainer.profiler.profile if is_profiled else None,
+            sharing=self._sharing() if trains else StageSharing(),
+            length=training_length(trainer) if trains else TrainingLength(),
+            place=None if residence is None else residence.place,
+            whole=whole,
+            gradient_bytes=gradient_bytes,
+            fetched=None if residence is None or residence.is_paged else residence.whole,
+        )
         if trains and self.options.compile is True:
             told = "phases that are not in the cache are compiled before the first step, which may take minutes"
             self.lib.rank_zero.rank_zero_info(f"januspipe: {told}")

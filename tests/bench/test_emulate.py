@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from emulate_workers import with_a_repeated_message, with_a_silent_stage, with_two_actions_swapped
+from pools import slow
 
 from lightning_januspipe.bench.command import main
 from lightning_januspipe.bench.emulate import EmulationError, emulate
@@ -24,11 +25,11 @@ from lightning_januspipe.testing import RankPool
 COSTS = PhaseCosts(1.0, 1.5, 1.4, 0.9, 1.1, 0.6)
 UNIT = 2e-3
 CASES: list[Any] = [(name, 4, "auto") for name in ("1f1b-2nd", "wavek-zb")] + [
-    pytest.param("gpipe", 4, "auto", marks=pytest.mark.slow),
-    pytest.param("hanayo-2nd", 4, "auto", marks=pytest.mark.slow),
-    pytest.param("1f1b-fold", 4, "auto", marks=pytest.mark.slow),
-    pytest.param("wavek", 4, "auto", marks=pytest.mark.slow),
-    pytest.param("gpipe", 2, "auto", marks=pytest.mark.slow),
+    slow("gpipe", 4, "auto"),
+    slow("hanayo-2nd", 4, "auto"),
+    slow("1f1b-fold", 4, "auto"),
+    slow("wavek", 4, "auto"),
+    slow("gpipe", 2, "auto"),
     ("wavek-zb", 2, 1),
     ("wavek-zb", 4, 3),
     ("1f1b-2nd", 2, 4),

@@ -10,7 +10,7 @@ from typing import Any
 import checkpoint_workers as workers
 import pytest
 import torch
-from pools import pool_of
+from pools import pool_of, slow
 
 from lightning_januspipe.checkpoint.sharded import consolidate, is_folder, read_folder
 from lightning_januspipe.cli.consolidate import main
@@ -124,9 +124,7 @@ def test_killed_while_saving(
     same(uninterrupted["state"], found["state"])
 
 
-@pytest.mark.parametrize(
-    ("saves", "rank"), [pytest.param({}, 0, marks=pytest.mark.slow), (FOLDERS, 1)], ids=["file", "folder"]
-)
+@pytest.mark.parametrize(("saves", "rank"), [slow({}, 0), (FOLDERS, 1)], ids=["file", "folder"])
 def test_a_full_disk_and_a_damaged_checkpoint(pool: RankPool, tmp_path: Path, saves: dict[str, Any], rank: int) -> None:
     """If one rank cannot write, all end with one error, and the checkpoint before is whole. Then that is damaged."""
     for found in pool.run(workers.train, saves, str(tmp_path), {"stop": ("full disk", 3, rank)}, world_size=2):
@@ -223,9 +221,7 @@ def test_weights_only(pool: RankPool, tmp_path: Path) -> None:
         assert found[0]["val_loss"] == pytest.approx(expected[0]["val_loss"], rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "num"), [({}, 1), pytest.param(FOLDERS, 2, marks=pytest.mark.slow)], ids=["one process", "2x1"]
-)
+@pytest.mark.parametrize(("strategy", "num"), [({}, 1), slow(FOLDERS, 2)], ids=["one process", "2x1"])
 @pytest.mark.parametrize("step", [2, 4], ids=["in the epoch", "at its end"])
 def test_random_numbers(pool: RankPool, tmp_path: Path, strategy: dict[str, Any], num: int, step: int) -> None:
     """Shuffling, and random numbers of all kinds in callbacks, go on as if nothing had happened."""
@@ -242,7 +238,7 @@ def test_random_numbers(pool: RankPool, tmp_path: Path, strategy: dict[str, Any]
     [
         (None, 6, "every epoch"),
         *(
-            pytest.param(before, step, saves, marks=pytest.mark.slow)
+            slow(before, step, saves)
             for before in (None, {})
             for step, saves in [(3, "at the end"), (4, "at the end"), (6, "every epoch")]
             if (before, step) != (None, 6)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.calculator import Calculator
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from calculator_ranks import adapter_of
 from factories import factory
@@ -67,6 +68,17 @@ def box() -> Atoms:
 def boxed(atoms: Atoms) -> Atoms:
     """Returns a structure that is periodic: a molecule is put into a large cell, for packages that take no others."""
     return atoms if atoms.pbc.all() else Atoms(atoms.symbols, atoms.positions, cell=[50.0] * 3, pbc=True)
+
+
+def results_of(calculator: Calculator) -> Own:
+    """Returns what evaluates a structure by a calculator of ASE."""
+
+    def own(atoms: Atoms) -> dict[str, Any]:
+        atoms.calc = calculator
+        found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
+
+    return own
 
 
 def check_calculator(

@@ -43,6 +43,11 @@ def client_marks(module: str, package: str = "") -> list[pytest.MarkDecorator]:
     ]
 
 
+def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
+    """Returns a program's arguments for a pipeline of as many ranks as devices."""
+    return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
+
+
 def train(program: str, folder: Path, name: str, *arguments: str) -> Path:
     """Runs a program and returns the file with what it trained.
 

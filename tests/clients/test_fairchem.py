@@ -21,7 +21,7 @@ from factories import factory
 from lightning_januspipe.calculator import FairchemAtomsAdapter, JanusPipeCalculator
 from lightning_januspipe.testing import RankPool
 
-from .calculator_checks import boxed, check_calculator, check_checkpoint, check_single_precision, crystal
+from .calculator_checks import boxed, check_calculator, check_checkpoint, check_single_precision, crystal, results_of
 from .compare import ModelConformance, client_marks
 
 pytestmark = client_marks("fairchem", "fairchem-core")
@@ -117,14 +117,7 @@ def test_calculator_of_the_package(task: str, tmp_path: Path) -> None:
     from fairchem.core import FAIRChemCalculator
 
     unit = predict_unit(tmp_path)
-    other = FAIRChemCalculator(unit, task_name=task)
-    model = unit.model.module
-
-    def own(atoms: Atoms) -> dict[str, Any]:
-        atoms.calc = other
-        found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-        return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
-
+    model, own = unit.model.module, results_of(FAIRChemCalculator(unit, task_name=task))
     with pytest.raises(ValueError, match=r"task=None; the model has the tasks \['omat', 'omol'\]"):
         JanusPipeCalculator(model)
     own(crystal())  # which puts the model into double precision

@@ -21,17 +21,11 @@ from factories import data_of, module_of
 from lightning_januspipe.capture import capture_module
 
 from .calculator_checks import check_calculator, crystal
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, pipeline, train
 
 pytestmark = client_marks("mace")
 
 PROGRAM = "mace_program.py"
-
-
-def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Returns arguments for a pipeline of as many ranks as devices."""
-    janus = f'{{"num_microbatches": {num_microbatches}}}'
-    return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
 
 
 @pytest.mark.parametrize("model", ["mace", "scaleshift"])
@@ -39,14 +33,14 @@ def test_whole_batches(model: str, tmp_path: Path) -> None:
     """The validation calls the model with another ``training`` than the training does."""
     common = ["--model", model, "--validate"]
     reference = train(PROGRAM, tmp_path, "plain", *common)
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1)))
+    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", *common, "--strategy", "januspipe", *pipeline(1)))
 
 
 def test_microbatches_are_accumulation(tmp_path: Path) -> None:
     """Also with clipping, and with the moving average that MACE keeps."""
     options = ["--model", "mace", "--structures", "mixed", "--clip", "10", "--ema"]
     reference = train(PROGRAM, tmp_path, "plain", *options, "--batch-size", "1", "--accumulate", "4")
-    found = train(PROGRAM, tmp_path, "pipeline", *options, *pipeline(4))
+    found = train(PROGRAM, tmp_path, "pipeline", *options, "--strategy", "januspipe", *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 

@@ -22,7 +22,7 @@ from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
 from .calculator_checks import check_calculator
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, pipeline, train
 
 pytestmark = client_marks("matgl")
 
@@ -30,17 +30,11 @@ PROGRAM = "matgl_program.py"
 MODELS = ["tensornet", "m3gnet", "chgnet"]
 
 
-def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Returns arguments for a pipeline of as many ranks as devices."""
-    janus = f'{{"num_microbatches": {num_microbatches}}}'
-    return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_batches(model: str, tmp_path: Path) -> None:
     common = ["--model", model, "--validate", "--steps", "6"]  # one epoch
     reference = train(PROGRAM, tmp_path, "plain", *common)
-    found = train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(1))
+    found = train(PROGRAM, tmp_path, "pipeline", *common, "--strategy", "januspipe", *pipeline(1))
     assert_same(reference, found)
     expected, metrics = (torch.load(p, weights_only=False)["metrics"] for p in (reference, found))
     assert {"train_Total_Loss", "val_Total_Loss"} <= expected.keys()
@@ -50,7 +44,7 @@ def test_whole_batches(model: str, tmp_path: Path) -> None:
 def test_microbatches_are_accumulation(tmp_path: Path) -> None:
     common = ["--structures", "mixed", "--lone-atom"]
     reference = train(PROGRAM, tmp_path, "plain", *common, "--batch-size", "1", "--accumulate", "4")
-    found = train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(4))
+    found = train(PROGRAM, tmp_path, "pipeline", *common, "--strategy", "januspipe", *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 

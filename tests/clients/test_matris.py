@@ -26,29 +26,26 @@ from lightning_januspipe.capture import capture_module
 from lightning_januspipe.errors import CaptureError
 
 from .calculator_checks import boxed, check_calculator
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, train
+from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, pipeline, train
 
 pytestmark = client_marks("matris")
 
 PROGRAM = "matris_program.py"
 
 
-def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Returns arguments for a pipeline of as many ranks as devices."""
-    janus = f'{{"num_microbatches": {num_microbatches}}}'
-    return ["--strategy", "januspipe", "--devices", str(devices), "--janus", janus]
-
-
 def test_whole_batches(tmp_path: Path) -> None:
     """With validation."""
     reference = train(PROGRAM, tmp_path, "plain", "--structures", "mixed")
-    assert_same(reference, train(PROGRAM, tmp_path, "pipeline", "--structures", "mixed", *pipeline(1)))
+    assert_same(
+        reference,
+        train(PROGRAM, tmp_path, "pipeline", "--structures", "mixed", "--strategy", "januspipe", *pipeline(1)),
+    )
 
 
 def test_microbatches_are_accumulation(tmp_path: Path) -> None:
     common = ["--structures", "mixed"]
     reference = train(PROGRAM, tmp_path, "plain", *common, "--batch-size", "1", "--accumulate", "4")
-    found = train(PROGRAM, tmp_path, "pipeline", *common, *pipeline(4))
+    found = train(PROGRAM, tmp_path, "pipeline", *common, "--strategy", "januspipe", *pipeline(4))
     assert_same(reference, found, losses=False)  # those of single structures there, of batches here
 
 

@@ -8,18 +8,16 @@ Slow, and skipped where mattersim is absent:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import calculator_ranks
 import pytest
 import torch
-from ase import Atoms
 from factories import factory
 
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.testing import RankPool
 
-from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, crystal
+from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, crystal, results_of
 from .compare import ModelConformance, client_marks
 
 pytestmark = client_marks("mattersim")
@@ -36,14 +34,7 @@ def test_calculator(monkeypatch: pytest.MonkeyPatch) -> None:
     from mattersim.forcefield.potential import MatterSimCalculator
 
     monkeypatch.setattr(torch, "FloatTensor", torch.DoubleTensor)
-    other = MatterSimCalculator(potential=module.model, device="cpu")
-
-    def own(atoms: Atoms) -> dict[str, Any]:
-        atoms.calc = other
-        return {name: other.get_property(name, atoms) for name in ("energy", "forces")} | (
-            {"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {}
-        )
-
+    own = results_of(MatterSimCalculator(potential=module.model, device="cpu"))
     check_calculator(module, own, compiles=True)
     atoms = crystal()
     atoms.calc = JanusPipeCalculator(module.model.model)

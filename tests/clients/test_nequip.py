@@ -17,7 +17,18 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from factories import data_of, module_of
 
 from .calculator_checks import check_calculator
-from .compare import ROOT, TWO_STAGES, ClientConformance, Runs, assert_same, client_marks, execute, sent_per, summary
+from .compare import (
+    ROOT,
+    TWO_STAGES,
+    ClientConformance,
+    Runs,
+    assert_same,
+    client_marks,
+    execute,
+    pipeline,
+    sent_per,
+    summary,
+)
 
 pytestmark = client_marks("nequip")
 
@@ -27,11 +38,6 @@ ACCUMULATED = ["--batch-size", "1", "--accumulate", "4"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs("nequip_program.py", tmp_path_factory.mktemp("nequip"))
-
-
-def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Returns arguments for a pipeline of as many ranks as devices."""
-    return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
 
 
 def assert_same_averages(reference: Path, found: Path) -> None:

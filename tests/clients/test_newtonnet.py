@@ -23,7 +23,7 @@ from factories import factory
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.testing import RankPool
 
-from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, cluster
+from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, cluster, results_of
 from .compare import ModelConformance, client_marks
 
 pytestmark = client_marks("newtonnet")
@@ -100,13 +100,7 @@ def test_energies_alone() -> None:
     for part in (bare.output_layers, bare.scalers, bare.aggregators):
         del part[1:]
     bare.embedding_layer.requires_dr = False
-
-    def own(atoms: Atoms) -> dict[str, Any]:
-        atoms.calc = JanusPipeCalculator(whole)
-        found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-        return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
-
-    check_calculator(bare, own, unknown=None, compiles=True)
+    check_calculator(bare, results_of(JanusPipeCalculator(whole)), unknown=None, compiles=True)
 
 
 def test_checkpoint(tmp_path: Path) -> None:

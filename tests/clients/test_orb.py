@@ -8,17 +8,15 @@ Slow, and skipped where orb-models is absent:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import calculator_ranks
 import pytest
-from ase import Atoms
 from factories import factory
 
 from lightning_januspipe.calculator import JanusPipeCalculator
 from lightning_januspipe.testing import RankPool
 
-from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, crystal
+from .calculator_checks import check_calculator, check_checkpoint, check_single_precision, crystal, results_of
 from .compare import ModelConformance, client_marks
 
 pytestmark = client_marks("orb_models", "orb-models")
@@ -46,13 +44,7 @@ def test_calculator(repels: bool, float64: None) -> None:
     module.model.pair_repulsion = repels
     from orb_models.forcefield.calculator import ORBCalculator
 
-    other = ORBCalculator(module.model, device="cpu")
-
-    def own(atoms: Atoms) -> dict[str, Any]:
-        atoms.calc = other
-        found = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-        return found | ({"stress": atoms.get_stress(voigt=False)} if atoms.pbc.all() else {})
-
+    own = results_of(ORBCalculator(module.model, device="cpu"))
     # The energy of repulsion is the mean of the atoms in Orb, not their sum.
     check_calculator(module, own, unknown=None, repeated=1e-3 if repels else 1e-12, compiles=repels)
 

@@ -28,6 +28,7 @@ from .compare import (
     assert_same,
     client_marks,
     execute,
+    pipeline,
     sent_per,
     summary,
 )
@@ -41,11 +42,6 @@ MODELS = ["painn", "schnet"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs("schnetpack_program.py", tmp_path_factory.mktemp("schnetpack"))
-
-
-def pipeline(num_microbatches: int, devices: int = 2) -> list[str]:
-    """Returns arguments for a pipeline of as many ranks as devices."""
-    return ["--devices", str(devices), "--janus", f'{{"num_microbatches": {num_microbatches}}}']
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -294,7 +294,7 @@ def test_evaluation_with_experts_in_and_after_training(pool: RankPool) -> None:
         assert ours["test"][0] == pytest.approx(others["test"][0], rel=1e-9)
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param({"exchange_dtype": "fp16"}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [{}, slow({"exchange_dtype": "fp16"})])
 def test_an_exchange_that_is_lost_ends_training_before_the_first_optimizer_step(
     pool: RankPool, more: dict[str, str]
 ) -> None:

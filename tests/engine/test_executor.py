@@ -15,7 +15,7 @@ from engine_workers import (
     train_like_reference,
     unequal_inputs,
 )
-from pools import pool_of
+from pools import pool_of, slow
 from toy import assert_close, double_backward, loss_gradients
 
 from lightning_januspipe.schedule import PhaseCosts, build_schedule
@@ -32,7 +32,7 @@ UNFOLDED = ("1f1b-2nd", "hanayo-2nd")
         *(("two stages", schedule) for schedule in ("gpipe", "1f1b-2nd")),
         *(("three stages", schedule) for schedule in ("wavek-zb", "hanayo-2nd")),
         *(
-            pytest.param(layout, schedule, marks=pytest.mark.slow)
+            slow(layout, schedule)
             for layout, schedules in (
                 ("two stages", ("1f1b-fold", "wavek", "wavek-zb", "hanayo-2nd")),
                 ("three stages", ("gpipe", "1f1b-fold", "wavek", "1f1b-2nd")),

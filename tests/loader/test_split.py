@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from loaders import Samples, Stream, collate, global_noise
+from pools import slow
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
@@ -85,7 +86,7 @@ def test_batches_of_variable_size() -> None:
     assert [b.num_samples for b in loader] == [[2, 1, 1], [1, 1], [1], [1], [1]]
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["fork", slow("spawn")])
 def test_workers_split_too(start: str) -> None:
     user = _loader(
         Samples(12), num_workers=1, persistent_workers=True, prefetch_factor=3, multiprocessing_context=start

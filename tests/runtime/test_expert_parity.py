@@ -143,9 +143,9 @@ def test_every_schedule(pool: RankPool, schedule: str, more: dict[str, Any]) -> 
     "more",
     [
         {},
-        pytest.param({"save_distributed_checkpoint": True}, marks=pytest.mark.slow),
-        pytest.param({"shard": "parameters"}, marks=pytest.mark.slow),
-        pytest.param({"shard": "optimizer", "save_distributed_checkpoint": True}, marks=pytest.mark.slow),
+        slow({"save_distributed_checkpoint": True}),
+        slow({"shard": "parameters"}),
+        slow({"shard": "optimizer", "save_distributed_checkpoint": True}),
     ],
 )
 def test_hooks_may_save_before_the_optimizer_steps(pool: RankPool, more: dict[str, Any]) -> None:
@@ -339,8 +339,8 @@ def test_bytes_of_each_rank(pool: RankPool, level: ShardLevel, size: int) -> Non
     "more",
     [
         {"exchange_dtype": "fp16"},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"shard": "optimizer"}, marks=pytest.mark.slow),
+        slow({}),
+        slow({"shard": "optimizer"}),
     ],
 )
 def test_mixed_precision(pool: RankPool, more: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import expert_workers as workers
 import pytest
 import torch
+from pools import slow
 
 from lightning_januspipe.expert_ranks.expert_costs import DECLARED, ExpertCosts, RowCost
 from lightning_januspipe.runtime.expert_times import ExpertTimes, expert_costs
@@ -25,7 +26,7 @@ def test_seconds_are_counted_in_rows() -> None:
     ("num_ranks", "more"),
     [
         (2, {"expert_placement": "load"}),
-        pytest.param(4, {"data_size": 4, "expert_placement": "replicate"}, marks=pytest.mark.slow),
+        slow(4, {"data_size": 4, "expert_placement": "replicate"}),
     ],
 )
 def test_all_ranks_have_the_times_of_the_slowest(pool: RankPool, num_ranks: int, more: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import optimization_workers as workers
 import pytest
 import tiny
 from nested import close
+from pools import slow
 
 from lightning_januspipe.testing import RankPool, assert_matches_single_process
 
@@ -68,7 +69,7 @@ VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
 
 @pytest.mark.parametrize(
     ("name", "clipping"),
-    [("some frozen", NORM), ("last trained", VALUE), pytest.param("first trained", NORM, marks=pytest.mark.slow)],
+    [("some frozen", NORM), ("last trained", VALUE), slow("first trained", NORM)],
 )
 def test_frozen_parameters(pool: RankPool, name: str, clipping: dict[str, Any], tmp_path: Path) -> None:
     """They stay as they are, without a state; a rank may have no parameter to train; training is resumed."""

@@ -81,13 +81,13 @@ def test_parity(pool: RankPool, devices: int, mesh: dict[str, Any], optimizer: s
         check_parity(ranks, devices, workers.data, module, trainer, 5, **mesh, **level)
 
 
-@pytest.mark.parametrize("level", [pytest.param(SHARDED, marks=pytest.mark.slow), FULLY])
+@pytest.mark.parametrize("level", [slow(SHARDED), FULLY])
 def test_more_ranks_than_parameters(pool: RankPool, level: dict[str, Any]) -> None:
     """Some ranks have nothing to update."""
     check_parity(pool, 4, workers.data, workers.few_parameters, pipeline_size=1, data_size=4, **level)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, slow(4)])
 def test_each_rank_has_its_part_of_the_state(pool: RankPool, size: int) -> None:
     """The table of docs/sharded-state.md, between the phases of a step and its optimizer."""
     (alone,) = pool.run(workers.state_bytes, {"pipeline_size": 1}, world_size=1)
@@ -137,7 +137,7 @@ def test_faults_are_found(pool: RankPool, name: str, message: str, level: dict[s
     assert not isinstance(error.value, RankError)
 
 
-@pytest.mark.parametrize("level", [pytest.param(SHARDED, marks=pytest.mark.slow), FULLY])
+@pytest.mark.parametrize("level", [slow(SHARDED), FULLY])
 def test_a_shard_that_is_loaded_in_the_wrong_place_is_found(
     pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, level: dict[str, Any]
 ) -> None:
@@ -290,7 +290,7 @@ def test_files_are_those_of_plain_lightning(pool: RankPool, uninterrupted: dict[
             torch.testing.assert_close(sharded["state"][index][key], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("level", [pytest.param(SHARDED, marks=pytest.mark.slow), FULLY])
+@pytest.mark.parametrize("level", [slow(SHARDED), FULLY])
 def test_module_made_in_configure_model(pool: RankPool, tmp_path: Path, level: dict[str, Any]) -> None:
     """No rank has the parameters of other stages, and with parameters in shards none has all of its own stage."""
     more = {"num_steps": 3, "num_features": 8}

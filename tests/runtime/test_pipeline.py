@@ -17,7 +17,7 @@ from lightning_januspipe.schedule.figures import SUFFIXES
 from lightning_januspipe.testing import RankPool, compare_records, train_reference
 
 
-@pytest.mark.parametrize("schedule", [pytest.param("wavek", marks=pytest.mark.slow), "wavek-zb"])
+@pytest.mark.parametrize("schedule", [slow("wavek"), "wavek-zb"])
 def test_a_new_schedule_in_mid_training_changes_no_number(pool: RankPool, schedule: str) -> None:
     strategy = {"schedule": schedule, "num_microbatches": 4}
     results = pool.run(pipeline_workers.train_and_replan, strategy, 6, world_size=2)
@@ -38,11 +38,11 @@ def test_two_stages_on_each_rank(pool: RankPool, placement: tuple[int, ...]) -> 
 @pytest.mark.parametrize(
     ("schedule", "size"),
     [
-        pytest.param("wavek-zb", 2, marks=pytest.mark.slow),
+        slow("wavek-zb", 2),
         ("wavek-zb", 4),
-        pytest.param("wavek", 2, marks=pytest.mark.slow),
+        slow("wavek", 2),
         ("1f1b-2nd", 2),
-        pytest.param("hanayo-2nd", 2, marks=pytest.mark.slow),
+        slow("hanayo-2nd", 2),
     ],
 )
 def test_all_ranks_have_one_valid_schedule(pool: RankPool, schedule: str, size: int) -> None:

@@ -106,12 +106,12 @@ def test_users_averages(
         close(how, expected, found)
 
 
-@pytest.mark.parametrize("level", [OPTIMIZER, pytest.param(PARAMETERS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", [OPTIMIZER, slow(PARAMETERS)])
 def test_parameters_of_two_dtypes(pool: RankPool, level: dict[str, Any]) -> None:
     check_parity(pool, 2, tiny.data, workers.two_dtypes, **REPLICAS, **level)
 
 
-@pytest.mark.parametrize("level", [pytest.param(OPTIMIZER, marks=pytest.mark.slow), PARAMETERS])
+@pytest.mark.parametrize("level", [slow(OPTIMIZER), PARAMETERS])
 def test_files_of_the_best_steps(pool: RankPool, tmp_path: Path, level: dict[str, Any]) -> None:
     """Those of plain Lightning, and a file of weights alone, which a run on another mesh validates with."""
     more = {"callbacks": ("two best", "weights")}
@@ -129,7 +129,7 @@ def test_files_of_the_best_steps(pool: RankPool, tmp_path: Path, level: dict[str
         close("validated", validated, found)
 
 
-@pytest.mark.parametrize("level", [pytest.param(PARAMETERS, marks=pytest.mark.slow), {**PARAMETERS, **FOLDER}])
+@pytest.mark.parametrize("level", [slow(PARAMETERS), {**PARAMETERS, **FOLDER}])
 def test_hooks_of_checkpoints_read_parameters(pool: RankPool, tmp_path: Path, level: dict[str, Any]) -> None:
     (expected,) = pool.run(workers.train_with_hook, None, str(tmp_path / "plain"), world_size=1)
     assert len(expected["sums"]) >= 3

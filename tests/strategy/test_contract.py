@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contract_workers as workers
 import pytest
+from pools import slow
 
 from lightning_januspipe.testing import RankPool
 
@@ -19,7 +20,7 @@ def test_random_numbers_move_on_and_are_shared(pool: RankPool) -> None:
     [
         ("submodule", True),
         *((how, False) for how in ("submodule", "directly", "embedding")),
-        *(pytest.param(how, True, marks=pytest.mark.slow) for how in ("directly", "embedding")),
+        *(slow(how, True) for how in ("directly", "embedding")),
     ],
 )
 def test_parameters_read_past_the_potential(pool: RankPool, how: str, validate_first: bool) -> None:

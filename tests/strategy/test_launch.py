@@ -59,7 +59,7 @@ def test_options_in_the_other_lightning(pool: RankPool, tmp_path: Path) -> None:
 # -- seeds and samplers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, slow(1)])
 def test_seeded_workers(pool: RankPool, num_workers: int) -> None:
     """Workers of the ranks of one pipeline draw alike; those of replicas draw what they draw under DDP."""
     ddp = pool.run(workers.seeded_workers, DDP, num_workers, world_size=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pools import slow
 
 from lightning_januspipe.strategy.launcher import end_of
 
@@ -42,7 +43,7 @@ def test_threads_and_the_store(tmp_path: Path) -> None:
     assert [f["listening"] for f in found] == [["0100007F"]] * 2  # 127.0.0.1
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_fault_is_the_last_that_is_said(tmp_path: Path, rank: int) -> None:
     """The other rank says one line; then come the user's line and the error, once."""
     code, lines = launched("raise", rank, tmp_path)
@@ -65,7 +66,7 @@ def test_a_fault_of_all_ranks_is_said_once(tmp_path: Path) -> None:
     ("how", "said"),
     [
         ("kill", "was ended by signal 9, SIGKILL: out of memory?"),
-        pytest.param("exit", "ended with exit status 3; its own output has the cause.", marks=pytest.mark.slow),
+        slow("exit", "ended with exit status 3; its own output has the cause."),
     ],
 )
 def test_a_rank_that_ends_without_a_word(tmp_path: Path, how: str, said: str) -> None:

@@ -158,8 +158,8 @@ def error(found: Tensor, expected: Tensor) -> float:
         ("32-true", 3, 1e-6),
         ("bf16-true", 1, 4e-2),
         slow("bf16-true", 3, 4e-2),
-        pytest.param("16-true", 3, 5e-3, marks=pytest.mark.slow),
-        pytest.param("bf16-mixed", 1, 2.5e-2, marks=pytest.mark.slow),
+        slow("16-true", 3, 5e-3),
+        slow("bf16-mixed", 1, 2.5e-2),
         ("bf16-mixed", 3, 2.5e-2),
         slow("16-mixed", 1, 3e-3),
         ("16-mixed", 3, 3e-3),
@@ -178,7 +178,7 @@ def test_gradients_are_as_good_as_those_of_plain_lightning(
     assert all(rank["losses"][0] == pytest.approx(loss, rel=rounding) for rank in ranks)
 
 
-@pytest.mark.parametrize("num_microbatches", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("num_microbatches", [slow(1), 3])
 def test_double_precision_is_exact(runs: Runs, num_microbatches: int) -> None:
     assert error(flat(runs.pipelined("64-true", num_microbatches)), runs.exact(num_microbatches)) < 1e-12
 
@@ -267,8 +267,8 @@ def test_scaler_asks_all_ranks(pool: RankPool, case: str) -> None:
     [
         ("32-true", "wavek-zb"),
         slow("64-true", "1f1b-2nd"),
-        pytest.param("32-true", "1f1b-2nd", marks=pytest.mark.slow),
-        pytest.param("64-true", "wavek-zb", marks=pytest.mark.slow),
+        slow("32-true", "1f1b-2nd"),
+        slow("64-true", "wavek-zb"),
     ],
 )
 def test_messages_in_bfloat16(runs: Runs, precision: str, schedule: str) -> None:

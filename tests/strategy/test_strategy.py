@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import strategy_workers as workers
 import torch
+from pools import slow
 
 import lightning_januspipe
 from lightning_januspipe.testing import RankPool
@@ -68,10 +69,10 @@ def test_logged_values_are_means_over_microbatches(pool: RankPool) -> None:
     [
         ("lightning", "januspipe_gpipe"),
         ("pytorch_lightning", TWO),
-        pytest.param("lightning", TWO, marks=pytest.mark.slow),
-        pytest.param("pytorch_lightning", "januspipe", marks=pytest.mark.slow),
-        pytest.param("lightning", "januspipe", marks=pytest.mark.slow),
-        pytest.param("pytorch_lightning", "januspipe_gpipe", marks=pytest.mark.slow),
+        slow("lightning", TWO),
+        slow("pytorch_lightning", "januspipe"),
+        slow("lightning", "januspipe"),
+        slow("pytorch_lightning", "januspipe_gpipe"),
     ],
     ids=str,
 )

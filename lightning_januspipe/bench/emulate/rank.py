@@ -23,7 +23,7 @@ from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.schedule import Action, Schedule
 
 _CPU = torch.device("cpu")
-_ROUNDS = 20
+_ROUNDS = 20  # of messages to both neighbours that are timed
 _HOP = 1e-3  # seconds
 _START_AFTER = 0.25  # seconds
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from lightning_januspipe.capture.cache.code import described, is_framework, root_of
 
-_MOST_VALUES = 500_000
+_MOST_VALUES = 500_000  # that a potential may hold; the digest of more is an error
 _ATOMS: frozenset[Any] = frozenset({type(None), bool, int, float, complex, str, bytes})
 _NAMED = (torch.dtype, torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -20,6 +20,7 @@ _FAIR_SHARE = 0.5
 _LEAST_LAYER = 0.1
 # Of all cut points within this share of the work, only the one with the smallest boundary is considered.
 _GRAIN = 0.005
+# Weight of the sum of the squared shares of work, beside the largest load of a rank.
 _EVENNESS = 0.1
 # Where a rank has several stages, all cuts are tried if there are at most this many; else a local search is made.
 _TRIED_CUTS = 20_000

@@ -17,7 +17,7 @@ from lightning_januspipe.engine.clock import clock
 
 # At least so many runs, and more while there is time: on a busy machine the least time of a few runs says little.
 _LEAST_REPEATS, _MOST_REPEATS = 3, 20
-_SECONDS = 1.0
+_SECONDS = 1.0  # after which no more is measured
 
 
 def measure(

@@ -41,7 +41,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 _CONTAINERS = (list, dict, set, deque)
-_DEEPEST = 4
+_DEEPEST = 4  # containers inside containers that are restored
 _NOT_RESTORED = frozenset({*vars(nn.Module()), "log", "forward"})
 """Attributes that are restored in another way, or changed by code around the capture."""
 
