@@ -256,6 +256,18 @@ def test_epochs_that_a_number_of_steps_has_ended(
         same(uninterrupted["state"], found["state"])
 
 
+def test_nothing_that_is_trained_stays_in_the_file(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    """The file is written over in place before the first optimizer step of the run that goes on from it."""
+    pool.run(workers.train, None, str(tmp_path), {"num_steps": 4}, world_size=1)
+    file = tmp_path / "last.ckpt"
+    more = {"resume": str(file), "callbacks": ("written over",)}
+    (found,) = pool.run(workers.train, {}, str(tmp_path / "on"), more, world_size=1)
+    assert found["ended"] == "" and not any(file.read_bytes())
+    same(uninterrupted["state"], found["state"])
+
+
 def test_parameters_of_other_stages_leave_memory(pool: RankPool, tmp_path: Path) -> None:
     """Where the module is made in ``configure_model``; the trained module and its checkpoints are the same."""
     more: dict[str, Any] = {"num_features": 16, "num_steps": 6}

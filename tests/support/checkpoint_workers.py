@@ -82,6 +82,16 @@ class SaveAtEnd(Callback):
         trainer.save_checkpoint(self.file)
 
 
+class WriteOver(Callback):
+    """Writes zeros over the checkpoint that a run was resumed from, in place, when no optimizer has stepped yet."""
+
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        file = Path(trainer.ckpt_path)
+        if trainer.global_rank == 0 and trainer.global_step == 4:
+            with file.open("r+b") as stream:
+                stream.write(bytes(file.stat().st_size))
+
+
 class Residents(Callback):
     """Notes how many bytes of parameters, and of the optimizer's states, are in memory in training."""
 
@@ -236,6 +246,7 @@ CALLBACKS: dict[str, Any] = {
     "every epoch": lambda folder: ModelCheckpoint(folder, "end"),
     "at the end": SaveAtEnd,
     "noise": lambda folder: Noise(),
+    "written over": lambda folder: WriteOver(),
 }
 
 
