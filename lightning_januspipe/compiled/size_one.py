@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lightning_januspipe.capture.patches import quiet_loggers
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.sizes import compiled_expression
 from lightning_januspipe.compiled.torch_internals import (
@@ -57,7 +59,7 @@ def _has_its_shapes(root: fx.GraphModule, sizes: Mapping[str, int]) -> bool:
         return [value(s) for s in meta.shape] if isinstance(meta, Tensor) else None
 
     given: dict[fx.Node, Any] = {}
-    with plain_mode():
+    with plain_mode(), quiet_loggers(["torch._subclasses.fake_tensor"], logging.CRITICAL):  # of refused operands
         for node in graphs.placeholders(root.graph):
             meta = node.meta["val"]
             is_tensor = isinstance(meta, Tensor)

@@ -56,6 +56,14 @@ def cluster() -> Atoms:
     return Atoms(atoms.symbols, atoms.positions)
 
 
+def larger_cluster() -> Atoms:
+    """Returns nine atoms without a cell."""
+    atoms = (bulk("Cu", a=3.7, cubic=True) * 2)[:9]
+    atoms.symbols[:3] = ["Al", "Ni", "Al"]
+    atoms.rattle(0.1, seed=3)
+    return Atoms(atoms.symbols, atoms.positions)
+
+
 def box() -> Atoms:
     """Returns 32 atoms in a triangular cell of more than 8 Å."""
     atoms = bulk("Cu", a=4.1, cubic=True) * 2
@@ -161,6 +169,7 @@ def check_compiled(
         structures: Make the structures, of which three versions are evaluated; with fewer than two edges, eagerly.
         most_misfits: How many evaluations may be eager because the phases are not right for their sizes.
     """
+    num_edges = set()
     with interpreted_phases() as graphs:
         for make in structures:
             atoms = make()
@@ -174,8 +183,10 @@ def check_compiled(
                     assert (name in compiled.results) == (name in eager.results), name
                     if name in eager.results:
                         np.testing.assert_allclose(compiled.results[name], eager.results[name], rtol=0, atol=1e-10)
+                num_edges.add(compiled.neighbors.edges(atoms).edge_index.shape[1])
                 atoms.rattle(0.1, seed=step)
     assert len(graphs) == 2, "FE and FF are compiled once"
+    assert len(num_edges) > 1, "numbers of edges change"
     (stage,) = compiled._compiled._pipeline.executor.stages.values()
     assert stage.num_misfits <= most_misfits, stage.misfit
 

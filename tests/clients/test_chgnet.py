@@ -39,4 +39,4 @@ def test_calculator(monkeypatch: pytest.MonkeyPatch) -> None:
         energy, forces, stress = (out[name][0].detach().numpy() for name in "efs")
         return {"energy": energy * len(atoms), "forces": forces, "stress": stress * units.GPa}
 
-    check_calculator(module, own, unknown="Am")
+    check_calculator(module, own, unknown="Am", compiles=True)

@@ -275,7 +275,7 @@ def test_calculator(intensive: bool) -> None:
             "stress": stress * units.GPa,
         }
 
-    check_calculator(nn.Sequential(model), own, unknown="Am", lone=False)
+    check_calculator(nn.Sequential(model), own, unknown="Am", lone=False, compiles=True)
     atom = Atoms("Cu", calculator=JanusPipeCalculator(model))
     with pytest.raises(ValueError, match=r"no two of its 1 atoms are within 5.0 Å.* MatRIS has no energy"):
         atom.get_potential_energy()

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import calculator_ranks
 import pytest
 import torch
 from ase import Atoms
 from factories import factory
 
 from lightning_januspipe.calculator import JanusPipeCalculator
+from lightning_januspipe.testing import RankPool
 
-from .calculator_checks import check_calculator, cluster, crystal
+from .calculator_checks import check_calculator, cluster, crystal, larger_cluster
 from .compare import ModelConformance, client_marks
 
 pytestmark = client_marks("torch_geometric", "torch-geometric")
@@ -32,7 +34,10 @@ class TestDimeNet(ModelConformance):
     datamodules = {"molecules": factory("pyg_models", "molecules")}
 
 
-@pytest.mark.parametrize("kind", ["visnet", "dimenet"])
+KINDS = ["visnet", "dimenet", "schnet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_calculator(kind: str) -> None:
     """The forward of the package, or of the module that differentiates its energy."""
     module = factory("pyg_models", f"make_{kind}")().eval()
@@ -42,8 +47,14 @@ def test_calculator(kind: str) -> None:
         energy, forces = module.model(numbers, positions, torch.zeros(len(atoms), dtype=torch.int64))
         return {"energy": energy.detach(), "forces": forces.detach()}
 
-    check_calculator(module, own, unknown="Lr", structures=[cluster], stress=False)
+    check_calculator(module, own, unknown="Lr", structures=[cluster, larger_cluster], stress=False, compiles=True)
     atoms = crystal()
     atoms.calc = JanusPipeCalculator(module)
     with pytest.raises(ValueError, match=r"the structure is periodic, .*take molecules only"):
         atoms.get_potential_energy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_ranks(pool: RankPool, kind: str) -> None:
+    for found in pool.run(calculator_ranks.differences, "pyg_models", f"make_{kind}", False, world_size=2, timeout=600):
+        calculator_ranks.check(found, periodic=False)

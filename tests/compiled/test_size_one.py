@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+import pytest
 import torch
 from capture_models import Potential, Step, Traced, assert_parity, make_batch
 from compiled_models import factory, joint_graphs
@@ -38,6 +40,15 @@ def test_dimensions_that_are_dropped_matter() -> None:
     graph, mode = traced(lambda x: [x.t().reshape(-1), x.squeeze(0)])
     (rows,) = internals.asked_for_one(mode)
     assert guards_of_ones(graph, mode) == [f"Ne({rows}, 1)"]
+
+
+def test_operations_that_refuse_one_row_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    graph, mode = traced(lambda x: [x.t().reshape(-1), x.new_zeros(1, 3).expand(x.shape[0], 3)])
+    (zeros,) = [node for node in graph.graph.nodes if node.args and node.args[0] == [1, 3]]
+    zeros.args = ([4, 3], *zeros.args[1:])
+    del zeros.meta["val"]
+    assert len(guards_of_ones(graph, mode)) == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def asked_in(joints: list[Joint]) -> int:

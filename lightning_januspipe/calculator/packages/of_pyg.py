@@ -1,4 +1,4 @@
-"""Makes the batches of ViSNet and DimeNet++ of PyTorch Geometric."""
+"""Makes the batches of ViSNet, DimeNet, DimeNet++ and SchNet of PyTorch Geometric."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_januspipe.data.structures import species_index
 
 
 class PyGAtomsAdapter(EnergyAtomsAdapter):
-    """Makes the batches of ViSNet and DimeNet++, which find the edges of molecules, of models trained in eV and Å."""
+    """Makes the batches of models that find the edges of molecules by themselves, and are trained in eV and Å."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(float(getattr(model, "representation_model", model).cutoff))
@@ -33,7 +33,7 @@ class PyGAtomsAdapter(EnergyAtomsAdapter):
         species_index(atoms, self.symbols, "the structure", TRAINED)
         if atoms.pbc.any():
             raise ValueError(
-                f"the structure is periodic, pbc={atoms.pbc.tolist()}; ViSNet and DimeNet++ of PyTorch Geometric take "
+                f"the structure is periodic, pbc={atoms.pbc.tolist()}; the models of PyTorch Geometric take "
                 "molecules only"
             )
         return {

@@ -1,4 +1,4 @@
-"""PyTorch Geometric's ViSNet and DimeNet++; edges and pairs of edges are found without its compiled packages."""
+"""PyTorch Geometric's ViSNet, DimeNet++ and SchNet, with edges and pairs of edges that are found in torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from client_parts import CUTOFF, Structures, Training, labels_of, seeded_model
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
-from torch_geometric.nn.models import DimeNetPlusPlus, ViSNet, dimenet, visnet
+from torch_geometric.nn.models import DimeNetPlusPlus, SchNet, ViSNet, dimenet, visnet
 
 
 def radius_graph(pos: Tensor, r: float, batch: Tensor, loop: bool = False, **_: Any) -> Tensor:
     """Returns edges within a distance, as the function of the same name in torch-cluster."""
     near = (torch.cdist(pos.detach(), pos.detach()) < r) & (batch[:, None] == batch[None])
     if not loop:
-        near = near & ~torch.eye(len(pos), dtype=torch.bool)
+        near = near & ~torch.eye(pos.shape[0], dtype=torch.bool)
     return near.nonzero().T
 
 
@@ -79,6 +79,19 @@ def make_dimenet() -> Training:
         return Conservative(DimeNetPlusPlus(**sizes, output_initializer="glorot_orthogonal"))
 
     return Training(seeded_model(made), predict, lambda b: b)
+
+
+def lengths(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns edges and their lengths, as SchNet's own graph of interactions."""
+    edges = radius_graph(pos, CUTOFF, batch)
+    return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=1)
+
+
+def make_schnet() -> Training:
+    """A small SchNet."""
+    sizes: dict[str, Any] = {"hidden_channels": 8, "num_filters": 8, "num_interactions": 2, "num_gaussians": 8}
+    sizes |= {"cutoff": CUTOFF, "interaction_graph": lengths}
+    return Training(seeded_model(lambda: Conservative(SchNet(**sizes))), predict, lambda b: b)
 
 
 molecules = partial(Structures, "molecules", sample, loader=DataLoader)
