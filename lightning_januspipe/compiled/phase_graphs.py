@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.exchanges import chain_exchanges, exchanges_of
+from lightning_januspipe.compiled.joined_slices import join_slices
 from lightning_januspipe.compiled.joint import Joint
 from lightning_januspipe.compiled.levels import (
     BEFORE,
@@ -121,18 +122,19 @@ def phase_graphs(joint: Joint, activation: Activation = "pointwise", defer: bool
     1. :func:`~.levels.without_mutations`: ``joint -> joint`` in which no operation writes to its input;
     2. :func:`~.levels.drop_repetitions`: ``joint -> joint`` without repetitions;
     3. :func:`~.levels.split_sums`: ``joint -> joint`` with parameter gradients in summands;
-    4. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
-    5. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
-    6. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
-    7. :func:`verify_phases`: refuses phases that repeat or leave out what must run once;
-    8. :func:`~.exchanges.chain_exchanges`, for each phase: exchanges keep their order whatever a compiler does.
+    4. :func:`~.joined_slices.join_slices`: ``joint -> joint`` with concatenations for sums of slices;
+    5. :func:`~.levels.assign_phases`: ``joint -> levels``, the first phase of each operation;
+    6. :func:`~.minimum_cut.kept_values`, after each phase: ``what later phases need -> what is kept``;
+    7. :func:`~.graphs.part`, for each phase: ``kept values and inputs -> results and newly kept values``;
+    8. :func:`verify_phases`: refuses phases that repeat or leave out what must run once;
+    9. :func:`~.exchanges.chain_exchanges`, for each phase: exchanges keep their order whatever a compiler does.
 
     Args:
         joint: the joint graph, which stays as it is.
         activation: what phases keep.
         defer: leave what only parameters wait for to WF and WE.
     """
-    joint = split_sums(drop_repetitions(without_mutations(joint)))
+    joint = join_slices(split_sums(drop_repetitions(without_mutations(joint))))
     levels = assign_phases(joint, defer)
     found = _Cutter(joint, levels, activation).run()
     verify_phases(joint, found)

@@ -31,6 +31,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.standalone_compile import AOTCompiledArtifact
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
@@ -157,12 +158,21 @@ def without_repetitions(graph: fx.Graph) -> fx.Graph:
     return fx_graph_cse(graph)
 
 
-EXACT = {"force_pointwise_cat": True}
-"""Settings without which inductor of torch 2.13 computes other values than the graph.
+@contextmanager
+def reading_after_writing() -> Iterator[None]:
+    """Makes inductor of torch 2.13 order reads and writes rightly inside the block.
 
-A concatenation that is no pointwise operation may read a tensor as it was before ``index_put`` has written to it, as in
-SchNetPack's PaiNN.
-"""
+    Loops that the C++ backend computes anew, to fuse them with others, forget that what they read is written to by
+    ``index_put`` before, and may run before it, as in SchNetPack's PaiNN.
+    """
+    compute = SchedulerNode.recompute_size_and_body
+
+    def compute_and_rename(self: SchedulerNode, *arguments: Any, **options: Any) -> None:
+        compute(self, *arguments, **options)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    with mock.patch.object(SchedulerNode, "recompute_size_and_body", compute_and_rename):
+        yield
 
 
 def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequence[Tensor]]:
@@ -177,7 +187,7 @@ def compiled(module: fx.GraphModule, mode: FakeTensorMode) -> Callable[..., Sequ
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     with ExitStack() as stack:
         stack.enter_context(any_size())
-        stack.enter_context(inductor_config.patch(EXACT))
+        stack.enter_context(reading_after_writing())
         stack.enter_context(kernels_in_one_library())
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(torch.no_grad())
@@ -303,7 +313,7 @@ class Settings:
             torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
             torch.get_float32_matmul_precision(),
-            {k: v for k, v in inductor_config.save_config_portable().items() if k != "compile_threads"} | EXACT,
+            {k: v for k, v in inductor_config.save_config_portable().items() if k != "compile_threads"},
             device,
             machine,
         )

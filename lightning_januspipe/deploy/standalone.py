@@ -26,7 +26,7 @@ from lightning_januspipe import keys
 from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
 from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS, TOLERANCES, trace_evaluation
-from lightning_januspipe.compiled.torch_internals import EXACT, checking_inputs
+from lightning_januspipe.compiled.torch_internals import checking_inputs, reading_after_writing
 from lightning_januspipe.deploy.input_checks import code_of_checks
 from lightning_januspipe.models import load
 
@@ -92,8 +92,9 @@ def export_potential(
     program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple(dynamic),))
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / path.name
-        settings = {"aot_inductor.metadata": metadata, **EXACT}
-        with checking_inputs(code_of_checks(len(species), floats, torch.device(device).type)):
+        settings = {"aot_inductor.metadata": metadata}
+        checks = code_of_checks(len(species), floats, torch.device(device).type)
+        with checking_inputs(checks), reading_after_writing():
             torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
         for sizes in ([1], [2, 1, 3, 1]):
             _require_same(part, potential, example_arguments(adapter, sizes, floats, device), floats)

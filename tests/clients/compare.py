@@ -116,6 +116,13 @@ class ClientConformance(PotentialConformance):
         cls.preload = (f"{cls.__module__.rpartition('test_')[-1]}_program",)
 
 
+class InductorConformance(ClientConformance):
+    """Trains with phases that inductor compiles, where others interpret their graphs."""
+
+    strategies: ClassVar = {"one-stage-compiled": {"num_microbatches": 1, "compile": True}}
+    interprets, steps = False, 2
+
+
 class ModelConformance(PotentialConformance):
     """The tests of models that are made by functions of ``programs/PACKAGE_models.py``, with two steps each."""
 

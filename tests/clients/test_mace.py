@@ -21,7 +21,16 @@ from factories import data_of, module_of
 from lightning_januspipe.capture import capture_module
 
 from .calculator_checks import check_calculator, crystal
-from .compare import THREE_STAGES, TWO_STAGES, ClientConformance, assert_same, client_marks, pipeline, train
+from .compare import (
+    THREE_STAGES,
+    TWO_STAGES,
+    ClientConformance,
+    InductorConformance,
+    assert_same,
+    client_marks,
+    pipeline,
+    train,
+)
 
 pytestmark = client_marks("mace")
 
@@ -47,6 +56,11 @@ def test_microbatches_are_accumulation(tmp_path: Path) -> None:
 class TestScaleShiftMACE(ClientConformance):
     make_module = module_of("mace_program")
     datamodules = {kind: data_of("mace_program", "--structures", kind) for kind in ("periodic", "molecules", "lone")}
+
+
+class TestScaleShiftMACEByInductor(InductorConformance):
+    make_module = module_of("mace_program")
+    datamodules = {"periodic": data_of("mace_program", "--structures", "periodic")}
 
 
 class TestMACE(ClientConformance):

@@ -21,6 +21,7 @@ from .compare import (
     ROOT,
     TWO_STAGES,
     ClientConformance,
+    InductorConformance,
     Runs,
     assert_same,
     client_marks,
@@ -71,6 +72,11 @@ class TestCrystals(ClientConformance):
     make_module = module_of("nequip_program", "--layers", "4")
     datamodules = {"crystals": data_of("nequip_program")}
     strategies = {**ClientConformance.strategies, **MORE_GRAPH_RANKS}
+
+
+class TestCrystalsByInductor(InductorConformance):
+    make_module = module_of("nequip_program")
+    datamodules = {"crystals": data_of("nequip_program")}
 
 
 class TestWithoutCells(ClientConformance):

@@ -24,6 +24,7 @@ from .compare import (
     ROOT,
     TWO_STAGES,
     ClientConformance,
+    InductorConformance,
     Runs,
     assert_same,
     client_marks,
@@ -74,6 +75,11 @@ class TestPaiNNWithoutCells(ClientConformance):
     make_module = module_of("schnetpack_program", "--structures", "molecules")
     datamodules = {kind: data_of("schnetpack_program", "--structures", kind) for kind in ("molecules", "lone")}
     strategies = {**ClientConformance.strategies, **GRAPH_RANKS}
+
+
+class TestPaiNNByInductor(InductorConformance):
+    make_module = module_of("schnetpack_program")
+    datamodules = {"crystals": data_of("schnetpack_program")}
 
 
 class TestSchNet(ClientConformance):

@@ -156,7 +156,7 @@ def test_results_of_one_operation_are_taken_in_its_phase() -> None:
 
 
 @pytest.mark.parametrize("defer", [False, True])
-@pytest.mark.parametrize(("activation", "least"), [("keep", 60), ("pointwise", 20), ("recompute", 2)])
+@pytest.mark.parametrize(("activation", "least"), [("keep", 60), ("pointwise", 18), ("recompute", 2)])
 def test_every_kept_value_matters(
     traced: Traced, captured: CapturedPotential, joints: list[Joint], activation: Activation, least: int, defer: bool
 ) -> None:

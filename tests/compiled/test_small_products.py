@@ -67,3 +67,31 @@ def test_short_sums_are_pointwise(dims: list[int], work: str) -> None:
     graph = internals.traced_graph(lambda _, x: [x.sum(dims)], [size, x]).graph
     (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
     assert work_of(node) is KindOfWork[work]
+
+
+@pytest.mark.parametrize(
+    ("terms", "columns", "work"), [(16, 64, "POINTWISE"), (16, 60, "SUM"), (17, 96, "SUM"), (0, 3, "SUM")]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_that_lengthen_rows_are_computed_again(terms: int, columns: int, work: str, bias: bool) -> None:
+    """As the last layer of a radial network, whose results are the weights of a tensor product."""
+    mode = internals.symbolic_mode()
+    size = internals.new_size(mode, "rows", 5)
+    with mode:
+        rows, weight, added = torch.empty(size, terms), torch.empty(columns, terms), torch.empty(columns)
+    inputs = [size, rows, weight, added]
+    graph = internals.traced_graph(
+        lambda _, x, w, b: [torch.nn.functional.linear(x, w, b if bias else None)], inputs
+    ).graph
+    (node,) = [n for n in graph.nodes if n.op == "call_function" and "mm" in n.name]
+    assert work_of(node) is KindOfWork[work]
+
+
+def test_parts_that_are_written_into_zeros_are_pointwise() -> None:
+    mode = internals.symbolic_mode()
+    size = internals.new_size(mode, "rows", 5)
+    with mode:
+        x, part = torch.empty(size, 9), torch.empty(size, 3)
+    graph = internals.traced_graph(lambda _, x, part: [x.slice_scatter(part, 1, 2, 5)], [size, x, part]).graph
+    (node,) = [n for n in graph.nodes if "slice_scatter" in n.name]
+    assert work_of(node) is KindOfWork.POINTWISE
