@@ -256,16 +256,17 @@ def test_epochs_that_a_number_of_steps_has_ended(
         same(uninterrupted["state"], found["state"])
 
 
+@pytest.mark.parametrize("size", [1, 2])
 def test_nothing_that_is_trained_stays_in_the_file(
-    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path, size: int
 ) -> None:
     """The file is written over in place before the first optimizer step of the run that goes on from it."""
     pool.run(workers.train, None, str(tmp_path), {"num_steps": 4}, world_size=1)
     file = tmp_path / "last.ckpt"
     more = {"resume": str(file), "callbacks": ("written over",)}
-    (found,) = pool.run(workers.train, {}, str(tmp_path / "on"), more, world_size=1)
-    assert found["ended"] == "" and not any(file.read_bytes())
-    same(uninterrupted["state"], found["state"])
+    for found in pool.run(workers.train, {}, str(tmp_path / "on"), more, world_size=size):
+        assert found["ended"] == "" and not any(file.read_bytes())
+        same(uninterrupted["state"], found["state"])
 
 
 def test_parameters_of_other_stages_leave_memory(pool: RankPool, tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import expert_workers
+import graph_models
 import pytest
 import shard_workers as workers
+import tiny
 import torch
 from parity_check import check_parity
+from pools import slow
 from torch import nn
 
 from lightning_januspipe.capture import ActivationCosts
@@ -148,3 +152,31 @@ def test_a_model_that_does_not_fit_on_one_rank_trains_on_four(pool: RankPool) ->
     check_parity(
         pool, 4, workers.data, partial(workers.module, "Adam"), pipeline_size=1, data_size=4, memory_limit=limit
     )
+
+
+EXPERTS = {"pipeline_size": 1, "data_size": 2, "num_microbatches": 2, "expert_size": 2}
+GRAPH_EXPERTS = {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2, "expert_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "data", "module", "limit", "level"),
+    [
+        (EXPERTS, graph_models.Data, partial(expert_workers.experts, 2), 66e3, "optimizer"),
+        slow(
+            {**EXPERTS, "expert_placement": "replicate"}, graph_models.Data, expert_workers.experts, 66e3, "optimizer"
+        ),
+        slow(EXPERTS, tiny.data, expert_workers.matris, 269e3, "parameters"),
+        slow(GRAPH_EXPERTS, tiny.data, expert_workers.matris, 269e3, "parameters"),
+        slow(GRAPH_EXPERTS, tiny.data, expert_workers.matris, 300e3, "optimizer"),
+    ],
+)
+def test_experts_within_a_limit(
+    pool: RankPool, mesh: dict[str, Any], data: Any, module: Any, limit: float, level: str
+) -> None:
+    """Only one level fits, where phases compute again; with a little less nothing fits, which every rank says."""
+    train = expert_workers.train_within_limit
+    first, _ = check_parity(pool, 2, data, module, train=train, memory_limit=limit, **mesh)
+    assert first.level == level and first.activations == {"recompute"}
+    arguments = module, data, {**mesh, "memory_limit": 0.8 * limit}, 1, {}
+    one, other = pool.run(expert_workers.error_within_limit, *arguments, world_size=2)
+    assert one == other and "parameters, gradients and optimizer state alone take" in one

@@ -26,6 +26,10 @@ MESHES: dict[str, tuple[dict[str, Any], int]] = {
     "2 stages": ({}, 2),
     "2x2 in shards": ({"pipeline_size": 2, "data_size": 2, "shard": "parameters"}, 4),
     "2 graph ranks": ({"pipeline_size": 1, "graph_size": 2, "shard": "parameters"}, 2),
+    "2 stages of 2 graph ranks in shards": (
+        {"pipeline_size": 2, "graph_size": 2, "shard": "parameters"},
+        4,
+    ),
     "2 replicas": ({"pipeline_size": 1, "data_size": 2}, 2),
     "2 replicas in shards": ({"pipeline_size": 1, "data_size": 2, "shard": "parameters"}, 2),
 }
@@ -139,10 +143,18 @@ def in_turn(
     return list(ranks)
 
 
-@pytest.mark.parametrize("mesh", ["2 stages"])
-def test_evaluation_with_a_batch_of_a_new_kind(pool: RankPool, mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "runs"),
+    [
+        ("2 stages", ("validate",)),
+        slow("2 stages of 2 graph ranks in shards", ("test", "fit", "validate")),
+        slow("2 replicas in shards", ("fit", "test", "validate")),
+    ],
+)
+def test_evaluation_with_a_batch_of_a_new_kind(pool: RankPool, mesh: str, runs: tuple[str, ...]) -> None:
     """The last batch has one structure only; the comparison with the module needs all parameters."""
-    assert all(found["num_checks"] == 1 for found in in_turn(pool, mesh, ("validate",), 5))
+    num_checks = 0 if mesh == "2 replicas in shards" else len(runs) - ("fit" in runs)  # without stages there are none
+    assert all(found["num_checks"] == num_checks for found in in_turn(pool, mesh, runs, 5))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,13 @@ def test_frozen_parameters(pool: RankPool, name: str, clipping: dict[str, Any], 
 def test_replicas_of_a_rank_that_trains_nothing(pool: RankPool) -> None:
     strategy = {"pipeline_size": 2, "num_microbatches": 2}
     assert_matches_single_process(
-        workers.last_trained, tiny.data, devices=4, strategy=strategy, steps=2, trainer=VALUE, pool=pool
+        partial(workers.named, "last trained"),
+        tiny.data,
+        devices=4,
+        strategy=strategy,
+        steps=2,
+        trainer=VALUE,
+        pool=pool,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         slow("saved after training", {**OPTIMIZER, **FOLDER}),
         slow("saved after training", {**PARAMETERS, **FOLDER}),
         *(slow(name, level) for name in CASES for level in LEVELS),
+        *(slow(name, {**PARAMETERS, "pipeline_size": 2}) for name in CASES),
     ],
 )
 def test_users_optimization(pool: RankPool, tmp_path: Path, name: str, level: dict[str, Any]) -> None:
     worker, arguments = CASES[name]
     plain, shards = ([str(tmp_path / of) if a == "folder" else a for a in arguments] for of in ("plain", "shards"))
     (expected,) = pool.run(worker, None, *plain, world_size=1)
-    for rank, found in enumerate(pool.run(worker, {**GRAPH, **level}, *shards, world_size=2)):
+    size = 2 * level.get("pipeline_size", 1)
+    for rank, found in enumerate(pool.run(worker, {**GRAPH, **level}, *shards, world_size=size)):
         # The first rank has the whole state of the optimizer, unless each writes its own.
         other = {"held", "csv", "left", *(("state",) if rank or "save_distributed_checkpoint" in level else ())}
         for of_plain, mine in zip(*(v if isinstance(v, list) else [v] for v in (expected, found)), strict=True):
@@ -104,6 +107,26 @@ def test_users_averages(
     arguments = {**mesh, **level}, how, str(tmp_path / "shards")
     for found in pool.run(average_workers.checkpoint, *arguments, world_size=devices):
         close(how, expected, found)
+
+
+VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "devices"),
+    [
+        ("fused", REPLICAS, 2),
+        slow("groups", REPLICAS, 2),  # its optimizer has foreach=True
+        slow("one cycle", REPLICAS, 2),
+        *(slow(name, STAGES_AND_REPLICAS, 4) for name in ("fused", "groups", "one cycle", "last trained")),
+        slow("fused", {**GRAPH, "pipeline_size": 2}, 4),
+    ],
+)
+def test_rates_and_decay_of_groups_and_clipping_by_value(
+    pool: RankPool, name: str, mesh: dict[str, Any], devices: int
+) -> None:
+    module = partial(optimization_workers.named, name)
+    check_parity(pool, devices, tiny.data, module, VALUE, steps=5, **mesh, **PARAMETERS)
 
 
 @pytest.mark.parametrize("level", [OPTIMIZER, slow(PARAMETERS)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +35,8 @@ from lightning_januspipe.expert_ranks import (
 from lightning_januspipe.expert_ranks.expert_costs import ExpertCosts, RowCost
 from lightning_januspipe.expert_ranks.expert_placement import ExpertPlacement, Guest, Guests, best_guests
 from lightning_januspipe.experts import ElementExperts, GroupedLinear, grouped_linear
-from lightning_januspipe.runtime import expert_times
+from lightning_januspipe.runtime import build_pipeline, expert_times
+from lightning_januspipe.runtime.chosen_state import ChosenState, choose_state
 from lightning_januspipe.runtime.expert_shards import ExpertShards
 from lightning_januspipe.runtime.optimizer_shards import OptimizerShards
 from lightning_januspipe.strategy.whole_parameters import whole_parameters
@@ -226,6 +228,43 @@ def train_without_others_updates(*arguments: Any) -> RunRecord:
 
     with patch.object(OptimizerShards, "spread_updates", of_others):
         return train_in_pipeline(*arguments)
+
+
+@dataclass
+class LimitedRecord(RunRecord):
+    """Holds also what was chosen within a memory limit.
+
+    Attributes:
+        level: What ranks share.
+        activations: What stages keep.
+    """
+
+    level: str = ""
+    activations: set[str] = field(default_factory=set)
+
+
+def train_within_limit(*arguments: Any) -> LimitedRecord:
+    """Trains within a memory limit."""
+    chosen: list[ChosenState] = []
+
+    def noted(*given: Any) -> ChosenState:
+        chosen.append(choose_state(*given))
+        return chosen[-1]
+
+    with patch.object(build_pipeline, "choose_state", noted):
+        record = train_in_pipeline(*arguments)
+    chosen = chosen or [ChosenState("none", (), None, {}, {})]  # the first rank chooses
+    kept = chosen[0].activations
+    return LimitedRecord(**vars(record), level=chosen[0].level, activations=set(kept.names) if kept else set())
+
+
+def error_within_limit(*arguments: Any) -> str:
+    """Returns the error of a training within a memory limit."""
+    try:
+        train_in_pipeline(*arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def checkpoints_moving(*arguments: Any) -> dict[str, Any]:

@@ -83,6 +83,15 @@ def _groups(made: Any) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def _fused(made: Any) -> Any:
+    """Two groups with another decay and another schedule of their rates each, all updated by one kernel."""
+    vectors, matrices = ([p for p in made.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (False, True))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "lr": 1e-2, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    scheduler = lr_scheduler.LambdaLR(optimizer, [lambda step: 0.9**step, lambda step: 1 / (1 + step)])
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 def _plateau(made: Any) -> Any:
     optimizer = torch.optim.Adam(made.parameters(), lr=1e-3, fused=True)
     # So large an improvement is in one epoch only.
@@ -120,6 +129,7 @@ def _simple(kind: type[torch.optim.Optimizer]) -> Callable[[], Any]:
 MODULES: dict[str, Callable[[], Any]] = {
     "clipping by a hook": _clipping_by_hook,
     "groups": lambda: with_optimizer(_groups),
+    "fused": lambda: with_optimizer(_fused),
     "plateau": lambda: with_optimizer(_plateau),
     "one cycle": lambda: with_optimizer(_one_cycle),
     "accumulators": _simple(torch.optim.Adagrad),
@@ -232,9 +242,9 @@ def fit_twice(strategy: dict[str, Any] | None) -> dict[str, Any]:
     return {"parameters": {n: p.detach().clone() for n, p in made.named_parameters()}}
 
 
-def last_trained() -> Any:
-    """Returns one of MODULES, by a name that can be imported."""
-    return MODULES["last trained"]()
+def named(name: str) -> Any:
+    """Returns one of MODULES, by a function that can be imported."""
+    return MODULES[name]()
 
 
 def fit_unfreezing(strategy: dict[str, Any] | None) -> dict[str, Any]:
