@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from lightning_januspipe.compiled import graphs
 from lightning_januspipe.compiled.joint import Joint
-from lightning_januspipe.compiled.torch_internals import FakeTensorMode, expression_of
+from lightning_januspipe.compiled.torch_internals import FakeTensorMode, as_traced, expression_of
 
 _ATEN = torch.ops.aten
 
@@ -28,19 +28,44 @@ def join_slices(joint: Joint) -> Joint:
     """``joint -> joint`` in which sums of slices are concatenations, and concatenations are used part by part.
 
     Args:
-        joint: a joint graph without mutations, which is changed.
+        joint: a joint graph without mutations, which is changed; but one that names places in memory stays as it is.
     """
     graph = joint.graph
+    if graph.find_nodes(op="call_function", target=_ATEN.as_strided.default):
+        return joint
     make = _Maker(graph, joint.mode)
-    for change in (_use_whole_slices, _use_parts_of_sums, _sum_parts_into_rows, _use_parts_of_slices):
-        for node in graphs.operations(graph):
-            with graph.inserting_before(node):
-                found = change(make, node)
-            if found is not None:
-                node.replace_all_uses_with(found)
-        graph.eliminate_dead_code()
+    moved: set[fx.Node] = set()
+    with as_traced():
+        for change in (_use_whole_slices, _use_parts_of_sums, _sum_parts_into_rows, _use_parts_of_slices):
+            for node in graphs.operations(graph):
+                with graph.inserting_before(node):
+                    found = change(make, node)
+                if found is not None:
+                    node.replace_all_uses_with(found)
+                    moved |= {found} if _strides(found) != _strides(node) else set()
+            graph.eliminate_dead_code()
+        _follow(make, graph, moved)
     graph.lint()
     return replace(joint, graph=graph)
+
+
+def _follow(make: _Maker, graph: fx.Graph, moved: set[fx.Node]) -> None:
+    """Finds the shapes in memory anew of what is computed from values that have others than before."""
+    for node in graphs.operations(graph):
+        if moved.isdisjoint(node.all_input_nodes):
+            continue
+        if node.target is _ATEN.view.default:
+            node.target = _ATEN.reshape.default  # a view of the new values may not exist
+        before = _strides(node)
+        node.meta["val"] = make.value(node.target, node.args, node.kwargs)
+        if before is None or _strides(node) != before:
+            moved.add(node)
+
+
+def _strides(node: fx.Node) -> list[str] | None:
+    """Returns how a node's tensor lies in memory; None for anything else."""
+    value = node.meta.get("val")
+    return [expression_of(stride) for stride in value.stride()] if isinstance(value, Tensor) else None
 
 
 class _Maker:
@@ -51,10 +76,14 @@ class _Maker:
 
     def __call__(self, target: Any, *arguments: Any, **options: Any) -> fx.Node:
         node = self._graph.call_function(target, arguments, options)
+        node.meta["val"] = self.value(target, arguments, options)
+        return node
+
+    def value(self, target: Any, arguments: Any, options: Any) -> Any:
+        """Returns the result of an operation in the example call."""
         values, more = fx.map_arg((arguments, options), lambda n: n.meta["val"])
         with self._mode:
-            node.meta["val"] = target(*values, **more)
-        return node
+            return target(*values, **more)
 
     def resized(self, constant: fx.Node, dim: int, length: int) -> fx.Node:
         """Returns a tensor that ``aten.full`` or ``aten.expand`` made, of another length along one dimension."""

@@ -140,6 +140,13 @@ def any_size() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_traced() -> Iterator[None]:
+    """Gives operations of fake tensors inside the block the results that they have in :func:`traced_graph`."""
+    with any_size(), enable_python_dispatcher():
+        yield
+
+
 def traced_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Any]) -> fx.GraphModule:
     """Traces a function of fake tensors and symbolic sizes, in the operations that inductor compiles."""
     aten = torch.ops.aten
@@ -148,7 +155,7 @@ def traced_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Any]) -
         aten.bmm.default: products_of_small_matrices,
         aten.slice_backward.default: gradient_of_slice,
     }
-    with any_size(), enable_python_dispatcher():
+    with as_traced():
         trace = make_fx(function, decompositions, tracing_mode="symbolic", _allow_non_fake_inputs=True)
         return trace(*inputs)
 

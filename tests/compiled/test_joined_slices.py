@@ -82,6 +82,30 @@ def test_what_is_written_into_other_values_stays() -> None:
     assert count(check(function, (None, 9)), ATEN.slice_scatter.default) == 2
 
 
+def test_values_that_lie_otherwise_in_memory() -> None:
+    """What is written into zeros may be transposed; a view of the zeros is no view of it."""
+
+    def function(_: Any, __: Tensor, x: Tensor) -> list[Tensor]:
+        turned = x.t().contiguous().t()
+        whole = torch.zeros_like(x).slice_scatter(turned, 1, 0, 6)
+        halves = whole + (x.new_zeros(x.shape).slice_scatter(turned[:, :3], 1, 0, 3) + written(x, turned[:, 3:], 3, 6))
+        return [whole.view(-1), (2 * whole).view(-1, 3), halves.view(-1)]
+
+    graph = check(function, (None, 6))
+    assert count(graph, ATEN.slice_scatter.default) == 0
+    for node in graph.graph.nodes:
+        if node.target is ATEN.mul.Tensor:
+            assert str(node.meta["val"].stride(0)) == "1", "as the transposed values lie"
+
+
+def test_graphs_that_name_places_in_memory_stay() -> None:
+    def function(_: Any, __: Tensor, x: Tensor) -> list[Tensor]:
+        total = written(x, x[:, :4].sin(), 0, 4) + written(x, x[:, 4:].cos(), 4, 9)
+        return [total.as_strided((1, 3), (9, 2))]
+
+    assert count(check(function, (None, 9)), ATEN.slice_scatter.default) == 2
+
+
 def test_a_sum_that_is_used_twice_is_made_once() -> None:
     def function(_: Any, __: Tensor, x: Tensor) -> list[Tensor]:
         total = written(x, x[:, :4].sin(), 0, 4) + written(x, x[:, 4:].cos(), 4, 9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,6 @@ RUNS: dict[str, list[Run]] = {
 @pytest.mark.parametrize("first", [None, {}], ids=["plain", ""])
 @pytest.mark.parametrize("runs", RUNS)
 def test_every_batch_once_and_in_its_epoch(tmp_path: Path, runs: str, first: dict[str, Any] | None, data: Any) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     arguments = {"limit_val_batches": 1 if runs == "after validation" else 0}
     found, resume, strategy = Noting(), None, first
     for number, (ends, hook, step) in enumerate([*RUNS[runs], ({"max_epochs": 4}, END, 16)]):

@@ -109,7 +109,7 @@ def test_labels_that_the_loss_does_not_use_are_said_once(referenced: str, caplog
         (data, {"stress_weight": 1.0, "energy_weight": 0.0}, [line.format(5, 5, "energy", "energy_weight")]),
     ):
         caplog.clear()
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
             quiet_trainer(max_epochs=2).fit(make_module(**weights), given)
         said = [record.getMessage() for record in caplog.records]
         assert [one for one in said if "does not use" in one] == expected
