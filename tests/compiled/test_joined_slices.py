@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from capture_models import Layer, Potential, Step, Traced, assert_parity, make_batch
+from compiled_models import factory, joint_graphs
 from torch import Tensor, fx
 
 from lightning_januspipe.compiled import torch_internals as internals
 from lightning_januspipe.compiled.joined_slices import join_slices
 from lightning_januspipe.compiled.joint import Joint
+from lightning_januspipe.compiled.phase_graphs import phase_graphs
 from lightning_januspipe.compiled.sizes import StageSizes
 
 ATEN = torch.ops.aten
@@ -151,3 +154,35 @@ def test_second_derivatives_of_sliced_features() -> None:
 
     graph = check(function, (None, 12), (12, 12))
     assert count(graph, ATEN.slice_scatter.default) == 0
+
+
+class DegreeLayer(Layer):
+    """Sums messages of two parts over neighbours, of slices of the features, and mixes the parts of the sums."""
+
+    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
+        weights = self.filter(radial)
+        senders = h[edges[0]]
+        low, high = senders[:, :2] * weights[:, :2], senders[:, 2:] * weights[:, 2:]
+        messages = torch.cat([low * high[:, :2].tanh(), high * weights[:, 2:]], 1)
+        sums = h.new_zeros(h.shape).index_add(0, edges[1], messages)
+        return h + torch.cat([sums[:, :2].tanh(), sums[:, 2:] * h[:, 2:]], 1)
+
+
+class DegreePotential(Potential):
+    layer = DegreeLayer
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("defer", [False, True])
+def test_phases_of_sliced_features(num_stages: int, defer: bool) -> None:
+    """Parameter gradients of a loss of forces are those of the undivided potential."""
+    traced = Traced(Step(DegreePotential(2)))
+    captured = traced.cut(num_stages)
+    joints = joint_graphs(traced, captured)
+    graphs = [phase_graphs(joint, "pointwise", defer) for joint in joints]
+    written_before, written_now = (
+        sum(len(g.find_nodes(op="call_function", target=ATEN.slice_scatter.default)) for g in found)
+        for found in ([j.graph for j in joints], [m.graph for stage in graphs for m in stage.modules.values()])
+    )
+    assert written_now < written_before / 2
+    assert_parity(captured, traced.module, make_batch((2, 5, 3), seed=1), make_stage=factory(graphs), defer=defer)
