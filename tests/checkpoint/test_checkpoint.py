@@ -10,6 +10,7 @@ from typing import Any
 import checkpoint_workers as workers
 import pytest
 import torch
+from compiled_workers import train_and_save_changing_over
 from pools import pool_of, slow
 
 from lightning_januspipe.checkpoint.sharded import consolidate, is_folder, read_folder
@@ -94,6 +95,20 @@ def test_sigkill(pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path) 
     with pool_of(2) as ranks, pytest.raises(RankError, match="rank 1 died"):
         ranks.run(workers.train, {}, str(tmp_path), {"stop": ("sigkill", 3, 1)}, world_size=2, timeout=120)
     for found in pool.run(workers.train, {}, str(tmp_path), {"resume": "last"}, world_size=3):
+        same(uninterrupted["state"], found["state"])
+
+
+@pytest.mark.slow
+def test_compiled_phases_take_over_in_a_resumed_run_too(
+    pool: RankPool, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    train, auto = train_and_save_changing_over, {"compile": "auto"}
+    stopped = {"stop": ("exception", 5, None), "callbacks": ("every step",)}
+    for found in pool.run(train, auto, str(tmp_path), stopped, world_size=2):
+        assert "a callback has failed" in found["ended"]
+    on_replicas = {**auto, "pipeline_size": 1, "data_size": 2}
+    for found in pool.run(train, on_replicas, str(tmp_path), {"resume": "last"}, world_size=2):
+        assert found["step"] == 8
         same(uninterrupted["state"], found["state"])
 
 

@@ -11,14 +11,17 @@ import pytest
 import sympy
 import torch
 from capture_models import DTYPE, OTHER, TRACED, Batch, Potential, Step, Traced, assert_parity, make_batch
+from compiled_models import factory, joint_graphs
 from torch import nn
 from torch._inductor import cpp_builder
 
+from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.compiled import compiler as compiler_module
 from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.compiled.background import BackgroundCompile
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.compiler import StageCompiler
+from lightning_januspipe.compiled.phase_graphs import phase_graphs
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction
 from lightning_januspipe.engine.stage import Stage
@@ -150,3 +153,38 @@ def test_phases_that_keep_more_than_was_planned_leave_a_stage_eager(monkeypatch:
         assert isinstance(stage, CompiledStage) is is_compiled
     (line,) = compiler.report().eager
     assert "would keep" in line and "more than the 100 B that the memory limit has room for" in line
+
+
+def test_stages_of_equal_layers_have_the_same_phases() -> None:
+    """They are compiled once; gradients of parameters are right where one stage runs the phases of another."""
+    traced = Traced(Step(Potential(4)))
+    captured = traced.cut(4)
+    keys = keys_of(traced, captured)
+    assert keys[1] == keys[2] and len({*keys}) == 3
+    joints = joint_graphs(traced, captured)
+    of_key = {key: phase_graphs(joint, "pointwise") for key, joint in zip(keys, joints, strict=True)}
+    batch = make_batch((2, 5, 3), seed=1)
+    assert_parity(captured, traced.module, batch, make_stage=factory([of_key[key] for key in keys]))
+
+
+@pytest.mark.parametrize("change", ["operation", "number", "frozen"])
+def test_stages_of_unequal_layers_have_not(change: str) -> None:
+    potential = Potential(4)
+    if change == "frozen":
+        potential.layers[2].mix.weight.requires_grad_(False)
+    else:
+        potential.layers[2].mix = nn.Sequential(potential.layers[2].mix, nn.ELU(0.5 if change == "number" else 1.0))
+        potential.layers[1].mix = nn.Sequential(potential.layers[1].mix, nn.ELU() if change == "number" else nn.CELU())
+    traced = Traced(Step(potential))
+    keys = keys_of(traced, traced.cut(4))
+    assert len({*keys}) == 4
+
+
+def keys_of(traced: Traced, captured: CapturedPotential) -> list[str | None]:
+    """Returns the keys of the stages in the cache."""
+    inputs = captured.inputs(traced.potential)
+    calls = [traced.call_on(make_batch(sizes)) for sizes in (TRACED, OTHER)]
+    first, second = (captured.bind_sizes(inputs(c.args, c.kwargs)) for c in calls)
+    compiler = StageCompiler((first, second), "cpu")
+    stages = [captured.stage(i, traced.potential) for i in range(captured.num_stages)]
+    return [compiler.source(stage, captured.chain)[1] for stage in stages]

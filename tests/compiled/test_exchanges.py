@@ -89,7 +89,8 @@ def test_no_tensor_is_kept_for_its_size() -> None:
         (Potential, 1, "recompute", False, 2),
         # BE keeps the lengths of edges for WE, whose results do not depend on them: bytes without use, no wrong value.
         pytest.param(Potential, 1, "recompute", True, 5, marks=[pytest.mark.slow, pytest.mark.xfail(strict=True)]),
-        (Potential, 1, "keep", False, 20),
+        slow(Potential, 1, "keep", False, 20),
+        (models.Degrees, 1, "pointwise", True, 9),
         slow(Potential, 2, "keep", True, 60),
         slow(Potential, 2, "pointwise", False, 20),
         slow(models.States, 2, "recompute", True, 15),

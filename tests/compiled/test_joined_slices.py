@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from capture_models import Layer, Potential, Step, Traced, assert_parity, make_batch
+from capture_models import Step, Traced, assert_parity, make_batch
 from compiled_models import factory, joint_graphs
+from graph_models import Degrees
 from torch import Tensor, fx
 
 from lightning_januspipe.compiled import torch_internals as internals
@@ -156,27 +157,10 @@ def test_second_derivatives_of_sliced_features() -> None:
     assert count(graph, ATEN.slice_scatter.default) == 0
 
 
-class DegreeLayer(Layer):
-    """Sums messages of two parts over neighbours, of slices of the features, and mixes the parts of the sums."""
-
-    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
-        weights = self.filter(radial)
-        senders = h[edges[0]]
-        low, high = senders[:, :2] * weights[:, :2], senders[:, 2:] * weights[:, 2:]
-        messages = torch.cat([low * high[:, :2].tanh(), high * weights[:, 2:]], 1)
-        sums = h.new_zeros(h.shape).index_add(0, edges[1], messages)
-        return h + torch.cat([sums[:, :2].tanh(), sums[:, 2:] * h[:, 2:]], 1)
-
-
-class DegreePotential(Potential):
-    layer = DegreeLayer
-
-
-@pytest.mark.parametrize("num_stages", [1, 2])
-@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize(("num_stages", "defer"), [(1, False), (2, True)])
 def test_phases_of_sliced_features(num_stages: int, defer: bool) -> None:
     """Parameter gradients of a loss of forces are those of the undivided potential."""
-    traced = Traced(Step(DegreePotential(2)))
+    traced = Traced(Step(Degrees(2)))
     captured = traced.cut(num_stages)
     joints = joint_graphs(traced, captured)
     graphs = [phase_graphs(joint, "pointwise", defer) for joint in joints]

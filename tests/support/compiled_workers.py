@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import checkpoint_workers
 import strategy_workers
 import tiny
 import torch
@@ -273,6 +274,12 @@ def train_changing_over(*arguments: Any) -> ChangedRecord:
         record = train_in_pipeline(*arguments)
     assert not record.eager
     return ChangedRecord(**vars(record), changes=changes)
+
+
+def train_and_save_changing_over(*arguments: Any) -> dict[str, Any]:
+    """Trains as ``checkpoint_workers.train`` does, with stages that are compiled after some steps of each run."""
+    with changing_over():
+        return checkpoint_workers.train(*arguments)
 
 
 def eager_microbatches(agrees: bool, *arguments: Any) -> int:

@@ -120,6 +120,24 @@ class Attention(Potential):
     layer = _Attention
 
 
+class _DegreeLayer(Layer):
+    """Sums messages of two parts over neighbours, of slices of the features, and mixes the parts of the sums."""
+
+    def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
+        weights = self.filter(radial)
+        senders = h[edges[0]]
+        low, high = senders[:, :2] * weights[:, :2], senders[:, 2:] * weights[:, 2:]
+        messages = torch.cat([low * high[:, :2].tanh(), high * weights[:, 2:]], 1)
+        sums = h.new_zeros(h.shape).index_add(0, edges[1], messages)
+        return h + torch.cat([sums[:, :2].tanh(), sums[:, 2:] * h[:, 2:]], 1)
+
+
+class Degrees(Potential):
+    """Has features of two degrees, which are slices of one tensor."""
+
+    layer = _DegreeLayer
+
+
 class _Peaks(Layer):
     def forward(self, h: Tensor, radial: Tensor, edges: Tensor) -> Tensor:
         values = h[edges[0]] * self.filter(radial)

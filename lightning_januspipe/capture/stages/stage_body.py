@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lightning_januspipe.capture.trace.function import build_module
 from lightning_januspipe.capture.trace.graph_walks import ancestors
-from lightning_januspipe.capture.trace.program import Node, Program
+from lightning_januspipe.capture.trace.program import Node, Program, Ref, replace_refs
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import StageOutput
 
@@ -52,9 +52,14 @@ class StageBody:
         return {**self.__dict__, "_module": None}
 
     def text(self) -> str:
-        """Returns all that the stage computes as text, the same in every process."""
-        nodes = [f"{n.name} {n.op} {_target(n)} {n.args!r} {n.kwargs!r} {n.spec!r}" for n in self.program.nodes]
-        return "\n".join([*nodes, repr((self.values, self.received, self.outputs, self.counts, self.leaves))])
+        """Returns all that the stage computes as text, the same in every process and for stages of equal layers."""
+        numbers = {node.name: index for index, node in enumerate(self.program.nodes)}
+        given, lines = {*self.values, *self.received}, []
+        for node in self.program.nodes:
+            operation = "given" if node.name in given else f"{_target(node)} {_numbered(node, numbers)!r}"
+            lines.append(f"{operation} {node.spec!r}")
+        ends = [[numbers[name] for name in names] for names in (self.values, self.received, self.outputs, self.leaves)]
+        return "\n".join([*lines, repr((ends, self.counts))])
 
 
 def stage_body(
@@ -90,6 +95,11 @@ def stage_body(
     )
     leaves = [n.name for n in own.nodes if n.name in leaves and n.name not in received]
     return StageBody(own, list(values), list(received), list(outputs), counts, leaves)
+
+
+def _numbered(node: Node, numbers: Mapping[str, int]) -> Any:
+    """Returns the arguments of an operation with numbers in the place of names."""
+    return replace_refs((node.args, node.kwargs), lambda name: Ref(str(numbers[name])))
 
 
 def _target(node: Node) -> str:
