@@ -199,6 +199,7 @@ class Pipeline(Runner):
                 self.executor.recorder = recorder
                 self.executor.run(schedule, inputs, loss)
             self.executor.recorder = None
+            self._step.end()
             if self.parameters.experts is not None:
                 self.parameters.experts.return_guests(self.gradients)
             self.schedules.step_ran(schedule, recorder.spans() if is_measuring and recorder is not None else ())

@@ -20,6 +20,7 @@ from lightning_januspipe.engine.loss import LossLeaves, gradients_of_loss, loss_
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError
 from lightning_januspipe.random_state import random_state, seeded, set_random_state
+from lightning_januspipe.runtime.changing_buffers import ChangingBuffers
 
 Note = Callable[[StepFunction, tuple[Any, ...], dict[str, Any], Mapping[str, int]], None]
 
@@ -66,6 +67,7 @@ class CapturedStep:
         read = [named[name] for name in staged.step_parameters if named[name].requires_grad]
         self.outside_parameters: list[nn.Parameter] = list(dict.fromkeys([*others, *self._epilogue.parameters, *read]))
         self._metrics = metrics_of(module)
+        self._buffers = ChangingBuffers(self._potential)
         self._prepared: dict[int, _Prepared] = {}
 
     def prepare(self, index: int, step: StepFunction, batch: Any) -> MicrobatchInput:
@@ -113,7 +115,7 @@ class CapturedStep:
             FloatingPointError: The loss is not finite.
         """
         leaves = LossLeaves(observables, derivatives)
-        with torch.enable_grad():
+        with self._buffers.in_loss(), torch.enable_grad():
             output = self.finish(index, leaves.observables, leaves.derivatives)
         name = type(self._module).__name__
         loss = loss_in(output, name)
@@ -139,7 +141,8 @@ class CapturedStep:
             # The forward has drawn its random numbers; a step that differentiates by itself draws them before.
             if self._staged.replaced is None:
                 set_random_state(prepared.after, prepared.tensors[0].device)
-            value = self._epilogue(prepared.tensors, observables, derivatives)
+            with self._buffers.as_read_by_phases():
+                value = self._epilogue(prepared.tensors, observables, derivatives)
             return self._epilogue.for_step(args, kwargs, value)
 
         with seeded(prepared.seed):
@@ -149,9 +152,14 @@ class CapturedStep:
             with step_with(self._module, self._staged.replaced, *value_for((prepared.batch,), {})):
                 return prepared.step(copied(prepared.batch))
 
+    def end(self) -> None:
+        """Ends an optimizer step, or a part of it whose gradients are accumulated, after all of its phases."""
+        self._buffers.end_step()
+
     def clear(self) -> None:
-        """Forgets prepared micro-batches."""
+        """Forgets prepared micro-batches, and what losses have changed in a step that did not end."""
         self._prepared.clear()
+        self._buffers.clear()
 
 
 def with_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:

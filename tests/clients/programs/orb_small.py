@@ -18,14 +18,14 @@ in_float64()
 CONFIG = atomic_system.SystemConfig(radius=CUTOFF, max_num_neighbors=64)
 
 
-def sample(atoms: Atoms) -> Any:
-    """Returns a graph with labels."""
+def sample(atoms: Atoms, scale: float = 1.0) -> Any:
+    """Returns a graph with labels, of which energy and forces are scaled."""
     labels = labels_of(atoms)
     stress = torch.tensor(atoms.get_stress())[None]
     graph = atomic_system.ase_atoms_to_atom_graphs(
         atoms, system_config=CONFIG, output_dtype=torch.float64, graph_construction_dtype=torch.float64
     )
-    node, system = {"forces": labels["forces"]}, {"energy": labels["energy"], "stress": stress}
+    node, system = {"forces": scale * labels["forces"]}, {"energy": scale * labels["energy"], "stress": stress}
     return graph._replace(node_targets=node, system_targets=system)
 
 
@@ -59,6 +59,6 @@ def make_scaled() -> Training:
 
 make_with_running_means = partial(make_module, True)
 
-# The loss is NaN where the errors of all forces are too large for the confidence head: of a single structure, say.
+# The loss is NaN where the errors of all forces of a micro-batch are too large for the confidence head.
 crystals = partial(Structures, "crystals", sample, batch_graphs, batch_size=8)
-molecules = partial(Structures, "molecules", sample, batch_graphs, boxed=True, batch_size=8)
+molecules = partial(Structures, "molecules", partial(sample, scale=0.05), batch_graphs, boxed=True, batch_size=8)
