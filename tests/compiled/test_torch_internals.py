@@ -9,9 +9,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from lightning_januspipe.compiled import torch_internals as internals
 
@@ -144,3 +146,33 @@ def test_exported_files_call_the_checks_of_their_inputs() -> None:
         wrapper.generate_input_output_runtime_checks(made)
     assert made.prefix.code == "the checks"
     assert wrapper.generate_input_output_runtime_checks is before
+
+
+@pytest.mark.parametrize(
+    ("index", "is_simplified"),
+    [
+        ("(size + 1) * d0 + d1", False),
+        ("3 * (d0 + size * (d1 + 2)) + d1 * (5 - 3 * size) - 3 * d0", False),
+        ("4 * d0 + d1 + 7", False),
+        ("FloorDiv(d0, 16) + size * d1", True),
+        ("ModularIndexing(d0, 1, 32) + 2 * d1", True),
+        ("(d0 + 1) / size + d1", True),
+    ],
+)
+def test_strides_of_indices_are_those_that_inductor_finds(index: str, is_simplified: bool) -> None:
+    names = {"FloorDiv": FloorDiv, "ModularIndexing": ModularIndexing}
+    symbols = {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in ("d0", "d1", "size")}
+    expression, sizevars = eval(index, names | symbols), internals.sizevars
+    variables = [symbols["d0"], symbols["d1"]]
+    sizevars.stride_at_vec_range.cache_clear()
+    expected = [sizevars.stride_at_vec_range(expression, v, 16) for v in variables]
+    sizevars.stride_at_vec_range.cache_clear()
+    with (
+        mock.patch.object(sizevars, "simplify_index_in_vec_range", wraps=sizevars.simplify_index_in_vec_range) as calls,
+        internals.indices_multiplied_out(),
+    ):
+        found = [sizevars.stride_at_vec_range(expression, v, 16) for v in variables]
+    sizevars.stride_at_vec_range.cache_clear()
+    assert calls.called == is_simplified
+    assert all(sympy.expand(a - b) == 0 for a, b in zip(found, expected, strict=True))
+    assert [a.is_number for a in found] == [b.is_number for b in expected]
