@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning_januspipe.schedule.actions import DEFERRED_PHASES, Action, Phase, Schedule
 from lightning_januspipe.schedule.costs import (
@@ -58,73 +58,109 @@ def simulate(
         if not (math.isfinite(comm) and comm >= 0):
             raise ValueError(f"comm is {comm!r}, expected a finite latency >= 0, or a Link.")
         comm = Link(latency=comm)
-    times = action_times(schedule, costs)
-    states = state_per_stage(state or StateCosts(), schedule.num_ranks, schedule.num_stages)
-    gathered: dict[tuple[int, int], float] = {}
-    collectives_end = [0.0] * schedule.num_ranks
-    table, num_dependencies = dependency_table(schedule)
-    needs = {phase: [entry.needs for entry in of_phase] for phase, of_phase in table.items()}
-    start: dict[Action, float] = {}
-    end: dict[Action, float] = {}
-    # When a dependency is met, by micro-batch times dependencies plus dependency, and the ranks that wait for it.
-    met: dict[int, float] = {}
-    waiting: dict[int, int] = {}
-    channel_free: dict[tuple[int, int], float] = {}
-    clock = [0.0] * schedule.num_ranks
-    busy = [0.0] * schedule.num_ranks
-    position = [0] * schedule.num_ranks
-    runnable = list(range(schedule.num_ranks))
-    while runnable:
-        rank = runnable.pop()
-        order = schedule.actions[rank]
-        while position[rank] < len(order):
-            action = order[position[rank]]
-            phase, stage, microbatch = action
-            if not 0 <= stage < schedule.num_stages or action in end:
-                break
-            entry, first = table[phase][stage], microbatch * num_dependencies
-            if entry.rank != rank:
-                break
-            if action.changes_state:
-                start[action] = end[action] = clock[rank]
-                if phase is not Phase.RESHARD:
-                    start[action] = max(clock[rank], collectives_end[rank])
-                    lasts = states[stage].gather if phase is Phase.UNSHARD else states[stage].reduce
-                    end[action] = collectives_end[rank] = start[action] + lasts
-                if phase is Phase.UNSHARD:
-                    gathered[rank, stage] = end[action]
-                position[rank] += 1
-                continue
-            ready = max(clock[rank], gathered.get((rank, stage), 0.0))
-            missing = None
-            for index in needs[phase][stage]:
-                time = met.get(first + index)
-                if time is None:
-                    missing = first + index
-                    break
-                ready = max(ready, time)
-            if missing is not None:
-                waiting[missing] = rank
-                break
-            duration = times(phase, stage) * factors[microbatch]
-            start[action] = ready
-            end[action] = clock[rank] = ready + duration
-            busy[rank] += duration
-            position[rank] += 1
-            for index in entry.local_outputs:
-                met[first + index] = clock[rank]
-            for target, index in entry.sends:
-                gone = max(clock[rank], channel_free.get((rank, target), 0.0)) + comm.occupied
-                channel_free[rank, target] = gone
-                met[first + index] = gone + comm.latency
-                if first + index in waiting:
-                    runnable.append(waiting.pop(first + index))
+    run = _SimulatedRun(schedule, action_times(schedule, costs), comm, factors, state or StateCosts())
+    run.until_its_end()
+    start, end = run.start, run.end
     if not end or len(end) != sum(map(len, schedule.actions)):
         validate_schedule(schedule)
         raise AssertionError("the simulator got stuck in a schedule that is valid")
     curves = () if memory is None else memory_over_time(schedule, start, end, memory, state)
     ideal = ideal_time(schedule, costs) * sum(factors) / len(factors)
-    return Report(max(end.values()), ideal, peak_live(schedule), start, end, tuple(busy), curves)
+    return Report(max(end.values()), ideal, peak_live(schedule), start, end, tuple(run.busy), curves)
+
+
+class _SimulatedRun:
+    """Runs the actions of all ranks in simulated time.
+
+    Args:
+        schedule: The schedule.
+        times: Returns the time of a phase of a stage.
+        link: What a message costs.
+        factors: Factor of the times of each micro-batch.
+        state: Costs of the changes of sharded state.
+
+    Attributes:
+        start: When each action has started; actions that have not run are missing.
+        end: When it has ended.
+        busy: How long each rank has computed.
+    """
+
+    def __init__(
+        self, schedule: Schedule, times: Callable[[Phase, int], float], link: Link, factors: list[float], state: State
+    ) -> None:
+        self.start: dict[Action, float] = {}
+        self.end: dict[Action, float] = {}
+        self.busy = [0.0] * schedule.num_ranks
+        self._schedule, self._times, self._link, self._factors = schedule, times, link, factors
+        self._states = state_per_stage(state, schedule.num_ranks, schedule.num_stages)
+        self._table, self._num_dependencies = dependency_table(schedule)
+        self._needs = {phase: [entry.needs for entry in of_phase] for phase, of_phase in self._table.items()}
+        # When a dependency is met, by micro-batch times dependencies plus dependency, and the ranks that wait for it.
+        self._met: dict[int, float] = {}
+        self._waiting: dict[int, int] = {}
+        self._channel_free: dict[tuple[int, int], float] = {}
+        self._gathered: dict[tuple[int, int], float] = {}
+        self._collectives_end = [0.0] * schedule.num_ranks
+        self._clock = [0.0] * schedule.num_ranks
+        self._runnable = list(range(schedule.num_ranks))
+
+    def until_its_end(self) -> None:
+        """Runs actions until all have run, or until each rank waits for another."""
+        orders = [iter(order) for order in self._schedule.actions]
+        following = [next(order, None) for order in orders]
+        while self._runnable:
+            rank = self._runnable.pop()
+            action = following[rank]
+            while action is not None and self._runs(rank, action):
+                action = next(orders[rank], None)
+            following[rank] = action
+
+    def _runs(self, rank: int, action: Action) -> bool:
+        """Runs the next action of a rank, if it can run by now."""
+        phase, stage, microbatch = action
+        if not 0 <= stage < self._schedule.num_stages or action in self.end:
+            return False
+        entry, first = self._table[phase][stage], microbatch * self._num_dependencies
+        if entry.rank != rank:
+            return False
+        if action.changes_state:
+            self._change_state(rank, action)
+            return True
+        ready, met = max(self._clock[rank], self._gathered.get((rank, stage), 0.0)), self._met
+        for index in self._needs[phase][stage]:
+            time = met.get(first + index)
+            if time is None:
+                self._waiting[first + index] = rank
+                return False
+            ready = max(ready, time)
+        duration = self._times(phase, stage) * self._factors[microbatch]
+        self.start[action] = ready
+        self.end[action] = self._clock[rank] = ended = ready + duration
+        self.busy[rank] += duration
+        for index in entry.local_outputs:
+            met[first + index] = ended
+        for target, index in entry.sends:
+            self._send(rank, target, first + index)
+        return True
+
+    def _send(self, rank: int, target: int, dependency: int) -> None:
+        """Sends a message, which follows the one before it between the same ranks."""
+        before = self._channel_free.get((rank, target), 0.0)
+        self._channel_free[rank, target] = gone = max(self._clock[rank], before) + self._link.occupied
+        self._met[dependency] = gone + self._link.latency
+        if dependency in self._waiting:
+            self._runnable.append(self._waiting.pop(dependency))
+
+    def _change_state(self, rank: int, action: Action) -> None:
+        """Gathers, releases or reduces the state of a stage, beside what the rank computes."""
+        phase, stage, now = action.phase, action.stage, self._clock[rank]
+        self.start[action] = self.end[action] = now
+        if phase is not Phase.RESHARD:
+            lasts = self._states[stage].gather if phase is Phase.UNSHARD else self._states[stage].reduce
+            self.start[action] = begins = max(now, self._collectives_end[rank])
+            self.end[action] = self._collectives_end[rank] = begins + lasts
+        if phase is Phase.UNSHARD:
+            self._gathered[rank, stage] = self.end[action]
 
 
 def ideal_time(schedule: Schedule, costs: Costs) -> float:
