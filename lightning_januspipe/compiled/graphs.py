@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_januspipe.compiled.torch_internals import hint_of
+from lightning_januspipe.compiled.torch_internals import expression_of, hint_of
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -38,6 +38,11 @@ def closure(roots: Iterable[fx.Node], stop: Collection[fx.Node] = frozenset()) -
             if node not in stop:
                 stack.extend(node.all_input_nodes)
     return found
+
+
+def sizes_of(node: fx.Node) -> list[str]:
+    """Returns the sizes of a node's tensor as text: to compare symbolic sizes themselves adds guards to the graph."""
+    return [expression_of(size) for size in node.meta["val"].shape]
 
 
 def num_bytes(node: fx.Node) -> int:

@@ -124,9 +124,8 @@ def _use_whole_slices(_: _Maker, node: fx.Node) -> fx.Node | None:
         return None
     source = node.args[0 if node.target is _ATEN.slice.Tensor else 1]
     assert isinstance(source, fx.Node)
-    given, result = source.meta["val"], node.meta["val"]
-    sizes, wanted = ([expression_of(size) for size in value.shape] for value in (given, result))
-    return source if sizes == wanted and given.dtype == result.dtype else None  # then it begins with the first row
+    is_whole = graphs.sizes_of(source) == graphs.sizes_of(node)  # then it begins with the first row
+    return source if is_whole and source.meta["val"].dtype == node.meta["val"].dtype else None
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,9 @@ def _is_sum(node: fx.Node) -> bool:
     """Tells whether a node adds two tensors of its own shape and dtype."""
     if node.target is not _ATEN.add.Tensor or node.kwargs:
         return False
-    value = node.meta["val"]
-    terms = [a.meta.get("val") for a in node.args if isinstance(a, fx.Node)]
-    alike = [isinstance(t, Tensor) and t.shape == value.shape and t.dtype == value.dtype for t in terms]
-    return len(terms) == 2 and all(alike)
+    terms = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+    sizes, dtype = graphs.sizes_of(node), node.meta["val"].dtype
+    return len(terms) == 2 and all(graphs.sizes_of(t) == sizes and t.meta["val"].dtype == dtype for t in terms)
 
 
 def _use_parts_of_sums(make: _Maker, root: fx.Node) -> fx.Node | None:
@@ -233,7 +231,7 @@ def _sum_parts_into_rows(make: _Maker, node: fx.Node) -> fx.Node | None:
         is_by_rows = len(rows) == 1 and rows[0].meta["val"].ndim == 1
     elif node.target is _ATEN.scatter_add.default and arguments[1] == 0:
         zeros, _, rows, values = arguments
-        is_by_rows = rows.target is _ATEN.expand.default and rows.args[0].meta["val"].shape[1:] == (1,)
+        is_by_rows = rows.target is _ATEN.expand.default and graphs.sizes_of(rows.args[0])[1:] == ["1"]
     else:
         return None
     parts = _parts_of(values, 1) if is_by_rows and _is_zeros(zeros) and node.meta["val"].ndim == 2 else None

@@ -130,9 +130,9 @@ class _Summands:
         return [node]
 
     def _of_sum(self, node: fx.Node) -> list[fx.Node]:
-        shape = node.meta["val"].shape
+        sizes = graphs.sizes_of(node)
         terms = [a for a in node.args if isinstance(a, fx.Node)]
-        is_plain = len(terms) == 2 and not node.kwargs and all(t.meta["val"].shape == shape for t in terms)
+        is_plain = len(terms) == 2 and not node.kwargs and all(graphs.sizes_of(t) == sizes for t in terms)
         if not is_plain or self._levels[terms[0]] is self._levels[terms[1]] is self._levels[node]:
             return [node]
         return [part for term in terms for part in self.of(term)]

@@ -31,7 +31,9 @@ def joined(function: Function, *shapes: tuple[int | None, ...], rows: int = 5, e
         tensors = [torch.empty([size if n is None else n for n in shape], dtype=torch.float64) for shape in shapes]
     traced = internals.traced_graph(function, [size, index, *tensors])
     traced.graph.eliminate_dead_code()
+    guards = internals.size_guards(mode)
     found = join_slices(Joint(traced.graph, traced, [], [], mode, StageSizes({}, {})))
+    assert internals.size_guards(mode) == guards, "fewer sizes are right for the graph than before"
     return fx.GraphModule(traced, found.graph)
 
 
@@ -55,10 +57,10 @@ def written(x: Tensor, part: Tensor, start: int, end: int) -> Tensor:
 
 
 def test_slices_side_by_side() -> None:
-    def function(_: Any, __: Tensor, x: Tensor) -> list[Tensor]:
-        return [written(x, x[:, :4].sin(), 0, 4) + (x + written(x, x[:, 4:].cos(), 4, 9))]
+    def function(_: Any, __: Tensor, x: Tensor, bias: Tensor) -> list[Tensor]:
+        return [written(x, x[:, :4].sin(), 0, 4) + (x + written(x, x[:, 4:].cos(), 4, 9)), x + bias]
 
-    graph = check(function, (None, 9))
+    graph = check(function, (None, 9), (9,))
     assert (count(graph, ATEN.slice_scatter.default), count(graph, ATEN.cat.default)) == (0, 1)
 
 
@@ -163,7 +165,9 @@ def test_phases_of_sliced_features(num_stages: int, defer: bool) -> None:
     traced = Traced(Step(Degrees(2)))
     captured = traced.cut(num_stages)
     joints = joint_graphs(traced, captured)
+    guards = [internals.size_guards(joint.mode) for joint in joints]
     graphs = [phase_graphs(joint, "pointwise", defer) for joint in joints]
+    assert [internals.size_guards(joint.mode) for joint in joints] == guards
     written_before, written_now = (
         sum(len(g.find_nodes(op="call_function", target=ATEN.slice_scatter.default)) for g in found)
         for found in ([j.graph for j in joints], [m.graph for stage in graphs for m in stage.modules.values()])

@@ -83,7 +83,7 @@ def train_recomputing_within_a_limit(*arguments: Any) -> RunRecord:
         record = train_interpreted(*arguments)
     assert kept == ["recompute"]
     pointwise, recompute = (found[0][name].memory[0].total for name in ("pointwise", "recompute"))
-    assert 1e6 < recompute < arguments[2]["memory_limit"] < pointwise < 12e6
+    assert 1e4 < recompute < arguments[2]["memory_limit"] < pointwise < 12e6
     return record
 
 
@@ -198,7 +198,7 @@ class _Compiling:
 
     def __init__(self, sources: Any, folder: Path, *_: Any) -> None:
         assert sources and folder.is_dir(), "there is nothing to compile"
-        self._looks = int(os.environ["RANK"]) % 2
+        self._looks = 1 if os.environ["WORLD_SIZE"] == "1" else int(os.environ["RANK"]) % 2
 
     def has_ended(self) -> bool:
         """Counts the looks."""

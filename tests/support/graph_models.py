@@ -129,7 +129,7 @@ class _DegreeLayer(Layer):
         low, high = senders[:, :2] * weights[:, :2], senders[:, 2:] * weights[:, 2:]
         messages = torch.cat([low * high[:, :2].tanh(), high * weights[:, 2:]], 1)
         sums = h.new_zeros(h.shape).index_add(0, edges[1], messages)
-        return h + torch.cat([sums[:, :2].tanh(), sums[:, 2:] * h[:, 2:]], 1)
+        return h + (torch.cat([sums[:, :2].tanh(), sums[:, 2:] * h[:, 2:]], 1) + self.mix.bias)
 
 
 class Degrees(Potential):
