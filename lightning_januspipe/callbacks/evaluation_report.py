@@ -240,14 +240,15 @@ class _Hardest:
 
 
 def _hardest_table(chosen: list[tuple[Record, Any]]) -> Table:
-    table = Table(title="Hardest structures")
-    for name in ("index", "formula", "config_type", "forces RMSE\n(meV/Å)", "energy error\n(meV/atom)"):
+    table, kinds = Table(title="Hardest structures"), [str(atoms.info.get("config_type", "")) for _, atoms in chosen]
+    told = ["config_type"] if any(kinds) else []
+    for name in ("index", "formula", *told, "forces RMSE\n(meV/Å)", "energy error\n(meV/atom)"):
         table.add_column(name, justify="left" if name in ("formula", "config_type") else "right")
-    for record, atoms in chosen:
+    for (record, atoms), kind in zip(chosen, kinds, strict=True):
         error = 1000 * record.energy_error
         cells = [format_error(1000 * record.force_rmse), ("−" if error < 0 else "") + format_error(abs(error))]
-        kind = str(atoms.info.get("config_type", ""))
-        table.add_row(str(record.index), atoms.get_chemical_formula(empirical=False), kind, *cells)
+        formula = atoms.get_chemical_formula(empirical=False)
+        table.add_row(str(record.index), formula, *([kind] if told else []), *cells)
     return table
 
 

@@ -40,7 +40,6 @@ def main(args: Sequence[str]) -> None:
             export_metatomic(given.checkpoint, given.file, dtype=given.dtype, task=given.task)
             print(f"wrote {given.file}, a model of metatomic")
             return
-        print(f"compiling the potential of {given.checkpoint}, which may take some minutes", flush=True)
         metadata = export_potential(
             given.checkpoint, given.file, device=given.device, dtype=given.dtype, task=given.task
         )

@@ -24,7 +24,7 @@ from lightning_januspipe.callbacks import (
 )
 from lightning_januspipe.checkpoint.integrity import require_checkpoint
 from lightning_januspipe.cli.parsers import RecipeParser
-from lightning_januspipe.cli.run_config import RunConfig
+from lightning_januspipe.cli.run_config import RunConfig, remove_unused, run_folder
 from lightning_januspipe.models import PotentialModule
 from lightning_januspipe.strategy.ending import newest_checkpoint
 from lightning_januspipe.strategy.quiet import NO_LAST, NOT_EMPTY, ignore_warnings
@@ -180,11 +180,11 @@ class PotentialCLI(LightningCLI):
         """Tests the trained weights and prints the table of the errors."""
         weights = self.arguments.test_after_fit
         if weights != "no" and self._has_test_data():
-            has_best = bool(getattr(self.trainer.checkpoint_callback, "best_model_path", ""))
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
             self.trainer.test(
                 self.model,
                 datamodule=self.datamodule,
-                ckpt_path="best" if weights == "best" and has_best else None,
+                ckpt_path=best if weights == "best" else None,
                 verbose=not self.report.errors.known(),  # the table shows what Lightning would print, in better units
             )
         self.report.print(self.trainer)
@@ -216,11 +216,19 @@ class PotentialCLI(LightningCLI):
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the subcommand; if it is stopped, says how to go on, and prints the errors that are known."""
+        """Runs the subcommand.
+
+        If it is stopped, it says how to go on, and prints the errors that are known; a run that fails before its first
+        step leaves no folder behind.
+        """
         began = time.time()
         self._look_at_checkpoint(subcommand)
         try:
             super()._run_subcommand(subcommand)
+        except Exception:
+            if self.trainer.is_global_zero and not self.trainer.global_step:
+                remove_unused(Path(run_folder(self.trainer)), Path(self.trainer.default_root_dir), began)
+            raise
         except SystemExit:  # Ctrl-C and SIGTERM
             if subcommand == "fit" and self.trainer.is_global_zero:
                 path, _ = newest_checkpoint(self.trainer, began)

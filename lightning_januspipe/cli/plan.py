@@ -352,6 +352,7 @@ def _describe(recipe: Recipe, measured: Sequence[Measured], structures: int, ato
         + f"; medians of {min(one.repeats for one in measured)} runs.",
         soft_wrap=True,
     )
+    console.print("Stages are cut by these times. `fit` measures anew when it starts, and may cut elsewhere.")
     spread = max(one.spread for one in measured)
     if spread > _LARGE_SPREAD:
         console.print(

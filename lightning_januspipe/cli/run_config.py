@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -15,6 +18,10 @@ else:
         from lightning.pytorch.cli import SaveConfigCallback
     except ModuleNotFoundError:
         from pytorch_lightning.cli import SaveConfigCallback
+
+
+_OF_EVERY_RUN = re.compile(r"config(-\d+)?\.yaml|hparams\.yaml|events\.out\.tfevents\..*")
+"""The files that exist before a run has done anything."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -56,6 +63,22 @@ def run_folder(trainer: Any) -> str:
     name = version if isinstance(version, str) else f"version_{version}"
     folder = os.path.join(loggers[0].save_dir or trainer.default_root_dir, str(loggers[0].name), name)
     return os.path.join(folder, "checkpoints")
+
+
+def remove_unused(folder: Path, root: Path, began: float) -> None:
+    """Removes the folder of a run if the run has written nothing into it but what every run begins with.
+
+    Args:
+        folder: The folder, which may be missing.
+        root: The folder of all runs. One between the two is removed as well where nothing else is in it.
+        began: When the run began, in seconds since the epoch; a folder with older files stays.
+    """
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    if not folder.is_dir() or not all(_OF_EVERY_RUN.fullmatch(p.name) and p.stat().st_mtime >= began for p in files):
+        return
+    shutil.rmtree(folder)
+    if folder.parent.resolve() != root.resolve() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def free_path(folder: str, name: str) -> str:

@@ -127,7 +127,10 @@ class ASEDataModule(StructureDataModule):
             raise ValueError(f"replay_ratio={replay_ratio!r}; expected a positive number, or replay_file=None")
         for name, file, size in (("val", val_file, val_size), ("test", test_file, test_size)):
             if file is not None and size is not None:
-                raise ValueError(f"{name}_file={file!r} and {name}_size={size} are both given; expected one of them")
+                raise ValueError(
+                    f"{name}_file={file!r} and {name}_size={size} are both given; expected one of them: give None for "
+                    f"the other, on the command line --data.{name}_size null or --data.{name}_file null"
+                )
         sizes = {"train": train_size, "val": val_size, "test": test_size}
         self._sizes = {name: as_count(f"{name}_size", size) for name, size in sizes.items()}
         for name, size in self._sizes.items():

@@ -66,6 +66,11 @@ def check_size(name: str, size: int | float | None) -> None:
     """
     is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 0
     is_fraction = isinstance(size, float) and 0 <= size < 1
+    if name == "train_size" and isinstance(size, float) and size == 1:
+        raise ValueError(
+            f"{name}=1.0 may be one structure or all of them: leave it out (null in a recipe) for all that the other "
+            "splits leave; a command line reads 1 as 1.0, so that one structure is for Python only"
+        )
     if size is not None and not is_count and not is_fraction:
         raise ValueError(f"{name}={size!r}; expected a number of structures (int) or a fraction below 1 (float)")
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 import lightning_januspipe
@@ -66,21 +68,26 @@ def export_potential(
     Raises:
         FileNotFoundError: There is no checkpoint.
         ValueError: The path does not end in ``.pt2``, is a folder or the checkpoint, or cannot be written, the
-            potential takes other batches, ``task`` is none of its tasks, or the compiled file gives other results than
-            the potential.
+            potential takes other batches, ``task`` is none of its tasks, the compiled file gives other results than
+            the potential, or ``device`` is a GPU that is not there.
     """
     path = file_to_write(path, ".pt2", "torch loads files whose", model)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}, but torch finds no GPU; expected 'cpu', or a machine with a GPU")
     potential, species, cutoff = potential_of(model, task)
     potential = potential.to(device)
+    began = time.perf_counter()
+    rank_zero_info(f"tracing {type(potential).__name__} with its derivatives")
     floats = converted(potential, dtype)
     adapter = StructureAdapter(species, cutoff)
-    graph = _Positional(trace_evaluation(potential, floats, torch.device(device))[0])
+    graph = _Positional(trace_evaluation(potential, floats, device)[0])
     example = example_arguments(adapter, [3, 2, 4], floats, device)
     metadata = {
         "species": json.dumps(species),
         "cutoff": str(cutoff),
         "dtype": str(floats).removeprefix("torch."),
-        "device": torch.device(device).type,
+        "device": device.type,
         "inputs": json.dumps({name: list(shape) for name, (shape, _) in INPUTS.items()}),
         "integers": json.dumps([name for name, (_, kind) in INPUTS.items() if kind == "int64"]),
         "outputs": json.dumps(OUTPUTS),
@@ -93,9 +100,11 @@ def export_potential(
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / path.name
         settings = {"aot_inductor.metadata": metadata}
-        checks = code_of_checks(len(species), floats, torch.device(device).type)
+        checks = code_of_checks(len(species), floats, device.type)
+        rank_zero_info(f"traced in {time.perf_counter() - began:.0f} s; compiling it, which may take some minutes")
         with checking_inputs(checks), reading_after_writing():
             torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=settings)
+        rank_zero_info(f"compiled after {time.perf_counter() - began:.0f} s; comparing the file with the potential")
         for sizes in ([1], [2, 1, 3, 1]):
             _require_same(part, potential, example_arguments(adapter, sizes, floats, device), floats)
         with atomic.replacing(path) as target:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -91,35 +90,40 @@ def _read_map(loader: Any, num_microbatches: int, limited: bool) -> tuple[Any, A
     keys = [i * num // few for i in range(few)]
     try:
         (found,) = _reader(loader, collate, batch_sampler=[keys])
-    except Exception as error:  # its keys may differ from 0, 1, 2, …; the sampler knows them
+    except Exception:  # its keys may differ from 0, 1, 2, …; the sampler knows them
+        batches = [list(batch) for batch in _keys(loader, loader.batch_sampler, _NUM_SAMPLES) if batch]
+        keys = list(chain.from_iterable(batches))[:_NUM_SAMPLES]
+        if not keys:
+            raise
         try:
-            keys = list(chain.from_iterable(_keys(loader, loader.batch_sampler, _NUM_SAMPLES)))[:_NUM_SAMPLES]
             (found,) = _reader(loader, collate, batch_sampler=[keys])
         except Exception:
-            found = _of_own_batches(loader, collate.collate, num_microbatches)
-            if found is None:
-                raise error from None
+            return _of_own_batches(loader, collate.collate, batches, num_microbatches)
     return found or first_and_last(list(_reader(loader, collate.collate, batch_sampler=[keys[-2:], keys[:1]])))
 
 
-def _of_own_batches(loader: Any, collate: Callable[[Any], Any], num_microbatches: int) -> tuple[Any, Any] | None:
+def _of_own_batches(
+    loader: Any, collate: Callable[[Any], Any], batches: Sequence[list[Any]], num_microbatches: int
+) -> tuple[Any, Any]:
     """Returns examples of samples that the loader's own sampler puts together: others may not fit into one batch.
 
+    Args:
+        loader: The loader.
+        collate: Makes a batch of samples.
+        batches: The keys of the first batches.
+        num_microbatches: Number of micro-batches of a batch.
+
     Returns:
-        Two or three samples of the costliest of the first batches, and as many as a micro-batch has of the cheapest;
-        None where that fails too.
+        Two or three samples of the costliest of the batches, and as many as a micro-batch has of the cheapest.
     """
-    with suppress(Exception):
-        keys = [list(batch) for batch in _keys(loader, loader.batch_sampler, _NUM_SAMPLES) if batch]
-        num_other = max(1, round(sum(map(len, keys)) / len(keys) / num_microbatches))
-        num_traced = 3 if num_other == 2 else 2
-        few = [batch[: max(num_traced, num_other)] for batch in keys]
-        batches = sorted(_reader(loader, list, batch_sampler=few), key=lambda samples: sample_cost(samples[0]))
-        largest, smallest = batches[-1], batches[0]
-        traced = [largest[i % len(largest)] for i in range(num_traced)]
-        other = [smallest[i % len(smallest)] for i in range(num_other)]
-        return collate(traced), collate(other)
-    return None
+    num_other = max(1, round(sum(map(len, batches)) / len(batches) / num_microbatches))
+    num_traced = 3 if num_other == 2 else 2
+    few = [batch[: max(num_traced, num_other)] for batch in batches]
+    found = sorted(_reader(loader, list, batch_sampler=few), key=lambda samples: sample_cost(samples[0]))
+    largest, smallest = found[-1], found[0]
+    traced = [largest[i % len(largest)] for i in range(num_traced)]
+    other = [smallest[i % len(smallest)] for i in range(num_other)]
+    return collate(traced), collate(other)
 
 
 def _read_iterable(loader: Any, num_microbatches: int) -> tuple[Any, Any]:
@@ -156,7 +160,35 @@ def _collate_of(loader: Any) -> Callable[[list[Any]], Any]:
 
 
 def _keys(loader: Any, sampler: Any, num: int) -> list[Any]:
-    """Returns the first keys of a copy of a sampler, which may have a state; its dataset is not copied."""
-    with suppress(Exception):
-        sampler = copy.deepcopy(sampler, {id(loader.dataset): loader.dataset})
-    return list(islice(iter(sampler), num))
+    """Returns the first keys of a copy of a sampler, whose own state stays as it is.
+
+    Raises:
+        ValueError: The sampler holds an iterator, from which a copy would take keys away.
+    """
+    dataset = loader.dataset
+    with kept_random_state(sampler):  # what cannot be copied is shared with the copy
+        return list(islice(iter(_copied(sampler, {id(dataset): dataset})), num))
+
+
+def _copied(item: Any, copies: dict[int, Any]) -> Any:
+    """Returns a copy of an object; what in its attributes cannot be copied, such as a lock, is the same in both.
+
+    Args:
+        item: The object.
+        copies: Copies by the identity of what they are of, as :func:`copy.deepcopy` keeps them.
+    """
+    if id(item) in copies:
+        return copies[id(item)]
+    try:
+        return copy.deepcopy(item, dict(copies))
+    except Exception as error:  # whatever the parts of a sampler raise
+        if isinstance(item, Iterator):
+            raise ValueError(
+                f"the loader's sampler reads a {type(item).__name__}, which can be read only once and not be copied, "
+                "so that examples for capture would be taken away from training. Let its __iter__ start a new pass."
+            ) from error
+        if not hasattr(item, "__dict__"):
+            return item
+        twin = copies[id(item)] = copy.copy(item)
+        vars(twin).update({name: _copied(value, copies) for name, value in vars(item).items()})
+        return twin

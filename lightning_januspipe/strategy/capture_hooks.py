@@ -145,6 +145,7 @@ class CaptureHooks(InitialValueHooks):
         if trains and self.options.compile is True:
             told = "phases that are not in the cache are compiled before the first step, which may take minutes"
             self.lib.rank_zero.rank_zero_info(f"januspipe: {told}")
+        self.lib.rank_zero.rank_zero_info("januspipe: capturing the potential, and measuring where to cut it")
         pipeline, news = self._builder.pipeline(request, self._mesh, self.global_rank, self.broadcast)
         self._chosen_level = self._builder.level
         if self._shutdown is not None:  # replicas may have unequal numbers of batches

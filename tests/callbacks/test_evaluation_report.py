@@ -68,6 +68,17 @@ def test_test(tmp_path, float64, capsys) -> None:
     assert "Errors: by config_type" in text and "Hardest structures" in text and "strained" in text
 
 
+def test_structures_without_a_config_type(tmp_path, float64, capsys) -> None:
+    """No table has a column without entries."""
+    ase.io.write(tmp_path / "test.extxyz", emt_structures(2, sizes=(4,)))
+    path, species = str(tmp_path / "test.extxyz"), ["Cu", "Ni", "Al"]
+    data = ASEDataModule(path, test_file=path, species=species, batch_size=2)
+    trainer = quiet_trainer(logger=False, callbacks=[EvaluationReport(str(tmp_path / "report"), suffix="svg")])
+    trainer.test(tiny.module(1), data, verbose=False)
+    text = capsys.readouterr().out
+    assert "Hardest structures" in text and "config_type" not in text
+
+
 def test_fit_draws_learning_curves(tmp_path, float64) -> None:
     data = EMTDataModule(4, 2, 0, sizes=(4,), dtype="float64")
     report = EvaluationReport(str(tmp_path / "report"), suffix="svg")

@@ -70,6 +70,13 @@ class TestFit:
         assert Path("config.yaml").read_text() == "mine" and not Path("config-2.yaml").exists()
         assert "max_epochs" in Path("saved/config.yaml").read_text()
 
+    def test_a_run_that_is_refused_leaves_no_folder(self) -> None:
+        """The logger has made one by then, with the configuration."""
+        args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET, "--trainer.callbacks=EarlyStopping"]
+        with pytest.raises(ValueError, match="val_nothing"):
+            main(["fit", "--config", QUICKSTART, *args, "--trainer.callbacks.monitor=val_nothing"])
+        assert not list(Path().iterdir())
+
     def test_quickstart_in_one_process(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = [*ONE_PROCESS, *SMALL, *SMALL_EMT, *QUIET]
         cli = PotentialCLI(["fit", "--config", QUICKSTART, *args, "--trainer.max_epochs=3", "--data.cutoff=3.5"])

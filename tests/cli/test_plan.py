@@ -377,6 +377,7 @@ class TestRecipe:
         # Batches of 8 in 4 micro-batches: two structures of four atoms.
         assert (content["structures_per_microbatch"], content["atoms_per_microbatch"]) == (2, 8)
         assert "2 structures with 8 atoms" in text
+        assert "`fit` measures anew when it starts, and may cut elsewhere" in text
         # Parameters, two values of Adam for each, the gradients, and their sums over the accumulated batches.
         assert f"State of the largest rank: {format_bytes(content['state'] / 5)} of parameters" in text
 

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from capture_models import assert_parity
 from factories import factory
+from torch import Tensor, nn
 
 from lightning_januspipe.calculator import FairchemAtomsAdapter, JanusPipeCalculator
+from lightning_januspipe.capture import capture_module
 from lightning_januspipe.testing import RankPool
 
 from .calculator_checks import boxed, check_calculator, check_checkpoint, check_single_precision, crystal, results_of
@@ -111,9 +114,40 @@ def predict_unit(folder: Path) -> Any:
     return MLIPPredictUnit(str(folder / "small.pt"), inference_settings=settings)
 
 
+class TasksStep(nn.Module):
+    """Stands for a LightningModule that trains a UMA on structures of two tasks."""
+
+    def __init__(self, potential: nn.Module) -> None:
+        super().__init__()
+        self.potential = potential
+
+    def training_step(self, batch: Any) -> Tensor:
+        out = self.potential(batch.clone())
+        losses = [
+            out[f"{name}_{kind}"][kind].square().mean() for name in ("omat", "omol") for kind in ("energy", "forces")
+        ]
+        return losses[0] + 10 * losses[1] + 2 * losses[2] + 30 * losses[3]
+
+
+def test_tasks_in_training(tmp_path: Path) -> None:
+    """Each structure has the outputs of its own task; indices of tasks do not follow the order of the batches."""
+    program: Any = import_module("fairchem_models")
+
+    def batch(*names: str) -> Any:
+        structures = [program.unlabelled(crystal() * (1 + i % 2, 1, 1), edges=False) for i in range(len(names))]
+        for data, name in zip(structures, names, strict=True):
+            data.dataset = [name]
+        return program.atomicdata_list_to_batch(structures)
+
+    module = TasksStep(predict_unit(tmp_path).model.module.double().train().requires_grad_(True))
+    traced, other = batch("omol", "omat"), batch("omat", "omol", "omol")
+    captured = capture_module(module, module.training_step, traced, other, [(0, 1)], None).potential
+    assert_parity(captured, module, batch("omol", "omol", "omat", "omol"))
+
+
 @pytest.mark.parametrize("task", ["omat", "omol"])
 def test_calculator_of_the_package(task: str, tmp_path: Path) -> None:
-    """The calculator of fairchem, which makes a UMA of several tasks from a file."""
+    """The calculator of fairchem, which makes a UMA of several tasks from a file; one of them is compiled too."""
     from fairchem.core import FAIRChemCalculator
 
     unit = predict_unit(tmp_path)
@@ -121,7 +155,8 @@ def test_calculator_of_the_package(task: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task=None; the model has the tasks \['omat', 'omol'\]"):
         JanusPipeCalculator(model)
     own(crystal())  # which puts the model into double precision
-    check_calculator(model, own, unknown="Fm", adapter=FairchemAtomsAdapter(model, task))
+    adapter, compiles = FairchemAtomsAdapter(model, task), task == "omol"
+    check_calculator(model, own, unknown="Fm", adapter=adapter, compiles=compiles, most_misfits=3)
 
 
 def test_charge_and_spin(tmp_path: Path) -> None:

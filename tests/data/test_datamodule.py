@@ -162,9 +162,9 @@ def test_split_errors(sizes, message):
 
 def test_option_errors(files):
     for options, message in (
-        ({"val_file": "a.xyz", "val_size": 3}, "val_file='a.xyz' and val_size=3 are both given"),
+        ({"val_file": "a.xyz", "val_size": 3}, "val_file='a.xyz' and val_size=3 are both given.* --data.val_size null"),
         ({"test_size": 1.5}, "test_size=1.5"),
-        ({"train_size": 1.0}, "train_size=1.0"),
+        ({"train_size": 1.0}, "train_size=1.0 may be one structure or all of them"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"species": ["Qq"]}, "Qq"),

@@ -194,6 +194,9 @@ def test_what_cannot_be_written_is_told_before_anything_is_compiled(
     ):
         with pytest.raises(ValueError, match=reason):
             export_potential(checkpoint, path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device='cuda:0', but torch finds no GPU"):
+        export_potential(checkpoint, tmp_path / "model.pt2", device="cuda:0")
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(ValueError, match=r"new.model\.pt2 cannot be made: .* cannot be written to"):
         export_potential(checkpoint, tmp_path / "new" / "model.pt2")

@@ -206,9 +206,10 @@ def test_no_full_batch() -> None:
 
 @pytest.mark.parametrize(("wanted", "batch_size", "found"), [(99, 8, 8), (4, 8, 4), (3, 1, 1)])
 def test_fewer_structures_than_micro_batches(pool: RankPool, wanted: int, batch_size: int, found: int) -> None:
-    """One rank warns, and the line at the start tells the true number."""
-    (line, warned), (_, of_other) = pool.run(logging_workers.start_of_a_fit, wanted, batch_size, world_size=2)
+    """One rank warns, and the line after the capture tells the true number; one before it says what takes time."""
+    ((first, line), warned), (_, of_other) = pool.run(logging_workers.start_of_a_fit, wanted, batch_size, world_size=2)
     number = "one micro-batch" if found == 1 else f"{found} micro-batches"
+    assert first == "januspipe: capturing the potential, and measuring where to cut it"
     assert re.search(rf"^januspipe: potential 'potential' in \d stages .*; wavek-zb, {number}$", line), line
     assert not of_other
     expected = {

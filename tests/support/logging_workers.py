@@ -258,8 +258,8 @@ def fit_unreduced(strategy: dict[str, Any]) -> tuple[dict[str, float], list[str]
     return {name: float(value) for name, value in trainer.callback_metrics.items()}, texts
 
 
-def start_of_a_fit(num_microbatches: int, batch_size: int) -> tuple[str, list[str]]:
-    """Trains one step in a pipeline; returns the line at its start, and the warnings about micro-batches."""
+def start_of_a_fit(num_microbatches: int, batch_size: int) -> tuple[list[str], list[str]]:
+    """Trains one step in a pipeline; returns the lines at its start, and the warnings about micro-batches."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
     torch.set_default_dtype(torch.float64)
@@ -280,7 +280,7 @@ def start_of_a_fit(num_microbatches: int, batch_size: int) -> tuple[str, list[st
     logger.removeFilter(keep)
     logger.setLevel(level)
     found = [str(w.message) for w in caught if str(w.message).startswith("num_microbatches=")]
-    return next((line for line in lines if line.startswith("januspipe: ")), ""), found
+    return [line for line in lines if line.startswith("januspipe: ")], found
 
 
 def finish_wandb() -> None:
