@@ -19,6 +19,7 @@ from lightning_januspipe.bench.expert_steps import expert_placements
 from lightning_januspipe.bench.experts import expert_loads
 from lightning_januspipe.bench.graph import graph
 from lightning_januspipe.bench.janus import predicted_steps
+from lightning_januspipe.bench.janus_check import checked_prediction
 from lightning_januspipe.bench.largest import largest
 from lightning_januspipe.bench.molecular_dynamics import molecular_dynamics
 from lightning_januspipe.bench.parameter_uses import parameter_uses
@@ -47,6 +48,7 @@ BENCHMARKS: Mapping[str, Callable[..., str]] = {
     "placements": expert_placements,
     "exchanges": exchange_errors,
     "janus": predicted_steps,
+    "janus-check": checked_prediction,
 }
 """The benchmarks; each returns its tables. If one has a parameter ``work``, its options are the fields of that type."""
 

@@ -9,11 +9,13 @@ products, whose derivatives are made of these two again, so that any order of de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
@@ -145,3 +147,15 @@ _BACKWARDS: list[tuple[Any, Callable[..., Any]]] = [
 ]
 for _operation, _backward in _BACKWARDS:
     _operation.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.januspipe.grouped_linear)
+def _flops_of_linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Tells torch's counter of operations what a product takes, of shapes (R, ..., I) and (K, I, O)."""
+    return 2 * prod(x) * weight[2]
+
+
+@register_flop_formula(torch.ops.januspipe.grouped_outer)
+def _flops_of_outer(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Tells torch's counter of operations what sums of products take, of shapes (R, ..., I) and (R, ..., O)."""
+    return 2 * prod(a) * b[-1]

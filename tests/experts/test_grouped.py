@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_januspipe.experts import grouped, grouped_linear
 
@@ -82,3 +83,17 @@ def test_products_of_torch_are_those_of_the_loop(index: list[int], monkeypatch: 
     assert bool(calls) == (products is not None)
     for ours, others in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, others.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_operations_that_torch_counts_are_those_of_the_loop() -> None:
+    index = [0, 2, 1, 2, 2]
+    x, weights = torch.randn(5, 3, requires_grad=True), torch.randn(3, 3, 4, requires_grad=True)
+
+    def counted(forward: Callable[[], Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            first = torch.autograd.grad(forward().square().sum(), [x, weights], create_graph=True)
+            torch.autograd.grad(sum(g.square().sum() for g in first), [x, weights])
+        return counter.get_total_flops()
+
+    loop = counted(lambda: torch.cat([x[i, None] @ weights[b] for i, b in enumerate(index)]))
+    assert counted(lambda: grouped_linear(x, weights, torch.tensor(index))) == loop > 0
