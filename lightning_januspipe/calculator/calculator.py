@@ -24,7 +24,7 @@ from lightning_januspipe.calculator.graph_ranks import LEAST_ATOMS, GraphRanks
 from lightning_januspipe.calculator.packages import known_potential, potential_of
 from lightning_januspipe.calculator.skin import Edges, SkinNeighborList
 from lightning_januspipe.compiled.compiled_potential import TOLERANCES, CompiledPotential, conditions_of
-from lightning_januspipe.compiled.torch_internals import missing_compiler
+from lightning_januspipe.compiled.torch_internals import device_of, missing_compiler
 from lightning_januspipe.data.structures import resolve_dtype
 from lightning_januspipe.data.tasks import NAMES
 from lightning_januspipe.errors import CaptureError, in_one_line
@@ -112,7 +112,7 @@ class JanusPipeCalculator(Calculator):
             potential, self.adapter = _potential_of(module, task)
         else:
             potential, self.adapter = potential_of(module, adapter), adapter
-        self.device = torch.device(_first_device() if device == "auto" else device)
+        self.device = device_of(_first_device() if device == "auto" else device)
         self.potential = copy.deepcopy(potential)
         self.potential.eval()  # which returns nothing for models of some packages
         self.potential.requires_grad_(False).to(self.device)

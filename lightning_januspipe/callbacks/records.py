@@ -75,7 +75,7 @@ class RecordWriter:
         self._end = 0
 
     def add(self, prediction: Any, batch: Any) -> int:
-        """Writes the structures of a batch, and return the number of their atoms.
+        """Writes the structures of a batch, and returns the number of their atoms.
 
         Args:
             prediction: Mapping with ``energy`` (B,), ``forces`` (N, 3), ``stress`` (B, 3, 3) and ``sample_index``

@@ -391,6 +391,18 @@ def inductor_cache(folder: Path | None) -> Iterator[None]:
         yield
 
 
+def device_of(given: str | torch.device) -> torch.device:
+    """Returns the device that a user names.
+
+    Raises:
+        ValueError: It is a GPU, and there is none.
+    """
+    device = torch.device(given)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}, but torch finds no GPU; expected 'cpu', or a machine with a GPU")
+    return device
+
+
 def missing_compiler(device: str) -> str | None:
     """Returns in words which compiler inductor lacks for a type of device; None where it has one."""
     if device == "cuda":

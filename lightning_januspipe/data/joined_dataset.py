@@ -150,7 +150,7 @@ def find_files(name: str, given: Sequence[str]) -> list[str]:
         given: Paths, which need not be there, and patterns.
 
     Raises:
-        ValueError: No file has a pattern, or a file is there twice.
+        ValueError: No file matches a pattern, or a file is there twice.
     """
     found = [*chain.from_iterable(_matching(name, one) for one in given)]
     if twice := [file for file, num in Counter(map(os.path.realpath, found)).items() if num > 1]:

@@ -28,7 +28,7 @@ from lightning_januspipe import keys
 from lightning_januspipe.calculator import SkinNeighborList, StructureAdapter
 from lightning_januspipe.checkpoint import atomic
 from lightning_januspipe.compiled.compiled_potential import INPUTS, OUTPUTS, TOLERANCES, trace_evaluation
-from lightning_januspipe.compiled.torch_internals import checking_inputs, reading_after_writing
+from lightning_januspipe.compiled.torch_internals import checking_inputs, device_of, reading_after_writing
 from lightning_januspipe.deploy.input_checks import code_of_checks
 from lightning_januspipe.models import load
 
@@ -72,9 +72,7 @@ def export_potential(
             the potential, or ``device`` is a GPU that is not there.
     """
     path = file_to_write(path, ".pt2", "torch loads files whose", model)
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}, but torch finds no GPU; expected 'cpu', or a machine with a GPU")
+    device = device_of(device)
     potential, species, cutoff = potential_of(model, task)
     potential = potential.to(device)
     began = time.perf_counter()

@@ -226,6 +226,9 @@ def test_errors(trained: PotentialModule, tmp_path) -> None:
         JanusPipeCalculator(tmp_path / "missing.ckpt")
     with pytest.raises(ValueError, match="dtype='float16'; expected 'float32', 'float64'"):
         JanusPipeCalculator(trained, dtype="float16")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda', but torch finds no GPU"):
+            JanusPipeCalculator(trained, device="cuda")
     atoms = crystal(2)
     atoms.calc = JanusPipeCalculator(OtherPotential(), adapter=AtomsAdapter(4.0))
     with pytest.raises(NotImplementedError):
