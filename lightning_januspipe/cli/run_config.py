@@ -69,12 +69,14 @@ def remove_unused(folder: Path, root: Path, began: float) -> None:
     """Removes the folder of a run if the run has written nothing into it but what every run begins with.
 
     Args:
-        folder: The folder, which may be missing.
+        folder: The folder, which may be missing; one that is not inside of ``root`` stays.
         root: The folder of all runs. One between the two is removed as well where nothing else is in it.
         began: When the run began, in seconds since the epoch; a folder with older files stays.
     """
+    if not folder.is_dir() or root.resolve() not in folder.resolve().parents:
+        return
     files = [path for path in folder.rglob("*") if not path.is_dir()]
-    if not folder.is_dir() or not all(_OF_EVERY_RUN.fullmatch(p.name) and p.stat().st_mtime >= began for p in files):
+    if not all(_OF_EVERY_RUN.fullmatch(p.name) and p.stat().st_mtime >= began for p in files):
         return
     shutil.rmtree(folder)
     if folder.parent.resolve() != root.resolve() and not any(folder.parent.iterdir()):

@@ -61,3 +61,6 @@ def test_folder_of_a_run_that_did_nothing_is_removed(tmp_path: Path) -> None:
     beside.mkdir()
     remove_unused(folder, tmp_path, 0.0)
     assert list(logs.iterdir()) == [beside]
+    for root in (beside, logs / "elsewhere"):
+        remove_unused(beside, root, 0.0)
+        assert beside.exists()
