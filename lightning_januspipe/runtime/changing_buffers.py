@@ -31,7 +31,7 @@ class ChangingBuffers:
                 found = {name for name, buffer in module._buffers.items() if buffer is not None}
                 self._names |= {(module, name): f"{path}.{name}".lstrip(".") for name in found}
         self._changing: list[_Place] | None = None
-        self._changed: dict[_Place, Tensor] = {}
+        self._changed: dict[_Place, Tensor | None] = {}
 
     @contextmanager
     def in_loss(self) -> Iterator[None]:
@@ -44,9 +44,9 @@ class ChangingBuffers:
         for module, name in places:
             if (module, name) not in self._changed:
                 buffer = module._buffers[name]
-                assert buffer is not None
-                copies.setdefault(buffer, buffer.detach().clone())
-                self._changed[module, name] = copies[buffer]
+                if buffer is not None and buffer not in copies:
+                    copies[buffer] = buffer.detach().clone()
+                self._changed[module, name] = None if buffer is None else copies[buffer]
         self._exchange()
         try:
             yield
@@ -71,10 +71,10 @@ class ChangingBuffers:
         self._changing = list(changed) if self._changing is None else self._changing
         for (module, name), after in changed.items():
             before = module._buffers[name]
-            if before is not None and before.shape == after.shape and before.dtype == after.dtype:
-                before.copy_(after)
-            else:
+            if before is None or after is None or (before.shape, before.dtype) != (after.shape, after.dtype):
                 module._buffers[name] = after
+            else:
+                before.copy_(after.detach())
         self._changed.clear()
 
     def clear(self) -> None:
@@ -85,9 +85,7 @@ class ChangingBuffers:
         """Exchanges the buffers that phases read for those that losses read, or these for those."""
         for place, other in self._changed.items():
             module, name = place
-            now = module._buffers[name]
-            assert now is not None, f"the step has removed the buffer {self._names[place]}"
-            self._changed[place], module._buffers[name] = now, other
+            self._changed[place], module._buffers[name] = module._buffers[name], other
 
     def _warn_of(self, late: list[_Place]) -> None:
         assert self._changing is not None
@@ -107,6 +105,8 @@ def _version(place: _Place) -> tuple[int, int]:
     return id(buffer), 0 if buffer is None else buffer._version
 
 
-def _differs(place: _Place, other: Tensor) -> bool:
+def _differs(place: _Place, other: Tensor | None) -> bool:
     buffer = place[0]._buffers[place[1]]
-    return buffer is None or buffer.shape != other.shape or not torch.allclose(buffer, other, 0, 0, equal_nan=True)
+    if buffer is None or other is None:
+        return buffer is not other
+    return buffer.shape != other.shape or not torch.allclose(buffer, other, 0, 0, equal_nan=True)

@@ -40,7 +40,7 @@ class Means(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("first", "replaced", "constant", "late"):
+        for name in ("first", "replaced", "removed", "constant", "late"):
             self.register_buffer(name, torch.tensor([1.0, float("nan")]))
         self.inner = nn.BatchNorm1d(1, affine=False)
         self.register_buffer("same", self.first)
@@ -49,6 +49,7 @@ class Means(nn.Module):
         """Changes the buffers as a loss does, by operations that count as changes and by one that does not."""
         self.first += 1
         self.replaced = torch.cat([self.replaced, self.first])
+        self.removed = None
         self.inner(torch.tensor([[1.0], [3.0]]))
 
 
