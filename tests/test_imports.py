@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
 FREE = {"bench", "cli", "testing"}
 """The ends of the graph: they may import anything, and only ends may import them."""
 
-CAPTURE = ("trees", "patches", "adapters", "find", "trace", "cache", "cut", "stages", "validate")
+CAPTURE = ("trees", "patches", "side_effects", "adapters", "find", "trace", "cache", "cut", "stages", "validate")
 """The steps of capture in their order: a folder may import those before it. Files beside them join the steps."""
 
 LIGHTNING_ALLOWED = {"bench", "callbacks", "cli", "data", "models.lightning_module", "plan", "strategy", "testing"}

@@ -87,6 +87,7 @@ class Faulty(PotentialConformance):
     strategies = {
         "two-stages": {"pipeline_size": 2, "num_microbatches": 3},
         "two-replicas": {"data_size": 2, "num_microbatches": 2},
+        "compiled": {"num_microbatches": 1, "compile": True, "stages": "explicit"},
     }
     steps = 1
 
@@ -114,6 +115,11 @@ class Faulty(PotentialConformance):
             faulty_clients.Branching,
             "two-stages",
             r"on molecules: .*: rank 0: CaptureError: .*\(.*faulty_clients.py",
+        ),
+        (
+            plain_modules.Explicit,  # its first part cannot be traced
+            "compiled",
+            "not all stages could be compiled: stage 0 runs eagerly: CaptureError: the forward reads a list of values",
         ),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import combinations, pairwise
 from typing import TypeVar
 
@@ -85,6 +85,32 @@ def balance_stages(
         if _slowest(seconds, placement) < _slowest(best_seconds, placement):
             best, best_seconds = current, seconds
     return best, best_seconds
+
+
+def measure_for_compiling(
+    captured: CapturedPotential, potential: nn.Module, call: PotentialCall, phase_mode: PhaseMode
+) -> tuple[CapturedPotential, list[PhaseCosts]]:
+    """Validates stages that were cut for the estimated work of compiled phases, and measures their eager phases.
+
+    Args:
+        captured: the potential in stages.
+        potential: the live potential.
+        call: the call on which it is validated and measured.
+        phase_mode: how the phases will be run.
+
+    Returns:
+        The potential as it is, and for each stage its share of the measured time, in proportion to its work.
+    """
+    folded = replace(phase_mode, split_stages=False)
+    measured = validate_stages(captured, potential, call, folded, num_runs=2, one_group=True)
+    whole, work = sum(costs.total for costs in measured), captured.cut.costs
+    factors = [whole * w / sum(work) / costs.total for w, costs in zip(work, measured, strict=True)]
+    return captured, [_times(costs, factor) for costs, factor in zip(measured, factors, strict=True)]
+
+
+def _times(costs: PhaseCosts, factor: float) -> PhaseCosts:
+    """Returns costs with each phase's time multiplied by a factor."""
+    return PhaseCosts(*(factor * getattr(costs, phase.name) for phase in fields(costs)))
 
 
 def _key(cut: Cut) -> tuple[int, ...]:

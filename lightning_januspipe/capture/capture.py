@@ -16,9 +16,10 @@ from lightning_januspipe.capture.activations import (
     run_of_call,
 )
 from lightning_januspipe.capture.adapters import adapted, adapters_of, capturing
-from lightning_januspipe.capture.balance import StepTime, balance_parts, balance_stages, fastest
+from lightning_januspipe.capture.balance import StepTime, balance_parts, balance_stages, fastest, measure_for_compiling
 from lightning_januspipe.capture.cache.key import ProgramKey, program_key
 from lightning_januspipe.capture.cache.store import ProgramCache
+from lightning_januspipe.capture.cut.compiled_work import with_compiled_work
 from lightning_januspipe.capture.cut.cut import Cut, find_cut, find_regions
 from lightning_januspipe.capture.cut.profile import measure
 from lightning_januspipe.capture.find.call_format import CallFormat
@@ -27,6 +28,7 @@ from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFuncti
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.passes import apply_passes
 from lightning_januspipe.capture.report import summary
+from lightning_januspipe.capture.side_effects import unchanged
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitStages
 from lightning_januspipe.capture.stages.explicit_shapes import explicit_potential
@@ -40,7 +42,6 @@ from lightning_januspipe.capture.validate.against_eager import (
     validate_evaluation,
     validate_stages,
 )
-from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError, quoted
 from lightning_januspipe.random_state import seeded
 from lightning_januspipe.schedule import MemoryCosts, PhaseCosts
@@ -114,6 +115,7 @@ def capture_module(
     cache: ProgramCache | None = None,
     activations: ActivationFactories | None = None,
     graph_size: int = 1,
+    compiles: bool = False,
 ) -> Capture:
     """Finds the potential of a module, cuts it into stages, and validates them.
 
@@ -133,6 +135,7 @@ def capture_module(
         cache: a cache of traced potentials; None to trace always.
         activations: activations to measure too.
         graph_size: number of graph ranks that will share the atoms of each micro-batch.
+        compiles: whether phases will be compiled: a trace is then cut by estimates of the work that these do.
 
     Raises:
         CaptureError: the potential cannot be found, traced, cut or validated; the message says what to change.
@@ -150,6 +153,7 @@ def capture_module(
             step_time,
             cache,
             graph_size,
+            compiles,
         )
         captured, seconds, origin, alternative = _stages(job, stages)
         if phase_mode.split_stages or phase_mode.gradient_bytes is not None:
@@ -187,7 +191,7 @@ class _CaptureJob:
         potential: the live potential.
         call: the call that is traced.
         other: the call on which the stages are validated and measured.
-        placements, phase_mode, step_time, cache, graph_size: see :func:`capture_module`.
+        placements, phase_mode, step_time, cache, graph_size, compiles: see :func:`capture_module`.
     """
 
     potential: nn.Module
@@ -198,6 +202,7 @@ class _CaptureJob:
     step_time: StepTime | None
     cache: ProgramCache | None
     graph_size: int
+    compiles: bool
 
 
 def _stages(job: _CaptureJob, stages: StageOrigin) -> tuple[StagedPotential, list[PhaseCosts], str, str]:
@@ -272,13 +277,20 @@ def _cut(
         call.step_parameters,
         graph_size=job.graph_size,
     )
-    profile = measure(program, regions, job.potential, captured.inputs(job.potential)(job.other.args, job.other.kwargs))
+    tensors = captured.inputs(job.potential)(job.other.args, job.other.kwargs)
+    profile = measure(program, regions, job.potential, tensors)
+    if job.compiles:
+        profile = with_compiled_work(program, profile, tensors[0].device.type)
     measured: list[tuple[CapturedPotential, list[PhaseCosts]]] = []
     for placement in job.placements:
         ranks = placement if len(placement) > len(set(placement)) else None
         try:
             candidate = replace(captured, cut=find_cut(program, regions, profile, len(placement), ranks))
-            measured.append(balance_stages(candidate, profile, job.potential, job.other, job.phase_mode, placement))
+            given = job.potential, job.other, job.phase_mode
+            if job.compiles:
+                measured.append(measure_for_compiling(candidate, *given))
+            else:
+                measured.append(balance_stages(candidate, profile, *given, placement))
         except CaptureError:
             if not measured:
                 raise

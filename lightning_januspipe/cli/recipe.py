@@ -282,6 +282,7 @@ class Recipe:
                 or_fewer=or_fewer,
                 activations=partial(activation_factories, self.asked.compiles, activations, self.device.type),
                 graph_size=self._most_graph_ranks(),
+                compiles=self.asked.compiles,
             )
 
     def _most_graph_ranks(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_januspipe.capture.trace.program import symbols_in
 from lightning_januspipe.compiled.sizes import agree
 from lightning_januspipe.engine.autocast import Autocast
 from lightning_januspipe.engine.specs import ChainSpec, StageFunction, StageOutput, TensorSpec
@@ -51,6 +52,10 @@ class TraceableStage(StageFunction, Protocol):
     def value_specs(self) -> Sequence[TensorSpec | TracedExchangeSpec]:
         """Returns the specs of :meth:`values`, in the size symbols."""
 
+    @property
+    def exchange_specs(self) -> Sequence[TracedExchangeSpec]:
+        """Returns the specs of all exchanges that sizes of its tensors follow from, also of those it does not run."""
+
     def sizes(self, tensors: Sequence[Any]) -> Sequence[Mapping[str, int]]:
         """Returns the values of all size symbols for one call's tensors: on this rank, then on the other graph ranks.
 
@@ -64,6 +69,11 @@ class TraceableStage(StageFunction, Protocol):
         Args:
             tensors: the potential call's tensors.
         """
+
+
+def is_traceable(function: StageFunction) -> bool:
+    """Tells whether a stage is a :class:`TraceableStage`; its parts may fail to be traced all the same."""
+    return hasattr(type(function), "body")
 
 
 @dataclass(frozen=True)
@@ -134,10 +144,14 @@ def blueprint(
         device: type of the device that the stage runs on.
     """
     specs = function.value_specs
+    shapes = [
+        spec.shape for spec in (*specs, *function.boundary_in, *function.boundary_out) if isinstance(spec, TensorSpec)
+    ]
+    in_shapes = {symbol for shape in shapes for size in shape for symbol in symbols_in(size)}
     added: dict[str, int] = {}
-    for spec in specs:
-        if not isinstance(spec, TensorSpec):
-            added |= spec.example(first)
+    for exchange in function.exchange_specs:
+        sizes = exchange.example(first)
+        added |= {s: size for s, size in sizes.items() if exchange in specs or s in in_shapes}
     leading = {**{s: d == 0 for s, (_, d) in function.symbols.items()}, **dict.fromkeys(added, True)}
     first = {**first, **added}
     groups, constants = agree(first, {**second, **added}, leading, function.rows_of_symbols)

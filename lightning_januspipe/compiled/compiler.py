@@ -12,9 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from lightning_januspipe.capture.stages.stage_body import StageBody
 from lightning_januspipe.compiled import torch_internals
 from lightning_januspipe.compiled.artifacts import ArtifactCache, StageArtifacts, StageSource
-from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint
+from lightning_januspipe.compiled.blueprint import TraceableStage, blueprint, is_traceable
 from lightning_januspipe.compiled.compiled_stage import CompiledStage, PhaseRunners
 from lightning_januspipe.compiled.exchanges import exchange_order, first_difference
 from lightning_januspipe.compiled.joint import Joint, trace_joint
@@ -170,7 +171,7 @@ class StageCompiler:
         """
         index = function.index
         order: Mapping[str, list[str]] = {}
-        reason = "" if hasattr(function, "body") else "it is made of Python code, not of a trace"
+        reason = "" if is_traceable(function) else "it runs parts of the model on graph ranks, which are not traced"
         if not reason:
             try:
                 self.compiled[index], order = self._runners(cast(TraceableStage, function), chain)
@@ -260,7 +261,13 @@ class StageCompiler:
 def traced(source: StageSource) -> Joint:
     """Returns the joint graph of a stage."""
     with torch.inference_mode(False):
-        return trace_joint(source.plan, trains=source.trains)
+        try:
+            return trace_joint(source.plan, trains=source.trains)
+        except ValueError as error:
+            # Graphs get contiguous tensors, of which the forward's views may not be possible.
+            if "Cannot view" not in str(error) or not isinstance(source.plan.body, StageBody):
+                raise
+        return trace_joint(replace(source.plan, body=source.plan.body.with_copies()), trains=source.trains)
 
 
 def require_fit(phases: StagePhases, source: StageSource) -> None:

@@ -9,6 +9,7 @@ does for every micro-batch, in one walk: with ``(h_out, y) = f(h_in, x; θ)``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,22 @@ def trace_joint(stage: StageBlueprint, *, trains: bool = True) -> Joint:
         return [t.detach().contiguous() if m else t.detach() for (_, t), m in zip(found, is_message, strict=True)]
 
     root = traced_graph(joint, [t for members in given.values() for t in members])
-    sizes = sizes.with_guards([*size_guards(mode), *guards_of_ones(root, mode)])
+    sizes = sizes.with_guards([*_conditions(stage, names), *size_guards(mode), *guards_of_ones(root, mode)])
     return Joint(root.graph, root, inputs, outputs, mode, sizes)
+
+
+def _conditions(stage: StageBlueprint, names: Sequence[str]) -> list[str]:
+    """Returns the relations between sizes of the graph for which the operations of its stage are right.
+
+    Args:
+        stage: the stage, in whose size symbols its body has them.
+        names: the names, one for each group of symbols.
+    """
+    name_of = {symbol: str(value) for symbol, value in stage.constants.items()}
+    for name, group in zip(names, stage.groups, strict=True):
+        name_of.update(dict.fromkeys(group, name))
+    conditions = getattr(stage.body, "conditions", ())
+    return [re.sub(r"\b[a-z]\w*", lambda match: name_of.get(match[0], match[0]), text) for text in conditions]
 
 
 def shape_of(spec: TensorSpec, sizes: Mapping[str, Any]) -> list[Any]:

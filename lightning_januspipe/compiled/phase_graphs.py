@@ -186,17 +186,19 @@ class _Cutter:
         needed = {node for (node, _), end in zip(self._wanted, self._ends, strict=True) if end in after}
         other = self._of_weight_force if phase is Phase.BE else set()
         region = graphs.closure(needed, held | self._free | other)
-        if phase is Phase.WF:  # BE has kept what else WE needs
+        free = self._free
+        if phase is Phase.WF:  # BE has kept what else WE needs, and both have run before WE
             needed = {
                 n for n in region & self._of_weight_force if any(self._levels.get(u) is Phase.WE for u in n.users)
             }
-            region = graphs.closure(needed, held | self._free)
+            free = free | set(self._kept.get(Phase.BE, ()))
+            region = graphs.closure(needed, held | free)
         by_now = {phase, *BEFORE[phase]}
 
         def is_early(node: fx.Node) -> bool:
             return self._levels[node] in by_now
 
-        return kept_values(region, needed, is_early, held, self._free, self._activation)
+        return kept_values(region, needed, is_early, held, free, self._activation)
 
     def _add(self, phase: Phase, held: set[fx.Node]) -> None:
         """Adds the graph of one phase, which also computes what is newly kept after it."""

@@ -43,6 +43,7 @@ from torch.utils._triton import has_triton
 from lightning_januspipe.compiled.joined_kernels import NAME, joined
 from lightning_januspipe.compiled.small_products import products_of_small_matrices
 from lightning_januspipe.compiled.whole_slices import gradient_of_slice
+from lightning_januspipe.errors import CaptureError
 
 
 class _AnySizes(ShapeEnv):
@@ -125,8 +126,16 @@ def size_guards(mode: FakeTensorMode) -> list[str]:
 
 
 def hint_of(size: int | SymInt) -> int:
-    """Returns the value of a size in the example call."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """Returns the value of a size in the example call.
+
+    Raises:
+        CaptureError: it depends on values, such as the number of rows that a mask selects.
+    """
+    if isinstance(size, int):
+        return size
+    if size.node.hint is None:
+        raise CaptureError("a tensor has a size that depends on values, such as the number of rows that a mask selects")
+    return int(size.node.hint)
 
 
 def expression_of(size: int | SymInt) -> str:

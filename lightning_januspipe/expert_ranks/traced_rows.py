@@ -158,6 +158,12 @@ class StageWithExperts(CapturedStage):
         """Returns the specs of :meth:`values`."""
         return [self._specs[n] for n in self.function.names]
 
+    @property
+    @override
+    def exchange_specs(self) -> Sequence[Any]:
+        """Returns the specs of all exchanges between graph ranks, and of the exchanges of rows that it reads."""
+        return [*self._given.exchange_specs, *self._exchanges]
+
     @override
     def sizes(self, tensors: Sequence[Any]) -> list[dict[str, int]]:
         """Returns the values of the size symbols on this rank, and then on all ranks that hold the stage.

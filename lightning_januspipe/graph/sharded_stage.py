@@ -93,6 +93,12 @@ class StageWithExchanges(CapturedStage):
         added, program = self._sharded.added, self._sharded.program
         return [added[n] if n in added else program.spec(n) for n in self.function.names]
 
+    @property
+    @override
+    def exchange_specs(self) -> Sequence[ExchangeSpec]:
+        """Returns the specs of all exchanges: shapes have halo rows where the stage exchanges none."""
+        return list(self._exchanges)
+
     @override
     def sizes(self, tensors: Sequence[Any]) -> list[dict[str, int]]:
         """Returns the values of the size symbols on this rank, and then on the other graph ranks.

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
+from lightning_januspipe.capture.side_effects import unchanged
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.stages.explicit import ExplicitPotential
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.graph.insert_exchanges import shard_captured
 from lightning_januspipe.graph.shard_explicit import shard_explicit
 from lightning_januspipe.graph.sharded_potential import ShardedPotential

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture import CaptureError
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
+from lightning_januspipe.capture.side_effects import silent_log
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
-from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.single_process import SingleProcessResult, run_single_process
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.graph import GraphAxis, GraphGroup, Shard, ShardedPotential, shard_potential, verify_sharding

@@ -16,9 +16,9 @@ from lightning_januspipe.capture.activations import measure_activations, run_of_
 from lightning_januspipe.capture.find.grad_call import PotentialCall, call_arguments
 from lightning_januspipe.capture.find.in_step import potential_of
 from lightning_januspipe.capture.report import CutReport, report
+from lightning_januspipe.capture.side_effects import silent_log
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, run_staged, validate_stages
-from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.messages import MessageForm, Parts, message_specs
 from lightning_januspipe.engine.p2p import packed_size
 from lightning_januspipe.engine.specs import TensorSpec
@@ -175,6 +175,7 @@ def measure_stages(
     or_fewer: bool = False,
     activations: Callable[[bool], ActivationFactories] = lambda _: {},
     graph_size: int = 1,
+    compiles: bool = False,
 ) -> Measured:
     """Captures a potential in a number of stages, and measures its phases with and without deferral.
 
@@ -189,6 +190,7 @@ def measure_stages(
         or_fewer: Whether to take as many stages as there are cuttable parts, where these are fewer.
         activations: Returns the activations to measure too, given whether WF and WE are deferred.
         graph_size: The largest number of graph ranks that the stages are sharded over afterwards.
+        compiles: Whether phases will be compiled.
 
     Raises:
         TooManyRanks: The potential has fewer cuttable parts.
@@ -205,6 +207,7 @@ def measure_stages(
             potential,
             phase_mode=PhaseMode(defer=True),
             graph_size=graph_size,
+            compiles=compiles,
         )
 
     try:

@@ -17,9 +17,9 @@ from torch import nn
 from lightning_januspipe.capture.adapters import capturing
 from lightning_januspipe.capture.find.grad_call import PotentialCall, StepFunction
 from lightning_januspipe.capture.find.in_step import potential_of
+from lightning_januspipe.capture.side_effects import unchanged
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.validate.against_eager import DEFAULT_MODE, validate_evaluation, validate_stages
-from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.errors import CaptureError
 
 

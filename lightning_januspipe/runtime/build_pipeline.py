@@ -39,7 +39,7 @@ from lightning_januspipe.runtime.parameters import PlacedParameters
 from lightning_januspipe.runtime.pipeline import ExpertOrder, MessageDtype, Pipeline, SpreadOptions
 from lightning_januspipe.runtime.planner import Planner, is_deferred, is_unfolded, placements
 from lightning_januspipe.runtime.start_line import StartLine, describe_compiled, describe_run
-from lightning_januspipe.runtime.training_length import TrainingLength, reason_not_to_compile
+from lightning_januspipe.runtime.training_length import OPERATIONS_PER_PART, TrainingLength, reason_not_to_compile
 from lightning_januspipe.runtime.user_step import with_batch
 from lightning_januspipe.schedule import PhaseCosts
 from lightning_januspipe.schedule.state_actions import ShardLevel
@@ -320,15 +320,23 @@ class PipelineBuilder:
         found, name = self._last.capture, self._schedule_on(mesh)
         if is_unfolded(name):
             return f"phases stay eager: {name} runs the phases of a stage on two ranks"
-        if found.potential.operation_word != "operations":
-            return "phases stay eager: only captured stages can be compiled"
 
         def decide() -> str:
-            step_time = planner.step_time(request.num_microbatches)
-            return reason_not_to_compile(request.length, step_time, found.potential.num_operations)
+            potential, step_time = found.potential, planner.step_time(request.num_microbatches)
+            per_unit = OPERATIONS_PER_PART if potential.operation_word == "parts" else 1
+            num_operations = [per_unit * num for num in potential.num_operations]
+            return reason_not_to_compile(request.length, step_time, num_operations)
 
         reason = on_first_rank(decide, mesh.rank, broadcast)
         return f"phases stay eager: {reason}" if reason else ""
+
+    def _will_compile(self, request: CaptureRequest, mesh: Mesh, schedule: str) -> bool:
+        """Tells whether phases of a training will be compiled, if it is long enough to pay for that."""
+        if not request.trains or is_unfolded(schedule) or not self._in_background:
+            return request.trains and self._compiles
+        from lightning_januspipe.compiled.torch_internals import missing_compiler
+
+        return missing_compiler(mesh.device.type) is None
 
     def _change_over(self, request: CaptureRequest, mesh: Mesh, planner: Planner) -> ChangeOver:
         """Returns what makes stages that other processes compile."""
@@ -432,6 +440,7 @@ class PipelineBuilder:
                     cache=ProgramCache.default(),
                     activations={} if measures_on_graph_ranks else factories,
                     graph_size=mesh.shape.graph,
+                    compiles=self._will_compile(request, mesh, planner.name),
                 )
                 call = found.potential, request.module, step, examples[1]
                 inputs: Sequence[Tensor] = ()

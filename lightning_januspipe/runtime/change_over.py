@@ -16,7 +16,7 @@ from typing import cast
 from lightning_januspipe.capture.trace.operators import is_of_package
 from lightning_januspipe.compiled.artifacts import StageSource
 from lightning_januspipe.compiled.background import NICENESS, BackgroundCompile
-from lightning_januspipe.compiled.blueprint import TraceableStage
+from lightning_januspipe.compiled.blueprint import TraceableStage, is_traceable
 from lightning_januspipe.compiled.compile_process import CompileResult
 from lightning_januspipe.compiled.compiled_stage import CompiledStage
 from lightning_januspipe.compiled.compiler import CompileReport, StageCompiler
@@ -164,7 +164,7 @@ class ChangeOver:
         """Returns the sources of this rank's stages, by key; a stage without one stays eager."""
         found: dict[str, StageSource] = {}
         for noted in self._noted.values():
-            if not hasattr(noted.function, "body"):
+            if not is_traceable(noted.function):
                 continue
             with suppress(Exception):  # of the stage alone, which says so at the change
                 source, key = self._compiler.source(cast(TraceableStage, noted.function), noted.chain)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture import ActivationCosts, ActivationFactories, Capture
 from lightning_januspipe.capture.activations import measure_activations
+from lightning_januspipe.capture.side_effects import unchanged
 from lightning_januspipe.capture.validate.probe_loss import probe_seeds
-from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.loss import LossLeaves
 from lightning_januspipe.engine.single_process import SingleProcessResult, StageFactory, run_single_process

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture import Capture
 from lightning_januspipe.capture.find.grad_call import StepFunction
+from lightning_januspipe.capture.side_effects import unchanged
 from lightning_januspipe.capture.stages.captured import CapturedPotential
 from lightning_januspipe.capture.validate.against_eager import PhaseMode
 from lightning_januspipe.capture.validate.probe_loss import probe_seeds
-from lightning_januspipe.capture.validate.side_effects import unchanged
 from lightning_januspipe.distributed import waiting
 from lightning_januspipe.engine.executor import Executor
 from lightning_januspipe.engine.gradients import GradientBuffers

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 SECONDS_PER_OPERATION = 1.0
 """Declared CPU time of compiling an operation of a stage's forward, with its part of all four phases."""
 
+OPERATIONS_PER_PART = 100
+"""Declared number of operations of a part that a model declares itself: a layer has about as many."""
+
 LEAST_RATIO = 10.0
 """How many times as long as compiling a training has to be. It is declared, and cautious: what compiled phases save
 depends on the model, and compiling takes time of the cores that training uses."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_januspipe.capture.find.grad_call import StepFunction, call_arguments
 from lightning_januspipe.capture.find.in_step import step_with
 from lightning_januspipe.capture.patches import patched
+from lightning_januspipe.capture.side_effects import kept_metrics, metrics_of, silent_log
 from lightning_januspipe.capture.stages.staged_potential import StagedPotential
 from lightning_januspipe.capture.trees import copied
-from lightning_januspipe.capture.validate.side_effects import kept_metrics, metrics_of, silent_log
 from lightning_januspipe.engine.loss import LossLeaves, gradients_of_loss, loss_in, require_finite
 from lightning_januspipe.engine.specs import LossGradients, MicrobatchInput
 from lightning_januspipe.errors import CaptureError

@@ -192,11 +192,6 @@ class StrategyOptions:
                 f"compile=True is not available with schedule={self.schedule!r}, which runs the phases of a stage on "
                 "two ranks. Use a folded schedule, such as 'wavek-zb', or compile=False."
             )
-        if self.compile is True and self.stages == "explicit":
-            raise ValueError(
-                "compile=True is not available with stages='explicit': only captured stages can be compiled. Use "
-                "stages='captured', or compile=False."
-            )
 
     @property
     def message_timeout(self) -> timedelta:

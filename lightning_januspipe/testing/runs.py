@@ -66,11 +66,6 @@ def train_in_pipeline(
     replica = bound.mesh_shape.coordinates(int(os.environ["RANK"]))[1]
     trainer.fit(module, _ordered_loader(_train_loader(data), bound.mesh_shape.data, replica))
     record.parameters = _copies(module)
-    report = getattr(bound.runner, "compile_report", None)
-    if report is not None:
-        record.eager = list(report.eager)
-        stages = bound.runner.executor.stages.values()
-        record.num_misfits = max(getattr(stage, "num_misfits", 0) for stage in stages)
     return record
 
 
@@ -188,5 +183,13 @@ def _recorder(record: RunRecord, module: Any, gradients: Callable[[], dict[nn.Pa
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
             record.losses.append(float(trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")))
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            runner = getattr(trainer.strategy, "runner", None)  # the strategy drops it when training is over
+            report = getattr(runner, "compile_report", None)
+            if runner is not None and report is not None:
+                record.eager = list(report.eager)
+                stages = runner.executor.stages.values()
+                record.num_misfits = max(getattr(stage, "num_misfits", 0) for stage in stages)
 
     return Recorder()

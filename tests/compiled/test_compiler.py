@@ -61,6 +61,34 @@ class SpringStep(Step):
         return ((out["energy"] - batch["energy"]) ** 2).mean() + ((out["forces"] - batch["forces"]) ** 2).mean()
 
 
+class Transposed(Springs):
+    """Takes a view that only the order of a tensor's entries in memory allows."""
+
+    def forward(self, batch: Batch) -> Batch:
+        """Returns the same, with energies of atoms that are shifted."""
+        out = super().forward(batch)
+        shifts = batch["shifts"].t().view(-1)[: len(batch["species"])]
+        return {**out, "energy": out["energy"] + 0 * shifts.sum() * self.stiffness}
+
+
+def transposed(sizes: tuple[int, ...]) -> Batch:
+    """Returns a batch with a tensor (N, 2), whose columns follow each other in memory."""
+    batch = make_batch(sizes)
+    return {**batch, "shifts": torch.ones(2, len(batch["species"]), dtype=DTYPE).t()}
+
+
+def test_views_of_transposed_tensors() -> None:
+    """Graphs get contiguous tensors, of which these views have to be copies."""
+    traced = Traced(SpringStep(Transposed()), transposed(TRACED), transposed(OTHER))
+    captured = traced.cut(1)
+    inputs = captured.inputs(traced.potential)
+    first, second = (captured.bind_sizes(inputs((transposed(sizes),), {})) for sizes in (TRACED, OTHER))
+    compiler = StageCompiler((first, second), "cpu", interprets=True)
+    for sizes in SIZES:
+        assert_parity(captured, traced.module, transposed(sizes), make_stage=compiler)
+    assert not compiler.refused
+
+
 @pytest.mark.slow  # most of it in the C++ compiler
 @pytest.mark.skipif(torch.version.cuda is not None, reason="compiles for the CPU")
 @pytest.mark.parametrize("where", ["in this process", "in the background"])

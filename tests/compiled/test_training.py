@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import graph_models
+import plain_modules
 import pytest
 import tiny
 from compiled_workers import (
@@ -23,6 +24,7 @@ from compiled_workers import (
     train_interpreted,
     train_interpreted_moving,
     train_interpreted_with_guests,
+    train_partly_interpreted,
     train_recomputing_within_a_limit,
     train_with_a_misfit_on_one_rank,
     train_without_an_exchange,
@@ -32,12 +34,13 @@ from parity_check import check_parity
 from pools import pool_of, slow
 
 from lightning_januspipe.testing import RankError, RankPool, compare_records, train_in_pipeline, train_reference
+from lightning_januspipe.testing.interpreted import train_interpreted as train_despite_misfits
 
 
 @pytest.mark.parametrize(
     ("devices", "strategy"),
     [
-        (1, {"num_microbatches": 4}),
+        slow(1, {"num_microbatches": 4}),
         (2, {"schedule": "wavek-zb", "num_microbatches": 4}),
         slow(2, {"schedule": "wavek", "num_microbatches": 4, "activation": "keep"}),
         slow(2, {"schedule": "wavek", "num_microbatches": 4, "activation": "pointwise"}),
@@ -68,6 +71,41 @@ def test_parity_of_several_tasks(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("devices", "strategy"),
+    [
+        (2, {"schedule": "wavek-zb", "num_microbatches": 4}),
+        slow(1, {"num_microbatches": 2}),
+        slow(3, {"num_microbatches": 1, "activation": "recompute"}),
+    ],
+)
+def test_parity_of_stages_of_a_models_own(pool: RankPool, devices: int, strategy: dict[str, object]) -> None:
+    given = {"module": plain_modules.ExplicitTraceable, "data": plain_modules.Data, "stages": "explicit", **strategy}
+    ranks = check_parity(pool, devices, train=train_interpreted, compile=True, **given)
+    assert not any(rank.eager for rank in ranks)
+
+
+def test_a_micro_batch_without_edges_is_eager_where_a_part_branches(pool: RankPool) -> None:
+    given = {"module": plain_modules.ExplicitBranching, "data": plain_modules.Data, "stages": "explicit"}
+    (rank,) = check_parity(pool, 1, train=train_despite_misfits, compile=True, num_microbatches=4, **given)
+    assert rank.num_misfits == 1 and not rank.eager
+
+
+@pytest.mark.slow
+def test_compiled_phases_take_over_in_stages_of_a_models_own(pool: RankPool) -> None:
+    given = {"module": plain_modules.ExplicitTraceable, "data": plain_modules.Data, "stages": "explicit"}
+    ranks = check_parity(pool, 2, train=train_changing_over, compile="auto", num_microbatches=4, **given)
+    assert len({rank.changes.after for rank in ranks}) == 1 and not any(rank.eager for rank in ranks)
+
+
+def test_parity_where_some_stages_of_a_models_own_stay_eager(pool: RankPool) -> None:
+    """The first part loops over values, and graph ranks ask for rows of others in their parts."""
+    given = {"module": plain_modules.Explicit, "data": plain_modules.Data, "num_microbatches": 4, "compile": True}
+    ranks = check_parity(pool, 2, train=train_partly_interpreted, **given)
+    (reason,) = (reason for rank in ranks for reason in rank.eager)
+    assert reason.startswith("stage 0 runs eagerly: CaptureError: the forward reads a list of values")
+
+
+@pytest.mark.parametrize(
     ("devices", "module", "strategy"),
     [
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
@@ -82,6 +120,7 @@ def test_parity_of_several_tasks(pool: RankPool) -> None:
         slow(2, None, {"pipeline_size": 1, "num_microbatches": 2, "activation": "offload"}),
         slow(4, None, {"schedule": "wavek-zb", "num_microbatches": 4, "activation": "offload"}),
         (2, graph_models.states, {"pipeline_size": 1, "num_microbatches": 2}),
+        slow(2, graph_models.pairs, {"pipeline_size": 1, "num_microbatches": 2}),
         slow(2, graph_models.attention, {"pipeline_size": 1, "num_microbatches": 2, "activation": "recompute"}),
         slow(4, graph_models.angles, {"num_microbatches": 1}),
         slow(2, graph_models.composed, {"pipeline_size": 1, "num_microbatches": 2}),
@@ -305,13 +344,14 @@ def test_an_exchange_that_is_lost_ends_training_before_the_first_optimizer_step(
 
 @pytest.mark.parametrize(
     ("module", "strategy"),
-    [(graph_models.states, {"graph_size": 2}), (partial(experts, 1), {"data_size": 2, "expert_size": 2})],
+    [(graph_models.states, {"graph_size": 2}), slow(partial(experts, 1), {"data_size": 2, "expert_size": 2})],
 )
 def test_a_micro_batch_that_does_not_fit_on_one_rank_is_eager_on_all(
     pool: RankPool, module: Any, strategy: dict[str, int]
 ) -> None:
     more = {"compile": True, "pipeline_size": 1, "num_microbatches": 2, **strategy}
-    check_parity(pool, 2, module=module, data=graph_models.Data, train=train_with_a_misfit_on_one_rank, **more)
+    given = {"module": module, "data": graph_models.Data, "train": train_with_a_misfit_on_one_rank, **more}
+    assert all(rank.num_misfits > 0 and not rank.eager for rank in check_parity(pool, 2, **given))
 
 
 @pytest.mark.slow

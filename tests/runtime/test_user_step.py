@@ -13,9 +13,9 @@ from capture_models import DTYPE, Batch, Potential, Step, Traced, eager_gradient
 from torch import Tensor, nn
 
 from lightning_januspipe.capture.patches import patched
+from lightning_januspipe.capture.side_effects import silent_log
 from lightning_januspipe.capture.stages.captured import CapturedPotential, CapturedStage
 from lightning_januspipe.capture.trees import copied
-from lightning_januspipe.capture.validate.side_effects import silent_log
 from lightning_januspipe.engine.gradients import GradientBuffers
 from lightning_januspipe.engine.specs import StageOutput
 from lightning_januspipe.errors import CaptureError

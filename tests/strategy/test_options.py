@@ -43,7 +43,6 @@ from lightning_januspipe.strategy.registry import NAMESPACES
             {"compile": True, "schedule": "1f1b-2nd"},
             "compile=True is not available with schedule='1f1b-2nd', which runs the phases of a stage on two ranks",
         ),
-        ({"compile": True, "stages": "explicit"}, "compile=True is not available with stages='explicit'"),
         ({"expert_size": 0}, "expert_size=0; expected a positive integer"),
         ({"expert_size": 2, "stages": "explicit"}, "expert_size=2 is not available with stages='explicit'"),
         ({"exchange_dtype": "bf16"}, "exchange_dtype='bf16', but with graph_size=1 and expert_size=1 no rows travel"),

@@ -136,7 +136,9 @@ class Step(nn.Module):
         """Overridden where it matters."""
 
     def training_step(self, batch: Batch) -> Any:
-        out = self.potential(batch)
+        return self.loss(self.potential(batch), batch)
+
+    def loss(self, out: dict[str, Tensor], batch: Batch) -> Tensor:
         loss = ((out["energy"] - batch["energy"]) ** 2).mean() + ((out["forces"] - batch["forces"]) ** 2).mean()
         return loss + 10 * ((out["stress"] - batch["stress"]) ** 2).mean()
 

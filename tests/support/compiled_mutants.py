@@ -10,7 +10,7 @@ from functools import partial
 import graph_models as models
 import torch
 import torch.distributed as dist
-from capture_models import OTHER, TRACED, Potential, Step, Traced, eager_gradients, make_batch
+from capture_models import OTHER, TRACED, Batch, Potential, Step, Traced, eager_gradients, make_batch
 from compiled_models import factory, graphs_of, kept_values_of, with_zeros
 from torch import Tensor
 
@@ -24,6 +24,13 @@ from lightning_januspipe.graph import GraphAxis, GraphGroup
 from lightning_januspipe.runtime.user_step import CapturedStep
 
 BATCH = models.angles_of(make_batch((2, 5, 3), seed=1))
+
+
+class ReadsAll(Step):
+    """Has a loss of all that the potential returns: what is kept for an output that nothing reads does not matter."""
+
+    def loss(self, out: dict[str, Tensor], batch: Batch) -> Tensor:
+        return super().loss(out, batch) + out["charges"].square().mean()
 
 
 def zeros_that_are_not_found(
@@ -42,7 +49,7 @@ def zeros_that_are_not_found(
     """
     dist.init_process_group("gloo")
     group = dist.new_group(timeout=timedelta(seconds=60))
-    traced = Traced(Step(kind(num_layers=num_stages)), models.angles_of(make_batch(TRACED)))
+    traced = Traced(ReadsAll(kind(num_layers=num_stages)), models.angles_of(make_batch(TRACED)))
     captured = traced.cut(num_stages)
     axis = GraphAxis(captured, traced.potential, GraphGroup(dist.get_world_size(), dist.get_rank(), group))
     examples = [models.angles_of(make_batch(sizes)) for sizes in (TRACED, OTHER)]

@@ -51,7 +51,14 @@ def train_interpreted(*arguments: Any) -> RunRecord:
     with interpreted() as graphs:
         record = train_in_pipeline(*arguments)
     assert graphs, "no phase graph was made"
+    assert not record.eager, record.eager
     return record
+
+
+def train_partly_interpreted(*arguments: Any) -> RunRecord:
+    """Trains with interpreted phase graphs on some of the ranks."""
+    with interpreted():
+        return train_in_pipeline(*arguments)
 
 
 def run_once_interpreted(*arguments: Any) -> RunTiming:

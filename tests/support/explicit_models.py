@@ -93,6 +93,38 @@ class SelfDividing(nn.Module):
         return run_stages(self, batch)
 
 
+class _LookUp(Embed):
+    """Looks species up as a trace can follow."""
+
+    def forward(self, inputs: Features, features: Features) -> Features:
+        return {"h": self.table(inputs["species"])}
+
+
+class LooksUp(SelfDividing):
+    """A potential with stages of its own, all of which can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__(num_layers=4)
+        self.parts[0] = _LookUp(self.parts[0].table)
+        self.parts[0].unread = nn.Linear(2, 2)  # gets no gradient
+
+
+class _Branching(Interact):
+    """Does something else where there are no edges."""
+
+    def forward(self, inputs: Features, features: Features) -> Features:
+        h = super().forward(inputs, features)["h"]
+        return {"h": h if inputs["edges"].shape[1] else 0.5 * h}
+
+
+class Branching(LooksUp):
+    """Has a trace that is wrong for a micro-batch without edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts[1] = _Branching(self.parts[2].filters, 6)
+
+
 class _Alone(Interact):
     """Reads the features of other ranks' atoms without asking for them."""
 

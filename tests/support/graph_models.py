@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from capture_models import DTYPE, Batch, Layer, Potential, make_batch
+from capture_models import DTYPE, Batch, Layer, Potential, filter_of, make_batch
 from plain_modules import Base, collate, losses
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -259,6 +259,29 @@ class Counted(Potential):
         return super().features(batch, vectors) / batch["species"].shape[0]
 
 
+class Pairs(Potential):
+    """Reads rows of other ranks from inputs alone, by a derivative by the vectors of edges, so that none travel."""
+
+    def __init__(self) -> None:
+        super().__init__(num_layers=0)
+        self.filter = filter_of(6)
+
+    def forward(self, batch: Batch) -> Any:
+        source, target = batch["edges"]
+        vectors = (batch["positions"][target] - batch["positions"][source]).detach().requires_grad_()
+        radial = torch.exp(-((vectors.square().sum(-1, keepdim=True).sqrt() / 4.0 - torch.arange(4, dtype=DTYPE)) ** 2))
+        messages = (
+            self.filter(radial) * self.embedding(batch["species"][source]) * self.embedding(batch["species"][target])
+        )
+        h = messages.new_zeros(len(batch["species"]), 6).index_add(0, target, messages)
+        energy = self.pool(self.readout(h)[:, 0], batch)
+        (derivative,) = self.differentiate(energy, [vectors])
+        forces = torch.zeros_like(batch["positions"]).index_add(0, source, derivative).index_add(0, target, -derivative)
+        virial = (vectors[:, :, None] * derivative[:, None, :]).sum() / torch.linalg.det(batch["cell"]).abs()
+        stress = virial[:, None, None].expand_as(batch["cell"])
+        return {"energy": energy, "forces": forces, "stress": stress, "charges": self.charge(h)[:, 0]}
+
+
 class Looked(Potential):
     """Atoms are looked up by numbers that follow from features."""
 
@@ -288,6 +311,10 @@ class _AnglesModule(Module):
 
 def both_ways() -> Base:
     return Module(BothWays())
+
+
+def pairs() -> Base:
+    return Module(Pairs())
 
 
 def states() -> Base:

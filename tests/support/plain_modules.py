@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import torch
 from capture_models import Batch, Potential, make_batch
-from explicit_models import SelfDividing
+from explicit_models import Branching, LooksUp, SelfDividing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -59,6 +59,22 @@ class Explicit(Base):
         out = self.potential(batch)
         self.log("charge", out["charges"].abs().mean())
         return losses(batch, out["energy"], out["forces"], out["stress"]) + out["charges"].square().mean()
+
+
+class ExplicitTraceable(Explicit):
+    """All stages of its potential can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential = LooksUp()
+
+
+class ExplicitBranching(Explicit):
+    """Its potential does something else for a single atom."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential = Branching()
 
 
 class Energies(Potential):

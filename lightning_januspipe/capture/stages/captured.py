@@ -358,6 +358,11 @@ class CapturedStage:
         """Returns the specs of :meth:`values`."""
         return [self._captured.program.spec(n) for n in self.function.names]
 
+    @property
+    def exchange_specs(self) -> Sequence[Any]:
+        """Returns the specs of all exchanges that sizes follow from; there are none without graph ranks."""
+        return ()
+
     def sizes(self, tensors: Sequence[Any]) -> list[dict[str, int]]:
         """Returns the values of the size symbols for one call's tensors; on graph ranks for each of them."""
         return [self._captured.program.bind(tensors)]

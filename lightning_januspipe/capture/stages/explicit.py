@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from lightning_januspipe.capture.find.grad_call import PotentialCall, ReplacedCalls
 from lightning_januspipe.capture.size_names import SizeWords, words_of_inputs
+from lightning_januspipe.capture.stages.explicit_trace import PartsOfStage, StageTrace, trace_parts
+from lightning_januspipe.capture.stages.stage_body import StageBody
 from lightning_januspipe.capture.stages.staged_potential import Inputs
 from lightning_januspipe.capture.trees import leaves
 from lightning_januspipe.engine.autocast import OFF, Autocast, autocast_as
@@ -243,9 +247,9 @@ class ExplicitPotential:
 
         return bound
 
-    def stage(self, index: int, potential: nn.Module) -> ExplicitStage:
+    def stage(self, index: int, potential: nn.Module) -> TraceableExplicitStage:
         """Returns one stage."""
-        return ExplicitStage(self, index, potential)
+        return TraceableExplicitStage(self, index, potential)
 
     def return_value(self, potential: nn.Module) -> ExplicitReturnValue:
         """Returns the object that computes the forward's return value."""
@@ -307,6 +311,78 @@ class ExplicitStage:
     def _results(self, results: Tensors, inputs: Tensors) -> Tensors:
         """Returns the results for all atoms, from what the last part returned."""
         return results
+
+
+class TraceableExplicitStage(ExplicitStage):
+    """Runs consecutive parts as one stage, and traces them if its phases are to be compiled.
+
+    It is a :class:`~lightning_januspipe.compiled.blueprint.TraceableStage`.
+
+    Args:
+        staged: the whole chain.
+        index: position of this stage in it.
+        potential: the live potential.
+    """
+
+    rows_of_symbols: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, staged: ExplicitPotential, index: int, potential: nn.Module) -> None:
+        super().__init__(staged, index, potential)
+        self._device = next((p.device for p in potential.parameters()), torch.device("cpu"))
+
+    @cached_property
+    def _trace(self) -> StageTrace:
+        staged = self._staged
+        return trace_parts(
+            PartsOfStage(
+                path=staged.path,
+                parts=self._parts,
+                inputs=staged.inputs_by_name,
+                received=self._received,
+                returned=list(self._returned),
+                coordinates=staged.coordinates,
+                energy=ENERGY if self._is_last else None,
+                autocast=staged.autocast,
+                device=self._device,
+            )
+        )
+
+    @property
+    def body(self) -> StageBody:
+        """Returns its operations as data, without the live potential.
+
+        Raises:
+            CaptureError: its parts cannot be traced.
+        """
+        return self._trace.body
+
+    @property
+    def num_tensors(self) -> int:
+        """Returns the number of tensors in the potential's call."""
+        return len(self._staged.inputs_by_name)
+
+    @property
+    def symbols(self) -> Mapping[str, tuple[int, int]]:
+        """Maps each size symbol to the (position, dimension) of the call's tensor that defines it."""
+        return self._staged.symbols
+
+    @property
+    def value_specs(self) -> Sequence[TensorSpec]:
+        """Returns the specs of :meth:`values`."""
+        return self._trace.specs
+
+    @property
+    def exchange_specs(self) -> Sequence[Any]:
+        """Returns nothing: only stages that run eagerly have exchanges."""
+        return ()
+
+    def sizes(self, tensors: Sequence[Any]) -> list[dict[str, int]]:
+        """Returns the values of the size symbols for one call's tensors."""
+        return [self._staged.bind_sizes(tensors)]
+
+    def values(self, tensors: Sequence[Any]) -> list[Any]:
+        """Returns all that the stage reads beside its boundary: parameters, buffers, constants, the batch's tensors."""
+        return self._trace.values.values(tensors)
 
 
 class ExplicitReturnValue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,6 +13,8 @@ from lightning_januspipe.capture.trace.graph_walks import ancestors
 from lightning_januspipe.capture.trace.program import Node, Program, Ref, replace_refs
 from lightning_januspipe.engine.autocast import OFF, autocast_as
 from lightning_januspipe.engine.specs import StageOutput
+
+_VIEW = "aten.view.default"
 
 
 @dataclass
@@ -26,6 +28,7 @@ class StageBody:
         outputs: names of what it returns: boundary, energies, observables and coordinates.
         counts: how many of the outputs are boundary, energies and observables.
         leaves: names of the coordinates that become leaves of autograd.
+        conditions: relations between the potential's size symbols for which the operations are right.
     """
 
     program: Program
@@ -34,6 +37,7 @@ class StageBody:
     outputs: list[str]
     counts: tuple[int, int, int]
     leaves: list[str]
+    conditions: tuple[str, ...] = ()
     _module: fx.GraphModule | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, values: Sequence[Any], boundary: Sequence[Tensor]) -> StageOutput:
@@ -51,6 +55,14 @@ class StageBody:
         """Returns everything but the module, which is built anew."""
         return {**self.__dict__, "_module": None}
 
+    def with_copies(self) -> StageBody:
+        """Returns the same stage with copies where a view is not possible.
+
+        A forward may take a view that only the order of entries in memory allows, such as that of ``torch.nonzero``.
+        """
+        nodes = [replace(n, target="aten.reshape.default") if n.target == _VIEW else n for n in self.program.nodes]
+        return replace(self, program=replace(self.program, nodes=nodes), _module=None)
+
     def text(self) -> str:
         """Returns all that the stage computes as text, the same in every process and for stages of equal layers."""
         numbers = {node.name: index for index, node in enumerate(self.program.nodes)}
@@ -59,7 +71,7 @@ class StageBody:
             operation = "given" if node.name in given else f"{_target(node)} {_numbered(node, numbers)!r}"
             lines.append(f"{operation} {node.spec!r}")
         ends = [[numbers[name] for name in names] for names in (self.values, self.received, self.outputs, self.leaves)]
-        return "\n".join([*lines, repr((ends, self.counts))])
+        return "\n".join([*lines, repr((ends, self.counts)), *self.conditions])
 
 
 def stage_body(
@@ -80,7 +92,7 @@ def stage_body(
         counts: how many of the outputs are boundary, energies and observables.
         leaves: names of the values that become leaves of autograd.
     """
-    needed = ancestors(program, outputs, given=set(received)) | set(received)
+    needed = ancestors(program, outputs, given=set(received)) | {*received, *values}
     own = Program(
         nodes=[n for n in program.nodes if n.name in needed],
         parameters={},
