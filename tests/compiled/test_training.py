@@ -12,6 +12,7 @@ import plain_modules
 import pytest
 import tiny
 from compiled_workers import (
+    captures_to_compile,
     eager_microbatches,
     first_plan,
     fit_then_evaluate,
@@ -97,12 +98,31 @@ def test_compiled_phases_take_over_in_stages_of_a_models_own(pool: RankPool) -> 
     assert len({rank.changes.after for rank in ranks}) == 1 and not any(rank.eager for rank in ranks)
 
 
-def test_parity_where_some_stages_of_a_models_own_stay_eager(pool: RankPool) -> None:
-    """The first part loops over values, and graph ranks ask for rows of others in their parts."""
-    given = {"module": plain_modules.Explicit, "data": plain_modules.Data, "num_microbatches": 4, "compile": True}
+@pytest.mark.parametrize(
+    ("strategy", "reasons"),
+    [
+        ({"num_microbatches": 4}, ["CaptureError: the forward reads a list of values"]),
+        (
+            {"pipeline_size": 1, "graph_size": 2, "num_microbatches": 2, "stages": "explicit"},
+            ["it runs parts of the model on graph ranks"] * 2,
+        ),
+    ],
+)
+def test_parity_where_stages_of_a_models_own_stay_eager(
+    pool: RankPool, strategy: dict[str, object], reasons: list[str]
+) -> None:
+    """The first part loops over values, and on graph ranks no part is traced."""
+    given = {"module": plain_modules.Explicit, "data": plain_modules.Data, "compile": True, **strategy}
     ranks = check_parity(pool, 2, train=train_partly_interpreted, **given)
-    (reason,) = (reason for rank in ranks for reason in rank.eager)
-    assert reason.startswith("stage 0 runs eagerly: CaptureError: the forward reads a list of values")
+    found = [reason for rank in ranks for reason in rank.eager]
+    assert len(found) == len(reasons)
+    assert all(f.startswith(f"stage 0 runs eagerly: {reason}") for f, reason in zip(found, reasons, strict=True))
+
+
+@pytest.mark.parametrize(("compiles", "expected"), [(True, True), ("auto", True), (False, False)])
+def test_stages_that_will_be_compiled_are_cut_as_such(pool: RankPool, compiles: Any, expected: bool) -> None:
+    first, other = pool.run(captures_to_compile, {"compile": compiles, "num_microbatches": 2}, world_size=2)
+    assert (first, other) == ([expected], [])
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,20 @@ def train_partly_interpreted(*arguments: Any) -> RunRecord:
         return train_in_pipeline(*arguments)
 
 
+def captures_to_compile(strategy: dict[str, Any]) -> list[bool]:
+    """Returns for each capture of a short training on this rank whether it was for phases that will be compiled."""
+    noted: list[bool] = []
+    capture = build_pipeline.capture_module
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        noted.append(options["compiles"])
+        return capture(*arguments, **options)
+
+    with mock.patch.object(build_pipeline, "capture_module", noting):
+        train_partly_interpreted(tiny.module, tiny.data, strategy, 1, {})
+    return noted
+
+
 def run_once_interpreted(*arguments: Any) -> RunTiming:
     """Times steps as ``januspipe bench`` does, with interpreted phase graphs."""
     with interpreted():
